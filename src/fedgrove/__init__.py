@@ -1,0 +1,55 @@
+"""Federated fine-tuning with LoRA: every client leaves with its own PEFT adapter.
+
+    import fedgrove as fg
+
+    result = fg.run(fg.Job.load("job.toml"))
+    model = result.client("clinic-3").model()
+
+The names below are imported when first used, so that ``import fedgrove`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedgrove.job import Job
+    from fedgrove.personal import load
+    from fedgrove.result import Result
+    from fedgrove.run import run
+
+__version__ = "0.1.0"
+__all__ = ["Job", "Result", "__version__", "load", "run"]
+
+_HOME = {
+    "Job": "fedgrove.job",
+    "Result": "fedgrove.result",
+    "load": "fedgrove.personal",
+    "run": "fedgrove.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedgrove' has no attribute '{name}'")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps ``fedgrove.run`` the function: importing the module of that name would put itself in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "run" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

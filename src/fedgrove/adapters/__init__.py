@@ -1,0 +1,18 @@
+"""Pure tensor algebra on low-rank adapters: no models, no files."""
+
+from fedgrove.adapters.adapter import Adapter, Factors, Site, fresh
+from fedgrove.adapters.assembly import Assembly, Convex, Extra, Mix, Term, Weighted, as_one_adapter
+
+__all__ = [
+    "Adapter",
+    "Assembly",
+    "Convex",
+    "Extra",
+    "Factors",
+    "Mix",
+    "Site",
+    "Term",
+    "Weighted",
+    "as_one_adapter",
+    "fresh",
+]

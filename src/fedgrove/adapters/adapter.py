@@ -1,0 +1,67 @@
+"""The words *site*, *factors* and *adapter*. Pure data: no model, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One adapted linear layer of the base model: ``y = W0 x`` with ``W0 [out_features, in_features]``."""
+
+    name: str  # module path in the base model, e.g. "encoder.layer.3.attention.self.query"
+    layer: int  # index of the transformer layer it belongs to, from 0
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """One site's low-rank update ``scale * B @ A`` with ``A [rank, in]`` and ``B [out, rank]``."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def product(self) -> Tensor:
+        """The dense update ``scale * B @ A``, shape [out, in]. For tests and merging; the algebra avoids it."""
+        return self.scale * (self.B @ self.A)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
+        """The same factors with ``change`` applied to A and to B."""
+        return replace(self, A=change(self.A), B=change(self.B))
+
+
+#: ``{site name: factors}``
+Adapter = dict[str, Factors]
+
+
+def fresh(
+    sites: Mapping[str, Site],
+    rank: int,
+    scale: float,
+    generator: torch.Generator,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """A new adapter whose update is zero: Kaiming-uniform A (as in PEFT, ``a = sqrt(5)``), zero B.
+
+    Sites are drawn in name order, so the draw depends on the generator alone.
+    """
+    adapter: Adapter = {}
+    for name in sorted(sites):
+        site = sites[name]
+        bound = site.in_features**-0.5
+        draw = torch.rand(rank, site.in_features, generator=generator, dtype=torch.float64)
+        adapter[name] = Factors(
+            A=((2 * draw - 1) * bound).to(dtype), B=torch.zeros(site.out_features, rank, dtype=dtype), scale=scale
+        )
+    return {name: adapter[name] for name in sites}

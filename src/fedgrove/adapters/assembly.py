@@ -1,0 +1,253 @@
+"""What a client runs: terms, how they mix, and the other tensors that train beside them.
+
+Forward of a site: ``W0 x + Σ_terms mix · scale · B (D ⊙ (A x))`` where ``D`` is the term's optional diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedgrove.adapters.adapter import Adapter, Factors, Site
+from fedgrove.adapters.private import seal, unseal
+from fedgrove.errors import AdapterError
+
+Home = Literal["server", "client"]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """An adapter in a client's forward pass. It may cover only some of the sites."""
+
+    name: str
+    adapter: Adapter
+    train: str = "AB"  # which of A, B and D (the diagonal) train; "" is frozen
+    home: Home = "server"  # "client": its trained values come back sealed and cannot travel
+    kept: str = ""  # letters of factors that stay with the client although the term's home is the server (FedSA's B)
+    diagonal: Mapping[str, Tensor] | None = None  # site -> [rank]; a rank mask (frozen) or FedRoRA's S (trained)
+    unit: bool = False  # run with unit columns of B and unit rows of A (FedRoRA)
+    lr: float = 1.0  # multiplies the job's learning rate
+
+    def __post_init__(self) -> None:
+        if set(self.train) - set("ABD"):
+            raise AdapterError(f"Term '{self.name}': train is '{self.train}', expected letters of 'ABD'.")
+        if "D" in self.train and self.diagonal is None:
+            raise AdapterError(f"Term '{self.name}' trains a diagonal that it does not have.")
+
+    @property
+    def private(self) -> str:
+        """The letters that cannot travel."""
+        return "ABD" if self.home == "client" else self.kept
+
+    def frozen(self) -> Term:
+        return replace(self, train="")
+
+
+@dataclass(frozen=True, eq=False)
+class Extra:
+    """A trainable (or frozen) tensor beside the terms: head, gate logits, router, module to save."""
+
+    value: Tensor
+    train: bool = True
+    home: Home = "client"
+    lr: float | None = None  # None: the job's learning rate; the head's own rate is set by the head policy
+
+
+class Mix:
+    """How the terms' outputs add up at a site. The base class is the plain sum."""
+
+    #: False where the weights depend on the input, so that no single LoRA adapter computes the same
+    linear: bool = True
+    #: reads the untouched base's pooled features of each example (``features`` below is then not None)
+    needs_features: bool = False
+
+    def weigh(
+        self,
+        site: Site,
+        x: Tensor,
+        terms: Sequence[str],
+        extras: Mapping[str, Tensor],
+        features: Tensor | None,
+    ) -> Sequence[float | Tensor]:
+        """One weight per term: a float, a scalar tensor, or a tensor that broadcasts over ``[batch, tokens, 1]``.
+
+        ``x`` is the site's input ``[batch, tokens, in]``; ``extras`` the assembly's extras as they train now.
+        """
+        return [1.0] * len(terms)
+
+
+@dataclass(frozen=True)
+class Weighted(Mix):
+    """Fixed weights by term name (1 where not named)."""
+
+    weights: Mapping[str, float]
+
+    def weigh(
+        self,
+        site: Site,
+        x: Tensor,
+        terms: Sequence[str],
+        extras: Mapping[str, Tensor],
+        features: Tensor | None,
+    ) -> Sequence[float | Tensor]:
+        return [self.weights.get(term, 1.0) for term in terms]
+
+
+@dataclass(frozen=True)
+class Convex(Mix):
+    """``λ · first + (1 − λ) · second`` with one λ per layer, the sigmoid of the extra ``{prefix}.{layer}``.
+
+    A layer whose extra is missing is pinned to λ = 1: the second term is not run there.
+    """
+
+    first: str
+    second: str
+    prefix: str = "lambda"
+
+    def weigh(
+        self,
+        site: Site,
+        x: Tensor,
+        terms: Sequence[str],
+        extras: Mapping[str, Tensor],
+        features: Tensor | None,
+    ) -> Sequence[float | Tensor]:
+        logit = extras.get(f"{self.prefix}.{site.layer}")
+        if logit is None:
+            return [0.0 if term == self.second else 1.0 for term in terms]
+        share = torch.sigmoid(logit)
+        return [share if term == self.first else 1 - share if term == self.second else 1.0 for term in terms]
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """Everything a client runs on the frozen base."""
+
+    terms: tuple[Term, ...] = ()
+    mix: Mix = field(default_factory=Mix)
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    base_delta: Adapter | None = None  # a frozen update of the base that every client shares, kept factored
+    folded: Adapter | None = None  # like base_delta, but written into (a copy of) the weights while the assembly runs
+    layers: frozenset[int] | None = None  # the transformer layers that exist for this client (FedRA); None: all
+
+    def __post_init__(self) -> None:
+        names = [term.name for term in self.terms]
+        if len(set(names)) != len(names):
+            raise AdapterError(f"An assembly has two terms of one name among {names}.")
+
+    def term(self, name: str) -> Term:
+        for term in self.terms:
+            if term.name == name:
+                return term
+        raise KeyError(name)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of the term ``name``."""
+        return self.term(name).adapter
+
+    def frozen(self) -> Assembly:
+        """The same assembly with nothing to train."""
+        return replace(
+            self,
+            terms=tuple(term.frozen() for term in self.terms),
+            extras={name: replace(extra, train=False) for name, extra in self.extras.items()},
+        )
+
+    def with_extras(self, extras: Mapping[str, Extra]) -> Assembly:
+        return replace(self, extras={**self.extras, **extras})
+
+
+def trained_parameters(assembly: Assembly) -> int:
+    """How many numbers get a gradient."""
+    count = 0
+    for term in assembly.terms:
+        for factors in term.adapter.values():
+            count += factors.A.numel() * ("A" in term.train) + factors.B.numel() * ("B" in term.train)
+        if "D" in term.train:
+            count += sum(diagonal.numel() for diagonal in (term.diagonal or {}).values())
+    return count + sum(extra.value.numel() for extra in assembly.extras.values() if extra.train)
+
+
+def all_parameters(assembly: Assembly) -> int:
+    """How many numbers beside the base the assembly needs to run."""
+    adapters = [term.adapter for term in assembly.terms] + _frozen_updates(assembly)
+    count = sum(f.A.numel() + f.B.numel() for adapter in adapters for f in adapter.values())
+    count += sum(d.numel() for term in assembly.terms for d in (term.diagonal or {}).values())
+    return count + sum(extra.value.numel() for extra in assembly.extras.values())
+
+
+def _frozen_updates(assembly: Assembly) -> list[Adapter]:
+    return [update for update in (assembly.base_delta, assembly.folded) if update]
+
+
+def sealed(adapter: Adapter, letters: str = "AB") -> Adapter:
+    """The adapter with the named factors marked private."""
+    return {
+        name: replace(
+            factors,
+            A=seal(factors.A) if "A" in letters else factors.A,
+            B=seal(factors.B) if "B" in letters else factors.B,
+        )
+        for name, factors in adapter.items()
+    }
+
+
+def unsealed(adapter: Adapter) -> Adapter:
+    return {name: factors.map(unseal) for name, factors in adapter.items()}
+
+
+def as_one_adapter(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter:
+    """The one LoRA adapter that computes the same as all terms and the base delta together (exact concatenation).
+
+    Everything is folded: weights and scales into B, diagonals and unit norms into both. The result has scale 1, and
+    only the sites that some term covers. Raises ``AdapterError`` where the mix depends on the input.
+    """
+    if not assembly.mix.linear:
+        raise AdapterError(
+            f"The terms are mixed by {type(assembly.mix).__name__}, which depends on the input, "
+            "so no single LoRA adapter computes the same."
+        )
+    if assembly.layers is not None:
+        raise AdapterError("The client runs a part of the base's layers only, which a LoRA adapter cannot express.")
+    extras = {name: unseal(extra.value) for name, extra in assembly.extras.items()}
+    names = [term.name for term in assembly.terms]
+    result: Adapter = {}
+    for name, site in sites.items():
+        parts: list[Factors] = []
+        weights = assembly.mix.weigh(site, torch.empty(0), names, extras, None)
+        for term, weight in zip(assembly.terms, weights, strict=True):
+            if name not in term.adapter or (isinstance(weight, float) and weight == 0.0):
+                continue
+            parts.append(_plain(term, name, weight))
+        parts += [update[name].map(unseal) for update in _frozen_updates(assembly) if name in update]
+        if len(parts) == 1:
+            result[name] = parts[0]
+        elif parts:
+            result[name] = Factors(
+                A=torch.cat([part.A for part in parts]),
+                B=torch.cat([part.scale * part.B for part in parts], dim=1),
+                scale=1.0,
+            )
+    return result
+
+
+def _plain(term: Term, site: str, weight: float | Tensor) -> Factors:
+    """One term at one site as plain factors, its diagonal, norms and weight folded in."""
+    factors = term.adapter[site].map(unseal)
+    A, B = factors.A, factors.B
+    if term.unit:
+        A, B = unit_rows(A), unit_rows(B.T).T
+    if term.diagonal is not None and site in term.diagonal:
+        B = B * unseal(term.diagonal[site])
+    if not (isinstance(weight, float) and weight == 1.0):
+        B = B * weight
+    return Factors(A=A, B=B.contiguous(), scale=factors.scale)
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """Rows divided by their Euclidean norm; a zero row stays zero."""
+    return matrix / matrix.norm(dim=1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)

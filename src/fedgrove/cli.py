@@ -1,0 +1,386 @@
+"""The command line: parse, call, print. Everything heavy is imported inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+
+import fedgrove
+from fedgrove.errors import FedgroveError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedgrove.job import Job
+
+app = typer.Typer(
+    name="fedgrove",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    suggest_commands=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+JobFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[JOB.toml]", help="The job; without it, the embedded default.", show_default=False),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key, for example train.lr=1e-3 or method.weights=uniform; repeats. VALUE is TOML, a bare "
+        "word is a string, and an empty one returns the key to its default.",
+        show_default=False,
+    ),
+]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
+ClientName = Annotated[str, typer.Option("--client", metavar="NAME", help="One client of the run.", show_default=False)]
+
+
+def _examples(*lines: str) -> str:
+    return "\n\n".join(["[bold]Examples[/bold]", *lines])  # a paragraph each, or rich would join them
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedgrove {fedgrove.__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=_examples(
+        "fedgrove demo                          (a whole federation in a few minutes)",
+        "fedgrove init job.toml                 (a commented job to start from)",
+        "fedgrove data job.toml                 (who would hold what)",
+        "fedgrove run job.toml --rounds 20      (run it)",
+        'fedgrove predict runs/fedit --client tweets-0 "what a day"',
+    )
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.", show_default=False)] = False,
+) -> None:
+    """Federated fine-tuning with LoRA: clients train on their own data, and each leaves with its own PEFT adapter."""
+
+
+@app.command(
+    epilog=_examples(
+        "fedgrove run",
+        "fedgrove run job.toml --method fedsa-lora --seed 1 --out runs/fedsa",
+        "fedgrove run job.toml --set train.lr=5e-4 --set federation.ranks=[4,8]",
+        "fedgrove run job.toml --out runs/fedsa --resume",
+    )
+)
+def run(
+    job: JobFile = None,
+    settings: Settings = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="M", help="The method (`fedgrove methods`).", show_default=False)
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(metavar="T", help="Rounds.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Seed.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run's directory, a new one.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint; start where there is none.")
+    ] = False,
+) -> None:
+    """Run a federation. Ctrl-C stops it cleanly; --resume goes on, to the same numbers."""
+    chosen = _job(job, settings, method=method, rounds=rounds, seed=seed, out=out)
+    from fedgrove.run import run as start
+    from fedgrove.tracking.live import progress
+
+    try:
+        start(chosen, resume=resume, callbacks=[progress()])
+    except KeyboardInterrupt:
+        given = f" {job}" if job else ""
+        if (chosen.directory() / "job.toml").exists():
+            _say(f"Go on with `fedgrove run{given} --out {chosen.directory()} --resume` and the same settings.", 130)
+        raise
+
+
+@app.command(epilog=_examples("fedgrove init", "fedgrove init jobs/clinics.toml"))
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="Where to write it.")] = Path("job.toml"),
+) -> None:
+    """Write a commented job to start from."""
+    from fedgrove.errors import JobError
+    from fedgrove.job import Job
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(Job.template())
+    except FileExistsError:
+        raise JobError(f"{path} exists already; name another file, or remove it first.") from None
+    print(f"Wrote {path}. Change it, look at it with `fedgrove data {path}`, then run it with `fedgrove run {path}`.")
+
+
+@app.command(
+    epilog=_examples(
+        "fedgrove job --explain", "fedgrove job job.toml", "fedgrove job job.toml --set method=hilora --explain"
+    )
+)
+def job(
+    job: JobFile = None,
+    settings: Settings = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Describe every key: its type, default and meaning.")
+    ] = False,
+) -> None:
+    """Check a job and print it with every key written out."""
+    chosen = _job(job, settings)
+    print(chosen.explain() if explain else chosen.to_toml(), end="")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: what each trains, shares and keeps private, and its paper."""
+    from rich.table import Table
+
+    from fedgrove.methods.registry import catalogue
+
+    table = Table("method", "trains", "shares", "keeps private", "paper", box=None, pad_edge=False)
+    for name, kind in catalogue().items():
+        table.add_row(name, kind.trains, kind.shares, kind.keeps, kind.paper)
+    _console().print(table)
+
+
+@app.command(epilog=_examples("fedgrove data", "fedgrove data job.toml --set data.partition.options.alpha=0.1"))
+def data(job: JobFile = None, settings: Settings = None) -> None:
+    """Show the clients of a job and who holds what, without training."""
+    from rich.table import Table
+
+    chosen = _job(job, settings)
+    from fedgrove.federation import build
+
+    found = build(chosen).table()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("client", "group", "train", "test", *found["labels"], "words"):
+        table.add_column(heading, justify="left" if heading in ("client", "group") else "right")
+    for client in found["clients"]:
+        table.add_row(
+            client["name"] + (" (held out)" if client["held_out"] else ""),
+            client["group"] or "",
+            str(client["train"]),
+            str(client["test"]),
+            *(str(client["labels"].get(label, 0)) for label in found["labels"]),
+            f"{client['median_words']:g}",
+        )
+    _console().print(table)
+
+
+@app.command(
+    epilog=_examples(
+        "fedgrove export runs/fedit --client clinic-3 --out adapters/clinic-3",
+        "fedgrove export runs/hilora --client clinic-3 --tier leaf --out adapters/clinic-3-leaf",
+    )
+)
+def export(
+    run: RunDirectory,
+    client: ClientName,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write it, a new directory.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model, the adapter merged into it.")] = False,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIER",
+            help="One tier alone, where the method has tiers (hilora: root, cluster or leaf); they add up to the whole.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write one client's model as a standard PEFT adapter (or a merged model) for use elsewhere."""
+    from fedgrove.result import Result
+
+    Result(run).client(client).export(out, merge=merge, tier=tier)
+    print(f"Wrote {out}.")
+
+
+@app.command(
+    epilog=_examples(
+        "fedgrove adapt runs/hilora --data new-clinic.csv",
+        "fedgrove adapt runs/hilora --data new-clinic.csv --name clinic-9 --epochs 10 --out adapters/clinic-9",
+    )
+)
+def adapt(
+    run: RunDirectory,
+    data: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="The new client's table (jsonl, csv, parquet).", show_default=False),
+    ],
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its name; without it, the file's.", show_default=False)
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(metavar="E", min=0, help="Passes of local training; 0 places and measures it only.")
+    ] = 5,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="S", min=0, help="Of its split and its training; without it, the run's.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Its adapter's directory; without it, RUN/adapted/NAME.", show_default=False),
+    ] = None,
+) -> None:
+    """Bring a client that never trained into a finished run: place it, measure it, train it, write its adapter."""
+    from rich.table import Table
+
+    from fedgrove.adapt import adapt as bring
+
+    found = bring(run, data, name=name, epochs=epochs, seed=seed, out=out)
+    console = _console()
+    console.print(f"{found.name}: {found.train} training and {found.test} test examples, {found.method}")
+    if found.placed:
+        console.print(f"It joins {found.placed}.")
+    console.print(f"Its head starts from {found.head}.")
+    table = Table("", found.metric, "loss", box=None, pad_edge=False)
+    for when, measures in found.measures.items():
+        table.add_row(when, f"{measures[found.metric]:.3f}", f"{measures['loss']:.3f}")
+    console.print(table)
+    print(f"Wrote {found.path}.")
+
+
+@app.command(
+    epilog=_examples("fedgrove evaluate runs/fedit", "fedgrove evaluate runs/fedit --client clinic-3 --data new.csv")
+)
+def evaluate(
+    run: RunDirectory,
+    client: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One client; without it, every one.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A table (jsonl, csv, parquet) instead of the test data.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Measure the finished clients' models on their test data, or on a file."""
+    from fedgrove.result import Result
+
+    result = Result(run)
+    for name in [client] if client else result.names():
+        measures = result.client(name).evaluate(data)
+        print("  ".join([name, *(f"{key} {value:.4g}" for key, value in measures.items())]))
+
+
+@app.command(epilog=_examples('fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"'))
+def predict(
+    run: RunDirectory,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.", show_default=False)],
+    client: ClientName,
+) -> None:
+    """Ask one client's model about texts."""
+    from fedgrove.result import Result
+
+    for text, answer in zip(texts, Result(run).client(client).predict(texts), strict=True):
+        print(f"{answer}\t{text}")
+
+
+@app.command(epilog=_examples("fedgrove report runs/fedit"))
+def report(run: RunDirectory) -> None:
+    """Write a run's report anew: one self-contained HTML file."""
+    from fedgrove.report import write_report
+
+    print(f"Wrote {write_report(run)}.")
+
+
+@app.command(epilog=_examples("fedgrove demo", "fedgrove demo --out runs/first"))
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the demo's runs go.")] = Path("runs/demo"),
+) -> None:
+    """Watch a real federation: 16 clients, a real encoder, real text, about five minutes on two cores."""
+    from fedgrove.demo import demo as show
+
+    show(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code: 0, 2 for what the user can mend, 1 for what we must, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:  # welcome anywhere, though it belongs to the root command
+        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="fedgrove", standalone_mode=False)
+        sys.stdout.flush()
+        # typer turns Ctrl-C into this code without a word
+        return _say("Interrupted.", code) if code == 130 else int(code or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _say("Interrupted.", 130)
+    except BrokenPipeError:
+        # The reader has left (`| head`); what Python would still flush at exit must go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        sentence, code = explain(error)
+        return _say(f"Error: {sentence}", code)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """What to tell the user about an error, and the exit code."""
+    if isinstance(error, FedgroveError):
+        return str(error), 2
+    where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return f"There is no space left on the disk{where}; free some, or choose another place with --out.", 2
+    if getattr(error, "errno", None) == errno.EDQUOT:
+        return f"The disk quota is used up{where}; free some, or choose another place with --out.", 2
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} cannot be used: {error.strerror or error}.", 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "The memory is used up; lower train.batch_size, train.eval_batch_size or data.max_length.", 2
+    words = " ".join(str(error).split())
+    return f"Unexpected {type(error).__name__}: {words or 'no details'} (--debug shows where it came from).", 1
+
+
+def _job(
+    path: Path | None,
+    settings: list[str] | None,
+    *,
+    method: str | None = None,
+    rounds: int | None = None,
+    seed: int | None = None,
+    out: Path | None = None,
+) -> Job:
+    from fedgrove.job import Job
+    from fedgrove.job.toml import value_text
+
+    named = {"method.name": method, "run.rounds": rounds, "run.seed": seed, "run.out": str(out) if out else None}
+    flags = [f"{key}={value_text(value)}" for key, value in named.items() if value is not None]
+    return (Job.load(path) if path else Job.default()).override([*(settings or []), *flags])
+
+
+def _console() -> Console:
+    """Wide where the output is no terminal, so that no table is folded on its way into a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+
+
+def _say(sentence: str, code: int) -> int:
+    print(sentence, file=sys.stderr)
+    return code

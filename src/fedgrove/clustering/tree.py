@@ -1,0 +1,180 @@
+"""FedTreeLoRA's merge tree of clients and its nested cuts, layer by layer (arXiv 2603.13282)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedgrove.clustering.matrix import checked, renumbered
+from fedgrove.errors import AdapterError
+
+#: Linkages that mean something for any distance ("ward" and its kin need Euclidean points).
+LINKAGES = ("average", "complete", "single", "weighted")
+
+#: Two scores closer than this are a tie: they differ by rounding alone.
+_TIE = 1e-12
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCut:
+    """The groups of one layer: ``count`` of them, ``labels`` int64 [N]; ``score`` is what the choice maximised."""
+
+    layer: int
+    count: int
+    score: float
+    labels: NDArray[np.int64]
+
+
+def merge_tree(D: ArrayLike, linkage: str = "average") -> NDArray[np.float64]:
+    """Agglomerative merge tree of the clients: scipy linkage rows [N - 1, 4], in order of height ([0, 4] for N = 1)."""
+    from scipy.cluster.hierarchy import linkage as merge
+    from scipy.spatial.distance import squareform
+
+    if linkage not in LINKAGES:
+        raise AdapterError(f"Linkage '{linkage}' is unknown: use one of {', '.join(LINKAGES)}.")
+    matrix = checked(D)
+    if len(matrix) == 1:
+        return np.empty((0, 4))
+    return np.asarray(merge(squareform(matrix), method=linkage), dtype=np.float64)
+
+
+def cut(Z: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """The labels of exactly ``count`` groups: the first ``N - count`` merges of the tree, even among equal heights.
+
+    Cuts of one tree are nested: a larger count only splits groups. AdapterError unless ``1 <= count <= N``.
+    """
+    clients = len(Z) + 1
+    if not 1 <= count <= clients:
+        raise AdapterError(f"{clients} clients cannot be cut into {count} groups: use 1..{clients}.")
+    labels = np.arange(clients)
+    for step, members in enumerate(_members(Z)[clients : 2 * clients - count]):
+        labels[members] = clients + step
+    return renumbered(labels)
+
+
+def silhouette(labels: ArrayLike, D: ArrayLike) -> float:
+    """Mean silhouette of a grouping of the clients, in [-1, 1]; clients alone in their group score 0.
+
+    Computed by scikit-learn, except that N groups of one score 0 rather than fail. AdapterError for a single group,
+    where it is undefined.
+    """
+    from sklearn.metrics import silhouette_score
+
+    matrix = checked(D)
+    groups = renumbered(np.asarray(labels))
+    if len(groups) != len(matrix):
+        raise AdapterError(f"{len(groups)} labels for {len(matrix)} clients: give one label for each.")
+    count = int(groups.max()) + 1
+    if count < 2:
+        raise AdapterError("The silhouette of a single group is undefined: cut into at least 2.")
+    return 0.0 if count == len(groups) else float(silhouette_score(matrix, groups, metric="precomputed"))
+
+
+def layer_cuts(
+    Z: NDArray[np.float64], layer_distances: Sequence[ArrayLike], tau: float, K: int, fixed: int | None = None
+) -> list[LayerCut]:
+    """The depth search: one cut of the global tree per layer, shallow to deep, each refining the one before.
+
+    ``c_0 = 1``; layer ``l`` takes ``argmax phi`` over ``c_{l-1} <= c < min(N, c_{l-1} + K)``, ties to the smaller;
+    ``phi(1) = tau``, else ``phi(c)`` is the silhouette of the tree's cut into ``c`` on the layer's own distances.
+
+    Args:
+        Z: the global tree, from ``merge_tree``.
+        layer_distances: per layer, [N, N].
+        tau: the score of not splitting. K: the most a layer may add to the count, plus one; 1 never splits.
+        fixed: the same count on all layers instead of a search (the paper's ablation), at most N - 1.
+
+    One or two clients always stay together. AdapterError for K < 1, fixed < 1 or matrices of another size.
+    """
+    clients = len(Z) + 1
+    if K < 1 or (fixed is not None and fixed < 1):
+        raise AdapterError(f"K is {K} and the fixed count {fixed}: both must be at least 1.")
+    cuts: list[LayerCut] = []
+    count = 1
+    for layer, distances in enumerate(layer_distances):
+        matrix = _sized(distances, clients, layer)
+        if fixed is None:
+            # At least one candidate: a single client, where no c < N exists, is one group.
+            candidates = list(range(count, max(count + 1, min(clients, count + K))))
+        else:
+            candidates = [min(fixed, max(1, clients - 1))]
+        cuts.append(_best(layer, Z, matrix, candidates, tau))
+        count = cuts[-1].count
+    return cuts
+
+
+def untied_cuts(layer_distances: Sequence[ArrayLike], tau: float, linkage: str = "average") -> list[LayerCut]:
+    """The ablation without the global tree: every layer clustered alone, on a merge tree of its own distances.
+
+    Each layer searches all counts ``1 <= c < N`` by the same score; nothing is nested.
+    """
+    cuts = []
+    for layer, distances in enumerate(layer_distances):
+        matrix = checked(distances)
+        tree = merge_tree(matrix, linkage)
+        cuts.append(_best(layer, tree, matrix, range(1, max(2, len(matrix))), tau))
+    return cuts
+
+
+def descend(Z: NDArray[np.float64], cuts: Sequence[LayerCut], distances: ArrayLike) -> list[int]:
+    """The group that a newcomer joins on each layer: nested, because all lie on one path from the root.
+
+    Args:
+        Z: the global tree. cuts: its cuts, from ``layer_cuts``.
+        distances: from the newcomer to each of the N clients, measured as the tree's own distances were.
+
+    At every split the newcomer takes the branch whose members are closer on average, ties to the branch that holds the
+    earlier client.
+    """
+    to = _row(distances, len(Z) + 1)
+    members = _members(Z)
+    node = len(members) - 1
+    while node > len(Z):
+        branches = [int(child) for child in Z[node - len(Z) - 1, :2]]
+        node = min(branches, key=lambda branch: (to[members[branch]].mean(), members[branch].min()))
+    return [int(each.labels[node]) for each in cuts]
+
+
+def nearest(labels: ArrayLike, distances: ArrayLike) -> int:
+    """The group whose members are closest to a newcomer on average (for cuts that share no tree); ties to the lower."""
+    groups = np.asarray(labels)
+    to = _row(distances, len(groups))
+    return int(np.argmin([to[groups == group].mean() for group in range(int(groups.max()) + 1)]))
+
+
+def _best(
+    layer: int, Z: NDArray[np.float64], matrix: NDArray[np.float64], candidates: Iterable[int], tau: float
+) -> LayerCut:
+    best: LayerCut | None = None
+    for count in candidates:
+        labels = cut(Z, count)
+        score = tau if count == 1 else silhouette(labels, matrix)
+        if best is None or score > best.score + _TIE:
+            best = LayerCut(layer, count, float(score), labels)
+    assert best is not None
+    return best
+
+
+def _members(Z: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+    """The clients below each node: the N leaves, then the merges in order, the root last."""
+    members = [np.array([client], dtype=np.int64) for client in range(len(Z) + 1)]
+    for left, right in Z[:, :2].astype(int):
+        members.append(np.concatenate([members[left], members[right]]))
+    return members
+
+
+def _sized(distances: ArrayLike, clients: int, layer: int) -> NDArray[np.float64]:
+    matrix = checked(distances)
+    if len(matrix) != clients:
+        raise AdapterError(f"Layer {layer} has distances for {len(matrix)} clients, the tree {clients}.")
+    return matrix
+
+
+def _row(distances: ArrayLike, clients: int) -> NDArray[np.float64]:
+    row = np.asarray(distances, dtype=np.float64)
+    if row.shape != (clients,) or not np.isfinite(row).all():
+        raise AdapterError(f"A newcomer needs {clients} finite distances, one to each client: got {list(row.shape)}.")
+    return row

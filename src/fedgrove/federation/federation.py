@@ -1,0 +1,156 @@
+"""The federation: its clients, what each of them holds, and who never trains."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fedgrove.errors import DataError, JobError
+from fedgrove.federation.partition import partition
+from fedgrove.federation.readers import Row
+from fedgrove.federation.sources import Silos, load
+from fedgrove.federation.split import split
+from fedgrove.seeds import numpy_rng
+
+if TYPE_CHECKING:
+    from fedgrove.job import Job
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client's rows (``{"text": str, "label": str}``). A held-out client never takes part in training."""
+
+    name: str
+    train: list[Row]
+    test: list[Row]
+    validation: list[Row]
+    group: str | None
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Clients by name; the labels in the order of the head's outputs; ``source`` says where the data come from."""
+
+    clients: tuple[Client, ...]
+    labels: tuple[str, ...]
+    source: dict[str, Any]
+
+    @property
+    def training(self) -> tuple[Client, ...]:
+        return tuple(client for client in self.clients if not client.held_out)
+
+    @property
+    def held_out(self) -> tuple[Client, ...]:
+        return tuple(client for client in self.clients if client.held_out)
+
+    def table(self) -> dict[str, Any]:
+        """Who holds what, as plain data: by client its counts and, of its training rows, labels and median words."""
+        return {
+            "labels": list(self.labels),
+            "clients": [
+                {
+                    "name": client.name,
+                    "group": client.group,
+                    "held_out": client.held_out,
+                    "train": len(client.train),
+                    "test": len(client.test),
+                    "validation": len(client.validation),
+                    "labels": {label: counts[label] for label in self.labels},
+                    "median_words": statistics.median(len(row["text"].split()) for row in client.train),
+                }
+                for client in self.clients
+                for counts in [Counter(row["label"] for row in client.train)]
+            ],
+        }
+
+
+def build(job: Job) -> Federation:
+    """The federation that ``job.data`` and ``job.federation`` describe; ``job.run.seed`` decides every draw.
+
+    The same job gives the same federation, whatever order files or clients come in. Raises DataError (what is wrong
+    with the data, and where) or JobError (which key, which value).
+    """
+    loaded = load(job)
+    if isinstance(loaded, Silos):
+        holdings = {name: (rows, loaded.groups[name]) for name, rows in loaded.clients.items()}
+    else:
+        holdings = {
+            name: ([loaded.rows[i] for i in numbers], group)
+            for name, (numbers, group) in partition(loaded, job).items()
+        }
+    clients = []
+    for name, (rows, group) in sorted(holdings.items()):
+        parts = split(
+            name,
+            rows,
+            seed=job.run.seed,
+            test_fraction=job.data.test_fraction,
+            validation_fraction=job.data.validation_fraction,
+            train_examples=job.data.train_examples,
+            test_examples=job.data.test_examples,
+        )
+        clients.append(Client(name, parts.train, parts.test, parts.validation, group, held_out=False))
+    chosen = _held_out(clients, job)
+    clients = [replace(client, held_out=client.name in chosen) for client in clients]
+    return Federation(tuple(clients), _labels(clients, job), loaded.source)
+
+
+def _held_out(clients: Sequence[Client], job: Job) -> set[str]:
+    """The clients kept out of training: those named, or a seeded draw that leaves every label to someone who trains."""
+    wanted = job.federation.held_out
+    names = [client.name for client in clients]
+    if isinstance(wanted, Sequence):
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise JobError(
+                f"federation.held_out names {unknown[0]!r}, which is no client; there are: {', '.join(names)}"
+            )
+        chosen = set(wanted)
+    else:
+        size = max(1, round(wanted * len(names))) if wanted > 0 else 0
+        chosen = _draw(clients, size, job) if size < len(names) else set(names)
+    if len(chosen) == len(names):
+        raise JobError(f"federation.held_out = {wanted!r} leaves no client to train; hold out fewer")
+    return chosen
+
+
+def _draw(clients: Sequence[Client], size: int, job: Job) -> set[str]:
+    everywhere = Counter(label for client in clients for label in {row["label"] for row in client.train})
+    chosen: set[str] = set()
+    for number in numpy_rng(job.run.seed, "held out").permutation(len(clients)):
+        own = {row["label"] for row in clients[number].train}
+        if len(chosen) < size and all(everywhere[label] > 1 for label in own):
+            chosen.add(clients[number].name)
+            everywhere.subtract(own)
+    if len(chosen) < size:
+        raise JobError(
+            f"federation.held_out = {job.federation.held_out!r} would hold out {size} clients, but after {len(chosen)} "
+            "every other one is the only one left with some label; hold out fewer, or name them"
+        )
+    return chosen
+
+
+def _labels(clients: Sequence[Client], job: Job) -> tuple[str, ...]:
+    if job.data.labels:  # the user's word that these are the classes, trained or not
+        return tuple(job.data.labels)
+    trained = {row["label"] for client in clients if not client.held_out for row in client.train}
+    for client in clients:
+        for row in (*client.test, *client.validation, *client.train):
+            if row["label"] not in trained:
+                raise DataError(
+                    f"the label {row['label']!r} of the client {client.name!r} occurs only in test, validation or "
+                    "held-out rows, so nobody would learn it; give it more rows, remove it, or list all labels in "
+                    "data.labels"
+                )
+    if len(trained) < 2:
+        raise DataError(f"all training rows have the one label {min(trained)!r}; to classify takes two or more")
+    return tuple(sorted(trained, key=_natural_order))
+
+
+def _natural_order(label: str) -> tuple[bool, int, str]:
+    number = label.isascii() and label.lstrip("-").isdigit()
+    return not number, int(label) if number else 0, label

@@ -1,0 +1,218 @@
+"""Splits one table into clients with any partitioner of flwr-datasets, whole or within natural groups.
+
+The partitioners are the library's; here are only their names, their checked options, the seeds and the messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import io
+import os
+import re
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from fedgrove.errors import DataError, JobError
+from fedgrove.federation.readers import label_of
+from fedgrove.federation.sources import NAME, Table
+from fedgrove.seeds import derive, numpy_rng
+
+if TYPE_CHECKING:
+    from fedgrove.job import Job
+
+#: short names, and options that make a sensible partition where the job gives none
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "iid": ("IidPartitioner", {}),
+    "dirichlet": ("DirichletPartitioner", {"alpha": 0.5}),
+    "inner-dirichlet": ("InnerDirichletPartitioner", {"alpha": 0.5}),
+    # "deterministic" deals the classes out in turn, so none is left without a client
+    "pathological": (
+        "PathologicalPartitioner",
+        {"num_classes_per_partition": 2, "class_assignment_mode": "deterministic"},
+    ),
+    "shard": ("ShardPartitioner", {"num_shards_per_partition": 2}),
+    "distribution": ("DistributionPartitioner", {}),
+    "continuous": ("ContinuousPartitioner", {"strictness": 0.5}),
+    "natural": ("NaturalIdPartitioner", {}),
+    "grouped-natural": ("GroupedNaturalIdPartitioner", {}),
+    "size": ("SizePartitioner", {}),
+    "linear": ("LinearPartitioner", {}),
+    "square": ("SquarePartitioner", {}),
+    "exponential": ("ExponentialPartitioner", {}),
+}
+#: these find their clients in the data, whatever federation.clients says
+NATURAL = ("NaturalIdPartitioner", "GroupedNaturalIdPartitioner")
+#: what the job's other keys decide
+OURS = {"num_partitions": "federation.clients", "seed": "run.seed"}
+
+
+def partition(table: Table, job: Job) -> dict[str, tuple[list[int], str | None]]:
+    """``{client name: (row numbers of the table, natural group)}``, sorted by name.
+
+    With natural groups the clients are spread evenly over them (what is left over goes to the larger groups) and each
+    group is split on its own. Raises JobError for the partition's name or options, DataError for too few rows.
+    """
+    maker, options = _partitioner(job, table)
+    # clients that are natural ids are not split further by the column that names them
+    column = None if table.group == options.get("partition_by") else table.group
+    members: dict[str | None, list[int]] = {}
+    for number in range(len(table.rows)):
+        members.setdefault(table.columns[column][number] if column else None, []).append(number)
+    members = {group: members[group] for group in sorted(members, key=str)}
+    split = _natural if maker.__name__ in NATURAL else _even
+    return dict(sorted(split(table, job, maker, options, members).items()))
+
+
+Members = dict[str | None, list[int]]
+Named = dict[str, tuple[list[int], str | None]]
+
+
+def _even(table: Table, job: Job, maker: Any, options: dict[str, Any], members: Members) -> Named:
+    """As many clients as the job asks for, named after their group."""
+    clients = job.federation.clients
+    if clients < len(members):
+        raise JobError(
+            f"federation.clients = {clients} is fewer than the {len(members)} groups of the column {table.group!r}; "
+            'give at least one client a group, or set data.group = ""'
+        )
+    every, left = divmod(clients, len(members))
+    larger = sorted(members, key=lambda group: (-len(members[group]), str(group)))[:left]
+    prefixes = _prefixes(list(members), table.group)
+    named: Named = {}
+    for group, numbers in members.items():
+        parts = _parts(table, job, maker, options, group, numbers, every + (group in larger))
+        width = len(str(len(parts) - 1)) if group is not None else max(2, len(str(len(parts) - 1)))
+        named |= {f"{prefixes[group]}-{i:0{width}}": (rows, group) for i, rows in enumerate(parts)}
+    return named
+
+
+def _natural(table: Table, job: Job, maker: Any, options: dict[str, Any], members: Members) -> Named:
+    """The clients that the data name, however many; they keep their ids where these can be file names."""
+    found = [
+        (rows, group)
+        for group, numbers in members.items()
+        for rows in _parts(table, job, maker, options, group, numbers, None)
+    ]
+    found.sort(key=lambda part: part[0])
+    ids = [label_of(table.columns[options["partition_by"]][rows[0]], "", "") for rows, _ in found]
+    unusable = maker.__name__ != "NaturalIdPartitioner" or not all(map(NAME.fullmatch, ids))
+    if unusable or len({name.casefold() for name in ids}) < len(ids):
+        ids = [f"client-{i:0{max(2, len(str(len(found) - 1)))}}" for i in range(len(found))]
+    return dict(zip(ids, found, strict=True))
+
+
+def _prefixes(groups: list[str | None], column: str | None) -> dict[str | None, str]:
+    """The start of the clients' names for each group: what does not fit a file name becomes "-"."""
+    prefixes: dict[str | None, str] = {}
+    for group in groups:
+        prefix = "client" if group is None else re.sub(r"[^A-Za-z0-9._]+", "-", group).strip("-._")[:48]
+        if not prefix or prefix.casefold() in (other.casefold() for other in prefixes.values()):
+            raise DataError(
+                f"the group {group!r} of the column {column!r} cannot name its clients: its letters (a-z) and digits "
+                "are none or those of another group; rename it in the data"
+            )
+        prefixes[group] = prefix
+    return prefixes
+
+
+def _parts(
+    table: Table,
+    job: Job,
+    maker: Any,
+    options: dict[str, Any],
+    group: str | None,
+    numbers: list[int],
+    clients: int | None,
+) -> list[list[int]]:
+    """Row numbers by client for one group; ``clients`` is None where the data decide how many there are."""
+    where = f" in the group {group!r}" if group is not None else ""
+    if clients is not None and len(numbers) < clients:
+        raise DataError(f"there are {len(numbers)} rows for {clients} clients{where}; lower federation.clients")
+    taken = inspect.signature(maker).parameters
+    arguments = dict(options)
+    if "num_partitions" in taken:
+        arguments["num_partitions"] = clients
+    if "seed" in taken:
+        arguments["seed"] = derive(job.run.seed, "partition", maker.__name__, group)
+    # several partitioners cut the rows in the order they stand in
+    order = numpy_rng(job.run.seed, "partition order", group).permutation(numbers).tolist()
+    columns = {"row": order} | _columns(table, maker, options, order)
+    try:
+        parts = _run(maker, arguments, columns)
+    except Exception as error:  # the library checks late, with many kinds of errors, all about its options
+        message = " ".join(str(error).split()) or type(error).__name__
+        key = next((name for name in options if name.replace("_", " ") in message.lower().replace("_", " ")), None)
+        what = (
+            f"data.partition.options.{key} = {options[key]!r}"
+            if key
+            else f'data.partition.by = "{job.data.partition.by}"'
+        )
+        raise JobError(f"{what} does not work{where}: {message[:300]}") from error
+    if clients is not None and len(parts) != clients:
+        raise JobError(
+            f"data.partition.options makes {len(parts)} clients{where} where federation.clients asks for {clients}; "
+            "make them agree"
+        )
+    return [sorted(rows) for rows in parts]
+
+
+def _columns(table: Table, maker: Any, options: dict[str, Any], order: list[int]) -> dict[str, list[Any]]:
+    by = options.get("partition_by")
+    if by is None:
+        return {}
+    values = [table.columns[by][row] for row in order]
+    if maker.__name__ != "ContinuousPartitioner":
+        # one of the others works with class numbers alone, and numbers do for all of them
+        known = sorted(set(values), key=lambda value: (type(value).__name__, value))
+        numbers = {value: number for number, value in enumerate(known)}
+        values = [numbers[value] for value in values]
+    return {by: values}
+
+
+def _run(maker: Any, arguments: dict[str, Any], columns: dict[str, list[Any]]) -> list[list[int]]:
+    import datasets
+
+    # retries and unused classes are warned about, one partitioner draws a progress bar: what matters is checked after
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        partitioner = maker(**arguments)
+        partitioner.dataset = datasets.Dataset.from_dict(columns)
+        return [list(partitioner.load_partition(i)["row"]) for i in range(partitioner.num_partitions)]
+
+
+def _partitioner(job: Job, table: Table) -> tuple[Any, dict[str, Any]]:
+    """The partitioner's class and its complete options."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    import flwr_datasets.partitioner as library
+
+    by, given = job.data.partition.by, job.data.partition.options
+    name, defaults = ALIASES.get(by, (by, {}))
+    usable = [known for known in library.__all__ if not known.startswith(("Partitioner", "Vertical", "IdToSizeFnc"))]
+    if name not in usable:
+        near = difflib.get_close_matches(by, [*ALIASES, *usable], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise JobError(f"data.partition.by = {by!r} is no way to split rows; {hint}there are: {', '.join(ALIASES)}")
+    maker = getattr(library, name)
+    taken = inspect.signature(maker).parameters
+    for key, value in given.items():
+        if key in OURS:
+            raise JobError(f"data.partition.options.{key} = {value!r} is not set here: {OURS[key]} decides it")
+        if key not in taken:
+            own = ", ".join(known for known in taken if known not in OURS) or "none"
+            raise JobError(f"data.partition.options.{key} = {value!r} is no option of {name}; its options: {own}")
+    options = defaults | given
+    if "partition_by" in taken and "partition_by" not in options:
+        # natural partitioners go by the column of client ids, the others by the label
+        by_column = table.group if name in NATURAL else job.data.label
+        if by_column is not None:
+            options["partition_by"] = by_column
+    for key, parameter in taken.items():
+        if key not in options and key not in OURS and parameter.default is inspect.Parameter.empty:
+            raise JobError(f"data.partition.options.{key} is not set, and {name} needs it")
+    if "distribution_array" in options:
+        options["distribution_array"] = numpy.asarray(options["distribution_array"])
+    return maker, options

@@ -1,0 +1,223 @@
+"""Where the rows come from: an embedded set, a folder of silos, one table, or a data set of the hub.
+
+Whatever the source calls its columns, a row here is ``{"text": str, "label": str}``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedgrove.errors import DataError, JobError
+from fedgrove.federation.assets import ASSETS, asset
+from fedgrove.federation.embedded import EMBEDDED
+from fedgrove.federation.readers import READERS, Place, Row, fingerprint, label_of, records, text_of
+
+if TYPE_CHECKING:
+    from fedgrove.job import Job
+    from fedgrove.job.sections import DataSection
+
+#: what a client may be called: a folder name on any file system that never looks like one of ours (``_global``)
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
+
+Found = Iterable[tuple[Place, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows still to be split into clients; ``columns`` holds, row by row, what a partitioner may look at."""
+
+    rows: list[Row]
+    columns: dict[str, list[Any]]
+    group: str | None  # the column of the natural groups
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Silos:
+    """Rows by client, from data that came split; ``groups`` gives each client's natural group."""
+
+    clients: dict[str, list[Row]]
+    groups: dict[str, str | None]
+    source: dict[str, Any]
+
+
+def load(job: Job) -> Table | Silos:
+    """The checked rows of the job's data source.
+
+    Raises DataError for what is wrong with the data (file, line, column) and JobError for what is wrong with the job.
+    """
+    if job.data.source == "silos":
+        return _silos(job)
+    return {"embedded": _embedded, "table": _table, "hub": _hub}[job.data.source](job)
+
+
+def _embedded(job: Job) -> Table:
+    name = job.data.name
+    if name not in EMBEDDED:
+        known = ", ".join(map(repr, sorted(EMBEDDED)))
+        raise JobError(f"data.name = {name!r} is no embedded data set: take {known}, or set data.source")
+    which, kept = EMBEDDED[name], ASSETS[EMBEDDED[name].asset]
+    rows = which.read(asset(which.asset))
+    group = job.data.group or None
+    for column in _wanted(job, group):
+        if column not in rows[0]:
+            raise DataError(f"the embedded set {name!r} has no column {column!r}; it has: {', '.join(rows[0])}")
+    note = f"{kept.about}; from the package {kept.package}"
+    source = _source("embedded", name, note, kept.package.sha256) | {"licence": kept.licence}
+    return _gather(job, ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1)), source, group)
+
+
+def _table(job: Job) -> Table:
+    path = _path(job, "the table")
+    if not path.is_file():
+        raise DataError(f"the table {path} does not exist or is a folder; data.path names one file ({_kinds()})")
+    group = job.data.group or None
+    source = _source("table", path.name, f"the file {path}", fingerprint([path]))
+    return _gather(job, records(path, _wanted(job, group)), source, group)
+
+
+def _hub(job: Job) -> Table:
+    name, config = job.data.name, job.data.config
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, config)
+    except Exception as error:  # its own classes, the network's, the file system's: all mean the same here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"the hub data set {name!r} cannot be loaded: {reason}; check data.name, data.config and the network, "
+            'or use local files (data.source = "silos" or "table")'
+        ) from error
+    splits = list(loaded)
+    if "train" not in splits and len(splits) != 1:
+        raise DataError(f"the hub data set {name!r} has no split 'train', only: {', '.join(splits)}")
+    split = "train" if "train" in splits else splits[0]
+    table = loaded[split]
+    group = job.data.group or None
+    wanted = _wanted(job, group)
+    for column in wanted:
+        if column not in table.column_names:
+            present = ", ".join(table.column_names)
+            raise DataError(f"the hub data set {name!r} has no column {column!r}; it has: {present}")
+
+    def found() -> Iterator[tuple[Place, dict[str, Any]]]:
+        for number, values in enumerate(table.select_columns(wanted), start=1):
+            for column in wanted:
+                feature = table.features[column]
+                if isinstance(feature, datasets.ClassLabel) and values[column] is not None:
+                    code = values[column]
+                    values[column] = feature.int2str(code) if code >= 0 else None  # -1 stands for "unlabelled"
+            yield f"{name}, row {number} of split {split!r}", values
+
+    version = str(table.info.version or "unknown")
+    source = _source("hub", name, f"split {split!r}, configuration {config or 'default'}, version {version}", "")
+    return _gather(job, found(), source | {"licence": table.info.license or "see the hub"}, group)
+
+
+def _silos(job: Job) -> Silos:
+    folder = _path(job, "the folder with one file per client")
+    if not folder.is_dir():
+        raise DataError(f"the folder of silos {folder} does not exist or is a file; data.path names a folder")
+    files = _silo_files(folder)
+    clients: dict[str, list[Row]] = {}
+    groups: dict[str, str | None] = {}
+    column = job.data.group or None
+    for path in files:
+        rows: list[Row] = []
+        group: str | None = None
+        for row, place, extra in _checked(job.data, records(path, _wanted(job, column))):
+            value = label_of(extra[column], column, place) if column else None
+            if rows and value != group:
+                raise DataError(f"{place}: a silo belongs to one group, but {column!r} is {value!r} after {group!r}")
+            group = value
+            rows.append(row)
+        if not rows:
+            raise DataError(f"{path} has no rows; remove the file or fill it")
+        clients[path.stem], groups[path.stem] = rows, group
+    return Silos(clients, groups, _source("silos", folder.name, f"the folder {folder}", fingerprint(files)))
+
+
+def _silo_files(folder: Path) -> list[Path]:
+    """The client files by name; hidden files and notes (``.md``, ``.toml``) are passed over, all else must be data."""
+    files: list[Path] = []
+    names: dict[str, Path] = {}  # by what a case-blind file system sees
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.name.startswith(".") or path.suffix.lower() in (".md", ".toml"):
+            continue
+        if path.suffix.lower() not in READERS or not path.is_file():
+            raise DataError(f"{path} is not a client's data file ({_kinds()}); convert it or move it away")
+        if not NAME.fullmatch(path.stem):
+            raise DataError(
+                f"{path} cannot name a client: use at most 64 letters, digits, '.', '_' and '-' before the ending, "
+                "with a letter or digit first"
+            )
+        if (other := names.setdefault(path.stem.casefold(), path)) != path:
+            raise DataError(f"{other} and {path} name the same client {path.stem!r}; rename or merge one of them")
+        files.append(path)
+    if not files:
+        raise DataError(f"the folder of silos {folder} has no data files ({_kinds()}); put one file per client there")
+    return files
+
+
+def _path(job: Job, what: str) -> Path:
+    if not job.data.path:
+        raise JobError(f'data.path is not set; with data.source = "{job.data.source}" it names {what}')
+    return Path(job.data.path).expanduser()
+
+
+def _kinds() -> str:
+    return ", ".join(READERS)
+
+
+def _source(kind: str, name: str, note: str, sha256: str) -> dict[str, Any]:
+    return {"source": kind, "name": name, "licence": "the owner's", "note": note, "sha256": sha256}
+
+
+def _wanted(job: Job, group: str | None) -> list[str]:
+    """The columns to read: text, label, the natural group, and the one a partitioner goes by."""
+    by = job.data.partition.options.get("partition_by") if job.data.source != "silos" else None
+    return list(
+        dict.fromkeys([job.data.text, job.data.label, *(name for name in (group, by) if isinstance(name, str))])
+    )
+
+
+def _checked(data: DataSection, found: Found) -> Iterator[tuple[Row, Place, dict[str, Any]]]:
+    """Each row with text and label checked, its place, and its raw values."""
+    text, label, allowed = data.text, data.label, data.labels
+    for place, values in found:
+        row = {"text": text_of(values[text], text, place), "label": label_of(values[label], label, place)}
+        if allowed and row["label"] not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise DataError(
+                f"{place}: the label {row['label']!r} is not in data.labels ({listed}); add it or correct it"
+            )
+        yield row, place, values
+
+
+def _gather(job: Job, found: Found, source: dict[str, Any], group: str | None) -> Table:
+    rows: list[Row] = []
+    columns: dict[str, list[Any]] = {name: [] for name in _wanted(job, group) if name != job.data.text}
+    for row, place, values in _checked(job.data, found):
+        rows.append(row)
+        for name, column in columns.items():
+            value = values[name]
+            # what a partitioner goes by stays a number where it is one (and not nan); labels and groups are names
+            number = isinstance(value, int | float) and value == value and name not in (group, job.data.label)
+            column.append(value if number else label_of(value, name, place))
+    if not rows:
+        raise DataError(f"{source['name']} has no rows; give a file or data set with rows")
+    return Table(rows, columns, group, source)
+
+
+def rows_of(path: Path, job: Job) -> list[Row]:
+    """The checked rows of one more table (jsonl, csv, parquet) with the job's columns and labels."""
+    if not path.is_file():
+        raise DataError(f"the table {path} does not exist or is a folder; name one file ({_kinds()})")
+    rows = [row for row, _, _ in _checked(job.data, records(path, [job.data.text, job.data.label]))]
+    if not rows:
+        raise DataError(f"the table {path} has no rows; give a file with rows")
+    return rows

@@ -1,0 +1,100 @@
+"""Text classification: mean cross-entropy, accuracy, and a linear head on the masked mean of the last hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedgrove.errors import DataError
+from fedgrove.federation.readers import Row
+from fedgrove.federation.tasks.base import Batch, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ClassifyText:
+    """``labels`` in the order of the head's outputs; texts are cut to ``max_length`` tokens."""
+
+    labels: tuple[str, ...]
+    max_length: int = 128
+    name: str = "classify-text"
+    metric: str = "accuracy"
+
+    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """As in Task. Raises DataError for a label that the task does not have."""
+        if not rows:
+            return []
+        texts = [row["text"] for row in rows]
+        encoded = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        examples: list[Example] = []
+        for number, (row, ids) in enumerate(zip(rows, encoded, strict=True), start=1):
+            example: Example = {"input_ids": list(ids)}
+            if "label" in row:
+                if row["label"] not in numbers:
+                    known = ", ".join(map(repr, self.labels))
+                    raise DataError(f"row {number} has the label {row['label']!r}, but the model knows only: {known}")
+                example["label"] = numbers[row["label"]]
+            examples.append(example)
+        return examples
+
+    def truncated(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
+        """As in Task."""
+        if not rows:
+            return 0
+        # verbose=False: a text longer than the model's own limit is what is being asked about, not a mistake
+        encoded = tokenizer([row["text"] for row in rows], truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > self.max_length for ids in encoded)
+
+    def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """As in Task; padded on the right to the longest example of the batch."""
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        longest = int(lengths.max())
+        padded = [example["input_ids"] + [pad_id] * (longest - len(example["input_ids"])) for example in examples]
+        batch = {
+            "input_ids": torch.tensor(padded, dtype=torch.long),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+        }
+        if all("label" in example for example in examples):
+            batch["labels"] = torch.tensor([example["label"] for example in examples], dtype=torch.long)
+        return batch
+
+    def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """weight [classes, hidden] from N(0, 0.02²), bias [classes] of zeros."""
+        weight = torch.randn(len(self.labels), hidden, generator=generator) * 0.02
+        return {"weight": weight, "bias": torch.zeros(len(self.labels))}
+
+    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+        """The mean over the tokens that are not padding, summed in at least float32."""
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        mask = batch["attention_mask"][..., None].to(dtype)
+        return (hidden_states.to(dtype) * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def head_logits(self, pooled: Tensor, head: Mapping[str, Tensor]) -> Tensor:
+        """As in Task."""
+        return F.linear(pooled.to(head["weight"].dtype), head["weight"], head["bias"])
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """As in Task."""
+        return F.cross_entropy(logits, batch["labels"])
+
+    def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+        """Sums: the loss, how many are correct, how many there are."""
+        labels = batch["labels"]
+        return {
+            "loss": float(F.cross_entropy(logits, labels, reduction="sum")),
+            "correct": float((logits.argmax(-1) == labels).sum()),
+            "examples": float(len(labels)),
+        }
+
+    def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Mean loss, accuracy, and the number of examples."""
+        examples = sums["examples"]
+        return {"loss": sums["loss"] / examples, "accuracy": sums["correct"] / examples, "examples": examples}

@@ -1,0 +1,197 @@
+"""Base models: any Hugging Face encoder or decoder, by embedded name, hub name or local folder."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedgrove.adapters.adapter import Site
+from fedgrove.errors import ModelError
+from fedgrove.federation.assets import asset
+from fedgrove.interop.targets import find_sites
+from fedgrove.seeds import derive
+
+#: embedded models and the hub names of the same weights
+EMBEDDED_MODELS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+
+#: where the config keeps its dropout rates; the base runs without dropout (docs/limits.md)
+_DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout", "activation_dropout",
+    "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "attn_pdrop", "seq_classif_dropout", "classifier_dropout",
+    "pooler_dropout", "layerdrop", "embedding_dropout", "mlp_dropout", "classifier_pdrop", "ffn_dropout",
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Base:
+    """A frozen base model with its adapted sites. One per process, whatever the number of clients."""
+
+    name: str
+    upstream: str  # the name that PEFT configurations carry
+    model: Any  # a transformers PreTrainedModel
+    tokenizer: Any
+    sites: dict[str, Site]
+    hidden: int
+    head: Literal["pooled", "stock"]
+    head_modules: tuple[str, ...]  # the stock head's modules, as PEFT's modules_to_save names them
+    stock_head: dict[str, Tensor]  # their initial values, by parameter name
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Adapters and heads train in float32 whatever the base's precision (float64 with a float64 base)."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer indices of the sites, shallow to deep."""
+        return tuple(sorted({site.layer for site in self.sites.values()}))
+
+
+def resolve_name(name: str) -> str:
+    """Where ``from_pretrained`` finds the model: the cache's folder for an embedded name, else the name itself."""
+    return str(asset(name)) if name in EMBEDDED_MODELS else name
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, name, revision)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"model.name: the tokenizer of '{name}' has neither a padding nor an end token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    head: Literal["pooled", "stock"] = "pooled",
+    classes: int = 2,
+    targets: Any = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+) -> Base:
+    """Load and freeze a base. Raises ``ModelError`` in one sentence."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    config = load_config(name, revision)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model.name: '{name}' is an encoder-decoder; Fedgrove adapts encoders and decoders.")
+    tokenizer = load_tokenizer(name, revision)
+    for key in _DROPOUTS:
+        if isinstance(getattr(config, key, None), float):
+            setattr(config, key, 0.0)
+    if head == "stock":
+        config.num_labels = classes
+        config.pad_token_id = tokenizer.pad_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "stock head"))  # weights that the checkpoint lacks are drawn here
+        factory = AutoModel if head == "pooled" else AutoModelForSequenceClassification
+        model = _load(factory, name, revision, config=config, dtype=dtype)
+    model.requires_grad_(False)
+    model.eval()
+    if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(f"train.gradient_checkpointing: '{name}' does not support it; set it to false.")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode only; every dropout rate is 0
+    model.to(device)
+    modules: tuple[str, ...] = ()
+    stock: dict[str, Tensor] = {}
+    if head == "stock":
+        prefix = model.base_model_prefix
+        modules = tuple(n for n, m in model.named_children() if n != prefix and any(True for _ in m.parameters()))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for module in modules:
+            for key, value in model.get_submodule(module).named_parameters():
+                stock[f"{module}.{key}"] = value.detach().to("cpu", wide).clone()
+            model.get_submodule(module).to(wide)
+            model.get_submodule(module).register_forward_pre_hook(partial(_widen, wide))
+    sites = {n: s for n, s in find_sites(model, targets).items() if not n.startswith(tuple(f"{m}." for m in modules))}
+    return Base(
+        name=name,
+        upstream=EMBEDDED_MODELS.get(name, name),
+        model=model,
+        tokenizer=tokenizer,
+        sites=sites,
+        hidden=int(config.hidden_size),
+        head=head,
+        head_modules=modules,
+        stock_head=stock,
+        dtype=dtype,
+        device=torch.device(device),
+    )
+
+
+def _widen(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The stock head computes in the head's precision, whatever the base's."""
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, name, revision)
+
+
+def longest_input(config: Any) -> int | None:
+    """The most tokens that the model's positions allow, if it says so."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    offset = (
+        2
+        if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl")
+        else 0
+    )
+    return int(limit) - offset
+
+
+def _load(factory: Any, name: str, revision: str | None, **options: Any) -> Any:
+    """From disk where it is there, else from the hub."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    place = resolve_name(name)
+    if Path(place).exists() and not Path(place).is_dir():
+        raise ModelError(f"model.name: '{name}' is a file; name the folder that holds config.json.")
+    if place.startswith((".", "/", "~")) and not Path(place).expanduser().is_dir():
+        raise ModelError(f"model.name: the folder '{name}' does not exist.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return factory.from_pretrained(place, revision=revision, local_files_only=True, **options)
+        except ImportError as error:
+            raise ModelError(f"model.name: '{name}' needs a package that is not installed: {_first(error)}") from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if Path(place).is_dir():
+                raise ModelError(f"model.name: '{name}' cannot be loaded from its folder: {_first(error)}") from error
+        try:
+            return factory.from_pretrained(place, revision=revision, **options)
+        except Exception as error:  # the hub client raises many kinds
+            raise ModelError(
+                f"model.name: '{name}' is neither on this machine nor could it be fetched from the model hub "
+                f"({type(error).__name__}); check the name and the network, or give a local folder."
+            ) from error
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

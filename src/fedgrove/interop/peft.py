@@ -1,0 +1,166 @@
+"""PEFT adapter directories: the documented format in which a client leaves.
+
+``adapter_config.json`` + ``adapter_model.safetensors`` are PEFT's own. Beside them ``head.safetensors`` (our pooled
+head) and ``fedgrove.json`` (labels, maximum length, pooling, precision: what a classifier is besides its weights).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.errors import AdapterError
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS, HEAD, CARD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedgrove.json"
+
+
+def save_adapter(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    base: str,
+    head: Mapping[str, Tensor],
+    head_kind: Literal["pooled", "stock"],
+    head_modules: tuple[str, ...] = (),
+    card: Mapping[str, Any],
+) -> None:
+    """Write one PEFT adapter directory, replacing what is there only when all of it is written.
+
+    ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes where PEFT keeps
+    ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
+    """
+    if not adapter:
+        raise AdapterError(f"{folder.name}: there is no LoRA term to write as an adapter.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    stock = head_kind == "stock"
+    _config(adapter, base, head_modules if stock else ()).save_pretrained(str(partial))
+    tensors: dict[str, Tensor] = {}
+    for site, factors in adapter.items():
+        tensors[f"{PREFIX}{site}.lora_A.weight"] = factors.A.detach().clone().contiguous()
+        tensors[f"{PREFIX}{site}.lora_B.weight"] = factors.B.detach().clone().contiguous()
+    if stock:
+        tensors |= {f"{PREFIX}{name}": value.detach().clone().contiguous() for name, value in head.items()}
+    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    if head and not stock:
+        save_file(
+            {n: v.detach().clone().contiguous() for n, v in head.items()}, partial / HEAD, metadata={"format": "pt"}
+        )
+    (partial / CARD).write_text(json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in partial.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def _config(adapter: Adapter, base: str, modules: tuple[str, ...]) -> Any:
+    from peft import LoraConfig
+
+    ranks = {site: factors.rank for site, factors in adapter.items()}
+    alphas = {site: factors.scale * factors.rank for site, factors in adapter.items()}
+    rank = max(ranks.values())
+    alpha = next(alphas[site] for site in adapter if ranks[site] == rank)
+    config: Any = LoraConfig(
+        r=rank,
+        lora_alpha=_tidy(alpha),
+        target_modules=sorted(adapter),
+        rank_pattern={site: r for site, r in ranks.items() if r != rank},
+        alpha_pattern={site: _tidy(a) for site, a in alphas.items() if a != alpha},
+        task_type="SEQ_CLS" if modules else "FEATURE_EXTRACTION",
+        modules_to_save=list(modules) or None,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    config.target_modules = sorted(config.target_modules)  # a set inside PEFT: its order would differ between processes
+    return config
+
+
+def _tidy(alpha: float) -> Any:
+    """PEFT declares alpha an int; a whole number is written as one."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, Any]]:
+    """(adapter, head, PEFT's configuration) of a directory, whoever wrote it.
+
+    Tensors other than LoRA's pairs (modules to save) come back as the head, by their name in the base model.
+    Raises ``AdapterError`` in one sentence that names the file and the tensor.
+    """
+    config = read_json(folder / CONFIG)
+    if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS).exists():
+        raise AdapterError(f"{folder} holds pickled weights (adapter_model.bin); save the adapter as safetensors.")
+    tensors = read_tensors(folder / WEIGHTS)
+    for key in ("use_dora", "use_rslora"):
+        if config.get(key):
+            raise AdapterError(f"{folder / CONFIG} has {key} = true; only plain LoRA adapters can be read.")
+    pairs: dict[str, dict[str, Tensor]] = {}
+    head: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise AdapterError(f"{folder / WEIGHTS}: the tensor '{name}' has values that are not finite.")
+        path = name.removeprefix(PREFIX)
+        for letter in "AB":
+            if path.endswith(f".lora_{letter}.weight"):
+                pairs.setdefault(path.removesuffix(f".lora_{letter}.weight"), {})[letter] = value
+                break
+        else:
+            head[path] = value
+    adapter: Adapter = {}
+    for site, pair in sorted(pairs.items()):
+        if set(pair) != {"A", "B"}:
+            missing = "B" if "A" in pair else "A"
+            raise AdapterError(f"{folder / WEIGHTS}: '{site}' has no lora_{missing}; one half of the pair is missing.")
+        if pair["A"].ndim != 2 or pair["B"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            shapes = f"A {tuple(pair['A'].shape)}, B {tuple(pair['B'].shape)}"
+            raise AdapterError(f"{folder / WEIGHTS}: '{site}' has shapes that do not fit: {shapes}.")
+        adapter[site] = Factors(pair["A"], pair["B"], _scale(config, site, pair["A"].shape[0]))
+    if (folder / HEAD).exists():
+        head |= read_tensors(folder / HEAD)
+    return adapter, head, config
+
+
+def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
+    import re
+
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", site):
+            alpha = value
+            break
+    return float(alpha) / rank
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path} does not exist; {path.parent} is not an adapter directory.") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} does not hold a JSON object.")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except FileNotFoundError:
+        raise AdapterError(f"{path} does not exist.") from None
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} is not a whole safetensors file ({error}); it was cut short or altered.") from error

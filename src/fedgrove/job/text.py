@@ -1,0 +1,122 @@
+"""A job as text: the resolved file, the explanation of every key, the commented template."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from fedgrove.job.kinds import field_kind
+from fedgrove.job.toml import key_text, value_text
+
+if TYPE_CHECKING:
+    from fedgrove.job.job import Job
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of a section."""
+
+    key: str
+    field: FieldInfo
+    value: Any
+    default: Any
+
+    @property
+    def description(self) -> str:
+        return self.field.description or ""
+
+    def line(self, value: Any) -> str:
+        return f"{key_text(self.key)} = {value_text(value)}"
+
+    def example(self) -> Any:
+        """A value for a comment: the default, or an example where the default is to be unset."""
+        return self.default if self.default is not None else next(iter(self.field.examples or []), None)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One section, or a section within it, with its keys."""
+
+    name: str
+    about: str
+    entries: list[Entry]
+
+
+def tables(job: Job) -> Iterator[Table]:
+    """Every section of the job in order, a method's own keys beside its name."""
+    for name in type(job).model_fields:
+        yield from _tables(name, getattr(job, name))
+
+
+def to_toml(job: Job) -> str:
+    blocks = []
+    for table in tables(job):
+        lines = [entry.line(entry.value) for entry in table.entries if entry.value is not None]
+        blocks.append("\n".join([f"[{table.name}]", *lines]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def explain(job: Job) -> str:
+    blocks = []
+    for table in tables(job):
+        blocks.append(f"[{table.name}]  {table.about}")
+        for entry in table.entries:
+            here = "" if entry.value == entry.default else f"; here: {value_text(entry.value)}"
+            head = f"  {table.name}.{entry.key}: {field_kind(entry.field)}; default: {value_text(entry.default)}{here}"
+            body = textwrap.fill(entry.description, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            blocks.append(f"{_wrap(head)}\n{body}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def template(job: Job) -> str:
+    """A job file in which what differs from the defaults is set and everything else is a comment."""
+    blocks = [
+        "# A Fedgrove job. What is commented out is a default (or, where a key is not set by default, an example).\n"
+        "# `fedgrove job FILE` checks it, `fedgrove data FILE` shows who would hold what, `fedgrove run FILE` runs it."
+    ]
+    for table in tables(job):
+        lines = ["", *_comment(table.about), f"[{table.name}]"]
+        for entry in table.entries:
+            chosen = entry.value != entry.default or entry.key == "name" or entry.key == "by"
+            line = entry.line(entry.value) if chosen else f"# {entry.line(entry.example())}"
+            lines += [*_comment(f"{entry.key}: {entry.description}", "#   "), line]
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks) + "\n"
+
+
+def _tables(name: str, section: BaseModel) -> Iterator[Table]:
+    inner = {key: value for key, value in _values(section).items() if isinstance(value, BaseModel)}
+    entries = [_entry(section, key) for key in type(section).model_fields if key not in inner]
+    if name == "method":
+        options = inner.pop("options")
+        entries += [_entry(options, key) for key in type(options).model_fields]
+    yield Table(name, inspect.cleandoc(type(section).__doc__ or "").replace("\n", " "), entries)
+    for key, value in inner.items():
+        yield from _tables(f"{name}.{key}", value)
+
+
+def _values(section: BaseModel) -> dict[str, Any]:
+    return {key: getattr(section, key) for key in type(section).model_fields}
+
+
+def _entry(section: BaseModel, key: str) -> Entry:
+    field = type(section).model_fields[key]
+    default = field.get_default(call_default_factory=True)
+    return Entry(key, field, getattr(section, key), None if default is PydanticUndefined else default)
+
+
+def _comment(text: str, later: str = "# ") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent=later, break_on_hyphens=False)
+
+
+def _wrap(head: str) -> str:
+    return textwrap.fill(head, WIDTH, subsequent_indent=" " * 4, break_on_hyphens=False, break_long_words=False)

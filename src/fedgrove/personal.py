@@ -1,0 +1,134 @@
+"""A client's model as its user meets it: loaded from an adapter directory, it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedgrove.adapters import Adapter, Assembly, Extra, Term
+from fedgrove.errors import AdapterError, RunError
+from fedgrove.federation.tasks.classify_text import ClassifyText
+from fedgrove.interop import peft
+from fedgrove.interop.models import EMBEDDED_MODELS, load_base
+from fedgrove.training.head import PREFIX
+from fedgrove.training.kernel import Kernel, TrainOptions
+
+
+class ClientModel:
+    """A base with one client's adapter and head. Made by ``load``."""
+
+    def __init__(self, kernel: Kernel, assembly: Assembly, card: dict[str, Any]):
+        self.kernel, self.assembly, self.card = kernel, assembly, card
+        self.labels: tuple[str, ...] = tuple(card["labels"])
+
+    def logits(self, texts: Sequence[str]) -> Tensor:
+        """Logits ``[texts, classes]`` in float32, columns in the order of ``labels``."""
+        rows = [{"text": text, "label": self.labels[0]} for text in texts]
+        return self.kernel.logits(self.assembly, self.kernel.task.encode(rows, self.kernel.base.tokenizer)).clone()
+
+    def probabilities(self, texts: Sequence[str]) -> Tensor:
+        return torch.softmax(self.logits(texts).float(), dim=-1)
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The most likely label of each text."""
+        return [self.labels[index] for index in self.logits(texts).argmax(dim=-1).tolist()]
+
+    def evaluate(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """The task's measures on rows ``{"text": …, "label": …}``."""
+        return self.kernel.evaluate(self.assembly, self.kernel.task.encode(list(rows), self.kernel.base.tokenizer))
+
+
+def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -> ClientModel:
+    """A client's model from an adapter directory that a run or ``fedgrove export`` wrote (merged ones too).
+
+    ``dtype`` is the base's precision, by default the one the run used, so that the logits are the run's.
+    Raises ``AdapterError`` where the directory is incomplete, ``ModelError`` where the base cannot be loaded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(f"{folder} does not exist; name an adapter directory such as RUN/adapters/CLIENT.")
+    if (folder / "summary.json").exists() or (folder / "job.toml").exists():
+        raise RunError(f"{folder} is a run; name one of its adapters, such as {folder / 'adapters' / 'CLIENT'}.")
+    card = peft.read_json(folder / peft.CARD)
+    merged = bool(card.get("merged"))
+    adapter: Adapter = {}
+    if merged:
+        head = peft.read_tensors(folder / peft.HEAD) if (folder / peft.HEAD).exists() else {}
+    else:
+        adapter, head, _ = peft.read_adapter(folder)
+    kernel = _kernel(
+        str(folder) if merged else card["model"],
+        None if merged else card.get("revision"),
+        card["head"],
+        tuple(card["labels"]),
+        int(card["max_length"]),
+        tuple(sorted(adapter)),
+        dtype or card["dtype"],
+        device,
+    )
+    base = kernel.base
+    if card["head"] == "stock" and merged:
+        head = base.stock_head
+    for site, factors in adapter.items():
+        known = base.sites[site]
+        if (factors.A.shape[1], factors.B.shape[0]) != (known.in_features, known.out_features):
+            raise AdapterError(f"{folder}: '{site}' does not have the shape of that layer in {card['model']}.")
+    extras = {PREFIX + name: Extra(value, train=False) for name, value in head.items()}
+    terms = (Term("adapter", adapter, train=""),) if adapter else ()
+    return ClientModel(kernel, Assembly(terms, extras=extras), card)
+
+
+@lru_cache(maxsize=1)
+def _kernel(
+    name: str,
+    revision: str | None,
+    head: Literal["pooled", "stock"],
+    labels: tuple[str, ...],
+    max_length: int,
+    targets: tuple[str, ...],
+    dtype: str,
+    device: str,
+) -> Kernel:
+    """The base that the clients of one run share: loaded once for all of them."""
+    base = load_base(
+        name,
+        revision=revision,
+        head=head,
+        classes=len(labels),
+        targets=list(targets) or "auto",
+        dtype=getattr(torch, dtype),
+        device=device,
+    )
+    return Kernel(base, ClassifyText(labels=labels, max_length=max_length), TrainOptions())
+
+
+def merge(source: Path, out: Path) -> None:
+    """Write the base with the adapter folded in as an ordinary model (float32), with its tokenizer and head."""
+    from peft import PeftModel
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    from fedgrove.interop.models import load_tokenizer, resolve_name
+
+    card = peft.read_json(source / peft.CARD)
+    place, revision = resolve_name(card["model"]), card.get("revision")
+    if card["head"] == "stock":
+        base = AutoModelForSequenceClassification.from_pretrained(
+            place, revision=revision, num_labels=len(card["labels"])
+        )
+    else:
+        base = AutoModel.from_pretrained(place, revision=revision)
+    whole = PeftModel.from_pretrained(base.to(torch.float32), str(source)).merge_and_unload()
+    whole.config.id2label = dict(enumerate(card["labels"]))
+    whole.config.label2id = {label: index for index, label in enumerate(card["labels"])}
+    whole.save_pretrained(str(out))
+    load_tokenizer(card["model"], revision).save_pretrained(str(out))
+    head = peft.read_tensors(source / peft.HEAD) if (source / peft.HEAD).exists() else {}
+    if head:
+        peft.save_file(head, out / peft.HEAD, metadata={"format": "pt"})
+    card = {**card, "merged": True, "dtype": "float32", "upstream": EMBEDDED_MODELS.get(card["model"], card["model"])}
+    (out / peft.CARD).write_text(peft.json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,167 @@
+"""What a run directory says, read once, as plain data for tables and figures. Nothing here imports matplotlib."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedgrove.tracking import metrics, words
+from fedgrove.tracking import summary as summaries
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. ``notes`` name files that are missing or cannot be read; the report leaves those parts out."""
+
+    path: Path
+    summary: Mapping[str, Any]
+    job: dict[str, Any]
+    job_text: str
+    lines: list[dict[str, Any]]  # metrics.jsonl
+    table: dict[str, Any] | None  # Federation.table()
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        return str(self.summary.get("method", "?"))
+
+    @property
+    def clients(self) -> dict[str, dict[str, Any]]:
+        """The clients that trained, by name."""
+        return {name: row for name, row in self.summary["clients"].items() if not row.get("held_out")}
+
+    @property
+    def newcomers(self) -> dict[str, dict[str, Any]]:
+        """The clients that never trained."""
+        return {name: row for name, row in self.summary["clients"].items() if row.get("held_out")}
+
+    def values(self, key: str) -> dict[str, float]:
+        """``{client: number}`` over the clients that trained and have one: key ``metric``, ``metric_base``, ..."""
+        return {name: float(row[key]) for name, row in self.clients.items() if _is_number(row.get(key))}
+
+    @cached_property
+    def metric(self) -> str:
+        """What ``metric`` measures, as summary.json says or the evaluation lines call it."""
+        if self.summary.get("metric"):
+            return str(self.summary["metric"])
+        names = (metrics.metric_name(line) for line in self.lines if line["split"] == "test")
+        return next((name for name in names if name), "score")
+
+    @cached_property
+    def percent(self) -> bool:
+        return words.shares(
+            [value for key in ("metric", "metric_base", "metric_tuned") for value in self.values(key).values()]
+        )
+
+    @cached_property
+    def history(self) -> dict[int, dict[str, float]]:
+        """``{round: {client: metric}}`` of the clients that trained, rounds ascending; only what is a number."""
+        found: dict[int, dict[str, float]] = {}
+        for line in self.lines:
+            if line["split"] == "test" and line["client"] in self.clients and _is_number(line.get(self.metric)):
+                found.setdefault(line["round"], {})[line["client"]] = float(line[self.metric])
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def losses(self) -> dict[int, list[float]]:
+        """``{round: training losses of its clients}``, numbers only."""
+        found: dict[int, list[float]] = {}
+        for line in self.lines:
+            if line["split"] == "train" and _is_number(line.get("loss")):
+                found.setdefault(line["round"], []).append(float(line["loss"]))
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def broken(self) -> dict[str, int]:
+        """``{client: rounds whose training loss was not a number}``."""
+        found: dict[str, int] = {}
+        for line in self.lines:
+            if line["split"] == "train" and "loss" in line and not _is_number(line["loss"]):
+                found[line["client"]] = found.get(line["client"], 0) + 1
+        return found
+
+    @cached_property
+    def test_sizes(self) -> list[int]:
+        """Test examples of each client that trained, as evaluated."""
+        sizes = {
+            line["client"]: line["examples"]
+            for line in self.lines
+            if line["split"] == "test" and line["client"] in self.clients and _is_number(line.get("examples"))
+        }
+        return sorted(sizes.values())
+
+    def described(self, name: str) -> Mapping[str, Any]:
+        """The client's row of federation.json, {} where there is none."""
+        return self._described.get(name, {})
+
+    @cached_property
+    def _described(self) -> dict[str, Mapping[str, Any]]:
+        return {row["name"]: row for row in (self.table or {}).get("clients", [])}
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Where the data come from: name, licence, note, checksum, as far as federation.json says."""
+        source = (self.table or {}).get("source")
+        return (
+            {key: value for key, value in source.items() if isinstance(value, str) and value}
+            if isinstance(source, dict)
+            else {}
+        )
+
+    @property
+    def data_name(self) -> str | None:
+        return self.source.get("name") or self.setting("data", "path") or self.setting("data", "name")
+
+    def setting(self, section: str, key: str, default: Any = None) -> Any:
+        """One value of the resolved job."""
+        part = self.job.get(section)
+        if key == "name" and isinstance(part, str):  # model = "roberta-large" is short for its name
+            return part
+        return part.get(key, default) if isinstance(part, dict) else default
+
+
+def load(run_dir: Path) -> Run:
+    """Read a run directory. Raises ``RunError`` where summary.json is missing or is none; other files may be absent."""
+    summary = summaries.read(run_dir / "summary.json")
+    notes: list[str] = []
+    job_text = _text(run_dir / "job.toml", notes)
+    try:
+        job = tomllib.loads(job_text)
+    except tomllib.TOMLDecodeError:
+        job = {}
+        notes.append("job.toml is not valid TOML.")
+    lines = metrics.read(run_dir / "metrics.jsonl")
+    if not lines:
+        notes.append("metrics.jsonl is missing or empty, so there are no curves.")
+    table = _json(run_dir / "federation.json", notes)
+    versions = _json(run_dir / "versions.json", notes if (run_dir / "versions.json").exists() else [])
+    return Run(run_dir, summary, job, job_text, lines, table, versions or {}, tuple(notes))
+
+
+def _text(path: Path, notes: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        notes.append(f"{path.name} is missing or cannot be read.")
+        return ""
+
+
+def _json(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    text = _text(path, notes)
+    try:
+        content = json.loads(text) if text else None
+    except ValueError:
+        content = None
+        notes.append(f"{path.name} is not valid JSON.")
+    return content if isinstance(content, dict) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,232 @@
+"""What the page says in words and tables beside the figures, as plain data for the template."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import textwrap
+from dataclasses import dataclass
+from pathlib import PurePath
+from statistics import median
+from typing import Any
+
+from fedgrove.report.compare import Comparison, Row, unseen
+from fedgrove.report.data import Run
+from fedgrove.tracking import words
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One large number with what it means."""
+
+    value: str
+    label: str
+    note: str = ""
+
+
+def headline(run: Run) -> str:
+    """One sentence on what ran."""
+    alone, trained, rounds = run.method == "local", len(run.clients), run.summary.get("rounds", 0)
+    model, data = PurePath(run.setting("model", "name") or "a model").name, run.data_name
+    ranks = sorted({row["rank"] for row in run.clients.values() if row.get("rank")})
+    rank = (
+        f" at LoRA rank {ranks[0]}" if len(ranks) == 1 else f" at LoRA ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+    )
+    return (
+        f"{words.count(trained, 'client')}{' together' if trained > 1 and not alone else ''} fine-tuned {model}"
+        f"{f' on {data}' if data else ''}{', each on its own,' if alone else f' with {run.method}'}"
+        f" in {words.count(rounds, 'round')}{rank} (seed {run.summary.get('seed')})"
+    )
+
+
+def settings(run: Run) -> list[tuple[str, str]]:
+    """The handful of settings that a reader looks for first; the whole job is at the end of the page."""
+    found: list[tuple[str, Any]] = [
+        ("method", run.method),
+        ("model", run.setting("model", "name")),
+        ("task", run.summary.get("task")),
+        ("data", run.data_name),
+        ("clients", f"{len(run.clients)} + {len(run.newcomers)} held out" if run.newcomers else len(run.clients)),
+        (
+            "clients in a round",
+            None
+            if (share := run.setting("federation", "fraction")) is None
+            else "all"
+            if share == 1
+            else f"{100 * share:g} %",
+        ),
+        ("head", run.setting("federation", "head")),
+        ("rounds", run.summary.get("rounds")),
+        ("local work", _local_work(run)),
+        ("seed", run.summary.get("seed")),
+    ]
+    return [(name, str(value)) for name, value in found if value is not None and value != ""]
+
+
+def tiles(run: Run, comparison: Comparison) -> list[Tile]:
+    ours, percent = comparison.ours, run.percent
+    before = [
+        (name, row) for name, row in (("base", comparison.base), ("alone", comparison.local)) if row and row.values
+    ]
+
+    def beside(statistic: str) -> str:
+        return ", ".join(f"{name} {_score(getattr(row, statistic), percent)}" for name, row in before)
+
+    found = [Tile(_score(ours.mean, percent), f"mean {run.metric}", beside("mean"))]
+    if len(run.clients) > 1:
+        found.append(Tile(_score(ours.tail, percent), "tail: the 10th-percentile client", beside("tail")))
+    gains, reference = comparison.gains(), comparison.reference
+    if gains and reference and len(gains) > 1:
+        than = {"local": "than training alone", "base": "than with the base"}.get(
+            reference.kind, f"than in {reference.note}"
+        )
+        better = sum(gain > 0 for gain in gains.values())
+        found.append(Tile(f"{better} of {len(gains)}", f"clients do better {than}"))
+    sent = run.summary.get("bytes", {})
+    if sent.get("up") or sent.get("down"):
+        found.append(
+            Tile(words.size(sent.get("up", 0)), "sent up in the whole run", f"down {words.size(sent.get('down', 0))}")
+        )
+    found.append(Tile(words.duration(run.summary.get("seconds", {}).get("total")), "wall time, from start to end"))
+    return found
+
+
+def comparison_rows(run: Run, comparison: Comparison) -> list[dict[str, str]]:
+    """mean, std, tail and worst client of every row, with the row's colour."""
+    last = unseen(run)
+    return [_comparison_row(row, run) for row in [*comparison.rows, *([last] if last else [])]]
+
+
+def _comparison_row(row: Row, run: Run) -> dict[str, str]:
+    worst = row.values.get(row.worst)
+    return {
+        "kind": row.kind,
+        "label": row.label,
+        "note": row.note,
+        "clients": str(len(row.values)),
+        "mean": _score(row.mean, run.percent),
+        "std": _score(row.std, run.percent),
+        "tail": _score(row.tail, run.percent),
+        "worst": _score(worst, run.percent),
+        "who": words.shorten(row.worst, 24),
+    }
+
+
+def client_rows(run: Run, comparison: Comparison) -> list[dict[str, Any]]:
+    """Every client in the order of the names, with what the figures show as numbers."""
+    gains, local = comparison.gains(), comparison.local.values if comparison.local else {}
+    rows = []
+    for name, row in sorted(run.summary["clients"].items()):
+        rows.append(
+            {
+                "name": name,
+                "group": run.described(name).get("group") or "",
+                "held_out": bool(row.get("held_out")),
+                "examples": "–" if row.get("examples") is None else f"{row['examples']:,}",
+                "rank": "–" if row.get("rank") is None else str(row["rank"]),
+                "base": _score(row.get("metric_base"), run.percent),
+                "local": _score(local.get(name), run.percent),
+                "metric": _score(row.get("metric"), run.percent),
+                "tuned": _score(row.get("metric_tuned"), run.percent),
+                "gain": words.typographic(words.change(gains.get(name), percent=run.percent)),
+                "loss": words.typographic(words.number(row.get("loss"))),
+            }
+        )
+    return rows
+
+
+def cost_rows(run: Run) -> list[tuple[str, str, str]]:
+    """(what, how much, meaning): numbers that are easily confused, one under the other."""
+    parameters, total = run.summary.get("parameters", {}), run.summary.get("bytes", {})
+    meanings = (
+        ("trained", "trained", "change while a client trains"),
+        ("stored", "stored", "make up a client’s own model, beside the base that all share"),
+        ("sent_up", "sent up", "leave a client in a round"),
+        ("sent_down", "sent down", "reach a client in a round"),
+    )
+    rows = [
+        (f"parameters {name}", f"{parameters[key]:,}", meaning)
+        for key, name, meaning in meanings
+        if parameters.get(key) is not None
+    ]
+    trained = [line for line in run.lines if line["split"] == "train"]
+    for key, name in (("bytes_up", "up"), ("bytes_down", "down")):
+        each = [line[key] for line in trained if line.get(key) is not None]
+        if each:
+            rows.append((f"bytes {name} in a round", words.size(median(each)), "one client, as encoded for the wire"))
+    rows += [
+        (f"bytes {name} in the run", words.size(total[name]), "all clients and rounds together")
+        for name in ("up", "down")
+        if name in total
+    ]
+    return rows
+
+
+def time_rows(run: Run) -> list[tuple[str, str, float]]:
+    """(what, duration, share of the total in percent); what is left over (loading, export) is a row of its own."""
+    seconds = run.summary.get("seconds", {})
+    total = seconds.get("total") or 0.0
+    parts = [
+        ("local training", seconds.get("training")),
+        ("evaluation", seconds.get("evaluation")),
+        ("server", seconds.get("server")),
+    ]
+    known = [(name, float(value)) for name, value in parts if value is not None]
+    rest = total - sum(value for _, value in known)
+    if rest > 0.005 * total:
+        known.append(("the rest: loading, writing", rest))
+    rows = [(name, words.duration(value), 100 * value / total if total else 0.0) for name, value in known]
+    return [*rows, ("total", words.duration(total), 100.0)]
+
+
+def usage(run: Run) -> list[tuple[str, str]]:
+    """(what it does, code) for one client, with paths relative to the run directory."""
+    name = next(iter(sorted(run.clients)), next(iter(run.newcomers), "CLIENT"))
+    here = f"adapters/{name}"
+    found = [
+        (
+            "Ask one client’s model something, from a shell:",
+            f'fedgrove predict . --client {shlex.quote(name)} "a text to classify"',
+        )
+    ]
+    config = run.path / here / "adapter_config.json"
+    try:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (
+        OSError,
+        ValueError,
+    ):  # no plain PEFT adapter: this method's model is more than a sum of LoRA terms, or nothing was exported
+        return found
+    base = base or run.setting("model", "name") or "BASE MODEL"
+    stock = run.setting("model", "head") == "stock"
+    labels = len((run.table or {}).get("labels", []))
+    kind = "AutoModelForSequenceClassification" if stock else "AutoModel"
+    more = f", num_labels={labels}" if stock and labels else ""
+    code = f"""\
+        from peft import PeftModel
+        from transformers import {kind}, AutoTokenizer
+
+        base_name = {json.dumps(base, ensure_ascii=False)}
+        base = {kind}.from_pretrained(base_name{more})
+        model = PeftModel.from_pretrained(base, {json.dumps(here, ensure_ascii=False)}).eval()
+        tokenizer = AutoTokenizer.from_pretrained(base_name)
+        output = model(**tokenizer("a text to classify", return_tensors="pt"))
+        {"print(output.logits)" if stock else "hidden = output.last_hidden_state"}
+    """
+    what = "With PEFT and Transformers alone:"
+    if not stock:
+        what = (
+            "With PEFT and Transformers alone. The classifier is head.safetensors beside the adapter: "
+            "its weight and bias act on the mean of the hidden states over the tokens."
+        )
+    found.append((what, textwrap.dedent(code).rstrip()))
+    return found
+
+
+def _score(value: float | None, percent: bool) -> str:
+    return words.typographic(words.score(value, percent=percent))
+
+
+def _local_work(run: Run) -> str | None:
+    epochs, steps = run.setting("train", "local_epochs"), run.setting("train", "local_steps")
+    return words.count(epochs, "epoch") if epochs else words.count(steps, "step") if steps else None

@@ -1,0 +1,1 @@
+"""Sections of single systems, one module each, found by themselves; see ``fedgrove.report.sections``."""

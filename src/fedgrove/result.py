@@ -1,0 +1,114 @@
+"""A finished run, from Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from fedgrove.errors import RunError
+from fedgrove.tracking import metrics
+from fedgrove.tracking import summary as summaries
+
+if TYPE_CHECKING:
+    from fedgrove.job import Job
+    from fedgrove.personal import ClientModel
+
+
+class Result:
+    """What ``fg.run`` gives back; ``Result("runs/fedit")`` opens a finished run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise RunError(f"{self.path} does not exist; name the directory of a finished run.")
+        self.summary: dict[str, Any] = summaries.read(self.path / "summary.json")
+
+    @property
+    def job(self) -> Job:
+        from fedgrove.job import Job
+
+        return Job.load(self.path / "job.toml")
+
+    def names(self) -> list[str]:
+        """The clients, held-out ones included."""
+        return list(self.summary["clients"])
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return metrics.read(self.path / "metrics.jsonl")
+
+    def client(self, name: str) -> ClientResult:
+        """One client's part of the run. Raises ``RunError`` for a name that the run does not have."""
+        if name not in self.summary["clients"]:
+            raise RunError(f"{self.path} has no client '{name}'; it has {', '.join(self.names())}.")
+        return ClientResult(self, name)
+
+    def __repr__(self) -> str:
+        short = {key: self.summary[key] for key in ("method", "rounds", "mean", "tail10")}
+        return f"Result({str(self.path)!r}, {json.dumps(short)})"
+
+
+class ClientResult:
+    """One client of a finished run."""
+
+    def __init__(self, result: Result, name: str):
+        self.result, self.name = result, name
+        self.summary: dict[str, Any] = result.summary["clients"][name]
+
+    @property
+    def path(self) -> Path:
+        """Its adapter directory."""
+        return self.result.path / "adapters" / self.name
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The most likely label of each text."""
+        return self.model().predict(texts)
+
+    def evaluate(self, data: str | Path | None = None) -> dict[str, float]:
+        """The measures on the client's own test split, or on a table with the job's columns."""
+        from fedgrove.federation import build
+        from fedgrove.federation.sources import rows_of
+
+        job = self.result.job
+        if data is not None:
+            return self.model().evaluate(rows_of(Path(data), job))
+        clients = {client.name: client for client in build(job).clients}
+        return self.model().evaluate(clients[self.name].test)
+
+    def export(self, out: str | Path, *, merge: bool = False, tier: str | None = None) -> Path:
+        """Copy the adapter to a new directory, or write the whole model with the adapter merged into it.
+
+        ``tier``: one tier alone, of a method that has tiers (HiLoRA: root, cluster, leaf).
+        """
+        out = Path(out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"{out} exists already; name a new directory.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            source = self.path
+            if tier is not None:
+                from fedgrove.interop.tiers import write_tier
+
+                source = Path(folder) / self.name
+                write_tier(self.path, source, tier)
+            if merge:
+                from fedgrove.personal import merge as write
+
+                write(source, out)
+            else:
+                shutil.copytree(source, out, dirs_exist_ok=True)
+        return out
+
+    def model(self, **options: Any) -> ClientModel:
+        """The client's model, ready to predict; options as of ``fedgrove.load``."""
+        from fedgrove.personal import load
+
+        return load(self.path, **options)

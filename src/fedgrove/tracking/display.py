@@ -1,0 +1,112 @@
+"""What the two progress displays share, and the plain one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedgrove.tracking import words
+from fedgrove.tracking.callback import Callback, Line, RunInfo
+from fedgrove.tracking.scoreboard import Clock, Score, Scoreboard
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Display(Callback):
+    """Keeps the scoreboard and prints the last line. Hooks before ``run_started`` (loading) find ``board`` None."""
+
+    def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
+        self.console, self.clock = console, clock
+        self.board: Scoreboard | None = None
+        self._started = clock()
+
+    def run_started(self, info: RunInfo) -> None:
+        self.board = Scoreboard(info, self.clock)
+
+    def round_started(self, round: int, clients: Sequence[str]) -> None:
+        if self.board:
+            self.board.start_round(round, clients)
+
+    def client_done(self, round: int, line: Line) -> None:
+        if self.board:
+            self.board.client(line)
+
+    def evaluated(self, round: int, lines: Sequence[Line]) -> None:
+        if self.board:
+            self.board.evaluate(round, lines)
+
+    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+        if self.board:
+            self.board.end_round()
+
+    def run_finished(self, summary: Mapping[str, Any], out: Path) -> None:
+        self.close()
+        self.line(
+            f"finished {words.count(summary['rounds'], 'round')} in {words.duration(self.clock() - self._started)}"
+        )
+
+    def run_stopped(self, round: int, reason: str) -> None:
+        self.close()
+        of = f" of {self.board.info.rounds}" if self.board else ""
+        self.line(f"stopped after round {round}{of}: {reason}")
+
+    def line(self, text: str) -> None:
+        """One line, never wrapped or coloured, at once; what the stream's encoding lacks becomes a question mark."""
+        encoding = getattr(self.console.file, "encoding", None) or "utf-8"
+        self.console.file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        self.console.file.flush()
+
+
+class PlainProgress(Display):
+    """One line per round, and one per phase outside rounds. No control characters."""
+
+    def run_started(self, info: RunInfo) -> None:
+        super().run_started(info)
+        resumed = f", from round {info.start_round}" if info.start_round > 1 else ""
+        clients, rounds = words.count(len(info.clients), "client"), words.count(info.rounds, "round")
+        self.line(f"{info.title} | {clients}, {rounds}{resumed} | {info.out}")
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        if not (self.board and self.board.running):
+            self.line(name if total is None else f"{name} ({total})")
+
+    def evaluated(self, round: int, lines: Sequence[Line]) -> None:
+        if self.board is None:
+            return
+        score = self.board.evaluate(round, lines)
+        if score and not self.board.running:  # inside a round it is part of the round's line
+            self.line(" | ".join([f"evaluated after round {round}", *score_cells(score)]))
+
+    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+        super().round_done(round, summary)
+        if self.board is None:
+            return
+        board = self.board
+        cells = [
+            f"round {round}/{board.info.rounds}",
+            words.count(board.done, "client"),
+            f"loss {words.number(board.loss)}",
+        ]
+        if board.score and board.score.round == round:
+            cells += score_cells(board.score)
+        cells += [f"up {words.size(board.bytes_up)}", f"down {words.size(board.bytes_down)}"]
+        cells.append(words.duration(board.round_seconds))
+        left = board.seconds_left()
+        if round < board.info.rounds and left is not None:
+            cells.append(f"{words.duration(left)} left")
+        self.line(" | ".join(cells))
+
+
+def score_cells(score: Score) -> list[str]:
+    """``["accuracy 61.2 % (+1.3)", "tail 42.0 % (-0.5)"]``; changes are in points since the evaluation before."""
+    cells = []
+    for name, value, change in (
+        (score.metric, score.mean, score.mean_change),
+        ("tail", score.tail, score.tail_change),
+    ):
+        since = "" if change is None else f" ({words.change(change, percent=score.percent)})"
+        cells.append(f"{name} {words.score(value, percent=score.percent)}{since}")
+    return cells

@@ -1,0 +1,301 @@
+"""The noise lab (``run.noise = true``): what is lost between the server and its clients, round by round.
+
+Source: the noise analysis of Fed-PLoRA, arXiv 2602.16936, with its bound corrected. ``G`` is the effective update of
+the global model, ``M_i`` the one client i starts from, ``D_i`` the one it ends with, all against the original base.
+
+``RUN/noise.jsonl`` has one line a round: ``round, n_init, n_agg, bound, n_init_adapter, cos_same, cos_other``, and the
+same keys for each site under ``sites``. ``RUN/cosines.jsonl`` has the matrix behind the two cosines, a mean over sites.
+
+* ``n_init``: ``mean_i ||G_{t-1} - M_i||``. It is 0.0, and no rounding error, where every client holds G's own modules:
+  those that both hold are taken off before anything is subtracted.
+* ``n_init_adapter``: the same without what the server had merged into the base, so FLoRA's is ``||G_{t-1}||``.
+* ``n_agg``: ``||G_t - ideal||``; the ideal is the mean of the clients' products with the method's own weights, for each
+  rank index over those that trained it where the method says so (``Method.modules``).
+* ``bound``: on ``n_agg``, where the server takes means of factors (``Method.averages_factors``); else null.
+* ``cos_same``, ``cos_other``: mean cosine between modules ``b a^T`` of different clients, of equal and of other index.
+
+Totals over sites are root-sum-squares, of cosines plain means. Without a global model the first four are null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgrove.adapters.adapter import Adapter, Site
+from fedgrove.adapters.algebra import Indices, concat
+from fedgrove.adapters.assembly import Assembly, Mix, as_one_adapter
+from fedgrove.adapters.noise import (
+    Cosines,
+    aggregation_noise,
+    index_aggregation_noise,
+    index_cosines,
+    initial_noise,
+    noise_bound,
+)
+from fedgrove.errors import RunError
+from fedgrove.methods.contract import Method, State, Update
+from fedgrove.tracking import files
+
+FILE, MATRICES = "noise.jsonl", "cosines.jsonl"
+KEYS = ("n_init", "n_agg", "bound", "n_init_adapter", "cos_same", "cos_other")
+
+#: A client's rank-1 modules and their global indices, as ``Method.modules`` gives them.
+Modules = tuple[Adapter, Indices | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Effective:
+    """The global model as one adapter, and the part of it that is merged into the base."""
+
+    whole: Adapter
+    merged: Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one client of the round did."""
+
+    weight: float
+    start: Adapter | None  # M_i and D_i; None where no adapter can express them, or nothing was seen of the client
+    end: Adapter | None
+    modules: Modules | None  # what it trained, for the cosines and the bound
+    by_index: bool  # whether the server averages those by rank index
+
+
+class Lab:
+    """No instrument: a run without ``run.noise``."""
+
+    def truncate_after(self, round: int) -> None:
+        """Drop the lines of later rounds, before a resume repeats them."""
+
+    def begin(self, round: int, state: State) -> None:
+        """A round begins; ``state`` is the server's."""
+
+    def end(self, state: State, updates: Sequence[Update]) -> None:
+        """The round's updates are in ``state`` now: measure and write."""
+
+
+class NoiseLab(Lab):
+    """Watches the client halves of one process and writes a line a round. It changes nothing that it sees."""
+
+    def __init__(self, method: Method, sites: Mapping[str, Site], folder: Path):
+        self.method, self.sites, self.folder = method, sites, folder
+        self._round = 0
+        self._before: Effective | None = None
+        self._starts: dict[str, Assembly] = {}
+        self._ends: dict[str, Assembly] = {}
+
+    def truncate_after(self, round: int) -> None:
+        for name in (FILE, MATRICES):
+            truncate_after(self.folder / name, round)
+
+    def begin(self, round: int, state: State) -> None:
+        self._round, self._before = round, self._effective(state)
+        self._starts, self._ends = {}, {}
+
+    def seen(self, keys: tuple[object, ...], start: Assembly, end: Assembly) -> None:
+        """One step of a client's local work, as ``ClientHalf.watch`` is told of it."""
+        round, client = keys[0], str(keys[-1])
+        if round == self._round:
+            self._starts.setdefault(client, start)
+            self._ends[client] = end
+
+    def end(self, state: State, updates: Sequence[Update]) -> None:
+        line, matrix = self.measure(state, updates)
+        append(self.folder / MATRICES, {"round": self._round, "matrix": matrix})
+        append(self.folder / FILE, {"round": self._round, **line})
+
+    def measure(self, state: State, updates: Sequence[Update]) -> tuple[dict[str, Any], list[list[float | None]]]:
+        """The round's line without its number, and the matrix of cosines as a mean over sites (None: no pair)."""
+        after = self._effective(state)
+        weights = self.method.weights(updates)
+        clients = [self._client(update, weight) for update, weight in zip(updates, weights, strict=True)]
+        tagged = [index for client in clients if client.modules for index in _all(client.modules)]
+        rank = max([self.method.setting.rank, *(index + 1 for index in tagged)])
+        sites: dict[str, dict[str, float | None]] = {}
+        matrices = []
+        for site in self.sites:
+            cosines = _cosines(site, clients, rank)
+            sites[site] = dict.fromkeys(KEYS)
+            if self._before is not None and after is not None:
+                sites[site] |= self._losses(site, self._before, after, clients)
+            if cosines is not None:
+                sites[site] |= {"cos_same": cosines.same, "cos_other": cosines.other}
+                matrices.append(cosines.matrix)
+        total = {key: _total(key, [found[key] for found in sites.values()]) for key in KEYS}
+        return {**total, "sites": sites}, _mean_matrix(matrices, rank)
+
+    def _losses(
+        self, site: str, before: Effective, after: Effective, clients: Sequence[Seen]
+    ) -> dict[str, float | None]:
+        """The three losses and the bound at one site."""
+        old, new, merged = _at(before.whole, site), _at(after.whole, site), _at(before.merged, site)
+        found: dict[str, float | None] = {}
+        if starts := [_at(client.start, site) for client in clients if client.start is not None]:
+            found["n_init"] = initial_noise(old, starts).total
+            # G - (M_i - merged): a client that starts from the merged base and a fresh adapter has lost all of G.
+            found["n_init_adapter"] = initial_noise(concat([old, merged]), starts).total
+        trained = [client for client in clients if client.modules is not None and site in client.modules[0]]
+        adapters, indices = _modules(site, trained)
+        weights = [client.weight for client in trained]
+        if all(client.by_index for client in clients):
+            found["n_agg"] = (
+                index_aggregation_noise(new, old, adapters, indices, weights).total
+                if trained
+                else aggregation_noise(new, [old]).total  # nobody trained this site: it should be as it was
+            )
+        elif all(client.end is not None for client in clients):
+            held = [(client.end, client.weight) for client in clients if client.end and site in client.end]
+            ends = [_at(end, site) for end, _ in held]
+            found["n_agg"] = aggregation_noise(new, ends or [old], [weight for _, weight in held] or None).total
+        if self.method.averages_factors and all(client.modules is not None for client in clients):
+            found["bound"] = noise_bound(old, adapters, indices, weights).total if trained else 0.0
+        return found
+
+    def _client(self, update: Update, weight: float) -> Seen:
+        start, end = self._starts.get(update.client), self._ends.get(update.client)
+        modules = self.method.modules(update)
+        return Seen(
+            weight=weight,
+            start=None if start is None else shared_part(start, self.sites),
+            end=None if end is None else shared_part(end, self.sites),
+            modules=modules if modules or end is None else trained_modules(end, self.sites),
+            by_index=modules is not None,
+        )
+
+    def _effective(self, state: State) -> Effective | None:
+        assembly = self.method.global_assembly(state)
+        whole = None if assembly is None else shared_part(assembly, self.sites)
+        if assembly is None or whole is None:
+            return None
+        merged = Assembly(base_delta=assembly.base_delta, folded=assembly.folded)
+        return Effective(whole, as_one_adapter(merged, self.sites))
+
+
+def shared_part(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter | None:
+    """What of a client's model the server has a hand in, as one adapter; None where the mix depends on the input.
+
+    Client-home terms are left out, and the weights that mix them with the others.
+    """
+    terms = tuple(term for term in assembly.terms if term.home == "server")
+    if len(terms) < len(assembly.terms):
+        assembly = replace(assembly, terms=terms, mix=Mix())
+    if not assembly.mix.linear:
+        return None
+    return as_one_adapter(replace(assembly, layers=None), _present(assembly, sites))
+
+
+def trained_modules(assembly: Assembly, sites: Mapping[str, Site]) -> Modules | None:
+    """The modules of the one term that trains (of those with home "server", else of all); None where there are more."""
+    trained = [term for term in assembly.terms if term.train]
+    shared = [term for term in trained if term.home == "server"] or trained
+    if len(shared) != 1:
+        return None
+    return as_one_adapter(Assembly((shared[0],)), _present(assembly, sites)), None
+
+
+def _present(assembly: Assembly, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """The sites in the layers that the client runs."""
+    return {name: s for name, s in sites.items() if assembly.layers is None or s.layer in assembly.layers}
+
+
+def _at(adapter: Adapter, site: str) -> Adapter:
+    return {site: adapter[site]} if site in adapter else {}
+
+
+def _modules(site: str, clients: Sequence[Seen]) -> tuple[list[Adapter], list[Indices]]:
+    """The clients' modules at one site with their indices; every client has some."""
+    found = [client.modules for client in clients if client.modules is not None]
+    return [_at(adapter, site) for adapter, _ in found], [_tags(modules, site) for modules in found]
+
+
+def _tags(modules: Modules, site: str) -> Sequence[int]:
+    adapter, indices = modules
+    if indices is None:
+        return range(adapter[site].rank)
+    return indices[site] if isinstance(indices, Mapping) else indices
+
+
+def _all(modules: Modules) -> list[int]:
+    return [index for site in modules[0] for index in _tags(modules, site)]
+
+
+def _cosines(site: str, clients: Sequence[Seen], rank: int) -> Cosines | None:
+    there = [client for client in clients if client.modules is not None and site in client.modules[0]]
+    if not there:
+        return None
+    adapters, indices = _modules(site, there)
+    return index_cosines(adapters, rank, indices)[site]
+
+
+def _total(key: str, values: Sequence[float | None]) -> float | None:
+    """Root-sum-square of losses, mean of cosines; None where there is nothing (or, of losses, not everything)."""
+    numbers = [value for value in values if value is not None]
+    if key.startswith("cos"):
+        return math.fsum(numbers) / len(numbers) if numbers else None
+    if not numbers or len(numbers) < len(values):
+        return None
+    return math.sqrt(math.fsum(value * value for value in numbers))
+
+
+def _mean_matrix(matrices: Sequence[Tensor], rank: int) -> list[list[float | None]]:
+    """Mean over the sites that have a pair, to four digits."""
+    if not matrices:
+        return [[None] * rank for _ in range(rank)]
+    mean = torch.stack(list(matrices)).nanmean(0)
+    return [[None if math.isnan(value) else round(value, 4) for value in row] for row in mean.tolist()]
+
+
+# -------------------------------------------------------------------- the files
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """One more line, on disk before a checkpoint can know of its round."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise files.unwritable(path, error) from error
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines of such a file; [] where it is missing. A half-written last line is left out.
+
+    Raises ``RunError`` for any other line that is no JSON object with a round.
+    """
+    return [line for line, _ in _scan(path)]
+
+
+def truncate_after(path: Path, round: int) -> None:
+    """Drop the lines of rounds later than ``round`` and a half-written last line, in place and atomically."""
+    if path.exists():
+        files.write_text(path, "".join(text for line, text in _scan(path) if line["round"] <= round))
+
+
+def _scan(path: Path) -> list[tuple[dict[str, Any], str]]:
+    if not path.exists():
+        return []
+    found = []
+    for number, row in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not row.endswith(b"\n"):
+            break
+        try:
+            line = json.loads(row)
+            complete = isinstance(line["round"], int)
+        except (ValueError, TypeError, KeyError):
+            complete = False
+        if not complete:
+            raise RunError(
+                f"{path} line {number} is not a line of the noise lab: remove the file, or start the run again."
+            )
+        found.append((line, row.decode("utf-8")))
+    return found

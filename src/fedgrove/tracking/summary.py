@@ -1,0 +1,126 @@
+"""``RUN/summary.json``: what a run came to, from plain data. What varies between runs is under ``seconds`` alone.
+
+Statistics are over clients. ``tail10`` is the 10th-percentile client, ``numpy.percentile(values, 10)`` with linear
+interpolation between order statistics; ``std`` is over the whole population (``ddof=0``). Missing values (``None``,
+NaN) are left out; with none left the result is NaN, written as ``null``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fedgrove.errors import RunError
+from fedgrove.tracking import files
+
+Value = float | int | None
+
+_CLIENT_KEYS = ("examples", "rank", "metric_base", "metric", "metric_tuned", "loss")
+_PARAMETER_KEYS = ("trained", "stored", "sent_up", "sent_down")
+_SECONDS_KEYS = ("total", "training", "evaluation", "server")
+
+
+def present(values: Iterable[Value]) -> list[float]:
+    """The values that are numbers, in order."""
+    return [float(value) for value in values if value is not None and not math.isnan(value)]
+
+
+def mean(values: Iterable[Value]) -> float:
+    numbers = present(values)
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+
+
+def std(values: Iterable[Value]) -> float:
+    """Population standard deviation (``ddof=0``)."""
+    numbers = present(values)
+    centre = mean(numbers)
+    return math.sqrt(math.fsum((number - centre) ** 2 for number in numbers) / len(numbers)) if numbers else math.nan
+
+
+def tail10(values: Iterable[Value]) -> float:
+    """The 10th-percentile client: ``numpy.percentile(values, 10)``, linear interpolation."""
+    import numpy as np
+
+    numbers = present(values)
+    return float(np.percentile(numbers, 10)) if numbers else math.nan
+
+
+def summarise(
+    *,
+    method: str,
+    task: str,
+    seed: int,
+    rounds: int,
+    clients: Mapping[str, Mapping[str, Any]],
+    parameters: Mapping[str, Sequence[int]],
+    bytes_up: int,
+    bytes_down: int,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The content of summary.json, keys in the order of the file.
+
+    ``clients``: ``{name: {examples, rank, metric_base, metric, metric_tuned, loss, held_out}}``; a key that is left
+    out is ``None`` (``held_out``: False). ``parameters``: ``{trained, stored, sent_up, sent_down}``, each a
+    list with a number for each client (or client and round); the file holds the median. ``bytes_up``, ``bytes_down``:
+    the whole run, all clients. ``seconds``: ``{total, training, evaluation, server}``.
+    Clients that never trained carry ``"held_out": true`` and count in ``unseen`` only.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name in sorted(clients):
+        given = clients[name]
+        rows[name] = {key: _plain(given.get(key)) for key in _CLIENT_KEYS}
+        if given.get("held_out"):
+            rows[name]["held_out"] = True
+    seen = [row["metric"] for row in rows.values() if "held_out" not in row]
+    unseen = [row["metric"] for row in rows.values() if "held_out" in row]
+    result = {"method": method, "task": task, "seed": seed, "rounds": rounds, "clients": rows, **_spread(seen)}
+    if unseen:
+        result["unseen"] = {"clients": len(unseen), **_spread(unseen)}
+    result["parameters"] = {key: _median(parameters[key]) for key in _PARAMETER_KEYS}
+    result["bytes"] = {"up": bytes_up, "down": bytes_down}
+    result["seconds"] = {key: _plain(seconds[key]) for key in _SECONDS_KEYS}
+    return result
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON to a temporary name, fsync, rename: after a crash ``path`` is either the old file or the new one."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    files.write_text(path, text)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a summary.json. Raises ``RunError`` where it is missing or is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{path.parent} has no {path.name}: the run is not finished; run its job with --resume."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"cannot read {path} ({error}): restore the file or run the job again in a new directory."
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("clients"), dict):
+        raise RunError(
+            f"{path} is not the summary of a run (it has no 'clients'): give the directory of a finished run."
+        )
+    return content
+
+
+def _spread(values: Sequence[Value]) -> dict[str, Any]:
+    return {"mean": _plain(mean(values)), "std": _plain(std(values)), "tail10": _plain(tail10(values))}
+
+
+def _plain(value: Any) -> Any:
+    """NaN and infinities have no JSON: ``None``."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _median(values: Sequence[int]) -> float | int:
+    """A whole number stays an int (``statistics.median`` of an even count is a float)."""
+    middle = median(values) if values else 0
+    return int(middle) if middle == int(middle) else middle

@@ -1,0 +1,334 @@
+"""The one training kernel: an assembly on the resident frozen base, one client at a time.
+
+The base is never copied and never changes. Forward hooks on its sites add what the live assembly computes; autograd
+stops below the lowest adapted site because nothing there has a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedgrove.adapters.adapter import Factors, Site
+from fedgrove.adapters.assembly import Assembly, trained_parameters
+from fedgrove.adapters.private import unseal
+from fedgrove.federation.tasks.base import Batch, Example, Task
+from fedgrove.interop.models import Base
+from fedgrove.methods.contract import Live, Step, Trained
+from fedgrove.seeds import derive, generator
+from fedgrove.training.live import LiveAssembly
+
+_SHORT = 256  # tokens; beyond that the attention matrices of plain attention cost too much memory
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How local training runs; the fields are the job's ``[train]`` keys."""
+
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    head_lr: float | None = None
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    schedule: str = "constant"
+    warmup_fraction: float = 0.0
+    clip: float = 0.0
+    batch_size: int = 8
+    accumulation: int = 1
+    local_steps: int | None = 8
+    local_epochs: float | None = None
+    eval_batch_size: int = 64
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where in the whole run a step of local work stands, for the learning-rate schedule."""
+
+    seed: int
+    keys: tuple[object, ...]  # (round, client)
+    start: float = 0.0  # share of the run that is done before the round
+    end: float = 1.0
+
+
+class Kernel:
+    """Trains and evaluates assemblies on one base. Not reentrant: one client at a time."""
+
+    def __init__(self, base: Base, task: Task, options: TrainOptions):
+        self.base, self.task, self.options = base, task, options
+        self._live: LiveAssembly | None = None
+        modules = dict(base.model.named_modules())
+        self._hooks = [
+            modules[name].register_forward_hook(partial(self._add, site)) for name, site in base.sites.items()
+        ]
+        self._layers = transformer_layers(base)
+        for layer, module in self._layers.items():
+            module.forward = partial(self._layer, layer, module.forward)
+
+    def close(self) -> None:
+        """Take the hooks off the base."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._layers.values():
+            module.__dict__.pop("forward", None)
+
+    # ---------------------------------------------------------------- training
+    def train(self, step: Step, examples: Sequence[Example], clock: Clock) -> Trained:
+        """Run one step on one client's examples and give back the trained assembly."""
+        if step.measure == "features":
+            chosen = examples[: step.count or None]
+            return Trained(step.assembly, math.nan, 0, features=self.features(chosen))
+        if trained_parameters(step.assembly) == 0:
+            return Trained(step.assembly, math.nan, 0)
+        torch.manual_seed(derive(clock.seed, *clock.keys, step.stream, "dropout"))
+        order = generator(clock.seed, *clock.keys, step.stream, "order")
+        with self._opened(step.assembly, train=True) as live:
+            if step.measure == "fisher":
+                return self._fisher(step, live, examples, order)
+            return self._optimise(step, live, examples, order, clock)
+
+    def _optimise(
+        self, step: Step, live: LiveAssembly, examples: Sequence[Example], order: torch.Generator, clock: Clock
+    ) -> Trained:
+        count = self.steps(step, len(examples))
+        optimizer = self._optimizer(live)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        batches = batch_order(len(examples), self.options.batch_size, order)
+        total = 0.0
+        for index in range(count):
+            progress = clock.start + (clock.end - clock.start) * index / count
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self._factor(progress)
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(self.options.accumulation):
+                batch = self._batch([examples[i] for i in next(batches)])
+                with self._training_attention(batch):
+                    loss = self._loss(live, step, batch)
+                    (loss / self.options.accumulation).backward()
+                total += loss.item() / self.options.accumulation
+            if self.options.clip > 0:
+                nn.utils.clip_grad_norm_(live.leaves, self.options.clip)
+            optimizer.step()
+        return Trained(live.trained(), total / count, count)
+
+    def steps(self, step: Step, examples: int) -> int:
+        """How many optimiser steps a step of local work makes on so many examples."""
+        per_epoch = math.ceil(examples / self.options.batch_size) / self.options.accumulation
+        if step.epochs is not None:
+            return max(1, math.ceil(step.epochs * per_epoch))
+        if self.options.local_epochs is not None:
+            return max(1, math.ceil(self.options.local_epochs * per_epoch * step.share))
+        return max(1, round((self.options.local_steps or 1) * step.share))
+
+    # -------------------------------------------------------------- evaluation
+    @torch.inference_mode()
+    def evaluate(self, assembly: Assembly, examples: Sequence[Example]) -> dict[str, float]:
+        """The task's measures of an assembly on some examples."""
+        sums: dict[str, float] = {}
+        with self._opened(assembly, train=False) as live:
+            for indices in self._by_length(examples):
+                batch = self._batch([examples[i] for i in indices])
+                for key, value in self.task.score(self._logits(live, batch), batch).items():
+                    sums[key] = sums.get(key, 0.0) + value
+        return self.task.measure(sums)
+
+    @torch.inference_mode()
+    def logits(self, assembly: Assembly, examples: Sequence[Example]) -> Tensor:
+        """Logits ``[examples, classes]`` in the given order, on the CPU."""
+        rows: dict[int, Tensor] = {}
+        with self._opened(assembly, train=False) as live:
+            for indices in self._by_length(examples):
+                logits = self._logits(live, self._batch([examples[i] for i in indices]))
+                rows.update(zip(indices, logits.cpu(), strict=True))
+        return torch.stack([rows[index] for index in range(len(examples))])
+
+    @torch.inference_mode()
+    def features(self, examples: Sequence[Example]) -> Tensor:
+        """Pooled features ``[examples, hidden]`` of the untouched base, in the given order, on the CPU."""
+        rows: dict[int, Tensor] = {}
+        for indices in self._by_length(examples):
+            pooled = self._features(self._batch([examples[i] for i in indices]))
+            rows.update(zip(indices, pooled.cpu(), strict=True))
+        return torch.stack([rows[index] for index in range(len(examples))])
+
+    # ------------------------------------------------------------------ pieces
+    @contextmanager
+    def _opened(self, assembly: Assembly, *, train: bool) -> Iterator[LiveAssembly]:
+        """The assembly live on the base; afterwards the base is as it was, whatever happened."""
+        dropout = self.options.dropout if train else 0.0
+        live = LiveAssembly(
+            assembly, device=self.base.device, dtype=self.base.adapter_dtype, train=train, dropout=dropout
+        )
+        kept: dict[str, Tensor] = {}
+        try:
+            for name, factors in (assembly.folded or {}).items():
+                linear = self.base.model.get_submodule(name)
+                kept[name] = linear.weight.data
+                update = factors.map(
+                    lambda value: unseal(value).to(self.base.device, self.base.adapter_dtype)
+                ).product()
+                linear.weight.data = (linear.weight.data.to(update.dtype) + update).to(linear.weight.dtype)
+            yield live
+        finally:
+            self._live = None
+            for name, weight in kept.items():
+                self.base.model.get_submodule(name).weight.data = weight
+
+    def _add(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return None if self._live is None else self._live.add(site, args[0], output)
+
+    def _layer(self, layer: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """A transformer layer that the live assembly may leave out: its input passes through."""
+        wanted = None if self._live is None else self._live.assembly.layers
+        if wanted is None or layer in wanted:
+            return forward(*args, **kwargs)
+        return args[0] if args else kwargs["hidden_states"]
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        batch = self.task.collate(examples, self.base.pad_id)
+        return {key: value.to(self.base.device) for key, value in batch.items()}
+
+    def _features(self, batch: Batch) -> Tensor:
+        model = self.base.model.base_model if self.base.head == "stock" else self.base.model
+        hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        return self.task.pool(hidden.to(self.base.adapter_dtype), batch)
+
+    def _logits(self, live: LiveAssembly, batch: Batch) -> Tensor:
+        if live.assembly.mix.needs_features:
+            self._live = None
+            with torch.no_grad():
+                live.features = self._features(batch)
+        self._live = live
+        head = {name.removeprefix("head."): value for name, value in live.extras.items() if name.startswith("head.")}
+        if self.base.head == "pooled":
+            return self.task.head_logits(self._features(batch), head)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return torch.func.functional_call(self.base.model, head, kwargs=inputs).logits
+
+    def _loss(self, live: LiveAssembly, step: Step, batch: Batch) -> Tensor:
+        loss = self.task.loss(self._logits(live, batch), batch)
+        if step.penalty is not None:
+            loss = loss + step.penalty(Live({t.term.name: t.adapter for t in live.terms}, live.extras))
+        return loss
+
+    @contextmanager
+    def _training_attention(self, batch: Batch) -> Iterator[None]:
+        """Plain attention for training in bfloat16 on a CPU, where the fused one's backward pass is five times slower.
+
+        Evaluation keeps the model's own choice, so that logits are those that a user gets with default settings.
+        """
+        config, tokens = self.base.model.config, batch["input_ids"].shape[1]
+        chosen = config._attn_implementation
+        if (
+            self.base.device.type == "cpu"
+            and self.base.dtype == torch.bfloat16
+            and tokens <= _SHORT
+            and chosen == "sdpa"
+        ):
+            config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            config._attn_implementation = chosen
+
+    def _optimizer(self, live: LiveAssembly) -> torch.optim.Optimizer:
+        options = self.options
+        head_rate = options.lr if options.head_lr is None else options.head_lr
+        groups = [
+            {"params": leaves, "lr": head_rate if rate is None else options.lr * rate}
+            for rate, leaves in live.groups.items()
+        ]
+        if options.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+
+    def _factor(self, progress: float) -> float:
+        """The schedule's factor at a share of the whole run: warm-up, then constant, linear or cosine to zero."""
+        warmup = self.options.warmup_fraction
+        if progress < warmup:
+            return max(progress, 1e-3) / warmup
+        rest = (progress - warmup) / max(1e-12, 1 - warmup)
+        if self.options.schedule == "linear":
+            return max(0.0, 1 - rest)
+        if self.options.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
+        return 1.0
+
+    def _by_length(self, examples: Sequence[Example]) -> Iterator[list[int]]:
+        """Indices in batches of similar length, so that little is padding."""
+        order = sorted(range(len(examples)), key=lambda index: (len(examples[index]["input_ids"]), index))
+        size = self.options.eval_batch_size
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def _fisher(self, step: Step, live: LiveAssembly, examples: Sequence[Example], order: torch.Generator) -> Trained:
+        """Mean squared gradient of each trained factor over batches; nothing is updated."""
+        batches = batch_order(len(examples), self.options.batch_size, order)
+        count = step.count or math.ceil(len(examples) / self.options.batch_size)
+        squares = [torch.zeros_like(leaf) for leaf in live.leaves]
+        total = 0.0
+        for _ in range(count):
+            batch = self._batch([examples[i] for i in next(batches)])
+            with self._training_attention(batch):
+                loss = self._loss(live, step, batch)
+                gradients = torch.autograd.grad(loss, live.leaves, allow_unused=True)
+            total += loss.item()
+            for square, gradient in zip(squares, gradients, strict=True):
+                if gradient is not None:
+                    square += gradient**2 / count
+        by_leaf = {id(leaf): square.cpu() for leaf, square in zip(live.leaves, squares, strict=True)}
+
+        def score(leaf: Tensor) -> Tensor:
+            return by_leaf.get(id(leaf), torch.zeros(leaf.shape))
+
+        scores = {
+            term.term.name: {name: Factors(score(f.A), score(f.B), f.scale) for name, f in term.adapter.items()}
+            for term in live.terms
+        }
+        return Trained(step.assembly, total / count, 0, scores=scores)
+
+
+def transformer_layers(base: Base) -> dict[int, nn.Module]:
+    """The module of each numbered layer that holds a site, by layer index."""
+    found: dict[int, nn.Module] = {}
+    for name, site in base.sites.items():
+        parts = name.split(".")
+        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+        if numbers and int(parts[numbers[0]]) == site.layer:
+            found[site.layer] = base.model.get_submodule(".".join(parts[: numbers[0] + 1]))
+    return found
+
+
+def batch_order(examples: int, size: int, rng: torch.Generator) -> Iterator[list[int]]:
+    """Batches of indices without end: a new permutation for each pass, the last batch of a pass may be short."""
+    while True:
+        order = torch.randperm(examples, generator=rng).tolist()
+        for start in range(0, examples, size):
+            yield order[start : start + size]
+
+
+def carry(step: Step, done: Sequence[Trained]) -> Step:
+    """The step with the terms and extras that earlier steps trained, by name."""
+    terms = {t.name: t for trained in done for t in trained.assembly.terms if t.train}
+    extras = {n: e for trained in done for n, e in trained.assembly.extras.items() if e.train}
+    assembly = step.assembly
+    return replace(
+        step,
+        assembly=replace(
+            assembly,
+            terms=tuple(
+                replace(t, adapter=terms[t.name].adapter, diagonal=terms[t.name].diagonal) if t.name in terms else t
+                for t in assembly.terms
+            ),
+            extras={
+                n: replace(e, value=unseal(extras[n].value)) if n in extras else e for n, e in assembly.extras.items()
+            },
+        ),
+    )

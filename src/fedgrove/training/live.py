@@ -1,0 +1,148 @@
+"""An assembly as it runs: tensors on the device, leaves that train, and the sum at each site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedgrove.adapters.adapter import Adapter, Factors, Site
+from fedgrove.adapters.assembly import Assembly, Extra, Term, sealed, unit_rows
+from fedgrove.adapters.private import seal, unseal
+
+
+@dataclass(eq=False)
+class LiveTerm:
+    """A term whose tensors are on the device, in the adapters' precision."""
+
+    term: Term
+    adapter: Adapter
+    diagonal: dict[str, Tensor]
+
+    def output(self, site: str, x: Tensor) -> Tensor:
+        """``B (D ⊙ (A x))`` without the scale; x ``[batch, tokens, in]``."""
+        factors = self.adapter[site]
+        A, B = factors.A, factors.B
+        if self.term.unit:
+            A, B = unit_rows(A), unit_rows(B.T).T
+        inner = F.linear(x, A)
+        if site in self.diagonal:
+            inner = inner * self.diagonal[site]
+        return F.linear(inner, B)
+
+
+@dataclass(eq=False)
+class LiveDelta:
+    """A frozen update of the base: factored while that is cheaper than the dense matrix."""
+
+    adapter: Adapter
+    dense: dict[str, Tensor]
+
+    def output(self, site: str, x: Tensor) -> Tensor:
+        if site in self.dense:
+            return F.linear(x, self.dense[site])
+        factors = self.adapter[site]
+        return factors.scale * F.linear(F.linear(x, factors.A), factors.B)
+
+
+class LiveAssembly:
+    """An assembly on the device. ``leaves`` are what the optimiser sees."""
+
+    def __init__(
+        self, assembly: Assembly, *, device: torch.device, dtype: torch.dtype, train: bool, dropout: float = 0.0
+    ):
+        self.assembly = assembly
+        self.device, self.dtype = device, dtype
+        self.dropout = dropout if train else 0.0
+        self.features: Tensor | None = None
+        self.groups: dict[float | None, list[Tensor]] = {}  # learning-rate multiplier (None: the head's own) -> leaves
+        self.terms = [self._term(term, train) for term in assembly.terms]
+        self.names = [term.name for term in assembly.terms]
+        self.extras = {name: self._extra(extra, train) for name, extra in assembly.extras.items()}
+        self.delta = self._delta(assembly.base_delta) if assembly.base_delta else None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [leaf for group in self.groups.values() for leaf in group]
+
+    def add(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
+        """The site's output with every term added: ``W0 x + Σ mix · scale · B (D ⊙ (A x))``."""
+        name = site.name
+        inner = x.to(self.dtype)
+        result = output.to(self.dtype)
+        if self.delta is not None and (name in self.delta.adapter):
+            result = result + self.delta.output(name, inner)
+        weights = self.assembly.mix.weigh(site, inner, self.names, self.extras, self.features)
+        dropped = F.dropout(inner, self.dropout, training=True) if self.dropout else inner
+        for live, weight in zip(self.terms, weights, strict=True):
+            if name not in live.adapter or (isinstance(weight, float) and weight == 0.0):
+                continue
+            scaled = live.output(name, dropped) * live.adapter[name].scale
+            result = result + (scaled if isinstance(weight, float) and weight == 1.0 else scaled * weight)
+        return result.to(output.dtype)
+
+    def trained(self) -> Assembly:
+        """The assembly with the values as they are now, on the CPU; client-home ones sealed."""
+        terms = tuple(self._trained_term(live) for live in self.terms)
+        extras: dict[str, Extra] = {}
+        for name, extra in self.assembly.extras.items():
+            if extra.train:
+                value = self.extras[name].detach().cpu().clone()
+                extra = replace(extra, value=seal(value) if extra.home == "client" else value)
+            extras[name] = extra
+        return replace(self.assembly, terms=terms, extras=extras)
+
+    def _trained_term(self, live: LiveTerm) -> Term:
+        term = live.term
+        if not term.train:
+            return term
+        adapter = {
+            name: Factors(
+                A=f.A.detach().cpu().clone() if "A" in term.train else term.adapter[name].A,
+                B=f.B.detach().cpu().clone() if "B" in term.train else term.adapter[name].B,
+                scale=f.scale,
+            )
+            for name, f in live.adapter.items()
+        }
+        diagonal = term.diagonal
+        if diagonal is not None and "D" in term.train:
+            diagonal = {name: value.detach().cpu().clone() for name, value in live.diagonal.items()}
+            if "D" in term.private:
+                diagonal = {name: seal(value) for name, value in diagonal.items()}
+        letters = "".join(letter for letter in term.private if letter in term.train)
+        return replace(term, adapter=sealed(adapter, letters), diagonal=diagonal)
+
+    def _place(self, value: Tensor, leaf: bool, group: float | None) -> Tensor:
+        placed = unseal(value).detach().to(self.device, self.dtype)
+        if leaf:
+            placed = placed.clone().requires_grad_()
+            self.groups.setdefault(group, []).append(placed)
+        return placed
+
+    def _term(self, term: Term, train: bool) -> LiveTerm:
+        letters = term.train if train else ""
+        adapter = {
+            name: Factors(
+                A=self._place(f.A, "A" in letters, term.lr), B=self._place(f.B, "B" in letters, term.lr), scale=f.scale
+            )
+            for name, f in term.adapter.items()
+        }
+        diagonal = {name: self._place(d, "D" in letters, term.lr) for name, d in (term.diagonal or {}).items()}
+        return LiveTerm(term, adapter, diagonal)
+
+    def _extra(self, extra: Extra, train: bool) -> Tensor:
+        return self._place(extra.value, train and extra.train, extra.lr)
+
+    def _delta(self, delta: Mapping[str, Factors]) -> LiveDelta:
+        factored: Adapter = {}
+        dense: dict[str, Tensor] = {}
+        for name, factors in delta.items():
+            placed = factors.map(lambda value: self._place(value, False, 1.0))
+            factored[name] = placed
+            rows, columns = placed.B.shape[0], placed.A.shape[1]
+            if placed.rank * (rows + columns) > rows * columns:
+                dense[name] = placed.product()
+        return LiveDelta(factored, dense)

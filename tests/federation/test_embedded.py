@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fedgrove.errors import DataError
+from fedgrove.federation.assets import asset
+from fedgrove.federation.embedded import DOMAINS, sentiment
+
+
+def test_ratings_become_classes_and_repetitions_go(tmp_path: Path) -> None:
+    for file in DOMAINS:
+        (tmp_path / file).write_text("", encoding="utf-8")
+    (tmp_path / "tweets_GroundTruth.txt").write_bytes(
+        "1\t-0.51\tbad &amp; sad\r\n2\t-0.5\tso \xa0 so\r\n3\t0.5\tfine\r\n4\t0.51\tgood\r\n".encode()
+    )
+    (tmp_path / "nytEditorialSnippets_GroundTruth.txt").write_text("1_1\t3\tso so\n1_2\t4\tgreat", encoding="utf-8")
+    assert sentiment(tmp_path) == [
+        {"text": "bad & sad", "label": "negative", "domain": "tweets"},
+        {"text": "so so", "label": "neutral", "domain": "tweets"},
+        {"text": "fine", "label": "neutral", "domain": "tweets"},
+        {"text": "good", "label": "positive", "domain": "tweets"},
+        {"text": "great", "label": "positive", "domain": "nyt"},
+    ]
+
+
+def test_the_real_set_has_its_published_sizes() -> None:
+    try:
+        folder = asset("sentiment")
+    except DataError as error:
+        pytest.skip(str(error))
+    rows = sentiment(folder)
+    published = {"tweets": 4200, "amazon": 3708, "films": 10605, "nyt": 5190}  # with repetitions
+    for domain, count in Counter(row["domain"] for row in rows).items():
+        assert 0.98 * published[domain] <= count <= published[domain]
+    assert len({row["text"] for row in rows}) == len(rows)
+    assert set(Counter(row["label"] for row in rows)) == {"negative", "neutral", "positive"}
