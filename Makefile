@@ -42,10 +42,10 @@ lint: setup  ## ruff and mypy
 	@$(BIN)/mypy
 
 test: lint  ## lint, then every test but the slow ones
-	@$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow" $(PYTEST_ARGS)
 
 test-all: lint  ## lint, then every test
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n auto --dist loadscope $(PYTEST_ARGS)
 
 format: setup  ## let ruff mend what it can
 	@$(BIN)/ruff check --quiet --fix .

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,10 +29,11 @@ class Started:
         self.kept: dict[str, Any] = {}
         self.raises: BaseException | None = None
 
-    def run(self, job: Job, **kept: Any) -> None:
+    def run(self, job: Job, **kept: Any) -> SimpleNamespace:
         if self.raises:
             raise self.raises
         self.job, self.kept = job, kept
+        return SimpleNamespace(path=job.directory(), report=job.directory() / "report.html")
 
 
 @pytest.fixture

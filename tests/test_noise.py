@@ -28,7 +28,8 @@ from fedgrove.run import Loop, run
 from fedgrove.rundir import RunDirectory
 from fedgrove.seeds import generator
 from fedgrove.tracking.callback import Callback
-from fedgrove.tracking.noise import KEYS, NoiseLab, append, read, shared_part, truncate_after
+from fedgrove.tracking.lines import append, read, truncate_after
+from fedgrove.tracking.noise import KEYS, NoiseLab, shared_part
 
 SITES = {"q": Site("q", 0, 5, 7), "v": Site("v", 1, 8, 6)}  # in, out
 S, RANK = 4 / 3, 4
@@ -266,6 +267,22 @@ def test_private_terms_and_what_mixes_them_are_left_out() -> None:
     found = shared_part(both, SITES)
     assert found is not None
     torch.testing.assert_close(found["q"].product(), (shared["q"].product() + own["q"].product()) / 2)
+
+
+def test_a_step_of_private_work_alone_is_no_start_and_no_end() -> None:
+    """FDLoRA's shape: the personal adapter trains first, the global one after it, and in a last round not at all."""
+    before, after, own = draw(0), draw(1), Assembly((Term("own", draw(2), home="client"),))
+    lab = NoiseLab(FedIT(WeightedOptions(), SETTING), SITES, Path())
+    for ends_with, n_agg, bound in ((one(after), 0.0, 0.0), (None, norm({s: dense(after, s) for s in SITES})[1], None)):
+        lab.begin(2, {"global": before})
+        lab.seen((2, "c"), own, own)
+        if ends_with:
+            lab.seen((2, "c"), one(before), ends_with)
+        lab.seen(("tune", "c"), one(after), one(draw(3)))  # another phase of the run
+        line, _ = lab.measure({"global": after if ends_with else concat([before, after])}, [Update("c", 1, {})])
+        assert line["n_init"] == (0.0 if ends_with else None)
+        assert line["n_agg"] == pytest.approx(n_agg)
+        assert line["bound"] == bound
 
 
 class Routed(Mix):

@@ -10,6 +10,7 @@ The names below are imported when first used, so that ``import fedgrove`` costs 
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from fedgrove.personal import load
     from fedgrove.result import Result
     from fedgrove.run import run
+
+# Before torch is imported: threads that wait for each other sleep. Spinning ones, the default, make training ten times
+# slower as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = ["Job", "Result", "__version__", "load", "run"]

@@ -1,4 +1,4 @@
-"""A client that arrives after a run: it is placed, measured at once, trained on its own data, and leaves with an adapter.
+"""A client that arrives after a run: placed, measured at once, trained on its own data, it leaves with an adapter.
 
 Nothing of the run changes. The server's half answers from the run's last checkpoint as it would answer a held-out
 client; the newcomer's half, its probe and its training run here, on its own rows.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What became of a newcomer. ``measures``: ``{"zero-shot": {...}, "after 5 epochs": {...}}`` on its own test rows."""
+    """What became of a newcomer. ``measures``, on its own test rows: ``{"zero-shot": …, "after 5 epochs": …}``."""
 
     name: str
     path: Path  # its adapter directory
@@ -156,7 +156,7 @@ def _client(name: str, data: Path, job: Job, seed: int) -> Client:
 
 
 def _open(result: Result, job: Job) -> Finished:
-    """The run's method at its last state, on the base that it ran on; on this machine's device where its own is missing."""
+    """The run's method at its last state, on the run's base; on the CPU where this machine lacks the run's device."""
     if (job.train.device == "cuda" and not torch.cuda.is_available()) or (
         job.train.device == "mps" and not torch.backends.mps.is_available()
     ):
@@ -177,4 +177,4 @@ def _head_words(finished: Finished, offered: bool) -> str:
         return "the frozen head that all clients share"
     if offered:
         return "the clients' shared head" if finished.head.mode == "shared" else "the mean of the clients' own heads"
-    return "an untrained one: this run kept no mean of the clients' heads (federation.newcomer_head), so zero-shot is chance"
+    return "an untrained one, so that zero-shot is chance: the run kept no mean of heads (federation.newcomer_head)"

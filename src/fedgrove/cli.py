@@ -105,12 +105,82 @@ def run(
     from fedgrove.tracking.live import progress
 
     try:
-        start(chosen, resume=resume, callbacks=[progress()])
+        result = start(chosen, resume=resume, callbacks=[progress()])
     except KeyboardInterrupt:
         given = f" {job}" if job else ""
         if (chosen.directory() / "job.toml").exists():
             _say(f"Go on with `fedgrove run{given} --out {chosen.directory()} --resume` and the same settings.", 130)
         raise
+    print(f"Adapters, one for each client: {result.path / 'adapters'}")
+    print(f"Open the report: {result.report}")
+
+
+@app.command(
+    epilog=_examples(
+        "fedgrove compare job.toml --methods fedit,hilora --seeds 0,1,2 --out compared",
+        'fedgrove compare --methods "fedtreelora, fedtreelora\\[K=1]" --tune lr=3e-4,1e-3,3e-3 --out compared',
+        'fedgrove compare --methods "fed-plora, by size: fed-plora\\[selection=magnitude]" --out compared',
+    )
+)
+def compare(
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="M,...",
+            help="Methods, each with its own options in brackets and a label before a colon where you want one: "
+            "fedit, two trees: fedtreelora\\[K=2].",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes.", show_default=False)],
+    job: JobFile = None,
+    seeds: Annotated[str, typer.Option(metavar="S,...", help="Seeds; one run of each method for each.")] = "0,1,2",
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V,...",
+            help="Choose the best of these values for each method, on a validation split (20 % of each client's "
+            "examples where the job has none); repeats, for all combinations.",
+            show_default=False,
+        ),
+    ] = None,
+    tune_seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="S",
+            help="Seed of the trials, not one of --seeds; without it, the largest of those + 1000.",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a key of the job for all methods; repeats.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Compare methods on the same clients, splits and budget: tables, tests and one page.
+
+    Every method is shown as it is and after the same local fine-tuning. What is done already is not done again."""
+    chosen = _job(job, None)
+    from fedgrove.compare.campaign import compare as start
+    from fedgrove.compare.tables import costs, results, terminal
+
+    try:
+        found = start(chosen, methods, seeds, out, tune=tune or [], settings=settings or [], tune_seed=tune_seed)
+    except KeyboardInterrupt:
+        _say(f"What is done is in {out}; the same command goes on from there.", 130)
+        raise
+    console = _console()
+    for grid in (results(found), costs(found)):
+        for table in terminal(grid, console.width):
+            console.print()
+            console.print(table)
+        console.print(" ".join(grid.caption))
+    console.print()
+    for note in found["notes"]:
+        console.print(note)
+    print(f"Wrote {out / 'compare.html'}, with compare.json, table.md and table.tex beside it.")
 
 
 @app.command(epilog=_examples("fedgrove init", "fedgrove init jobs/clinics.toml"))
@@ -199,7 +269,7 @@ def export(
         str | None,
         typer.Option(
             metavar="TIER",
-            help="One tier alone, where the method has tiers (hilora: root, cluster or leaf); they add up to the whole.",
+            help="One tier of it, where the method has tiers (hilora: root, cluster or leaf); they add up to it.",
             show_default=False,
         ),
     ] = None,
@@ -293,6 +363,54 @@ def predict(
 
     for text, answer in zip(texts, Result(run).client(client).predict(texts), strict=True):
         print(f"{answer}\t{text}")
+
+
+@app.command(
+    epilog=_examples(
+        "fedgrove aggregate fedit site-a site-b site-c --weights 120,80,200 --out round-1",
+        "fedgrove aggregate flexlora site-* --rank 16 --out round-1",
+        "fedgrove aggregate fedtreelora site-* --option K=4 --option tau=0.05 --out round-1",
+        "fedgrove aggregate fedrot-lora site-* --previous round-1 --out round-2",
+    )
+)
+def aggregate(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="The method's rule.", show_default=False)],
+    clients: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CLIENT_DIR...", help="PEFT adapter directories, named as the clients.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write, a new directory.", show_default=False)],
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="W,W,...", help="One per client, in order; without it, all the same.", show_default=False),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R", help="Global rank of flexlora, raflora, hilora; without it, the largest.", show_default=False
+        ),
+    ] = None,
+    previous: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The last round's output, for rules that refer to it.", show_default=False),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A key of the method, such as K=3; repeats.", show_default=False),
+    ] = None,
+) -> None:
+    """Aggregate PEFT adapters that anyone trained with any tool: one server round, without the base model."""
+    from fedgrove.aggregate import aggregate as combine
+    from fedgrove.aggregate.progress import shown
+
+    with shown() as phase:
+        done = combine(
+            method, clients, out, weights=weights, rank=rank, previous=previous, options=option or [], phase=phase
+        )
+    for sentence in done.sentences():
+        print(sentence)
 
 
 @app.command(epilog=_examples("fedgrove report runs/fedit"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
 from fedgrove.adapters.private import unseal
+from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
 from fedgrove.report import write_report
 from fedgrove.tracking import summary as summaries
@@ -159,10 +160,29 @@ class Parts(Protocol):
 
 
 def write_adapter(prepared: Parts, folder: Path, assembly: Assembly, *, client: str | None) -> None:
-    """One standard PEFT directory; several terms become one adapter by exact concatenation."""
+    """One standard PEFT directory; several terms become one adapter by exact concatenation.
+
+    Where the mix depends on the input there is no such adapter: then our own format (``interop.assembly_file``).
+    """
     base, job = prepared.base, prepared.job
     tiers = {term.name: rank_of(term) for term in assembly.terms if term.name in prepared.method.tiers}
+    card: dict[str, Any] = {
+        "format": 1,
+        "task": prepared.task.name,
+        "model": base.name,
+        "revision": job.model.revision,
+        "head": base.head,
+        "labels": list(prepared.task.labels),
+        "max_length": job.data.max_length,
+        "dtype": job.train.dtype,
+        "method": job.method.name,
+        "client": client,
+        **({"tiers": tiers} if tiers else {}),  # rank of each, in the order of the concatenation
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if needs_own_format(assembly):
+        save_assembly(folder, assembly, card={**card, "peft": False, "why": why(assembly, prepared.method.title)})
+        return
     save_adapter(
         folder,
         as_one_adapter(assembly, base.sites),
@@ -170,19 +190,7 @@ def write_adapter(prepared: Parts, folder: Path, assembly: Assembly, *, client: 
         head={name: unseal(value) for name, value in prepared.head.after(assembly).items()},
         head_kind=base.head,
         head_modules=base.head_modules,
-        card={
-            "format": 1,
-            "task": prepared.task.name,
-            "model": base.name,
-            "revision": job.model.revision,
-            "head": base.head,
-            "labels": list(prepared.task.labels),
-            "max_length": job.data.max_length,
-            "dtype": job.train.dtype,
-            "method": job.method.name,
-            "client": client,
-            **({"tiers": tiers} if tiers else {}),  # rank of each, in the order of the concatenation
-        },
+        card=card,
     )
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from fedgrove.adapters import Adapter, Assembly, Extra, Term
 from fedgrove.errors import AdapterError, RunError
 from fedgrove.federation.tasks.classify_text import ClassifyText
-from fedgrove.interop import peft
+from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.models import EMBEDDED_MODELS, load_base
+from fedgrove.methods.registry import method_class
 from fedgrove.training.head import PREFIX
 from fedgrove.training.kernel import Kernel, TrainOptions
 
@@ -57,7 +58,12 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -
     card = peft.read_json(folder / peft.CARD)
     merged = bool(card.get("merged"))
     adapter: Adapter = {}
-    if merged:
+    own: Assembly | None = None
+    if (folder / assembly_file.FILE).exists():
+        own = assembly_file.read_assembly(folder, method_class(card["method"]).mixes)
+        head = {}
+        adapter = {site: factors for term in own.terms for site, factors in term.adapter.items()}  # for their shapes
+    elif merged:
         head = peft.read_tensors(folder / peft.HEAD) if (folder / peft.HEAD).exists() else {}
     else:
         adapter, head, _ = peft.read_adapter(folder)
@@ -78,6 +84,8 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -
         known = base.sites[site]
         if (factors.A.shape[1], factors.B.shape[0]) != (known.in_features, known.out_features):
             raise AdapterError(f"{folder}: '{site}' does not have the shape of that layer in {card['model']}.")
+    if own is not None:
+        return ClientModel(kernel, own, card)
     extras = {PREFIX + name: Extra(value, train=False) for name, value in head.items()}
     terms = (Term("adapter", adapter, train=""),) if adapter else ()
     return ClientModel(kernel, Assembly(terms, extras=extras), card)
@@ -115,6 +123,8 @@ def merge(source: Path, out: Path) -> None:
     from fedgrove.interop.models import load_tokenizer, resolve_name
 
     card = peft.read_json(source / peft.CARD)
+    if "why" in card:
+        raise AdapterError(f"{source} cannot be merged: {card['why']}")
     place, revision = resolve_name(card["model"]), card.get("revision")
     if card["head"] == "stock":
         base = AutoModelForSequenceClassification.from_pretrained(

@@ -43,6 +43,11 @@ class Prepared:
     held_out: dict[str, ClientInfo]
     fingerprint: str  # of the data: a resumed run must see the same
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What an evaluated round measures: the test split, and the validation split where the job holds one out."""
+        return ("test", "validation") if self.job.data.validation_fraction else ("test",)
+
 
 def prepare(job: Job) -> Prepared:
     """Resolve the job, load what it names, and check that it fits together. Raises ``FedgroveError``."""

@@ -149,8 +149,13 @@ class Loop:
         last = number == job.run.rounds
         if last or number % job.run.eval_every == 0:
             with ledger.clock("evaluation"):
-                offers = engine.evaluate(list(prepared.clients), lambda name: self.offer(name, number + 1), "test")
-                lines = [{"round": number, "client": name, "split": "test", **measures} for name, measures in offers]
+                lines = [
+                    {"round": number, "client": name, "split": split, **measures}
+                    for split in prepared.splits
+                    for name, measures in engine.evaluate(
+                        list(prepared.clients), lambda name: self.deployed(name, number), split
+                    )
+                ]
             self.watch.evaluated(number, lines)
         self.watch.round_done(number, {"bytes_up": ledger.bytes_up, "bytes_down": ledger.bytes_down})
         self.done = number
@@ -161,6 +166,12 @@ class Loop:
         """What goes down to a client: the method's part and the head policy's."""
         prepared = self.prepared
         content = prepared.method.offer(self.state, round, prepared.clients[client])
+        return prepared.head.beside(content, self.head, newcomer=False)
+
+    def deployed(self, client: str, round: int) -> Tree:
+        """What a client's personal model is made of after round ``round``."""
+        prepared = self.prepared
+        content = prepared.method.deploy(self.state, round, prepared.clients[client])
         return prepared.head.beside(content, self.head, newcomer=False)
 
     def save(self) -> None:

@@ -307,7 +307,7 @@ def test_one_client_and_two_clients_share_everything() -> None:
         assert groups(state, chosen) == [{frozenset(names(count))}] * LAYERS
         assert set(chosen.offer(state, 4, info("c00"))) == {"cluster"}
         joined = chosen.welcome(state, info("new"), {"B": {site: f.B for site, f in drawn(9).items()}})
-        assert set(joined) == {"cluster"}
+        assert set(joined) == {"cluster", "placed"}
 
 
 # ---------------------------------------------------------------------------------------------------- rounds, clients
@@ -495,6 +495,7 @@ def test_an_unseen_client_is_welcome_at_once_and_placed_by_its_probe(tree: bool)
     assert numbers(sent) == 10 * len(SITES)
     offer = chosen.welcome(state, newcomer, sent)
     twin = chosen.offer(state, 10, info("c05"))
+    assert offer.pop("placed") == f"branch {state['groups']['c05'][3] + 1} of 4 in layer 3, the deepest"
     assert set(offer) == set(twin) == {"cluster", "external"}
     for term in ("cluster", "external"):
         for site, factors in twin[term].items():

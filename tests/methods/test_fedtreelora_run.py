@@ -13,7 +13,6 @@ from tests.tiny import save_bert, save_silos, sentences, tiny_job
 
 import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter
-from fedgrove.engines.local import LocalEngine
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, reveal
 from fedgrove.methods.fedtreelora import FedTreeLoRA
@@ -248,24 +247,17 @@ def test_an_unseen_client_is_placed_by_a_probe_on_its_own_data(bert: Path, two_k
     run(job, tmp_path / "out")
     _, server, _ = Checkpoints(tmp_path / "out" / "checkpoints").load()
     prepared = prepare(job)
-    method, engine, state = prepared.method, prepared.engine, server["state"]
-    assert isinstance(engine, LocalEngine)
+    method, state = prepared.method, server["state"]
     for name, twin in (("site-4", "site-0"), ("site-5", "site-1")):
         newcomer = prepared.held_out[name]
         at_once = method.welcome(state, newcomer, None)
-        probe = method.probe(newcomer, at_once)
-        assert probe is not None
-        done = work(prepared, probe, name, at_once)
-        placed = method.welcome(state, newcomer, method.probe_report(newcomer, done, at_once))
+
+        def ask(probe: Any, newcomer: ClientInfo = newcomer) -> dict[str, Any]:
+            return {"method": method.welcome(state, newcomer, probe)}
+
+        placed = prepared.half.arrive(newcomer, prepared.engine.data[name]["train"], ask)["method"]
         assert same(placed["cluster"], method.offer(state, 7, prepared.clients[twin])["cluster"])
         assert not same(placed["cluster"], at_once["cluster"])
-
-
-def work(prepared: Any, plan: Any, name: str, offer: Any) -> Any:
-    from fedgrove.training.kernel import Clock
-
-    clock = Clock(prepared.half.seed, ("probe", name))
-    return prepared.half._work(plan, prepared.engine.data[name]["train"], {"method": offer}, {}, clock)
 
 
 def same(one: Adapter, other: Adapter) -> bool:

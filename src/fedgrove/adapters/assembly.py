@@ -54,7 +54,7 @@ class Extra:
     value: Tensor
     train: bool = True
     home: Home = "client"
-    lr: float | None = None  # None: the job's learning rate; the head's own rate is set by the head policy
+    lr: float | None = 1.0  # multiplies the job's learning rate; None: the head's own rate (train.head_lr)
 
 
 class Mix:

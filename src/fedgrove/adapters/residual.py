@@ -21,7 +21,10 @@ def fedex_residual(adapters: Sequence[Adapter], weights: Sequence[float] | None 
     """
     # The mean before it is rounded to the input's dtype lies in the span of the clients' columns: no rank for rounding.
     wide = [widen(each) for each in adapters]
-    exact = compact(concat([*wide, mean(wide, weights)], [*shares(weights, len(adapters)), -1.0]))
+    stack = concat([*wide, mean(wide, weights)], [*shares(weights, len(adapters)), -1.0])
+    # What is left of it is small beside what cancels, so its rank is known and not found from its singular values.
+    most = max(1, (len(adapters) - 1) * next(iter(adapters[0].values())).rank)
+    exact = compact(stack, most)
     return {
         site: Factors(factors.A.to(adapters[0][site].A.dtype), factors.B.to(adapters[0][site].B.dtype), factors.scale)
         for site, factors in exact.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,6 +170,7 @@ def _load(factory: Any, name: str, revision: str | None, **options: Any) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel("ERROR")  # its retries; what comes of them is said below
     place = resolve_name(name)
     if Path(place).exists() and not Path(place).is_dir():
         raise ModelError(f"model.name: '{name}' is a file; name the folder that holds config.json.")

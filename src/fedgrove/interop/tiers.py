@@ -1,7 +1,7 @@
 """One tier of a client's adapter as a PEFT directory of its own.
 
-An adapter of several terms is their exact concatenation, term after term; ``fedgrove.json`` says which tier has how many
-ranks of it. So a tier is a slice: rows of every A, columns of every B. The tiers' updates add up to the whole.
+An adapter of several terms is their exact concatenation, term after term; ``fedgrove.json`` says how many ranks of it
+each tier has. So a tier is a slice: rows of every A, columns of every B. The tiers' updates add up to the whole.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site, fresh
 from fedgrove.adapters.algebra import Indices
-from fedgrove.adapters.assembly import Assembly
+from fedgrove.adapters.assembly import Assembly, Mix
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.errors import JobError
 from fedgrove.seeds import derive, generator
@@ -108,7 +108,7 @@ class Step:
     measure: Literal["train", "fisher", "features"] = "train"
     # "fisher": nothing changes, the mean squared gradient of each trained factor comes back in ``Trained.scores``
     # "features": nothing runs but the untouched base; ``Trained.features`` holds the pooled features of some examples
-    count: int = 0  # how many examples, for "features" (and for "fisher": batches; 0 is all)
+    count: int = 0  # how many examples, for "train" and "features" (for "fisher": batches); 0 is all
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ class Trained:
     """What came out of a step. Client-home terms and extras are sealed."""
 
     assembly: Assembly
-    loss: float
+    loss: float  # the task's, a mean over the step's batches, without any penalty
     steps: int
     scores: Mapping[str, Adapter] | None = None
     features: Tensor | None = None
@@ -156,6 +156,8 @@ class Method:
     averages_factors: ClassVar[bool] = False
     #: names of terms that are tiers of their own: `fedgrove export --tier` writes one alone
     tiers: ClassVar[tuple[str, ...]] = ()
+    #: mixes whose weights depend on the input: by these names a client's model is read back (``interop.assembly_file``)
+    mixes: ClassVar[tuple[type[Mix], ...]] = ()
     #: False where nothing is averaged, so that clients learn nothing from each other
     federated: ClassVar[bool] = True
     Options: ClassVar[type[Options]] = Options
@@ -179,6 +181,13 @@ class Method:
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
         """What goes down to ``client`` before round ``round`` (``rounds + 1``: after the last)."""
         return {}
+
+    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+        """What a client's personal model is made of after round ``round``: what the next round would offer it.
+
+        To override where training gets less than the whole model (FedRA).
+        """
+        return self.offer(state, round + 1, client)
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         """The state after the round. Absent clients are normal; ``updates`` is in name order and not empty."""
@@ -241,8 +250,8 @@ class Method:
     def client_artefacts(self, client: ClientInfo, offer: Offer, mine: Mine) -> dict[str, Any]:
         """Plain data by file name on what is private to the client, for its own eyes.
 
-        The local engine, which simulates all clients, merges it into the artefact of that name, dictionary by dictionary:
-        name the client in it, e.g. ``{"tree.json": {"lambda": {"3": {client.name: 0.7}}}}``.
+        The local engine, which simulates all clients, merges it into the artefact of that name, dictionary by
+        dictionary: name the client in it, e.g. ``{"tree.json": {"lambda": {"3": {client.name: 0.7}}}}``.
         """
         return {}
 

@@ -7,7 +7,7 @@ The mean of the factors is not the mean of the products; that difference is what
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Term
@@ -22,7 +22,7 @@ class FedIT(Method):
     trains = "A, B"
     shares = "A, B"
     keeps = "nothing"
-    reduce = "sum"
+    reduce: ClassVar[Literal["sum", "each"]] = "sum"
     averages_factors = True
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
 

@@ -151,7 +151,9 @@ class FedTreeLoRA(Method):
     def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
         """The mean of all; after the probe, the experts of the groups on the newcomer's way down the tree."""
         if probe is not None and state["tree"] is not None:
-            return self._experts(state, self._placed(state, probe["B"]))
+            groups, deepest = self._placed(state, probe["B"]), state["tree"]["layers"][-1]
+            where = f"branch {groups[-1] + 1} of {deepest['count']} in layer {deepest['layer']}, the deepest"
+            return {**self._experts(state, groups), "placed": where}
         return {"cluster": state["common"]}
 
     def global_assembly(self, state: State) -> Assembly | None:

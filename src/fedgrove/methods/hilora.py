@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
+from statistics import mean
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -86,7 +88,7 @@ class HiLoRAOptions(WeightedOptions):
     gamma_c: float = Field(0.1, ge=0, description="Penalty that keeps cluster and leaf orthogonal to the root.")
     gamma_l: float = Field(0.1, ge=0, description="Penalty that keeps the leaf orthogonal to the cluster.")
     probe: float = Field(
-        1.0, gt=0, description="Local work of the probe that places a newcomer, in units of a round's local work."
+        4.0, gt=0, description="Local work of the probe that places a newcomer, in units of a round's local work."
     )
 
     @model_validator(mode="after")
@@ -203,8 +205,13 @@ class HiLoRA(Method):
                 "steps": list(state["steps"]),
                 "layers": sorted({site.layer for site in sites.values()}),
                 "overlap": {"root-cluster": [None if u is None else overlap_by_layer(root, u, sites) for u in spans]},
+                "chance": {f"{one}-{other}": self._chance(one, other) for one, other in combinations(TIERS, 2)},
             }
         }
+
+    def _chance(self, one: str, other: str) -> float:
+        """The overlap that two random tiers would have."""
+        return max(self._full(one), self._full(other)) / mean(site.out_features for site in self.setting.sites.values())
 
     def _root(self, state: State, updates: Sequence[Update]) -> State:
         """The root tier after a round."""
@@ -311,7 +318,7 @@ class HiLoRA(Method):
     # ------------------------------------------------------------------ client
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
         if offer.get("place"):
-            return self._probing(client, offer, mine, 1.0)
+            return self._probing(client, offer, mine)
         return [Step(self.personal(client, offer, mine), penalty=self.penalty(client, offer, mine))]
 
     def report(
@@ -328,7 +335,7 @@ class HiLoRA(Method):
         return {}, {term.name: term.adapter for term in last.assembly.terms}
 
     def probe(self, client: ClientInfo, offer: Offer) -> Plan | None:
-        return self._probing(client, offer, {}, self.options.probe) if offer.get("place") else None
+        return self._probing(client, offer, {}) if offer.get("place") else None
 
     def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Offer) -> dict[str, Any]:
         return {"B": {site: factors.B for site, factors in trained[-1].adapter("cluster").items()}}
@@ -356,11 +363,11 @@ class HiLoRA(Method):
         }
         return {"clusters.json": {"overlap": found}}
 
-    def _probing(self, client: ClientInfo, offer: Offer, mine: Mine, share: float) -> list[Step]:
+    def _probing(self, client: ClientInfo, offer: Offer, mine: Mine) -> list[Step]:
         """A fresh adapter on ``W0 + root``, as any client trains it in the first round of the cluster tier."""
         root = self._term("root", client, offer, mine, train=False)
         assembly = Assembly((root, Term("cluster", self._draw("cluster", client))))
-        return [Step(assembly, penalty=self._penalty(assembly, "cluster"), share=share)]
+        return [Step(assembly, penalty=self._penalty(assembly, "cluster"), share=self.options.probe)]
 
     def _term(self, name: str, client: ClientInfo, offer: Offer, mine: Mine, *, train: bool) -> Term:
         """A tier as the client holds it, else as it was offered, else as the shared draw."""

@@ -19,9 +19,7 @@ Totals over sites are root-sum-squares, of cosines plain means. Without a global
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,9 +39,8 @@ from fedgrove.adapters.noise import (
     initial_noise,
     noise_bound,
 )
-from fedgrove.errors import RunError
 from fedgrove.methods.contract import Method, State, Update
-from fedgrove.tracking import files
+from fedgrove.tracking import lines
 
 FILE, MATRICES = "noise.jsonl", "cosines.jsonl"
 KEYS = ("n_init", "n_agg", "bound", "n_init_adapter", "cos_same", "cos_other")
@@ -69,6 +66,7 @@ class Seen:
     end: Adapter | None
     modules: Modules | None  # what it trained, for the cosines and the bound
     by_index: bool  # whether the server averages those by rank index
+    sends: bool  # whether those are the server's at all
 
 
 class Lab:
@@ -91,28 +89,34 @@ class NoiseLab(Lab):
         self.method, self.sites, self.folder = method, sites, folder
         self._round = 0
         self._before: Effective | None = None
-        self._starts: dict[str, Assembly] = {}
-        self._ends: dict[str, Assembly] = {}
+        self._starts: dict[str, Assembly] = {}  # of the first step that runs something of the server's
+        self._ends: dict[str, Assembly] = {}  # of the last step that trains something of the server's
+        self._own: dict[str, Assembly] = {}  # of the last step of all
 
     def truncate_after(self, round: int) -> None:
         for name in (FILE, MATRICES):
-            truncate_after(self.folder / name, round)
+            lines.truncate_after(self.folder / name, round)
 
     def begin(self, round: int, state: State) -> None:
         self._round, self._before = round, self._effective(state)
-        self._starts, self._ends = {}, {}
+        self._starts, self._ends, self._own = {}, {}, {}
 
     def seen(self, keys: tuple[object, ...], start: Assembly, end: Assembly) -> None:
         """One step of a client's local work, as ``ClientHalf.watch`` is told of it."""
         round, client = keys[0], str(keys[-1])
-        if round == self._round:
+        if round != self._round:
+            return
+        shared = [term for term in start.terms if term.home == "server"]
+        if shared or start.base_delta or start.folded:
             self._starts.setdefault(client, start)
+        if any(term.train for term in shared):
             self._ends[client] = end
+        self._own[client] = end
 
     def end(self, state: State, updates: Sequence[Update]) -> None:
         line, matrix = self.measure(state, updates)
-        append(self.folder / MATRICES, {"round": self._round, "matrix": matrix})
-        append(self.folder / FILE, {"round": self._round, **line})
+        lines.append(self.folder / MATRICES, {"round": self._round, "matrix": matrix})
+        lines.append(self.folder / FILE, {"round": self._round, **line})
 
     def measure(self, state: State, updates: Sequence[Update]) -> tuple[dict[str, Any], list[list[float | None]]]:
         """The round's line without its number, and the matrix of cosines as a mean over sites (None: no pair)."""
@@ -144,32 +148,39 @@ class NoiseLab(Lab):
             found["n_init"] = initial_noise(old, starts).total
             # G - (M_i - merged): a client that starts from the merged base and a fresh adapter has lost all of G.
             found["n_init_adapter"] = initial_noise(concat([old, merged]), starts).total
-        trained = [client for client in clients if client.modules is not None and site in client.modules[0]]
+        senders = [client for client in clients if client.sends]
+        if not senders:  # a round of private work alone: nothing should have changed
+            return found | {"n_agg": aggregation_noise(new, [old]).total}
+        trained = [client for client in senders if client.modules is not None and site in client.modules[0]]
         adapters, indices = _modules(site, trained)
         weights = [client.weight for client in trained]
-        if all(client.by_index for client in clients):
+        if all(client.by_index for client in senders):
             found["n_agg"] = (
                 index_aggregation_noise(new, old, adapters, indices, weights).total
                 if trained
                 else aggregation_noise(new, [old]).total  # nobody trained this site: it should be as it was
             )
-        elif all(client.end is not None for client in clients):
-            held = [(client.end, client.weight) for client in clients if client.end and site in client.end]
+        elif all(client.end is not None for client in senders):
+            held = [(client.end, client.weight) for client in senders if client.end and site in client.end]
             ends = [_at(end, site) for end, _ in held]
             found["n_agg"] = aggregation_noise(new, ends or [old], [weight for _, weight in held] or None).total
-        if self.method.averages_factors and all(client.modules is not None for client in clients):
+        if self.method.averages_factors and all(client.modules is not None for client in senders):
             found["bound"] = noise_bound(old, adapters, indices, weights).total if trained else 0.0
         return found
 
     def _client(self, update: Update, weight: float) -> Seen:
-        start, end = self._starts.get(update.client), self._ends.get(update.client)
-        modules = self.method.modules(update)
+        name, modules = update.client, self.method.modules(update)
+        start, end, own = self._starts.get(name), self._ends.get(name), self._own.get(name)
+        found = modules
+        if modules is None and own is not None:
+            found = trained_modules(own if end is None else end, self.sites)
         return Seen(
             weight=weight,
             start=None if start is None else shared_part(start, self.sites),
             end=None if end is None else shared_part(end, self.sites),
-            modules=modules if modules or end is None else trained_modules(end, self.sites),
+            modules=found,
             by_index=modules is not None,
+            sends=modules is not None or end is not None,
         )
 
     def _effective(self, state: State) -> Effective | None:
@@ -253,49 +264,3 @@ def _mean_matrix(matrices: Sequence[Tensor], rank: int) -> list[list[float | Non
         return [[None] * rank for _ in range(rank)]
     mean = torch.stack(list(matrices)).nanmean(0)
     return [[None if math.isnan(value) else round(value, 4) for value in row] for row in mean.tolist()]
-
-
-# -------------------------------------------------------------------- the files
-def append(path: Path, line: Mapping[str, Any]) -> None:
-    """One more line, on disk before a checkpoint can know of its round."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise files.unwritable(path, error) from error
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of such a file; [] where it is missing. A half-written last line is left out.
-
-    Raises ``RunError`` for any other line that is no JSON object with a round.
-    """
-    return [line for line, _ in _scan(path)]
-
-
-def truncate_after(path: Path, round: int) -> None:
-    """Drop the lines of rounds later than ``round`` and a half-written last line, in place and atomically."""
-    if path.exists():
-        files.write_text(path, "".join(text for line, text in _scan(path) if line["round"] <= round))
-
-
-def _scan(path: Path) -> list[tuple[dict[str, Any], str]]:
-    if not path.exists():
-        return []
-    found = []
-    for number, row in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not row.endswith(b"\n"):
-            break
-        try:
-            line = json.loads(row)
-            complete = isinstance(line["round"], int)
-        except (ValueError, TypeError, KeyError):
-            complete = False
-        if not complete:
-            raise RunError(
-                f"{path} line {number} is not a line of the noise lab: remove the file, or start the run again."
-            )
-        found.append((line, row.decode("utf-8")))
-    return found

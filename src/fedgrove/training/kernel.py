@@ -83,8 +83,10 @@ class Kernel:
     def train(self, step: Step, examples: Sequence[Example], clock: Clock) -> Trained:
         """Run one step on one client's examples and give back the trained assembly."""
         if step.measure == "features":
-            chosen = examples[: step.count or None]
+            chosen = some(examples, step, clock)
             return Trained(step.assembly, math.nan, 0, features=self.features(chosen))
+        if step.measure == "train" and step.count:
+            examples = some(examples, step, clock)
         if trained_parameters(step.assembly) == 0:
             return Trained(step.assembly, math.nan, 0)
         torch.manual_seed(derive(clock.seed, *clock.keys, step.stream, "dropout"))
@@ -110,8 +112,8 @@ class Kernel:
             for _ in range(self.options.accumulation):
                 batch = self._batch([examples[i] for i in next(batches)])
                 with self._training_attention(batch):
-                    loss = self._loss(live, step, batch)
-                    (loss / self.options.accumulation).backward()
+                    objective, loss = self._losses(live, step, batch)
+                    (objective / self.options.accumulation).backward()
                 total += loss.item() / self.options.accumulation
             if self.options.clip > 0:
                 nn.utils.clip_grad_norm_(live.leaves, self.options.clip)
@@ -212,11 +214,12 @@ class Kernel:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         return torch.func.functional_call(self.base.model, head, kwargs=inputs).logits
 
-    def _loss(self, live: LiveAssembly, step: Step, batch: Batch) -> Tensor:
+    def _losses(self, live: LiveAssembly, step: Step, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is minimised, and the task's part of it: the one that is comparable between methods and rounds."""
         loss = self.task.loss(self._logits(live, batch), batch)
-        if step.penalty is not None:
-            loss = loss + step.penalty(Live({t.term.name: t.adapter for t in live.terms}, live.extras))
-        return loss
+        if step.penalty is None:
+            return loss, loss
+        return loss + step.penalty(Live({t.term.name: t.adapter for t in live.terms}, live.extras)), loss
 
     @contextmanager
     def _training_attention(self, batch: Batch) -> Iterator[None]:
@@ -277,8 +280,8 @@ class Kernel:
         for _ in range(count):
             batch = self._batch([examples[i] for i in next(batches)])
             with self._training_attention(batch):
-                loss = self._loss(live, step, batch)
-                gradients = torch.autograd.grad(loss, live.leaves, allow_unused=True)
+                objective, loss = self._losses(live, step, batch)
+                gradients = torch.autograd.grad(objective, live.leaves, allow_unused=True)
             total += loss.item()
             for square, gradient in zip(squares, gradients, strict=True):
                 if gradient is not None:
@@ -312,6 +315,14 @@ def batch_order(examples: int, size: int, rng: torch.Generator) -> Iterator[list
         order = torch.randperm(examples, generator=rng).tolist()
         for start in range(0, examples, size):
             yield order[start : start + size]
+
+
+def some(examples: Sequence[Example], step: Step, clock: Clock) -> Sequence[Example]:
+    """The step's ``count`` examples, a seeded draw in the given order (rows may be sorted by label); 0: all."""
+    if not step.count:
+        return examples
+    rng = generator(clock.seed, *clock.keys, step.stream, "examples")
+    return [examples[index] for index in sorted(torch.randperm(len(examples), generator=rng)[: step.count].tolist())]
 
 
 def carry(step: Step, done: Sequence[Trained]) -> Step:

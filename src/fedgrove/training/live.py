@@ -89,16 +89,14 @@ class LiveAssembly:
         terms = tuple(self._trained_term(live) for live in self.terms)
         extras: dict[str, Extra] = {}
         for name, extra in self.assembly.extras.items():
-            if extra.train:
-                value = self.extras[name].detach().cpu().clone()
-                extra = replace(extra, value=seal(value) if extra.home == "client" else value)
-            extras[name] = extra
+            value = self.extras[name].detach().cpu().clone() if extra.train else extra.value
+            extras[name] = replace(extra, value=seal(value) if extra.home == "client" else value)
         return replace(self.assembly, terms=terms, extras=extras)
 
     def _trained_term(self, live: LiveTerm) -> Term:
         term = live.term
         if not term.train:
-            return term
+            return replace(term, adapter=sealed(term.adapter, term.private)) if term.private else term
         adapter = {
             name: Factors(
                 A=f.A.detach().cpu().clone() if "A" in term.train else term.adapter[name].A,
@@ -112,8 +110,7 @@ class LiveAssembly:
             diagonal = {name: value.detach().cpu().clone() for name, value in live.diagonal.items()}
             if "D" in term.private:
                 diagonal = {name: seal(value) for name, value in diagonal.items()}
-        letters = "".join(letter for letter in term.private if letter in term.train)
-        return replace(term, adapter=sealed(adapter, letters), diagonal=diagonal)
+        return replace(term, adapter=sealed(adapter, term.private), diagonal=diagonal)
 
     def _place(self, value: Tensor, leaf: bool, group: float | None) -> Tensor:
         placed = unseal(value).detach().to(self.device, self.dtype)

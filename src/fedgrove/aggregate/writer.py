@@ -1,0 +1,147 @@
+"""PEFT adapter directories written one site at a time, and the directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgrove.adapters.adapter import Factors
+from fedgrove.aggregate.inputs import Source
+from fedgrove.errors import AdapterError
+from fedgrove.interop.peft import CONFIG, PREFIX, WEIGHTS
+
+_CODES = {torch.float32: "F32", torch.float64: "F64"}
+#: Tasks for which PEFT asks the file for nothing but the LoRA. For a classifier it would also look for its head.
+_HEADLESS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+#: How the sites were chosen: kept where all clients agree.
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+class AdapterWriter:
+    """One adapter directory. Tensors go to a spool as they come, so only one site is in memory."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        self.folder, self.config, self.dtype = folder, config, dtype
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._ranks: dict[str, int] = {}
+        self._alphas: dict[str, float] = {}
+        self._size = 0
+        folder.mkdir()
+        self._spool = folder / f".{WEIGHTS}.spool"
+
+    def add(self, site: str, factors: Factors) -> None:
+        # Opened for each site: a federation may have more clients than a process may have open files.
+        with self._spool.open("ab") as spool:
+            for half, tensor in (("A", factors.A), ("B", factors.B)):
+                data = tensor.detach().to(self.dtype).contiguous()
+                if not bool(torch.isfinite(data).all()):
+                    raise AdapterError(f"{self.folder.name}, site '{site}': the result overflows {self.dtype}.")
+                array = data.numpy()
+                raw = (array if sys.byteorder == "little" else array.byteswap()).tobytes()
+                self._header[f"{PREFIX}{site}.lora_{half}.weight"] = {
+                    "dtype": _CODES[self.dtype],
+                    "shape": list(data.shape),
+                    "data_offsets": [self._size, self._size + len(raw)],
+                }
+                self._size += len(raw)
+                spool.write(raw)
+        self._ranks[site] = factors.rank
+        self._alphas[site] = _tidy(factors.scale * factors.rank)
+
+    def close(self) -> None:
+        """Write header, tensors and configuration."""
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        with (self.folder / WEIGHTS).open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            with self._spool.open("rb") as spool:
+                shutil.copyfileobj(spool, file, 1 << 20)
+        self._spool.unlink()
+        rank, alpha = max(self._ranks.values()), self._alphas[max(self._ranks, key=self._ranks.__getitem__)]
+        config = {
+            **self.config,
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {site: r for site, r in self._ranks.items() if r != rank},
+            "alpha_pattern": {site: a for site, a in self._alphas.items() if a != alpha},
+        }
+        write_json(self.folder / CONFIG, dict(sorted(config.items())))
+
+
+def shared_config(sources: Sequence[Source]) -> dict[str, Any]:
+    """PEFT's configuration of every output, without ranks and alphas: what the clients agree on."""
+    first = sources[0].config
+    chosen = {key: _plain(first[key]) for key in _TARGETS if first.get(key) is not None}
+    if not chosen.get("target_modules") or any(
+        _plain(source.config.get(key)) != chosen.get(key) for source in sources for key in _TARGETS
+    ):
+        chosen = {"target_modules": sorted(sources[0].places)}
+    tasks = {source.config.get("task_type") for source in sources}
+    task = next(iter(tasks)) if len(tasks) == 1 else None
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": first.get("base_model_name_or_path"),
+        "revision": first.get("revision"),
+        "task_type": task if task in _HEADLESS else None,
+        "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
+        "lora_dropout": first.get("lora_dropout") or 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+        **chosen,
+    }
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A directory next to ``out`` that becomes ``out`` when the block ends well, and goes away when it does not."""
+    if out.exists() or out.is_symlink():
+        raise AdapterError(f"{out} exists already; name another directory with --out, or remove it first.")
+    made = _make_parents(out.absolute().parent)
+    partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in reversed(made):
+            folder.rmdir()
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """The folders that had to be made, outermost first."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing[::-1]
+
+
+def _plain(value: Any) -> Any:
+    """PEFT keeps lists of modules as sets: their order means nothing."""
+    return sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
+
+
+def _tidy(alpha: float) -> int | float:
+    """PEFT declares alpha an int; a whole number (up to rounding of ``alpha / r * r``) is written as one."""
+    whole = round(alpha)
+    return whole if whole > 0 and abs(alpha - whole) <= 1e-12 * whole else alpha

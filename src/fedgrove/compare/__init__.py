@@ -1,0 +1,7 @@
+"""``fedgrove compare``: methods on the same clients, splits, initial weights and budget, over several seeds."""
+
+from __future__ import annotations
+
+from fedgrove.compare.campaign import compare
+
+__all__ = ["compare"]

@@ -1,0 +1,158 @@
+"""``compare.json``, ``compare.html``, ``table.md`` and ``table.tex``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fedgrove.compare import tables
+from fedgrove.compare.campaign import Done
+from fedgrove.compare.collect import collect
+from fedgrove.tracking import files, summary, words
+
+
+def write(done: Done) -> dict[str, Any]:
+    """Write the four files into the comparison's directory; returns the content of ``compare.json``."""
+    out, content = done.plan.out, finite(collect(done))
+    summary.write(out / "compare.json", content)
+    write_tables(content, out)
+    write_page(content, out)
+    return content
+
+
+def write_tables(content: Mapping[str, Any], out: Path) -> None:
+    grids = [tables.results(content), tables.costs(content)]
+    files.write_text(out / "table.md", tables.markdown(grids))
+    files.write_text(out / "table.tex", tables.latex(grids))
+
+
+def write_page(content: Mapping[str, Any], out: Path) -> Path:
+    """One file that needs nothing else; the figures are also in ``figures/`` as PNG."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from fedgrove.compare import figures
+    from fedgrove.report.build import _Painter
+
+    painter = _Painter(out / "figures")
+    drawings = {
+        "rounds": (f"{content['metric']} over rounds", figures.over_rounds),
+        "bytes": (f"{content['metric']} over bytes sent", figures.over_bytes),
+        "clients": (f"{content['metric']} of every client", figures.clients),
+        "differences": ("Differences from the best method", figures.differences),
+    }
+    if not content["tests"]["metric"]["against_best"]:
+        del drawings["differences"]
+    pictures = {name: painter.paint(name, label, partial(draw, content)) for name, (label, draw) in drawings.items()}
+    environment = Environment(
+        loader=PackageLoader("fedgrove.compare", "page"),
+        autoescape=True,  # labels, client names and the job come from users
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    css = resources.files("fedgrove.report").joinpath("page/style.css").read_text(encoding="utf-8")
+    page = environment.get_template("compare.html").render(
+        css=css,
+        content=content,
+        headline=headline(content),
+        verdict=verdict(content),
+        results=tables.results(content),
+        costs=tables.costs(content),
+        pictures=pictures,
+        tests=test_rows(content),
+        trials=trial_rows(content),
+        failed=painter.failed,
+    )
+    target = out / "compare.html"
+    files.write_text(target, page)
+    return target
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    seeds, methods = len(content["seeds"]), len(content["methods"])
+    return (
+        f"{words.count(methods, 'method')} on the same {words.count(content['clients'], 'client')}, "
+        f"{words.count(content['rounds'], 'round')}, {words.count(seeds, 'seed')}"
+    )
+
+
+def verdict(content: Mapping[str, Any]) -> list[str]:
+    """What came out, in sentences that are true whatever the numbers are."""
+    said = []
+    for measure, when in (("metric", "At the end of the run"), ("metric_tuned", "After the same local fine-tuning")):
+        tests = content["tests"][measure]
+        best = next(row for row in content["methods"] if row["label"] == tests["best"])
+        against = tests["against_best"]
+        if best[measure]["mean"] is None:
+            continue
+        score = words.typographic(words.score(best[measure]["mean"], percent=content["percent"]))
+        sentence = f"{when}, {best['label']} has the highest mean {content['metric']}, {score}"
+        if against:
+            sentence += f"; {behind([test['p_holm'] < 0.05 for test in against.values()])} (adjusted p below 0.05)"
+        said.append(sentence + ".")
+    return said
+
+
+def behind(beaten: list[bool]) -> str:
+    """How many of the others are clearly behind the best, in words."""
+    count, others = sum(beaten), len(beaten)
+    if others == 1:
+        return f"the other is {'' if count else 'not '}clearly behind"
+    if count in (0, others):
+        return (
+            f"none of the {others} others is clearly behind" if not count else f"all {others} others are clearly behind"
+        )
+    return f"{count} of the {others} others {'is' if count == 1 else 'are'} clearly behind"
+
+
+def test_rows(content: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """(heading, [method, difference, interval, n, p, adjusted p]) for each measure."""
+    percent, found = content["percent"], []
+    for measure, when in (("metric", "at the end of the run"), ("metric_tuned", "after local fine-tuning")):
+        tests = content["tests"][measure]
+        rows = [
+            [
+                label,
+                words.typographic(words.change(test["difference"], percent=percent, digits=2)),
+                " to ".join(
+                    words.typographic(words.change(test[end], percent=percent, digits=2)) for end in ("low", "high")
+                ),
+                str(test["n"]),
+                tables.p_value(test["p"]),
+                tables.p_value(test["p_holm"]),
+            ]
+            for label, test in tests["against_best"].items()
+        ]
+        if rows:
+            found.append((f"Against {tests['best']}, {when}", rows))
+    return found
+
+
+def trial_rows(content: Mapping[str, Any]) -> list[list[str]]:
+    """[method, validation metric of each trial …], the chosen one marked; [] where nothing was tuned."""
+    if not content["tuning"]:
+        return []
+    methods = content["tuning"]["methods"]
+    rows = [["method", *(trial["name"] for trial in next(iter(methods.values()))["trials"])]]
+    for label, tuned in methods.items():
+        cells = [
+            tables.number(trial["score"], content["percent"])
+            + (" ✓" if trial["values"] == tuned["chosen"] else "")
+            + (f" ({trial['problem']})" if trial["problem"] else "")
+            for trial in tuned["trials"]
+        ]
+        rows.append([label, *cells])
+    return rows
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinities have no JSON: ``None``."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,160 @@
+"""HETLoRA: clients of different rank share the first rows; they prune their own rank, norms weigh the mean.
+
+Source: Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", arXiv 2401.06432.
+Client i trains the first ``r_i`` modules of the global adapter with ``lam ||B[:, g r:]|| ||A[g r:, :]||`` added to
+the loss at each site (g is ``gamma``); if that tail has shrunk over the round, ``r_i`` becomes ``max(r_min, floor(g
+r_i))`` from then on. The server pads with zeros and averages with weights ``||B_i A_i|| / sum ||B_j A_j||``.
+
+Where we differ: the norms are taken over all sites together, the tail is summed over the sites and begins at
+``r_min`` at the earliest (what cannot be pruned is not penalised). A module that no client of the round holds keeps
+its last value; the padding would set both its factors to zero, from where no gradient moves them. ``variant =
+"reduced"`` is what most comparisons run under this name: pad, mean by ``weights``, truncate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.adapters.algebra import mean, pad, product_norm, rescale, truncate
+from fedgrove.adapters.assembly import Assembly, Term
+from fedgrove.errors import JobError
+from fedgrove.methods import contract
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Live,
+    Method,
+    Mine,
+    Offer,
+    Plan,
+    State,
+    Step,
+    Trained,
+    Update,
+    WeightedOptions,
+    shares,
+)
+
+
+class HetOptions(WeightedOptions):
+    """HETLoRA's keys."""
+
+    variant: Literal["full", "reduced"] = Field(
+        "full",
+        description='"full" is the paper\'s; "reduced" has no penalty and no pruning and averages by `weights`, '
+        "which the full one does not read.",
+    )
+    gamma: float = Field(0.99, gt=0, lt=1, description="Share of the rank that survives a pruning.")
+    lam: float = Field(0.01, ge=0, description="Weight of the penalty on the tail that may be pruned.")
+    r_min: int = Field(1, ge=1, description="No client's rank is pruned below this.")
+    rescale: Literal["B"] | None = Field(
+        None,
+        description='"B" folds different scales (lora.scaling = "client" with different ranks) into B before the mean '
+        "of the factors; not set: such a job is refused.",
+    )
+
+
+class HETLoRA(Method):
+    name = "hetlora"
+    title = "HETLoRA"
+    paper = "arXiv 2401.06432"
+    trains = "first r_i of A, B"
+    shares = "first r_i of A, B"
+    keeps = "nothing"
+    ranks = "mixed"
+    Options: ClassVar[type[contract.Options]] = HetOptions
+
+    # ------------------------------------------------------------------ server
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        scales = sorted({self.setting.scale(client.rank) for client in clients})
+        if len(scales) > 1 and self.options.rescale is None:
+            raise JobError(
+                f"HETLoRA averages A and B, which is undefined for the clients' scales {scales}; "
+                'set lora.scaling = "global" or method.rescale = "B".'
+            )
+
+    def begin(self, clients: Sequence[ClientInfo]) -> State:
+        return {"global": self.setting.shared_draw(), "ranks": {client.name: client.rank for client in clients}}
+
+    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
+        rank = state["ranks"].get(client.name, client.rank)
+        # A pruned client keeps the scale of the rank that it began with.
+        return {"global": rescale(truncate(state["global"], rank), self.setting.scale(client.rank))}
+
+    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+        previous: Adapter = state["global"]
+        adapters = [update.content["adapter"] for update in updates]
+        if self.options.rescale == "B":
+            scale = self.setting.scale(self.setting.rank)
+            adapters = [rescale(adapter, scale) for adapter in adapters]
+        padded = mean([pad(adapter, self.setting.rank) for adapter in adapters], self.weights(updates))
+        ranks = {update.client: rank_of(update.content["adapter"]) for update in updates}
+        most = max(ranks.values())
+        return {
+            "global": {site: _head_of(new, previous[site], most) for site, new in padded.items()},
+            "ranks": {**state["ranks"], **ranks},
+        }
+
+    def weights(self, updates: Sequence[Update]) -> list[float]:
+        if self.options.variant == "reduced":
+            return shares(updates, self.options.weights)
+        norms = [product_norm(update.content["adapter"]) for update in updates]
+        total = math.fsum(norms)
+        return [norm / total for norm in norms] if total > 0 else shares(updates, "uniform")
+
+    def global_assembly(self, state: State) -> Assembly:
+        return Assembly((Term("global", state["global"]),))
+
+    def artefacts(self, state: State) -> dict[str, Any]:
+        return {"ranks.json": dict(state["ranks"])}
+
+    # ------------------------------------------------------------------ client
+    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
+        return [Step(self.personal(client, offer, mine), penalty=self.tail_penalty(rank_of(offer["global"])))]
+
+    def report(
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
+    ) -> tuple[dict[str, Any], Mine]:
+        adapter = trained[-1].adapter("global")
+        kept = self.kept(rank_of(adapter))
+        if self.options.variant == "full" and kept < rank_of(adapter):
+            before, after = (float(tail_size(each, kept)) for each in (offer["global"], adapter))
+            if after < before:
+                adapter = truncate(adapter, kept)
+        return {"adapter": adapter}, mine
+
+    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
+        return Assembly((Term("global", offer["global"]),))
+
+    def kept(self, rank: int) -> int:
+        """The rank that a pruning leaves of ``rank``."""
+        # In tenths of a millionth: 0.7 * 10 is 7, though its floating-point product may be less.
+        return min(rank, max(self.options.r_min, math.floor(self.options.gamma * rank + 1e-7)))
+
+    def tail_penalty(self, rank: int) -> Callable[[Live], Tensor] | None:
+        """What is added to the loss of a client of rank ``rank``; None where nothing can be pruned."""
+        kept, lam = self.kept(rank), self.options.lam
+        if self.options.variant == "reduced" or kept == rank or lam == 0:
+            return None
+        return lambda live: lam * tail_size(live.terms["global"], kept)
+
+
+def tail_size(adapter: Adapter, kept: int) -> Tensor:
+    """``||B[:, kept:]|| ||A[kept:, :]||`` summed over the sites."""
+    return torch.stack([f.B[:, kept:].norm() * f.A[kept:].norm() for f in adapter.values()]).sum()
+
+
+def rank_of(adapter: Adapter) -> int:
+    return next(iter(adapter.values())).rank
+
+
+def _head_of(new: Factors, old: Factors, most: int) -> Factors:
+    """The first ``most`` modules of ``new``, the others of ``old``."""
+    return replace(new, A=torch.cat([new.A[:most], old.A[most:]]), B=torch.cat([new.B[:, :most], old.B[:, most:]], 1))

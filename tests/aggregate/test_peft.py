@@ -1,0 +1,155 @@
+"""Adapters of plain PEFT, in and out: what PEFT computes with the result is what the rule says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedgrove.aggregate import aggregate
+
+Deltas = dict[str, torch.Tensor]
+
+
+def base(folder: Path) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(str(folder))
+
+
+def trained(bert: Path, folder: Path, seed: int, **config: Any) -> Deltas:
+    """An adapter that PEFT made and saved, and the updates of the weights that PEFT computes with it."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(base(bert), LoraConfig(target_modules=["query", "value"], **config))
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.data.normal_()
+    model.save_pretrained(str(folder))
+    return deltas(model)
+
+
+def deltas(model: Any) -> Deltas:
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().clone()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def loaded(bert: Path, folder: Path) -> Deltas:
+    from peft import PeftModel
+
+    return deltas(PeftModel.from_pretrained(base(bert), str(folder)))
+
+
+def same(found: Deltas, wanted: Deltas) -> None:
+    assert found.keys() == wanted.keys()
+    for site, value in wanted.items():
+        assert (found[site] - value).norm() <= 1e-5 * value.norm()
+
+
+@pytest.fixture
+def clients(tiny_bert: Path, tmp_path: Path) -> tuple[list[Path], list[Deltas]]:
+    """Mixed ranks and alphas, some of them by site."""
+    configs: list[dict[str, Any]] = [
+        {"r": 2, "lora_alpha": 4},
+        {"r": 4, "lora_alpha": 2, "rank_pattern": {"layer.1.attention.self.value": 3}},
+        {"r": 3, "lora_alpha": 6, "alpha_pattern": {"query": 5}, "task_type": "FEATURE_EXTRACTION"},
+    ]
+    folders = [tmp_path / "in" / f"site-{n}" for n in range(3)]
+    return folders, [
+        trained(tiny_bert, folder, n, **c) for n, (folder, c) in enumerate(zip(folders, configs, strict=True))
+    ]
+
+
+def mean(each: list[Deltas]) -> Deltas:
+    return {site: torch.stack([one[site].double() for one in each]).mean(0).float() for site in each[0]}
+
+
+def test_flora_in_peft_is_the_mean_of_the_updates(clients: Any, tiny_bert: Path, tmp_path: Path) -> None:
+    folders, each = clients
+    aggregate("flora", folders, tmp_path / "out")
+    same(loaded(tiny_bert, tmp_path / "out" / "_global"), mean(each))
+    config = json.loads((tmp_path / "out" / "_global" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["query", "value"]
+    assert config["base_model_name_or_path"] == str(tiny_bert)
+    assert config["r"] == 9
+    assert config["rank_pattern"] == {"encoder.layer.1.attention.self.value": 8}
+    stored = load_file(tmp_path / "out" / "_global" / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["flexlora", "hilora", "raflora"])
+def test_each_client_can_load_its_own(method: str, clients: Any, tiny_bert: Path, tmp_path: Path) -> None:
+    folders, each = clients
+    aggregate(method, folders, tmp_path / "out", rank=16)
+    wanted = {}
+    for number, (folder, own) in enumerate(zip(folders, each, strict=True)):
+        found = loaded(tiny_bert, tmp_path / "out" / folder.name)
+        config = json.loads((tmp_path / "out" / folder.name / "adapter_config.json").read_text())
+        assert config["r"] == [2, 4, 3][number]
+        for site, value in found.items():
+            rank = 3 if number == 1 and site.endswith("layer.1.attention.self.value") else config["r"]
+            assert torch.linalg.matrix_rank(value, rtol=1e-5) == rank
+        assert found.keys() == own.keys()
+    if method != "raflora":
+        wanted = mean(each)
+        same(loaded(tiny_bert, tmp_path / "out" / "_global"), wanted)
+
+
+def test_a_bfloat16_adapter_is_averaged_in_float32(tiny_bert: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folders = [tmp_path / f"site-{n}" for n in range(2)]
+    each: list[Any] = []
+    for n, folder in enumerate(folders):
+        trained(tiny_bert, folder, n, r=2, lora_alpha=2)
+        path = folder / "adapter_model.safetensors"
+        each.append({name: value.bfloat16() for name, value in load_file(path).items()})
+        save_file(each[-1], path)
+    aggregate("fedit", folders, tmp_path / "out")
+    for name, value in load_file(tmp_path / "out" / "_global" / "adapter_model.safetensors").items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, ((each[0][name].double() + each[1][name].double()) / 2).float())
+
+
+def test_heads_are_left_alone(tiny_bert: Path, tmp_path: Path) -> None:
+    """A classifier of transformers: its saved head is dropped, so PEFT must not look for one."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    folders, each = [tmp_path / f"site-{n}" for n in range(2)], []
+    for folder in folders:
+        model = AutoModelForSequenceClassification.from_pretrained(str(tiny_bert))
+        peft = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=["query"], task_type="SEQ_CLS"))
+        for name, value in peft.named_parameters():
+            if "lora_B" in name:
+                value.data.normal_()
+        peft.save_pretrained(str(folder))
+        each.append(deltas(peft))
+    done = aggregate("fedex-lora", folders, tmp_path / "out")
+    assert any("Heads and other saved modules (every client) were left alone" in note for note in done.notes)
+    config = json.loads((tmp_path / "out" / "_global" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
+    assert config["task_type"] is None
+    model = AutoModelForSequenceClassification.from_pretrained(str(tiny_bert))
+    same(deltas(PeftModel.from_pretrained(model, str(tmp_path / "out" / "_global"))), mean(each))
+
+
+def test_different_ways_to_name_the_same_sites(tiny_bert: Path, tmp_path: Path) -> None:
+    """One tool says which layers by patterns, the other by full names: the output names them in full."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    each = [trained(tiny_bert, one, 0, r=2, lora_alpha=2), trained(tiny_bert, two, 1, r=2, lora_alpha=2)]
+    path = two / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": sorted(each[0])}))
+    aggregate("fedex-lora", [one, two], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "_global" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(each[0])
+    same(loaded(tiny_bert, tmp_path / "out" / "_global"), mean(each))
