@@ -269,7 +269,7 @@ def test_default_job_is_the_embedded_federation() -> None:
         60,
     )
     assert (job.federation.clients, job.method.name) == (16, "fedit")
-    assert (job.data.partition.by, job.data.partition.options) == ("dirichlet", {"alpha": 0.5})
+    assert (job.data.partition.by, job.data.partition.options) == ("dirichlet", {"alpha": 2.0})
 
 
 # ---------------------------------------------------------------------------------------------------- explain, template
@@ -357,10 +357,10 @@ def test_override_reaches_nested_tables_and_method_options() -> None:
 
 
 def test_override_the_last_one_wins_and_an_empty_one_resets() -> None:
-    job = Job.default().override(["train.lr=1", "lora.rank=4", "train.lr=2"])
+    job = Job().override(["train.lr=1", "lora.rank=4", "train.lr=2"])
     assert (job.train.lr, job.lora.rank) == (2.0, 4)
     back = job.override(["train.lr=", "lora.rank="])
-    assert back == Job.default()
+    assert back == Job()
 
 
 @pytest.mark.parametrize(

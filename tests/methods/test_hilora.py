@@ -280,6 +280,32 @@ def test_planted_clusters_are_found_and_newcomers_routed(basis: str) -> None:
         ]
 
 
+def test_a_newcomer_never_joins_a_cluster_that_nobody_trained() -> None:
+    """The members of the first cluster are away for the whole cluster tier; late and new clients join the others."""
+    change, _ = planted(noise=0.15, step=1.0, groups=3)
+    chosen = method(rounds=12, sites=WIDE, fractions=(1, 1, 1), basis="B - B_start")
+    here = Federation(chosen, people(12), change)
+    late = {round: ["c10"] for round in range(1, 8)}
+    here.run(4, late)
+    away = [name for name, label in here.state["labels"].items() if label == 0]
+    here.run(12, {round: [*away, *late.get(round, [])] for round in range(1, 13)}, first=5)
+    assert [adapter is None for adapter in here.state["clusters"]] == [True, False, False]
+    assert here.state["late"] == ["c10"]
+    for name, expected in (("c10", "c01"), ("n31", "c01"), ("n32", "c02")):
+        offer = chosen.welcome(here.state, ClientInfo(f"{name}-again", RANK, 8), None)
+        (step,) = chosen.probe(here.clients[0], offer) or ()
+        report = chosen.probe_report(here.clients[0], [here.trained(name, step.assembly)], offer)
+        placed = chosen.welcome(here.state, ClientInfo(f"{name}-again", RANK, 8), report)
+        assert placed["placed"].startswith(f"cluster {here.state['labels'][expected]} of 3")
+        assert "untrained" in placed["placed"]
+    assert here.state["labels"]["c10"] == here.state["labels"]["c01"]
+    member = next(client for client in here.clients if client.name == away[0])
+    assert [term.name for term in here.final(member).terms] == ["root", "cluster", "leaf"]
+    assert not any(factors.B.any() for factors in here.final(member).adapter("cluster").values())
+    overlap = json.dumps(chosen.artefacts(here.state)["clusters.json"]["overlap"]["root-cluster"][0])
+    assert overlap == "null"
+
+
 @pytest.mark.parametrize("step", [0.1, 0.01])
 def test_small_steps_from_a_common_start_hide_groups_in_b_but_not_in_its_change(step: float) -> None:
     """Why ``basis`` is an option: every round restarts from the same B = U, so that the B's stay close to it.

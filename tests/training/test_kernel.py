@@ -216,6 +216,15 @@ def test_a_penalty_adds_to_the_loss(base: Base, examples: Any) -> None:
     assert pressed < 0.5 * plain
 
 
+def test_the_reported_loss_is_the_tasks_without_the_penalty(base: Base, examples: Any) -> None:
+    kernel = Kernel(base, TASK, TrainOptions(local_steps=2, batch_size=4))
+    assembly = Assembly((Term("own", start(base)),), extras=head(base))
+    plain = kernel.train(Step(assembly), examples, CLOCK)
+    constant = kernel.train(Step(assembly, penalty=lambda live: torch.tensor(7.0)), examples, CLOCK)
+    kernel.close()
+    assert constant.loss == plain.loss
+
+
 def test_fisher_scores_are_the_mean_squared_gradients(base: Base, examples: Any) -> None:
     adapter = start(base)
     kernel = Kernel(base, TASK, TrainOptions(batch_size=len(examples)))

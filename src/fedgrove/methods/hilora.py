@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations
 from statistics import mean
 from typing import Annotated, Any, ClassVar, Literal
@@ -169,8 +168,7 @@ class HiLoRA(Method):
         return self._advance(state, round) if round == state["until"] or self._settled(state) else state
 
     def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
-        stranger = replace(client, name="")  # whatever it is called, it holds nothing and has no label
-        offer = self.offer(state, self.setting.rounds + 1, stranger)
+        offer = self.offer(state, self.setting.rounds + 1, client)
         if probe is None or "place" not in offer or not any(state["clusters"]):
             return offer
         del offer["place"]
