@@ -110,7 +110,7 @@ def load_base(
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ModelError(f"train.gradient_checkpointing: '{name}' does not support it; set it to false.")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
         model.train()  # transformers checkpoints in training mode only; every dropout rate is 0
     model.to(device)
     modules: tuple[str, ...] = ()
@@ -138,6 +138,15 @@ def load_base(
         dtype=dtype,
         device=torch.device(device),
     )
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Without re-entrance, so that a frozen embedding needs no gradient; transformers 5.23 renamed the call."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _widen(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,115 @@
+"""Bases of several architectures: which layers are adapted, and what is said where that is not possible."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedgrove.errors import ModelError
+from fedgrove.interop.models import load_base
+from fedgrove.interop.targets import find_sites, layer_index
+from fedgrove.run import run
+from tests.tiny import WORDS, sentences, tiny_job
+
+SIZE = {"vocab_size": len(WORDS), "max_position_embeddings": 64}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def configs() -> dict[str, Any]:
+    import transformers as t
+
+    return {
+        "llama": t.LlamaConfig(**SIZE, **SMALL, num_key_value_heads=2, pad_token_id=0),
+        "opt": t.OPTConfig(
+            **SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32,
+            pad_token_id=0,
+        ),
+        "roberta": t.RobertaConfig(**SIZE, **SMALL, pad_token_id=0),
+        "distilbert": t.DistilBertConfig(**SIZE, dim=32, n_layers=2, n_heads=4, hidden_dim=64, pad_token_id=0),
+        "gpt2": t.GPT2Config(vocab_size=len(WORDS), n_positions=64, n_embd=32, n_layer=2, n_head=4),
+        "gpt_neox": t.GPTNeoXConfig(**SIZE, **SMALL),
+    }  # fmt: skip
+
+
+def save(kind: str, folder: Path, tiny_bert: Path) -> Path:
+    from transformers import AutoModel
+
+    shutil.copytree(tiny_bert, folder, ignore=shutil.ignore_patterns("model*", "config.json"))
+    torch.manual_seed(0)
+    AutoModel.from_config(configs()[kind]).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [
+        ("llama", {"q_proj", "v_proj"}),
+        ("opt", {"q_proj", "v_proj"}),
+        ("roberta", {"query", "value"}),
+        ("distilbert", {"q_lin", "v_lin"}),
+    ],
+)
+def test_query_and_value_are_found_whatever_they_are_called(
+    kind: str, ends: set[str], tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    """And a federation runs on them; the exported adapter gives the run's logits in PEFT."""
+    model = save(kind, tmp_path / kind, tiny_bert)
+    base = load_base(str(model))
+    assert {site.name.rsplit(".", 1)[-1] for site in base.sites.values()} == ends
+    assert [site.layer for site in base.sites.values()] == [0, 0, 1, 1]
+    result = run(tiny_job(model, silos, run={"rounds": 1}), tmp_path / "run")
+    texts = [row["text"] for row in sentences(5, seed=1)]
+    ours = result.client("site-0").model().logits(texts)
+    assert (in_peft(model, tmp_path / "run" / "adapters" / "site-0", texts) - ours).abs().max() <= 1e-5
+
+
+def in_peft(model: Path, folder: Path, texts: list[str]) -> torch.Tensor:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer
+
+    peft = PeftModel.from_pretrained(AutoModel.from_pretrained(str(model)), str(folder)).eval()
+    batch = AutoTokenizer.from_pretrained(str(model))(texts, padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        hidden = peft(**batch).last_hidden_state
+    mask, head = batch["attention_mask"][..., None], load_file(folder / "head.safetensors")
+    pooled: torch.Tensor = (hidden * mask).sum(1) / mask.sum(1)
+    return pooled @ head["weight"].T + head["bias"]
+
+
+@pytest.mark.parametrize(("kind", "named"), [("gpt2", "c_attn, a Conv1D"), ("gpt_neox", "query_key_value, a Linear")])
+def test_fused_layers_are_named_plainly(kind: str, named: str, tiny_bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=named):
+        load_base(str(save(kind, tmp_path / kind, tiny_bert)))
+
+
+def test_patterns_and_layers(tiny_bert: Path) -> None:
+    base = load_base(str(tiny_bert), targets=["output.dense", "encoder.layer.0.*.key", "pooler.dense"])
+    names = list(base.sites)
+    assert len(names) == 2 * 2 + 1 + 1
+    assert base.sites["encoder.layer.1.output.dense"].layer == 1
+    assert base.sites["pooler.dense"].layer == 2  # not in a numbered layer: one more on top
+    with pytest.raises(ModelError, match="only plain Linear"):
+        find_sites(base.model, ["LayerNorm"])
+    assert layer_index("a.b") is None
+    assert isinstance(base.model.get_submodule("encoder.layer.0.output.dense"), nn.Linear)
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+    plain = run(tiny_job(tiny_bert, silos), tmp_path / "plain")
+    checked = run(tiny_job(tiny_bert, silos, train={"gradient_checkpointing": True}), tmp_path / "checked")
+    for name in plain.names():
+        assert plain.summary["clients"][name]["loss"] == pytest.approx(checked.summary["clients"][name]["loss"], abs=1e-5)
+
+
+def test_a_bfloat16_base_trains_and_reloads_to_its_own_measures(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+    result = run(tiny_job(tiny_bert, silos, train={"dtype": "bfloat16"}), tmp_path / "run")
+    model = result.client("site-0").model()
+    assert model.kernel.base.dtype == torch.bfloat16
+    assert result.client("site-0").evaluate()["loss"] == result.summary["clients"]["site-0"]["loss"]
