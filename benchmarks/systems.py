@@ -1,0 +1,62 @@
+"""Each of the three systems against FedIT, Local, and its own simpler variants: same clients, splits, budget and tuning.
+
+    python benchmarks/systems.py fedtreelora --seeds 0,1,2 --tune lr=5e-4,1e-3,2e-3
+
+FedIT + local fine-tuning is in every table (``train.final_local_epochs``). The comparison resumes where it stopped; its
+tables go to ``benchmarks/results/systems-NAME.{md,json}`` with the machine and versions. Times: one run of the default
+size is about 1.5 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+from fedgrove.compare import compare
+from fedgrove.job import Job
+from fedgrove.tracking.versions import versions
+
+HERE = Path(__file__).parent
+#: name -> (job; None is the embedded default), methods
+STUDIES: dict[str, tuple[str | None, list[str]]] = {
+    "default": (None, ["fedit", "fedtreelora[tau=0.0]", "hilora"]),
+    "fedtreelora": (
+        "fedtreelora-small.toml",
+        ["fedit", "fedtreelora", "fedtreelora[fixed_k=4]", "fedtreelora[tree=false]", "fedtreelora[external=false]"],
+    ),
+    "hilora": ("hilora-small.toml", ["fedit", "hilora", "hilora[fractions=[1,0,0]]", "hilora[fractions=[0.4,0.6,0]]"]),
+    "fed-plora": ("fed-plora-small.toml", ["fed-plora", "hetlora", "flexlora", "flora"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=sorted(STUDIES))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--tune", action="append", default=[])
+    parser.add_argument("--set", dest="settings", action="append", default=[])
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+    given = parser.parse_args()
+    file, methods = STUDIES[given.study]
+    job = Job.load(HERE.parent / "jobs" / file) if file else Job.default()
+    out = given.out / given.study
+    found = compare(job, methods, given.seeds, out, tune=given.tune, settings=given.settings)
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "arguments": vars(given) | {"out": str(given.out)},
+    }
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"systems-{given.study}.json").write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")
+    table = (out / "table.md").read_text()
+    note = f"Machine: {machine['cores']} cores, {machine['processor']}; {json.dumps(machine['versions'])}\n"
+    (results / f"systems-{given.study}.md").write_text(f"{table}\n{note}")
+
+
+if __name__ == "__main__":
+    main()
