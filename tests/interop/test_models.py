@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import WORDS, sentences, tiny_job
 from torch import nn
 
 from fedgrove.errors import ModelError
 from fedgrove.interop.models import load_base
 from fedgrove.interop.targets import find_sites, layer_index
 from fedgrove.run import run
-from tests.tiny import WORDS, sentences, tiny_job
 
-SIZE = {"vocab_size": len(WORDS), "max_position_embeddings": 64}
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SIZE: Any = {"vocab_size": len(WORDS), "max_position_embeddings": 64}
+SMALL: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 def configs() -> dict[str, Any]:
@@ -104,8 +104,8 @@ def test_patterns_and_layers(tiny_bert: Path) -> None:
 def test_gradient_checkpointing_changes_memory_not_numbers(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
     plain = run(tiny_job(tiny_bert, silos), tmp_path / "plain")
     checked = run(tiny_job(tiny_bert, silos, train={"gradient_checkpointing": True}), tmp_path / "checked")
-    for name in plain.names():
-        assert plain.summary["clients"][name]["loss"] == pytest.approx(checked.summary["clients"][name]["loss"], abs=1e-5)
+    for name, row in plain.summary["clients"].items():
+        assert row["loss"] == pytest.approx(checked.summary["clients"][name]["loss"], abs=1e-5)
 
 
 def test_a_bfloat16_base_trains_and_reloads_to_its_own_measures(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
