@@ -1,4 +1,4 @@
-"""Each of the three systems against FedIT, Local, and its own simpler variants: same clients, splits, budget and tuning.
+"""Each of the three systems against FedIT, Local and its own simpler variants: same clients, splits, budget, tuning.
 
     python benchmarks/systems.py fedtreelora --seeds 0,1,2 --tune lr=5e-4,1e-3,2e-3
 
