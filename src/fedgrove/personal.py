@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -120,19 +121,21 @@ def merge(source: Path, out: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    from fedgrove.interop.models import load_tokenizer, resolve_name
+    from fedgrove.interop.models import from_pretrained, load_tokenizer
 
     card = peft.read_json(source / peft.CARD)
     if "why" in card:
         raise AdapterError(f"{source} cannot be merged: {card['why']}")
-    place, revision = resolve_name(card["model"]), card.get("revision")
+    revision = card.get("revision")
     if card["head"] == "stock":
-        base = AutoModelForSequenceClassification.from_pretrained(
-            place, revision=revision, num_labels=len(card["labels"])
+        base = from_pretrained(
+            AutoModelForSequenceClassification, card["model"], revision, num_labels=len(card["labels"])
         )
     else:
-        base = AutoModel.from_pretrained(place, revision=revision)
-    whole = PeftModel.from_pretrained(base.to(torch.float32), str(source)).merge_and_unload()
+        base = from_pretrained(AutoModel, card["model"], revision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's calls of names that transformers deprecates
+        whole = PeftModel.from_pretrained(base.to(torch.float32), str(source)).merge_and_unload()
     whole.config.id2label = dict(enumerate(card["labels"]))
     whole.config.label2id = {label: index for index, label in enumerate(card["labels"])}
     whole.save_pretrained(str(out))

@@ -68,7 +68,7 @@ def resolve_name(name: str) -> str:
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, name, revision)
+    tokenizer = from_pretrained(AutoTokenizer, name, revision)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model.name: the tokenizer of '{name}' has neither a padding nor an end token.")
@@ -104,7 +104,7 @@ def load_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "stock head"))  # weights that the checkpoint lacks are drawn here
         factory = AutoModel if head == "pooled" else AutoModelForSequenceClassification
-        model = _load(factory, name, revision, config=config, dtype=dtype)
+        model = from_pretrained(factory, name, revision, config=config, dtype=dtype)
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
@@ -157,7 +157,7 @@ def _widen(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tupl
 def load_config(name: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
-    return _load(AutoConfig, name, revision)
+    return from_pretrained(AutoConfig, name, revision)
 
 
 def longest_input(config: Any) -> int | None:
@@ -173,8 +173,8 @@ def longest_input(config: Any) -> int | None:
     return int(limit) - offset
 
 
-def _load(factory: Any, name: str, revision: str | None, **options: Any) -> Any:
-    """From disk where it is there, else from the hub."""
+def from_pretrained(factory: Any, name: str, revision: str | None, **options: Any) -> Any:
+    """``factory.from_pretrained``, quietly: from disk where it is there, else from the hub. Raises ``ModelError``."""
     from transformers import logging
 
     logging.set_verbosity_error()
