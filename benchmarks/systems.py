@@ -48,7 +48,7 @@ def main() -> None:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "versions": versions(),
-        "arguments": vars(given) | {"out": str(given.out)},
+        "arguments": {key: value for key, value in vars(given).items() if key != "out"},
     }
     results = HERE / "results"
     results.mkdir(exist_ok=True)
