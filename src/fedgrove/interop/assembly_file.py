@@ -15,8 +15,6 @@ up by its name among those that the method names (``Method.mixes``), so that rea
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +24,7 @@ from fedgrove.adapters.assembly import Assembly, Extra, Mix, Term
 from fedgrove.adapters.private import unseal
 from fedgrove.errors import AdapterError
 from fedgrove.interop.peft import CARD
+from fedgrove.tracking.files import whole_directory
 from fedgrove.tree import map_tensors, pack, unpack
 
 FILE = "assembly.safetensors"
@@ -48,17 +47,9 @@ def why(assembly: Assembly, method: str) -> str:
 
 def save_assembly(folder: Path, assembly: Assembly, *, card: Mapping[str, Any]) -> None:
     """Write one directory, replacing what is there only when all of it is written. The head is among the extras."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / FILE).write_bytes(pack(_described(assembly)))
-    (partial / CARD).write_text(json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    with whole_directory(folder) as partial:
+        (partial / FILE).write_bytes(pack(_described(assembly)))
+        (partial / CARD).write_text(json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_assembly(folder: Path, mixes: Sequence[type[Mix]]) -> Assembly:

@@ -7,8 +7,6 @@ head) and ``fedgrove.json`` (labels, maximum length, pooling, precision: what a 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.errors import AdapterError
+from fedgrove.tracking.files import whole_directory
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, HEAD, CARD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedgrove.json"
@@ -42,29 +41,21 @@ def save_adapter(
     """
     if not adapter:
         raise AdapterError(f"{folder.name}: there is no LoRA term to write as an adapter.")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    stock = head_kind == "stock"
-    _config(adapter, base, head_modules if stock else ()).save_pretrained(str(partial))
-    tensors: dict[str, Tensor] = {}
-    for site, factors in adapter.items():
-        tensors[f"{PREFIX}{site}.lora_A.weight"] = factors.A.detach().clone().contiguous()
-        tensors[f"{PREFIX}{site}.lora_B.weight"] = factors.B.detach().clone().contiguous()
-    if stock:
-        tensors |= {f"{PREFIX}{name}": value.detach().clone().contiguous() for name, value in head.items()}
-    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    if head and not stock:
-        save_file(
-            {n: v.detach().clone().contiguous() for n, v in head.items()}, partial / HEAD, metadata={"format": "pt"}
-        )
-    (partial / CARD).write_text(json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    with whole_directory(folder) as partial:
+        stock = head_kind == "stock"
+        _config(adapter, base, head_modules if stock else ()).save_pretrained(str(partial))
+        tensors: dict[str, Tensor] = {}
+        for site, factors in adapter.items():
+            tensors[f"{PREFIX}{site}.lora_A.weight"] = factors.A.detach().clone().contiguous()
+            tensors[f"{PREFIX}{site}.lora_B.weight"] = factors.B.detach().clone().contiguous()
+        if stock:
+            tensors |= {f"{PREFIX}{name}": value.detach().clone().contiguous() for name, value in head.items()}
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        if head and not stock:
+            save_file(
+                {n: v.detach().clone().contiguous() for n, v in head.items()}, partial / HEAD, metadata={"format": "pt"}
+            )
+        (partial / CARD).write_text(json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _config(adapter: Adapter, base: str, modules: tuple[str, ...]) -> Any:

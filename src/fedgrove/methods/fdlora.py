@@ -21,12 +21,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Site
-from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Extra, Mix, Term
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
-    Method,
     Mine,
     Offer,
     Plan,
@@ -35,8 +33,8 @@ from fedgrove.methods.contract import (
     Trained,
     Update,
     reveal,
-    shares,
 )
+from fedgrove.methods.fedit import FedIT
 
 FUSION = ("fusion.global", "fusion.own")
 
@@ -68,31 +66,20 @@ class Fused(Mix):
         return [extras[f"fusion.{term}"] for term in terms]
 
 
-class FDLoRA(Method):
+class FDLoRA(FedIT):
     name = "fdlora"
     title = "FDLoRA"
     paper = "arXiv 2406.07925"
     trains = "A, B of both; two weights"
     shares = "A, B of the global"
     keeps = "personal LoRA, two weights"
-    averages_factors = True
     Options: ClassVar[type[contract.Options]] = FDOptions
 
     # ------------------------------------------------------------------ server
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw()}
-
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"global": state["global"]}
-
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         if self._local(round):
             return state
-        adapters = [update.content["adapter"] for update in updates]
-        return {"global": mean(adapters, shares(updates, self.options.weights))}
-
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),))
+        return super().aggregate(state, round, updates)
 
     def _local(self, round: int) -> bool:
         """Whether the round is the local one that ends a run; a run of one round has none."""

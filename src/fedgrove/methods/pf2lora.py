@@ -18,22 +18,18 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from fedgrove.adapters.adapter import Adapter, fresh
-from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
-    Method,
     Mine,
     Offer,
     Plan,
-    State,
     Step,
     Trained,
-    Update,
     reveal,
-    shares,
 )
+from fedgrove.methods.fedit import FedIT
 
 
 class PF2Options(contract.WeightedOptions):
@@ -43,28 +39,14 @@ class PF2Options(contract.WeightedOptions):
     )
 
 
-class PF2LoRA(Method):
+class PF2LoRA(FedIT):
     name = "pf2lora"
     title = "PF2LoRA"
     paper = "arXiv 2503.03920"
     trains = "A, B; private C, D"
     shares = "A, B"
     keeps = "C, D"
-    averages_factors = True
     Options: ClassVar[type[contract.Options]] = PF2Options
-
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw()}
-
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"global": state["global"]}
-
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
-        return {"global": mean(adapters, shares(updates, self.options.weights))}
-
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),))
 
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
         share = self.options.private_share

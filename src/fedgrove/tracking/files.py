@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedgrove.errors import RunError
@@ -25,6 +28,21 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """``write_bytes`` for UTF-8 text."""
     write_bytes(path, text.encode("utf-8"))
+
+
+@contextmanager
+def whole_directory(folder: Path) -> Iterator[Path]:
+    """A new directory to write into, which takes ``folder``'s place only when all of it is on disk."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in partial.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
 
 
 def unwritable(path: Path, error: OSError) -> RunError:
