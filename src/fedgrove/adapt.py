@@ -27,7 +27,7 @@ from fedgrove.training.client import ClientHalf
 from fedgrove.training.kernel import Kernel
 
 if TYPE_CHECKING:
-    from fedgrove.federation.tasks.classify_text import ClassifyText
+    from fedgrove.federation.tasks import Task
     from fedgrove.interop.models import Base
     from fedgrove.job import Job
     from fedgrove.methods.contract import Method
@@ -55,7 +55,7 @@ class Finished:
 
     job: Job
     base: Base
-    task: ClassifyText
+    task: Task
     method: Method
     head: HeadPolicy
     state: Any

@@ -15,7 +15,7 @@ from fedgrove.tracking import summary as summaries
 from fedgrove.training.base_line import base_measure
 
 if TYPE_CHECKING:
-    from fedgrove.federation.tasks.classify_text import ClassifyText
+    from fedgrove.federation.tasks import Task
     from fedgrove.interop.models import Base
     from fedgrove.job import Job
     from fedgrove.methods.contract import Method
@@ -152,7 +152,7 @@ class Parts(Protocol):
     @property
     def base(self) -> Base: ...
     @property
-    def task(self) -> ClassifyText: ...
+    def task(self) -> Task: ...
     @property
     def method(self) -> Method: ...
     @property
@@ -168,12 +168,10 @@ def write_adapter(prepared: Parts, folder: Path, assembly: Assembly, *, client: 
     tiers = {term.name: rank_of(term) for term in assembly.terms if term.name in prepared.method.tiers}
     card: dict[str, Any] = {
         "format": 1,
-        "task": prepared.task.name,
+        **prepared.task.card(),
         "model": base.name,
         "revision": job.model.revision,
         "head": base.head,
-        "labels": list(prepared.task.labels),
-        "max_length": job.data.max_length,
         "dtype": job.train.dtype,
         "method": job.method.name,
         "client": client,

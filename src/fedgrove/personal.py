@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Extra, Term
 from fedgrove.errors import AdapterError, RunError
-from fedgrove.federation.tasks.classify_text import ClassifyText
+from fedgrove.federation.tasks import TASKS
 from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.models import EMBEDDED_MODELS, load_base
 from fedgrove.methods.registry import method_class
@@ -31,7 +32,7 @@ class ClientModel:
     def logits(self, texts: Sequence[str]) -> Tensor:
         """Logits ``[texts, classes]`` in float32, columns in the order of ``labels``."""
         rows = [{"text": text, "label": self.labels[0]} for text in texts]
-        return self.kernel.logits(self.assembly, self.kernel.task.encode(rows, self.kernel.base.tokenizer)).clone()
+        return self.kernel.logits(self.assembly, self.kernel.task.encode(rows, self.kernel.base.processor)).clone()
 
     def probabilities(self, texts: Sequence[str]) -> Tensor:
         return torch.softmax(self.logits(texts).float(), dim=-1)
@@ -42,7 +43,7 @@ class ClientModel:
 
     def evaluate(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The task's measures on rows ``{"text": …, "label": …}``."""
-        return self.kernel.evaluate(self.assembly, self.kernel.task.encode(list(rows), self.kernel.base.tokenizer))
+        return self.kernel.evaluate(self.assembly, self.kernel.task.encode(list(rows), self.kernel.base.processor))
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -> ClientModel:
@@ -72,8 +73,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -
         str(folder) if merged else card["model"],
         None if merged else card.get("revision"),
         card["head"],
-        tuple(card["labels"]),
-        int(card["max_length"]),
+        json.dumps({key: card.get(key) for key in TASKS[card["task"]].from_card(card).card()}),
         tuple(sorted(adapter)),
         dtype or card["dtype"],
         device,
@@ -96,50 +96,48 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -
 def _kernel(
     name: str,
     revision: str | None,
-    head: Literal["pooled", "stock"],
-    labels: tuple[str, ...],
-    max_length: int,
+    head: Literal["pooled", "stock", "lm"],
+    card: str,
     targets: tuple[str, ...],
     dtype: str,
     device: str,
 ) -> Kernel:
     """The base that the clients of one run share: loaded once for all of them."""
+    described = json.loads(card)
+    task = TASKS[described["task"]].from_card(described)
     base = load_base(
         name,
         revision=revision,
+        task=task.name,
         head=head,
-        classes=len(labels),
+        classes=len(task.labels),
         targets=list(targets) or "auto",
         dtype=getattr(torch, dtype),
         device=device,
     )
-    return Kernel(base, ClassifyText(labels=labels, max_length=max_length), TrainOptions())
+    return Kernel(base, task, TrainOptions())
 
 
 def merge(source: Path, out: Path) -> None:
     """Write the base with the adapter folded in as an ordinary model (float32), with its tokenizer and head."""
     from peft import PeftModel
-    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    from fedgrove.interop.models import from_pretrained, load_tokenizer
+    from fedgrove.interop.models import from_pretrained, load_processor, model_class
 
     card = peft.read_json(source / peft.CARD)
     if "why" in card:
         raise AdapterError(f"{source} cannot be merged: {card['why']}")
     revision = card.get("revision")
-    if card["head"] == "stock":
-        base = from_pretrained(
-            AutoModelForSequenceClassification, card["model"], revision, num_labels=len(card["labels"])
-        )
-    else:
-        base = from_pretrained(AutoModel, card["model"], revision)
+    classes = {"num_labels": len(card["labels"])} if card["head"] == "stock" else {}
+    base = from_pretrained(model_class(card["task"], card["head"]), card["model"], revision, **classes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's calls of names that transformers deprecates
         whole = PeftModel.from_pretrained(base.to(torch.float32), str(source)).merge_and_unload()
-    whole.config.id2label = dict(enumerate(card["labels"]))
-    whole.config.label2id = {label: index for index, label in enumerate(card["labels"])}
+    if card["labels"]:
+        whole.config.id2label = dict(enumerate(card["labels"]))
+        whole.config.label2id = {label: index for index, label in enumerate(card["labels"])}
     whole.save_pretrained(str(out))
-    load_tokenizer(card["model"], revision).save_pretrained(str(out))
+    load_processor(card["model"], revision, card["task"]).save_pretrained(str(out))
     head = peft.read_tensors(source / peft.HEAD) if (source / peft.HEAD).exists() else {}
     if head:
         peft.save_file(head, out / peft.HEAD, metadata={"format": "pt"})

@@ -13,7 +13,7 @@ import torch
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import DataError, JobError
 from fedgrove.federation import Federation, build
-from fedgrove.federation.tasks.classify_text import ClassifyText
+from fedgrove.federation.tasks import Task, task_class, task_name
 from fedgrove.interop.models import Base, load_base, load_config, longest_input
 from fedgrove.methods.contract import ClientInfo, Method, Setting
 from fedgrove.methods.registry import method_class
@@ -34,7 +34,7 @@ class Prepared:
     job: Job
     federation: Federation
     base: Base
-    task: ClassifyText
+    task: Task
     method: Method
     head: HeadPolicy
     half: ClientHalf
@@ -55,7 +55,7 @@ def prepare(job: Job) -> Prepared:
     torch.set_num_threads(int(job.train.threads))
     federation = build(job)
     job = job.replace(
-        data={"labels": list(federation.labels)},
+        data={"task": task_name(job.data), "labels": list(federation.labels) or None},
         federation={"newcomer_head": newcomer_head(job, federation)},
     )
     clients, held_out = client_infos(job, federation)
@@ -161,7 +161,8 @@ def base_of(job: Job) -> Base:
     return load_base(
         job.model.name,
         revision=job.model.revision,
-        head=job.model.head,
+        task=task_name(job.data),
+        head=job.model.head if task_class(job.data).classifies else "lm",
         classes=len(job.data.labels or ()),
         targets=targets if targets == "auto" else list(targets),
         dtype=getattr(torch, job.train.dtype),
@@ -171,12 +172,12 @@ def base_of(job: Job) -> Base:
     )
 
 
-def task_of(job: Job) -> ClassifyText:
-    return ClassifyText(labels=tuple(job.data.labels or ()), max_length=job.data.max_length)
+def task_of(job: Job) -> Task:
+    return task_class(job.data).of(job.data)
 
 
-def head_policy(job: Job, base: Base, task: ClassifyText) -> HeadPolicy:
-    """The head's one initial draw for all clients, from the seed."""
+def head_policy(job: Job, base: Base, task: Task) -> HeadPolicy:
+    """The head's one initial draw for all clients, from the seed; a task without a head has an empty one."""
     initial = base.stock_head or task.new_head(base.hidden, generator(job.run.seed, "head"))
     return HeadPolicy(job.federation.head, initial, newcomers=job.federation.newcomer_head is True)
 
@@ -187,14 +188,14 @@ def train_options(job: Job) -> TrainOptions:
     return TrainOptions(**values, dropout=job.lora.dropout)
 
 
-def encode(client: Client, task: ClassifyText, base: Base) -> dict[str, list[dict[str, Any]]]:
+def encode(client: Client, task: Task, base: Base) -> dict[str, list[dict[str, Any]]]:
     """A client's splits as the task's examples."""
-    encoded = {split: task.encode(getattr(client, split), base.tokenizer) for split in ("train", "test", "validation")}
-    for split, examples in encoded.items():
-        if any(not example["input_ids"] for example in examples):
-            raise DataError(
-                f"Client '{client.name}' has a {split} text that the tokenizer turns into nothing; remove it."
-            )
+    encoded = {}
+    for split in ("train", "test", "validation"):
+        try:
+            encoded[split] = task.encode(getattr(client, split), base.processor)
+        except DataError as error:
+            raise DataError(f"client {client.name!r}, {split} split: {error}") from error
     return encoded
 
 

@@ -18,8 +18,14 @@ from fedgrove.tracking.summary import write as write_json
 if TYPE_CHECKING:
     from fedgrove.prepare import Prepared
 
-#: keys that a machine chooses where the job says "auto"; a resumed run keeps the choices of its first machine
-_AUTOMATIC = (("train", "device"), ("train", "dtype"), ("train", "threads"), ("federation", "newcomer_head"))
+#: keys that are decided at the start where the job says "auto"; a resumed run keeps the choices of its first machine
+_AUTOMATIC = (
+    ("data", "task"),
+    ("train", "device"),
+    ("train", "dtype"),
+    ("train", "threads"),
+    ("federation", "newcomer_head"),
+)
 _UNSET = (("data", "labels"),)
 
 

@@ -194,7 +194,7 @@ class Opened:
         self.state, self.stores = server["state"], stores
         self.prepared.engine.restore(stores)
         self.rows = sentences(9, seed=5)
-        self.examples = self.prepared.task.encode(self.rows, self.prepared.base.tokenizer)
+        self.examples = self.prepared.task.encode(self.rows, self.prepared.base.processor)
 
     @property
     def method(self) -> Method:

@@ -137,7 +137,7 @@ def check_export(job: Any, out: Path) -> None:
     loop = Loop(prepared, RunDirectory(out), Callback())
     assert loop.done == job.run.rounds
     kernel = prepared.half.kernel
-    examples = prepared.task.encode([{"text": text, "label": "positive"} for text in TEXTS], prepared.base.tokenizer)
+    examples = prepared.task.encode([{"text": text, "label": "positive"} for text in TEXTS], prepared.base.processor)
     for name in prepared.clients:
         assembly = prepared.engine.personal(name, loop.offer(name, loop.done + 1))
         bare = Assembly(extras=assembly.extras)

@@ -123,7 +123,7 @@ TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
 
 @pytest.fixture(scope="module")
 def examples(base: Base) -> list[dict[str, Any]]:
-    return TASK.encode(sentences(16, seed=1), base.tokenizer)
+    return TASK.encode(sentences(16, seed=1), base.processor)
 
 
 def with_head(base: Base, assembly: Assembly) -> Assembly:

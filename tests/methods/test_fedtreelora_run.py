@@ -228,7 +228,7 @@ def test_the_exported_adapter_is_the_personal_model(bert: Path, five: Path, tmp_
     _, server, stores = Checkpoints(tmp_path / "out" / "checkpoints").load()
     prepared.engine.restore(stores)
     rows = sentences(12, seed=3)
-    examples = prepared.task.encode(rows, prepared.base.tokenizer)
+    examples = prepared.task.encode(rows, prepared.base.processor)
     for name in ("site-0", "site-4"):
         offer = {"method": prepared.method.offer(server["state"], 5, prepared.clients[name])}
         assembly = prepared.engine.personal(name, offer)

@@ -179,7 +179,7 @@ def test_each_tier_exported_gives_the_kernels_logits(
     assembly = prepared.half.personal(prepared.clients["site-3"], {"method": offer}, stores["site-3"])
     alone = Assembly((assembly.term(tier),), extras=assembly.extras)
     texts = ["the good film", "a very sad day was it"]
-    examples = prepared.task.encode([{"text": text, "label": "positive"} for text in texts], prepared.base.tokenizer)
+    examples = prepared.task.encode([{"text": text, "label": "positive"} for text in texts], prepared.base.processor)
     expected = prepared.half.kernel.logits(alone, examples)
     prepared.half.kernel.close()
     assert torch.allclose(load(folder).logits(texts), expected, atol=1e-5)

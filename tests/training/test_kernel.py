@@ -32,7 +32,7 @@ def base(tiny_bert: Path) -> Base:
 
 @pytest.fixture(scope="module")
 def examples(base: Base) -> list[dict[str, Any]]:
-    return TASK.encode(sentences(22, seed=1), base.tokenizer)
+    return TASK.encode(sentences(22, seed=1), base.processor)
 
 
 def start(base: Base, rank: int = 3, seed: int = 0) -> dict[str, Factors]:

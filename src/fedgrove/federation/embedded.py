@@ -46,6 +46,7 @@ class Embedded:
 
     asset: str
     read: Callable[[Path], list[Row]]
+    task: str = "classify-text"
 
 
 EMBEDDED = {"sentiment": Embedded("sentiment", sentiment)}

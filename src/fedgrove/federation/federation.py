@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from fedgrove.federation.partition import partition
 from fedgrove.federation.readers import Row
 from fedgrove.federation.sources import Silos, load
 from fedgrove.federation.split import split
+from fedgrove.federation.tasks import ClassifyText, Task, task_class
 from fedgrove.seeds import numpy_rng
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Client:
-    """One client's rows (``{"text": str, "label": str}``). A held-out client never takes part in training."""
+    """One client's rows, as the task reads them. A held-out client never takes part in training."""
 
     name: str
     train: list[Row]
@@ -38,6 +38,7 @@ class Federation:
     clients: tuple[Client, ...]
     labels: tuple[str, ...]
     source: dict[str, Any]
+    task: type[Task] = ClassifyText
 
     @property
     def training(self) -> tuple[Client, ...]:
@@ -60,7 +61,7 @@ class Federation:
                     "test": len(client.test),
                     "validation": len(client.validation),
                     "labels": {label: counts[label] for label in self.labels},
-                    "median_words": statistics.median(len(row["text"].split()) for row in client.train),
+                    **self.task.describe(client.train),
                 }
                 for client in self.clients
                 for counts in [Counter(row["label"] for row in client.train)]
@@ -96,7 +97,9 @@ def build(job: Job) -> Federation:
         clients.append(Client(name, parts.train, parts.test, parts.validation, group, held_out=False))
     chosen = _held_out(clients, job)
     clients = [replace(client, held_out=client.name in chosen) for client in clients]
-    return Federation(tuple(clients), _labels(clients, job), loaded.source)
+    task = task_class(job.data)
+    labels = _labels(clients, job) if task.classifies else ()
+    return Federation(tuple(clients), labels, loaded.source, task)
 
 
 def _held_out(clients: Sequence[Client], job: Job) -> set[str]:

@@ -1,6 +1,6 @@
 """Where the rows come from: an embedded set, a folder of silos, one table, or a data set of the hub.
 
-Whatever the source calls its columns, a row here is ``{"text": str, "label": str}``.
+Whatever the source calls its columns, a row here has the names that the task gives it: see ``Task.row``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fedgrove.errors import DataError, JobError
 from fedgrove.federation.assets import ASSETS, asset
 from fedgrove.federation.embedded import EMBEDDED
-from fedgrove.federation.readers import READERS, Place, Row, fingerprint, label_of, records, text_of
+from fedgrove.federation.readers import READERS, Place, Row, fingerprint, label_of, records
+from fedgrove.federation.tasks import task_class
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -178,29 +179,24 @@ def _source(kind: str, name: str, note: str, sha256: str) -> dict[str, Any]:
 
 
 def _wanted(job: Job, group: str | None) -> list[str]:
-    """The columns to read: text, label, the natural group, and the one a partitioner goes by."""
+    """The columns to read: the task's own, the natural group, and the one a partitioner goes by."""
     by = job.data.partition.options.get("partition_by") if job.data.source != "silos" else None
-    return list(
-        dict.fromkeys([job.data.text, job.data.label, *(name for name in (group, by) if isinstance(name, str))])
-    )
+    own = task_class(job.data).columns(job.data)
+    return list(dict.fromkeys([*own, *(name for name in (group, by) if isinstance(name, str))]))
 
 
 def _checked(data: DataSection, found: Found) -> Iterator[tuple[Row, Place, dict[str, Any]]]:
-    """Each row with text and label checked, its place, and its raw values."""
-    text, label, allowed = data.text, data.label, data.labels
+    """Each row as the task reads it, its place, and its raw values."""
+    task = task_class(data)
     for place, values in found:
-        row = {"text": text_of(values[text], text, place), "label": label_of(values[label], label, place)}
-        if allowed and row["label"] not in allowed:
-            listed = ", ".join(map(repr, allowed))
-            raise DataError(
-                f"{place}: the label {row['label']!r} is not in data.labels ({listed}); add it or correct it"
-            )
-        yield row, place, values
+        yield task.row(values, data, place), place, values
 
 
 def _gather(job: Job, found: Found, source: dict[str, Any], group: str | None) -> Table:
     rows: list[Row] = []
-    columns: dict[str, list[Any]] = {name: [] for name in _wanted(job, group) if name != job.data.text}
+    own = task_class(job.data).columns(job.data)
+    names = [name for name in _wanted(job, group) if name not in own or name == job.data.label]
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     for row, place, values in _checked(job.data, found):
         rows.append(row)
         for name, column in columns.items():
@@ -217,7 +213,7 @@ def rows_of(path: Path, job: Job) -> list[Row]:
     """The checked rows of one more table (jsonl, csv, parquet) with the job's columns and labels."""
     if not path.is_file():
         raise DataError(f"the table {path} does not exist or is a folder; name one file ({_kinds()})")
-    rows = [row for row, _, _ in _checked(job.data, records(path, [job.data.text, job.data.label]))]
+    rows = [row for row, _, _ in _checked(job.data, records(path, task_class(job.data).columns(job.data)))]
     if not rows:
         raise DataError(f"the table {path} has no rows; give a file with rows")
     return rows

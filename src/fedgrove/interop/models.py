@@ -36,10 +36,10 @@ class Base:
     name: str
     upstream: str  # the name that PEFT configurations carry
     model: Any  # a transformers PreTrainedModel
-    tokenizer: Any
+    processor: Any  # turns rows into inputs: a tokenizer, or an image processor
     sites: dict[str, Site]
     hidden: int
-    head: Literal["pooled", "stock"]
+    head: Literal["pooled", "stock", "lm"]  # "lm": the language model's own output layer, frozen
     head_modules: tuple[str, ...]  # the stock head's modules, as PEFT's modules_to_save names them
     stock_head: dict[str, Tensor]  # their initial values, by parameter name
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
+        return int(getattr(self.processor, "pad_token_id", None) or 0)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -76,11 +76,36 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def load_image_processor(name: str, revision: str | None = None) -> Any:
+    from transformers import AutoImageProcessor
+
+    return from_pretrained(AutoImageProcessor, name, revision)
+
+
+def load_processor(name: str, revision: str | None, task: str) -> Any:
+    """What turns the task's rows into the model's inputs."""
+    return (load_image_processor if task == "classify-images" else load_tokenizer)(name, revision)
+
+
+def model_class(task: str, head: str) -> Any:
+    """The transformers class of a task's model with a kind of head."""
+    import transformers
+
+    if head == "pooled":
+        return transformers.AutoModel
+    if head == "lm":
+        return transformers.AutoModelForCausalLM
+    if task == "classify-images":
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModelForSequenceClassification
+
+
 def load_base(
     name: str,
     *,
     revision: str | None = None,
-    head: Literal["pooled", "stock"] = "pooled",
+    task: str = "classify-text",
+    head: Literal["pooled", "stock", "lm"] = "pooled",
     classes: int = 2,
     targets: Any = "auto",
     dtype: torch.dtype = torch.float32,
@@ -88,23 +113,21 @@ def load_base(
     seed: int = 0,
     gradient_checkpointing: bool = False,
 ) -> Base:
-    """Load and freeze a base. Raises ``ModelError`` in one sentence."""
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
+    """Load and freeze a base for a task. Raises ``ModelError`` in one sentence."""
     config = load_config(name, revision)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model.name: '{name}' is an encoder-decoder; Fedgrove adapts encoders and decoders.")
-    tokenizer = load_tokenizer(name, revision)
+    processor = load_processor(name, revision, task)
     for key in _DROPOUTS:
         if isinstance(getattr(config, key, None), float):
             setattr(config, key, 0.0)
     if head == "stock":
         config.num_labels = classes
-        config.pad_token_id = tokenizer.pad_token_id
+        if task != "classify-images":
+            config.pad_token_id = processor.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "stock head"))  # weights that the checkpoint lacks are drawn here
-        factory = AutoModel if head == "pooled" else AutoModelForSequenceClassification
-        model = from_pretrained(factory, name, revision, config=config, dtype=dtype)
+        model = from_pretrained(model_class(task, head), name, revision, config=config, dtype=dtype)
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
@@ -129,7 +152,7 @@ def load_base(
         name=name,
         upstream=EMBEDDED_MODELS.get(name, name),
         model=model,
-        tokenizer=tokenizer,
+        processor=processor,
         sites=sites,
         hidden=int(config.hidden_size),
         head=head,

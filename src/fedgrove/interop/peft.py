@@ -30,7 +30,7 @@ def save_adapter(
     *,
     base: str,
     head: Mapping[str, Tensor],
-    head_kind: Literal["pooled", "stock"],
+    head_kind: Literal["pooled", "stock", "lm"],
     head_modules: tuple[str, ...] = (),
     card: Mapping[str, Any],
 ) -> None:

@@ -111,6 +111,9 @@ class DataSection(Section):
         description="embedded: a data set that Fedgrove fetches and checks by itself; silos: a folder with one file "
         "(jsonl, csv, parquet) for each client; table: one such file, to be split; hub: a Hugging Face data set.",
     )
+    task: Literal["auto", "classify-text"] = Field(
+        "auto", description="What is learnt. auto: what an embedded data set is for; else classify-text."
+    )
     name: Text = Field(EMBEDDED, description="Name of the embedded or hub data set.")
     config: Text | None = Field(None, description="Configuration of a hub data set.", examples=["default"])
     path: Text | None = Field(

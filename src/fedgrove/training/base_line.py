@@ -30,6 +30,8 @@ def base_measure(
 
     With the pooled head the base's features are computed once, so this costs two forward passes over the data.
     """
+    if kernel.base.head == "lm":  # there is no head to train
+        return kernel.evaluate(Assembly(), test)
     steps = kernel.steps(Step(Assembly()), len(train)) * rounds
     if kernel.base.head == "stock":
         extras = {PREFIX + name: Extra(value, lr=None) for name, value in initial.items()}

@@ -198,8 +198,8 @@ class Kernel:
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
     def _features(self, batch: Batch) -> Tensor:
-        model = self.base.model.base_model if self.base.head == "stock" else self.base.model
-        hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        model = self.base.model if self.base.head == "pooled" else self.base.model.base_model
+        hidden = model(**self.task.inputs(batch)).last_hidden_state
         return self.task.pool(hidden.to(self.base.adapter_dtype), batch)
 
     def _logits(self, live: LiveAssembly, batch: Batch) -> Tensor:
@@ -211,8 +211,7 @@ class Kernel:
         head = {name.removeprefix("head."): value for name, value in live.extras.items() if name.startswith("head.")}
         if self.base.head == "pooled":
             return self.task.head_logits(self._features(batch), head)
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        return torch.func.functional_call(self.base.model, head, kwargs=inputs).logits
+        return torch.func.functional_call(self.base.model, head, kwargs=self.task.inputs(batch)).logits
 
     def _losses(self, live: LiveAssembly, step: Step, batch: Batch) -> tuple[Tensor, Tensor]:
         """What is minimised, and the task's part of it: the one that is comparable between methods and rounds."""
@@ -227,7 +226,8 @@ class Kernel:
 
         Evaluation keeps the model's own choice, so that logits are those that a user gets with default settings.
         """
-        config, tokens = self.base.model.config, batch["input_ids"].shape[1]
+        config = self.base.model.config
+        tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0  # images: a few hundred at most
         chosen = config._attn_implementation
         if (
             self.base.device.type == "cpu"
@@ -266,7 +266,7 @@ class Kernel:
 
     def _by_length(self, examples: Sequence[Example]) -> Iterator[list[int]]:
         """Indices in batches of similar length, so that little is padding."""
-        order = sorted(range(len(examples)), key=lambda index: (len(examples[index]["input_ids"]), index))
+        order = sorted(range(len(examples)), key=lambda index: (self.task.length(examples[index]), index))
         size = self.options.eval_batch_size
         for start in range(0, len(order), size):
             yield order[start : start + size]

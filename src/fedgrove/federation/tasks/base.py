@@ -1,9 +1,9 @@
-"""What a task is to the trainer: examples, batches, a head on pooled states, a loss and a score."""
+"""What a task is: rows out of data, examples out of rows, batches, a head on pooled states, a loss and a score."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -11,14 +11,18 @@ from torch import Tensor
 from fedgrove.federation.readers import Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from fedgrove.federation.readers import Place
+    from fedgrove.job.sections import DataSection
 
-Example = dict[str, Any]  # "input_ids": list[int]; "label": int, absent where a row has no label
+Example = dict[str, Any]  # as the task needs it; of a text: "input_ids": list[int], and "label": int if it has one
 Batch = dict[str, Tensor]
 
 
 class Task(Protocol):
-    """Shapes: b examples, t tokens of the longest in the batch, h hidden size, c outputs of the head."""
+    """Shapes: b examples, t tokens of the longest in the batch, h hidden size, c outputs of the head.
+
+    A *processor* is the model's own tokenizer or image processor.
+    """
 
     @property
     def name(self) -> str:
@@ -28,14 +32,49 @@ class Task(Protocol):
     def metric(self) -> str:
         """The key of ``measure`` that says how good a model is; higher is better."""
 
-    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """Token ids with special tokens, cut to the maximum length, and the label's number."""
+    classifies: ClassVar[bool]  # whether rows have classes that a head learns
 
-    def truncated(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes in the order of the head's outputs; empty where the task has none."""
+
+    @classmethod
+    def of(cls, data: DataSection) -> Task:
+        """The task with a job's settings."""
+
+    def card(self) -> dict[str, Any]:
+        """What an adapter directory says of the task, as JSON: "task" (its name), "labels", and its own settings."""
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any]) -> Task:
+        """The task of an adapter directory."""
+
+    @staticmethod
+    def columns(data: DataSection) -> list[str]:
+        """The columns of the source that ``row`` reads."""
+
+    @staticmethod
+    def row(values: Mapping[str, Any], data: DataSection, place: Place) -> Row:
+        """A checked row, with a "label" to split by (a class, or "" where there is none). Raises DataError."""
+
+    @staticmethod
+    def describe(rows: Sequence[Row]) -> dict[str, Any]:
+        """Plain figures about a client's rows for ``fedgrove data``, for example their median length."""
+
+    def encode(self, rows: Sequence[Row], processor: Any) -> list[Example]:
+        """The rows as the model reads them. Raises DataError for what it cannot read."""
+
+    def truncated(self, rows: Sequence[Row], processor: Any) -> int:
         """How many rows ``encode`` cuts."""
 
+    def length(self, example: Example) -> int:
+        """Examples of similar length make a batch with little padding (0 where all are alike)."""
+
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
-        """input_ids and attention_mask [b, t] and, where the examples have labels, labels [b]; all int64."""
+        """The model's inputs and, where the examples have labels, labels."""
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The part of a batch that is the model's input, by the names of its forward's arguments."""
 
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
         """A fresh head's tensors in float32, by name."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedgrove.errors import DataError
-from fedgrove.federation.readers import Row
+from fedgrove.federation.readers import Place, Row, label_of, text_of
 from fedgrove.federation.tasks.base import Batch, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fedgrove.job.sections import DataSection
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,46 @@ class ClassifyText:
     labels: tuple[str, ...]
     max_length: int = 128
     name: str = "classify-text"
+    classifies: ClassVar[bool] = True
     metric: str = "accuracy"
+
+    @classmethod
+    def of(cls, data: DataSection) -> ClassifyText:
+        """As in Task."""
+        return cls(labels=tuple(data.labels or ()), max_length=data.max_length)
+
+    def card(self) -> dict[str, Any]:
+        """As in Task."""
+        return {"task": self.name, "labels": list(self.labels), "max_length": self.max_length}
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any]) -> ClassifyText:
+        """As in Task."""
+        return cls(labels=tuple(card["labels"]), max_length=int(card["max_length"]))
+
+    @staticmethod
+    def columns(data: DataSection) -> list[str]:
+        """As in Task."""
+        return [data.text, data.label]
+
+    @staticmethod
+    def row(values: Mapping[str, Any], data: DataSection, place: Place) -> Row:
+        """``{"text": str, "label": str}``."""
+        row = {
+            "text": text_of(values[data.text], data.text, place),
+            "label": label_of(values[data.label], data.label, place),
+        }
+        if data.labels and row["label"] not in data.labels:
+            listed = ", ".join(map(repr, data.labels))
+            raise DataError(
+                f"{place}: the label {row['label']!r} is not in data.labels ({listed}); add it or correct it"
+            )
+        return row
+
+    @staticmethod
+    def describe(rows: Sequence[Row]) -> dict[str, Any]:
+        """The median number of words."""
+        return {"median_words": median(len(row["text"].split()) for row in rows)}
 
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         """As in Task. Raises DataError for a label that the task does not have."""
@@ -42,6 +84,8 @@ class ClassifyText:
                     known = ", ".join(map(repr, self.labels))
                     raise DataError(f"row {number} has the label {row['label']!r}, but the model knows only: {known}")
                 example["label"] = numbers[row["label"]]
+            if not ids:
+                raise DataError(f"row {number} has a text that the tokenizer turns into nothing; remove it")
             examples.append(example)
         return examples
 
@@ -52,6 +96,14 @@ class ClassifyText:
         # verbose=False: a text longer than the model's own limit is what is being asked about, not a mistake
         encoded = tokenizer([row["text"] for row in rows], truncation=False, verbose=False)["input_ids"]
         return sum(len(ids) > self.max_length for ids in encoded)
+
+    def length(self, example: Example) -> int:
+        """As in Task."""
+        return len(example["input_ids"])
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """As in Task."""
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """As in Task; padded on the right to the longest example of the batch."""
