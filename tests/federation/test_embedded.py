@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from fedgrove.errors import DataError
 from fedgrove.federation.assets import asset
-from fedgrove.federation.embedded import DOMAINS, sentiment
+from fedgrove.federation.embedded import DOMAINS, nlu_tasks, sentiment
 
 
 def test_ratings_become_classes_and_repetitions_go(tmp_path: Path) -> None:
@@ -37,3 +38,25 @@ def test_the_real_set_has_its_published_sizes() -> None:
         assert 0.98 * published[domain] <= count <= published[domain]
     assert len({row["text"] for row in rows}) == len(rows)
     assert set(Counter(row["label"] for row in rows)) == {"negative", "neutral", "positive"}
+
+
+def test_four_tasks_become_one_table(tmp_path: Path) -> None:
+    def write(name: str, *examples: tuple[str, dict[str, int]]) -> None:
+        rows = [{"input": text, "target_scores": scores} for text, scores in examples]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"examples": rows}), encoding="utf-8")
+
+    neither = {"True": 0, "False": 0, "Neither": 1}
+    write(
+        "evidence", ("Moon: it is round .\nClaim: It is square .", neither), ("A: b\nClaim: c", {"True": 1, "False": 0})
+    )
+    claim = "On June 2017, the following claim was made: Cats fly.\nQ: Was this claim true or false?"
+    write("claims", (claim, {"true": 0, "false": 1}), (claim, {"true": 0, "false": 1}))
+    write("hotels", ("Nice  room", {"positive": 1, "negative": 0}))
+    write("medicine", ("Nice room", {"positive": 0, "negative": 1}))
+    assert nlu_tasks(tmp_path) == [
+        {"text": "Moon: it is round .", "pair": "It is square .", "label": "not enough evidence", "task": "evidence"},
+        {"text": "A: b", "pair": "c", "label": "supported", "task": "evidence"},
+        {"text": "Cats fly.", "pair": "", "label": "false", "task": "claims"},
+        {"text": "Nice room", "pair": "", "label": "positive", "task": "hotels"},
+        {"text": "Nice room", "pair": "", "label": "negative", "task": "medicine"},
+    ]

