@@ -413,12 +413,18 @@ def aggregate(
         print(sentence)
 
 
-@app.command(epilog=_examples("fedgrove report runs/fedit"))
-def report(run: RunDirectory) -> None:
+@app.command(epilog=_examples("fedgrove report runs/fedit", "fedgrove report runs/hilora --beside runs/local"))
+def report(
+    run: RunDirectory,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another finished run on the same clients, shown beside this one; may be repeated."),
+    ] = None,
+) -> None:
     """Write a run's report anew: one self-contained HTML file."""
     from fedgrove.report import write_report
 
-    print(f"Wrote {write_report(run)}.")
+    print(f"Wrote {write_report(run, beside or [])}.")
 
 
 @app.command(epilog=_examples("fedgrove demo", "fedgrove demo --out runs/first"))

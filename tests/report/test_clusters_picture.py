@@ -79,10 +79,10 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
-def drawn(folder: Path) -> list[sections.Section]:
+def drawn(folder: Path, *beside: Path) -> list[sections.Section]:
     """The sections, each drawn for a page and for a phone."""
     with style.applied():
-        found = picture.clusters(folder)
+        found = picture.clusters(folder, beside)
         for each in found:
             for width in (style.WIDE, style.NARROW):
                 if each.figure is not None:
@@ -130,6 +130,23 @@ def test_every_section_draws_and_says_what_it_shows(tmp_path: Path) -> None:
     assert "site-99 (cluster 1)" in found[0].text
     assert found[0].table[2] == ["1", "4", "site-01, site-03, site-05, site-99"]
     assert "γ_c = 0.1 towards the root, γ_l = 0.25" in found[2].text
+
+
+def test_the_overlap_with_and_without_the_penalty_side_by_side(tmp_path: Path) -> None:
+    run, other = (
+        write(tmp_path / "run", content()),
+        write(tmp_path / "other", content(overlap={"root-cluster": [[0.9] * 3]})),
+    )
+    (other / "job.toml").write_text("[method]\nname = 'hilora'\ngamma_c = 0.0\ngamma_l = 0.0\n")
+    alone, both = drawn(run)[2], drawn(run, other)[2]
+    assert "fedgrove report RUN --beside OTHER" in alone.text
+    assert "--beside" not in both.text
+    assert callable(both.figure)
+    with style.applied():
+        figure = both.figure(style.WIDE)
+    assert [axes.get_title("left") for axes in figure.axes] == ["γ_c = 0.1, γ_l = 0.25", "without a penalty"]
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    assert figure.axes[0].get_ylim()[1] > 0.9
 
 
 def test_what_a_tier_adds_is_read_at_its_last_evaluated_round(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
     comparison = compare.compare(run, [load(path) for path in baselines])
     painter = _Painter(run_dir / "figures")
     with style.applied():
-        extra, failed = sections.collect(run_dir)
+        extra, failed = sections.collect(run_dir, baselines)
     core = _core_pictures(run, comparison, painter)
     plugged = [
         {"section": each, "picture": painter.paint(f"extra-{number}", each.title, each.figure) if each.figure else None}

@@ -7,6 +7,9 @@ Put a module into ``fedgrove/report/pictures`` with a function for the artefact'
         ...
         return [Section("Who shares with whom", "Read the trunk from the left ...", draw)]
 
+A picture that sets runs side by side takes what they left with ``@section("tree.json", beside=True)``: its function
+gets the directories of the other runs as a second argument, those that have the artefact alone.
+
 A section that fails leaves one line in the report, never a missing report.
 """
 
@@ -41,31 +44,32 @@ class Section:
     table: Sequence[Sequence[str]] = ()
 
 
-Maker = Callable[[Path], list[Section]]
+Maker = Callable[..., list[Section]]  # (run_dir), or (run_dir, other runs' directories)
 
-_MAKERS: dict[str, list[Maker]] = {}
+_MAKERS: dict[str, list[tuple[Maker, bool]]] = {}
 
 
-def section(artefact: str) -> Callable[[Maker], Maker]:
+def section(artefact: str, *, beside: bool = False) -> Callable[[Maker], Maker]:
     """Register a function for the runs whose directory has a file called ``artefact``."""
 
     def register(maker: Maker) -> Maker:
-        _MAKERS.setdefault(artefact, []).append(maker)
+        _MAKERS.setdefault(artefact, []).append((maker, beside))
         return maker
 
     return register
 
 
-def collect(run_dir: Path) -> tuple[list[Section], list[str]]:
+def collect(run_dir: Path, beside: Sequence[Path] = ()) -> tuple[list[Section], list[str]]:
     """The sections of every artefact in ``run_dir``, by file name, and one line for each that failed."""
     found: list[Section] = []
     failed = list(_discover())
     for artefact in sorted(_MAKERS):
         if not (run_dir / artefact).is_file():
             continue
-        for maker in _MAKERS[artefact]:
+        others = [path for path in beside if (path / artefact).is_file()]
+        for maker, wants_others in _MAKERS[artefact]:
             try:
-                found += maker(run_dir)
+                found += maker(run_dir, others) if wants_others else maker(run_dir)
             except Exception as error:  # whatever a plug-in does wrong, the rest of the report stands
                 failed.append(failure(artefact, error))
     return found, failed

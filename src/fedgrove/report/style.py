@@ -89,6 +89,12 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def new_grid(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """``rows`` × ``columns`` axes that share their y axis, row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+
+
 def svg(figure: Figure, name: str, label: str) -> str:
     """``figure`` as an ``<svg>`` element: ids unique by ``name``, colours by role, no reference to any other file."""
     buffer = io.StringIO()

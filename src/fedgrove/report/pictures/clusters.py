@@ -29,8 +29,8 @@ _PAIRS = {  # how each pair of tiers is drawn
 }
 
 
-@section("clusters.json")
-def clusters(run_dir: Path) -> list[Section]:
+@section("clusters.json", beside=True)
+def clusters(run_dir: Path, beside: Sequence[Path]) -> list[Section]:
     content = json.loads((run_dir / "clusters.json").read_text(encoding="utf-8"))
     picture = partial(heat, content) if len(content["clients"]) > 2 else None  # two have but one distance
     found = [Section("Who is like whom: the clusters", _who(content), picture, _members(content))]
@@ -38,7 +38,11 @@ def clusters(run_dir: Path) -> list[Section]:
     if len(tiers.names) > 1:
         found.append(Section("What each tier adds", _adds(tiers), partial(steps, tiers), tiers.table()))
     if any(_curves(content).values()):
-        found.append(Section("How far the tiers overlap", _overlap_words(run_dir), partial(overlap, content)))
+        panels = [
+            (_penalties(path), json.loads((path / "clusters.json").read_text("utf-8"))) for path in (run_dir, *beside)
+        ]
+        text = _overlap_words(run_dir, beside)
+        found.append(Section("How far the tiers overlap", text, partial(overlap, panels)))
     return found
 
 
@@ -263,9 +267,24 @@ def _number(value: float, percent: bool) -> str:
 
 
 # ---------------------------------------------------------------------- overlap
-def overlap(content: Mapping[str, Any], width: float) -> Figure:
-    """Mean cos² between the tiers' subspaces, layer by layer, and what random subspaces would have."""
-    figure, axes = style.new_figure(width, 3.6)
+def overlap(panels: Sequence[tuple[str, Mapping[str, Any]]], width: float) -> Figure:
+    """Mean cos² between the tiers' subspaces, layer by layer, and what random subspaces would have.
+
+    A panel for each run, on one scale: with and without the penalty, where such runs are set side by side.
+    """
+    panels = [(title, content) for title, content in panels if any(_curves(content).values())]
+    columns = len(panels) if width > style.NARROW else 1
+    rows = math.ceil(len(panels) / columns)
+    figure, grid = style.new_grid(width, 3.6 * rows, rows, columns)
+    top = max(_top(content) for _, content in panels)
+    for axes, (title, content) in zip(grid, panels, strict=True):
+        _overlap_panel(axes, content, top)
+        if len(panels) > 1:
+            axes.set_title(title, loc="left", fontsize=9)
+    return figure
+
+
+def _overlap_panel(axes: Axes, content: Mapping[str, Any], top: float) -> None:
     layers = content["layers"]
     named = []
     for pair, rows in _curves(content).items():
@@ -279,7 +298,6 @@ def overlap(content: Mapping[str, Any], width: float) -> Figure:
     for chance in sorted(set(content.get("chance", {}).values())):
         axes.axhline(chance, color=COLOURS["base"], linewidth=1.4, linestyle=(0, (2, 2)))
         named.append((f"chance {chance:.3f}", chance, COLOURS["muted"]))
-    top = max([*(value for rows in _curves(content).values() for row in rows for value in row), *_chances(content)])
     axes.set_ylim(0, top * 1.12 or 1.0)
     for (title, _, colour), place in zip(named, style.spread([y for _, y, _ in named], top * 0.085), strict=True):
         axes.text(1.015, place, title, transform=axes.get_yaxis_transform(), va="center_baseline", color=colour)
@@ -288,7 +306,10 @@ def overlap(content: Mapping[str, Any], width: float) -> Figure:
     axes.set_xticks(layers if len(layers) <= 16 else layers[:: math.ceil(len(layers) / 12)])
     axes.margins(x=0.02)
     axes.grid(axis="y")
-    return figure
+
+
+def _top(content: Mapping[str, Any]) -> float:
+    return max([*(value for rows in _curves(content).values() for row in rows for value in row), *_chances(content)])
 
 
 def _curves(content: Mapping[str, Any]) -> dict[str, list[list[float]]]:
@@ -305,21 +326,38 @@ def _chances(content: Mapping[str, Any]) -> list[float]:
     return list(content.get("chance", {}).values())
 
 
-def _overlap_words(run_dir: Path) -> str:
+def _gammas(run_dir: Path) -> tuple[float, float] | None:
     import tomllib
 
     try:
         job = tomllib.loads((run_dir / "job.toml").read_text(encoding="utf-8")).get("method", {})
     except (OSError, ValueError):
-        job = {}
+        return None
+    return (job["gamma_c"], job["gamma_l"]) if "gamma_c" in job and "gamma_l" in job else None
+
+
+def _penalties(run_dir: Path) -> str:
+    """A run's name beside others: its penalties."""
+    gammas = _gammas(run_dir)
+    if gammas is None:
+        return run_dir.name
+    return "without a penalty" if not any(gammas) else f"γ_c = {gammas[0]:g}, γ_l = {gammas[1]:g}"
+
+
+def _overlap_words(run_dir: Path, beside: Sequence[Path]) -> str:
     texts = [
         "Two tiers that span the same directions (1) say the same thing twice; orthogonal ones (0) each add something. "
         "The dotted line is what random subspaces of these sizes would have; lines at or below it mean tiers that keep "
         "out of each other’s way. Bands hold all clusters or clients."
     ]
-    if "gamma_c" in job and "gamma_l" in job:
+    gammas = _gammas(run_dir)
+    if gammas is not None:
         texts.append(
-            f"This run’s penalties: γ_c = {job['gamma_c']:g} towards the root, γ_l = {job['gamma_l']:g} between "
-            "leaf and cluster. A run with both at 0 shows what they do."
+            f"This run’s penalties: γ_c = {gammas[0]:g} towards the root, γ_l = {gammas[1]:g} between leaf and cluster."
+            + (
+                ""
+                if beside
+                else " To see what they do, set a run with both at 0 beside it: fedgrove report RUN --beside OTHER."
+            )
         )
     return "\n\n".join(texts)
