@@ -58,6 +58,18 @@ def test_at_full_rank_it_is_exact() -> None:
         close(model(chosen.global_assembly(state), "v"), dense(adapters, WEIGHTS, "v"))
 
 
+def test_the_server_loses_nothing() -> None:
+    """N_agg is 0: the global update is the mean itself, whatever the largest rank (methods.md, noise analysis)."""
+    chosen = method("flexlora")
+    adapters = client_draws(chosen)
+    state = chosen.begin(CLIENTS)
+    for round in (1, 2):
+        state = chosen.aggregate(state, round, sent(adapters))
+        whole = chosen.global_assembly(state)
+        for site in SITES:
+            close(model(whole, site), dense(adapters, WEIGHTS, site))
+
+
 def test_a_direction_that_nobody_trained_is_alive() -> None:
     chosen = method("flexlora")
     adapters = client_draws(chosen, ranks=(2,))  # the others are away

@@ -64,9 +64,11 @@ def revive(adapter: Adapter, draw: Mapping[str, Factors]) -> Adapter:
     """
     result: Adapter = {}
     for site, f in adapter.items():
+        rows = draw[site].rank  # an exact mean may have more modules than anybody holds; those need no new start
         size = f.B.double().norm(dim=0) * f.A.double().norm(dim=1)
         noise = size.max() * max(f.B.shape[0], f.A.shape[1]) * torch.finfo(torch.float64).eps
         zero = size <= noise
-        start = draw[site].A.to(f.A)
+        start = torch.zeros_like(f.A)
+        start[:rows] = draw[site].A[: f.rank].to(f.A)
         result[site] = replace(f, A=torch.where(zero[:, None], start, f.A), B=torch.where(zero, 0.0, f.B))
     return result
