@@ -263,7 +263,9 @@ class FederationSection(Section):
         if isinstance(self.held_out, tuple):
             _distinct("federation.held_out", self.held_out)
         if self.late == "next" and self.deadline is None:
-            raise ValueError('federation.late = "next" has no use without federation.deadline; set one, or leave it out.')
+            raise ValueError(
+                'federation.late = "next" has no use without federation.deadline; set one, or leave it out.'
+            )
         return self
 
 
