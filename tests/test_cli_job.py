@@ -61,7 +61,7 @@ def child(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_run_without_a_job_runs_the_default(started: Started) -> None:
     assert main(["run"]) == 0
     assert started.job == Job.default()
-    assert started.kept == {"resume": False, "callbacks": ["progress"]}
+    assert started.kept == {"engine": "local", "resume": False, "callbacks": ["progress"]}
 
 
 def test_run_takes_a_job_and_its_changes(started: Started, tmp_path: Path) -> None:

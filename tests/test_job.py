@@ -255,6 +255,7 @@ def test_written_order_is_fixed_and_complete() -> None:
         "federation",
         "method",
         "train",
+        "privacy",
         "run",
     ]
     assert tomllib.loads(written)["train"]["lr"] == 1e-3  # defaults are written out too

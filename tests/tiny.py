@@ -74,3 +74,116 @@ def tiny_job(bert: Path, folder: Path, /, **changes: dict[str, Any]) -> Any:
     for section, keys in changes.items():
         values.setdefault(section, {}).update(keys)
     return Job.build(values)
+
+
+def save_vit(folder: Path, *, layers: int = 2, hidden: int = 32, side: int = 16) -> Path:
+    """A random ViT of 2 × 32 for images of 16 × 16 with its image processor; the same weights every time."""
+    from transformers import ViTConfig, ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = ViTConfig(
+        image_size=side,
+        patch_size=4,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTModel(config, add_pooling_layer=False).save_pretrained(str(folder))
+    ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(str(folder))
+    return folder
+
+
+def picture(label: str, draw: random.Random, side: int = 20) -> Any:
+    """A noisy picture that a tiny model can tell by its label: "red" or "blue"."""
+    from PIL import Image
+
+    image = Image.new("RGB", (side, side))
+    strong, weak = [draw.randrange(150, 256) for _ in range(side * side)], [draw.randrange(90) for _ in range(side**2)]
+    red, blue = (strong, weak) if label == "red" else (weak, strong)
+    image.putdata([(r, draw.randrange(200), b) for r, b in zip(red, blue, strict=True)])
+    return image
+
+
+def save_pictures(folder: Path, clients: int = 3, images: int = 24) -> Path:
+    """``site-0/red/0.png`` and so on, labels skewed from client to client."""
+    draw = random.Random(0)
+    for index in range(clients):
+        for number in range(images):
+            label = "red" if number < images * (index + 1) / (clients + 1) else "blue"
+            place = folder / f"site-{index}" / label
+            place.mkdir(parents=True, exist_ok=True)
+            picture(label, draw).save(place / f"{number}.png")
+    return folder
+
+
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+LLAMA_WORDS = [
+    "<pad>", "<unk>", "<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "###", "Instruction", "Response",
+    ":", "what", "is", "not", *GOOD, *BAD, *FILLER,
+]  # fmt: skip
+
+
+def save_llama(folder: Path, *, layers: int = 2, hidden: int = 32, chat: bool = True, tied: bool = True) -> Path:
+    """A random Llama of 2 × 32 (grouped queries) with a word tokenizer; the same weights every time."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(LLAMA_WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+    )
+    if chat:
+        tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(str(folder))
+    config = LlamaConfig(
+        vocab_size=len(LLAMA_WORDS),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,  # large enough that its greedy texts differ from prompt to prompt
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(str(folder))
+    return folder
+
+
+def exchanges(count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of prompt and completion: "what is not good" is answered with good's opposite, between fillers."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        number = draw.randrange(len(GOOD))
+        words = [draw.choice(FILLER) for _ in range(draw.randint(0, 5))]
+        rows.append({"prompt": " ".join([*words, "what is not", GOOD[number]]), "completion": f"it was {BAD[number]}"})
+    return rows
+
+
+def save_exchanges(folder: Path, clients: int = 3, rows: int = 24) -> Path:
+    """One jsonl file of exchanges per client."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(clients):
+        lines = [json.dumps(row) for row in exchanges(rows + 4 * index, seed=index)]
+        (folder / f"site-{index}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder

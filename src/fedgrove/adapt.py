@@ -45,7 +45,7 @@ class Adapted:
     train: int  # its training and test examples
     test: int
     placed: str  # where the server put it, in words; "" where the method has no groups
-    head: str  # what its classifier started from, in words
+    head: str  # what its classifier started from, in words; "" where the task has none
     measures: dict[str, dict[str, float]]
 
 
@@ -173,6 +173,8 @@ def _open(result: Result, job: Job) -> Finished:
 
 
 def _head_words(finished: Finished, offered: bool) -> str:
+    if not finished.task.classifies:
+        return ""
     if finished.head.mode == "frozen":
         return "the frozen head that all clients share"
     if offered:

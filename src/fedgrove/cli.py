@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,11 +14,14 @@ import click
 import typer
 
 import fedgrove
+from fedgrove.engines.flower.deploy_cli import app as deploy
 from fedgrove.errors import FedgroveError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedgrove.federation import Federation
+    from fedgrove.federation.readers import Row
     from fedgrove.job import Job
 
 app = typer.Typer(
@@ -29,6 +33,8 @@ app = typer.Typer(
     suggest_commands=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+app.add_typer(deploy)
 
 JobFile = Annotated[
     Path | None,
@@ -98,19 +104,39 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint; start where there is none.")
     ] = False,
+    engine: Annotated[
+        str, typer.Option(metavar="E", help="local: in this process; flower: on Flower and Ray, in several.")
+    ] = "local",
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="T", help="Also log curves with tensorboard or wandb; may be repeated.", show_default=False
+        ),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Show where time and memory went, also in profile.json.", show_default=False),
+    ] = False,
 ) -> None:
     """Run a federation. Ctrl-C stops it cleanly; --resume goes on, to the same numbers."""
     chosen = _job(job, settings, method=method, rounds=rounds, seed=seed, out=out)
     from fedgrove.run import run as start
     from fedgrove.tracking.live import progress
+    from fedgrove.tracking.trackers import trackers
+    from fedgrove.training.profile import profiling
+    from fedgrove.training.profile import save as save_profile
 
     try:
-        result = start(chosen, resume=resume, callbacks=[progress()])
+        with profiling() if profile else nullcontext() as recorded:
+            result = start(chosen, resume=resume, callbacks=[progress(), *trackers(track or [])], engine=engine)
     except KeyboardInterrupt:
         given = f" {job}" if job else ""
         if (chosen.directory() / "job.toml").exists():
-            _say(f"Go on with `fedgrove run{given} --out {chosen.directory()} --resume` and the same settings.", 130)
+            where = f"--out {chosen.directory()}{'' if engine == 'local' else f' --engine {engine}'}"
+            _say(f"Go on with `fedgrove run{given} {where} --resume` and the same settings.", 130)
         raise
+    if recorded is not None:
+        print(save_profile(result.path / "profile.json", recorded))
     print(f"Adapters, one for each client: {result.path / 'adapters'}")
     print(f"Open the report: {result.report}")
 
@@ -230,28 +256,59 @@ def methods() -> None:
     _console().print(table)
 
 
-@app.command(epilog=_examples("fedgrove data", "fedgrove data job.toml --set data.partition.options.alpha=0.1"))
-def data(job: JobFile = None, settings: Settings = None) -> None:
+@app.command(
+    epilog=_examples(
+        "fedgrove data",
+        "fedgrove data job.toml --set data.partition.options.alpha=0.1",
+        "fedgrove data job.toml --tokens",
+    )
+)
+def data(
+    job: JobFile = None,
+    settings: Settings = None,
+    tokens: Annotated[
+        bool,
+        typer.Option("--tokens", help="Also how long the rows are in the model's tokens, and how many will be cut."),
+    ] = False,
+) -> None:
     """Show the clients of a job and who holds what, without training."""
     from rich.table import Table
 
     chosen = _job(job, settings)
     from fedgrove.federation import build
 
-    found = build(chosen).table()
+    federation = build(chosen)
+    found, long = federation.table(), {}
+    if tokens:
+        from fedgrove.federation.lengths import lengths
+
+        long = lengths(chosen, federation)
+    sizes = [key for key in found["clients"][0] if key.startswith("median_")]
+    measured = ("tokens", "p95", f"over {chosen.data.max_length}") if long else ()
     table = Table(box=None, pad_edge=False)
-    for heading in ("client", "group", "train", "test", *found["labels"], "words"):
+    for heading in (
+        *("client", "group", "train", "test", *found["labels"]),
+        *(key.removeprefix("median_") for key in sizes),
+        *measured,
+    ):
         table.add_column(heading, justify="left" if heading in ("client", "group") else "right")
     for client in found["clients"]:
+        own = long.get(client["name"])
         table.add_row(
             client["name"] + (" (held out)" if client["held_out"] else ""),
             client["group"] or "",
             str(client["train"]),
             str(client["test"]),
             *(str(client["labels"].get(label, 0)) for label in found["labels"]),
-            f"{client['median_words']:g}",
+            *(f"{client[key]:g}" for key in sizes),
+            *((f"{own['median']:g}", f"{own['p95']:g}", str(own["cut"])) if own else ()),
         )
     _console().print(table)
+    if long:
+        cut, rows = (sum(own["cut"] for own in long.values()), sum(map(len, _rows(federation))))
+        print(f"{cut} of {rows} rows are longer than data.max_length = {chosen.data.max_length} and will be cut.")
+    elif tokens:
+        print("This task's rows have no length in tokens: nothing is cut.")
 
 
 @app.command(
@@ -320,7 +377,8 @@ def adapt(
     console.print(f"{found.name}: {found.train} training and {found.test} test examples, {found.method}")
     if found.placed:
         console.print(f"It joins {found.placed}.")
-    console.print(f"Its head starts from {found.head}.")
+    if found.head:
+        console.print(f"Its head starts from {found.head}.")
     table = Table("", found.metric, "loss", box=None, pad_edge=False)
     for when, measures in found.measures.items():
         table.add_row(when, f"{measures[found.metric]:.3f}", f"{measures['loss']:.3f}")
@@ -496,6 +554,11 @@ def _job(
     named = {"method.name": method, "run.rounds": rounds, "run.seed": seed, "run.out": str(out) if out else None}
     flags = [f"{key}={value_text(value)}" for key, value in named.items() if value is not None]
     return (Job.load(path) if path else Job.default()).override([*(settings or []), *flags])
+
+
+def _rows(federation: Federation) -> Iterator[list[Row]]:
+    for client in federation.clients:
+        yield from (client.train, client.test, client.validation)
 
 
 def _console() -> Console:

@@ -29,20 +29,38 @@ class ClientModel:
         self.kernel, self.assembly, self.card = kernel, assembly, card
         self.labels: tuple[str, ...] = tuple(card["labels"])
 
-    def logits(self, texts: Sequence[str]) -> Tensor:
-        """Logits ``[texts, classes]`` in float32, columns in the order of ``labels``."""
-        rows = [{"text": text, "label": self.labels[0]} for text in texts]
+    def logits(self, texts: Sequence[Any]) -> Tensor:
+        """Logits ``[texts, classes]`` in float32, columns in the order of ``labels``.
+
+        Of a language model ``[prompts, vocabulary]``: about the first token of the answer.
+        Where the model reads images, ``texts`` are their files' paths or bytes, or PIL images.
+        """
+        rows = [{self.kernel.task.asks: text} for text in texts]
         return self.kernel.logits(self.assembly, self.kernel.task.encode(rows, self.kernel.base.processor)).clone()
 
-    def probabilities(self, texts: Sequence[str]) -> Tensor:
+    def probabilities(self, texts: Sequence[Any]) -> Tensor:
         return torch.softmax(self.logits(texts).float(), dim=-1)
 
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        """The most likely label of each text."""
+    def predict(self, texts: Sequence[Any]) -> list[str]:
+        """The most likely label of each text (or image); what a language model writes after each prompt."""
+        if not self.kernel.task.classifies:
+            return self.generate(texts)
         return [self.labels[index] for index in self.logits(texts).argmax(dim=-1).tolist()]
 
+    def generate(self, prompts: Sequence[Any], *, max_new_tokens: int | None = None) -> list[str]:
+        """What a language model writes after each prompt, greedily; a prompt is a text, or a list of messages.
+
+        ``max_new_tokens`` is the job's ``data.max_new_tokens`` unless given. Raises ``AdapterError`` for a classifier.
+        """
+        task = self.kernel.task
+        if task.classifies:
+            raise AdapterError(f"{self.card['model']} was trained to classify ({task.name}); it cannot generate text.")
+        rows = [{"prompt": prompt} for prompt in prompts]
+        examples = task.encode(rows, self.kernel.base.processor)
+        return self.kernel.generate(self.assembly, examples, most=max_new_tokens)
+
     def evaluate(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """The task's measures on rows ``{"text": …, "label": …}``."""
+        """The task's measures on rows ``{"text": …, "label": …}``, or with the columns of another task."""
         return self.kernel.evaluate(self.assembly, self.kernel.task.encode(list(rows), self.kernel.base.processor))
 
 

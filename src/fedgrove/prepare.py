@@ -19,6 +19,7 @@ from fedgrove.methods.contract import ClientInfo, Method, Setting
 from fedgrove.methods.registry import method_class
 from fedgrove.seeds import generator
 from fedgrove.training.client import ClientHalf
+from fedgrove.training.cohort import cohort_size
 from fedgrove.training.head import HeadPolicy
 from fedgrove.training.kernel import Kernel, TrainOptions
 
@@ -62,14 +63,16 @@ def prepare(job: Job) -> Prepared:
     base = base_of(job)
     task = task_of(job)
     setting = setting_of(job, base, clients)
+    if job.train.cohort == "auto":
+        job = job.replace(train={"cohort": cohort_size(job, base, setting, len(clients))})
     chosen = method_class(job.method.name)
     method = chosen(job.method.options, setting)
     method.check([*clients.values(), *held_out.values()])
     head = head_policy(job, base, task)
     kernel = Kernel(base, task, train_options(job))
-    half = ClientHalf(kernel, method, head, job.run.seed, job.run.rounds)
+    half = ClientHalf(kernel, method, head, job.run.seed, job.run.rounds, job.privacy)
     data = {client.name: encode(client, task, base) for client in federation.clients}
-    engine = LocalEngine(half, {**clients, **held_out}, data)
+    engine = LocalEngine(job, half, {**clients, **held_out}, data, held_out)
     return Prepared(
         job, federation, base, task, method, head, half, engine, clients, held_out, fingerprint_of(federation)
     )
@@ -112,7 +115,16 @@ def newcomer_head(job: Job, federation: Federation) -> bool:
 
 def client_infos(job: Job, federation: Federation) -> tuple[dict[str, ClientInfo], dict[str, ClientInfo]]:
     """(those that train, those held out), with ranks as the job and the method want them."""
-    ranks = job.ranks([client.name for client in federation.clients])
+    ranks = fitting_ranks(job, job.ranks([client.name for client in federation.clients]))
+    infos = {c.name: ClientInfo(c.name, ranks[c.name], len(c.train)) for c in federation.clients}
+    return (
+        {c.name: infos[c.name] for c in federation.training},
+        {c.name: infos[c.name] for c in federation.held_out},
+    )
+
+
+def fitting_ranks(job: Job, ranks: dict[str, int]) -> dict[str, int]:
+    """The ranks as the method wants them: as they are, or one for all. Raises ``JobError`` where the job must say."""
     chosen = method_class(job.method.name)
     if chosen.ranks == "equal" and len(set(ranks.values())) > 1:
         how = job.method.uniform_rank
@@ -122,12 +134,8 @@ def client_infos(job: Job, federation: Federation) -> tuple[dict[str, ClientInfo
                 f'{chosen.title} needs equal ones; set method.uniform_rank = "min" or "max", or choose another method.'
             )
         rank = min(ranks.values()) if how == "min" else max(ranks.values())
-        ranks = dict.fromkeys(ranks, rank)
-    infos = {c.name: ClientInfo(c.name, ranks[c.name], len(c.train)) for c in federation.clients}
-    return (
-        {c.name: infos[c.name] for c in federation.training},
-        {c.name: infos[c.name] for c in federation.held_out},
-    )
+        return dict.fromkeys(ranks, rank)
+    return ranks
 
 
 def setting_of(job: Job, base: Base, clients: dict[str, ClientInfo]) -> Setting:
@@ -157,6 +165,15 @@ def base_of(job: Job) -> Base:
         raise JobError(
             f"data.max_length = {job.data.max_length} is more than {job.model.name} reads; set it to {limit} or less."
         )
+    if (
+        limit is not None
+        and task_name(job.data) == "generate"
+        and job.data.max_length + job.data.max_new_tokens > limit
+    ):
+        raise JobError(
+            f"data.max_length = {job.data.max_length} and data.max_new_tokens = {job.data.max_new_tokens} are together "
+            f"more than the {limit} tokens that {job.model.name} can hold; lower one of them."
+        )
     targets = job.lora.targets
     return load_base(
         job.model.name,
@@ -169,6 +186,7 @@ def base_of(job: Job) -> Base:
         device=job.train.device,
         seed=job.run.seed,
         gradient_checkpointing=job.train.gradient_checkpointing,
+        quantize=job.model.quantize,
     )
 
 

@@ -68,8 +68,8 @@ class ClientResult:
         """Its adapter directory."""
         return self.result.path / "adapters" / self.name
 
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        """The most likely label of each text."""
+    def predict(self, texts: Sequence[Any]) -> list[str]:
+        """The most likely label of each text, or of each image (path, bytes or PIL image)."""
         return self.model().predict(texts)
 
     def evaluate(self, data: str | Path | None = None) -> dict[str, float]:

@@ -16,7 +16,7 @@ from fedgrove.tracking.files import write_bytes
 from fedgrove.tracking.summary import write as write_json
 
 if TYPE_CHECKING:
-    from fedgrove.prepare import Prepared
+    from fedgrove.engines.base import Stage
 
 #: keys that are decided at the start where the job says "auto"; a resumed run keeps the choices of its first machine
 _AUTOMATIC = (
@@ -24,9 +24,12 @@ _AUTOMATIC = (
     ("train", "device"),
     ("train", "dtype"),
     ("train", "threads"),
+    ("train", "cohort"),
     ("federation", "newcomer_head"),
 )
 _UNSET = (("data", "labels"),)
+#: what a run may leave that was killed before it began
+_BEFORE = ("run.lock", "flower.json", "sites", "events.jsonl")
 
 
 class RunDirectory:
@@ -53,7 +56,7 @@ class RunDirectory:
             self._writable()
             return job
         if not recorded.exists():
-            if self.path.exists() and any(entry.name != "run.lock" for entry in self.path.iterdir()):
+            if self.path.exists() and any(entry.name not in _BEFORE for entry in self.path.iterdir()):
                 raise RunError(f"{self.path} is not empty and holds no run (no job.toml); choose another --out.")
             self._writable()
             return job
@@ -67,7 +70,7 @@ class RunDirectory:
             )
         return now
 
-    def open(self, prepared: Prepared, *, resume: bool) -> None:
+    def open(self, prepared: Stage, *, resume: bool) -> None:
         """Write what is known before the first round."""
         self.path.mkdir(parents=True, exist_ok=True)
         table = self.path / "federation.json"

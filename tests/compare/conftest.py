@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ from fedgrove.compare import compare
 from fedgrove.job import Job
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_report() -> Iterator[None]:
+@contextmanager
+def without_reports() -> Iterator[None]:
     def blank(run_dir: Path, *_: Any, **__: Any) -> Path:
         (run_dir / "report.html").write_text("left out in this test\n", encoding="utf-8")
         return run_dir / "report.html"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedgrove.finish.write_report", blank)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_report() -> Iterator[None]:
+    with without_reports():
         yield
 
 
@@ -37,5 +44,6 @@ ASKED: dict[str, Any] = {"methods": "alike: fedit[weights=uniform]", "seeds": "0
 @pytest.fixture(scope="session")
 def compared(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared") / "out"
-    compare(job, out=out, settings=["federation.held_out=['site-2']"], **ASKED)
+    with without_reports():  # it outlives a module
+        compare(job, out=out, settings=["federation.held_out=['site-2']"], **ASKED)
     return out

@@ -30,6 +30,7 @@ def by(name: str, **options: Any) -> list[str]:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "sc-dirichlet": {"partition_by": "label"},
     "inner-dirichlet": {"partition_sizes": [90, 60, 40, 10], "alpha": 50.0},
     "distribution": {
         "distribution_array": [[5.0, 1.0], [5.0, 1.0], [5.0, 1.0], [5.0, 1.0]],

@@ -68,3 +68,10 @@ def test_one_client_without_groups_and_letters_that_no_font_has(tmp_path: Path) 
     odd["labels"] = list(odd["clients"][0]["labels"])
     who_holds_what(odd, tmp_path / "picture.png")
     assert size((tmp_path / "picture.png").read_bytes())[0] > 500
+
+
+def test_clients_whose_labels_are_not_known_show_their_sizes() -> None:
+    clients = [{**client, "train": 5 + number} for number, client in enumerate(table(3)["clients"])]
+    without = [{**client, "labels": {}} for client in clients]
+    one = [{**client, "labels": {"any label": client["train"]}} for client in clients]
+    assert draw({"labels": ["x", "y"], "clients": without}) == draw({"labels": ["any label"], "clients": one})

@@ -187,3 +187,56 @@ def test_without_pip_and_without_a_setting_it_says_what_to_set(tmp_path: Path, m
 @pytest.mark.parametrize(("size", "shown"), [(2_466_783, "2.5 MB"), (83_506_384, "84 MB")])
 def test_sizes_are_shown_in_megabytes(size: int, shown: str) -> None:
     assert megabytes(size) == shown
+
+
+NPM = """#!/bin/sh
+echo "$@" > "{folder}/asked"
+while [ "$1" != "--pack-destination" ]; do shift; done
+{act}
+"""
+ARCHIVE = Package("tiny", "1.0", "tiny-1.0.tgz", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), registry="npm")
+
+
+def fake_npm(folder: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    """An ``npm`` of this test that does ``act``; ``$2`` is where it is to save the archive."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "npm").write_text(NPM.format(folder=folder, act=act))
+    (folder / "bin" / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=":")
+
+
+def test_npm_saves_what_its_registry_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "content").write_bytes(CONTENT)
+    fake_npm(tmp_path, monkeypatch, f'cp "{tmp_path}/content" "$2/tiny-1.0.tgz"')
+    (tmp_path / "cache").mkdir()
+    seen: list[int] = []
+    download(ARCHIVE, tmp_path / "cache" / "tiny-1.0.tgz", seen.append)
+    assert (tmp_path / "cache" / "tiny-1.0.tgz").read_bytes() == CONTENT
+    assert sum(seen) == len(CONTENT)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny-1.0.tgz"]
+    asked = (tmp_path / "asked").read_text()
+    assert asked.startswith("pack tiny@1.0 ")
+    assert "--ignore-scripts" in asked  # nothing of a package is run
+
+
+@pytest.mark.parametrize(
+    ("act", "sentence"),
+    [
+        ("echo 'npm error code E404' >&2; echo 'npm error 404 https://secret.host/' >&2; exit 1", "npm reports E404"),
+        ("exit 0", "npm reports no file"),
+        ('echo other > "$2/tiny-1.0.tgz"', "what npm saved is not the file expected (6 bytes with SHA-256"),
+    ],
+)
+def test_npm_trouble_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str, sentence: str) -> None:
+    fake_npm(tmp_path, monkeypatch, act)
+    with pytest.raises(DataError) as caught:
+        download(ARCHIVE, tmp_path / "out.tgz", lambda count: None)
+    assert sentence in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert not (tmp_path / "out.tgz").exists()
+
+
+def test_without_npm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=r"tiny-1\.0\.tgz cannot be fetched: npm is not installed"):
+        download(ARCHIVE, tmp_path / "out.tgz", lambda count: None)

@@ -23,7 +23,7 @@ from fedgrove.run import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
-from fedgrove.training.client import ClientHalf
+from fedgrove.training.client import ClientHalf, Turn
 from fedgrove.tree import leaves, numbers, pack
 
 #: Four layers of two sites, of unlike sizes.
@@ -157,21 +157,22 @@ class Wire:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Wire:
     """Record offers, updates and stores of the clients; each must be packable as it is sent."""
     wire = Wire()
-    usual = ClientHalf.train
+    usual = ClientHalf.train_together
 
-    def train(self: ClientHalf, client: ClientInfo, examples: Any, offer: Any, store: Any, round: int) -> Any:
-        outcome = usual(self, client, examples, offer, store, round)
-        for direction, tree in (("down", dict(offer)), ("up", dict(outcome.update.content))):
-            pack(tree)
-            wire.sent.append((direction, tree))
-        wire.kept.append(outcome.store["mine"])
-        for _, tensor in leaves(outcome.store["mine"]):
-            if is_private(tensor):
-                with torch._C.DisableTorchFunctionSubclass():
-                    wire.private.add(tensor.as_subclass(Tensor).contiguous().numpy().tobytes())
-        return outcome
+    def train(self: ClientHalf, turns: Sequence[Turn], round: int) -> Any:
+        outcomes = usual(self, turns, round)
+        for turn, outcome in zip(turns, outcomes, strict=True):
+            for direction, tree in (("down", dict(turn.offer)), ("up", dict(outcome.update.content))):
+                pack(tree)
+                wire.sent.append((direction, tree))
+            wire.kept.append(outcome.store["mine"])
+            for _, tensor in leaves(outcome.store["mine"]):
+                if is_private(tensor):
+                    with torch._C.DisableTorchFunctionSubclass():
+                        wire.private.add(tensor.as_subclass(Tensor).contiguous().numpy().tobytes())
+        return outcomes
 
-    monkeypatch.setattr(ClientHalf, "train", train)
+    monkeypatch.setattr(ClientHalf, "train_together", train)
     return wire
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fedgrove.run import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
-from fedgrove.training.client import ClientHalf
+from fedgrove.training.client import ClientHalf, Turn
 from fedgrove.tree import pack
 
 LAYERS, HIDDEN, RANK = 3, 32, 4
@@ -180,16 +181,17 @@ def test_nothing_that_an_engine_sends_holds_a_lambda(
 ) -> None:
     sent: list[bytes] = []
     secrets: set[bytes] = set()
-    usual = ClientHalf.train
+    usual = ClientHalf.train_together
 
-    def train(self: ClientHalf, client: ClientInfo, examples: Any, offer: Any, store: Any, round: int) -> Any:
-        outcome = usual(self, client, examples, offer, store, round)
-        sent.extend([pack(dict(offer)), pack(dict(outcome.update.content))])
-        for logit in reveal(outcome.store["mine"].get("lambda", {})).values():
-            secrets.update({logit.numpy().tobytes(), torch.sigmoid(logit).numpy().tobytes()})
-        return outcome
+    def train(self: ClientHalf, turns: Sequence[Turn], round: int) -> Any:
+        outcomes = usual(self, turns, round)
+        for turn, outcome in zip(turns, outcomes, strict=True):
+            sent.extend([pack(dict(turn.offer)), pack(dict(outcome.update.content))])
+            for logit in reveal(outcome.store["mine"].get("lambda", {})).values():
+                secrets.update({logit.numpy().tobytes(), torch.sigmoid(logit).numpy().tobytes()})
+        return outcomes
 
-    monkeypatch.setattr(ClientHalf, "train", train)
+    monkeypatch.setattr(ClientHalf, "train_together", train)
     run(job_of(bert, five, federation={"head": "shared"}), tmp_path / "out")
     _, server, stores = Checkpoints(tmp_path / "out" / "checkpoints").load()
     sent.append(pack(server))

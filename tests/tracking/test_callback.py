@@ -12,6 +12,7 @@ HOOKS: dict[str, tuple[Any, ...]] = {
     "phase_advanced": (),
     "round_started": (1, ["a"]),
     "client_done": (1, {"client": "a"}),
+    "client_lost": (1, "a", "train", "too late"),
     "evaluated": (1, [{"client": "a"}]),
     "round_done": (1, {}),
     "run_finished": ({"rounds": 2}, Path("runs/x")),

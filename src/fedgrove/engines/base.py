@@ -1,14 +1,26 @@
-"""What the round loop asks of an engine."""
+"""What the round loop asks of an engine. Data, private stores and personal models stay on the engine's side of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fedgrove.methods.contract import Update
+import torch
+
+from fedgrove.methods.contract import ClientInfo, Update
+from fedgrove.tree import leaves
+
+if TYPE_CHECKING:
+    from fedgrove.federation.tasks import Task
+    from fedgrove.interop.models import Base
+    from fedgrove.job import Job
+    from fedgrove.methods.contract import Method
+    from fedgrove.training.head import HeadPolicy
 
 OfferOf = Callable[[str], Mapping[str, Any]]  # client name -> offer
+Ask = Callable[[Mapping[str, Any] | None], Mapping[str, Any]]  # a probe's report (or None) -> offer to a newcomer
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +28,7 @@ class Arrival:
     """One client's update as it arrived, with figures for the log."""
 
     update: Update
+    round: int  # the round it was trained in; earlier than the present one where it comes late
     loss: float
     steps: int
     trained: int  # numbers that got a gradient
@@ -26,17 +39,106 @@ class Arrival:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Absence:
+    """A client that was asked and gave nothing, with the reason in words."""
+
+    client: str
+    reason: str
+    trace: str = ""  # the client's own traceback, where it sent one
+
+
+@dataclass(frozen=True, eq=False)
+class Leaving:
+    """What a client tells as it goes home with its adapter."""
+
+    row: dict[str, Any]  # metric_base, metric, metric_tuned, loss
+    stored: int  # numbers in its personal model
+    artefacts: dict[str, Any]  # of ``Method.client_artefacts``; empty where they stay with the client
+    texts: list[dict[str, Any]] = field(default_factory=list)  # what its language model wrote; of a simulation alone
+
+
 class Engine(Protocol):
-    """Runs client halves. Clients' private stores live on its side; the loop never sees inside them."""
+    """Runs client halves."""
 
-    def train(self, round: int, clients: Sequence[str], offer: OfferOf) -> Iterator[Arrival]:
-        """One round on the named clients; arrivals in any order."""
+    @property
+    def trusted(self) -> bool:
+        """Whether clients run this very program: an update that breaks the method is then a bug, not their fault."""
 
-    def evaluate(self, clients: Sequence[str], offer: OfferOf, split: str) -> Iterator[tuple[str, dict[str, float]]]:
+    def joined(self, round: int) -> Sequence[ClientInfo]:
+        """Clients that appeared since the last round."""
+
+    def refuse(self, client: str, reason: str) -> None:
+        """A client that joined cannot be served; it is not heard again."""
+
+    def available(self, clients: Sequence[str]) -> list[str]:
+        """Those of them that can be asked to train now, in the given order."""
+
+    def train(self, round: int, clients: Sequence[str], offer: OfferOf) -> Iterator[Arrival | Absence]:
+        """One round on the named clients, in any order; updates of earlier rounds may come in late."""
+
+    def reject(self, client: str) -> None:
+        """The client's newest update is not used: its store goes back to what it was before."""
+
+    def evaluate(
+        self, clients: Sequence[str], offer: OfferOf, split: str
+    ) -> Iterator[tuple[str, dict[str, float]] | Absence]:
         """The personal model's measures on a split of each client's own data."""
+
+    def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
+        """A held-out client's offer: what the server gives at once, or after the method's probe."""
+
+    def leave(self, clients: Sequence[str], offer: OfferOf, out: Path) -> Iterator[tuple[str, Leaving] | Absence]:
+        """Each client is measured and writes its adapter: into ``out`` where it is simulated, else at home."""
 
     def changed(self) -> dict[str, dict[str, Any]]:
         """The private stores touched since the last call, for a checkpoint on the same machine."""
 
-    def restore(self, stores: Mapping[str, dict[str, Any]]) -> None:
+    def notes(self) -> dict[str, Any]:
+        """What else of the engine a checkpoint must hold."""
+
+    def restore(self, stores: Mapping[str, dict[str, Any]], notes: Mapping[str, Any]) -> None:
         """Put back what a checkpoint held."""
+
+
+class Roster(Protocol):
+    """Who takes part, for ``federation.json``."""
+
+    @property
+    def source(self) -> dict[str, Any]: ...
+    def table(self) -> dict[str, Any]: ...
+
+
+class Stage(Protocol):
+    """What the round loop runs on: a job with every choice made, the server's half, and an engine."""
+
+    @property
+    def job(self) -> Job: ...
+    @property
+    def federation(self) -> Roster: ...
+    @property
+    def base(self) -> Base: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def method(self) -> Method: ...
+    @property
+    def head(self) -> HeadPolicy: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def clients(self) -> dict[str, ClientInfo]: ...
+    @property
+    def held_out(self) -> dict[str, ClientInfo]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def splits(self) -> tuple[str, ...]: ...
+
+
+def not_finite(content: Mapping[str, Any]) -> str | None:
+    """A clause on the first part of an update that has an infinite number or one that is none, or None."""
+    for path, tensor in leaves(content):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f"{path} of its update holds numbers that are not finite"
+    return None

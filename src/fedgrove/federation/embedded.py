@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedgrove.federation.drawings import photos, quickdraw
+from fedgrove.federation.instructions import natural_instructions
 from fedgrove.federation.readers import Row
 
 #: file of the asset "sentiment" -> its natural domain
@@ -81,13 +82,14 @@ class Embedded:
     """One embedded data set: its asset, and how the asset's files become rows."""
 
     asset: str
-    read: Callable[[Path], list[Row]]
+    read: Callable[[Path], Iterable[Row]]
     task: str = "classify-text"
 
 
 EMBEDDED = {
     "sentiment": Embedded("sentiment", sentiment),
     "nlu-tasks": Embedded("nlu-tasks", nlu_tasks),
+    "natural-instructions": Embedded("natural-instructions", natural_instructions, "generate"),
     "photos": Embedded("photos", photos, "classify-images"),
     "quickdraw": Embedded("quickdraw", quickdraw, "classify-images"),
 }

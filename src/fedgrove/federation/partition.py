@@ -18,7 +18,8 @@ import numpy
 
 from fedgrove.errors import DataError, JobError
 from fedgrove.federation.readers import label_of
-from fedgrove.federation.sources import NAME, Table
+from fedgrove.federation.sources import NAME, SUPERCLASS, Table
+from fedgrove.federation.tasks import task_class
 from fedgrove.seeds import derive, numpy_rng
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "iid": ("IidPartitioner", {}),
     "dirichlet": ("DirichletPartitioner", {"alpha": 0.5}),
+    "sc-dirichlet": ("DirichletPartitioner", {"alpha": 3.0, "partition_by": SUPERCLASS}),  # HiLoRA's SC-Dir
     "inner-dirichlet": ("InnerDirichletPartitioner", {"alpha": 0.5}),
     # "deterministic" deals the classes out in turn, so none is left without a client
     "pathological": (
@@ -207,6 +209,12 @@ def _partitioner(job: Job, table: Table) -> tuple[Any, dict[str, Any]]:
     options = defaults | given
     if "partition_by" in taken and "partition_by" not in options:
         # natural partitioners go by the column of client ids, the others by the label
+        labelled = task_class(job.data).classifies
+        if name not in NATURAL and not labelled:
+            raise JobError(
+                f'data.partition.by = "{by}" goes by labels, which this task does not have; set it to "iid" or '
+                '"natural", or name a column of the data in data.partition.options.partition_by'
+            )
         by_column = table.group if name in NATURAL else job.data.label
         if by_column is not None:
             options["partition_by"] = by_column

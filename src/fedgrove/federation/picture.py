@@ -32,9 +32,13 @@ def who_holds_what(table: dict[str, Any], target: Path | BytesIO) -> None:
     from matplotlib.text import Text
 
     clients = sorted(table["clients"], key=lambda client: (client["group"] or "", client["name"]))
-    many = len(clients) > MOST_BARS or len(table["labels"]) > len(COLOURS)
+    labels = table["labels"]
+    if not any(client["labels"] for client in clients):  # sites of a deployment may keep these counts to themselves
+        labels = ["any label"]
+        clients = [{**client, "labels": {"any label": client["train"]}} for client in clients]
+    many = len(clients) > MOST_BARS or len(labels) > len(COLOURS)
     figure = Figure(facecolor="white")
-    (_heat if many else _bars)(figure, clients, table["labels"])
+    (_heat if many else _bars)(figure, clients, labels)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # "$" in a label is a dollar
     with warnings.catch_warnings():

@@ -108,7 +108,11 @@ def _need(columns: Sequence[str], present: Any, place: Place) -> None:
     missing = [name for name in columns if name not in present]
     if missing:
         there = ", ".join(map(str, present)) or "none"
-        raise DataError(f"{place} has no column {missing[0]!r}; it has: {there} (the [data] section names the columns)")
+        chat = missing[0] in ("prompt", "completion") and "messages" in present
+        hint = (
+            'set data.messages = "messages" to learn conversations' if chat else "the [data] section names the columns"
+        )
+        raise DataError(f"{place} has no column {missing[0]!r}; it has: {there} ({hint})")
 
 
 def text_of(value: Any, column: str, place: Place) -> str:

@@ -8,14 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.errors import DataError, JobError
+from fedgrove.federation import images
 from fedgrove.federation.assets import ASSETS, asset
 from fedgrove.federation.embedded import EMBEDDED
 from fedgrove.federation.readers import READERS, Place, Row, fingerprint, label_of, records
-from fedgrove.federation.tasks import task_class
+from fedgrove.federation.tasks import task_class, task_name
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
 
 Found = Iterable[tuple[Place, dict[str, Any]]]
+
+SUPERCLASS = "superclass"  # the column that a partition by "sc-dirichlet" goes by
 
 PART = "part"  # the column of groups of a federation made of several data sets
 
@@ -64,11 +69,13 @@ def _embedded(job: Job) -> Table:
         known = ", ".join(map(repr, sorted(EMBEDDED)))
         raise JobError(f"data.name = {name!r} is no embedded data set: take {known}, or set data.source")
     which, kept = EMBEDDED[name], ASSETS[EMBEDDED[name].asset]
-    rows = which.read(asset(which.asset))
+    rows = iter(which.read(asset(which.asset)))
+    first = next(rows)
     group = job.data.group or None
     for column in _wanted(job, group):
-        if column not in rows[0]:
-            raise DataError(f"the embedded set {name!r} has no column {column!r}; it has: {', '.join(rows[0])}")
+        if column not in first:
+            raise DataError(f"the embedded set {name!r} has no column {column!r}; it has: {', '.join(first)}")
+    rows = chain([first], rows)
     note = f"{kept.about}; from the package {kept.package}"
     source = _source("embedded", name, note, kept.package.sha256) | {"licence": kept.licence}
     return _gather(job, ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1)), source, group)
@@ -76,6 +83,11 @@ def _embedded(job: Job) -> Table:
 
 def _table(job: Job) -> Table:
     path = _path(job, "the table")
+    if path.is_dir() and task_name(job.data) == "classify-images":
+        _without_columns(job)
+        table = _gather(job, _labelled(job, path), _source("table", path.name, f"the folder {path}", ""), None)
+        table.source["sha256"] = images.tree_fingerprint(path, [row["image"] for row in table.rows])
+        return table
     if not path.is_file():
         raise DataError(f"the table {path} does not exist or is a folder; data.path names one file ({_kinds()})")
     group = job.data.group or None
@@ -130,6 +142,9 @@ def _hub_rows(name: str, config: str | None, split: str | None, wanted: list[str
             raise DataError(f"the hub data set {name!r} has no split {wish!r}, only: {', '.join(splits)}")
         split = "train" if "train" in splits else splits[0]
     table = loaded[split]
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image):  # the file's bytes: decoded one by one, when they are looked at
+            table = table.cast_column(column, datasets.Image(decode=False))
     for column in wanted:
         if column not in table.column_names:
             present = ", ".join(table.column_names)
@@ -153,6 +168,8 @@ def _silos(job: Job) -> Silos:
     folder = _path(job, "the folder with one file per client")
     if not folder.is_dir():
         raise DataError(f"the folder of silos {folder} does not exist or is a file; data.path names a folder")
+    if task_name(job.data) == "classify-images" and images.is_tree(folder):
+        return _image_silos(job, folder)
     files = _silo_files(folder)
     clients: dict[str, list[Row]] = {}
     groups: dict[str, str | None] = {}
@@ -172,6 +189,36 @@ def _silos(job: Job) -> Silos:
     return Silos(clients, groups, _source("silos", folder.name, f"the folder {folder}", fingerprint(files)))
 
 
+def _image_silos(job: Job, folder: Path) -> Silos:
+    _without_columns(job)
+    clients: dict[str, list[Row]] = {}
+    for path in images.clients(folder):
+        if not NAME.fullmatch(path.name):
+            raise DataError(
+                f"{path} cannot name a client: use at most 64 letters, digits, '.', '_' and '-', with a letter or "
+                "digit first"
+            )
+        if other := next((name for name in clients if name.casefold() == path.name.casefold()), None):
+            raise DataError(f"{path.parent / other} and {path} name the same client; rename or merge one of them")
+        clients[path.name] = [row for row, _, _ in _checked(job.data, _labelled(job, path))]
+    sha256 = images.tree_fingerprint(folder, [row["image"] for rows in clients.values() for row in rows])
+    return Silos(clients, dict.fromkeys(clients), _source("silos", folder.name, f"the folder {folder}", sha256))
+
+
+def _labelled(job: Job, folder: Path) -> Found:
+    """The images of ``folder/LABEL/*.png`` as rows with the job's columns."""
+    for place, path, label in images.labelled(folder):
+        yield place, {job.data.image: path, job.data.label: label}
+
+
+def _without_columns(job: Job) -> None:
+    """Image folders have labels and nothing else."""
+    by = job.data.partition.options.get("partition_by", SUPERCLASS if job.data.partition.by == "sc-dirichlet" else None)
+    for key, column in (("data.group", job.data.group), ("data.partition.options.partition_by", by)):
+        if column not in (None, job.data.label):
+            raise JobError(f"{key} = {column!r} needs a table with that column; folders of images have labels alone")
+
+
 def _silo_files(folder: Path) -> list[Path]:
     """The client files by name; hidden files and notes (``.md``, ``.toml``) are passed over, all else must be data."""
     files: list[Path] = []
@@ -179,6 +226,11 @@ def _silo_files(folder: Path) -> list[Path]:
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.startswith(".") or path.suffix.lower() in (".md", ".toml"):
             continue
+        if path.is_dir():
+            raise DataError(
+                f"{path} is not a client's data file ({_kinds()}) but a folder; folders of images need "
+                'data.task = "classify-images"'
+            )
         if path.suffix.lower() not in READERS or not path.is_file():
             raise DataError(f"{path} is not a client's data file ({_kinds()}); convert it or move it away")
         if not NAME.fullmatch(path.stem):
@@ -210,7 +262,9 @@ def _source(kind: str, name: str, note: str, sha256: str) -> dict[str, Any]:
 
 def _wanted(job: Job, group: str | None) -> list[str]:
     """The columns to read: the task's own, the natural group, and the one a partitioner goes by."""
-    by = job.data.partition.options.get("partition_by") if job.data.source != "silos" else None
+    chosen = job.data.partition
+    column = chosen.options.get("partition_by", SUPERCLASS if chosen.by == "sc-dirichlet" else None)
+    by = column if job.data.source != "silos" else None
     own = task_class(job.data).columns(job.data)
     return list(dict.fromkeys([*own, *(name for name in (group, by) if isinstance(name, str))]))
 
@@ -227,7 +281,7 @@ def _gather(job: Job, found: Found, source: dict[str, Any], group: str | None) -
     own = task_class(job.data).columns(job.data)
     names = [name for name in _wanted(job, group) if name not in own or name == job.data.label]
     columns: dict[str, list[Any]] = {name: [] for name in names}
-    for row, place, values in _checked(job.data, found):
+    for row, place, values in _checked(job.data, _of_groups(job.data, found, group)):
         rows.append(row)
         for name, column in columns.items():
             value = values[name]
@@ -239,8 +293,28 @@ def _gather(job: Job, found: Found, source: dict[str, Any], group: str | None) -
     return Table(rows, columns, group, source)
 
 
+def _of_groups(data: DataSection, found: Found, group: str | None) -> Found:
+    """The rows of ``data.groups`` alone, where it is set. Raises JobError for one that no row belongs to."""
+    if data.groups is None or group is None:
+        yield from found
+        return
+    unseen, present = set(data.groups), set()
+    for place, values in found:
+        name = label_of(values[group], group, place)
+        present.add(name)
+        matching = {pattern for pattern in data.groups if fnmatchcase(name, pattern)}
+        unseen -= matching
+        if matching:
+            yield place, values
+    if unseen:
+        there = ", ".join(sorted(present)[:12]) + (", …" if len(present) > 12 else "")
+        raise JobError(f"data.groups has {min(unseen)!r}, but the column {group!r} has no such group; it has: {there}")
+
+
 def rows_of(path: Path, job: Job) -> list[Row]:
-    """The checked rows of one more table (jsonl, csv, parquet) with the job's columns and labels."""
+    """The checked rows of one more table (jsonl, csv, parquet; images: ``LABEL/*.png``) with the job's columns."""
+    if path.is_dir() and task_name(job.data) == "classify-images":
+        return [row for row, _, _ in _checked(job.data, _labelled(job, path))]
     if not path.is_file():
         raise DataError(f"the table {path} does not exist or is a folder; name one file ({_kinds()})")
     rows = [row for row, _, _ in _checked(job.data, records(path, task_class(job.data).columns(job.data)))]

@@ -14,12 +14,19 @@ from torch import Tensor, nn
 
 from fedgrove.adapters.adapter import Site
 from fedgrove.errors import ModelError
-from fedgrove.federation.assets import asset
+from fedgrove.interop import quantise
+from fedgrove.interop.embedded_models import CONVERTED, model_folder
 from fedgrove.interop.targets import find_sites
 from fedgrove.seeds import derive
 
+#: models that the package itself brings along, under ``fedgrove/weights``
+SHIPPED_MODELS = ("grove-vit",)
+
 #: embedded models and the hub names of the same weights
-EMBEDDED_MODELS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+EMBEDDED_MODELS = {
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    **{name: known.upstream for name, known in CONVERTED.items()},
+}
 
 #: where the config keeps its dropout rates; the base runs without dropout (docs/limits.md)
 _DROPOUTS = (
@@ -61,8 +68,10 @@ class Base:
 
 
 def resolve_name(name: str) -> str:
-    """Where ``from_pretrained`` finds the model: the cache's folder for an embedded name, else the name itself."""
-    return str(asset(name)) if name in EMBEDDED_MODELS else name
+    """Where ``from_pretrained`` finds the model: a folder of the package or the cache for an embedded name."""
+    if name in SHIPPED_MODELS:
+        return str(Path(__file__).parents[1] / "weights" / name)
+    return str(model_folder(name)) if name in EMBEDDED_MODELS else name
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -79,7 +88,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 def load_image_processor(name: str, revision: str | None = None) -> Any:
     from transformers import AutoImageProcessor
 
-    return from_pretrained(AutoImageProcessor, name, revision)
+    # "pil": the other kind needs torchvision, and resizes a little differently
+    return from_pretrained(AutoImageProcessor, name, revision, backend="pil")
 
 
 def load_processor(name: str, revision: str | None, task: str) -> Any:
@@ -112,11 +122,16 @@ def load_base(
     device: torch.device | str = "cpu",
     seed: int = 0,
     gradient_checkpointing: bool = False,
+    quantize: quantise.Bits = "none",
 ) -> Base:
     """Load and freeze a base for a task. Raises ``ModelError`` in one sentence."""
     config = load_config(name, revision)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model.name: '{name}' is an encoder-decoder; Fedgrove adapts encoders and decoders.")
+    if head == "lm":
+        _check_decoder(name, config)
+        config.use_cache = False  # a cache is of use in generation alone, which asks for one
+    placed = quantise.options(quantize, device, dtype)
     processor = load_processor(name, revision, task)
     for key in _DROPOUTS:
         if isinstance(getattr(config, key, None), float):
@@ -127,7 +142,9 @@ def load_base(
             config.pad_token_id = processor.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "stock head"))  # weights that the checkpoint lacks are drawn here
-        model = from_pretrained(model_class(task, head), name, revision, config=config, dtype=dtype)
+        model = from_pretrained(model_class(task, head), name, revision, config=config, dtype=dtype, **placed)
+    if head == "lm":
+        model.generation_config = type(model.generation_config)()  # its sampling and penalties are not ours
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
@@ -135,7 +152,8 @@ def load_base(
             raise ModelError(f"train.gradient_checkpointing: '{name}' does not support it; set it to false.")
         _checkpoint_activations(model)
         model.train()  # transformers checkpoints in training mode only; every dropout rate is 0
-    model.to(device)
+    if not placed:
+        model.to(device)
     modules: tuple[str, ...] = ()
     stock: dict[str, Tensor] = {}
     if head == "stock":
@@ -148,6 +166,8 @@ def load_base(
             model.get_submodule(module).to(wide)
             model.get_submodule(module).register_forward_pre_hook(partial(_widen, wide))
     sites = {n: s for n, s in find_sites(model, targets).items() if not n.startswith(tuple(f"{m}." for m in modules))}
+    if head == "lm":
+        _check_tied(model, sites)
     return Base(
         name=name,
         upstream=EMBEDDED_MODELS.get(name, name),
@@ -161,6 +181,27 @@ def load_base(
         dtype=dtype,
         device=torch.device(device),
     )
+
+
+def _check_decoder(name: str, config: Any) -> None:
+    """Encoders load as language models too, with an output layer of noise or one that looks ahead."""
+    kinds = [str(kind) for kind in getattr(config, "architectures", None) or []]
+    if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        raise ModelError(
+            f"model.name: '{name}' is a {kinds[0]}, which does not write text; for data.task = \"generate\" choose a "
+            'decoder with its output layer, such as "minimind2-small".'
+        )
+
+
+def _check_tied(model: Any, sites: dict[str, Site]) -> None:
+    """An adapter that is merged into a tied output layer would change the input embedding as well."""
+    embedding = model.get_input_embeddings().weight
+    for name in sites:
+        if model.get_submodule(name).weight is embedding:
+            raise ModelError(
+                f"lora.targets: '{name}' of {type(model).__name__} shares its weights with the input embedding, so it "
+                "cannot be adapted; leave it out."
+            )
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -43,7 +43,8 @@ def save_adapter(
         raise AdapterError(f"{folder.name}: there is no LoRA term to write as an adapter.")
     with whole_directory(folder) as partial:
         stock = head_kind == "stock"
-        _config(adapter, base, head_modules if stock else ()).save_pretrained(str(partial))
+        kind = "SEQ_CLS" if stock and head_modules else "CAUSAL_LM" if head_kind == "lm" else "FEATURE_EXTRACTION"
+        _config(adapter, base, head_modules if stock else (), kind).save_pretrained(str(partial))
         tensors: dict[str, Tensor] = {}
         for site, factors in adapter.items():
             tensors[f"{PREFIX}{site}.lora_A.weight"] = factors.A.detach().clone().contiguous()
@@ -58,7 +59,7 @@ def save_adapter(
         (partial / CARD).write_text(json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config(adapter: Adapter, base: str, modules: tuple[str, ...]) -> Any:
+def _config(adapter: Adapter, base: str, modules: tuple[str, ...], kind: str) -> Any:
     from peft import LoraConfig
 
     ranks = {site: factors.rank for site, factors in adapter.items()}
@@ -71,7 +72,7 @@ def _config(adapter: Adapter, base: str, modules: tuple[str, ...]) -> Any:
         target_modules=sorted(adapter),
         rank_pattern={site: r for site, r in ranks.items() if r != rank},
         alpha_pattern={site: _tidy(a) for site, a in alphas.items() if a != alpha},
-        task_type="SEQ_CLS" if modules else "FEATURE_EXTRACTION",
+        task_type=kind,
         modules_to_save=list(modules) or None,
         base_model_name_or_path=base,
         inference_mode=True,

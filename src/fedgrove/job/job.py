@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedgrove.errors import JobError
 from fedgrove.job import text
 from fedgrove.job.kinds import nearest
+from fedgrove.job.privacy import PrivacySection
 from fedgrove.job.sections import (
     DataSection,
     FederationSection,
@@ -57,6 +58,7 @@ class Job(Section):
     federation: FederationSection = Field(default_factory=FederationSection, description="The clients.")
     method: MethodSection = Field(default_factory=MethodSection, description="The federated method.")
     train: TrainSection = Field(default_factory=TrainSection, description="The local training.")
+    privacy: PrivacySection = Field(default_factory=PrivacySection, description="Noise and secure aggregation.")
     run: RunSection = Field(default_factory=RunSection, description="Rounds, seed and records.")
 
     # ------------------------------------------------------------------ reading

@@ -36,12 +36,17 @@ Rank = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+#: models that Fedgrove fetches by itself, or brings along; they have one version
+EMBEDDED_MODELS = ("minilm", "minimind2-small", "smollm2-135m", "grove-vit")
+
+
 class ModelSection(Section):
     """The frozen base model, the same for every client. `model = "name"` is short for its name alone."""
 
     name: Text = Field(
         "minilm",
-        description='The embedded encoder "minilm", a Hugging Face model name, or a folder with a model in it.',
+        description='The embedded encoder "minilm", the embedded decoders "minimind2-small" and "smollm2-135m", '
+        'the embedded image encoder "grove-vit", a Hugging Face model name, or a folder with a model in it.',
     )
     revision: Text | None = Field(
         None, description="Commit, tag or branch of a hub model; not set: its main branch.", examples=["main"]
@@ -51,10 +56,20 @@ class ModelSection(Section):
         description="The classifier: masked mean of the last layer and one linear layer of ours, or the head that "
         "the architecture itself has for sequence classification.",
     )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="Hold the frozen base in 8 or 4 bits (bitsandbytes, on a CUDA GPU): less memory, a little less "
+        "exact; adapters are not affected.",
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> ModelSection:
-        if self.revision is not None and self.name == type(self).model_fields["name"].default:
+        if self.quantize != "none" and self.head == "stock":
+            raise ValueError(
+                f"model.quantize = {value_text(self.quantize)} would round the stock head, which is trained; set "
+                'model.head = "pooled", or leave model.quantize out.'
+            )
+        if self.revision is not None and self.name in EMBEDDED_MODELS:
             raise ValueError(
                 f"model.revision = {shown(self.revision)} has no use with the embedded model; leave it out, or set "
                 "model.name to a model of the hub."
@@ -89,8 +104,9 @@ class PartitionSection(Section):
 
     by: Text = Field(
         "dirichlet",
-        description='"iid", "dirichlet" (label skew), "pathological" (few classes each), "natural" (a client for each '
-        "value of a column), or any other partitioner of flwr-datasets by its class name.",
+        description='"iid", "dirichlet" (label skew), "sc-dirichlet" (skew over the column "superclass"), '
+        '"pathological" (few classes each), "natural" (a client for each value of a column), or any other partitioner '
+        "of flwr-datasets by its class name.",
     )
     options: dict[str, JsonValue] = Field(
         {},
@@ -121,9 +137,10 @@ class DataSection(Section):
     source: Literal["embedded", "silos", "table", "hub"] = Field(
         "embedded",
         description="embedded: a data set that Fedgrove fetches and checks by itself; silos: a folder with one file "
-        "(jsonl, csv, parquet) for each client; table: one such file, to be split; hub: a Hugging Face data set.",
+        "(jsonl, csv, parquet) for each client, or of images, CLIENT/LABEL/*.png; table: one such file, or a folder of "
+        "images, LABEL/*.png, to be split; hub: a Hugging Face data set.",
     )
-    task: Literal["auto", "classify-text"] = Field(
+    task: Literal["auto", "classify-text", "classify-images", "generate"] = Field(
         "auto", description="What is learnt. auto: what an embedded data set is for; else classify-text."
     )
     name: Text = Field(EMBEDDED, description="Name of the embedded or hub data set.")
@@ -143,12 +160,29 @@ class DataSection(Section):
         "a row may leave it empty.",
         examples=["pair"],
     )
+    image: Text = Field("image", description="Of classify-images: column of the image, the bytes of its file.")
     label: Text = Field("label", description="Column of the label.")
+    prompt: Text = Field("prompt", description="Of generation: column of the prompt.")
+    completion: Text = Field(
+        "completion",
+        description="Of generation: column of the text to learn; a list of texts: the first is learnt, each is right.",
+    )
+    messages: Text | None = Field(
+        None,
+        description="Of generation: column of a conversation, a list of { role, content } that ends with the "
+        "assistant, instead of prompt and completion.",
+        examples=["messages"],
+    )
     group: str | None = Field(
         None,
         description="Column of natural groups (domain, site, region): the data set is split within each group, and "
         "clients carry its name. Not set, or empty: no groups.",
         examples=["domain"],
+    )
+    groups: Texts | None = Field(
+        None,
+        description="Only the rows of these groups, by name or pattern with * and ?. Not set: all.",
+        examples=[["amazon", "tweets"]],
     )
     labels: Annotated[tuple[Text, ...], Field(min_length=2), Strict(False)] | None = Field(
         None,
@@ -156,7 +190,16 @@ class DataSection(Section):
         "sorted.",
         examples=[["negative", "positive"]],
     )
-    max_length: int = Field(128, ge=4, description="Tokens of a text, special ones included; the rest is cut off.")
+    max_length: int = Field(
+        128,
+        ge=4,
+        description="Tokens of a text, special ones included; the rest is cut off. Of generation: of prompt and "
+        "completion together; a longer row loses the start of its prompt.",
+    )
+    max_new_tokens: int = Field(48, ge=1, description="Of generation: the most tokens that the model writes.")
+    generate_examples: int = Field(
+        16, ge=1, description="Of generation: how many test rows of a client are generated for ROUGE and exact match."
+    )
     test_fraction: float = Field(
         0.25, gt=0, lt=1, description="Share of each client's examples that is held out for its test, drawn once."
     )
@@ -217,7 +260,30 @@ class DataSection(Section):
             )
         if self.labels is not None:
             _distinct("data.labels", self.labels)
+        if self.groups is not None and self.group is None:
+            raise ValueError(f"data.groups = {shown(self.groups)} needs data.group, the column of the groups.")
+        if self.groups is not None and self.source == "silos":
+            raise ValueError(
+                f"data.groups = {shown(self.groups)} has no use with silos; leave out the files of the other groups."
+            )
+        self._of_the_task()
         return self
+
+    def _of_the_task(self) -> None:
+        """Keys of another task than the one named are mistakes."""
+        unused: tuple[str, ...] = ()
+        if self.task == "generate":
+            unused = ("text", "pair", "image", "label", "labels", "parts")
+            if self.messages is not None:
+                unused += ("prompt", "completion")
+        elif self.task != "auto":
+            unused = ("prompt", "completion", "messages", "max_new_tokens", "generate_examples")
+            unused += ("text", "pair", "max_length", "parts") if self.task == "classify-images" else ("image",)
+        for key in unused:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                beside = "data.messages" if key in ("prompt", "completion") and self.messages else "data.task"
+                value = shown(getattr(self, beside.removeprefix("data.")))
+                raise ValueError(f"data.{key} has no use with {beside} = {value}; leave it out.")
 
 
 class FederationSection(Section):
@@ -360,6 +426,14 @@ class TrainSection(Section):
         "auto", description="CPU threads; auto: one for each core that the process may use."
     )
     eval_batch_size: int = Field(64, ge=1, description="Examples in a batch of the evaluation.")
+    cohort: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Clients that train in one batch; auto: what keeps the device busy and fits train.memory."
+    )
+    memory: Literal["auto"] | Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[MG]B$")] = Field(
+        "auto",
+        description="What a cohort's activations and adapters may take; auto: half of what is free.",
+        examples=["4GB"],
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -394,6 +468,11 @@ class RunSection(Section):
     eval_every: int = Field(1, ge=1, description="Rounds between evaluations; the last round is always evaluated.")
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints, which --resume starts from.")
     noise: bool = Field(False, description="Record initialisation and aggregation noise of each round in noise.jsonl.")
+    compress: Literal["none", "fp16", "int8"] = Field(
+        "none",
+        description="How numbers travel, up and down: as they are, in half precision, or in 8 bits with a scale for "
+        "each rank index.",
+    )
 
     @field_validator("out")
     @classmethod

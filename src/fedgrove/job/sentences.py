@@ -35,8 +35,10 @@ ELSEWHERE = {
 }
 
 
-def job_error(error: ValidationError, root: type[BaseModel], values: Mapping[str, Any], where: str) -> JobError:
-    """All mistakes of a job, each one sentence on its own line; ``where`` is the file, or empty."""
+def job_error(
+    error: ValidationError, root: type[BaseModel], values: Mapping[str, Any], where: str, what: str = "the job"
+) -> JobError:
+    """All mistakes of a job, each one sentence on its own line; ``where`` is the file, or empty; ``what`` it holds."""
     # pydantic complains once for each member of a union, but the sentence that says them all is the same
     sentences = list(dict.fromkeys(_sentences(error, root, (), values, root)))
     prefix = f"{where}: " if where else ""
@@ -45,7 +47,7 @@ def job_error(error: ValidationError, root: type[BaseModel], values: Mapping[str
     lines = [f"  {sentence}" for sentence in sentences[:MOST]]
     if len(sentences) > MOST:
         lines.append(f"  ... and {len(sentences) - MOST} more.")
-    return JobError("\n".join([f"{prefix}the job has {len(sentences)} mistakes:", *lines]))
+    return JobError("\n".join([f"{prefix}{what} has {len(sentences)} mistakes:", *lines]))
 
 
 def _sentences(

@@ -34,6 +34,7 @@ class Half(Method):
     """Shares one factor (``shared``); the other is frozen or private."""
 
     reduce = "sum"
+    stale = True
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
     shared: ClassVar[str]
     private: ClassVar[str] = ""  # the factor that trains but stays

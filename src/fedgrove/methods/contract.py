@@ -152,6 +152,8 @@ class Method:
     reduce: ClassVar[Literal["sum", "each"]] = "each"
     #: "mixed" where clients may have different ranks
     ranks: ClassVar[Literal["equal", "mixed"]] = "equal"
+    #: True where an update means the same in a later round than the one it was trained in (``federation.late``)
+    stale: ClassVar[bool] = False
     #: True where the server takes the mean of A and of B for each rank index: then the bound on its noise holds
     averages_factors: ClassVar[bool] = False
     #: names of terms that are tiers of their own: `fedgrove export --tier` writes one alone
@@ -204,6 +206,25 @@ class Method:
     def global_assembly(self, state: State) -> Assembly | None:
         """The one model of all clients, where the method has one; what is merged in the base is its ``base_delta``."""
         return None
+
+    def needs_each(self) -> str:
+        """Why the server needs each client's own update and not only a sum, as a clause; "" where a sum is enough.
+
+        Where it is, ``aggregate`` of the one update that is the mean of the clients' ``addend`` gives the same state.
+        """
+        return "" if self.reduce == "sum" else "its server works on each client's own update, not on their sum"
+
+    def addend(self, content: dict[str, Any], offer: Offer) -> dict[str, Any]:
+        """An update's content in the shape in which all clients' add up: where it has no number, what was offered."""
+        return content
+
+    def divisors(self, contents: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+        """What the sum is divided by, a number for each number of ``addend``; None: by the number of clients."""
+        return None
+
+    def reads(self) -> str:
+        """What the client half reads of its data beside training steps, as words; "" for nothing (``[privacy]``)."""
+        return ""
 
     def weights(self, updates: Sequence[Update]) -> list[float]:
         """``p_i`` of the method's own mean over this round's clients, for the noise lab (``run.noise``)."""

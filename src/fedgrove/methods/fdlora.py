@@ -70,6 +70,7 @@ class FDLoRA(FedIT):
     name = "fdlora"
     title = "FDLoRA"
     paper = "arXiv 2406.07925"
+    stale = False
     trains = "A, B of both; two weights"
     shares = "A, B of the global"
     keeps = "personal LoRA, two weights"

@@ -96,6 +96,9 @@ class FedHeLLo(Method):
         adapters = [update.content["adapter"] for update in updates]
         return {**state, "global": mean_where_held(state["global"], adapters, self.weights(updates))}
 
+    def reads(self) -> str:
+        return "the Fisher scores that choose its layers" if self.options.allocation == "fim" else ""
+
     def global_assembly(self, state: State) -> Assembly:
         return Assembly((Term("global", state["global"]),))
 

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import Indices, index_mean, split
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.errors import JobError
@@ -83,6 +83,43 @@ class FedPLoRA(Method):
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         modules, indices = [u.content["modules"] for u in updates], [u.content["indices"] for u in updates]
         return {"global": index_mean(modules, indices, state["global"])}
+
+    def needs_each(self) -> str:
+        # "magnitude" and "random" are known to the server without being told; the others depend on what stays
+        if self.options.selection in ("random", "magnitude"):
+            return ""
+        return f'with method.selection = "{self.options.selection}" only the client knows which modules it trained'
+
+    def addend(self, content: dict[str, Any], offer: Offer) -> dict[str, Any]:
+        return {"modules": self._spread(content, offer["global"]), "indices": list(range(self.setting.rank))}
+
+    def divisors(self, contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """How many clients drew each index; 1 where nobody did, whose sum is 0."""
+        modules = contents[0]["modules"].items()
+        R = self.setting.rank
+        total = {
+            site: Factors(f.A.new_zeros(R, f.A.shape[1]), f.B.new_zeros(f.B.shape[0], R), f.scale)
+            for site, f in modules
+        }
+        for content in contents:
+            ones = {site: f.map(torch.ones_like) for site, f in content["modules"].items()}
+            held = self._spread({**content, "modules": ones}, {s: f.map(torch.zeros_like) for s, f in total.items()})
+            total = {site: Factors(f.A + held[site].A, f.B + held[site].B, f.scale) for site, f in total.items()}
+        return {"modules": {site: f.map(lambda count: count.clamp_min(1)) for site, f in total.items()}}
+
+    def _spread(self, content: Mapping[str, Any], base: Adapter) -> Adapter:
+        """All R modules: those of the content at their places, the others those of ``base``."""
+        whole: Adapter = {}
+        for site, f in content["modules"].items():
+            chosen = content["indices"]
+            rows = chosen[site] if isinstance(chosen, Mapping) else chosen
+            A, B = base[site].A.clone(), base[site].B.clone()
+            A[rows], B[:, rows] = f.A, f.B
+            whole[site] = Factors(A, B, f.scale)
+        return whole
+
+    def reads(self) -> str:
+        return "the gradients that choose its modules" if self.options.selection == "gradient" else ""
 
     def global_assembly(self, state: State) -> Assembly:
         return Assembly((Term("global", state["global"]),))

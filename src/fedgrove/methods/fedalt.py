@@ -71,6 +71,9 @@ class FedALT(Method):
         self._means: tuple[Any, GroupMeans] | None = None  # of the last state asked for: each client asks for its rest
 
     # ------------------------------------------------------------------ server
+    def needs_each(self) -> str:
+        return "each client gets the mean of all the others"
+
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {"latest": {}, "examples": {}}
 

@@ -107,6 +107,9 @@ class _FedDPA(Method):
     def global_assembly(self, state: State) -> Assembly:
         return Assembly((Term("global", state["global"]),))
 
+    def reads(self) -> str:
+        return "the features of some training examples, which its model keeps"
+
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         shared = offer["global"] if "global" in offer else mine["global"]
         if "own" not in mine:

@@ -23,6 +23,7 @@ class FedIT(Method):
     shares = "A, B"
     keeps = "nothing"
     reduce: ClassVar[Literal["sum", "each"]] = "sum"
+    stale = True
     averages_factors = True
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
 

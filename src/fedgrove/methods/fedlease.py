@@ -107,6 +107,9 @@ class FedLEASE(Method):
             )
 
     # ------------------------------------------------------------------ server
+    def needs_each(self) -> str:
+        return "its experts are clusters of the clients' own updates"
+
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         state: State = {"labels": {}, "experts": [], "routers": [], "anchors": [], "scores": {}}
         if self.warmup:

@@ -33,6 +33,7 @@ class FedRotLoRA(FedIT):
     name = "fedrot-lora"
     title = "FedRot-LoRA"
     paper = "arXiv 2602.23638"
+    stale = False
     reduce = "each"
     averages_factors = False  # of the rotated ones, which no client runs
     Options: ClassVar[type[contract.Options]] = RotOptions

@@ -102,6 +102,9 @@ class FedTreeLoRA(Method):
         self.warmup = _warmup(options, setting.rounds)
 
     # ------------------------------------------------------------------ server
+    def needs_each(self) -> str:
+        return "its tree is built from each client's own B"
+
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         """The server's memory.
 

@@ -87,6 +87,15 @@ class FSLoRA(Method):
             result[site] = Factors(a.to(old.A.dtype), b.to(old.B.dtype), old.scale)
         return {"global": result}
 
+    def addend(self, content: dict[str, Any], offer: Offer) -> dict[str, Any]:
+        whole: dict[str, dict[str, torch.Tensor]] = {}
+        for site, change in content["change"].items():
+            a, b = change["A"], change["B"]
+            A, B = a.new_zeros(self.setting.rank, a.shape[1]), b.new_zeros(b.shape[0], self.setting.rank)
+            A[content["indices"]], B[:, content["indices"]] = a, b
+            whole[site] = {"A": A, "B": B}
+        return {"change": whole, "indices": list(range(self.setting.rank))}
+
     def global_assembly(self, state: State) -> Assembly:
         return Assembly((Term("global", state["global"]),))
 

@@ -132,6 +132,9 @@ class HiLoRA(Method):
         self.lengths = dict(zip(TIERS, tier_lengths(setting.rounds, options.fractions), strict=True))
 
     # ------------------------------------------------------------------ server
+    def needs_each(self) -> str:
+        return "its clusters are built from each client's own B"
+
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {
             "tier": "root",  # the one in training

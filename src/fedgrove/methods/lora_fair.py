@@ -37,6 +37,7 @@ class LoRAFair(FedIT):
     name = "lora-fair"
     title = "LoRA-FAIR"
     paper = "arXiv 2411.14961"
+    stale = False
     reduce = "each"
     averages_factors = False
     Options: ClassVar[type[contract.Options]] = FairOptions

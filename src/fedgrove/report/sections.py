@@ -35,13 +35,15 @@ class Section:
 
     ``text``: plain text, a blank line between paragraphs; it says what to see in the figure. ``figure``: a function of
     the width in inches (``style.WIDE`` on a page, ``style.NARROW`` on a phone), or a finished figure, which a phone
-    scrolls sideways. ``table``: rows of text, the first of them the header.
+    scrolls sideways. ``table``: rows of text, the first of them the header; ``prose``: its cells are sentences, not
+    numbers.
     """
 
     title: str
     text: str = ""
     figure: Drawing | Figure | None = None
     table: Sequence[Sequence[str]] = ()
+    prose: bool = False
 
 
 Maker = Callable[..., list[Section]]  # (run_dir), or (run_dir, other runs' directories)

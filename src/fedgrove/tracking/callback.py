@@ -47,6 +47,9 @@ class Callback:
     def client_done(self, round: int, line: Line) -> None:
         """``line`` is the client's ``"split": "train"`` line of metrics.jsonl."""
 
+    def client_lost(self, round: int, client: str, what: str, reason: str) -> None:
+        """A client is not part of the round: ``what`` became of it ("left out"), and why, as words for people."""
+
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         """One line per client and split, all of ``round`` (0 = before the first round)."""
 
@@ -88,6 +91,10 @@ class Callbacks(Callback):
     def client_done(self, round: int, line: Line) -> None:
         for each in self.callbacks:
             each.client_done(round, line)
+
+    def client_lost(self, round: int, client: str, what: str, reason: str) -> None:
+        for each in self.callbacks:
+            each.client_lost(round, client, what, reason)
 
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         for each in self.callbacks:

@@ -73,6 +73,9 @@ class PlainProgress(Display):
         if not (self.board and self.board.running):
             self.line(name if total is None else f"{name} ({total})")
 
+    def client_lost(self, round: int, client: str, what: str, reason: str) -> None:
+        self.line(f"round {round}: {client} {what}: {reason}")
+
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         if self.board is None:
             return
@@ -93,6 +96,8 @@ class PlainProgress(Display):
         if board.score and board.score.round == round:
             cells += score_cells(board.score)
         cells += [f"up {words.size(board.bytes_up)}", f"down {words.size(board.bytes_down)}"]
+        if summary.get("epsilon") is not None:
+            cells.append(f"epsilon {summary['epsilon']:.3g}")
         cells.append(words.duration(board.round_seconds))
         left = board.seconds_left()
         if round < board.info.rounds and left is not None:

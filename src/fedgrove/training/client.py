@@ -5,22 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter, trained_parameters
 from fedgrove.federation.tasks.base import Example
 from fedgrove.methods.contract import ClientInfo, Live, Method, Step, Trained, Update
+from fedgrove.privacy.example_dp import NOTES, ExampleGuard
+from fedgrove.privacy.reference import untouched
+from fedgrove.privacy.vector import bounded
+from fedgrove.training.cohort import Work, train_together
 from fedgrove.training.head import PREFIX, HeadPolicy
 from fedgrove.training.kernel import Clock, Kernel, carry
 from fedgrove.tree import nbytes
 
-Store = dict[str, Any]  # {"mine": the method's part, "head": the client's own head}
+if TYPE_CHECKING:
+    from fedgrove.job.privacy import PrivacySection
+
+Store = dict[str, Any]  # {"mine": the method's part, "head": the client's own head, "privacy": its key and budget}
 Ask = Callable[[Mapping[str, Any] | None], Mapping[str, Any]]  # a probe's report (or None) -> offer to a newcomer
 
 #: ``(clock keys, assembly before, assembly after)`` of each step that trained: see ``ClientHalf.watch``.
 Watch = Callable[[tuple[object, ...], Assembly, Assembly], None]
+
+
+#: Steps to run, one after the other, each answered by what it gave; at the end all that was trained.
+Course = Generator[Work, Trained, list[Trained]]
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A client's turn in a round."""
+
+    client: ClientInfo
+    examples: Sequence[Example]
+    offer: Mapping[str, Any]
+    store: Store
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +59,19 @@ class Outcome:
 class ClientHalf:
     """Runs the client half of a method on one kernel. It serves any client that is passed in."""
 
-    def __init__(self, kernel: Kernel, method: Method, head: HeadPolicy, seed: int, rounds: int):
+    def __init__(
+        self,
+        kernel: Kernel,
+        method: Method,
+        head: HeadPolicy,
+        seed: int,
+        rounds: int,
+        privacy: PrivacySection | None = None,
+    ):
         self.kernel, self.method, self.head = kernel, method, head
         self.seed, self.rounds = seed, rounds
+        #: What protects the client's data: it acts here, so that nobody else need be trusted. None: nothing does.
+        self.privacy = privacy
         #: A measuring instrument (``run.noise``). It sees what is private, so only a simulation in one process sets it.
         self.watch: Watch | None = None
 
@@ -48,11 +79,32 @@ class ClientHalf:
         self, client: ClientInfo, examples: Sequence[Example], offer: Mapping[str, Any], store: Store, round: int
     ) -> Outcome:
         """One round of local work."""
+        return self.train_together([Turn(client, examples, offer, store)], round)[0]
+
+    def train_together(self, turns: Sequence[Turn], round: int) -> list[Outcome]:
+        """One round of several clients' local work, what can be in one batch: as alone, up to rounding."""
         started = time.perf_counter()
-        mine = store.get("mine", {})
+        guards = [self.guard(turn.client, turn.store) for turn in turns]
+        courses = []
+        for turn, guard in zip(turns, guards, strict=True):
+            name, content = turn.client.name, dict(turn.offer.get("method", {}))
+            clock = Clock(self.seed, (round, name), (round - 1) / self.rounds, min(1.0, round / self.rounds))
+            plan = self.method.plan(turn.client, content, turn.store.get("mine", {}), round)
+            courses.append(self._course(plan, turn.examples, turn.offer, turn.store, clock, guard))
+        worked = follow(self.kernel, courses)
+        seconds = (time.perf_counter() - started) / len(turns)
+        return [
+            self._outcome(turn, trained, guard, round, seconds)
+            for turn, trained, guard in zip(turns, worked, guards, strict=True)
+        ]
+
+    def _outcome(
+        self, turn: Turn, trained: list[Trained], guard: ExampleGuard | None, round: int, seconds: float
+    ) -> Outcome:
+        client, offer = turn.client, turn.offer
+        started = time.perf_counter()
+        mine = turn.store.get("mine", {})
         content = dict(offer.get("method", {}))
-        clock = Clock(self.seed, (round, client.name), (round - 1) / self.rounds, min(1.0, round / self.rounds))
-        trained = self._work(self.method.plan(client, content, mine, round), examples, offer, store, clock)
         update, mine = self.method.report(client, trained, content, mine, round)
         kept: Store = {"mine": mine}
         sent: dict[str, Any] = {"method": update}
@@ -62,6 +114,11 @@ class ClientHalf:
                 kept["head"] = head
             if self.head.travels:
                 sent["head"] = head
+        if guard is not None:
+            kept[NOTES] = guard.notes()
+        if self.privacy is not None and self.privacy.clip is not None:
+            start = untouched(self.method, self.head, client, offer, round)
+            sent = dict(bounded(sent, start, self.privacy.clip, f"{self.method.title} at {client.name}"))
         steps = sum(t.steps for t in trained)
         loss = sum(t.loss * t.steps for t in trained if t.steps) / steps if steps else float("nan")
         return Outcome(
@@ -70,8 +127,12 @@ class ClientHalf:
             loss=loss,
             steps=steps,
             trained=max((trained_parameters(t.assembly) for t in trained if t.steps), default=0),
-            seconds=time.perf_counter() - started,
+            seconds=seconds + time.perf_counter() - started,
         )
+
+    def guard(self, client: ClientInfo, store: Store) -> ExampleGuard | None:
+        """What keeps single examples private in the client's next work; its budget so far is in the store."""
+        return None if self.privacy is None else ExampleGuard.of(self.privacy, store, self.seed, client.name)
 
     def personal(self, client: ClientInfo, offer: Mapping[str, Any], store: Store) -> Assembly:
         """The client's model as it would deploy it, head included."""
@@ -81,14 +142,19 @@ class ClientHalf:
     def arrive(self, client: ClientInfo, examples: Sequence[Example], ask: Ask) -> Mapping[str, Any]:
         """A newcomer's offer: what the server gives at once, or, where the method has a probe, what it gives then."""
         offer = ask(None)
+        report = self.probe(client, examples, offer)
+        return offer if report is None else ask(report)
+
+    def probe(self, client: ClientInfo, examples: Sequence[Example], offer: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a newcomer's probe of its first offer found; None where the method has no probe."""
         content = dict(offer.get("method", {}))
         plan = self.method.probe(client, content)
         if plan is None:
-            return offer
+            return None
         trained = self._work(plan, examples, offer, {}, Clock(self.seed, ("probe", client.name)))
         report = self.method.probe_report(client, trained, content)
         nbytes(report)  # refuses what is private
-        return ask(report)
+        return report
 
     def tune(
         self,
@@ -97,11 +163,12 @@ class ClientHalf:
         examples: Sequence[Example],
         epochs: float,
         penalty: Callable[[Live], Tensor] | None = None,
+        guard: ExampleGuard | None = None,
     ) -> Assembly:
         """Local fine-tuning of the personal model: the same for every method."""
         step = Step(assembly, penalty=penalty, epochs=epochs, stream="tune")
         clock = Clock(self.seed, ("tune", client.name), 0.0, 1.0)
-        return self.kernel.train(step, examples, clock).assembly
+        return self.kernel.train(step, examples, clock, guard).assembly
 
     def deployed(self, assembly: Assembly) -> Assembly:
         """The assembly as it is exported: its terms as the one adapter that computes the same, where there is one."""
@@ -112,28 +179,59 @@ class ClientHalf:
         return Assembly((Term("adapter", adapter, train=""),), extras=head)
 
     def _work(
-        self, plan: Any, examples: Sequence[Example], offer: Mapping[str, Any], store: Store, clock: Clock
+        self,
+        plan: Any,
+        examples: Sequence[Example],
+        offer: Mapping[str, Any],
+        store: Store,
+        clock: Clock,
+        guard: ExampleGuard | None = None,
     ) -> list[Trained]:
-        done: list[Trained] = []
+        return follow(self.kernel, [self._course(plan, examples, offer, store, clock, guard)])[0]
 
-        def run(step: Step) -> Trained:
+    def _course(
+        self,
+        plan: Any,
+        examples: Sequence[Example],
+        offer: Mapping[str, Any],
+        store: Store,
+        clock: Clock,
+        guard: ExampleGuard | None,
+    ) -> Course:
+        """A plan's steps with heads and what earlier steps trained; each waits for its result."""
+        done: list[Trained] = []
+        steps: Generator[Step, Any, Any] = plan if isinstance(plan, Generator) else (step for step in plan)
+        step: Step | None = next(steps, None)
+        while step is not None:
             prepared = carry(self.head.step(step, offer, store), done)
-            done.append(self.kernel.train(prepared, examples, clock))
+            done.append((yield Work(prepared, examples, clock, guard)))
             if self.watch is not None and done[-1].steps:
                 self.watch(clock.keys, prepared.assembly, done[-1].assembly)
-            return done[-1]
-
-        if isinstance(plan, Generator):
             try:
-                step = next(plan)
-                while True:
-                    step = plan.send(run(step))
+                step = steps.send(done[-1])
             except StopIteration:
-                pass
-        else:
-            for step in plan:
-                run(step)
+                step = None
         return done
+
+
+def follow(kernel: Kernel, courses: Sequence[Course]) -> list[list[Trained]]:
+    """Run all courses to their ends, the steps that they wait for at one time together."""
+    ends: dict[int, list[Trained]] = {}
+    waiting: dict[int, Work] = {}
+
+    def resume(index: int, found: Trained | None) -> None:
+        try:
+            waiting[index] = next(courses[index]) if found is None else courses[index].send(found)
+        except StopIteration as stop:
+            ends[index] = stop.value
+
+    for index in range(len(courses)):
+        resume(index, None)
+    while waiting:
+        works, waiting = waiting, {}
+        for index, found in zip(works, train_together(kernel, list(works.values())), strict=True):
+            resume(index, found)
+    return [ends[index] for index in range(len(courses))]
 
 
 def _last(trained: Sequence[Trained]) -> Assembly:

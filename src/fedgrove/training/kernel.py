@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,22 @@ from torch import Tensor, nn
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.assembly import Assembly, trained_parameters
 from fedgrove.adapters.private import unseal
+from fedgrove.errors import JobError
 from fedgrove.federation.tasks.base import Batch, Example, Task
+from fedgrove.federation.tasks.generate import Generate, Template
 from fedgrove.interop.models import Base
-from fedgrove.methods.contract import Live, Step, Trained
+from fedgrove.interop.quantise import foldable
+from fedgrove.methods.contract import Step, Trained
+from fedgrove.privacy.example_dp import ExampleGuard
 from fedgrove.seeds import derive, generator
+from fedgrove.training import packed
+from fedgrove.training.language import LanguageModel, padded_left
 from fedgrove.training.live import LiveAssembly
+from fedgrove.training.private_steps import private_steps
+from fedgrove.training.profile import span
+
+if TYPE_CHECKING:
+    from fedgrove.training.cohort import Cohort
 
 _SHORT = 256  # tokens; beyond that the attention matrices of plain attention cost too much memory
 
@@ -63,7 +75,10 @@ class Kernel:
 
     def __init__(self, base: Base, task: Task, options: TrainOptions):
         self.base, self.task, self.options = base, task, options
-        self._live: LiveAssembly | None = None
+        self._live: LiveAssembly | Cohort | None = None
+        self._layout: packed.Layout | None = None
+        # a stock head finds its token by place in a padded batch
+        self._packs = base.head != "stock" and packed.packs(base.model)
         modules = dict(base.model.named_modules())
         self._hooks = [
             modules[name].register_forward_hook(partial(self._add, site)) for name, site in base.sites.items()
@@ -71,6 +86,7 @@ class Kernel:
         self._layers = transformer_layers(base)
         for layer, module in self._layers.items():
             module.forward = partial(self._layer, layer, module.forward)
+        self.language = LanguageModel(base) if base.head == "lm" else None
 
     def close(self) -> None:
         """Take the hooks off the base."""
@@ -78,10 +94,22 @@ class Kernel:
             hook.remove()
         for module in self._layers.values():
             module.__dict__.pop("forward", None)
+        if self.language is not None:
+            self.language.close()
 
     # ---------------------------------------------------------------- training
-    def train(self, step: Step, examples: Sequence[Example], clock: Clock) -> Trained:
-        """Run one step on one client's examples and give back the trained assembly."""
+    def train(
+        self, step: Step, examples: Sequence[Example], clock: Clock, guard: ExampleGuard | None = None
+    ) -> Trained:
+        """Run one step on one client's examples and give back the trained assembly.
+
+        With a ``guard`` each example's gradient is clipped and noise added (``[privacy] example_clip``).
+        """
+        if guard is not None and step.measure != "train":
+            raise JobError(
+                f'A step that measures "{step.measure}" reads examples without noise, so privacy.example_clip cannot '
+                "hold; leave it out with this method."
+            )
         if step.measure == "features":
             chosen = some(examples, step, clock)
             return Trained(step.assembly, math.nan, 0, features=self.features(chosen))
@@ -94,6 +122,8 @@ class Kernel:
         with self._opened(step.assembly, train=True) as live:
             if step.measure == "fisher":
                 return self._fisher(step, live, examples, order)
+            if guard is not None:
+                return private_steps(self, step, live, examples, clock, guard)
             return self._optimise(step, live, examples, order, clock)
 
     def _optimise(
@@ -110,14 +140,18 @@ class Kernel:
                 group["lr"] = rate * self._factor(progress)
             optimizer.zero_grad(set_to_none=True)
             for _ in range(self.options.accumulation):
-                batch = self._batch([examples[i] for i in next(batches)])
-                with self._training_attention(batch):
-                    objective, loss = self._losses(live, step, batch)
-                    (objective / self.options.accumulation).backward()
+                with span("batches"):
+                    batch = self._batch([examples[i] for i in next(batches)])
+                with self._running(batch, live):
+                    with span("forward"):
+                        objective, loss = self._losses(live, step, batch)
+                    with span("backward"):
+                        (objective / self.options.accumulation).backward()
                 total += loss.item() / self.options.accumulation
-            if self.options.clip > 0:
-                nn.utils.clip_grad_norm_(live.leaves, self.options.clip)
-            optimizer.step()
+            with span("optimiser"):
+                if self.options.clip > 0:
+                    nn.utils.clip_grad_norm_(live.leaves, self.options.clip)
+                optimizer.step()
         return Trained(live.trained(), total / count, count)
 
     def steps(self, step: Step, examples: int) -> int:
@@ -131,15 +165,52 @@ class Kernel:
 
     # -------------------------------------------------------------- evaluation
     @torch.inference_mode()
-    def evaluate(self, assembly: Assembly, examples: Sequence[Example]) -> dict[str, float]:
-        """The task's measures of an assembly on some examples."""
+    def evaluate(
+        self, assembly: Assembly, examples: Sequence[Example], keep: list[dict[str, Any]] | None = None
+    ) -> dict[str, float]:
+        """The task's measures of an assembly on some examples.
+
+        Of a language model some are those of texts that it writes here; ``keep`` takes them, one object for each.
+        """
         sums: dict[str, float] = {}
         with self._opened(assembly, train=False) as live:
             for indices in self._by_length(examples):
-                batch = self._batch([examples[i] for i in indices])
-                for key, value in self.task.score(self._logits(live, batch), batch).items():
+                with span("batches"):
+                    batch = self._batch([examples[i] for i in indices])
+                with self._running(batch, live), span("forward"):
+                    scores = self.task.score(self._logits(live, batch), batch)
+                for key, value in scores.items():
                     sums[key] = sums.get(key, 0.0) + value
+        if self.language is not None:
+            chosen = [examples[index] for index in cast(Generate, self.task).chosen(examples)]
+            outputs = self.generate(assembly, chosen)
+            sums |= cast(Generate, self.task).judge(outputs, chosen)
+            if keep is not None:
+                keep += [
+                    {"prompt": example["prompt"], "reference": example["references"][0], "output": output}
+                    for example, output in zip(chosen, outputs, strict=True)
+                ]
         return self.task.measure(sums)
+
+    @torch.inference_mode()
+    def generate(self, assembly: Assembly, examples: Sequence[Example], most: int | None = None) -> list[str]:
+        """What a language model writes after each prompt, greedily, in the given order; ``most`` new tokens."""
+        assert self.language is not None
+        task, tokenizer = cast(Generate, self.task), self.base.processor
+        ends = Template(tokenizer).ends()
+        texts: dict[int, str] = {}
+        with self._opened(assembly, train=False) as live:
+            for indices in self._by_length(examples):
+                batch = padded_left([examples[i]["prompt_ids"] for i in indices], self.base.pad_id)
+                batch = {key: value.to(self.base.device) for key, value in batch.items()}
+                self._enter(live, batch)
+                # a layer that is left out keeps no cache, and the first one's length is what positions come from
+                written = self.language.generate(
+                    batch, most=most or task.max_new_tokens, ends=ends, cache=assembly.layers is None
+                )
+                decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
+                texts.update(zip(indices, map(str.strip, decoded), strict=True))
+        return [texts[index] for index in range(len(examples))]
 
     @torch.inference_mode()
     def logits(self, assembly: Assembly, examples: Sequence[Example]) -> Tensor:
@@ -147,7 +218,9 @@ class Kernel:
         rows: dict[int, Tensor] = {}
         with self._opened(assembly, train=False) as live:
             for indices in self._by_length(examples):
-                logits = self._logits(live, self._batch([examples[i] for i in indices]))
+                batch = self._batch([examples[i] for i in indices])
+                with self._running(batch, live):
+                    logits = self._logits(live, batch)
                 rows.update(zip(indices, logits.cpu(), strict=True))
         return torch.stack([rows[index] for index in range(len(examples))])
 
@@ -156,7 +229,9 @@ class Kernel:
         """Pooled features ``[examples, hidden]`` of the untouched base, in the given order, on the CPU."""
         rows: dict[int, Tensor] = {}
         for indices in self._by_length(examples):
-            pooled = self._features(self._batch([examples[i] for i in indices]))
+            batch = self._batch([examples[i] for i in indices])
+            with self._running(batch):
+                pooled = self._features(batch)
             rows.update(zip(indices, pooled.cpu(), strict=True))
         return torch.stack([rows[index] for index in range(len(examples))])
 
@@ -172,6 +247,7 @@ class Kernel:
         try:
             for name, factors in (assembly.folded or {}).items():
                 linear = self.base.model.get_submodule(name)
+                foldable(name, linear)
                 kept[name] = linear.weight.data
                 update = factors.map(
                     lambda value: unseal(value).to(self.base.device, self.base.adapter_dtype)
@@ -194,31 +270,88 @@ class Kernel:
         return args[0] if args else kwargs["hidden_states"]
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
+        """The examples as one batch on the device."""
         batch = self.task.collate(examples, self.base.pad_id)
         return {key: value.to(self.base.device) for key, value in batch.items()}
 
     def _features(self, batch: Batch) -> Tensor:
+        """Pooled states [b, hidden] of a batch, with what the hooks add."""
         model = self.base.model if self.base.head == "pooled" else self.base.model.base_model
-        hidden = model(**self.task.inputs(batch)).last_hidden_state
+        hidden = model(**self._inputs(batch)).last_hidden_state
+        if self._layout is not None:
+            hidden = self._layout.unpack(hidden)
         return self.task.pool(hidden.to(self.base.adapter_dtype), batch)
 
-    def _logits(self, live: LiveAssembly, batch: Batch) -> Tensor:
+    def _enter(self, live: LiveAssembly, batch: Batch) -> None:
+        """From here on the hooks add the live assembly, which knows the batch's features where its mix needs them."""
         if live.assembly.mix.needs_features:
             self._live = None
             with torch.no_grad():
                 live.features = self._features(batch)
         self._live = live
-        head = {name.removeprefix("head."): value for name, value in live.extras.items() if name.startswith("head.")}
+
+    def _logits(self, live: LiveAssembly, batch: Batch) -> Tensor:
+        self._enter(live, batch)
+        if self.language is not None:
+            return self.asked_logits(batch)
         if self.base.head == "pooled":
-            return self.task.head_logits(self._features(batch), head)
-        return torch.func.functional_call(self.base.model, head, kwargs=self.task.inputs(batch)).logits
+            return self.task.head_logits(self._features(batch), live.head)
+        return torch.func.functional_call(self.base.model, live.head, kwargs=self.task.inputs(batch)).logits
+
+    def asked_logits(self, batch: Batch) -> Tensor:
+        """A language model's logits [n, vocabulary] where the task asks for them, row by row."""
+        assert self.language is not None
+        positions = cast(Generate, self.task).positions(batch)
+        if self._layout is not None:
+            positions = self._layout.pack(positions)
+        return self.language.logits(self._inputs(batch), positions)
+
+    @contextmanager
+    def together(
+        self, cohort: Cohort, lives: Sequence[LiveAssembly], rows: Sequence[int], batch: Batch
+    ) -> Iterator[None]:
+        """Inside, the base runs a batch of several clients' examples, ``rows`` of each."""
+        try:
+            with self._running(batch):
+                if self._layout is None:
+                    cohort.enter(lives, rows, packed=False)
+                else:
+                    lengths = iter(self._layout.lengths)
+                    cohort.enter(lives, [sum(islice(lengths, count)) for count in rows], packed=True)
+                self._live = cohort
+                yield
+        finally:
+            self._live = None
 
     def _losses(self, live: LiveAssembly, step: Step, batch: Batch) -> tuple[Tensor, Tensor]:
         """What is minimised, and the task's part of it: the one that is comparable between methods and rounds."""
         loss = self.task.loss(self._logits(live, batch), batch)
         if step.penalty is None:
             return loss, loss
-        return loss + step.penalty(Live({t.term.name: t.adapter for t in live.terms}, live.extras)), loss
+        return loss + step.penalty(live.seen()), loss
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        if self._layout is None:
+            return self.task.inputs(batch)
+        return self._layout.inputs(batch, packed.position_shift(self.base.model.config))
+
+    @contextmanager
+    def _running(self, batch: Batch, live: LiveAssembly | None = None) -> Iterator[None]:
+        """How the base runs a batch, forward and backward: without its padding where that can be."""
+        layout = None
+        # weights that depend on the input may be those of an example, which a packed row does not show
+        if self._packs and (live is None or live.assembly.mix.linear):
+            layout = packed.Layout.of(batch["attention_mask"])
+        if layout is None:
+            with self._training_attention(batch):
+                yield
+            return
+        self._layout = layout
+        try:
+            with packed.running(self.base.model.config, layout):
+                yield
+        finally:
+            self._layout = None
 
     @contextmanager
     def _training_attention(self, batch: Batch) -> Iterator[None]:
@@ -234,6 +367,7 @@ class Kernel:
             and self.base.dtype == torch.bfloat16
             and tokens <= _SHORT
             and chosen == "sdpa"
+            and torch.is_grad_enabled()
         ):
             config._attn_implementation = "eager"
         try:
@@ -242,12 +376,13 @@ class Kernel:
             config._attn_implementation = chosen
 
     def _optimizer(self, live: LiveAssembly) -> torch.optim.Optimizer:
+        return self.optimizer(list(live.groups.items()))
+
+    def optimizer(self, leaves: Sequence[tuple[float | None, list[Tensor]]]) -> torch.optim.Optimizer:
+        """A fresh optimiser over (learning-rate multiplier, tensors); the multiplier None is the head's own rate."""
         options = self.options
         head_rate = options.lr if options.head_lr is None else options.head_lr
-        groups = [
-            {"params": leaves, "lr": head_rate if rate is None else options.lr * rate}
-            for rate, leaves in live.groups.items()
-        ]
+        groups = [{"params": group, "lr": head_rate if rate is None else options.lr * rate} for rate, group in leaves]
         if options.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
         return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
@@ -279,7 +414,7 @@ class Kernel:
         total = 0.0
         for _ in range(count):
             batch = self._batch([examples[i] for i in next(batches)])
-            with self._training_attention(batch):
+            with self._running(batch, live):
                 objective, loss = self._losses(live, step, batch)
                 gradients = torch.autograd.grad(objective, live.leaves, allow_unused=True)
             total += loss.item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.assembly import Assembly, Extra, Term, sealed, unit_rows
 from fedgrove.adapters.private import seal, unseal
+from fedgrove.methods.contract import Live
 
 
 @dataclass(eq=False)
@@ -22,16 +24,19 @@ class LiveTerm:
     adapter: Adapter
     diagonal: dict[str, Tensor]
 
-    def output(self, site: str, x: Tensor) -> Tensor:
-        """``B (D ⊙ (A x))`` without the scale; x ``[batch, tokens, in]``."""
-        factors = self.adapter[site]
-        A, B = factors.A, factors.B
-        if self.term.unit:
-            A, B = unit_rows(A), unit_rows(B.T).T
+    def factors(self, site: str) -> tuple[Tensor, Tensor]:
+        """A and B as they run."""
+        A, B = self.adapter[site].A, self.adapter[site].B
+        return (unit_rows(A), unit_rows(B.T).T) if self.term.unit else (A, B)
+
+    def output(self, site: str, x: Tensor, weight: float | Tensor) -> Tensor:
+        """``weight · scale · B (D ⊙ (A x))``; x ``[batch, tokens, in]``."""
+        A, B = self.factors(site)
         inner = F.linear(x, A)
         if site in self.diagonal:
             inner = inner * self.diagonal[site]
-        return F.linear(inner, B)
+        factor = self.adapter[site].scale * weight  # on the few numbers between A and B, not on the site's output
+        return F.linear(inner if isinstance(factor, float) and factor == 1.0 else inner * factor, B)
 
 
 @dataclass(eq=False)
@@ -58,6 +63,8 @@ class LiveAssembly:
         self.device, self.dtype = device, dtype
         self.dropout = dropout if train else 0.0
         self.features: Tensor | None = None
+        self._x: Tensor | None = None  # the last site's input, and the same in the adapters' precision
+        self._inner: Tensor | None = None
         self.groups: dict[float | None, list[Tensor]] = {}  # learning-rate multiplier (None: the head's own) -> leaves
         self.terms = [self._term(term, train) for term in assembly.terms]
         self.names = [term.name for term in assembly.terms]
@@ -68,20 +75,36 @@ class LiveAssembly:
     def leaves(self) -> list[Tensor]:
         return [leaf for group in self.groups.values() for leaf in group]
 
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """The head's tensors by their own names."""
+        return {name.removeprefix("head."): value for name, value in self.extras.items() if name.startswith("head.")}
+
+    def seen(self) -> Live:
+        """What a penalty sees."""
+        return Live({live.term.name: live.adapter for live in self.terms}, self.extras)
+
+    def weighed(self, site: Site, x: Tensor) -> list[tuple[LiveTerm, float | Tensor]]:
+        """The terms that run at a site whose input is x, and their weights."""
+        weights = self.assembly.mix.weigh(site, x, self.names, self.extras, self.features)
+        return [
+            (live, weight)
+            for live, weight in zip(self.terms, weights, strict=True)
+            if site.name in live.adapter and not (isinstance(weight, float) and weight == 0.0)
+        ]
+
     def add(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
         """The site's output with every term added: ``W0 x + Σ mix · scale · B (D ⊙ (A x))``."""
         name = site.name
-        inner = x.to(self.dtype)
-        result = output.to(self.dtype)
+        if x is not self._x:  # sites that share an input (query and value) share its conversion
+            self._x, self._inner = x, x.to(self.dtype)
+        inner = cast(Tensor, self._inner)
+        result = output
         if self.delta is not None and (name in self.delta.adapter):
             result = result + self.delta.output(name, inner)
-        weights = self.assembly.mix.weigh(site, inner, self.names, self.extras, self.features)
         dropped = F.dropout(inner, self.dropout, training=True) if self.dropout else inner
-        for live, weight in zip(self.terms, weights, strict=True):
-            if name not in live.adapter or (isinstance(weight, float) and weight == 0.0):
-                continue
-            scaled = live.output(name, dropped) * live.adapter[name].scale
-            result = result + (scaled if isinstance(weight, float) and weight == 1.0 else scaled * weight)
+        for live, weight in self.weighed(site, inner):
+            result = result + live.output(name, dropped, weight)  # in the wider of the two precisions
         return result.to(output.dtype)
 
     def trained(self) -> Assembly:

@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING
 
 from fedgrove.federation.embedded import EMBEDDED
 from fedgrove.federation.tasks.base import Batch, Example, Task
+from fedgrove.federation.tasks.classify_images import ClassifyImages
 from fedgrove.federation.tasks.classify_text import ClassifyText
+from fedgrove.federation.tasks.generate import Generate
 
 if TYPE_CHECKING:
     from fedgrove.job.sections import DataSection
 
-__all__ = ["TASKS", "Batch", "ClassifyText", "Example", "Task", "task_class", "task_name"]
+__all__ = ["TASKS", "Batch", "ClassifyImages", "ClassifyText", "Example", "Generate", "Task", "task_class", "task_name"]
 
 #: the values of ``data.task``
-TASKS: dict[str, type[Task]] = {"classify-text": ClassifyText}
+TASKS: dict[str, type[Task]] = {"classify-text": ClassifyText, "classify-images": ClassifyImages, "generate": Generate}
 
 
 def task_name(data: DataSection) -> str:

@@ -33,6 +33,7 @@ class Task(Protocol):
         """The key of ``measure`` that says how good a model is; higher is better."""
 
     classifies: ClassVar[bool]  # whether rows have classes that a head learns
+    asks: ClassVar[str]  # the part of a row that a trained model is asked about: "text", "image", "prompt"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -63,6 +64,9 @@ class Task(Protocol):
 
     def encode(self, rows: Sequence[Row], processor: Any) -> list[Example]:
         """The rows as the model reads them. Raises DataError for what it cannot read."""
+
+    def lengths(self, rows: Sequence[Row], processor: Any) -> list[int]:
+        """Tokens of each row before anything is cut; [] where rows are not sequences."""
 
     def truncated(self, rows: Sequence[Row], processor: Any) -> int:
         """How many rows ``encode`` cuts."""

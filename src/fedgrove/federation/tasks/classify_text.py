@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedgrove.errors import DataError
-from fedgrove.federation.readers import Place, Row, label_of, text_of
+from fedgrove.federation.readers import Place, Row, text_of
 from fedgrove.federation.tasks.base import Batch, Example
+from fedgrove.federation.tasks.classifier import Classifier, class_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ClassifyText:
+class ClassifyText(Classifier):
     """``labels`` in the order of the head's outputs; texts are cut to ``max_length`` tokens."""
 
     labels: tuple[str, ...]
     max_length: int = 128
     name: str = "classify-text"
     classifies: ClassVar[bool] = True
+    asks: ClassVar[str] = "text"
     metric: str = "accuracy"
 
     @classmethod
@@ -55,15 +56,10 @@ class ClassifyText:
         """``{"text": str, "label": str}``, and ``"pair": str`` where the rows are pairs of texts."""
         row = {
             "text": text_of(values[data.text], data.text, place),
-            "label": label_of(values[data.label], data.label, place),
+            "label": class_of(values[data.label], data, place),
         }
         if data.pair and values[data.pair]:
             row["pair"] = text_of(values[data.pair], data.pair, place)
-        if data.labels and row["label"] not in data.labels:
-            listed = ", ".join(map(repr, data.labels))
-            raise DataError(
-                f"{place}: the label {row['label']!r} is not in data.labels ({listed}); add it or correct it"
-            )
         return row
 
     @staticmethod
@@ -93,13 +89,14 @@ class ClassifyText:
             examples.append(example)
         return examples
 
+    def lengths(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """As in Task."""
+        # verbose=False: a text longer than the model's own limit is what is being asked about, not a mistake
+        return [len(tokenizer(*texts_of(row), truncation=False, verbose=False)["input_ids"]) for row in rows]
+
     def truncated(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
         """As in Task."""
-        if not rows:
-            return 0
-        # verbose=False: a text longer than the model's own limit is what is being asked about, not a mistake
-        encoded = (tokenizer(*texts_of(row), truncation=False, verbose=False)["input_ids"] for row in rows)
-        return sum(len(ids) > self.max_length for ids in encoded)
+        return sum(length > self.max_length for length in self.lengths(rows, tokenizer))
 
     def length(self, example: Example) -> int:
         """As in Task."""
@@ -124,38 +121,11 @@ class ClassifyText:
             batch["labels"] = torch.tensor([example["label"] for example in examples], dtype=torch.long)
         return batch
 
-    def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """weight [classes, hidden] from N(0, 0.02²), bias [classes] of zeros."""
-        weight = torch.randn(len(self.labels), hidden, generator=generator) * 0.02
-        return {"weight": weight, "bias": torch.zeros(len(self.labels))}
-
     def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
         """The mean over the tokens that are not padding, summed in at least float32."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         mask = batch["attention_mask"][..., None].to(dtype)
         return (hidden_states.to(dtype) * mask).sum(1) / mask.sum(1).clamp(min=1)
-
-    def head_logits(self, pooled: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-        """As in Task."""
-        return F.linear(pooled.to(head["weight"].dtype), head["weight"], head["bias"])
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """As in Task."""
-        return F.cross_entropy(logits, batch["labels"])
-
-    def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Sums: the loss, how many are correct, how many there are."""
-        labels = batch["labels"]
-        return {
-            "loss": float(F.cross_entropy(logits, labels, reduction="sum")),
-            "correct": float((logits.argmax(-1) == labels).sum()),
-            "examples": float(len(labels)),
-        }
-
-    def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Mean loss, accuracy, and the number of examples."""
-        examples = sums["examples"]
-        return {"loss": sums["loss"] / examples, "accuracy": sums["correct"] / examples, "examples": examples}
 
 
 def texts_of(row: Row) -> tuple[str, ...]:

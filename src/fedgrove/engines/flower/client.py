@@ -1,0 +1,232 @@
+"""A client at work: a message in, a message out. No Flower here, so that a test or an agent can drive it directly.
+
+The base model, the method and the encoded data are kept for the life of the process; the private store is on disk.
+An error never leaves as an exception: the server gets a sentence. From a site it gets no more than that and the place
+in the code, because the text of an unforeseen exception may quote data.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedgrove.engines.flower.stores import Stores
+from fedgrove.engines.flower.wire import Note, decode, encode
+from fedgrove.errors import FedgroveError, RunError
+from fedgrove.methods.contract import ClientInfo
+from fedgrove.tracking.files import write_text
+
+if TYPE_CHECKING:
+    from fedgrove.engines.flower.place import Place
+    from fedgrove.federation.tasks.base import Example
+    from fedgrove.job import Job
+    from fedgrove.training.client import ClientHalf
+
+Data = Mapping[str, "list[Example]"]  # split -> encoded examples
+
+_OPENED = "open.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Workshop:
+    """What a process keeps for one run: everything that does not depend on the client."""
+
+    job: Job
+    half: ClientHalf
+    data: dict[str, Data]  # by client
+
+
+_kept: dict[tuple[str, str], Workshop] = {}  # at most one: a process works for one run at a time
+
+
+def workshop(key: str, job: Job, info: ClientInfo) -> Workshop:
+    """The process's workshop for a run, built at the first call."""
+    import torch
+
+    from fedgrove import prepare
+    from fedgrove.methods.registry import method_class
+    from fedgrove.training.client import ClientHalf
+    from fedgrove.training.kernel import Kernel
+
+    job = prepare.machine_choices(job)
+    torch.set_num_threads(int(job.train.threads))
+    found = _kept.get((key, job.digest()))
+    if found is None:
+        _kept.clear()
+        base, task = prepare.base_of(job), prepare.task_of(job)
+        method = method_class(job.method.name)(job.method.options, prepare.setting_of(job, base, {info.name: info}))
+        head = prepare.head_policy(job, base, task)
+        kernel = Kernel(base, task, prepare.train_options(job))
+        half = ClientHalf(kernel, method, head, job.run.seed, job.run.rounds, job.privacy)
+        found = _kept[key, job.digest()] = Workshop(job, half, {})
+    return found
+
+
+class Runtime:
+    """Answers the server's messages for the client whose place this is."""
+
+    def __init__(self, place: Place, *, simulated: bool = False):
+        self.place, self.simulated = place, simulated
+
+    def handle(self, blob: bytes) -> bytes:
+        """The answer to a message; an "error" message where there is none."""
+        key = ""
+        try:
+            note = decode(blob)
+            key = str(note.head.get("run", ""))
+            if note.kind not in ("hello", "open"):
+                with suppress(Exception):  # so that the place can check the message against the model's layers
+                    self._ready(note)
+            self.place.received(note, blob)
+            answer = self._answer(note)
+        except Exception as error:
+            answer = self._error(error)
+        answer = replace(answer, head={"run": key, **answer.head})
+        try:
+            return self._sent(answer)
+        except Exception as error:
+            return self._sent(self._error(error))
+
+    def _sent(self, answer: Note) -> bytes:
+        blob = encode(answer)
+        self.place.sending(answer, blob)
+        return blob
+
+    def _answer(self, note: Note) -> Note:
+        handlers = {
+            "hello": self._hello,
+            "open": self._open,
+            "train": self._train,
+            "evaluate": self._evaluate,
+            "probe": self._probe,
+            "finish": self._finish,
+        }
+        if note.kind not in handlers:
+            raise RunError(f"A client has no answer to a message of the kind {note.kind!r}.")
+        return handlers[note.kind](note)
+
+    # ------------------------------------------------------------------ getting to know each other
+    def _hello(self, note: Note) -> Note:
+        import fedgrove
+        from fedgrove.federation import Federation
+        from fedgrove.federation.tasks import task_class
+
+        job = self._job(note.head["job"])
+        client = self.place.client(job)
+        row = Federation((client,), tuple(job.data.labels or ()), {}, task_class(job.data)).table()["clients"][0]
+        return Note(
+            "hello",
+            {
+                "row": self.place.tells(row),
+                "rank": self.place.rank(job),
+                "version": fedgrove.__version__,
+            },
+        )
+
+    def _open(self, note: Note) -> Note:
+        given = note.head["client"]
+        info = ClientInfo(str(given["name"]), int(given["rank"]), int(given["examples"]))
+        job = self._job(note.head["job"])
+        affordable = self.place.rank(job)
+        if affordable is not None and info.rank > affordable:
+            raise RunError(f"The rank {info.rank} is above what {self.place.name} affords, {affordable}.")
+        home = self._home(note)
+        home.mkdir(parents=True, exist_ok=True)
+        write_text(home / _OPENED, json.dumps({"job": note.head["job"], "client": dict(given)}))
+        self._ready(note)
+        return Note("open")
+
+    # ------------------------------------------------------------------ work
+    def _train(self, note: Note) -> Note:
+        shop, info, data = self._ready(note)
+        head, stores = note.head, self._stores(note)
+        round = int(head["round"])
+        outcome = shop.half.train(info, data["train"], note.body["offer"], stores.load(int(head["store"])), round)
+        answer = Note(
+            "train",
+            {"loss": outcome.loss, "steps": outcome.steps, "trained": outcome.trained, "seconds": outcome.seconds},
+            {"update": dict(outcome.update.content)},
+            shop.job.run.compress,
+        )
+        encode(answer)  # refuses what is private, before anything is kept
+        stores.save(round, outcome.store, keep=int(head["keep"]))
+        return answer
+
+    def _evaluate(self, note: Note) -> Note:
+        shop, info, data = self._ready(note)
+        assembly = shop.half.personal(info, note.body["offer"], self._stores(note).load(int(note.head["store"])))
+        measures = shop.half.kernel.evaluate(shop.half.deployed(assembly), data[str(note.head["split"])])
+        return Note("evaluate", {"measures": measures})
+
+    def _probe(self, note: Note) -> Note:
+        shop, info, data = self._ready(note)
+        report = shop.half.probe(info, data["train"], note.body["offer"])
+        return Note("probe", {}, {"report": report} if report is not None else {}, shop.job.run.compress)
+
+    def _finish(self, note: Note) -> Note:
+        from fedgrove.engines.leave import leave
+
+        shop, info, data = self._ready(note)
+        folder = self.place.adapters(str(note.head["run"]))
+        store = self._stores(note).load(int(note.head["store"]))
+        held_out = bool(note.head["held_out"])
+        left = leave(
+            shop.job, shop.half, info, data, note.body["offer"], store, folder,
+            held_out=held_out, keep_texts=self.simulated,
+        )  # fmt: skip
+        head = {"row": left.row, "stored": left.stored}
+        own = json.dumps({"artefacts": left.artefacts, "texts": left.texts})
+        if self.simulated:
+            return Note("finish", {**head, "own": own})
+        write_text(self._home(note) / "own.json", own)  # what a client knows of itself is for its own eyes
+        return Note("finish", head)
+
+    # ------------------------------------------------------------------ what it works with
+    def _ready(self, note: Note) -> tuple[Workshop, ClientInfo, Data]:
+        """The workshop, who the client is, and its data; after a restart from what ``open`` left on disk."""
+        try:
+            opened = json.loads((self._home(note) / _OPENED).read_text(encoding="utf-8"))
+        except OSError:
+            raise RunError(f"{self.place.name} does not know this run; it was not opened here.") from None
+        info = ClientInfo(**opened["client"])
+        job = self._job(opened["job"])
+        shop = workshop(str(note.head["run"]), job, info)
+        kernel = shop.half.kernel
+        self.place.sites = kernel.base.sites
+        if info.name not in shop.data:
+            from fedgrove.prepare import encode as encode_rows
+
+            shop.data[info.name] = encode_rows(self.place.client(job), kernel.task, kernel.base)
+        return shop, info, shop.data[info.name]
+
+    def _job(self, text: str) -> Job:
+        from fedgrove.job import Job
+
+        return self.place.admit(Job.parse(text, "the server's job"))
+
+    def _home(self, note: Note) -> Path:
+        key = str(note.head["run"])
+        if not key.isalnum():
+            raise RunError("The server's key of the run is none.")
+        return self.place.folder / "runs" / key
+
+    def _stores(self, note: Note) -> Stores:
+        return Stores(self._home(note))
+
+    def _error(self, error: Exception) -> Note:
+        trace = "".join(traceback.format_tb(error.__traceback__)) if self.simulated else _places(error)
+        if isinstance(error, FedgroveError):
+            return Note("error", {"sentence": str(error), "trace": ""})
+        words = " ".join(str(error).split())[:300] if self.simulated else "its text stays with the client"
+        return Note("error", {"sentence": f"Unexpected {type(error).__name__}: {words}.", "trace": trace})
+
+
+def _places(error: BaseException) -> str:
+    """Where an exception came from: our files, lines and functions, no values."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "".join(f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}\n" for frame in frames)

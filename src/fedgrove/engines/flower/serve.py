@@ -1,0 +1,315 @@
+"""The server of a run on a grid: who is there, what they run, and the round loop over them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.serverapp import Grid
+
+from fedgrove import prepare
+from fedgrove.engines.flower.engine import FlowerEngine, Member
+from fedgrove.engines.flower.post import Post
+from fedgrove.errors import JobError, RunError
+from fedgrove.federation import build
+from fedgrove.federation.tasks import task_class, task_name
+from fedgrove.interop.models import Base
+from fedgrove.methods.contract import ClientInfo, Method
+from fedgrove.methods.registry import method_class
+from fedgrove.rundir import RunDirectory
+from fedgrove.tracking.checkpoint import Checkpoints
+from fedgrove.tracking.events import Events
+from fedgrove.tracking.files import write_text
+from fedgrove.training.head import HeadPolicy
+
+if TYPE_CHECKING:
+    from fedgrove.federation import Federation
+    from fedgrove.federation.tasks import Task
+    from fedgrove.job import Job
+    from fedgrove.result import Result
+    from fedgrove.tracking.callback import Callback
+
+Lend = Callable[[int, "Job"], AbstractContextManager[Grid]]  # (nodes, job) -> their grid
+MARK = "flower.json"  # in the run's directory: the key under which clients keep their stores
+
+
+@dataclass(frozen=True, eq=False)
+class Roster:
+    """The clients as they described themselves; ``table`` is what ``federation.json`` shows."""
+
+    labels: tuple[str, ...]
+    rows: Sequence[Mapping[str, Any]]
+    source: dict[str, Any]
+
+    def table(self) -> dict[str, Any]:
+        return {"labels": list(self.labels), "clients": [dict(row) for row in self.rows]}
+
+
+@dataclass(frozen=True, eq=False)
+class Remote:
+    """A run whose clients are elsewhere (``engines.base.Stage``)."""
+
+    job: Job
+    federation: Roster | Federation
+    base: Base
+    task: Task
+    method: Method
+    head: HeadPolicy
+    engine: FlowerEngine
+    clients: dict[str, ClientInfo]
+    held_out: dict[str, ClientInfo]
+    fingerprint: str
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("test", "validation") if self.job.data.validation_fraction else ("test",)
+
+
+@dataclass(frozen=True, eq=False)
+class Half:
+    """The server's half of a job: everything but the clients."""
+
+    job: Job
+    base: Base
+    task: Task
+    method: Method
+    head: HeadPolicy
+
+    @classmethod
+    def of(cls, job: Job, clients: dict[str, ClientInfo], held_out: dict[str, ClientInfo]) -> Half:
+        """Raises ``JobError`` where job, base, method and clients do not fit together."""
+        base, task = prepare.base_of(job), prepare.task_of(job)
+        method = method_class(job.method.name)(job.method.options, prepare.setting_of(job, base, clients))
+        method.check([*clients.values(), *held_out.values()])
+        return cls(job, base, task, method, prepare.head_policy(job, base, task))
+
+
+def on_grid(
+    grid: Grid,
+    job: Job,
+    out: Path,
+    *,
+    resume: bool,
+    callbacks: Sequence[Callback] = (),
+    names: Mapping[int, str] | None = None,
+) -> Result:
+    """Run a job over a grid: between real sites, or on the virtual nodes of a simulation.
+
+    ``names``: the site to which each node's key belongs; a node that says another name is refused.
+    """
+    from fedgrove.run import run
+
+    if type(grid).__name__ == "InMemoryGrid":  # of Flower's simulation; a deployment's goes over the network
+        return run(job, out, resume=resume, callbacks=callbacks, engine=partial(on_virtual_nodes, lent(grid)))
+    return run(job, out, resume=resume, callbacks=callbacks, engine=partial(between_sites, grid, names))
+
+
+def lent(grid: Grid) -> Lend:
+    return lambda nodes, job: nullcontext(grid)
+
+
+@contextmanager
+def on_virtual_nodes(
+    lend: Lend, job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
+) -> Iterator[Remote]:
+    """The stage of a simulation: job and data are checked here, before ``lend`` starts anything."""
+    import torch
+
+    key, _ = continued(directory, resume=resume)
+    job = prepare.machine_choices(job.resolved())
+    torch.set_num_threads(int(job.train.threads))
+    federation = build(job)
+    job = job.replace(
+        data={"task": task_name(job.data), "labels": list(federation.labels) or None},
+        federation={"newcomer_head": prepare.newcomer_head(job, federation)},
+        train=alone(job),
+    )
+    clients, held_out = prepare.client_infos(job, federation)
+    half = Half.of(job, clients, held_out)
+    paths = {"run": str(directory.path.absolute()), "directory": os.getcwd()}
+    watch.phase("starting Flower")
+    with marked(directory, key), lend(len(federation.clients), job) as grid:
+        engine = FlowerEngine(Post(grid), key, job, simulation=paths)
+        engine.settle(half.method, half.head, list(held_out))
+        meet(engine, [*clients.values(), *held_out.values()], watch)
+        fingerprint = prepare.fingerprint_of(federation)
+        yield Remote(
+            job, federation, half.base, half.task, half.method, half.head, engine, clients, held_out, fingerprint
+        )
+
+
+def meet(engine: FlowerEngine, everyone: Sequence[ClientInfo], watch: Callback) -> None:
+    """Every simulated client loads the model. Raises ``RunError`` with the sentence of one that cannot."""
+    watch.phase("loading the model in the clients' processes")
+    reasons: list[str] = []
+    engine.told = lambda round, client, what, reason: reasons.append(reason)
+    settled(engine.post, len(everyone))
+    engine.introduce()
+    missing = [info.name for info in everyone if info.name not in engine.members]
+    if missing or reasons:
+        raise RunError(
+            reasons[0]
+            if reasons
+            else f"The job has {len(everyone)} clients, but Flower runs {len(engine.members)} nodes; run it with "
+            f"--federation-config 'num-supernodes={len(everyone)}'."
+        )
+    failed = engine.open(everyone)
+    if failed:
+        raise RunError(next(iter(failed.values())))
+
+
+@contextmanager
+def between_sites(
+    grid: Grid, names: Mapping[int, str] | None, job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
+) -> Iterator[Remote]:
+    """The stage of a deployment. Waits until ``federation.min_clients`` sites have said hello."""
+    import torch
+
+    key, known = continued(directory, resume=resume)
+    job = deployable(prepare.machine_choices(job.resolved()))
+    torch.set_num_threads(int(job.train.threads))
+    engine = FlowerEngine(Post(grid), key, job, names=names)
+    engine.told = telling(directory, watch)
+    members = gather(engine, job.federation.min_clients, watch, among=set(known) if known else None)
+    clients = known or ranked(job, members)
+    held_out = {name: info for name, info in clients.items() if name in _named_held_out(job)}
+    clients = {name: info for name, info in clients.items() if name not in held_out}
+    if not clients:
+        raise RunError("Every site that is here is held out, so nobody would train; see federation.held_out.")
+    half = Half.of(job, clients, held_out)
+    engine.infos.update({**clients, **held_out})
+    engine.settle(half.method, half.head, list(held_out))
+    rows = [member.row for member in sorted(members, key=lambda member: member.name)]
+    roster = Roster(tuple(job.data.labels or ()), rows, {"name": "the sites' own data"})
+    with marked(directory, key):
+        watch.phase("waiting for the sites to load the model")
+        failed = engine.open([info for info in engine.infos.values() if info.name in engine.members])
+        for name in failed if not known else ():  # who cannot begin is not waited for
+            engine.infos.pop(name)
+            clients.pop(name, None)
+            held_out.pop(name, None)
+        if len(clients) < job.federation.min_clients:
+            why = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
+            raise RunError(f"{len(clients)} of {job.federation.min_clients} sites can take part ({why}).")
+        yield Remote(
+            job, roster, half.base, half.task, half.method, half.head, engine, clients, held_out, "at the sites"
+        )
+
+
+def settled(post: Post, nodes: int, seconds: float = 30.0) -> None:
+    """Wait for a simulation's nodes, which Flower registers while the server starts: all, or no new ones for 1 s."""
+    began = changed = time.monotonic()
+    seen = 0
+    while len(post.nodes()) < nodes:
+        now, here = time.monotonic(), len(post.nodes())
+        if here != seen:
+            seen, changed = here, now
+        if now - began > seconds or (seen and now - changed > 1.0):
+            return
+        time.sleep(0.02)
+
+
+def gather(engine: FlowerEngine, least: int, watch: Callback, among: set[str] | None = None) -> list[Member]:
+    """Wait for ``least`` clients (``among``: of these names) to say hello."""
+    said = None
+    while True:
+        engine.introduce()
+        here = [member for name, member in engine.members.items() if among is None or name in among]
+        if len(here) >= least:
+            return list(engine.members.values())
+        if said != len(here):
+            said = len(here)
+            watch.phase(f"waiting for sites: {said} of {least} are here")
+        time.sleep(min(1.0, engine.post.slowest))
+
+
+def ranked(job: Job, members: Sequence[Member]) -> dict[str, ClientInfo]:
+    """Every site's rank: the job's word for it, at most what it affords; one for all where the method needs that."""
+    names = sorted(member.name for member in members)
+    wanted = job.federation.ranks
+    if isinstance(wanted, dict):
+        ranks = {name: wanted.get(name, job.lora.rank or 1) for name in names}
+    else:
+        ranks = job.ranks(names)
+    rows = {member.name: member for member in members}
+    ranks = {name: min(rank, rows[name].rank or rank) for name, rank in ranks.items()}
+    ranks = prepare.fitting_ranks(job, ranks)
+    return {name: ClientInfo(name, ranks[name], rows[name].examples) for name in names}
+
+
+def deployable(job: Job) -> Job:
+    """What only a simulation can do is refused; what a simulation looks up in everybody's data must be in the job."""
+    if task_class(job.data).classifies and not job.data.labels:
+        raise JobError("data.labels is missing: sites do not see each other's data, so the job must name the classes.")
+    if isinstance(job.federation.held_out, float) and job.federation.held_out > 0:
+        raise JobError(
+            f"federation.held_out = {job.federation.held_out} draws clients by their data, which stay at the sites; "
+            "name the sites to hold out, or leave it out."
+        )
+    newcomers = job.federation.newcomer_head
+    return job.replace(
+        data={"task": task_name(job.data)},
+        train=alone(job),
+        federation={"newcomer_head": bool(_named_held_out(job)) if newcomers == "auto" else newcomers},
+    )
+
+
+def alone(job: Job) -> dict[str, Any]:
+    """Each client trains in a message of its own, so an automatic cohort is one client."""
+    return {"cohort": 1} if job.train.cohort == "auto" else {}
+
+
+def _named_held_out(job: Job) -> set[str]:
+    held_out = job.federation.held_out
+    return set(held_out) if isinstance(held_out, tuple) else set()
+
+
+def continued(directory: RunDirectory, *, resume: bool) -> tuple[str, dict[str, ClientInfo]]:
+    """(the run's key, the clients that its last checkpoint knows); a new key and nobody where it starts."""
+    mark, checkpoints = directory.path / MARK, Checkpoints(directory.path / "checkpoints")
+    if resume and mark.exists():
+        try:
+            key = str(json.loads(mark.read_text(encoding="utf-8"))["run"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{mark} cannot be read; start the run again in a new directory.") from None
+        notes = checkpoints.load_server().get("engine", {}) if checkpoints.exists() else {}
+        known = {name: ClientInfo(name, row["rank"], row["examples"]) for name, row in notes.get("clients", {}).items()}
+        return key, dict(sorted(known.items()))
+    if resume and checkpoints.exists():
+        raise RunError(f"{directory.path} was begun with the local engine; go on with it, or choose another --out.")
+    return secrets.token_hex(8), {}
+
+
+@contextmanager
+def marked(directory: RunDirectory, key: str) -> Iterator[None]:
+    """The run's key on disk before a client keeps anything under it; gone again where the run never begins."""
+    mark = directory.path / MARK
+    existed = mark.exists()
+    write_text(mark, json.dumps({"run": key}) + "\n")
+    try:
+        yield
+    except BaseException:
+        if not existed and not (directory.path / "job.toml").exists():
+            mark.unlink(missing_ok=True)
+            shutil.rmtree(directory.path / "sites", ignore_errors=True)
+        raise
+
+
+def telling(directory: RunDirectory, watch: Callback) -> Callable[[int, str, str, str], None]:
+    """Events of the engine, for the run's log and for the watcher."""
+    events = Events(directory.path / "events.jsonl")
+
+    def tell(round: int, client: str, what: str, reason: str) -> None:
+        events.write(round, client, what, reason)
+        watch.client_lost(round, client, what, reason)
+
+    return tell

@@ -1,0 +1,187 @@
+"""Images out of files, bytes and folders: looked at once, kept small, opened as RGB. Every error names the image."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedgrove.errors import DataError
+from fedgrove.federation.readers import Place
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image that can be opened: its file's bytes, or where the file lies. ``str`` is its SHA-256, for fingerprints.
+
+    Pixels are not kept: a federation of many large photos fits in memory.
+    """
+
+    content: bytes | Path
+    sha256: str
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"image {self.sha256}"
+
+    __repr__ = __str__
+
+    def rgb(self) -> Image:
+        """The image, 8 bits of red, green and blue. Raises DataError where the file has changed since it was read."""
+        if isinstance(self.content, bytes):
+            return opened(self.content, str(self))
+        content, place = _read(self.content), str(self.content)
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise DataError(f"{place} has changed while it was in use; start again")
+        return opened(content, place)
+
+
+def picture_of(value: Any, column: str, place: Place) -> Picture:
+    """``value`` as an image: a path, a file's bytes, ``{"bytes": ...}`` or ``{"path": ...}`` as data sets store them,
+    or a PIL image. It is decoded once, so that a broken one is found before anything is trained.
+
+    Raises DataError with its place.
+    """
+    kept: bytes | Path
+    if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
+        value = value.get("bytes") or Path(value["path"])
+    if isinstance(value, Path):
+        kept, content, place = value, _read(value), str(value)
+    elif isinstance(value, bytes | bytearray | memoryview):
+        kept = content = bytes(value)
+    elif hasattr(value, "save") and hasattr(value, "mode"):
+        out = io.BytesIO()
+        value.save(out, "PNG")
+        kept = content = out.getvalue()
+    else:
+        what = "is empty" if value is None else f"holds a {type(value).__name__}, not an image"
+        raise DataError(f"{place}: the column {column!r} {what}; give the bytes of image files, or a folder of images")
+    image = opened(content, place)
+    return Picture(kept, hashlib.sha256(content).hexdigest(), image.width, image.height)
+
+
+def opened(content: bytes, place: Place) -> Image:
+    """The decoded image as 8-bit RGB, the right way up; transparency lies on white, 16-bit grey is scaled to 8 bits.
+
+    Raises DataError for what is no image, is damaged, or is too large to be one.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image), place)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(f"{place} is too large an image ({error}); make it smaller".replace("\n", " ")) from error
+    except DataError:
+        raise
+    except Exception as error:  # each of Pillow's formats has errors of its own
+        why = " ".join(str(error).split()) if "BytesIO" not in str(error) else "no known image format"
+        raise DataError(f"{place} is not a readable image ({why}); repair or remove it") from error
+
+
+def _rgb(image: Image, place: Place) -> Image:
+    from PIL import Image as library
+
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise DataError(f"{place} has grey values beyond 0 to 65535; convert it to 8 bits")
+        return library.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise DataError(f"{place} has floating-point pixels, whose range is unknown; convert it to 8 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = library.new("RGBA", layer.size, (255, 255, 255, 255))
+        return library.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+# ------------------------------------------------------------------ folders
+def labelled(folder: Path) -> Iterator[tuple[Place, Path, str]]:
+    """Place, file and label of each image in ``folder/label/*.png|jpg|...``, in name order.
+
+    Hidden files, ``Thumbs.db`` and notes (``.md``, ``.toml``, ``.txt``) are passed over. Raises DataError for anything
+    else that is no image, for an image outside a label's folder, and for a label without images.
+    """
+    labels = _entries(folder)
+    if not labels:
+        raise DataError(f"{folder} has no label folders; put its images into one folder for each label")
+    for label in labels:
+        if not label.is_dir():
+            raise DataError(f"{label} lies outside a label's folder; move it into one, such as {folder / 'LABEL'}")
+        found = False
+        for path in _entries(label):
+            if path.is_dir():
+                raise DataError(f"{path} is a folder within the label {label.name!r}; images lie in {label} itself")
+            if path.suffix.lower() not in ENDINGS:
+                raise DataError(f"{path} is not an image file ({', '.join(ENDINGS)}); convert it or move it away")
+            found = True
+            yield str(path), path, label.name
+        if not found:
+            raise DataError(f"{label} has no images; remove the empty label folder or fill it")
+
+
+def clients(folder: Path) -> list[Path]:
+    """The clients' folders of ``folder/client/label/*.png``, in name order. Raises DataError for a file among them."""
+    found = _entries(folder)
+    for path in found:
+        if not path.is_dir():
+            raise DataError(
+                f"{path} is not a client's folder; images lie in {folder / 'CLIENT' / 'LABEL'}, so move it away"
+            )
+    if not found:
+        raise DataError(f"the folder of silos {folder} is empty; put one folder per client there, with one per label")
+    return found
+
+
+def is_tree(folder: Path) -> bool:
+    """Whether a folder of silos holds folders of images, rather than data files."""
+    return any(path.is_dir() for path in _entries(folder)) or not _entries(folder)
+
+
+def tree_fingerprint(folder: Path, pictures: list[Picture]) -> str:
+    """SHA-256 over the relative paths and contents of the images."""
+    whole = hashlib.sha256()
+    for picture in pictures:
+        assert isinstance(picture.content, Path)
+        whole.update(f"{picture.content.relative_to(folder).as_posix()}\0{picture.sha256}\0".encode())
+    return whole.hexdigest()
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        found = sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
+    return [
+        path
+        for path in found
+        if not path.name.startswith(".")
+        and path.name != "Thumbs.db"
+        and not (path.is_file() and path.suffix.lower() in (".md", ".toml", ".txt"))
+    ]

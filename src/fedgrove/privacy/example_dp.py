@@ -1,0 +1,98 @@
+"""Example-level privacy: DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016) on what trains.
+
+Each step draws every training example by its own coin of probability ``rate`` (Poisson sampling, which the accounting
+assumes), clips each drawn example's gradient over all trained numbers together to the norm ``clip``, adds Gauss noise
+of ``noise · clip`` to the sum, and divides by the expected batch. What an optimiser, a method or a server makes of that
+costs no more. Each client counts its own budget from its own number of examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedgrove.privacy import accountant, randomness
+
+if TYPE_CHECKING:
+    from fedgrove.job.privacy import PrivacySection
+
+NOTES = "privacy"  # its part of a client's private store
+
+
+@dataclass
+class ExampleGuard:
+    """One client's guard through one stretch of work; ``notes`` is what its store keeps for the next."""
+
+    clip: float
+    noise: float
+    key: str
+    spent: list[tuple[float, int]] = field(default_factory=list)  # (rate, steps)
+
+    @classmethod
+    def of(cls, section: PrivacySection, store: Mapping[str, Any], seed: int, client: str) -> ExampleGuard | None:
+        """The guard of a client with this store; None where the job asks for none."""
+        if section.example_clip is None:
+            return None
+        notes = store.get(NOTES, {})
+        key = notes.get("key") or (
+            randomness.fresh() if section.randomness == "secret" else randomness.of_seed(seed, "client", client)
+        )
+        spent = [(float(rate), int(steps)) for rate, steps in notes.get("spent", [])]
+        return cls(section.example_clip, section.example_noise, str(key), spent)
+
+    def notes(self) -> dict[str, Any]:
+        return {"key": self.key, "spent": [[rate, steps] for rate, steps in self.spent]}
+
+    def draw(self, examples: int, rate: float, *purpose: object) -> list[int]:
+        """Who is in a step's batch: a coin for each example. May be nobody."""
+        if rate >= 1:
+            return list(range(examples))
+        coins = randomness.uniform(self.key, examples, "batch", *purpose)
+        return torch.nonzero(coins < rate).flatten().tolist()
+
+    def step(
+        self, gradients: Iterable[Sequence[Tensor | None]], leaves: Sequence[Tensor], expected: float, *purpose: object
+    ) -> list[Tensor]:
+        """The step's noisy mean gradient of each leaf, from each example's own."""
+        total = [torch.zeros_like(leaf) for leaf in leaves]
+        for one in gradients:
+            present = [gradient for gradient in one if gradient is not None]
+            shrink = min(1.0, self.clip / max(norm_of(present), torch.finfo(torch.float64).tiny))
+            for whole, part in zip(total, one, strict=True):
+                if part is not None:
+                    whole.add_(part, alpha=shrink)
+        if self.noise:
+            flat = torch.cat([each.detach().cpu().double().flatten() for each in total])
+            noise = randomness.gaussian(self.key, len(flat), "step", *purpose, randomness.digest(flat))
+            parts = torch.split(noise * (self.noise * self.clip), [each.numel() for each in total])
+            for whole, part in zip(total, parts, strict=True):
+                whole.add_(part.reshape(whole.shape).to(whole.device, whole.dtype))
+        return [whole / expected for whole in total]
+
+    def count(self, rate: float, steps: int) -> None:
+        """Add steps to the budget."""
+        counted = dict(self.spent)
+        counted[rate] = counted.get(rate, 0) + steps
+        self.spent = list(counted.items())
+
+    def report(self, section: PrivacySection, examples: int) -> dict[str, Any]:
+        """What the client's own card tells: its ε at δ = 1 / n^1.1 of its n examples, or the job's."""
+        delta = section.delta or accountant.default_delta(examples)
+        return {
+            "epsilon": accountant.epsilon(self.noise, self.spent, delta),
+            "delta": delta,
+            "noise": self.noise,
+            "clip": self.clip,
+            "steps": sum(steps for _, steps in self.spent),
+            "randomness": section.randomness,
+        }
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    """Euclidean norm of all numbers together, in float64."""
+    return math.sqrt(math.fsum(float(torch.linalg.vector_norm(each.double())) ** 2 for each in tensors))

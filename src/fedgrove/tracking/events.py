@@ -1,0 +1,36 @@
+"""``RUN/events.jsonl``: what happened to clients beside training. The file exists only where something did.
+
+It is a log of the process, not a part of the run's result: a resume adds to it and takes nothing away.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedgrove.tracking import files
+
+
+class Events:
+    """Appends one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, round: int, client: str, event: str, reason: str, **more: Any) -> None:
+        """``event``: "left out", "joined", "refused", "late", "not measured", ...; ``reason``: a clause for people."""
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "round": round,
+            "client": client,
+            "event": event,
+            "reason": reason,
+            **{key: value for key, value in more.items() if value},
+        }
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise files.unwritable(self.path, error) from error

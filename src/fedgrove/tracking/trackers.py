@@ -1,0 +1,142 @@
+"""Curves elsewhere: TensorBoard and Weights & Biases as callbacks. Both are extras, and off unless asked for.
+
+What is logged, at each evaluated round: mean, tail (10th percentile) and worst client of the task's metric, the mean
+loss of training and test, and the bytes so far. No text, no weights, and no client's own numbers leave the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedgrove.errors import RunError
+from fedgrove.tracking.callback import Callback, Line, RunInfo
+from fedgrove.tracking.summary import mean, tail10
+
+Curves = dict[str, float]
+
+
+class Tracker(Callback):
+    """Turns what the loop says into named numbers by round; where they go is ``write``."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+
+    def client_done(self, round: int, line: Line) -> None:
+        if math.isfinite(line.get("loss", math.nan)):
+            self._losses.append(float(line["loss"]))
+
+    def evaluated(self, round: int, lines: Sequence[Line]) -> None:
+        self.write(round, curves(lines))
+
+    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+        found = {f"traffic/{key}": float(value) for key, value in summary.items() if isinstance(value, int | float)}
+        if self._losses:
+            found["train/loss"] = mean(self._losses)
+            self._losses.clear()
+        self.write(round, found)
+
+    def write(self, round: int, found: Curves) -> None:
+        raise NotImplementedError
+
+
+def curves(lines: Iterable[Line]) -> Curves:
+    """``{"test/accuracy": mean, "test/accuracy tail": …, "test/accuracy worst": …, "test/loss": mean, …}``."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key not in ("round", "client", "split", "examples") and isinstance(value, int | float):
+                found.setdefault(f"{line['split']}/{key}", []).append(float(value))
+    result: Curves = {}
+    for name, values in found.items():
+        result[name] = mean(values)
+        if not name.endswith(("loss", "perplexity")):
+            result[f"{name} tail"] = tail10(values)
+            result[f"{name} worst"] = min(values)
+    return result
+
+
+class TensorBoard(Tracker):
+    """Event files in ``RUN/tensorboard``: ``tensorboard --logdir runs`` shows all runs beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise RunError(
+                "--track tensorboard needs the package tensorboard; install fedgrove[tensorboard]."
+            ) from None
+        self._open: Callable[[str], Any] = SummaryWriter
+        self._writer: Any = None
+
+    def run_started(self, info: RunInfo) -> None:
+        self._writer = self._open(str(info.out / "tensorboard"))
+
+    def write(self, round: int, found: Curves) -> None:
+        for name, value in found.items():
+            self._writer.add_scalar(name, value, round)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class WeightsAndBiases(Tracker):
+    """A run of Weights & Biases, named after the run directory; ``WANDB_MODE=offline`` keeps it on this machine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            import wandb
+        except ImportError:
+            raise RunError("--track wandb needs the package wandb; install fedgrove[wandb].") from None
+        self._wandb: Any = wandb
+        self._run: Any = None
+
+    def run_started(self, info: RunInfo) -> None:
+        try:
+            self._run = self._wandb.init(
+                project="fedgrove", name=info.out.name, config=dict(info.job), dir=str(info.out), resume="allow",
+                id=_identity(info.out), settings=self._wandb.Settings(silent=True),
+            )  # fmt: skip
+        except Exception as error:  # its own errors: no key, no network
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RunError(
+                f"--track wandb: Weights & Biases cannot start ({reason}); log in with `wandb login`, or set "
+                "WANDB_MODE=offline."
+            ) from error
+
+    def write(self, round: int, found: Curves) -> None:
+        self._run.log(found, step=round)
+
+    def run_finished(self, summary: Mapping[str, Any], out: Path) -> None:
+        for key in ("mean", "std", "tail10"):
+            if key in summary:
+                self._run.summary[key] = summary[key]
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+def _identity(out: Path) -> str:
+    """The same run directory continues the same run."""
+    import hashlib
+
+    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
+
+
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def trackers(names: Sequence[str]) -> list[Tracker]:
+    """The trackers by name. Raises ``RunError`` for an unknown name, or one whose package is missing."""
+    for name in names:
+        if name not in TRACKERS:
+            raise RunError(f"--track {name} is unknown; there are: {', '.join(TRACKERS)}.")
+    return [TRACKERS[name]() for name in dict.fromkeys(names)]

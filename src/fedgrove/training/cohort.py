@@ -1,0 +1,270 @@
+"""Several clients in one batch on the one base: each keeps its own terms, data order, loss and optimiser state.
+
+What a member computes is what it would compute alone, up to rounding: the base sees one large batch, every member's
+terms see that member's part of it, the losses are added up, and so each gradient is that of its own loss. A large
+batch is what keeps a device busy when clients' own batches are small.
+
+Steps that do not fit run one by one: measuring steps, dropout (its draws would differ), folded terms and left-out
+layers (they change the base for everyone), weights that depend on the input, a stock head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedgrove.adapters.adapter import Site
+from fedgrove.adapters.assembly import Assembly, trained_parameters
+from fedgrove.federation.tasks.generate import Generate
+from fedgrove.methods.contract import Step, Trained
+from fedgrove.seeds import generator
+from fedgrove.training.kernel import Clock, batch_order, some
+from fedgrove.training.live import LiveAssembly
+from fedgrove.training.profile import span
+
+if TYPE_CHECKING:
+    from fedgrove.federation.tasks.base import Batch, Example
+    from fedgrove.interop.models import Base
+    from fedgrove.job import Job
+    from fedgrove.methods.contract import Setting
+    from fedgrove.privacy.example_dp import ExampleGuard
+    from fedgrove.training.kernel import Kernel
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One client's step of local work: the arguments of ``Kernel.train``."""
+
+    step: Step
+    examples: Sequence[Example]
+    clock: Clock
+    guard: ExampleGuard | None = None  # noise and clipping by example: such work runs alone
+
+
+def train_together(kernel: Kernel, works: Sequence[Work], masked: bool | None = None) -> list[Trained]:
+    """What ``Kernel.train`` gives for each, those that can in one batch. ``masked``: see ``Cohort``; None chooses."""
+    joined = [index for index, work in enumerate(works) if work.guard is None and joins(kernel, work.step)]
+    done: dict[int, Trained] = {}
+    if len(joined) > 1:
+        chosen = kernel.base.device.type != "cpu" if masked is None else masked
+        done = dict(zip(joined, _train(kernel, [works[index] for index in joined], chosen), strict=True))
+    return [
+        done[index] if index in done else kernel.train(work.step, work.examples, work.clock, work.guard)
+        for index, work in enumerate(works)
+    ]
+
+
+def joins(kernel: Kernel, step: Step) -> bool:
+    """Whether a step can share a batch with other clients' steps."""
+    assembly = step.assembly
+    return (
+        step.measure == "train"
+        and kernel.base.head != "stock"
+        and not kernel.options.dropout
+        and not assembly.folded
+        and assembly.layers is None
+        and assembly.mix.linear
+        and trained_parameters(assembly) > 0
+    )
+
+
+@dataclass(eq=False)
+class Member:
+    """One client while it trains."""
+
+    work: Work
+    live: LiveAssembly
+    order: Iterator[list[int]]
+    examples: Sequence[Example]
+    count: int  # optimiser steps
+    total: float = 0.0
+
+
+class Cohort:
+    """Stands where a ``LiveAssembly`` stands in the kernel's hooks: each member's terms on its part of the batch.
+
+    Two ways that give the same: one part after the other (a CPU: no work for nothing), or, ``masked``, all members'
+    factors side by side in two large products between which what belongs to others is set to zero (a GPU: two
+    launches instead of two for each member, and clients' ranks may differ).
+    """
+
+    def __init__(self, masked: bool):
+        self.assembly = Assembly()  # nothing for all: no layers left out, weights that do not depend on the input
+        self.masked = masked
+        self.lives: list[LiveAssembly] = []
+        self.sizes: list[int] = []
+        self._x: Tensor | None = None
+        self._parts: Sequence[Tensor] = ()
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._packed = False
+
+    def enter(self, lives: Sequence[LiveAssembly], sizes: Sequence[int], *, packed: bool) -> None:
+        """The members of the batch in progress, and how many of its rows (packed: tokens) each has."""
+        self.lives, self.sizes, self._packed = list(lives), list(sizes), packed
+        self._x, self._parts, self._masks = None, (), {}
+
+    def add(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
+        """The site's output with every member's terms added to its part."""
+        if self.masked and all(live.delta is None for live in self.lives):
+            return self._add_masked(site, x, output)
+        axis = 1 if self._packed else 0
+        if x is not self._x:
+            self._x, self._parts = x, x.split(self.sizes, axis)
+        parts = zip(self.lives, self._parts, output.split(self.sizes, axis), strict=True)
+        return torch.cat([live.add(site, own, out) for live, own, out in parts], axis)
+
+    def _add_masked(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        widths = []
+        dtype = self.lives[0].dtype
+        for live in self.lives:
+            found = live.weighed(site, x)
+            for term, weight in found:
+                A, B = term.factors(site.name)
+                factor = term.adapter[site.name].scale * weight
+                if site.name in term.diagonal:
+                    B = B * term.diagonal[site.name]
+                downs.append(A)
+                ups.append(B if isinstance(factor, float) and factor == 1.0 else B * factor)
+            widths.append(sum(term.adapter[site.name].rank for term, _ in found))
+        if not downs:
+            return output
+        inner = F.linear(x.to(dtype), torch.cat(downs)) * self._mask(tuple(widths), x, dtype)
+        return (output + F.linear(inner, torch.cat(ups, 1))).to(output.dtype)
+
+    def _mask(self, widths: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """1 where a row (packed: a token) and a rank belong to one member."""
+        if widths not in self._masks:
+            members = torch.arange(len(widths))
+            rows = members.repeat_interleave(torch.tensor(self.sizes))
+            columns = members.repeat_interleave(torch.tensor(widths))
+            mask = (rows[:, None] == columns).to(x.device, dtype)
+            self._masks[widths] = mask[None] if self._packed else mask[:, None]
+        return self._masks[widths]
+
+
+def _train(kernel: Kernel, works: Sequence[Work], masked: bool) -> list[Trained]:
+    options = kernel.options
+    members = [_member(kernel, work) for work in works]
+    cohort = Cohort(masked)
+    groups: dict[tuple[float | None, int, float, float], list[Tensor]] = {}
+    for member in members:  # one learning rate: one multiplier, and the same place in the schedule
+        clock = member.work.clock
+        for rate, leaves in member.live.groups.items():
+            groups.setdefault((rate, member.count, clock.start, clock.end), []).extend(leaves)
+    optimizer = kernel.optimizer([(rate, leaves) for (rate, *_), leaves in groups.items()])
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for index in range(max(member.count for member in members)):
+        active = [member for member in members if index < member.count]
+        for group, rate, (_, count, start, end) in zip(optimizer.param_groups, rates, groups, strict=True):
+            group["lr"] = rate * kernel._factor(start + (end - start) * index / count)
+        optimizer.zero_grad(set_to_none=True)  # a member that is done has no gradients, and does not move
+        for _ in range(options.accumulation):
+            _accumulate(kernel, cohort, active)
+        with span("optimiser"):
+            if options.clip > 0:
+                for member in active:
+                    nn.utils.clip_grad_norm_(member.live.leaves, options.clip)
+            optimizer.step()
+    return [Trained(m.live.trained(), m.total / m.count, m.count) for m in members]
+
+
+def _member(kernel: Kernel, work: Work) -> Member:
+    step, clock = work.step, work.clock
+    examples = some(work.examples, step, clock)
+    live = LiveAssembly(
+        step.assembly, device=kernel.base.device, dtype=kernel.base.adapter_dtype, train=True, dropout=0.0
+    )
+    draws = generator(clock.seed, *clock.keys, step.stream, "order")
+    order = batch_order(len(examples), kernel.options.batch_size, draws)
+    return Member(work, live, order, examples, kernel.steps(step, len(examples)))
+
+
+def _accumulate(kernel: Kernel, cohort: Cohort, active: Sequence[Member]) -> None:
+    """One batch of each active member, forward and backward."""
+    share = 1 / kernel.options.accumulation
+    with span("batches"):
+        chosen = [[member.examples[i] for i in next(member.order)] for member in active]
+        batch = kernel._batch([example for each in chosen for example in each])
+    with kernel.together(cohort, [member.live for member in active], [len(each) for each in chosen], batch):
+        with span("forward"):
+            losses = _losses(kernel, active, [len(each) for each in chosen], batch)
+            objectives = [
+                loss if (penalty := member.work.step.penalty) is None else loss + penalty(member.live.seen())
+                for member, loss in zip(active, losses, strict=True)
+            ]
+        with span("backward"):
+            (torch.stack(objectives).sum() * share).backward()
+    for member, value in zip(active, torch.stack(losses).tolist(), strict=True):
+        member.total += value * share
+
+
+def _losses(kernel: Kernel, active: Sequence[Member], rows: Sequence[int], batch: Batch) -> list[Tensor]:
+    """Each member's own task loss."""
+    parts = [
+        dict(zip(batch, each, strict=True)) for each in zip(*(v.split(list(rows)) for v in batch.values()), strict=True)
+    ]
+    if kernel.language is not None:
+        counts = [int(cast(Generate, kernel.task).positions(part).sum()) for part in parts]
+        return [
+            kernel.task.loss(logits, part)
+            for logits, part in zip(kernel.asked_logits(batch).split(counts), parts, strict=True)
+        ]
+    pooled = kernel._features(batch).split(list(rows))
+    return [
+        kernel.task.loss(kernel.task.head_logits(states, member.live.head), part)
+        for member, states, part in zip(active, pooled, parts, strict=True)
+    ]
+
+
+def cohort_size(job: Job, base: Base, setting: Setting, clients: int) -> int:
+    """``train.cohort = "auto"``: for the base's shape, the job's batch, and ``train.memory``."""
+    config = base.model.config
+    layers = int(getattr(config, "num_hidden_layers", len(base.layers)))
+    heads = int(getattr(config, "num_attention_heads", 1))
+    # kept for the backward pass at each layer: about 16 vectors of the hidden size, and scores and weights of attention
+    token = layers * (16 * base.hidden + 2 * heads * job.data.max_length) * base.dtype.itemsize
+    site = sum(site.in_features + site.out_features for site in base.sites.values())
+    return size_for(
+        device=base.device.type,
+        batch_size=job.train.batch_size,
+        clients=clients,
+        tokens=job.train.batch_size * job.data.max_length,
+        token_bytes=token,
+        client_bytes=4 * setting.rank * site * base.adapter_dtype.itemsize,
+        memory=memory_for(job.train.memory, base.device),
+    )
+
+
+def memory_for(wanted: str, device: torch.device) -> int:
+    """``train.memory`` in bytes; "auto" is half of what is free on the device."""
+    if wanted != "auto":
+        return int(float(wanted[:-2]) * (10**9 if wanted.endswith("GB") else 10**6))
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    try:
+        rows = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(row.split()[1]) * 1024 for row in rows if row.startswith("MemAvailable")) // 2
+    except (OSError, StopIteration, ValueError):
+        return 2 * 10**9  # a system that does not say
+
+
+def size_for(
+    *, device: str, batch_size: int, clients: int, tokens: int, token_bytes: int, client_bytes: int, memory: int
+) -> int:
+    """How many clients share a batch: as many as keep the device busy, within ``memory`` bytes.
+
+    ``tokens`` of one client's batch at most, ``token_bytes`` of activations for each, ``client_bytes`` for a client's
+    adapter with gradients and optimiser state. A CPU is busy with about 32 examples, a GPU with about 256.
+    """
+    busy = 256 if device == "cuda" else 32
+    fits = memory // max(1, tokens * token_bytes + client_bytes)
+    return max(1, min(math.ceil(busy / batch_size), clients, fits))

@@ -1,0 +1,1 @@
+"""What becomes of a message's tensors between a method and the wire."""

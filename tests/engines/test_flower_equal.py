@@ -1,0 +1,43 @@
+"""The Flower engine on a grid in this process equals the local engine, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engines.grid import FakeGrid, run_on, virtual
+from tests.test_run import adapters, lines, summary
+from tests.tiny import tiny_job
+
+from fedgrove.run import run
+
+__all__ = ["virtual"]
+pytestmark = pytest.mark.usefixtures("virtual")
+
+MIXED: dict[str, Any] = {"federation": {"ranks": [2, 4, 3]}, "lora": {"rank": 4}}
+JOBS: dict[str, dict[str, Any]] = {
+    "fedit": {},
+    "fedtreelora": {"method": {"warmup_rounds": 1}},
+    "hilora": {"run": {"rounds": 4}},
+    "fed-plora": MIXED,
+}
+
+
+def same(one: Path, other: Path) -> None:
+    assert adapters(one) == adapters(other)
+    assert summary(one) == summary(other)
+    assert lines(one) == lines(other)
+    files = {"federation.json", "job.toml"} | {f.name for f in one.glob("*.json")}
+    for name in files - {"summary.json", "versions.json"}:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("method", JOBS)
+def test_a_run_on_flower_equals_a_local_one(method: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+    changes = {key: dict(value) for key, value in JOBS[method].items()}
+    changes.setdefault("method", {})["name"] = method
+    job = tiny_job(tiny_bert, silos, **changes, train={"final_local_epochs": 1, "cohort": 1})
+    run(job, tmp_path / "local")
+    run_on(FakeGrid(3), job, tmp_path / "flower")
+    same(tmp_path / "local", tmp_path / "flower")

@@ -1,0 +1,176 @@
+"""Clients in one batch against the same clients one by one, in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import sentences, tiny_job
+from torch import Tensor
+
+from fedgrove.adapters import Assembly, Convex, Extra, Factors, Term, Weighted, fresh
+from fedgrove.federation.tasks.classify_text import ClassifyText
+from fedgrove.interop.models import Base, load_base
+from fedgrove.methods.contract import Live, Step
+from fedgrove.prepare import prepare
+from fedgrove.run import run
+from fedgrove.seeds import generator
+from fedgrove.training.cohort import Work, joins, size_for, train_together
+from fedgrove.training.kernel import Clock, Kernel, TrainOptions
+
+TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_bert: Path) -> Base:
+    return load_base(str(tiny_bert), dtype=torch.float64)
+
+
+def adapter(base: Base, rank: int, seed: int) -> dict[str, Factors]:
+    draw = generator(seed, "B")
+    return {
+        name: Factors(f.A, 0.1 * torch.randn(f.B.shape, generator=draw, dtype=torch.float64), f.scale)
+        for name, f in fresh(base.sites, rank, 0.7, generator(seed, "A"), dtype=torch.float64).items()
+    }
+
+
+def penalty(live: Live) -> Tensor:
+    return 0.01 * sum((f.A**2).sum() for f in live.terms["own"].values())  # type: ignore[return-value]
+
+
+def work(base: Base, draw: random.Random, number: int) -> Work:
+    """A client with its own rank, data, terms, mix and share of the round."""
+    values = TASK.new_head(base.hidden, generator(number, "head"))
+    extras = {f"head.{n}": Extra(v.double()) for n, v in values.items()}
+    own = Term("own", adapter(base, draw.choice([1, 2, 5]), number), train=draw.choice(["AB", "B", "A"]))
+    terms, mix = [own], draw.choice(["sum", "weighted", "convex", "unit", "diagonal"])
+    options: dict[str, Any] = {}
+    if mix in ("weighted", "convex"):
+        terms.append(Term("other", adapter(base, 2, number + 50), train="", lr=0.5))
+        options["mix"] = Weighted({"other": 0.4}) if mix == "weighted" else Convex("own", "other")
+    if mix == "convex":
+        gate = torch.tensor(0.2, dtype=torch.float64)
+        extras |= {f"lambda.{layer}": Extra(gate, lr=3.0) for layer in base.layers[1:]}
+    if mix in ("unit", "diagonal"):
+        ranks = {name: f.rank for name, f in own.adapter.items()}
+        diagonal = {name: torch.linspace(0.5, 1.5, rank, dtype=torch.float64) for name, rank in ranks.items()}
+        terms = [Term("own", own.adapter, train="ABD", diagonal=diagonal, unit=mix == "unit")]
+    step = Step(
+        Assembly(tuple(terms), extras=extras, **options),
+        penalty=penalty if draw.random() < 0.3 else None,
+        share=draw.choice([1.0, 1.0, 0.5]),
+        count=draw.choice([0, 0, 7]),
+    )
+    rows = sentences(draw.randint(5, 14), seed=number)
+    return Work(step, TASK.encode(rows, base.processor), Clock(3, (1, f"client-{number}"), 0.2, 0.6))
+
+
+@pytest.fixture
+def kernel(base: Base, request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    kernel = Kernel(base, TASK, request.param)
+    yield kernel
+    kernel.close()
+
+
+SETTINGS = [
+    TrainOptions(lr=1e-2, batch_size=3, local_steps=4, clip=0.05),
+    TrainOptions(lr=1e-2, batch_size=4, local_steps=3, accumulation=2, schedule="cosine", weight_decay=0.1),
+    TrainOptions(lr=0.2, optimizer="sgd", momentum=0.9, batch_size=2, local_steps=5, head_lr=0.05, warmup_fraction=0.3),
+    TrainOptions(lr=1e-2, batch_size=5, local_steps=None, local_epochs=1.0, clip=1.0),
+]
+
+
+@pytest.mark.parametrize("kernel", SETTINGS, indirect=True, ids=["clip", "accumulate", "sgd", "epochs"])
+@pytest.mark.parametrize("masked", [False, True], ids=["part by part", "masked"])
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+def test_together_is_as_alone(base: Base, kernel: Kernel, masked: bool, packs: bool) -> None:
+    kernel._packs = packs
+    draw = random.Random(f"{masked}{packs}")
+    for trial in range(5):
+        works = [work(base, draw, 10 * trial + number) for number in range(draw.randint(2, 4))]
+        together = train_together(kernel, works, masked)
+        for each, ours in zip(works, together, strict=True):
+            alone = kernel.train(each.step, each.examples, each.clock)
+            assert ours.steps == alone.steps
+            assert ours.loss == pytest.approx(alone.loss, abs=1e-9)
+            moved = 0.0
+            for before, theirs, mine in zip(
+                tensors(each.step.assembly), tensors(alone.assembly), tensors(ours.assembly), strict=True
+            ):
+                change = float((theirs - before).norm())
+                moved += change
+                assert float((mine - theirs).norm()) <= 1e-9 * max(change, 1e-6)
+            assert moved > 1e-3, "nothing trained, so equality would mean nothing"
+
+
+def tensors(assembly: Assembly) -> list[Tensor]:
+    found = [getattr(f, letter) for term in assembly.terms for f in term.adapter.values() for letter in "AB"]
+    found += [d for term in assembly.terms for d in (term.diagonal or {}).values()]
+    found += [extra.value for extra in assembly.extras.values()]
+    return [tensor.as_subclass(Tensor) for tensor in found]
+
+
+@pytest.mark.parametrize("kernel", SETTINGS[:1], indirect=True)
+def test_steps_that_do_not_fit_run_alone(base: Base, kernel: Kernel) -> None:
+    draw = random.Random(0)
+    works = [work(base, draw, number) for number in range(3)]
+    first = works[0].step
+    odd = Work(
+        Step(Assembly(first.assembly.terms, extras=first.assembly.extras, layers=frozenset({0}))),
+        works[0].examples,
+        works[0].clock,
+    )
+    assert joins(kernel, first)
+    assert not joins(kernel, odd.step)
+    assert not joins(kernel, Step(first.assembly, measure="fisher"))
+    assert not joins(kernel, Step(first.assembly.frozen()))
+    done = train_together(kernel, [odd, *works[1:]])
+    alone = kernel.train(odd.step, odd.examples, odd.clock)
+    for ours, theirs in zip(tensors(done[0].assembly), tensors(alone.assembly), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_size_follows_the_device_the_batch_and_the_memory() -> None:
+    asked = {"clients": 16, "tokens": 1000, "token_bytes": 1000, "client_bytes": 500_000, "memory": 10**9}
+    assert size_for(device="cpu", batch_size=8, **asked) == 4
+    assert size_for(device="cpu", batch_size=64, **asked) == 1
+    assert size_for(device="cuda", batch_size=2, **asked) == 16
+    assert size_for(device="cuda", batch_size=2, **{**asked, "memory": 5 * 10**6}) == 3
+    assert size_for(device="cuda", batch_size=2, **{**asked, "memory": 1}) == 1
+
+
+def test_a_run_with_cohorts_is_the_run_without(
+    tiny_bert: Path, silos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FedTreeLoRA has a mix, private terms, extras and several steps in a round: courses in lockstep."""
+    results, sizes = {}, []
+    together = Kernel.together
+
+    def counted(kernel: Kernel, cohort: Any, lives: Any, *rest: Any) -> Any:
+        sizes.append(len(lives))
+        return together(kernel, cohort, lives, *rest)
+
+    monkeypatch.setattr(Kernel, "together", counted)
+    for size in (1, 3):
+        sizes.clear()
+        job = tiny_job(
+            tiny_bert, silos, method={"name": "fedtreelora"}, train={"cohort": size, "batch_size": 2}, run={"rounds": 2}
+        )
+        results[size] = run(job, tmp_path / str(size)).summary["clients"]
+    for name, row in results[1].items():
+        assert results[3][name]["loss"] == pytest.approx(row["loss"], abs=2e-3)
+    assert set(sizes) == {3}
+
+
+def test_the_size_is_chosen_once_and_bounded_by_the_memory(tiny_bert: Path, silos: Path) -> None:
+    def chosen(**train: Any) -> Any:
+        return prepare(tiny_job(tiny_bert, silos, train={"batch_size": 8, **train})).job.train.cohort
+
+    assert chosen() == 3  # 4 batches of 8 keep a CPU busy, and there are 3 clients
+    assert chosen(batch_size=32) == 1
+    assert chosen(memory="1MB") == 1
+    assert chosen(cohort=2) == 2

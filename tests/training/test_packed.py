@@ -1,0 +1,105 @@
+"""Batches without padding give what padded ones give, and models that cannot run them are found out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import sentences
+
+from fedgrove.adapters import Assembly, Convex, Extra, Factors, Term, fresh
+from fedgrove.federation.tasks.classify_text import ClassifyText
+from fedgrove.interop.models import load_base
+from fedgrove.methods.contract import Step
+from fedgrove.seeds import generator
+from fedgrove.training.kernel import Clock, Kernel, TrainOptions
+from fedgrove.training.packed import Layout, packs, position_shift, running
+
+TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 90}
+
+
+def model(kind: str, causal: bool = False, **more: Any) -> Any:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **{**SMALL, "max_position_embeddings": 64, **more})
+    torch.manual_seed(0)
+    built = (AutoModelForCausalLM if causal else AutoModel).from_config(config)
+    return built.double().eval()
+
+
+MODELS = {
+    "bert": lambda: model("bert"),
+    "roberta": lambda: model("roberta", pad_token_id=1),
+    "llama, grouped queries": lambda: model("llama", causal=True, num_key_value_heads=2),
+    "gpt2": lambda: model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_packed_row_equals_the_padded_batch(name: str) -> None:
+    built = MODELS[name]()
+    assert packs(built)
+    mask = (torch.arange(9) < torch.tensor([[4], [9], [2]])).long()
+    ids = torch.randint(3, 90, (3, 9), generator=generator(0, "ids")) * mask + (1 - mask)
+    layout = Layout.of(mask)
+    assert layout is not None
+    assert layout.lengths == (4, 9, 2)
+    padded = built(input_ids=ids, attention_mask=mask)[0]
+    with running(built.config, layout):
+        packed = built(**layout.inputs({"input_ids": ids}, position_shift(built.config)))[0]
+    assert packed.shape[:2] == (1, 15)
+    assert torch.allclose(packed, layout.pack(padded), atol=1e-10)
+    assert torch.equal(layout.pack(layout.unpack(packed)), packed)
+    assert built.config._attn_implementation != "fedgrove_packed", "the model is left as it was"
+
+
+@pytest.mark.parametrize(
+    "built",
+    [lambda: model("mistral", sliding_window=4), lambda: model("mpnet")],
+    ids=["a window over the texts", "positions in its attention"],
+)
+def test_a_model_that_cannot_run_packed_rows_is_found_out(built: Any) -> None:
+    assert not packs(built())
+
+
+def test_no_layout_without_padding_or_with_padding_on_the_left() -> None:
+    assert Layout.of(torch.ones(2, 5, dtype=torch.long)) is None
+    assert Layout.of(torch.tensor([[0, 1, 1], [1, 1, 1]])) is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_and_evaluation_are_the_same_with_and_without_padding(tiny_bert: Path, checkpointing: bool) -> None:
+    base = load_base(str(tiny_bert), dtype=torch.float64, gradient_checkpointing=checkpointing)
+    examples = TASK.encode(sentences(22, seed=1), base.processor)
+    draw = generator(0, "B")
+    start = {
+        name: Factors(f.A, 0.1 * torch.randn(f.B.shape, generator=draw, dtype=torch.float64), f.scale)
+        for name, f in fresh(base.sites, 3, 0.7, generator(0, "adapter"), dtype=torch.float64).items()
+    }
+    head = {f"head.{n}": Extra(v.double()) for n, v in TASK.new_head(base.hidden, generator(3, "head")).items()}
+    gates = {f"lambda.{layer}": Extra(torch.tensor(0.3, dtype=torch.float64)) for layer in base.layers}
+    terms = (Term("one", start), Term("two", start, train=""))
+    step = Step(Assembly(terms, mix=Convex("one", "two"), extras=head | gates))
+    kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, batch_size=4, local_steps=5, clip=0.1))
+    widths: list[int] = []
+    base.model.embeddings.register_forward_hook(lambda module, args, out: widths.append(out.shape[0]))
+    try:
+        packed = kernel.train(step, examples, Clock(7, (1, "client")))
+        assert 1 in widths, "no batch ran as one row"
+        scores = kernel.evaluate(packed.assembly, examples)
+        features = kernel.features(examples)
+        kernel._packs = False
+        padded = kernel.train(step, examples, Clock(7, (1, "client")))
+        assert kernel.evaluate(padded.assembly, examples)["loss"] == pytest.approx(scores["loss"], abs=1e-10)
+        assert torch.allclose(kernel.features(examples), features, atol=1e-10)
+    finally:
+        kernel.close()
+    for name in start:
+        for letter in "AB":
+            ours, theirs = getattr(packed.adapter("one")[name], letter), getattr(padded.adapter("one")[name], letter)
+            moved = (theirs - getattr(start[name], letter)).norm()
+            assert moved > 1e-4
+            assert (ours - theirs).norm() <= 1e-9 * moved
