@@ -43,10 +43,18 @@ from fedgrove.job import Job  # noqa: E402
 from fedgrove.tracking.versions import versions  # noqa: E402
 
 WHO = ("floor", "floor-bf16", "fedgrove", "fedgrove-fp32", "swap", "flower", "flower-2", "reload")
+# fmt: off
 JOBS: dict[str, list[str]] = {
     "classify": ["method.name=fedit", "run.rounds=5"],
-    "generate": ["method.name=fedit", "run.rounds=2", "model.name=minimind2", "data.name=mixture"],
+    "generate": [
+        "method.name=fedit", "run.rounds=2", "model.name=minimind2-small", "data.name=natural-instructions",
+        "data.partition.by=natural", "data.group=task", "federation.clients=8", "data.max_length=192",
+        'data.groups=["033_*", "034_*", "035_*", "037_*", "038_*", "040_*", "041_*", "046_*"]',
+        # the opponents write no texts
+        "data.train_examples=100", "data.test_examples=20", "data.generate_examples=1", "data.max_new_tokens=1",
+    ],
 }
+# fmt: on
 
 
 def main() -> None:
