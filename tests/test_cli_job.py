@@ -207,9 +207,12 @@ def test_data_shows_who_holds_what(tmp_path: Path, capsys: pytest.CaptureFixture
         lines = [f"a fine day number {i},good" for i in range(good)] + [f"a bad day number {i},bad" for i in range(12)]
         (silos / f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     assert main(["data", "--set", "data.source=silos", "--set", f"data.path={silos}"]) == 0
-    heading, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert heading == ["client", "group", "train", "test", "bad", "good", "words"]
+    shown, said = capsys.readouterr().out.split("\n\n")
+    heading, *rows = [line.split() for line in shown.splitlines()]
+    assert heading == ["client", "train", "test", "bad", "good", "median", "words"]
     assert [(row[0], int(row[1]) + int(row[2])) for row in rows] == [("north", 24), ("south", 16)]
+    assert said.splitlines()[0] == "2 clients, 30 training, 10 test rows, 2 labels."
+    assert said.splitlines()[1].startswith("Data: silos, the folder ")
     assert [int(row[3]) + int(row[4]) for row in rows] == [int(row[1]) for row in rows]  # labels in train
 
 

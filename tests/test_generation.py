@@ -77,6 +77,36 @@ def test_the_adapter_directory_is_pefts(finished: Result, tiny_llama: Path) -> N
     assert AutoPeftModelForCausalLM.from_pretrained(str(folder)) is not None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedit", "hilora"])
+def test_the_embedded_decoder_gives_the_same_logits_in_peft(method: str, exchanges: Path, tmp_path: Path) -> None:
+    """MiniMind2-Small in float32; PEFT finds the base by the name in the adapter's configuration, here a folder."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    from fedgrove.interop.models import resolve_name
+
+    changes: dict[str, Any] = {"method": {"name": method}, "train": {"local_steps": 2, "lr": 1e-3}}
+    fg.run(job_of(Path("minimind2-small"), exchanges, **changes), tmp_path / "run")
+    folder = tmp_path / "run" / "adapters" / "site-1"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "jingyaogong/MiniMind2-Small"
+    base = resolve_name("minimind2-small")
+    mine = fg.load(folder)
+    prompts = ["what is not good", "the film was very very dark, what is not happy", "你好"]
+    logits = [mine.logits([prompt])[0] for prompt in prompts]  # together they are padded, and round differently
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    theirs = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    for prompt, ours in zip(prompts, logits, strict=True):
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        with torch.inference_mode():
+            assert (theirs(**ids).logits[0, -1] - ours).abs().max() <= 1e-5
+            with theirs.disable_adapter():
+                assert (theirs(**ids).logits[0, -1] - ours).abs().max() > 1e-2  # the adapter does something
+
+
 def test_a_loaded_model_writes_and_is_measured_as_in_the_run(finished: Result) -> None:
     client = finished.client("site-2")
     measures = client.evaluate()

@@ -1,10 +1,12 @@
 """Every job file: valid, and where it names a model of the hub, sound against that model's published shapes.
 
-No weights: the architectures are built on the meta device from the sizes that their papers give.
+No weights there: the architectures are built on the meta device from the sizes that their papers give. The small jobs
+run for two rounds each, on the embedded models and data.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+import fedgrove as fg
 from fedgrove.federation.tasks import task_class, task_name
 from fedgrove.interop.models import longest_input, model_class
 from fedgrove.interop.targets import find_sites
@@ -19,6 +22,9 @@ from fedgrove.job import Job
 from fedgrove.job.sections import EMBEDDED_MODELS
 from fedgrove.methods.contract import ClientInfo, Setting
 from fedgrove.methods.registry import method_class
+
+#: HiLoRA trains root, cluster and leaf one after another: nothing less is a run
+FEWEST_ROUNDS = {"hilora": 3}
 
 FILES = sorted((Path(__file__).parents[1] / "jobs").glob("*.toml"))
 
@@ -54,6 +60,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 16},
     ),
 }  # fmt: skip
+
+
+SMALL = [file for file in FILES if file.stem.endswith("-small")]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -95,3 +104,42 @@ def test_every_published_job_has_a_small_twin_it_names() -> None:
         if not file.stem.endswith("-small"):
             text = file.read_text(encoding="utf-8")
             assert any(f"{stem}.toml" in text for stem in stems if stem.endswith("-small")), file.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SMALL, ids=lambda path: path.stem)
+def test_a_small_job_runs_two_rounds(file: Path, tmp_path: Path) -> None:
+    """Through the public API: clients as the job has them, a report, an adapter that gives the run's measure again.
+
+    Clients train on all that the job gives them; they are measured on less, and a newcomer is tuned for one epoch.
+    """
+    job = Job.load(file)
+    rounds = FEWEST_ROUNDS.get(job.method.name, 2)
+    shorter = ["data.test_examples=30"]
+    if task_name(job.data) == "generate":
+        shorter.append("data.generate_examples=2")
+    if job.train.final_local_epochs:
+        shorter.append("train.final_local_epochs=1")
+    job = job.override([f"run.rounds={rounds}", f"run.eval_every={rounds}", "train.threads=1", *shorter])
+    result = fg.run(job, tmp_path / "run")
+    summary, lines = result.summary, result.metrics()
+    clients = job.federation.clients if job.data.partition.by != "natural" else len(job.data.groups or ())
+    share = job.federation.held_out
+    assert isinstance(share, float)
+    trained = {name: row for name, row in summary["clients"].items() if not row.get("held_out")}
+    assert len(summary["clients"]) == clients
+    assert len(trained) == clients - round(clients * share)
+    assert {line["round"] for line in lines if line["split"] == "train"} == set(range(1, rounds + 1))
+    assert all(math.isfinite(row["metric"]) and math.isfinite(row["loss"]) for row in summary["clients"].values())
+    if share:
+        assert summary["unseen"]["clients"] == clients - len(trained)
+        late = [row for name, row in summary["clients"].items() if name not in trained]
+        assert all(row["metric_tuned"] is not None for row in late)
+    page = result.report.read_text(encoding="utf-8")
+    assert page.count("<img") + page.count("<svg") >= 3
+    assert "What the models write" in page or summary["task"] != "generate"
+    assert {path.name for path in (tmp_path / "run" / "adapters").iterdir()} >= set(summary["clients"])
+    name = min(trained)
+    measures = result.client(name).evaluate()
+    assert measures[summary["metric"]] == pytest.approx(trained[name]["metric"], abs=1e-6)
+    assert (result.client(name).path / "adapter_config.json").exists()

@@ -277,33 +277,21 @@ def data(
     chosen = _job(job, settings)
     from fedgrove.federation import build
 
-    federation = build(chosen)
-    found, long = federation.table(), {}
+    federation, long = build(chosen), {}
     if tokens:
         from fedgrove.federation.lengths import lengths
 
         long = lengths(chosen, federation)
-    sizes = [key for key in found["clients"][0] if key.startswith("median_")]
-    measured = ("tokens", "p95", f"over {chosen.data.max_length}") if long else ()
+    from fedgrove.federation.overview import LEFT, overview
+
+    shown = overview(federation, long, chosen.data.max_length)
     table = Table(box=None, pad_edge=False)
-    for heading in (
-        *("client", "group", "train", "test", *found["labels"]),
-        *(key.removeprefix("median_") for key in sizes),
-        *measured,
-    ):
-        table.add_column(heading, justify="left" if heading in ("client", "group") else "right")
-    for client in found["clients"]:
-        own = long.get(client["name"])
-        table.add_row(
-            client["name"] + (" (held out)" if client["held_out"] else ""),
-            client["group"] or "",
-            str(client["train"]),
-            str(client["test"]),
-            *(str(client["labels"].get(label, 0)) for label in found["labels"]),
-            *(f"{client[key]:g}" for key in sizes),
-            *((f"{own['median']:g}", f"{own['p95']:g}", str(own["cut"])) if own else ()),
-        )
+    for heading in shown.headings:
+        table.add_column(heading, justify="left" if heading in LEFT else "right")
+    for row in shown.rows:
+        table.add_row(*row)
     _console().print(table)
+    print("", *shown.sentences, sep="\n")
     if long:
         cut, rows = (sum(own["cut"] for own in long.values()), sum(map(len, _rows(federation))))
         print(f"{cut} of {rows} rows are longer than data.max_length = {chosen.data.max_length} and will be cut.")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedgrove.engines.base import Absence, Arrival, Stage, not_finite
-from fedgrove.engines.flower.validate import sift
 from fedgrove.engines.local import LocalEngine
+from fedgrove.engines.validate import sift
 from fedgrove.errors import FedgroveError, JobError, RunError
 from fedgrove.finish import finish
 from fedgrove.methods.contract import ClientInfo, Update

@@ -66,7 +66,7 @@ class Deployment:
     ) -> subprocess.Popen[bytes]:
         """``server``, or a site by its name. ``prefix``: a command to run it in; ``script``: instead of the site's."""
         what = ["server", str(self.server)] if name == "server" else ["site", str(self.site(name))]
-        command = [*FEDGROVE, *what] if script is None else [sys.executable, str(script), str(self.site(name))]
+        command = [*FEDGROVE, *what] if script is None else [sys.executable, str(script), what[1]]
         environment = {**os.environ, "PYTHONPATH": os.path.abspath("src"), "OMP_NUM_THREADS": "1"}
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(

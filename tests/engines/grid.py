@@ -22,7 +22,8 @@ from fedgrove.engines.flower.wire import Note, decode, encode
 from fedgrove.result import Result
 from fedgrove.run import run
 
-Change = Callable[[str, Note, Note], Note | None]  # (node's client, what was asked, its answer) -> what is sent instead
+#: (node's client, what was asked, its answer) -> what is sent instead: a message, bytes that are none, or nothing
+Change = Callable[[str, Note, Note], Note | bytes | None]
 
 
 class FakeGrid(Grid):
@@ -82,7 +83,7 @@ class FakeGrid(Grid):
                 changed = self.change(client, asked, decode(blob))
                 if changed is None:
                     continue
-                blob = encode(changed)
+                blob = changed if isinstance(changed, bytes) else encode(changed)
                 answer = Message(to_content(blob), reply_to=message)
             self.blobs.append(("up", blob))
             if asked.kind == "train" and (client, round) in self.late:

@@ -31,18 +31,18 @@ def spoilt(self: client.Runtime, note: Note) -> Note:
             adapter[site] = Factors(torch.ones(9, factors.A.shape[1]), torch.ones(factors.B.shape[0], 9), factors.scale)
         case 3:
             adapter["encoder.layer.99.attention.self.query"] = factors
-        case 4:
-            del adapter[site]
         case 5:
             factors.B[0, 0] = 1e30
         case 6:
             part["ballast"] = torch.zeros(1_000_000)
+        case 7:
+            del adapter[site]  # only trying it shows that; the server's half of the method cannot place such a newcomer
     return answer
 
 
 def garbled(self: client.Runtime, blob: bytes) -> bytes:
     answer = handle(self, blob)
-    return b"no message at all" if decode(blob).kind == "train" and len(done) > 6 else answer
+    return b"no message at all" if decode(blob).kind == "train" and len(done) in (4, 8) else answer
 
 
 client.Runtime._train = spoilt  # type: ignore[method-assign]

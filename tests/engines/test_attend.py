@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("flwr")
 
 from fedgrove.engines.flower import attend as attending
+from fedgrove.engines.flower import launch
 from fedgrove.engines.flower.attend import Watch, attend
 from fedgrove.engines.flower.certificates import DeployError
 from fedgrove.engines.flower.launch import environment
@@ -65,6 +67,15 @@ def test_a_supernode_that_ends_is_started_again_and_says_why_once(
     assert said[1] == "Connected to fl.example.org:1."
 
 
+def test_a_supernode_that_gives_up_and_stays_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's process does not end where a TLS handshake breaks, although it does nothing more."""
+    stuck = ("SSL/TLS handshake error detected.\nGiving up reconnection after 0.47 seconds and 2 tries.", 60)
+    began = time.monotonic()
+    _, started = watched(monkeypatch, tmp_path, stuck, ("SuperNode ID: 7, the last", 60))
+    assert started == 2
+    assert time.monotonic() - began < 15
+
+
 def test_a_certificate_that_does_not_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", 0.0)
     said, _ = watched(monkeypatch, tmp_path, bad, ("last", 60))
@@ -92,6 +103,19 @@ def test_flower_runs_without_telemetry_and_installs_nothing(tmp_path: Path) -> N
     assert (found["FLWR_TELEMETRY_ENABLED"], found["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"]) == ("0", "1")
     assert found["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert found["FLWR_HOME"] == str(tmp_path)
+
+
+def test_a_supernode_looks_for_messages_each_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supernode import start_client_internal as loop
+
+    slept: list[float] = []
+    monkeypatch.setattr(loop, "time", loop.time)
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic))
+    launch.look_sooner()
+    loop.time.sleep(3)
+    loop.time.sleep(0.5)
+    assert slept == [1.0, 0.5]
+    assert loop.time.monotonic() <= time.monotonic()
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks into /proc")

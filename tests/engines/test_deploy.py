@@ -91,17 +91,26 @@ def test_a_tampered_update_is_refused_and_the_run_is_that_of_the_others(tiny_ber
 
     It joins in mid-run, which is normal too.
     """
-    with Deployment(tmp_path, tiny_bert, federation={"min_clients": 1, "deadline": 60.0}, run={"rounds": 12}) as it:
+    with Deployment(tmp_path, tiny_bert, federation={"min_clients": 1, "deadline": 60.0}, run={"rounds": 24}) as it:
         it.start("site-0")
         it.start("server")
         it.until(lambda: it.rounds() >= 1, "the first round")
         it.start("site-1", script=Path("tests/engines/hostile.py"))
         it.finish()
-        assert it.rounds() == 12
-        assert {line["client"] for line in it.lines("train")} == {"site-0"}
+        assert it.rounds() == 24
+        # The one without a layer is whole as a message, so its arrival is logged before the aggregation leaves it out.
+        assert [line["client"] for line in it.lines("train")].count("site-1") <= 1
         spoiled = [event for event in it.events() if event["client"] == "site-1"]
         reasons = " ".join(json.dumps(event, ensure_ascii=False) for event in spoiled)
-        for words in ("not finite", "rank", "no adapted layer", "1e+06", "none of Fedgrove", "numbers", "failed on it"):
+        for words in (
+            "not finite",
+            "rank",
+            "no adapted layer",
+            "1e+06",
+            "not a Fedgrove tree",
+            "numbers",
+            "failed on it",
+        ):
             assert words in reasons, (words, reasons)
         assert "Traceback" not in it.said("server")
         shutil.rmtree(tmp_path / "silos")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 from tests.engines.grid import FakeGrid, virtual
-from tests.test_run import StopAfter, adapters, lines, summary
+from tests.engines.test_flower_equal import JOBS, same
+from tests.test_run import StopAfter, lines
 from tests.tiny import tiny_job
 
 from fedgrove.engines.flower import app
@@ -27,16 +28,26 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own: of resources that its start leaves open
-def test_a_simulation_on_ray_equals_a_local_run(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", JOBS)
+def test_a_simulation_on_ray_equals_a_local_run(method: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+    changes = {key: dict(value) for key, value in JOBS[method].items()}
+    changes.setdefault("method", {})["name"] = method
+    job = tiny_job(tiny_bert, silos, **changes, train={"cohort": 1})
+    run(job, tmp_path / "local")
+    run(job, tmp_path / "flower", engine="flower")
+    same(tmp_path / "local", tmp_path / "flower")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_simulation_on_ray_stops_and_goes_on(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"federation": {"ranks": [2, 4, 3], "held_out": ["site-1"]}, "train": {"cohort": 1}}
     job = tiny_job(tiny_bert, silos, method={"name": "fed-plora"}, **changes)
     run(job, tmp_path / "local")
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path / "flower", engine="flower", callbacks=[StopAfter(2)])
     run(job, tmp_path / "flower", engine="flower", resume=True)
-    assert adapters(tmp_path / "local") == adapters(tmp_path / "flower")
-    assert summary(tmp_path / "local") == summary(tmp_path / "flower")
-    assert lines(tmp_path / "local") == lines(tmp_path / "flower")
+    same(tmp_path / "local", tmp_path / "flower")
 
 
 def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

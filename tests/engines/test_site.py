@@ -181,6 +181,19 @@ def test_columns_and_labels_of_its_own_file(tiny_bert: Path, silos: Path, tmp_pa
         here.client(here.admit(job(tiny_bert, silos, data={"labels": LABELS})))
 
 
+def test_a_column_that_the_site_does_not_name_is_not_read(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+    """Else a server could train on whatever stands beside the text in a site's table."""
+    named = ("[data]", '[data]\ncolumns = { text = "text", label = "label" }')
+    here = open_place(str(write(tmp_path / "s", tiny_bert, silos, named)))
+    here.admit(job(tiny_bert, silos))
+    generate = {"task": "generate", "prompt": "text", "labels": None}
+    for asked, column in (({"pair": "name"}, "name"), (generate, "completion")):
+        other = job(tiny_bert, silos).replace(data=asked)
+        with pytest.raises(SiteRefusal, match=f"reads the column '{column}'; data.columns names only label, text"):
+            here.admit(other)
+        open_place(str(write(tmp_path / "open", tiny_bert, silos))).admit(other)
+
+
 def test_epochs_count_as_the_sites_own_steps(place: SitePlace, tiny_bert: Path, silos: Path) -> None:
     few = job(tiny_bert, silos, train={"local_steps": None, "local_epochs": 3})
     place.client(place.admit(few))
@@ -201,7 +214,7 @@ def test_every_message_is_logged_and_a_bad_one_is_logged_and_refused(place: Site
         "train", {"run": "ab12", "round": 4}, {"offer": {"layer.0": Factors(torch.ones(2, 7), torch.ones(5, 2), 1.0)}}
     )
     place.received(good, encode(good))
-    place.sending(Note("train", {"run": "ab12", "round": 3}, {}), b"answer")
+    place.sending(Note("train", {"run": "ab12"}, {}), b"answer")  # an answer belongs to the round of its question
     with pytest.raises(SiteRefusal, match="6 features"):
         place.received(bad, encode(bad))
     entries = list(read(place.folder / "audit.jsonl"))

@@ -106,10 +106,21 @@ def test_the_search_finds_what_does_travel(tiny_bert: Path, silos: Path, tmp_pat
     assert len(leaked(grid, tmp_path / "out")[0]) == 6
 
 
+SIZES = [  # method, rank, width, how much more than its tensors a message is at most
+    ("fedit", 8, 384, 0.015),  # A and B of 12 kB each, as in the default job
+    ("fedsa-lora", 8, 384, 0.015),
+    ("ffa-lora", 6, 384, 0.02),
+    ("fedsa-lora", 4, 384, 0.03),  # tensors of 6 kB: the 2 % do not hold
+    ("fedit", 4, 32, 0.35),  # tensors of half a kilobyte
+]
+
+
 @pytest.mark.usefixtures("virtual")
-@pytest.mark.parametrize("method", ["fedit", "ffa-lora"])
-def test_the_wire_costs_what_the_accounting_says(method: str, silos: Path, tmp_path: Path) -> None:
-    """Rank 8 on layers of 384, as in the default job: what is sent is at most 2 % more than its tensors."""
+@pytest.mark.parametrize(("method", "rank", "hidden", "most"), SIZES)
+def test_the_wire_costs_what_the_accounting_says(
+    method: str, rank: int, hidden: int, most: float, silos: Path, tmp_path: Path
+) -> None:
+    """Beside its tensors a message costs a name, a shape and an offset for each: within 2 % from 9 kB a tensor on."""
     from fedgrove.engines.flower.engine import FlowerEngine
 
     posts = []
@@ -119,11 +130,18 @@ def test_the_wire_costs_what_the_accounting_says(method: str, silos: Path, tmp_p
         posts.append(self.post)
         usual(self, *given)
 
-    bert = save_bert(tmp_path / "bert", layers=2, hidden=384)
+    bert = save_bert(tmp_path / "bert", layers=6 if hidden > 100 else 2, hidden=hidden)  # as MiniLM has
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlowerEngine, "settle", settle)
-        job = tiny_job(bert, silos, lora={"rank": 8}, method={"name": method}, run={"rounds": 2})
-        found = run_on(FakeGrid(3), job, tmp_path / "out").summary["bytes"]
+        job = tiny_job(bert, silos, lora={"rank": rank}, method={"name": method}, run={"rounds": 2})
+        grid = FakeGrid(3)
+        found = run_on(grid, job, tmp_path / "out").summary["bytes"]
     (post,) = posts
-    assert found["up"] < post.bytes_up <= 1.02 * found["up"]
-    assert found["down"] < post.bytes_down <= 1.02 * found["down"]
+    for blobs, tensors in ((post.bytes_up, found["up"]), (post.bytes_down, found["down"])):
+        assert tensors < blobs <= (1 + most) * tensors, f"{blobs / tensors - 1:.4f}"
+    if most > 0.02:
+        assert post.bytes_up > 1.02 * found["up"], "smaller than we say: tighten the table, and docs/deploy.md"
+    notes = [decode(blob) for way, blob in grid.blobs if way == "up"]
+    trained = [(note, sum(1 for _ in leaves(note.body))) for note in notes if note.kind == "train"]
+    framing = post.bytes_up - found["up"]
+    assert framing <= sum(400 + 160 * tensors for _, tensors in trained), framing / len(trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import zlib
@@ -83,9 +84,52 @@ def test_grey_transparent_palette_and_turned_images() -> None:
     assert opened(encoded(wide.convert("1")), "x").mode == "RGB"
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "HSV", "YCbCr", "LA", "P", "1", "I;16"])
+def test_a_pil_image_of_any_mode_is_taken(mode: str) -> None:
+    """PNG, as which it is kept, has not all of them."""
+    red = Image.new("RGB", (6, 3), "red")
+    image = Image.fromarray(np.full((3, 6), 257 * 76, np.uint16)) if mode == "I;16" else red.convert(mode)
+    assert image.mode == mode
+    found = picture_of(image, "image", "row 3").rgb()
+    expected = {"LA": (76, 76, 76), "I;16": (76, 76, 76), "1": (0, 0, 0)}.get(mode, (254, 0, 0))
+    assert (found.mode, found.size) == ("RGB", (6, 3))
+    if mode != "1":  # dithered
+        assert found.getpixel((0, 0)) == pytest.approx(expected, abs=3)
+
+
+def test_a_pil_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(encoded(plain(40))[:300])
+    with (
+        Image.open(tmp_path / "cut.png") as lazy,
+        pytest.raises(DataError, match=r"row 3 is not a readable image \(.*\);"),
+    ):
+        picture_of(lazy, "image", "row 3")
+    with pytest.raises(DataError, match="row 3 has floating-point pixels"):
+        picture_of(Image.new("F", (2, 2)), "image", "row 3")
+
+
+def test_sixteen_bits_of_colour_and_transparent_palettes() -> None:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    pixels = b"\0" + struct.pack(">3H", 257 * 200, 257 * 100, 0) + struct.pack(">3H", 65535, 0, 257 * 50)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+    deep = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    assert np.asarray(opened(deep, "x")).tolist() == [[[200, 100, 0], [255, 0, 50]]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    clear = encoded(palette, "PNG", transparency=1)
+    assert np.asarray(opened(clear, "x")).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
+        (
+            {"bytes": None, "path": "away.png"},
+            "row 3: the column 'image' names the file 'away.png', which is not there;",
+        ),
         (None, "row 3: the column 'image' is empty; give the bytes of image files, or a folder of images"),
         ({"bytes": None, "path": None}, "row 3: the column 'image' holds a dict, not an image"),
         ("photo.png", "row 3: the column 'image' holds a str, not an image"),
@@ -135,6 +179,40 @@ def test_folders_are_clients_and_labels(make_job: MakeJob, folder: Path) -> None
     assert all(isinstance(row["image"], Picture) for client in found.clients for row in client.train)
 
 
+def test_names_as_file_systems_have_them(make_job: MakeJob, folder: Path, tmp_path: Path) -> None:
+    """Capitals, other scripts, "é" in one character or two, links, and what file browsers leave behind."""
+    (folder / "site-0" / "red").rename(folder / "site-0" / "caf\u00e9")
+    (folder / "site-1" / "red").rename(folder / "site-1" / "cafe\u0301")
+    (folder / "site-2" / "red").rename(tmp_path / "elsewhere")
+    (folder / "site-2" / "caf\u00e9").symlink_to(tmp_path / "elsewhere")
+    for site in ("site-0", "site-1", "site-2"):
+        (folder / site / "blue").rename(folder / site / "синий 青")
+        (folder / site / "desktop.ini").write_text("[.ShellClassInfo]")
+        (folder / site / "__MACOSX").mkdir()
+    one = folder / "site-0" / "синий 青"
+    plain(31).save(one / "ФОТО 1.JPeG", "JPEG")
+    (one / "linked.PNG").symlink_to(one / "ФОТО 1.JPeG")
+    found = build(silos(make_job, folder))
+    assert found.labels == ("caf\u00e9", "синий 青")
+    assert [len(client.train) + len(client.test) for client in found.clients] == [10, 8, 8]
+
+
+def test_labels_may_differ_from_client_to_client(make_job: MakeJob, folder: Path) -> None:
+    (folder / "site-2" / "red").rename(folder / "site-2" / "green")
+    found = build(silos(make_job, folder))
+    assert found.labels == ("blue", "green", "red")
+    held = {
+        client["name"]: [label for label, n in client["labels"].items() if n] for client in found.table()["clients"]
+    }
+    assert held == {"site-0": ["blue", "red"], "site-1": ["blue", "red"], "site-2": ["blue", "green"]}
+    with pytest.raises(
+        DataError, match=r"site-2/green/0\.png: the label 'green' is not in data\.labels \('blue', 'red'\)"
+    ):
+        build(silos(make_job, folder, "data.labels=['blue', 'red']"))
+    with pytest.raises(DataError, match=r"the label 'green' of the client 'site-2' occurs only in .* held-out rows"):
+        build(silos(make_job, folder, "federation.held_out=['site-2']"))
+
+
 def test_the_fingerprint_is_that_of_the_pixels_not_of_the_place(
     make_job: MakeJob, folder: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +251,24 @@ def broken(folder: Path, what: str) -> None:
             (folder / "site-0").rename(folder / "site 0")
         case "twice":
             (folder / "site-0").rename(folder / "Site-1")
+        case "letters":
+            (folder / "site-0").rename(folder / "Zürich")
+        case "dead image":
+            (one / "dead.png").symlink_to(folder / "nowhere.png")
+        case "dead label":
+            (folder / "site-0" / "dead").symlink_to(folder / "nowhere")
+        case "dead client":
+            (folder / "dead").symlink_to(folder / "nowhere")
+        case "loop":
+            (one / "loop.png").symlink_to(one / "loop.png")
+        case "bytes":
+            Path(os.fsdecode(os.fsencode(one) + b"/\xff.png")).write_bytes((one / "7.png").read_bytes())
+        case "flat":
+            for path in sorted(one.iterdir()):
+                path.rename(folder / "site-0" / path.name)
+            one.rmdir()
+        case "heic":
+            (one / "7.png").rename(one / "7.heic")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +284,14 @@ def broken(folder: Path, what: str) -> None:
         ("file", r"photo\.png is not a client's folder; images lie in .*, so move it away"),
         ("name", r"site 0 cannot name a client: use at most 64 letters"),
         ("twice", r"Site-1 and .*site-1 name the same client; rename or merge one of them"),
+        ("letters", r"Zürich cannot name a client: use at most 64 letters \(a-z\), digits"),
+        ("dead image", r"blue/dead\.png cannot be read: No such file or directory"),
+        ("dead label", r"site-0/dead is a link that leads nowhere; repair or remove it"),
+        ("dead client", r"silos/dead is a link that leads nowhere; repair or remove it"),
+        ("loop", r"blue/loop\.png cannot be read: Too many levels of symbolic links"),
+        ("bytes", r"blue has a name that is not UTF-8, '\\udcff\.png'; rename it"),
+        ("flat", r"site-0/\d\.png lies outside a label's folder; .* \(if 'site-0' is itself a label, set data\.source"),
+        ("heic", r"blue/7\.heic is not an image file \(\.png, .*\); convert it or move it away"),
     ],
 )
 def test_broken_folders_are_named_in_one_sentence(make_job: MakeJob, folder: Path, what: str, sentence: str) -> None:
@@ -219,6 +323,11 @@ def test_one_folder_of_labels_is_a_table(make_job: MakeJob, folder: Path) -> Non
     assert [client.name for client in found.clients] == ["client-00", "client-01"]
     assert sum(len(client.train) + len(client.test) for client in found.clients) == 8
     assert len(rows_of(folder / "site-2", job)) == 8
+    with pytest.raises(
+        DataError,
+        match=r"blue is a folder within the label 'site-0'; .* \(if 'site-0' is a client, set data\.source = \"silos\"",
+    ):
+        build(job.override([f"data.path='{folder}'"]))
     with pytest.raises(JobError, match="'superclass' needs a table with that column"):
         build(job.override(["data.partition.by='sc-dirichlet'"]))
 

@@ -46,6 +46,16 @@ def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
         ),
         ("{}", r"a\.jsonl, line 1 has no column 'text'; it has: none"),
         (b'{"text": "a", "label": "x"}\n{"text": "\xff"}', r"a\.jsonl, line 2 is not UTF-8 text; save the file as"),
+        pytest.param(
+            '{"text": ' + "[" * 100_000,
+            r"a\.jsonl, line 1 cannot be read as JSON \(nested too deeply\); correct or remove",
+            id="deep",
+        ),
+        pytest.param(
+            '{"text": ' + "1" * 5_000 + "}",
+            r"a\.jsonl, line 1 cannot be read as JSON \(a number in it is too long\)",
+            id="long",
+        ),
     ],
 )
 def test_bad_jsonl(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -98,6 +108,17 @@ def test_unknown_kinds_and_files_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_empty_texts(value: object) -> None:
     with pytest.raises(DataError, match=r"^here: the column 'text' is empty"):
         text_of(value, "text", "here")
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    """JSON can write it, but neither a tokenizer nor a file can."""
+    ((place, row),) = read(tmp_path / "a.jsonl", '{"text": "well \\ud83d done", "label": "\\ud83d"}')
+    sentence = r"a\.jsonl, line 1: the column '{}' has a broken character, '\\ud83d', which is half of a pair; correct"
+    with pytest.raises(DataError, match=sentence.format("text")):
+        text_of(row["text"], "text", place)
+    with pytest.raises(DataError, match=sentence.format("label")):
+        label_of(row["label"], "label", place)
+    assert text_of("well \U0001f600 done", "text", "here") == "well \U0001f600 done"
 
 
 def test_texts_must_be_texts() -> None:

@@ -87,10 +87,10 @@ def test_missing_metrics_are_left_out(make_run: MakeRun) -> None:
 def test_tuned_and_unseen_rows(make_run: MakeRun) -> None:
     run = load(make_run("run", clients=3, held_out=2, tuned=True))
     assert [row.kind for row in compare.compare(run, []).rows] == ["base", "ours", "tuned"]
-    row = compare.unseen(run)
-    assert row is not None
-    assert set(row.values) == set(run.newcomers)
-    assert compare.unseen(load(make_run("none", clients=3))) is None
+    arrived, tuned = compare.unseen(run)
+    assert set(arrived.values) == set(tuned.values) == set(run.newcomers)
+    assert arrived.values != tuned.values
+    assert compare.unseen(load(make_run("none", clients=3))) == []
 
 
 def test_the_grain_is_the_worth_of_one_example(make_run: MakeRun) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import ast
 import json
 
+import pytest
+
 from fedgrove.report import facts
 from fedgrove.report.compare import compare
 from fedgrove.report.data import load
@@ -64,6 +66,31 @@ def test_the_peft_code_is_python_and_names_the_recorded_base(make_run: MakeRun) 
     ast.parse(stock[1])
     assert "AutoModelForSequenceClassification.from_pretrained(base_name, num_labels=3)" in stock[1]
     assert "head.safetensors" not in stock[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "asked", "expected"),
+    [
+        ("classify-images", "pooled", "photo.png", ["AutoModel.from_pretrained", "AutoImageProcessor", "Image.open"]),
+        ("classify-images", "stock", "photo.png", ["AutoModelForImageClassification", "output.logits"]),
+        ("generate", "pooled", "capital", ["AutoModelForCausalLM.from_pretrained(base_name)", "model.generate("]),
+    ],
+)
+def test_the_peft_code_is_that_of_the_task(
+    task: str, head: str, asked: str, expected: list[str], make_run: MakeRun
+) -> None:
+    path = make_run("run", clients=2)
+    change(path, json.loads((path / "summary.json").read_text()) | {"task": task})
+    (path / "job.toml").write_text((path / "job.toml").read_text().replace('"pooled"', f'"{head}"'))
+    shell, peft = facts.usage(load(path))
+    assert asked in shell[1]
+    ast.parse(peft[1])
+    assert all(part in peft[1] for part in expected)
+    assert "text to classify" not in shell[1] + peft[1]
+    assert ("head.safetensors" in peft[0]) == (task != "generate" and head == "pooled")
+    config = path / "adapters" / "amazon-0" / "adapter_config.json"
+    config.write_text(config.read_text().replace("some/MiniLM-L6", "grove-vit"))
+    assert 'resolve_name("grove-vit")' in facts.usage(load(path))[1][1]
 
 
 def test_no_peft_code_for_a_client_without_an_adapter(make_run: MakeRun) -> None:

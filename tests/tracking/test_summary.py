@@ -57,6 +57,11 @@ def test_held_out_clients_count_apart() -> None:
     assert found["mean"] == 0.5
     assert found["std"] == 0.0
     assert found["unseen"] == {"clients": 2, "mean": 0.5, "std": 0.5, "tail10": pytest.approx(0.1)}
+    tuned = {
+        "b": client(0.5, held_out=True) | {"metric_tuned": 0.8},
+        "c": client(held_out=True) | {"metric_tuned": 0.4},
+    }
+    assert make({"a": client(), **tuned})["unseen"]["tuned"]["mean"] == pytest.approx(0.6)
     assert found["clients"]["b"]["held_out"] is True
     assert "held_out" not in found["clients"]["a"]
     assert "held_out" not in make({"a": client(held_out=False)})["clients"]["a"]

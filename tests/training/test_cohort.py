@@ -42,13 +42,13 @@ def penalty(live: Live) -> Tensor:
     return 0.01 * sum((f.A**2).sum() for f in live.terms["own"].values())  # type: ignore[return-value]
 
 
-def work(base: Base, draw: random.Random, number: int) -> Work:
-    """A client with its own rank, data, terms, mix and share of the round."""
+def work(base: Base, draw: random.Random, number: int, delta: bool = False) -> Work:
+    """A client with its own rank, data, terms, mix and share of the round, and with a ``base_delta`` where asked."""
     values = TASK.new_head(base.hidden, generator(number, "head"))
     extras = {f"head.{n}": Extra(v.double()) for n, v in values.items()}
     own = Term("own", adapter(base, draw.choice([1, 2, 5]), number), train=draw.choice(["AB", "B", "A"]))
     terms, mix = [own], draw.choice(["sum", "weighted", "convex", "unit", "diagonal"])
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"base_delta": adapter(base, 3, number + 80)} if delta else {}
     if mix in ("weighted", "convex"):
         terms.append(Term("other", adapter(base, 2, number + 50), train="", lr=0.5))
         options["mix"] = Weighted({"other": 0.4}) if mix == "weighted" else Convex("own", "other")
@@ -85,14 +85,15 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("kernel", SETTINGS, indirect=True, ids=["clip", "accumulate", "sgd", "epochs"])
-@pytest.mark.parametrize("masked", [False, True], ids=["part by part", "masked"])
+@pytest.mark.parametrize("deltas", [False, True], ids=["terms", "deltas"])
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
-def test_together_is_as_alone(base: Base, kernel: Kernel, masked: bool, packs: bool) -> None:
+def test_together_is_as_alone(base: Base, kernel: Kernel, deltas: bool, packs: bool) -> None:
     kernel._packs = packs
-    draw = random.Random(f"{masked}{packs}")
+    draw = random.Random(f"{deltas}{packs}")
     for trial in range(5):
-        works = [work(base, draw, 10 * trial + number) for number in range(draw.randint(2, 4))]
-        together = train_together(kernel, works, masked)
+        count = draw.randint(2, 4)
+        works = [work(base, draw, 10 * trial + number, deltas and number != 1) for number in range(count)]
+        together = train_together(kernel, works)
         for each, ours in zip(works, together, strict=True):
             alone = kernel.train(each.step, each.examples, each.clock)
             assert ours.steps == alone.steps

@@ -56,6 +56,43 @@ def test_a_packed_row_equals_the_padded_batch(name: str) -> None:
     assert built.config._attn_implementation != "fedgrove_packed", "the model is left as it was"
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_of_many_lengths_are_attended_in_groups_to_the_same_states_and_gradients(name: str) -> None:
+    built = MODELS[name]()
+    assert packs(built)
+    lengths = torch.tensor([[3 + (7 * row) % 48] for row in range(41)])
+    mask = (torch.arange(int(lengths.max())) < lengths).long()
+    layout = Layout.of(mask)
+    assert layout is not None
+    assert len(layout.groups) >= 3, "one group would show nothing"
+    assert all(len(group.lengths) >= 8 for group in layout.groups[:-1])
+    assert sorted(length for group in layout.groups for length in group.lengths) == sorted(layout.lengths)
+    squares = sum(len(group.lengths) * group.longest**2 for group in layout.groups)
+    assert squares < 0.7 * len(layout.lengths) * layout.longest**2
+    words = built.get_input_embeddings()(torch.randint(3, 90, mask.shape, generator=generator(1, "ids")))
+    words = words.detach()
+
+    def slope(out: torch.Tensor) -> None:
+        (out * torch.randn(out.shape, dtype=out.dtype, generator=generator(2, "direction"))).sum().backward()
+
+    found = []
+    for packing in (False, True):
+        states = words.clone().requires_grad_()
+        if packing:
+            with running(built.config, layout):
+                places = layout.inputs({"input_ids": mask}, position_shift(built.config))["position_ids"]
+                out = built(inputs_embeds=layout.pack(states), position_ids=places)[0]
+                slope(out)
+        else:
+            places = (torch.arange(mask.shape[1]) + position_shift(built.config))[None].expand_as(mask)
+            out = layout.pack(built(inputs_embeds=states, attention_mask=mask, position_ids=places)[0])
+            slope(out)
+        found.append((out.detach(), layout.pack(states.grad)))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-10)
+    assert float(found[0][1].norm()) > 1e-3
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-10)
+
+
 @pytest.mark.parametrize(
     "built",
     [lambda: model("mistral", sliding_window=4), lambda: model("mpnet")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from fedgrove.federation.readers import Place
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+#: what file browsers and archives put beside images
+LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx", "@eadir")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -57,19 +60,36 @@ def picture_of(value: Any, column: str, place: Place) -> Picture:
     kept: bytes | Path
     if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
         value = value.get("bytes") or Path(value["path"])
+        if isinstance(value, Path) and not value.is_file():
+            raise DataError(
+                f"{place}: the column {column!r} names the file {str(value)!r}, which is not there; store the bytes of "
+                "the images in the table"
+            )
     if isinstance(value, Path):
         kept, content, place = value, _read(value), str(value)
     elif isinstance(value, bytes | bytearray | memoryview):
         kept = content = bytes(value)
     elif hasattr(value, "save") and hasattr(value, "mode"):
-        out = io.BytesIO()
-        value.save(out, "PNG")
-        kept = content = out.getvalue()
+        kept = content = _png(value, place)
     else:
         what = "is empty" if value is None else f"holds a {type(value).__name__}, not an image"
         raise DataError(f"{place}: the column {column!r} {what}; give the bytes of image files, or a folder of images")
     image = opened(content, place)
     return Picture(kept, hashlib.sha256(content).hexdigest(), image.width, image.height)
+
+
+def _png(image: Image, place: Place) -> bytes:
+    """A PIL image as a file: RGB, because PNG has no CMYK, Lab or HSV."""
+    from PIL import ImageOps
+
+    out = io.BytesIO()
+    try:
+        _rgb(ImageOps.exif_transpose(image), place).save(out, "PNG")
+    except DataError:
+        raise
+    except Exception as error:  # lazily read from a broken file, or of a mode that does not convert
+        raise DataError(f"{place} is not a readable image ({' '.join(str(error).split())}); repair it") from error
+    return out.getvalue()
 
 
 def opened(content: bytes, place: Place) -> Image:
@@ -122,26 +142,35 @@ def _read(path: Path) -> bytes:
 
 
 # ------------------------------------------------------------------ folders
-def labelled(folder: Path) -> Iterator[tuple[Place, Path, str]]:
+def labelled(folder: Path, source: str = "") -> Iterator[tuple[Place, Path, str]]:
     """Place, file and label of each image in ``folder/label/*.png|jpg|...``, in name order.
 
-    Hidden files, ``Thumbs.db`` and notes (``.md``, ``.toml``, ``.txt``) are passed over. Raises DataError for anything
-    else that is no image, for an image outside a label's folder, and for a label without images.
+    Hidden files, what file browsers leave behind, and notes (``.md``, ``.toml``, ``.txt``) are passed over. A label is
+    its folder's name in Unicode's composed form: two file systems may spell one "é" differently. Raises DataError for
+    anything else that is no image, for an image outside a label's folder, and for a label without images; the job's
+    ``source`` helps to say what was meant.
     """
     labels = _entries(folder)
     if not labels:
         raise DataError(f"{folder} has no label folders; put its images into one folder for each label")
     for label in labels:
         if not label.is_dir():
-            raise DataError(f"{label} lies outside a label's folder; move it into one, such as {folder / 'LABEL'}")
+            _existing(label)
+            raise DataError(
+                f"{label} lies outside a label's folder; move it into one, such as {folder / 'LABEL'}"
+                + f' (if {folder.name!r} is itself a label, set data.source = "table")' * (source == "silos")
+            )
         found = False
         for path in _entries(label):
             if path.is_dir():
-                raise DataError(f"{path} is a folder within the label {label.name!r}; images lie in {label} itself")
+                raise DataError(
+                    f"{path} is a folder within the label {label.name!r}; images lie in {label} itself"
+                    + f' (if {label.name!r} is a client, set data.source = "silos")' * (source == "table")
+                )
             if path.suffix.lower() not in ENDINGS:
                 raise DataError(f"{path} is not an image file ({', '.join(ENDINGS)}); convert it or move it away")
             found = True
-            yield str(path), path, label.name
+            yield str(path), path, unicodedata.normalize("NFC", label.name)
         if not found:
             raise DataError(f"{label} has no images; remove the empty label folder or fill it")
 
@@ -151,6 +180,7 @@ def clients(folder: Path) -> list[Path]:
     found = _entries(folder)
     for path in found:
         if not path.is_dir():
+            _existing(path)
             raise DataError(
                 f"{path} is not a client's folder; images lie in {folder / 'CLIENT' / 'LABEL'}, so move it away"
             )
@@ -173,15 +203,24 @@ def tree_fingerprint(folder: Path, pictures: list[Picture]) -> str:
     return whole.hexdigest()
 
 
+def _existing(path: Path) -> None:
+    """A link to nothing is what is wrong, not where it lies."""
+    if not path.exists():
+        raise DataError(f"{path} is a link that leads nowhere; repair or remove it")
+
+
 def _entries(folder: Path) -> list[Path]:
     try:
         found = sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
+    for path in found:
+        if any("\udc80" <= letter <= "\udcff" for letter in path.name):  # how Python holds bytes that are no UTF-8
+            raise DataError(f"{folder} has a name that is not UTF-8, {path.name!a}; rename it")
     return [
         path
         for path in found
         if not path.name.startswith(".")
-        and path.name != "Thumbs.db"
+        and path.name.lower() not in LEFT_BEHIND
         and not (path.is_file() and path.suffix.lower() in (".md", ".toml", ".txt"))
     ]

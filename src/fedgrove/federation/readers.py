@@ -49,6 +49,9 @@ def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[str
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{place} is not valid JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+            what = "nested too deeply" if isinstance(error, RecursionError) else "a number in it is too long"
+            raise DataError(f"{place} cannot be read as JSON ({what}); correct or remove the row") from error
         if not isinstance(record, dict):
             raise DataError(f"{place} is not a JSON object with the columns as keys")
         _need(columns, record, place)
@@ -118,9 +121,21 @@ def _need(columns: Sequence[str], present: Any, place: Place) -> None:
 def text_of(value: Any, column: str, place: Place) -> str:
     """``value`` as a text with something in it. Raises DataError with its place."""
     if isinstance(value, str) and value.strip():
-        return value
+        return whole(value, column, place)
     what = "is empty" if value is None or isinstance(value, str) else f"is a {type(value).__name__}, not a text"
     raise DataError(f"{place}: the column {column!r} {what}; correct or remove the row")
+
+
+def whole(text: str, column: str, place: Place) -> str:
+    """``text``, unless it has half of a pair of characters ("\\ud83d"), which JSON can write and nothing can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: the column {column!r} has a broken character, {text[error.start]!a}, which is half of a pair; "
+            "correct or remove the row"
+        ) from error
+    return text
 
 
 def label_of(value: Any, column: str, place: Place) -> str:
@@ -133,7 +148,7 @@ def label_of(value: Any, column: str, place: Place) -> str:
         raise DataError(f"{place}: the column {column!r} is empty; correct or remove the row")
     if not isinstance(value, str | int | float):
         raise DataError(f"{place}: the column {column!r} holds a {type(value).__name__}, not one value")
-    return str(value).strip()
+    return whole(str(value).strip(), column, place)
 
 
 def fingerprint(paths: Sequence[Path]) -> str:

@@ -85,7 +85,7 @@ def _table(job: Job) -> Table:
     path = _path(job, "the table")
     if path.is_dir() and task_name(job.data) == "classify-images":
         _without_columns(job)
-        table = _gather(job, _labelled(job, path), _source("table", path.name, f"the folder {path}", ""), None)
+        table = _gather(job, _labelled(job, path, "table"), _source("table", path.name, f"the folder {path}", ""), None)
         table.source["sha256"] = images.tree_fingerprint(path, [row["image"] for row in table.rows])
         return table
     if not path.is_file():
@@ -195,19 +195,19 @@ def _image_silos(job: Job, folder: Path) -> Silos:
     for path in images.clients(folder):
         if not NAME.fullmatch(path.name):
             raise DataError(
-                f"{path} cannot name a client: use at most 64 letters, digits, '.', '_' and '-', with a letter or "
-                "digit first"
+                f"{path} cannot name a client: use at most 64 letters (a-z), digits, '.', '_' and '-', with a letter "
+                "or digit first"
             )
         if other := next((name for name in clients if name.casefold() == path.name.casefold()), None):
             raise DataError(f"{path.parent / other} and {path} name the same client; rename or merge one of them")
-        clients[path.name] = [row for row, _, _ in _checked(job.data, _labelled(job, path))]
+        clients[path.name] = [row for row, _, _ in _checked(job.data, _labelled(job, path, "silos"))]
     sha256 = images.tree_fingerprint(folder, [row["image"] for rows in clients.values() for row in rows])
     return Silos(clients, dict.fromkeys(clients), _source("silos", folder.name, f"the folder {folder}", sha256))
 
 
-def _labelled(job: Job, folder: Path) -> Found:
+def _labelled(job: Job, folder: Path, source: str = "") -> Found:
     """The images of ``folder/LABEL/*.png`` as rows with the job's columns."""
-    for place, path, label in images.labelled(folder):
+    for place, path, label in images.labelled(folder, source):
         yield place, {job.data.image: path, job.data.label: label}
 
 
@@ -235,8 +235,8 @@ def _silo_files(folder: Path) -> list[Path]:
             raise DataError(f"{path} is not a client's data file ({_kinds()}); convert it or move it away")
         if not NAME.fullmatch(path.stem):
             raise DataError(
-                f"{path} cannot name a client: use at most 64 letters, digits, '.', '_' and '-' before the ending, "
-                "with a letter or digit first"
+                f"{path} cannot name a client: use at most 64 letters (a-z), digits, '.', '_' and '-' before the "
+                "ending, with a letter or digit first"
             )
         if (other := names.setdefault(path.stem.casefold(), path)) != path:
             raise DataError(f"{other} and {path} name the same client {path.stem!r}; rename or merge one of them")

@@ -174,13 +174,24 @@ def load_base(
         model=model,
         processor=processor,
         sites=sites,
-        hidden=int(config.hidden_size),
+        hidden=_hidden_size(name, config),
         head=head,
         head_modules=modules,
         stock_head=stock,
         dtype=dtype,
         device=torch.device(device),
     )
+
+
+def _hidden_size(name: str, config: Any) -> int:
+    """Of the states that the head sees. A model of two towers (CLIP) has none of its own."""
+    size = getattr(config, "hidden_size", None)
+    if not isinstance(size, int):
+        raise ModelError(
+            f"model.name: '{name}' ({type(config).__name__}) has no one hidden size for a head; choose an encoder of "
+            "one part, such as its text or vision model alone."
+        )
+    return size
 
 
 def _check_decoder(name: str, config: Any) -> None:

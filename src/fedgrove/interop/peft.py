@@ -43,7 +43,11 @@ def save_adapter(
         raise AdapterError(f"{folder.name}: there is no LoRA term to write as an adapter.")
     with whole_directory(folder) as partial:
         stock = head_kind == "stock"
-        kind = "SEQ_CLS" if stock and head_modules else "CAUSAL_LM" if head_kind == "lm" else "FEATURE_EXTRACTION"
+        kind: str | None = "SEQ_CLS" if stock and head_modules else "FEATURE_EXTRACTION"
+        if head_kind == "lm":
+            kind = "CAUSAL_LM"
+        elif card.get("task") == "classify-images":
+            kind = None  # with one of the others PEFT hands on a text's arguments, which not every image model takes
         _config(adapter, base, head_modules if stock else (), kind).save_pretrained(str(partial))
         tensors: dict[str, Tensor] = {}
         for site, factors in adapter.items():
@@ -59,7 +63,7 @@ def save_adapter(
         (partial / CARD).write_text(json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config(adapter: Adapter, base: str, modules: tuple[str, ...], kind: str) -> Any:
+def _config(adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | None) -> Any:
     from peft import LoraConfig
 
     ranks = {site: factors.rank for site, factors in adapter.items()}

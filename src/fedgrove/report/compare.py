@@ -88,10 +88,15 @@ def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
     return Comparison(tuple(rows), ours, base, local, tuple(warnings))
 
 
-def unseen(run: Run) -> Row | None:
-    """The clients that never trained, None where there are none."""
-    values = {name: row["metric"] for name, row in run.newcomers.items() if isinstance(row.get("metric"), int | float)}
-    return Row(f"{words.count(len(run.newcomers), 'client')} that never trained", values, "unseen") if values else None
+def unseen(run: Run) -> list[Row]:
+    """The clients that never trained: as they arrive, and after local training where the run did it."""
+    label = f"{words.count(len(run.newcomers), 'client')} that never trained"
+    found = []
+    for key, title in (("metric", label), ("metric_tuned", "… then trained on at each of them")):
+        values = {name: row[key] for name, row in run.newcomers.items() if isinstance(row.get(key), int | float)}
+        if values:
+            found.append(Row(title, values, "unseen"))
+    return found
 
 
 def verdict(run: Run, comparison: Comparison) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import textwrap
 from dataclasses import dataclass
 from pathlib import PurePath
 from statistics import median
@@ -13,6 +12,8 @@ from typing import Any
 from fedgrove.report.compare import Comparison, Row, unseen
 from fedgrove.report.data import Run
 from fedgrove.tracking import words
+
+SHIPPED = ("grove-vit",)  # models that come with the package, under no name of the hub
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ def tiles(run: Run, comparison: Comparison) -> list[Tile]:
 
 def comparison_rows(run: Run, comparison: Comparison) -> list[dict[str, str]]:
     """mean, std, tail and worst client of every row, with the row's colour."""
-    last = unseen(run)
-    return [_comparison_row(row, run) for row in [*comparison.rows, *([last] if last else [])]]
+    return [_comparison_row(row, run) for row in [*comparison.rows, *unseen(run)]]
 
 
 def _comparison_row(row: Row, run: Run) -> dict[str, str]:
@@ -184,10 +184,14 @@ def usage(run: Run) -> list[tuple[str, str]]:
     """(what it does, code) for one client, with paths relative to the run directory."""
     name = next(iter(sorted(run.clients)), next(iter(run.newcomers), "CLIENT"))
     here = f"adapters/{name}"
+    task: str = str(run.summary.get("task"))
+    asked = {"classify-images": "photo.png", "generate": "What is the capital of France?"}.get(
+        task, "a text to classify"
+    )
     found = [
         (
             "Ask one client’s model something, from a shell:",
-            f'fedgrove predict . --client {shlex.quote(name)} "a text to classify"',
+            f'fedgrove predict . --client {shlex.quote(name)} "{asked}"',
         )
     ]
     config = run.path / here / "adapter_config.json"
@@ -199,28 +203,63 @@ def usage(run: Run) -> list[tuple[str, str]]:
     ):  # no plain PEFT adapter: this method's model is more than a sum of LoRA terms, or nothing was exported
         return found
     base = base or run.setting("model", "name") or "BASE MODEL"
-    stock = run.setting("model", "head") == "stock"
+    stock = run.setting("model", "head") == "stock" and task != "generate"
     labels = len((run.table or {}).get("labels", []))
-    kind = "AutoModelForSequenceClassification" if stock else "AutoModel"
-    more = f", num_labels={labels}" if stock and labels else ""
-    code = f"""\
-        from peft import PeftModel
-        from transformers import {kind}, AutoTokenizer
-
-        base_name = {json.dumps(base, ensure_ascii=False)}
-        base = {kind}.from_pretrained(base_name{more})
-        model = PeftModel.from_pretrained(base, {json.dumps(here, ensure_ascii=False)}).eval()
-        tokenizer = AutoTokenizer.from_pretrained(base_name)
-        output = model(**tokenizer("a text to classify", return_tensors="pt"))
-        {"print(output.logits)" if stock else "hidden = output.last_hidden_state"}
-    """
+    kind, reader, lines = {
+        "classify-images": (
+            "AutoModelForImageClassification" if stock else "AutoModel",
+            "AutoImageProcessor",
+            [
+                'reader = AutoImageProcessor.from_pretrained(base_name, backend="pil")',
+                f'output = model(**reader(images=Image.open("{asked}").convert("RGB"), return_tensors="pt"))',
+            ],
+        ),
+        "generate": (
+            "AutoModelForCausalLM",
+            "AutoTokenizer",
+            [
+                "reader = AutoTokenizer.from_pretrained(base_name)",
+                f'messages = [{{"role": "user", "content": "{asked}"}}]',
+                "batch = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, "
+                'return_tensors="pt")',
+                "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
+            ],
+        ),
+    }.get(
+        task,
+        (
+            "AutoModelForSequenceClassification" if stock else "AutoModel",
+            "AutoTokenizer",
+            [
+                "reader = AutoTokenizer.from_pretrained(base_name)",
+                f'output = model(**reader("{asked}", return_tensors="pt"))',
+            ],
+        ),
+    )
+    if task != "generate":
+        lines.append("print(output.logits)" if stock else "hidden = output.last_hidden_state")
+    # a base in half precision, which Transformers keeps, does not take the processor's pixels
+    options = ', dtype="float32"' * (task == "classify-images") + f", num_labels={labels}" * bool(stock and labels)
+    shipped = base in SHIPPED
+    code = [
+        "from peft import PeftModel",
+        *(["from PIL import Image"] if task == "classify-images" else []),
+        f"from transformers import {kind}, {reader}",
+        *(["", "from fedgrove.interop.models import resolve_name"] if shipped else []),
+        "",
+        f"base_name = {f'resolve_name({json.dumps(base)})' if shipped else json.dumps(base, ensure_ascii=False)}",
+        f"base = {kind}.from_pretrained(base_name{options})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(here, ensure_ascii=False)}).eval()",
+        *lines,
+    ]
     what = "With PEFT and Transformers alone:"
-    if not stock:
+    if not stock and task != "generate":
+        over = "over all positions" if task == "classify-images" else "over the tokens"
         what = (
             "With PEFT and Transformers alone. The classifier is head.safetensors beside the adapter: "
-            "its weight and bias act on the mean of the hidden states over the tokens."
+            f"its weight and bias act on the mean of the hidden states {over}."
         )
-    found.append((what, textwrap.dedent(code).rstrip()))
+    found.append((what, "\n".join(code)))
     return found
 
 

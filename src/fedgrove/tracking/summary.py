@@ -67,7 +67,8 @@ def summarise(
     out is ``None`` (``held_out``: False). ``parameters``: ``{trained, stored, sent_up, sent_down}``, each a
     list with a number for each client (or client and round); the file holds the median. ``bytes_up``, ``bytes_down``:
     the whole run, all clients. ``seconds``: ``{total, training, evaluation, server}``.
-    Clients that never trained carry ``"held_out": true`` and count in ``unseen`` only.
+    Clients that never trained carry ``"held_out": true`` and count in ``unseen`` only: as they arrive, and under
+    ``tuned`` after local training.
     """
     rows: dict[str, dict[str, Any]] = {}
     for name in sorted(clients):
@@ -76,10 +77,12 @@ def summarise(
         if given.get("held_out"):
             rows[name]["held_out"] = True
     seen = [row["metric"] for row in rows.values() if "held_out" not in row]
-    unseen = [row["metric"] for row in rows.values() if "held_out" in row]
+    unseen = [row for row in rows.values() if "held_out" in row]
     result = {"method": method, "task": task, "seed": seed, "rounds": rounds, "clients": rows, **_spread(seen)}
     if unseen:
-        result["unseen"] = {"clients": len(unseen), **_spread(unseen)}
+        result["unseen"] = {"clients": len(unseen), **_spread([row["metric"] for row in unseen])}
+        if present(tuned := [row["metric_tuned"] for row in unseen]):
+            result["unseen"]["tuned"] = _spread(tuned)
     result["parameters"] = {key: _median(parameters[key]) for key in _PARAMETER_KEYS}
     result["bytes"] = {"up": bytes_up, "down": bytes_down}
     result["seconds"] = {key: _plain(seconds[key]) for key in _SECONDS_KEYS}

@@ -48,13 +48,12 @@ class Work:
     guard: ExampleGuard | None = None  # noise and clipping by example: such work runs alone
 
 
-def train_together(kernel: Kernel, works: Sequence[Work], masked: bool | None = None) -> list[Trained]:
-    """What ``Kernel.train`` gives for each, those that can in one batch. ``masked``: see ``Cohort``; None chooses."""
+def train_together(kernel: Kernel, works: Sequence[Work]) -> list[Trained]:
+    """What ``Kernel.train`` gives for each, those that can in one batch."""
     joined = [index for index, work in enumerate(works) if work.guard is None and joins(kernel, work.step)]
     done: dict[int, Trained] = {}
     if len(joined) > 1:
-        chosen = kernel.base.device.type != "cpu" if masked is None else masked
-        done = dict(zip(joined, _train(kernel, [works[index] for index in joined], chosen), strict=True))
+        done = dict(zip(joined, _train(kernel, [works[index] for index in joined]), strict=True))
     return [
         done[index] if index in done else kernel.train(work.step, work.examples, work.clock, work.guard)
         for index, work in enumerate(works)
@@ -90,14 +89,13 @@ class Member:
 class Cohort:
     """Stands where a ``LiveAssembly`` stands in the kernel's hooks: each member's terms on its part of the batch.
 
-    Two ways that give the same: one part after the other (a CPU: no work for nothing), or, ``masked``, all members'
-    factors side by side in two large products between which what belongs to others is set to zero (a GPU: two
-    launches instead of two for each member, and clients' ranks may differ).
+    All members' factors stand side by side in two large products, between which what belongs to others is set to zero:
+    a few calls instead of a few for each member, and ranks may differ. They run in the base's precision, as under
+    autocast; the masters that the optimiser moves keep theirs. Members with a ``base_delta`` run part after part.
     """
 
-    def __init__(self, masked: bool):
+    def __init__(self) -> None:
         self.assembly = Assembly()  # nothing for all: no layers left out, weights that do not depend on the input
-        self.masked = masked
         self.lives: list[LiveAssembly] = []
         self.sizes: list[int] = []
         self._x: Tensor | None = None
@@ -112,7 +110,7 @@ class Cohort:
 
     def add(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
         """The site's output with every member's terms added to its part."""
-        if self.masked and all(live.delta is None for live in self.lives):
+        if all(live.delta is None for live in self.lives):
             return self._add_masked(site, x, output)
         axis = 1 if self._packed else 0
         if x is not self._x:
@@ -124,7 +122,6 @@ class Cohort:
         downs: list[Tensor] = []
         ups: list[Tensor] = []
         widths = []
-        dtype = self.lives[0].dtype
         for live in self.lives:
             found = live.weighed(site, x)
             for term, weight in found:
@@ -137,8 +134,8 @@ class Cohort:
             widths.append(sum(term.adapter[site.name].rank for term, _ in found))
         if not downs:
             return output
-        inner = F.linear(x.to(dtype), torch.cat(downs)) * self._mask(tuple(widths), x, dtype)
-        return (output + F.linear(inner, torch.cat(ups, 1))).to(output.dtype)
+        inner = F.linear(x, torch.cat(downs).to(x.dtype)) * self._mask(tuple(widths), x, x.dtype)
+        return (output + F.linear(inner, torch.cat(ups, 1).to(x.dtype))).to(output.dtype)
 
     def _mask(self, widths: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
         """1 where a row (packed: a token) and a rank belong to one member."""
@@ -151,10 +148,10 @@ class Cohort:
         return self._masks[widths]
 
 
-def _train(kernel: Kernel, works: Sequence[Work], masked: bool) -> list[Trained]:
+def _train(kernel: Kernel, works: Sequence[Work]) -> list[Trained]:
     options = kernel.options
     members = [_member(kernel, work) for work in works]
-    cohort = Cohort(masked)
+    cohort = Cohort()
     groups: dict[tuple[float | None, int, float, float], list[Tensor]] = {}
     for member in members:  # one learning rate: one multiplier, and the same place in the schedule
         clock = member.work.clock
@@ -229,7 +226,9 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int) -> int:
     """``train.cohort = "auto"``: for the base's shape, the job's batch, and ``train.memory``."""
     config = base.model.config
     layers = int(getattr(config, "num_hidden_layers", len(base.layers)))
-    heads = int(getattr(config, "num_attention_heads", 1))
+    heads = getattr(config, "num_attention_heads", 1)
+    if not isinstance(heads, int):  # one for each stage (Swin): its windows of a batch are not rows of the batch
+        return 1
     # kept for the backward pass at each layer: about 16 vectors of the hidden size, and scores and weights of attention
     token = layers * (16 * base.hidden + 2 * heads * job.data.max_length) * base.dtype.itemsize
     site = sum(site.in_features + site.out_features for site in base.sites.values())

@@ -82,7 +82,8 @@ def in_peft(model: Path, folder: Path, images: list[Image.Image], stock: bool) -
     from transformers import AutoModel, AutoModelForImageClassification
 
     kind = AutoModelForImageClassification if stock else AutoModel
-    peft = PeftModel.from_pretrained(kind.from_pretrained(str(model)), str(folder)).eval()
+    base = kind.from_pretrained(str(model), dtype=torch.float32)
+    peft = PeftModel.from_pretrained(base, str(folder)).eval()
     batch = AutoImageProcessor.from_pretrained(str(model), backend="pil")(images=images, return_tensors="pt")
     with torch.no_grad():
         if stock:
@@ -110,6 +111,81 @@ def test_peft_and_load_give_the_runs_logits(method: str, head: str, vit: Path, p
     result.client("site-1").export(tmp_path / "merged", merge=True)
     assert (fg.load(tmp_path / "merged").logits(images) - ours).abs().max() <= 1e-5
     assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+
+
+def test_grove_vit_gives_the_same_logits_in_peft(pictures: Path, tmp_path: Path) -> None:
+    from fedgrove.interop.models import resolve_name
+
+    changes: dict[str, Any] = {
+        "data": {"task": "classify-images", "max_length": 128},
+        "model": {"name": "grove-vit"},
+        "train": {"local_steps": 2, "lr": 1e-2},
+        "method": {"name": "hilora"},
+    }
+    result = run(tiny_job(Path("grove-vit"), pictures, **changes), tmp_path / "run")
+    images = some()
+    ours = result.client("site-0").model().logits(images)
+    folder = tmp_path / "run" / "adapters" / "site-0"
+    base = Path(resolve_name("grove-vit"))
+    assert (ours - in_peft(base, folder, images, stock=False)).abs().max() <= 1e-5
+    (folder / "adapter_model.safetensors").write_bytes(
+        (tmp_path / "run" / "adapters" / "site-1" / "adapter_model.safetensors").read_bytes()
+    )
+    assert (ours - in_peft(base, folder, images, stock=False)).abs().max() > 1e-4  # another leaf, other logits
+
+
+COMMON: dict[str, Any] = {
+    "image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "DeiT": COMMON,
+    "Beit": COMMON,
+    "Dinov2": COMMON,
+    "SiglipVision": {**COMMON, "intermediate_size": 64},
+    "Swin": {
+        "image_size": 16,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 2,
+    },
+    "CLIP": {},
+    "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+}
+REFUSED = {
+    "CLIP": r"\(CLIPConfig\) has no one hidden size for a head; choose an encoder of one part",
+    "ResNet": r'lora\.targets = "auto" found no query and value layers in ResNetModel',
+}
+
+
+SLOW = ("DeiT", "Beit", "Dinov2")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS])
+def test_encoders_of_other_kinds_run_or_are_refused_in_a_sentence(kind: str, pictures: Path, tmp_path: Path) -> None:
+    import transformers
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    settings = KINDS[kind]
+    if kind == "CLIP":
+        small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        settings = {"vision_config": COMMON, "text_config": {**small, "vocab_size": 64}}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
+    model.save_pretrained(str(tmp_path / "model"))
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(str(tmp_path / "model"))
+    job = tiny_job(tmp_path / "model", pictures, data={"task": "classify-images", "max_length": 128}, run={"rounds": 1})
+    if kind in REFUSED:
+        with pytest.raises(FedgroveError, match=REFUSED[kind]):
+            run(job, tmp_path / "run")
+        return
+    result = run(job, tmp_path / "run")
+    images = some()
+    ours = result.client("site-1").model().logits(images)
+    theirs = in_peft(tmp_path / "model", tmp_path / "run" / "adapters" / "site-1", images, stock=False)
+    assert (ours - theirs).abs().max() <= 1e-5
 
 
 def test_a_run_learns_and_answers_about_files(vit: Path, pictures: Path, tmp_path: Path) -> None:

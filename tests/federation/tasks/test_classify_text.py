@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 import pytest
@@ -45,10 +46,10 @@ def test_it_is_a_task(task: ClassifyText) -> None:
 
 def test_encoding_cuts_and_keeps_special_tokens(task: ClassifyText, tokenizer: PreTrainedTokenizerFast) -> None:
     assert task.encode(ROWS, tokenizer) == [
-        {"input_ids": [1, 3, 4, 5, 2], "label": 2},
-        {"input_ids": [1, 12, 2], "label": 0},
+        {"input_ids": array("i", [1, 3, 4, 5, 2]), "label": 2},
+        {"input_ids": array("i", [1, 12, 2]), "label": 0},
     ]
-    assert task.encode([{"text": "w9"}], tokenizer) == [{"input_ids": [1, 12, 2]}]
+    assert task.encode([{"text": "w9"}], tokenizer) == [{"input_ids": array("i", [1, 12, 2])}]
     assert task.encode([], tokenizer) == []
     with pytest.raises(DataError, match="row 2 has the label 'never', but the model knows only: 'no', 'yes', 'maybe'"):
         task.encode([ROWS[0], {"text": "w1", "label": "never"}], tokenizer)
@@ -147,9 +148,9 @@ def test_pairs_are_read_encoded_and_batched(pair_tokenizer: PreTrainedTokenizerF
 
     task = ClassifyText(("no", "yes"), max_length=16)
     first, second = task.encode([with_pair, alone], pair_tokenizer)
-    assert first["input_ids"] == [1, 3, 4, 2, 5, 2]
-    assert first["token_type_ids"] == [0, 0, 0, 0, 1, 1]
-    assert second == {"input_ids": [1, 6, 2], "label": 1}
+    assert list(first["input_ids"]) == [1, 3, 4, 2, 5, 2]
+    assert list(first["token_type_ids"]) == [0, 0, 0, 0, 1, 1]
+    assert second == {"input_ids": array("i", [1, 6, 2]), "label": 1}
     batch = task.collate([first, second], pad_id=0)
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6]
     assert set(task.inputs(batch)) == {"input_ids", "attention_mask", "token_type_ids"}

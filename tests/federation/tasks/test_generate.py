@@ -114,6 +114,15 @@ def test_a_long_row_loses_the_start_of_its_prompt_and_keeps_the_start_of_its_com
     assert Generate().lengths([row, ROW], chat) == [15, 11]
 
 
+def test_an_extremely_long_prompt_is_cut_and_learnt_from(chat: Any) -> None:
+    row = {"prompt": "very " * 200_000 + "what is not good", "completion": "it was bad", "label": ""}
+    task = Generate(max_length=16)
+    (example,) = task.encode([row], chat)
+    assert chat.decode(example["input_ids"]).endswith("very what is not good <|end|> <|assistant|> it was bad <|end|>")
+    assert (len(example["input_ids"]), len(example["prompt_ids"])) == (16, 16)
+    assert task.lengths([row], chat) == [200_011]
+
+
 def test_a_prompt_to_answer_is_cut_alike(chat: Any) -> None:
     example = Generate(max_length=4).encode([{"prompt": "what is not good"}], chat)[0]
     assert chat.decode(example["prompt_ids"]) == "not good <|end|> <|assistant|>"
@@ -208,6 +217,10 @@ BAD = [
     ({"prompt": "hi", "completion": 3}, r"the column 'completion' is a int, not a text"),
     ({"prompt": "hi", "completion": []}, r"the column 'completion' is an empty list; give at least one completion"),
     ({"prompt": "", "completion": "x"}, r"line 2: the column 'prompt' is empty"),
+    ({"prompt": None, "completion": "x"}, r"line 2: the column 'prompt' is empty"),
+    ({"prompt": ["a"], "completion": "x"}, r"line 2: the column 'prompt' is a list, not a text"),
+    ({"prompt": "hi", "completion": ["yes", ""]}, r"line 2: the column 'completion' is empty"),
+    ({"prompt": "hi \ud83d", "completion": "x"}, r"line 2: the column 'prompt' has a broken character, '\\ud83d'"),
 ]
 BAD_CHATS = [
     ("hello", r"line 2: the column 'messages' is a str, not a list of messages with a role and a content"),
@@ -220,6 +233,9 @@ BAD_CHATS = [
     ),
     ([{"role": "user"}, ANSWER], r"has a message 1 that is no object with a role and a content"),
     ([{"role": "user", "content": []}, ANSWER], r"has a message 1 whose content is empty or no text"),
+    ([{"from": "human", "value": "x"}, ANSWER], r"has a message 1 that is no object with a role and a content"),
+    ([USER, ANSWER, USER], r"ends in a message of the user; the last message must be the assistant's"),
+    ([{"role": "user", "content": "\udc00"}, ANSWER], r"has a broken character, '\\udc00', which is half of a pair"),
     ([USER, {"role": "system", "content": "x"}, ANSWER], r"has a system message at place 2; it can only be the first"),
 ]
 

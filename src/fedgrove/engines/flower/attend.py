@@ -14,6 +14,7 @@ from fedgrove.engines.flower import launch
 from fedgrove.engines.flower.certificates import DeployError, public_of, write_private
 from fedgrove.engines.flower.site import SitePlace, open_place
 
+_GIVES_UP = "Giving up reconnection"  # after a broken TLS handshake; its process may stay, and do nothing
 _PAUSES = (2.0, 4.0, 8.0, 15.0)  # seconds before the SuperNode is started again; then always the last
 Say = Callable[[str], None]
 
@@ -38,7 +39,7 @@ class Watch:
         self._child: subprocess.Popen[bytes] | None = None
         self._again_at, self._failures, self._last = 0.0, 0, ""
         self._read = log.stat().st_size if log.exists() else 0
-        self._up = False
+        self._up = self._doomed = False
 
     def alive(self) -> bool:
         """Look after the child; called a few times a second. Always True: only Ctrl-C ends a site."""
@@ -48,9 +49,11 @@ class Watch:
                 self._child = self._start()
             return True
         self._listen()
+        if self._doomed:
+            launch.stop(self._child)
         if self._child.poll() is not None:
             self._listen()
-            self._child, self._up = None, False
+            self._child, self._up, self._doomed = None, False, False
             self._again_at = now + _PAUSES[min(self._failures, len(_PAUSES) - 1)]
             self._failures += 1
         return True
@@ -67,6 +70,7 @@ class Watch:
         if "SuperNode ID" in new and not self._up:
             self._up, self._failures = True, 0
             self._once(f"Connected to {self._server}.")
+        self._doomed = self._doomed or _GIVES_UP in new
         for words, meaning in _MEANS:
             if words in new:
                 self._once(meaning.format(server=self._server))

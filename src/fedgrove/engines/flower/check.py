@@ -155,8 +155,8 @@ def check_site(folder: Path, job: Path | None) -> Iterator[Finding]:
         theirs = (folder / "node.pub").read_bytes() if (folder / "node.pub").exists() else b""
         if b" ".join(theirs.split()[:2]) != public:
             yield Finding("node.pub is not the public half of node.key", f"run `fedgrove deploy key {folder} --force`")
-    for model in place.file.allow.models.values():
-        yield _model(model, None)
+    for named, model in place.file.allow.models.items():
+        yield _model(model, named.partition("@")[2] or None)
     asked = _job(job) if job else None
     if asked is not None:
         yield from asked.findings

@@ -2,7 +2,8 @@
 
 The base model, the method and the encoded data are kept for the life of the process; the private store is on disk.
 An error never leaves as an exception: the server gets a sentence. From a site it gets no more than that and the place
-in the code, because the text of an unforeseen exception may quote data.
+in the code, because the text of an unforeseen exception may quote data. What is wrong with a site's data is told to the
+site alone.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgrove.engines.flower.stores import Stores
 from fedgrove.engines.flower.wire import Note, decode, encode
-from fedgrove.errors import FedgroveError, RunError
+from fedgrove.errors import AdapterError, DataError, FedgroveError, RunError
 from fedgrove.methods.contract import ClientInfo
 from fedgrove.tracking.files import write_text
 
 if TYPE_CHECKING:
     from fedgrove.engines.flower.place import Place
+    from fedgrove.federation.federation import Client
     from fedgrove.federation.tasks.base import Example
     from fedgrove.job import Job
     from fedgrove.training.client import ClientHalf
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 Data = Mapping[str, "list[Example]"]  # split -> encoded examples
 
 _OPENED = "open.json"
+_DATA = "data.sha256"  # of the site's rows, for the site alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +81,9 @@ class Runtime:
         """The answer to a message; an "error" message where there is none."""
         key = ""
         try:
-            note = decode(blob)
+            note = self._decoded(blob)
             key = str(note.head.get("run", ""))
-            if note.kind not in ("hello", "open"):
+            if note.kind not in ("hello", "open", "here"):
                 with suppress(Exception):  # so that the place can check the message against the model's layers
                     self._ready(note)
             self.place.received(note, blob)
@@ -91,6 +95,15 @@ class Runtime:
             return self._sent(answer)
         except Exception as error:
             return self._sent(self._error(error))
+
+    def _decoded(self, blob: bytes) -> Note:
+        """Raises ``AdapterError``, once what came is in the site's log all the same."""
+        try:
+            return decode(blob)
+        except Exception as error:
+            with suppress(FedgroveError):
+                self.place.received(Note("unreadable", {}, {}), blob)
+            raise error if isinstance(error, AdapterError) else AdapterError("A message cannot be read.") from error
 
     def _sent(self, answer: Note) -> bytes:
         blob = encode(answer)
@@ -105,6 +118,7 @@ class Runtime:
             "evaluate": self._evaluate,
             "probe": self._probe,
             "finish": self._finish,
+            "here": lambda note: Note("here"),
         }
         if note.kind not in handlers:
             raise RunError(f"A client has no answer to a message of the kind {note.kind!r}.")
@@ -135,10 +149,16 @@ class Runtime:
         affordable = self.place.rank(job)
         if affordable is not None and info.rank > affordable:
             raise RunError(f"The rank {info.rank} is above what {self.place.name} affords, {affordable}.")
+        if not 1 <= info.rank <= (job.resolved().lora.rank or 1):
+            raise RunError(f"The rank {info.rank} is none that lora.rank = {job.resolved().lora.rank} gives a client.")
+        if not self.simulated and info.name != self.place.name:  # it names folders
+            raise RunError(f"This is {self.place.name}, and no other client.")
         home = self._home(note)
         home.mkdir(parents=True, exist_ok=True)
-        write_text(home / _OPENED, json.dumps({"job": note.head["job"], "client": dict(given)}))
-        self._ready(note)
+        write_text(home / _OPENED, json.dumps({"job": note.head["job"], "client": vars(info)}))
+        data = self._ready(note)[2]
+        if info.examples != len(data["train"]):
+            raise RunError(f"{info.name} trains on {len(data['train'])} examples, and not on {info.examples}.")
         return Note("open")
 
     # ------------------------------------------------------------------ work
@@ -146,6 +166,8 @@ class Runtime:
         shop, info, data = self._ready(note)
         head, stores = note.head, self._stores(note)
         round = int(head["round"])
+        if not 1 <= round <= shop.job.run.rounds:
+            raise RunError(f"The job has {shop.job.run.rounds} rounds, and no round {round}.")
         outcome = shop.half.train(info, data["train"], note.body["offer"], stores.load(int(head["store"])), round)
         answer = Note(
             "train",
@@ -159,8 +181,11 @@ class Runtime:
 
     def _evaluate(self, note: Note) -> Note:
         shop, info, data = self._ready(note)
+        split = str(note.head["split"])
+        if split not in ("test", "validation"):
+            raise RunError(f"A client is not measured on a split {split[:40]!r}.")
         assembly = shop.half.personal(info, note.body["offer"], self._stores(note).load(int(note.head["store"])))
-        measures = shop.half.kernel.evaluate(shop.half.deployed(assembly), data[str(note.head["split"])])
+        measures = shop.half.kernel.evaluate(shop.half.deployed(assembly), data[split])
         return Note("evaluate", {"measures": measures})
 
     def _probe(self, note: Note) -> Note:
@@ -201,8 +226,25 @@ class Runtime:
         if info.name not in shop.data:
             from fedgrove.prepare import encode as encode_rows
 
-            shop.data[info.name] = encode_rows(self.place.client(job), kernel.task, kernel.base)
+            client = self.place.client(job)
+            if not self.simulated:
+                self._same_data(self._home(note) / _DATA, client, job)
+            shop.data[info.name] = encode_rows(client, kernel.task, kernel.base)
         return shop, info, shop.data[info.name]
+
+    def _same_data(self, mark: Path, client: Client, job: Job) -> None:
+        """A site that comes back to a run has the rows that it had before. Raises ``RunError`` where it has others."""
+        from fedgrove.federation import Federation
+        from fedgrove.federation.tasks import task_class
+        from fedgrove.prepare import fingerprint_of
+
+        now = fingerprint_of(Federation((client,), (), {}, task_class(job.data)))
+        if not mark.exists():
+            write_text(mark, now + "\n")
+        elif mark.read_text(encoding="utf-8").strip() != now:
+            raise RunError(
+                f"The data of {client.name} changed since this run began; bring them back, or start a new run."
+            )
 
     def _job(self, text: str) -> Job:
         from fedgrove.job import Job
@@ -220,6 +262,10 @@ class Runtime:
 
     def _error(self, error: Exception) -> Note:
         trace = "".join(traceback.format_tb(error.__traceback__)) if self.simulated else _places(error)
+        if isinstance(error, DataError) and not self.simulated:  # it names rows, labels and files
+            getLogger(__name__).error("%s", error)
+            sentence = f"{self.place.name} cannot use its data for this job; it has been told why."
+            return Note("error", {"sentence": sentence, "trace": ""})
         if isinstance(error, FedgroveError):
             return Note("error", {"sentence": str(error), "trace": ""})
         words = " ".join(str(error).split())[:300] if self.simulated else "its text stays with the client"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedgrove.engines.base import Absence, Arrival, Ask, Leaving, OfferOf
 from fedgrove.engines.flower.post import Failure, Post
-from fedgrove.engines.flower.validate import fault
 from fedgrove.engines.flower.wire import Note
+from fedgrove.engines.validate import fault, figures_fault, measures_fault, row_fault
 from fedgrove.methods.contract import ClientInfo, Method, Update
 from fedgrove.tree import numbers
 from fedgrove.wire.compress import sent_bytes
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from fedgrove.training.head import HeadPolicy
 
 GREETING = 900.0  # seconds for a node to read its data and to load the model
+FAREWELL = 60.0  # seconds that the end of a run waits for those that are away
+TRIES = 20  # how often a client whose node comes and goes is asked in a round that needs it
 AGAIN = 60.0  # seconds before a node that refused is asked again
+
+_LEAVING = {"metric_base", "metric", "metric_tuned", "loss", "epsilon", "delta"}  # what a client's last line may have
 
 _Ask = tuple[str, dict[str, Any], dict[str, Any]]  # kind, head, body
 Told = Callable[[int, str, str, str], None]  # (round, client, what, reason): for the log
@@ -77,11 +81,18 @@ class FlowerEngine:
         self.members: dict[str, Member] = {}
         self.infos: dict[str, ClientInfo] = {}
         self.held_out: set[str] = set()
+        self.never: set[str] = set()  # names that do not train even where they come late
+        self.newcomer: Callable[[ClientInfo], Any] = lambda info: None  # told of such a one
         self._stores: dict[str, int] = {}  # round of each client's store
         self._before: dict[str, int] = {}
         self._kept: dict[str, int] = {}  # as _stores, at the last checkpoint
         self._overdue: dict[str, _Sent] = {}  # messages without an answer at the deadline, where late ones count
+        self._came: dict[str, Note] = {}  # their answers, where they came between rounds
         self._refused: dict[int, tuple[float, str]] = {}
+        self._greeted: dict[str, int] = {}  # nodes that were asked who they are, by message
+        self._opening: dict[str, tuple[ClientInfo, bool]] = {}  # who loads the model now; whether it was here before
+        self._opened: set[str] = set()  # clients that have loaded the model
+        self._ready: list[tuple[ClientInfo, bool]] = []  # as _opening: done, and not yet told to the loop
         self._method: Method | None = None
         self._head: HeadPolicy | None = None
 
@@ -90,9 +101,17 @@ class FlowerEngine:
         return self.simulation is not None
 
     # ------------------------------------------------------------------ who is there
-    def introduce(self) -> list[Member]:
-        """Ask every node that is not known who it is; those that answer with a name of their own."""
-        known = {member.node for member in self.members.values()}
+    @property
+    def greeting(self) -> bool:
+        """Whether a node has been asked who it is and has not answered yet."""
+        return bool(self._greeted)
+
+    def introduce(self, *, wait: bool = False) -> list[Member]:
+        """Ask every node that is not known who it is; those that have answered with a name of their own.
+
+        ``wait``: for all answers. Otherwise a slow node is met at a later call, and keeps nobody waiting.
+        """
+        known = {*(member.node for member in self.members.values()), *self._greeted.values()}
         now = time.monotonic()
         nodes = [
             node
@@ -102,55 +121,83 @@ class FlowerEngine:
         import fedgrove
 
         head = {"job": self.job.to_toml(), "version": fedgrove.__version__}
+        for node in nodes:
+            sent = self._to(node, "hello", head, {}, seconds=GREETING)
+            if sent:
+                self._greeted[sent] = node
         found = []
-        for node, answer in self._ask(dict.fromkeys(nodes, ("hello", head, {})), seconds=GREETING):
-            if isinstance(answer, Failure):
-                self._turn_away(node, f"node {node}", answer.reason)
-                continue
-            row = answer.head.get("row")
-            if (
-                not isinstance(row, dict)
-                or not isinstance(row.get("name"), str)
-                or not isinstance(row.get("train"), int)
-            ):
-                self._turn_away(node, f"node {node}", "its hello does not say who it is")
-                continue
-            if self.names and self.names.get(node) != row["name"]:
-                whose = f"the key of {self.names[node]!r}" if node in self.names else "a key that belongs to no site"
-                self._turn_away(node, row["name"], f"its node has {whose}")
-                continue
-            rank = answer.head.get("rank")
-            member = Member(row["name"], node, row, rank if isinstance(rank, int) else None)
-            before = self.members.get(member.name)
-            if before is not None and before.node in self.post.nodes():
-                self._turn_away(node, member.name, "another node with this name is connected")
-                continue
-            self.members[member.name] = member
-            found.append(member)
+        for sent, answer in self.post.collect(list(self._greeted), seconds=GREETING if wait else 0):
+            member = self._met(self._greeted.pop(sent), answer)
+            if member is not None:
+                self.members[member.name] = member
+                self._opened.discard(member.name)
+                found.append(member)
         return sorted(found, key=lambda member: member.name)
+
+    def _met(self, node: int, answer: Note | Failure) -> Member | None:
+        """Who a node says it is; None where it is turned away."""
+        called = self.names.get(node, f"node {node}")
+        if isinstance(answer, Failure):
+            if not answer.gone:  # who went away is asked again when it is back
+                self._turn_away(node, called, answer.reason)
+            return None
+        row, rank = answer.head.get("row"), answer.head.get("rank")
+        wrong = row_fault(row, rank, self.job.data.labels or (), strict=not self.trusted)
+        if wrong or not isinstance(row, dict):
+            self._turn_away(node, called, f"its hello is refused, because {wrong}")
+            return None
+        if self.names and self.names.get(node) != row["name"]:
+            whose = f"the key of {self.names[node]!r}" if node in self.names else "a key that belongs to no site"
+            self._turn_away(node, row["name"], f"its node has {whose}")
+            return None
+        before = self.members.get(row["name"])
+        if before is not None and before.node in self.post.nodes():
+            self._turn_away(node, row["name"], "another node with this name is connected")
+            return None
+        return Member(row["name"], node, row, rank)
 
     def open(self, infos: Sequence[ClientInfo]) -> dict[str, str]:
         """Tell clients who they are; each loads the model. Those that cannot, with the reason, are forgotten."""
-        head = {"job": self.job.to_toml()}
-        asked: dict[int, _Ask] = {
-            self.members[info.name].node: (
-                "open",
-                {**head, "client": {"name": info.name, "rank": info.rank, "examples": info.examples}},
-                {},
-            )
-            for info in infos
-        }
+        asked: dict[int, _Ask] = {self.members[info.name].node: ("open", self._opening_of(info), {}) for info in infos}
         named = {self.members[info.name].node: info for info in infos}
-        failed = {}
-        for node, answer in self._ask(asked, seconds=GREETING):
-            info = named[node]
-            if isinstance(answer, Failure):
-                failed[info.name] = answer.reason
-                self.members.pop(info.name)
-                self._turn_away(node, info.name, answer.reason)
-            else:
-                self.infos[info.name] = info
-        return failed
+        answers = {
+            named[node].name: self._has_opened(named[node], each) for node, each in self._ask(asked, seconds=GREETING)
+        }
+        return {name: reason for name, reason in answers.items() if reason}
+
+    def _opening_of(self, info: ClientInfo) -> dict[str, Any]:
+        import fedgrove
+
+        client = {"name": info.name, "rank": info.rank, "examples": info.examples}
+        return {"job": self.job.to_toml(), "version": fedgrove.__version__, "client": client}
+
+    def _has_opened(self, info: ClientInfo, answer: Note | Failure) -> str:
+        """Nothing where the client can begin, else the reason why it cannot; then it is forgotten."""
+        if isinstance(answer, Failure):
+            member = self.members.pop(info.name, None)
+            if member is not None:
+                self._turn_away(member.node, info.name, answer.reason)
+            return answer.reason
+        self.infos[info.name] = info
+        self._opened.add(info.name)
+        return ""
+
+    def _take_in(self) -> None:
+        """Meet whoever appeared and let them load the model; those who have are ``_ready``. Nobody is waited for."""
+        self.introduce()
+        busy = {info.name for info, _ in self._opening.values()}
+        for name, member in sorted(self.members.items()):
+            if name in self._opened or name in busy:
+                continue
+            known = self.infos.get(name)
+            info = known or ClientInfo(name, self._rank(member), member.examples)
+            sent = self._to(member.node, "open", self._opening_of(info), {}, seconds=GREETING)
+            if sent:
+                self._opening[sent] = info, known is not None
+        for sent, answer in self.post.collect(list(self._opening), seconds=0):
+            info, before = self._opening.pop(sent)
+            if info.name in self.members and not self._has_opened(info, answer):
+                self._ready.append((info, before))
 
     def settle(self, method: Method, head: HeadPolicy, held_out: Sequence[str]) -> None:
         """What the server's side checks updates against."""
@@ -159,20 +206,22 @@ class FlowerEngine:
     def joined(self, round: int) -> list[ClientInfo]:
         if self.trusted:
             return []
-        back = [self.infos[member.name] for member in self.introduce() if member.name in self.infos]
-        new = [
-            ClientInfo(member.name, self._rank(member), member.examples)
-            for member in sorted(self.members.values(), key=lambda member: member.name)
-            if member.name not in self.infos
-        ]
-        failed = self.open([*back, *new])
-        for info in back:
-            if info.name not in failed:
+        self._take_in()
+        ready, self._ready = sorted(self._ready, key=lambda each: each[0].name), []
+        for info, known in ready:
+            if known:
                 self.told(round, info.name, "back", "it is connected again")
-        return [info for info in new if info.name not in failed]
+        new = [info for info, known in ready if not known and info.name in self.members]
+        for info in new:
+            if info.name in self.never:
+                self.held_out.add(info.name)
+                self.newcomer(info)
+                self.told(round, info.name, "joined", "it is held out, and measured at the end")
+        return [info for info in new if info.name not in self.never]
 
     def refuse(self, client: str, reason: str) -> None:
         member = self.members.pop(client)
+        self._opened.discard(client)
         self.infos.pop(client, None)
         self._refused[member.node] = (float("inf"), reason)
 
@@ -181,42 +230,72 @@ class FlowerEngine:
         until = None if self.patience is None else time.monotonic() + self.patience
         while True:
             online = set(self.post.nodes())
-            busy = {sent.client for sent in self._overdue.values()}
+            busy = {sent.client for name, sent in self._overdue.items() if name not in self._came}
             here = [
                 name
                 for name in clients
-                if name in self.members and self.members[name].node in online and name not in busy
+                if name in self._opened
+                and name in self.members
+                and self.members[name].node in online
+                and name not in busy
             ]
             if len(here) >= min(self.least, len(clients)) or (until is not None and time.monotonic() >= until):
                 return here
             if self._overdue:
                 self._late_ones()
             time.sleep(min(self.post.slowest, 0.5))
-            self.open([self.infos[member.name] for member in self.introduce() if member.name in self.infos])
+            self._take_in()
 
     # ------------------------------------------------------------------ rounds
     def train(self, round: int, clients: Sequence[str], offer: OfferOf) -> Iterator[Arrival | Absence]:
         waiting, self._overdue = self._overdue, {}
-        needed = set()
-        # A message may be read only as long as its answer can be used.
-        lifetime = None if self.patience is None else self.patience * (3 if self.late == "next" else 1) + 1
-        for name in clients:
-            given = offer(name)
-            bytes_down = sent_bytes(given, self.job.run.compress)
-            head = {"round": round, "store": self._stores.get(name, 0), "keep": self._kept.get(name, 0)}
-            sent = self._send(name, "train", head, {"offer": dict(given)}, seconds=lifetime)
-            if not sent:
+        until = None if self.patience is None else time.monotonic() + self.patience
+        came, self._came = self._came, {}
+        for sent, note in came.items():
+            yield self._arrival(waiting.pop(sent), note)
+        todo, present, tries = list(clients), 0, 0
+        while todo:
+            tries += 1
+            gone = []  # those whose node went away: asked again where the round has too few without them
+            needed = set()
+            for name in todo:
+                sent, asked = self._ask_to_train(name, round, offer)
+                if sent:
+                    waiting[sent] = asked
+                    needed.add(sent)
+                else:
+                    gone.append(name)
+            for sent, answer in self.post.collect(list(waiting), needed=needed, seconds=_left(until)):
+                asked = waiting.pop(sent)
+                if isinstance(answer, Failure) and answer.gone and asked.round == round:
+                    gone.append(asked.client)
+                    continue
+                arrival = self._arrival(asked, answer)
+                present += isinstance(arrival, Arrival)
+                yield arrival
+            todo = []
+            if gone and present < min(self.least, len(clients)) and tries < TRIES and not self.trusted:
+                for name in gone:
+                    self.told(round, name, "away", "its node is not connected any more; the round needs it, and waits")
+                if self._wait_for(gone, until):
+                    todo = gone
+            for name in gone if not todo else ():
                 yield Absence(name, "its node is not connected any more")
-                continue
-            waiting[sent] = _Sent(name, round, numbers(given), bytes_down)
-            needed.add(sent)
-        for sent, answer in self.post.collect(list(waiting), needed=needed, seconds=self.patience):
-            yield self._arrival(waiting.pop(sent), answer)
         for sent, asked in waiting.items():
             if asked.round == round:
                 yield Absence(asked.client, f"it has not answered within {self.patience:g} s")
             if self.late == "next":
                 self._overdue[sent] = asked
+            else:
+                self.post.forget([sent])
+
+    def _ask_to_train(self, name: str, round: int, offer: OfferOf) -> tuple[str, _Sent]:
+        given = offer(name)
+        # A message may be read only as long as its answer can be used.
+        lifetime = None if self.patience is None else self.patience * (3 if self.late == "next" else 1) + 1
+        head = {"round": round, "store": self._stores.get(name, 0), "keep": self._kept.get(name, 0)}
+        sent = self._send(name, "train", head, {"offer": dict(given)}, seconds=lifetime)
+        return sent, _Sent(name, round, numbers(given), sent_bytes(given, self.job.run.compress))
 
     def _arrival(self, sent: _Sent, answer: Note | Failure) -> Arrival | Absence:
         name = sent.client
@@ -232,9 +311,13 @@ class FlowerEngine:
             and isinstance(seconds, float)
         ):
             return Absence(name, "its answer is no update")
+        if wrong := figures_fault(steps=steps, trained=trained, seconds=seconds):
+            return Absence(name, f"its update is refused, because {wrong}")
         assert self._method is not None
         assert self._head is not None
-        info = self.infos[name]
+        info = self.infos.get(name)
+        if info is None:
+            return Absence(name, "it was turned away in the meantime")
         wrong = fault(content, method=self._method, client=info, round=sent.round, head=self._head.initial)
         if wrong:
             return Absence(name, f"its update is refused, because {wrong}")
@@ -257,10 +340,12 @@ class FlowerEngine:
         self._stores[client] = self._before[client]
 
     def _late_ones(self) -> None:
-        """Forget overdue messages that will never be answered."""
-        for sent, answer in self.post.collect(list(self._overdue), seconds=0):
+        """Overdue answers that came in the meantime: for the next round, or never where they are failures."""
+        for sent, answer in self.post.collect([sent for sent in self._overdue if sent not in self._came], seconds=0):
             if isinstance(answer, Failure):
                 self._overdue.pop(sent)
+            else:
+                self._came[sent] = answer
 
     # ------------------------------------------------------------------ personal models
     def evaluate(
@@ -270,10 +355,10 @@ class FlowerEngine:
             measures = answer.head.get("measures") if isinstance(answer, Note) else None
             if isinstance(answer, Failure):
                 yield Absence(name, answer.reason, answer.trace)
-            elif isinstance(measures, dict) and None not in measures.values() and _measures(measures):
-                yield name, measures
+            elif wrong := measures_fault(measures, needed={"loss", self._metric}):
+                yield Absence(name, f"its measures are refused, because {wrong}")
             else:
-                yield Absence(name, "its answer has no measures")
+                yield name, dict(measures or {})
 
     def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
         offer = ask(None)
@@ -285,6 +370,7 @@ class FlowerEngine:
         return offer  # usable as it is
 
     def leave(self, clients: Sequence[str], offer: OfferOf, out: Path) -> Iterator[tuple[str, Leaving] | Absence]:
+        self._wait_for(clients, self._a_while())
         groups = [name for name in clients if name not in self.held_out], [n for n in clients if n in self.held_out]
         for group, held_out in zip(groups, (False, True), strict=True):
             for name, answer in self._ask_clients(group, "finish", {"held_out": held_out}, offer):
@@ -292,11 +378,27 @@ class FlowerEngine:
                     yield Absence(name, answer.reason, answer.trace)
                     continue
                 row, stored = answer.head.get("row"), answer.head.get("stored")
-                if not isinstance(row, dict) or not isinstance(stored, int) or not _measures(row):
-                    yield Absence(name, "its answer has no measures")
+                wrong = measures_fault(row, needed={"metric_base", "metric", "loss"}, known=_LEAVING)
+                wrong = wrong or figures_fault(stored=stored)
+                if wrong or not isinstance(row, dict) or not isinstance(stored, int):
+                    yield Absence(name, f"its measures are refused, because {wrong}")
                     continue
                 own = json.loads(str(answer.head["own"])) if self.simulation is not None else {}
                 yield name, Leaving(row, stored, own.get("artefacts", {}), own.get("texts", []))
+
+    def _wait_for(self, clients: Sequence[str], until: float | None) -> bool:
+        """Whether all of these clients are connected, or are again before ``until`` by the monotonic clock."""
+        while True:
+            online = set(self.post.nodes())
+            if all(self.members[name].node in online for name in clients if name in self.members):
+                return True
+            if self.trusted or (until is not None and time.monotonic() >= until):
+                return False
+            time.sleep(min(self.post.slowest, 0.5))
+
+    def _a_while(self) -> float:
+        """Until when what a client has only one chance for waits for it."""
+        return time.monotonic() + (FAREWELL if self.patience is None else min(FAREWELL, self.patience))
 
     # ------------------------------------------------------------------ checkpoints
     def changed(self) -> dict[str, dict[str, Any]]:
@@ -327,7 +429,29 @@ class FlowerEngine:
         return self.post.send(node, note, seconds=seconds, simulation=simulation)
 
     def _ask(self, asked: Mapping[int, _Ask], *, seconds: float | None) -> Iterator[tuple[int, Note | Failure]]:
-        """Each node's answer, in any order; one that does not come in time is a failure."""
+        """Each node's answer, in any order; one that does not come in time is a failure.
+
+        A node that goes away with the message is waited for a while, and asked again.
+        """
+        todo, until = dict(asked), 0.0
+        while todo:
+            gone = {}
+            for node, answer in self._ask_once(todo, seconds=seconds):
+                if isinstance(answer, Failure) and answer.gone:
+                    gone[node] = answer
+                else:
+                    yield node, answer
+            if not gone:
+                return
+            until = until or self._a_while()
+            time.sleep(min(self.post.slowest, 0.5))
+            while set(gone) - set(self.post.nodes()) and not self.trusted and time.monotonic() < until:
+                time.sleep(min(self.post.slowest, 0.5))
+            again = not self.trusted and time.monotonic() < until
+            todo = {node: asked[node] for node in gone if again and node in self.post.nodes()}
+            yield from ((node, answer) for node, answer in gone.items() if node not in todo)
+
+    def _ask_once(self, asked: Mapping[int, _Ask], *, seconds: float | None) -> Iterator[tuple[int, Note | Failure]]:
         waiting = {}
         for node, (kind, head, body) in asked.items():
             sent = self._to(node, kind, head, body, seconds=seconds)
@@ -339,6 +463,7 @@ class FlowerEngine:
             yield waiting.pop(sent), answer
         for node in waiting.values():
             yield node, Failure(f"it has not answered within {seconds:g} s")
+        self.post.forget(list(waiting))
 
     def _ask_clients(
         self, clients: Sequence[str], kind: str, head: dict[str, Any], offer: OfferOf
@@ -356,6 +481,12 @@ class FlowerEngine:
         for node, answer in self._ask(asked, seconds=self.patience):
             yield names[node], answer
 
+    @property
+    def _metric(self) -> str:
+        from fedgrove.prepare import task_of
+
+        return task_of(self.job).metric
+
     def _rank(self, member: Member) -> int:
         """The rank of a client that joins late: the job's word for its name, else the global one; at most its own."""
         ranks = self.job.federation.ranks
@@ -371,6 +502,6 @@ class FlowerEngine:
         self._refused[node] = (time.monotonic(), reason)
 
 
-def _measures(found: Mapping[str, Any]) -> bool:
-    """Whether a client's measures are numbers, or None where it has none."""
-    return all(value is None or isinstance(value, float | int) for value in found.values())
+def _left(until: float | None) -> float | None:
+    """Seconds until then."""
+    return None if until is None else max(0.0, until - time.monotonic())

@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,7 @@ class Server:
     file: ServerFile
     say: Say = print
     nodes: dict[str, int] = field(default_factory=dict)  # site -> Flower's number of its node
+    superlink: subprocess.Popen[bytes] | None = None  # while open
 
     @contextmanager
     def open(self) -> Iterator[ControlHttpClient]:
@@ -72,6 +73,7 @@ class Server:
             log = stack.enter_context((self.folder / "superlink.log").open("ab"))
             superlink = launch.start(_superlink(inside, port), home=home, log=log, cwd=self.folder)
             stack.callback(launch.stop, superlink)
+            self.superlink = superlink
             control = stack.enter_context(_control(f"127.0.0.1:{port}", inside / "ca.crt"))
             self._wait(control, superlink)
             self._register(control)
@@ -84,7 +86,7 @@ class Server:
 
     def run(self, control: ControlHttpClient, job: Path, out: Path, *, resume: bool) -> str:
         """One run, its log line by line; the answer is how it ended: "completed", "failed" or "stopped"."""
-        from flwr.common.config import parse_config_args
+        import httpx
         from flwr.common.serde import fab_to_proto, user_config_to_proto
         from flwr.proto.control_pb2 import StartRunRequest, StopRunRequest
         from flwr.supercore.fab import Fab
@@ -92,18 +94,15 @@ class Server:
         content, digest = bundle()
         nodes = ",".join(f"{number}={name}" for name, number in self.nodes.items())
         settings: dict[str, Any] = {"job": str(job), "out": str(out), "resume": resume, "nodes": nodes}
-        config = parse_config_args([" ".join(f"{key}={value_text(value)}" for key, value in settings.items())])
-        started = control.StartRun(
-            StartRunRequest(
-                fab=fab_to_proto(Fab(digest, content, {})), override_config=user_config_to_proto(config), federation=""
-            )
-        )
+        fab, config = fab_to_proto(Fab(digest, content, {})), user_config_to_proto(settings)
+        started = control.StartRun(StartRunRequest(fab=fab, override_config=config, federation=""))
         if not started.HasField("run_id"):
             raise DeployError(f"The SuperLink did not start the run; its log is {self.folder / 'superlink.log'}.")
         try:
             return self._follow(control, started.run_id)
         except KeyboardInterrupt:
-            control.StopRun(StopRunRequest(run_id=started.run_id))
+            with suppress(httpx.HTTPError):
+                control.StopRun(StopRunRequest(run_id=started.run_id))
             raise
 
     def _follow(self, control: ControlHttpClient, run: int) -> str:
@@ -119,7 +118,15 @@ class Server:
                     after = max(after, part.latest_timestamp)
             except httpx.HTTPError:
                 pass  # a long silence ends the stream; the run goes on
-            status = control.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
+            try:
+                status = control.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
+            except (httpx.HTTPError, KeyError) as error:
+                if self.superlink is not None and self.superlink.poll() is None:
+                    time.sleep(0.5)
+                    continue
+                raise DeployError(
+                    f"The SuperLink ended in mid-run (its log is {self.folder / 'superlink.log'}); go on with --resume."
+                ) from error
             if status.status == "finished":
                 return str(status.sub_status)
             time.sleep(0.5)

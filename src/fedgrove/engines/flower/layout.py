@@ -18,6 +18,7 @@ from fedgrove.engines.flower.certificates import (
     new_server,
     write_private,
 )
+from fedgrove.engines.flower.site import COLUMNS, model_of
 from fedgrove.engines.flower.site import FILE as SITE_FILE
 from fedgrove.job.sections import Section, Text
 from fedgrove.job.toml import parse_toml, value_text
@@ -159,13 +160,18 @@ max_request_mb = 32
 
 def site_text(plan: Plan, name: str, job: object | None) -> str:
     """A site file to be gone through by the site: it allows what the job asks, and nothing more."""
+    from fedgrove.federation.tasks import task_class
     from fedgrove.job import Job
 
     chosen = job if isinstance(job, Job) else Job.default()
     resolved = chosen.resolved()
-    model, rank = chosen.model.name, resolved.lora.rank or 1
+    rank = resolved.lora.rank or 1
     targets = ["auto"] if chosen.lora.targets == "auto" else list(chosen.lora.targets)
     steps = chosen.train.local_steps or 200
+    read = task_class(chosen.data).columns(chosen.data)
+    named = {key: getattr(chosen.data, key, None) for key in COLUMNS}
+    pairs = [f"{key} = {value_text(value)}" for key, value in named.items() if value in read]
+    columns = f"{{ {', '.join(pairs)} }}" if pairs else "{}"
     head = chosen.federation.head == "shared" or chosen.federation.newcomer_head is True
     host = f"[{plan.host}]" if ":" in plan.host else plan.host
     return f"""# The word of the site {name}: its data, its budget, and what it allows. Every key: docs/deploy.md.
@@ -175,7 +181,7 @@ server = {value_text(f"{host}:{plan.port}")}
 
 [data]
 path = "data.csv"   # jsonl, csv or parquet; from this folder; it never leaves
-columns = {{}}   # where they have other names than in the job: {{ text = "note", label = "code" }}
+columns = {columns}   # by the job's key; no other column is read
 
 [budget]
 rank = {rank}
@@ -183,7 +189,7 @@ rank = {rank}
 # device = "cpu"
 
 [allow]
-models = {{ {value_text(model)} = {value_text(model)} }}   # name in the job = where it is here
+models = {{ {value_text(model_of(chosen))} = {value_text(chosen.model.name)} }}   # name in the job = where it is here
 methods = {value_text([chosen.method.name])}
 targets = {value_text(targets)}
 max_rank = {rank}

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fedgrove.tracking.callback import Callback
 
 Lend = Callable[[int, "Job"], AbstractContextManager[Grid]]  # (nodes, job) -> their grid
+OTHERS = 30.0  # seconds that a run which could begin waits for others who are about to say who they are
 MARK = "flower.json"  # in the run's directory: the key under which clients keep their stores
 
 
@@ -153,7 +154,7 @@ def meet(engine: FlowerEngine, everyone: Sequence[ClientInfo], watch: Callback) 
     reasons: list[str] = []
     engine.told = lambda round, client, what, reason: reasons.append(reason)
     settled(engine.post, len(everyone))
-    engine.introduce()
+    engine.introduce(wait=True)
     missing = [info.name for info in everyone if info.name not in engine.members]
     if missing or reasons:
         raise RunError(
@@ -177,7 +178,7 @@ def between_sites(
     key, known = continued(directory, resume=resume)
     job = deployable(prepare.machine_choices(job.resolved()))
     torch.set_num_threads(int(job.train.threads))
-    engine = FlowerEngine(Post(grid), key, job, names=names)
+    engine = FlowerEngine(Post(grid, again=True), key, job, names=names)
     engine.told = telling(directory, watch)
     members = gather(engine, job.federation.min_clients, watch, among=set(known) if known else None)
     clients = known or ranked(job, members)
@@ -188,6 +189,7 @@ def between_sites(
     half = Half.of(job, clients, held_out)
     engine.infos.update({**clients, **held_out})
     engine.settle(half.method, half.head, list(held_out))
+    engine.never, engine.newcomer = _named_held_out(job), lambda info: held_out.update({info.name: info})
     rows = [member.row for member in sorted(members, key=lambda member: member.name)]
     roster = Roster(tuple(job.data.labels or ()), rows, {"name": "the sites' own data"})
     with marked(directory, key):
@@ -219,13 +221,15 @@ def settled(post: Post, nodes: int, seconds: float = 30.0) -> None:
 
 
 def gather(engine: FlowerEngine, least: int, watch: Callback, among: set[str] | None = None) -> list[Member]:
-    """Wait for ``least`` clients (``among``: of these names) to say hello."""
-    said = None
+    """Wait for ``least`` clients (``among``: of these names) to say hello, and a little for others."""
+    said, until = None, float("inf")
     while True:
         engine.introduce()
         here = [member for name, member in engine.members.items() if among is None or name in among]
         if len(here) >= least:
-            return list(engine.members.values())
+            until = min(until, time.monotonic() + OTHERS)
+            if not engine.greeting or time.monotonic() >= until:
+                return list(engine.members.values())
         if said != len(here):
             said = len(here)
             watch.phase(f"waiting for sites: {said} of {least} are here")

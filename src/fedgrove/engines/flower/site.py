@@ -6,6 +6,7 @@ does not allow, reads the site's own data, validates what comes and logs what co
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from fedgrove.engines.flower import validate
+from fedgrove.engines import validate
 from fedgrove.engines.flower.audit import AuditLog
 from fedgrove.engines.flower.certificates import DeployError, address
 from fedgrove.errors import FedgroveError
@@ -71,8 +72,8 @@ class DataPart(Section):
     path: Text = Field(description="The table (jsonl, csv, parquet), from this folder.")
     columns: dict[str, str] = Field(
         {},
-        description="Columns that have another name here than in the job, by the job's key of [data], such as "
-        '{ text = "note", label = "code" }.',
+        description="The columns that may be read, by the job's key of [data], such as "
+        '{ text = "note", label = "code" }. Empty: those that the job names.',
     )
 
     @field_validator("columns")
@@ -97,8 +98,8 @@ class AllowPart(Section):
 
     models: dict[str, str] = Field(
         min_length=1,
-        description="Base models by the name that jobs give, each with where it is here: a folder, or the same name "
-        'again (embedded, or of the hub), such as { minilm = "minilm" }.',
+        description="Base models by the name that jobs give (NAME@REVISION where they give one), each with where it is "
+        'here: a folder, or the same name again (embedded, or of the hub), such as { minilm = "minilm" }.',
     )
     methods: Texts = Field(description='Names of methods, or "*" for any (`fedgrove methods`).')
     targets: Texts = Field(("auto",), description='Values that lora.targets may have; "*" allows any layer.')
@@ -156,20 +157,21 @@ class SitePlace:
         self.name = file.site.name
         self.audit = AuditLog(folder / "audit.jsonl")
         self.sites: Mapping[str, Site] | None = None
+        self._round: Any = None  # of the message that is being answered
 
     # ------------------------------------------------------------------ what it allows
     def admit(self, job: Job) -> Job:
         """The job as this site runs it: its own model folder, data, threads and device. Raises ``SiteRefusal``."""
         from fedgrove.federation.tasks import task_class
 
-        allow, model = self.file.allow, job.model.name
+        allow = self.file.allow
         resolved = job.resolved()
         rank = resolved.lora.rank or 1
         targets = ["auto"] if job.lora.targets == "auto" else list(job.lora.targets)
         if allow.jobs and job_digest(job) not in allow.jobs:
             self._refuse(f"the job {job_digest(job)[:12]}… is not among the jobs of allow.jobs")
-        if model not in self.file.allow.models:
-            self._refuse(f"the base model {model!r} is not allowed here; allowed are {_listed(self.file.allow.models)}")
+        if model_of(job) not in allow.models:
+            self._refuse(f"the base model {model_of(job)!r} is not allowed here; allowed are {_listed(allow.models)}")
         if not _allowed(job.method.name, allow.methods):
             self._refuse(f"the method {job.method.name!r} is not allowed here; allowed are {_listed(allow.methods)}")
         for target in targets:
@@ -190,7 +192,12 @@ class SitePlace:
             self._refuse("the job sends the classifier's head to the server, which is not allowed here (share_head)")
         if task_class(job.data).classifies and not job.data.labels:
             self._refuse("the job does not name the classes; set data.labels, which all sites must agree on")
-        return self._own(job)
+        own = self._own(job)
+        named = set(self.file.data.columns.values())
+        for column in task_class(own.data).columns(own.data) if named else ():
+            if column not in named:
+                self._refuse(f"the job reads the column {column!r}; data.columns names only {_listed(sorted(named))}")
+        return own
 
     def rank(self, job: Job) -> int | None:
         """The site's budget: the largest rank that it trains."""
@@ -203,7 +210,7 @@ class SitePlace:
             train["threads"] = budget.threads
         if budget.device is not None:
             train["device"] = budget.device
-        model = {"name": self.file.allow.models[job.model.name]}
+        model = {"name": self.file.allow.models[model_of(job)]}
         return job.replace(model=model, data=self.file.data.columns, train=train)
 
     # ------------------------------------------------------------------ its data
@@ -212,8 +219,6 @@ class SitePlace:
 
     def client(self, job: Job) -> Client:
         """The site's rows, split as ``silos`` of the same names would be. ``job`` as ``admit`` returned it."""
-        import math
-
         from fedgrove.federation.federation import Client
         from fedgrove.federation.sources import rows_of
         from fedgrove.federation.split import split
@@ -250,6 +255,7 @@ class SitePlace:
     def received(self, note: Any, blob: bytes) -> None:
         """Log a decoded message and validate it before it touches anything. Raises ``SiteRefusal``."""
         fault = self._fault(note, blob)
+        self._round = note.head.get("round")
         self._log(note, blob, "received", f"refused: {fault}" if fault else "")
         if fault:
             self._refuse(f"the message {note.kind!r} was not used, because {fault}")
@@ -262,7 +268,8 @@ class SitePlace:
         too_large = validate.size_fault(blob, self._limit())
         self._log(note, blob, "sent", f"not sent: {too_large}" if too_large else str(note.head.get("sentence", "")))
         if note.kind == "finish" and isinstance(row := note.head.get("row"), Mapping):
-            write_json(self.folder / "runs" / str(note.head["run"]) / "measures.json", dict(row))
+            kept = {key: value if value is None or math.isfinite(value) else None for key, value in row.items()}
+            write_json(self.folder / "runs" / str(note.head["run"]) / "measures.json", kept)
         if too_large:
             self._refuse(f"its answer to {note.kind!r} was not sent, because {too_large}")
 
@@ -272,7 +279,7 @@ class SitePlace:
         run = note.head.get("run")
         if not (isinstance(run, str) and RUN.fullmatch(run)):  # it becomes a folder's name
             return "it does not name its run with letters and digits"
-        if note.kind == "hello" and (fault := self._version_fault(str(note.head.get("version", "")))):
+        if note.kind in ("hello", "open") and (fault := self._version_fault(str(note.head.get("version", "")))):
             return fault
         return validate.offer_fault(note.body, sites=self.sites)
 
@@ -297,11 +304,12 @@ class SitePlace:
         return int(self.file.allow.max_message_mb * MEGABYTE)
 
     def _log(self, note: Any, blob: bytes, direction: Any, remark: str) -> None:
-        where = f" of round {number}" if (number := note.head.get("round")) else ""
+        number = note.head.get("round", self._round)
+        where = f" of round {number}" if number else ""
         _logger.info("%s %s%s, %s bytes%s", direction, note.kind, where, f"{len(blob):,}", remark and f": {remark}")
         self.audit.write(
             run=str(note.head.get("run", ""))[:64],
-            round=number if isinstance(number := note.head.get("round"), int) else 0,
+            round=number if isinstance(number, int) else 0,
             direction=direction,
             kind=note.kind,
             blob=blob,
@@ -317,6 +325,11 @@ def open_place(path: str) -> SitePlace:
     """The site whose folder is ``path``. Raises ``FedgroveError``."""
     folder = Path(path).expanduser()
     return SitePlace(folder, SiteFile.load(folder / FILE))
+
+
+def model_of(job: Job) -> str:
+    """The base model as a site's ``allow.models`` names it. Another revision of a hub's model is another model."""
+    return job.model.name if job.model.revision is None else f"{job.model.name}@{job.model.revision}"
 
 
 def job_digest(job: Job) -> str:

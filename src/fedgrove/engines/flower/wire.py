@@ -10,6 +10,7 @@ and 200 for the message: 1 % of a rank-8 adapter of a small encoder.
 ``evaluate``  an offer -> the personal model's measures on one split
 ``probe``     a newcomer's offer -> what its probe found
 ``finish``    an offer -> the client's adapter stays with the client; measures go up
+``here``      nothing -> nothing: the client is there, and done with what it was sent before
 ``error``     the answer to any of them: a sentence, and where it came from
 """
 
@@ -23,7 +24,7 @@ from fedgrove.errors import AdapterError
 from fedgrove.tree import Tree, pack, unpack
 from fedgrove.wire.compress import Compression, expand, squeeze
 
-KINDS = ("hello", "open", "train", "evaluate", "probe", "finish")
+KINDS = ("hello", "open", "train", "evaluate", "probe", "finish", "here")
 
 
 @dataclass(frozen=True, eq=False)

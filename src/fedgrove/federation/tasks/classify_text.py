@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -76,9 +77,9 @@ class ClassifyText(Classifier):
         examples: list[Example] = []
         for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True), start=1):
             ids = tokens["input_ids"]
-            example: Example = {"input_ids": list(ids)}
+            example: Example = {"input_ids": array("i", ids)}  # a ninth of a list's memory
             if "pair" in row and "token_type_ids" in tokens:  # only then does BERT's second kind of token occur
-                example["token_type_ids"] = list(tokens["token_type_ids"])
+                example["token_type_ids"] = array("i", tokens["token_type_ids"])
             if "label" in row:
                 if row["label"] not in numbers:
                     known = ", ".join(map(repr, self.labels))

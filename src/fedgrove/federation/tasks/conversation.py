@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedgrove.errors import DataError
-from fedgrove.federation.readers import Place, text_of
+from fedgrove.federation.readers import Place, text_of, whole
 
 ROLES = ("system", "user", "assistant")
 
@@ -47,7 +47,7 @@ def conversation(value: Any, column: str, place: Place) -> list[dict[str, str]]:
             raise wrong(f"has a system message at place {number}; it can only be the first")
         if not isinstance(content, str) or not content.strip():
             raise wrong(f"has a message {number} whose content is empty or no text")
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": whole(content, column, place)})
     if not messages or messages[-1]["role"] != "assistant":
         end = f"a message of the {messages[-1]['role']}" if messages else "nothing"
         raise wrong(f"ends in {end}; the last message must be the assistant's, because it is what is learnt")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors, Site
+from fedgrove.adapters.private import is_private
 from fedgrove.tree import leaves, numbers
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ DTYPES = (torch.float32, torch.float64)
 MOST_LEAVES = 200_000  # tensors and plain values of one message
 LARGEST = 1e6  # no factor, head or router that trains comes near it; one that large would drown everybody else's
 LONGEST_TEXT = 200  # of a plain text in an update; methods send words such as "root"
+MOST = 10**12  # of any count that a client tells
 EXPERTS = 64  # rows of a router: groups that a method can have at one layer
 
 Sites = Mapping[str, Site]
@@ -113,6 +115,78 @@ def _try(aggregate: Callable[[Sequence[Update]], Any], updates: Sequence[Update]
     return state, None
 
 
+# ------------------------------------------------------------------------ plain figures
+def row_fault(row: Any, rank: Any, labels: Sequence[str], *, strict: bool = True) -> str | None:
+    """A clause on what is wrong with how a client describes itself, or None.
+
+    Its number of examples becomes a weight, its name a key, and all of it a line of ``federation.json``. ``strict``:
+    nothing but what a site may tell.
+    """
+    from fedgrove.federation.sources import NAME
+
+    if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
+        return "it does not say who it is"
+    if not NAME.fullmatch(row["name"]):
+        return "its name has other letters than a site's"
+    if not _count(row.get("train")) or row["train"] < 1:
+        return f"it says that it has {str(row.get('train'))[:20]} examples to train on"
+    if rank is not None and (not _count(rank) or rank < 1):
+        return f"it affords the rank {str(rank)[:20]}"
+    if not strict:
+        return None
+    counts = row.get("labels", {})
+    if not isinstance(counts, Mapping) or not set(counts) <= set(labels) or not all(map(_count, counts.values())):
+        return "its labels are not those of the job with a number for each"
+    for key, value in row.items():
+        if key in ("name", "labels"):
+            continue
+        if key in ("train", "test", "validation"):
+            fine = _count(value)
+        elif key in ("group", "held_out"):
+            fine = value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) <= LONGEST_TEXT)
+        else:
+            fine = len(key) <= LONGEST_TEXT and _number(value)
+        if not fine:
+            return f"{key[:LONGEST_TEXT]!r} of its description is none"
+    return None
+
+
+def measures_fault(found: Any, *, needed: set[str], known: set[str] | None = None) -> str | None:
+    """A clause on what is wrong with a client's measures, or None. ``needed``: must be there; ``known``: may be there.
+
+    None, and NaN for what could not be measured, pass in place of a number where ``known`` says which keys there are.
+    """
+    if not isinstance(found, Mapping) or not needed <= set(found):
+        return f"they have no {', '.join(sorted(needed - set(found if isinstance(found, Mapping) else ())))}"
+    for key, value in found.items():
+        if known is not None and key not in known:
+            return f"{key[:LONGEST_TEXT]!r} is no measure"
+        if known is None and (key in ("round", "client", "split") or not key.isidentifier() or len(key) > 40):
+            return f"{key[:LONGEST_TEXT]!r} is no measure"
+        if not (_number(value) or (value is None and known is not None)):
+            return f"{key} is no number"
+    return f"they are {len(found)}" if len(found) > 20 else None
+
+
+def figures_fault(**figures: Any) -> str | None:
+    """A clause on the first figure that is no number from 0 to ``MOST``, or None."""
+    for name, value in figures.items():
+        if not _number(value) or not 0 <= value <= MOST:
+            return f"{name} is no usable number"
+    return None
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
+
+
+def _number(value: Any) -> bool:
+    """A number that can be written down: no truth value, and no integer that is too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        return False
+    return isinstance(value, float) or abs(value) <= MOST
+
+
 # ------------------------------------------------------------------------ the rules
 def _fault(tree: Any, sites: Sites | None, rank: int | None) -> str | None:
     for number, (path, value, site) in enumerate(_walk(tree, sites or {}, "")):
@@ -143,6 +217,8 @@ def _value_fault(value: Any, path: str) -> str | None:
                 return wrong
         return None if math.isfinite(value.scale) else f"the scale of {path} is {value.scale}"
     if isinstance(value, Tensor):
+        if is_private(value):
+            return f"{path} is marked as private to a client"
         if value.dtype.is_floating_point:
             if value.dtype not in DTYPES:
                 return f"{path} is {_dtype(value)}, not float32"
