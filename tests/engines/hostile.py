@@ -25,7 +25,7 @@ def spoilt(self: client.Runtime, note: Note) -> Note:
     factors = adapter[site]
     done.append(int(note.head["round"]))
     match len(done):
-        case 1:
+        case n if n == 1 or n >= 8:
             factors.A[0, 0] = float("nan")
         case 2:
             adapter[site] = Factors(torch.ones(9, factors.A.shape[1]), torch.ones(factors.B.shape[0], 9), factors.scale)
@@ -42,7 +42,7 @@ def spoilt(self: client.Runtime, note: Note) -> Note:
 
 def garbled(self: client.Runtime, blob: bytes) -> bytes:
     answer = handle(self, blob)
-    return b"no message at all" if decode(blob).kind == "train" and len(done) in (4, 8) else answer
+    return b"no message at all" if decode(blob).kind == "train" and len(done) == 4 else answer
 
 
 client.Runtime._train = spoilt  # type: ignore[method-assign]

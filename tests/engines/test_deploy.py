@@ -98,8 +98,6 @@ def test_a_tampered_update_is_refused_and_the_run_is_that_of_the_others(tiny_ber
         it.start("site-1", script=Path("tests/engines/hostile.py"))
         it.finish()
         assert it.rounds() == 24
-        # The one without a layer is whole as a message, so its arrival is logged before the aggregation leaves it out.
-        assert [line["client"] for line in it.lines("train")].count("site-1") <= 1
         spoiled = [event for event in it.events() if event["client"] == "site-1"]
         reasons = " ".join(json.dumps(event, ensure_ascii=False) for event in spoiled)
         for words in (
