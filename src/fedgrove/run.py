@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fedgrove.engines.base import Absence, Arrival, Stage, not_finite
 from fedgrove.engines.local import LocalEngine
-from fedgrove.engines.validate import sift
+from fedgrove.engines.validate import refuse_loss, sift
 from fedgrove.errors import FedgroveError, JobError, RunError
 from fedgrove.finish import finish
 from fedgrove.methods.contract import ClientInfo, Update
@@ -284,7 +284,10 @@ class Loop:
 
         def combine(whole: Sequence[Update]) -> Any:
             parts = [method_part(update) for update in self.protected(number, whole, selected)]
-            return prepared.method.aggregate(self.state, number, parts)
+            state = prepared.method.aggregate(self.state, number, parts)
+            if not prepared.engine.trusted:
+                refuse_loss(self.state, state, prepared.method.setting.sites)
+            return state
 
         if prepared.engine.trusted:
             state = combine(updates)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from fedgrove.engines.validate import (
     figures_fault,
     measures_fault,
     offer_fault,
+    refuse_loss,
     row_fault,
     sift,
     size_fault,
@@ -284,3 +285,25 @@ def test_nobody_is_blamed_where_no_single_one_explains_it() -> None:
     state, out = sift(never, updates()[:3])
     assert state is None
     assert [name for name, _ in out] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("honest_first", [True, False])
+def test_an_update_without_a_layer_takes_it_from_nobody(honest_first: bool) -> None:
+    fedit = method()
+    state = fedit.begin([CLIENT])
+    whole = dict(state["global"])
+    layer = next(iter(whole))
+    given = [
+        Update("honest", 10, {"adapter": whole}),
+        Update("hostile", 10, {"adapter": {name: factors for name, factors in whole.items() if name != layer}}),
+    ]
+
+    def combine(updates: Sequence[Update]) -> Any:
+        after = fedit.aggregate(state, 1, updates)
+        refuse_loss(state, after, fedit.setting.sites)
+        return after
+
+    after, out = sift(combine, given if honest_first else given[::-1])
+    assert [name for name, _ in out] == ["hostile"]
+    assert f"would lack the layer {layer}" in out[0][1]
+    assert set(after["global"]) == set(whole)

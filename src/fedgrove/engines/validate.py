@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.private import is_private
+from fedgrove.errors import RunError
 from fedgrove.tree import leaves, numbers
 
 if TYPE_CHECKING:
@@ -72,6 +73,25 @@ def fault(
     if (found := numbers(content)) > most:
         return f"it has {found:,} numbers, where at most {most:,} have a use"
     return _fault(content, sites, rank)
+
+
+def refuse_loss(before: Any, after: Any, sites: Sites) -> None:
+    """Raises ``RunError`` where an adapted layer of the state before is nowhere in the state after.
+
+    Otherwise one update without a layer could take it from everybody: alone it aggregates well.
+    """
+    gone = sorted(_named(before, sites) - _named(after, sites))
+    if gone:
+        raise RunError(f"the next state would lack the layer {gone[0]}")
+
+
+def _named(tree: Any, sites: Sites) -> set[str]:
+    """The adapted layers that stand anywhere in a tree."""
+    if isinstance(tree, Mapping):
+        return set().union(*(_named(value, sites) for value in tree.values()), set(tree) & set(sites))
+    if isinstance(tree, list | tuple):
+        return set().union(*(_named(value, sites) for value in tree))
+    return set()
 
 
 def sift(
