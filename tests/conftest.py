@@ -12,7 +12,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from typing import Literal
 
 import pytest
+from hypothesis import settings
 from pydantic import BaseModel, ConfigDict, Field
+
+# The same examples in every run: a change breaks a test, not a draw. HYPOTHESIS_PROFILE=explore draws new ones.
+settings.register_profile("repeat", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 pytest_plugins = ["tests.fixtures"]
 

@@ -51,10 +51,14 @@ def assert_orthonormal(columns: Tensor, tolerance: float = 1e-12) -> None:
     assert float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max()) < tolerance
 
 
+#: 0, or a number whose square is none of the tiny ones that have lost their digits: the check itself takes norms
+WEIGHTS = st.floats(-2, 2).map(lambda weight: weight if abs(weight) > 1e-100 else 0.0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    clients=st.lists(st.tuples(st.integers(1, 6), st.floats(-8, 8), st.floats(-2, 2)), min_size=1, max_size=5),
+    clients=st.lists(st.tuples(st.integers(1, 6), st.floats(-8, 8), WEIGHTS), min_size=1, max_size=5),
     rank=st.integers(1, 9),
 )
 def test_product_svd_is_the_dense_svd(seed: int, clients: list[tuple[int, float, float]], rank: int) -> None:
