@@ -306,4 +306,5 @@ def test_an_update_without_a_layer_takes_it_from_nobody(honest_first: bool) -> N
     after, out = sift(combine, given if honest_first else given[::-1])
     assert [name for name, _ in out] == ["hostile"]
     assert f"would lack the layer {layer}" in out[0][1]
+    assert after is not None
     assert set(after["global"]) == set(whole)
