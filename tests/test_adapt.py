@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny import save_silos, sentences, tiny_job
+from tests.tiny import save_silos, sentences, tiny_job, without_reports
 
 from fedgrove.adapt import adapt
 from fedgrove.cli import main
@@ -22,8 +23,9 @@ METHODS = ["hilora", "fedit", "fedsa-lora", "local"]
 
 
 @pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedgrove.finish.write_report", lambda path, _: (path / "report.html").write_text("-"))
+def no_report() -> Iterator[None]:
+    with without_reports():
+        yield
 
 
 @pytest.fixture(scope="module")

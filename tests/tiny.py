@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 GOOD = ["good", "fine", "happy", "great", "bright"]
@@ -187,3 +190,16 @@ def save_exchanges(folder: Path, clients: int = 3, rows: int = 24) -> Path:
         lines = [json.dumps(row) for row in exchanges(rows + 4 * index, seed=index)]
         (folder / f"site-{index}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Runs inside draw no report: it has its own tests, and drawing is what takes the time."""
+
+    def blank(run_dir: Path, *_: Any, **__: Any) -> Path:
+        (run_dir / "report.html").write_text("left out in this test\n", encoding="utf-8")
+        return run_dir / "report.html"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedgrove.finish.write_report", blank)
+        yield

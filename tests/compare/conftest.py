@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import tiny_job
+from tests.tiny import tiny_job, without_reports
 
 from fedgrove.compare import compare
 from fedgrove.job import Job
-
-
-@contextmanager
-def without_reports() -> Iterator[None]:
-    def blank(run_dir: Path, *_: Any, **__: Any) -> Path:
-        (run_dir / "report.html").write_text("left out in this test\n", encoding="utf-8")
-        return run_dir / "report.html"
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedgrove.finish.write_report", blank)
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -109,13 +109,11 @@ class Roster(Protocol):
     def table(self) -> dict[str, Any]: ...
 
 
-class Stage(Protocol):
-    """What the round loop runs on: a job with every choice made, the server's half, and an engine."""
+class Parts(Protocol):
+    """What of a run an adapter directory tells."""
 
     @property
     def job(self) -> Job: ...
-    @property
-    def federation(self) -> Roster: ...
     @property
     def base(self) -> Base: ...
     @property
@@ -124,6 +122,13 @@ class Stage(Protocol):
     def method(self) -> Method: ...
     @property
     def head(self) -> HeadPolicy: ...
+
+
+class Stage(Parts, Protocol):
+    """What the round loop runs on: a job with every choice made, the server's half, and an engine."""
+
+    @property
+    def federation(self) -> Roster: ...
     @property
     def engine(self) -> Engine: ...
     @property
@@ -136,9 +141,15 @@ class Stage(Protocol):
     def splits(self) -> tuple[str, ...]: ...
 
 
+def infinite_at(tree: Any) -> str | None:
+    """The path of the first tensor of a tree that has an infinite number or one that is none, or None."""
+    for path, tensor in leaves(tree):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return path
+    return None
+
+
 def not_finite(content: Mapping[str, Any]) -> str | None:
     """A clause on the first part of an update that has an infinite number or one that is none, or None."""
-    for path, tensor in leaves(content):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return f"{path} of its update holds numbers that are not finite"
-    return None
+    path = infinite_at(content)
+    return None if path is None else f"{path} of its update holds numbers that are not finite"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
 from fedgrove.adapters.private import unseal
-from fedgrove.engines.base import Leaving
+from fedgrove.engines.base import Leaving, Parts
 from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
 from fedgrove.training.base_line import base_measure
@@ -22,21 +22,6 @@ if TYPE_CHECKING:
     from fedgrove.methods.contract import ClientInfo, Method
     from fedgrove.training.client import ClientHalf, Store
     from fedgrove.training.head import HeadPolicy
-
-
-class Parts(Protocol):
-    """What of a run an adapter directory tells."""
-
-    @property
-    def job(self) -> Job: ...
-    @property
-    def base(self) -> Base: ...
-    @property
-    def task(self) -> Task: ...
-    @property
-    def method(self) -> Method: ...
-    @property
-    def head(self) -> HeadPolicy: ...
 
 
 @dataclass(frozen=True, eq=False)

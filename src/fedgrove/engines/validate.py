@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.private import is_private
+from fedgrove.engines.base import infinite_at
 from fedgrove.errors import RunError
-from fedgrove.tree import leaves, numbers
+from fedgrove.tree import numbers
 
 if TYPE_CHECKING:
     from fedgrove.methods.contract import ClientInfo, Method, Update
@@ -129,9 +130,8 @@ def _try(aggregate: Callable[[Sequence[Update]], Any], updates: Sequence[Update]
         state = aggregate(updates)
     except Exception as error:
         return None, f"the server's half failed on it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    for path, tensor in leaves(state):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return None, f"the server's half made {path} infinite or not a number of it"
+    if (path := infinite_at(state)) is not None:
+        return None, f"the server's half made {path} infinite or not a number of it"
     return state, None
 
 
