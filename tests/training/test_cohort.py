@@ -137,8 +137,12 @@ def test_steps_that_do_not_fit_run_alone(base: Base, kernel: Kernel) -> None:
 
 def test_the_size_follows_the_device_the_batch_and_the_memory() -> None:
     asked = {"clients": 16, "tokens": 1000, "token_bytes": 1000, "client_bytes": 500_000, "memory": 10**9}
-    assert size_for(device="cpu", batch_size=8, **asked) == 4
-    assert size_for(device="cpu", batch_size=64, **asked) == 1
+    asked |= {"share": 0.01}
+    assert size_for(device="cpu", batch_size=16, **asked) == 8
+    assert size_for(device="cpu", batch_size=8, **asked) == 16
+    assert size_for(device="cpu", batch_size=128, **asked) == 1
+    assert size_for(device="cpu", batch_size=8, **{**asked, "share": 0.2}) == 5
+    assert size_for(device="cpu", batch_size=8, **{**asked, "share": 3.0}) == 1
     assert size_for(device="cuda", batch_size=2, **asked) == 16
     assert size_for(device="cuda", batch_size=2, **{**asked, "memory": 5 * 10**6}) == 3
     assert size_for(device="cuda", batch_size=2, **{**asked, "memory": 1}) == 1

@@ -183,7 +183,7 @@ def _run(maker: Any, arguments: dict[str, Any], columns: dict[str, list[Any]]) -
         warnings.simplefilter("ignore")
         partitioner = maker(**arguments)
         partitioner.dataset = datasets.Dataset.from_dict(columns)
-        return [list(partitioner.load_partition(i)["row"]) for i in range(partitioner.num_partitions)]
+        return [partitioner.load_partition(i)[:]["row"] for i in range(partitioner.num_partitions)]
 
 
 def _partitioner(job: Job, table: Table) -> tuple[Any, dict[str, Any]]:

@@ -239,6 +239,8 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int) -> int:
         tokens=job.train.batch_size * job.data.max_length,
         token_bytes=token,
         client_bytes=4 * setting.rank * site * base.adapter_dtype.itemsize,
+        # every member's tokens run through every member's factors: no more of them than a quarter of the base
+        share=4 * setting.rank * site / (12 * layers * base.hidden**2),
         memory=memory_for(job.train.memory, base.device),
     )
 
@@ -257,13 +259,22 @@ def memory_for(wanted: str, device: torch.device) -> int:
 
 
 def size_for(
-    *, device: str, batch_size: int, clients: int, tokens: int, token_bytes: int, client_bytes: int, memory: int
+    *,
+    device: str,
+    batch_size: int,
+    clients: int,
+    tokens: int,
+    token_bytes: int,
+    client_bytes: int,
+    share: float,
+    memory: int,
 ) -> int:
     """How many clients share a batch: as many as keep the device busy, within ``memory`` bytes.
 
     ``tokens`` of one client's batch at most, ``token_bytes`` of activations for each, ``client_bytes`` for a client's
-    adapter with gradients and optimiser state. A CPU is busy with about 32 examples, a GPU with about 256.
+    adapter with gradients and optimiser state, ``share`` what it takes of the products that all members' factors may
+    cost. A CPU is busy with about 128 examples, a GPU with about 256.
     """
-    busy = 256 if device == "cuda" else 32
+    busy = 256 if device == "cuda" else 128
     fits = memory // max(1, tokens * token_bytes + client_bytes)
-    return max(1, min(math.ceil(busy / batch_size), clients, fits))
+    return max(1, min(math.ceil(busy / batch_size), clients, fits, int(1 / share)))

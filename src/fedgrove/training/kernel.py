@@ -317,7 +317,8 @@ class Kernel:
                     cohort.enter(lives, rows, packed=False)
                 else:
                     lengths = iter(self._layout.lengths)
-                    cohort.enter(lives, [sum(islice(lengths, count)) for count in rows], packed=True)
+                    sizes = [sum(islice(lengths, count)) for count in rows]
+                    cohort.enter(lives, [*sizes[:-1], sizes[-1] + self._layout.spare], packed=True)
                 self._live = cohort
                 yield
         finally:
