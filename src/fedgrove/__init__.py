@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # default, makes training ten times slower as soon as another process wants a core; sleeping at once costs a sixth.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-# oneDNN keeps a kernel for each shape it has met: 1,024 of them are 250 MB.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
+# oneDNN keeps a kernel for each shape that it has met: so many at most.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
 
 __version__ = "0.1.0"
 __all__ = ["Job", "Result", "__version__", "load", "run"]

@@ -136,8 +136,8 @@ def test_steps_that_do_not_fit_run_alone(base: Base, kernel: Kernel) -> None:
 
 
 def test_the_size_follows_the_device_the_batch_and_the_memory() -> None:
-    asked = {"clients": 16, "tokens": 1000, "token_bytes": 1000, "client_bytes": 500_000, "memory": 10**9}
-    asked |= {"share": 0.01}
+    small = {"clients": 16, "tokens": 1000, "token_bytes": 1000, "client_bytes": 500_000, "memory": 10**9}
+    asked: dict[str, Any] = {**small, "share": 0.01}
     assert size_for(device="cpu", batch_size=16, **asked) == 8
     assert size_for(device="cpu", batch_size=8, **asked) == 16
     assert size_for(device="cpu", batch_size=128, **asked) == 1
@@ -175,7 +175,7 @@ def test_the_size_is_chosen_once_and_bounded_by_the_memory(tiny_bert: Path, silo
     def chosen(**train: Any) -> Any:
         return prepare(tiny_job(tiny_bert, silos, train={"batch_size": 8, **train})).job.train.cohort
 
-    assert chosen() == 3  # 4 batches of 8 keep a CPU busy, and there are 3 clients
-    assert chosen(batch_size=32) == 1
+    assert chosen() == 3  # 16 batches of 8 keep a CPU busy, and there are 3 clients
+    assert chosen(batch_size=128) == 1
     assert chosen(memory="1MB") == 1
     assert chosen(cohort=2) == 2

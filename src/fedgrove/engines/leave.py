@@ -59,7 +59,7 @@ def leave(
     )  # fmt: skip
     assembly = half.personal(info, offer, store)
     texts: list[dict[str, Any]] = []
-    final = kernel.evaluate(half.deployed(assembly), data["test"], texts if keep_texts else None)
+    final = half.measure(info.name, assembly, data["test"], texts if keep_texts else None)
     tuned = None
     guard = half.guard(info, store)
     told = None if guard is None else guard.report(job.privacy, info.examples)

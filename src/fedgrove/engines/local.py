@@ -111,8 +111,7 @@ class LocalEngine:
 
     def evaluate(self, clients: Sequence[str], offer: OfferOf, split: str) -> Iterator[tuple[str, dict[str, float]]]:
         for name in clients:
-            assembly = self.half.deployed(self.personal(name, self._given(offer(name))))
-            yield name, self.half.kernel.evaluate(assembly, self.data[name][split])
+            yield name, self.half.measure(name, self.personal(name, self._given(offer(name))), self.data[name][split])
 
     def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
         def through(report: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter, trained_parameters
+from fedgrove.adapters.private import unseal
 from fedgrove.federation.tasks.base import Example
 from fedgrove.methods.contract import ClientInfo, Live, Method, Step, Trained, Update
 from fedgrove.privacy.example_dp import NOTES, ExampleGuard
@@ -29,6 +32,8 @@ Ask = Callable[[Mapping[str, Any] | None], Mapping[str, Any]]  # a probe's repor
 #: ``(clock keys, assembly before, assembly after)`` of each step that trained: see ``ClientHalf.watch``.
 Watch = Callable[[tuple[object, ...], Assembly, Assembly], None]
 
+
+EXPORTED = "exported"  # the one term of a model as it is exported
 
 #: Steps to run, one after the other, each answered by what it gave; at the end all that was trained.
 Course = Generator[Work, Trained, list[Trained]]
@@ -74,6 +79,7 @@ class ClientHalf:
         self.privacy = privacy
         #: A measuring instrument (``run.noise``). It sees what is private, so only a simulation in one process sets it.
         self.watch: Watch | None = None
+        self._measured: dict[str, tuple[Sequence[Example], bytes, dict[str, float]]] = {}  # each client's last measure
 
     def train(
         self, client: ClientInfo, examples: Sequence[Example], offer: Mapping[str, Any], store: Store, round: int
@@ -176,7 +182,23 @@ class ClientHalf:
             return assembly
         head = {name: extra for name, extra in assembly.extras.items() if name.startswith(PREFIX)}
         adapter = as_one_adapter(assembly, self.kernel.base.sites)
-        return Assembly((Term("adapter", adapter, train=""),), extras=head)
+        return Assembly((Term(EXPORTED, adapter, train=""),), extras=head)
+
+    def measure(
+        self, client: str, assembly: Assembly, examples: Sequence[Example], keep: list[dict[str, Any]] | None = None
+    ) -> dict[str, float]:
+        """The task's measures of a client's model as it is exported; ``keep`` takes a language model's texts.
+
+        A run ends with the models that its last round measured: what is asked again is not computed again.
+        """
+        model = self.deployed(assembly)
+        mark = _mark(model) if self.kernel.language is None else None
+        known, told, measures = self._measured.get(client, (None, None, {}))
+        if mark is None or known is not examples or told != mark:
+            measures = self.kernel.evaluate(model, examples, keep)
+            if mark is not None:
+                self._measured[client] = (examples, mark, measures)
+        return dict(measures)
 
     def _work(
         self,
@@ -238,3 +260,17 @@ def _last(trained: Sequence[Trained]) -> Assembly:
     """The assembly with the newest head: of the last step that trained something."""
     worked = [t.assembly for t in trained if t.steps]
     return worked[-1] if worked else Assembly()
+
+
+def _mark(model: Assembly) -> bytes | None:
+    """The digest of an exported model; None where it is more than one adapter and a head."""
+    if [term.name for term in model.terms] != [EXPORTED]:
+        return None
+    tensors = [(name, extra.value) for name, extra in model.extras.items()]
+    for site, factors in model.terms[0].adapter.items():
+        tensors += [(f"{site} A {factors.scale}", factors.A), (f"{site} B", factors.B)]
+    whole = hashlib.sha256()
+    for name, value in sorted(tensors, key=lambda pair: pair[0]):
+        whole.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        whole.update(unseal(value).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return whole.digest()

@@ -135,7 +135,10 @@ class Cohort:
         if not downs:
             return output
         inner = F.linear(x, torch.cat(downs).to(x.dtype)) * self._mask(tuple(widths), x, x.dtype)
-        return (output + F.linear(inner, torch.cat(ups, 1).to(x.dtype))).to(output.dtype)
+        more = torch.addmm(
+            output.flatten(0, -2), inner.flatten(0, -2).to(output.dtype), torch.cat(ups, 1).T.to(output.dtype)
+        )
+        return more.view(output.shape)
 
     def _mask(self, widths: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
         """1 where a row (packed: a token) and a rank belong to one member."""

@@ -62,7 +62,9 @@ class Layout:
     spare: int
     slots: Tensor  # [n - spare]: the index in the padded batch, flattened, of each token
     groups: tuple[Group, ...]
-    places: Tensor  # [n]: the index of each token where the groups, padded, and the spare ones stand one after the other
+    places: (
+        Tensor  # [n]: the index of each token where the groups, padded, and the spare ones stand one after the other
+    )
     _masks: dict[bool, list[Tensor | None]] = field(default_factory=dict)
 
     @classmethod
@@ -89,13 +91,13 @@ class Layout:
     def unpack(self, packed: Tensor) -> Tensor:
         """[1, n, ...] -> [b, t, ...], zeros where there is padding."""
         shape = packed.shape[2:]
-        real = packed[0, : len(self.slots)]
+        real = packed.squeeze(0)[: len(self.slots)]
         padded = packed.new_zeros(len(self.lengths) * self.longest, *shape).index_copy(0, self.slots, real)
         return padded.view(len(self.lengths), self.longest, *shape)
 
     def apart(self, packed: Tensor) -> list[Tensor]:
         """[1, heads, n, d] -> for each group [rows, heads, longest, d], zeros where there is padding."""
-        tokens = packed[0].transpose(0, 1)
+        tokens = packed.squeeze(0).transpose(0, 1)
         sizes = [group.stop - group.start for group in self.groups]
         spread = tokens.new_zeros(sum(sizes) + self.spare, *tokens.shape[1:]).index_copy(0, self.places, tokens)
         return [

@@ -185,7 +185,7 @@ class Runtime:
         if split not in ("test", "validation"):
             raise RunError(f"A client is not measured on a split {split[:40]!r}.")
         assembly = shop.half.personal(info, note.body["offer"], self._stores(note).load(int(note.head["store"])))
-        measures = shop.half.kernel.evaluate(shop.half.deployed(assembly), data[split])
+        measures = shop.half.measure(info.name, assembly, data[split])
         return Note("evaluate", {"measures": measures})
 
     def _probe(self, note: Note) -> Note:
