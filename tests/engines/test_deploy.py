@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,30 @@ def test_a_run_between_a_server_and_two_sites_equals_the_local_engine(tiny_bert:
             if file.is_file():
                 content = file.read_bytes()
                 assert not any(text.encode() in content for text in texts), file
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": {"name": "fedit"}},
+        {"method": {"name": "fedtreelora", "tau": 0.0}, "run": {"rounds": 3}},
+        {"method": {"name": "hilora"}, "run": {"rounds": 6}},
+        {"method": {"name": "fed-plora"}, "federation": {"ranks": {"site-0": 1, "site-1": 4, "site-2": 2}}},
+    ],
+    ids=lambda changes: changes["method"]["name"],
+)
+def test_each_system_between_three_sites_equals_the_local_engine(
+    changes: dict[str, Any], tiny_bert: Path, tmp_path: Path
+) -> None:
+    """FedIT and the three systems; Fed-PLoRA with a rank of its own at each site."""
+    with Deployment(tmp_path, tiny_bert, sites=3, **{"run": {"rounds": 2}, **changes}) as it:
+        for name in (*it.names, "server"):
+            it.start(name)
+        it.finish()
+        it.same_as_local()
+        clients = json.loads((it.run / "summary.json").read_text())["clients"]
+        ranks = {name: row["rank"] for name, row in clients.items()}
+        assert changes.get("federation", {}).get("ranks", ranks) == ranks
 
 
 def test_who_is_not_known_is_refused_and_the_others_go_on(tiny_bert: Path, tmp_path: Path) -> None:
