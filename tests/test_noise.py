@@ -19,12 +19,13 @@ from torch import Tensor
 from fedgrove.adapters import Adapter, Assembly, Convex, Extra, Factors, Mix, Site, Term
 from fedgrove.adapters.algebra import concat, mean, pad, truncate
 from fedgrove.errors import RunError
+from fedgrove.loop import Loop
 from fedgrove.methods.contract import Method, Options, Setting, State, Update, WeightedOptions
 from fedgrove.methods.fed_plora import FedPLoRA, PLoRAOptions
 from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.registry import names
 from fedgrove.prepare import prepare
-from fedgrove.run import Loop, run
+from fedgrove.run import run
 from fedgrove.rundir import RunDirectory
 from fedgrove.seeds import generator
 from fedgrove.tracking.callback import Callback

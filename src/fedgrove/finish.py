@@ -15,7 +15,7 @@ from fedgrove.tracking.files import write_text
 from fedgrove.training.profile import span
 
 if TYPE_CHECKING:
-    from fedgrove.run import Loop
+    from fedgrove.loop import Loop
 
 
 _NOBODY = Leaving({}, 0, {})

@@ -15,7 +15,8 @@ from tests.tiny import tiny_job
 
 from fedgrove.engines.flower.wire import Note, decode
 from fedgrove.errors import JobError
-from fedgrove.run import TooFew, run
+from fedgrove.loop import TooFew
+from fedgrove.run import run
 from fedgrove.training.client import ClientHalf
 from fedgrove.tree import map_tensors
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny import WORDS, sentences, tiny_job
+from tests.tiny import WORDS, save_vit, sentences, tiny_job
 from torch import nn
 
 from fedgrove.errors import ModelError
@@ -113,3 +114,12 @@ def test_a_bfloat16_base_trains_and_reloads_to_its_own_measures(tiny_bert: Path,
     model = result.client("site-0").model()
     assert model.kernel.base.dtype == torch.bfloat16
     assert result.client("site-0").evaluate()["loss"] == result.summary["clients"]["site-0"]["loss"]
+
+
+def test_a_model_that_hides_patches_at_random_is_refused(tmp_path: Path) -> None:
+    save_vit(tmp_path / "mae")
+    config = json.loads((tmp_path / "mae" / "config.json").read_text())
+    config |= {"model_type": "vit_mae", "mask_ratio": 0.75}
+    (tmp_path / "mae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="hides patches at random"):
+        load_base(str(tmp_path / "mae"), task="classify-images")

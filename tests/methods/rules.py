@@ -13,10 +13,11 @@ from torch import Tensor
 
 import fedgrove as fg
 from fedgrove.adapters import Adapter, Assembly, Factors, Site, as_one_adapter
+from fedgrove.loop import Loop
 from fedgrove.methods.contract import ClientInfo, Method, Setting, Update
 from fedgrove.methods.registry import method_class
 from fedgrove.prepare import prepare
-from fedgrove.run import Loop, run
+from fedgrove.run import run
 from fedgrove.rundir import RunDirectory
 from fedgrove.seeds import generator
 from fedgrove.tracking.callback import Callback

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import sentences, tiny_job
+from tests.tiny import save_exchanges, save_llama, save_pictures, save_vit, sentences, tiny_job
 from torch import Tensor
 
 from fedgrove.adapters import Assembly, Convex, Extra, Factors, Term, Weighted, fresh
 from fedgrove.federation.tasks.classify_text import ClassifyText
-from fedgrove.interop.models import Base, load_base
+from fedgrove.interop.models import Base, load_base, load_config
+from fedgrove.job import Job
 from fedgrove.methods.contract import Live, Step
 from fedgrove.prepare import prepare
 from fedgrove.run import run
@@ -179,3 +180,23 @@ def test_the_size_is_chosen_once_and_bounded_by_the_memory(tiny_bert: Path, silo
     assert chosen(batch_size=128) == 1
     assert chosen(memory="1MB") == 1
     assert chosen(cohort=2) == 2
+
+
+def test_the_memory_of_images_is_that_of_their_patches_and_of_a_language_model_that_of_its_logits(
+    tmp_path: Path,
+) -> None:
+    def chosen(model: Path, path: Path, memory: str, *settings: str) -> Any:
+        own = [f"model.name={model}", "data.source=silos", f"data.path={path}", "lora.rank=4", "train.batch_size=2"]
+        job = Job().override([*own, "train.dtype=float32", f"train.memory={memory}", *settings])
+        return prepare(job).job.train.cohort
+
+    images = save_vit(tmp_path / "vit"), save_pictures(tmp_path / "pictures")
+    assert chosen(*images, "0.6MB", "data.task=classify-images") == 3, "17 tokens, not the 128 of a text"
+    assert chosen(*images, "0.3MB", "data.task=classify-images") == 1
+    texts = save_llama(tmp_path / "llama"), save_exchanges(tmp_path / "exchanges")
+    task = "data.task=generate", "data.max_length=64"
+    vocabulary = load_config(str(texts[0])).vocab_size
+    activations = 2 * 64 * 2 * (16 * 32 + 2 * 4 * 64) * 4
+    logits = 2 * 64 * 12 * vocabulary
+    assert chosen(*texts, f"{3 * (activations + logits) / 1e6 + 1:.3f}MB", *task) == 3
+    assert chosen(*texts, f"{3 * activations / 1e6:.3f}MB", *task) < 3, "without room for the logits"

@@ -128,6 +128,11 @@ def load_base(
     config = load_config(name, revision)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model.name: '{name}' is an encoder-decoder; Fedgrove adapts encoders and decoders.")
+    if getattr(config, "mask_ratio", 0):
+        raise ModelError(
+            f"model.name: '{name}' hides patches at random in every pass (mask_ratio = {config.mask_ratio}), so no two "
+            "measures agree; choose another model, or a copy whose config.json has mask_ratio 0."
+        )
     if head == "lm":
         _check_decoder(name, config)
         config.use_cache = False  # a cache is of use in generation alone, which asks for one

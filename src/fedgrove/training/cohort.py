@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -232,20 +232,29 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int) -> int:
     heads = getattr(config, "num_attention_heads", 1)
     if not isinstance(heads, int):  # one for each stage (Swin): its windows of a batch are not rows of the batch
         return 1
+    longest = _patches(config) or job.data.max_length
     # kept for the backward pass at each layer: about 16 vectors of the hidden size, and scores and weights of attention
-    token = layers * (16 * base.hidden + 2 * heads * job.data.max_length) * base.dtype.itemsize
+    token = layers * (16 * base.hidden + 2 * heads * longest) * base.dtype.itemsize
+    if base.head == "lm":  # logits, their softmax and its gradient, in float32
+        token += 3 * 4 * int(config.vocab_size)
     site = sum(site.in_features + site.out_features for site in base.sites.values())
     return size_for(
         device=base.device.type,
         batch_size=job.train.batch_size,
         clients=clients,
-        tokens=job.train.batch_size * job.data.max_length,
+        tokens=job.train.batch_size * longest,
         token_bytes=token,
         client_bytes=4 * setting.rank * site * base.adapter_dtype.itemsize,
         # every member's tokens run through every member's factors: no more of them than a quarter of the base
         share=4 * setting.rank * site / (12 * layers * base.hidden**2),
         memory=memory_for(job.train.memory, base.device),
     )
+
+
+def _patches(config: Any) -> int | None:
+    """How many tokens an image is to a vision transformer, its class token among them."""
+    side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return (side // patch) ** 2 + 1 if isinstance(side, int) and isinstance(patch, int) else None
 
 
 def memory_for(wanted: str, device: torch.device) -> int:
