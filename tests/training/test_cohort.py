@@ -12,7 +12,7 @@ import torch
 from tests.tiny import save_exchanges, save_llama, save_pictures, save_vit, sentences, tiny_job
 from torch import Tensor
 
-from fedgrove.adapters import Assembly, Convex, Extra, Factors, Term, Weighted, fresh
+from fedgrove.adapters import Adapter, Assembly, Convex, Extra, Factors, Term, Weighted, fresh
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.interop.models import Base, load_base, load_config
 from fedgrove.job import Job
@@ -20,8 +20,9 @@ from fedgrove.methods.contract import Live, Step
 from fedgrove.prepare import prepare
 from fedgrove.run import run
 from fedgrove.seeds import generator
-from fedgrove.training.cohort import Work, joins, size_for, train_together
+from fedgrove.training.cohort import Cohort, Work, joins, size_for, train_together
 from fedgrove.training.kernel import Clock, Kernel, TrainOptions
+from fedgrove.training.live import LiveAssembly
 
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
 
@@ -43,13 +44,16 @@ def penalty(live: Live) -> Tensor:
     return 0.01 * sum((f.A**2).sum() for f in live.terms["own"].values())  # type: ignore[return-value]
 
 
-def work(base: Base, draw: random.Random, number: int, delta: bool = False) -> Work:
-    """A client with its own rank, data, terms, mix and share of the round, and with a ``base_delta`` where asked."""
+def work(base: Base, draw: random.Random, number: int, delta: bool = False, common: Adapter | None = None) -> Work:
+    """A client with its own rank, data, terms, mix and share of the round, and with a ``base_delta`` where asked.
+
+    ``common``: a frozen term that is the same object for several clients.
+    """
     values = TASK.new_head(base.hidden, generator(number, "head"))
     extras = {f"head.{n}": Extra(v.double()) for n, v in values.items()}
     own = Term("own", adapter(base, draw.choice([1, 2, 5]), number), train=draw.choice(["AB", "B", "A"]))
     terms, mix = [own], draw.choice(["sum", "weighted", "convex", "unit", "diagonal"])
-    options: dict[str, Any] = {"base_delta": adapter(base, 3, number + 80)} if delta else {}
+    options: dict[str, Any] = {"base_delta": adapter(base, draw.choice([3, 20]), number + 80)} if delta else {}
     if mix in ("weighted", "convex"):
         terms.append(Term("other", adapter(base, 2, number + 50), train="", lr=0.5))
         options["mix"] = Weighted({"other": 0.4}) if mix == "weighted" else Convex("own", "other")
@@ -60,6 +64,8 @@ def work(base: Base, draw: random.Random, number: int, delta: bool = False) -> W
         ranks = {name: f.rank for name, f in own.adapter.items()}
         diagonal = {name: torch.linspace(0.5, 1.5, rank, dtype=torch.float64) for name, rank in ranks.items()}
         terms = [Term("own", own.adapter, train="ABD", diagonal=diagonal, unit=mix == "unit")]
+    if common is not None:
+        terms.append(Term("common", common, train=""))
     step = Step(
         Assembly(tuple(terms), extras=extras, **options),
         penalty=penalty if draw.random() < 0.3 else None,
@@ -93,7 +99,11 @@ def test_together_is_as_alone(base: Base, kernel: Kernel, deltas: bool, packs: b
     draw = random.Random(f"{deltas}{packs}")
     for trial in range(5):
         count = draw.randint(2, 4)
-        works = [work(base, draw, 10 * trial + number, deltas and number != 1) for number in range(count)]
+        common = adapter(base, 2, trial + 200) if trial % 2 else None
+        works = [
+            work(base, draw, 10 * trial + number, deltas and number != 1, common if number != 1 else None)
+            for number in range(count)
+        ]
         together = train_together(kernel, works)
         for each, ours in zip(works, together, strict=True):
             alone = kernel.train(each.step, each.examples, each.clock)
@@ -134,6 +144,30 @@ def test_steps_that_do_not_fit_run_alone(base: Base, kernel: Kernel) -> None:
     alone = kernel.train(odd.step, odd.examples, odd.clock)
     for ours, theirs in zip(tensors(done[0].assembly), tensors(alone.assembly), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kernel", SETTINGS[:1], indirect=True, ids=["clip"])
+def test_frozen_factors_in_common_are_multiplied_once(base: Base, kernel: Kernel) -> None:
+    shared, twin = adapter(base, 3, 1), adapter(base, 3, 1)
+    terms = [
+        (Term("root", shared, train=""), Term("own", adapter(base, 2, 5))),
+        (Term("root", twin, train=""), Term("own", adapter(base, 2, 6))),  # equal numbers, but of its own
+        (Term("root", shared, train=""), Term("own", adapter(base, 1, 7))),
+        (Term("root", shared),),  # it trains there
+    ]
+    lives = [
+        LiveAssembly(Assembly(each), device=torch.device("cpu"), dtype=torch.float64, train=True) for each in terms
+    ]
+    site = next(iter(base.sites.values()))
+    x = torch.randn(7, 4, site.in_features, dtype=torch.float64, generator=generator(0, "x"))
+    output = torch.zeros(7, 4, site.out_features, dtype=torch.float64)
+    cohort = Cohort()
+    cohort.enter(lives, [2, 1, 3, 1], packed=False)
+    found = cohort.add(site, x, output)
+    (blocks,) = cohort._masks
+    assert sorted(blocks) == sorted([(3, (0, 2)), (2, (0,)), (3, (1,)), (2, (1,)), (1, (2,)), (3, (3,))])
+    parts = zip(lives, x.split([2, 1, 3, 1]), output.split([2, 1, 3, 1]), strict=True)
+    assert torch.allclose(found, torch.cat([live.add(site, own, out) for live, own, out in parts]), atol=1e-12)
 
 
 def test_the_size_follows_the_device_the_batch_and_the_memory() -> None:

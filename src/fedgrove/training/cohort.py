@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from fedgrove.adapters.adapter import Site
 from fedgrove.adapters.assembly import Assembly, trained_parameters
+from fedgrove.adapters.private import unseal
 from fedgrove.federation.tasks.generate import Generate
 from fedgrove.methods.contract import Step, Trained
 from fedgrove.seeds import generator
@@ -90,8 +91,10 @@ class Cohort:
     """Stands where a ``LiveAssembly`` stands in the kernel's hooks: each member's terms on its part of the batch.
 
     All members' factors stand side by side in two large products, between which what belongs to others is set to zero:
-    a few calls instead of a few for each member, and ranks may differ. They run in the base's precision, as under
-    autocast; the masters that the optimiser moves keep theirs. Members with a ``base_delta`` run part after part.
+    a few calls instead of a few for each member, and ranks may differ. Frozen factors that several members have in
+    common (an earlier tier, an update of the base) stand there once. They run in the base's precision, as under
+    autocast; the masters that the optimiser moves keep theirs. Members run part after part where the ``base_delta`` of
+    one has become a dense matrix.
     """
 
     def __init__(self) -> None:
@@ -100,7 +103,7 @@ class Cohort:
         self.sizes: list[int] = []
         self._x: Tensor | None = None
         self._parts: Sequence[Tensor] = ()
-        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._masks: dict[tuple[tuple[int, tuple[int, ...]], ...], Tensor] = {}
         self._packed = False
 
     def enter(self, lives: Sequence[LiveAssembly], sizes: Sequence[int], *, packed: bool) -> None:
@@ -110,7 +113,7 @@ class Cohort:
 
     def add(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
         """The site's output with every member's terms added to its part."""
-        if all(live.delta is None for live in self.lives):
+        if not any(live.delta is not None and site.name in live.delta.dense for live in self.lives):
             return self._add_masked(site, x, output)
         axis = 1 if self._packed else 0
         if x is not self._x:
@@ -119,36 +122,61 @@ class Cohort:
         return torch.cat([live.add(site, own, out) for live, own, out in parts], axis)
 
     def _add_masked(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
-        downs: list[Tensor] = []
-        ups: list[Tensor] = []
-        widths = []
-        for live in self.lives:
-            found = live.weighed(site, x)
-            for term, weight in found:
-                A, B = term.factors(site.name)
-                factor = term.adapter[site.name].scale * weight
-                if site.name in term.diagonal:
-                    B = B * term.diagonal[site.name]
-                downs.append(A)
-                ups.append(B if isinstance(factor, float) and factor == 1.0 else B * factor)
-            widths.append(sum(term.adapter[site.name].rank for term, _ in found))
-        if not downs:
+        blocks: dict[object, Block] = {}
+        for number, live in enumerate(self.lives):
+            for own, A, B in _factors(site, x, live, number):
+                blocks.setdefault(own, Block(A, B, [])).members.append(number)
+        if not blocks:
             return output
-        inner = F.linear(x, torch.cat(downs).to(x.dtype)) * self._mask(tuple(widths), x, x.dtype)
-        more = torch.addmm(
-            output.flatten(0, -2), inner.flatten(0, -2).to(output.dtype), torch.cat(ups, 1).T.to(output.dtype)
-        )
+        down = torch.cat([block.A for block in blocks.values()]).to(x.dtype)
+        up = torch.cat([block.B for block in blocks.values()], 1).T.to(output.dtype)
+        belongs = tuple((len(block.A), tuple(block.members)) for block in blocks.values())
+        inner = F.linear(x, down) * self._mask(belongs, x)
+        more = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2).to(output.dtype), up)
         return more.view(output.shape)
 
-    def _mask(self, widths: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor:
-        """1 where a row (packed: a token) and a rank belong to one member."""
-        if widths not in self._masks:
-            members = torch.arange(len(widths))
-            rows = members.repeat_interleave(torch.tensor(self.sizes))
-            columns = members.repeat_interleave(torch.tensor(widths))
-            mask = (rows[:, None] == columns).to(x.device, dtype)
-            self._masks[widths] = mask[None] if self._packed else mask[:, None]
-        return self._masks[widths]
+    def _mask(self, belongs: tuple[tuple[int, tuple[int, ...]], ...], x: Tensor) -> Tensor:
+        """1 where a row's (packed: a token's) member has a block; ``belongs``: each block's rank and members."""
+        if belongs not in self._masks:
+            has = torch.zeros(len(self.lives), len(belongs), dtype=x.dtype)
+            for column, (_, members) in enumerate(belongs):
+                has[list(members), column] = 1
+            ranks = torch.tensor([rank for rank, _ in belongs])
+            mask = has.repeat_interleave(ranks, 1).repeat_interleave(torch.tensor(self.sizes), 0).to(x.device)
+            self._masks[belongs] = mask[None] if self._packed else mask[:, None]
+        return self._masks[belongs]
+
+
+@dataclass(eq=False)
+class Block:
+    """Factors side by side with others', and who they run for."""
+
+    A: Tensor
+    B: Tensor
+    members: list[int]
+
+
+def _factors(site: Site, x: Tensor, live: LiveAssembly, number: int) -> Iterator[tuple[object, Tensor, Tensor]]:
+    """What a member runs at a site, scales and weights in B; the first is equal where two members run the same."""
+    for term, weight in live.weighed(site, x):
+        A, B = term.factors(site.name)
+        factor = term.adapter[site.name].scale * weight
+        own: tuple[object, ...] = (number, term.term.name)
+        if site.name in term.diagonal:
+            B = B * term.diagonal[site.name]
+        elif isinstance(factor, float) and not set("AB") & set(term.term.train):
+            given = term.term.adapter[site.name]
+            own = (term.term.name, *_memory(given.A), *_memory(given.B), term.term.unit, factor)
+        yield own, A, B if isinstance(factor, float) and factor == 1.0 else B * factor
+    if live.delta is not None and site.name in live.delta.adapter:
+        update, given = live.delta.adapter[site.name], (live.assembly.base_delta or {})[site.name]
+        yield (*_memory(given.A), *_memory(given.B), "update", update.scale), update.A, update.scale * update.B
+
+
+def _memory(value: Tensor) -> tuple[object, ...]:
+    """What two tensors that are the same numbers in the same place have in common."""
+    value = unseal(value)
+    return (value.data_ptr(), value.shape, value.stride())
 
 
 def _train(kernel: Kernel, works: Sequence[Work]) -> list[Trained]:
