@@ -13,6 +13,7 @@ from tests.engines.test_sites import SITE
 from tests.tiny import save_silos, tiny_job
 
 import fedgrove
+from fedgrove.adapters.adapter import Factors
 from fedgrove.engines.flower.audit import read
 from fedgrove.engines.flower.client import Runtime
 from fedgrove.engines.flower.serve import deployable
@@ -139,8 +140,6 @@ def test_what_cannot_be_read_is_in_the_log_too(server: Server) -> None:
 
 
 def test_offers_that_do_not_fit_are_refused_before_anything_is_kept(server: Server) -> None:
-    from fedgrove.adapters.adapter import Factors
-
     server.open()
     site = "encoder.layer.0.attention.self.query"
     for factors in (
@@ -177,3 +176,45 @@ def test_data_that_changed_in_mid_run_are_noticed_after_a_restart(server: Server
     answer = server.ask("open", job=server.job.to_toml(), client=who)
     assert "data of site-0 changed" in server.refused(answer)
     assert "data of site-0 changed" in server.refused(server.ask("train", {"offer": {}}, round=1, store=0, keep=0))
+
+
+@pytest.mark.parametrize("randomness", ["seed", "secret"])
+def test_a_round_that_is_asked_for_again_is_paid_for_again(randomness: str, server: Server) -> None:
+    """Rounds that the server does not take, and one round with several offers, are in the site's ε."""
+    from fedgrove.privacy.accountant import default_delta, epsilon
+
+    privacy = {"example_clip": 0.5, "example_noise": 1.0, "randomness": randomness}
+    server.job = server.job.replace(privacy=privacy)
+    who = server.who()
+    assert server.open().kind == "open"
+    names = [f"encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]
+
+    def train(size: float, round: int = 1, store: int = 0) -> Note:
+        adapter = {name: Factors(torch.full((4, 32), 0.1), torch.full((32, 4), size), 1.0) for name in names}
+        answer = server.ask("train", {"offer": {"method": {"global": adapter}}}, round=round, store=store, keep=0)
+        assert answer.kind == "train", answer.head
+        return answer
+
+    def paid() -> float:
+        adapter = {name: Factors(torch.full((4, 32), 0.1), torch.zeros(32, 4), 1.0) for name in names}
+        body = {"offer": {"method": {"global": adapter}}}
+        answer = server.ask("finish", body, store=1, held_out=False)
+        assert answer.kind == "finish", answer.head
+        return float(answer.head["row"]["epsilon"])
+
+    def after(trainings: int) -> float:
+        rate = server.job.train.batch_size / who["examples"]
+        steps = trainings * int(server.job.train.local_steps or 0)
+        return float(epsilon(1.0, [(rate, steps)], default_delta(who["examples"])) or 0.0)
+
+    train(0.0)
+    assert paid() == pytest.approx(after(1))
+    train(0.0)  # the answer was lost on its way: the same one again, unless the noise is drawn anew
+    assert paid() == pytest.approx(after(1 if randomness == "seed" else 2))
+    train(0.2)
+    train(0.3, round=2, store=1)  # whose update the server does not take: store 1 is still the last
+    assert paid() == pytest.approx(after(3 if randomness == "seed" else 4))
+    (noted,) = server.folder.rglob("spent.json")
+    noted.write_text("{")
+    answer = server.ask("finish", {"offer": {}}, store=1, held_out=False)
+    assert "spent.json cannot be read" in server.refused(answer)

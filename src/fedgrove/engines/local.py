@@ -13,6 +13,7 @@ from fedgrove.engines.leave import leave
 from fedgrove.federation.tasks.base import Example
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import change
+from fedgrove.privacy.example_dp import NOTES
 from fedgrove.privacy.secure import Room
 from fedgrove.training.client import ClientHalf, Outcome, Store, Turn
 from fedgrove.training.memory import EVERY, release
@@ -107,7 +108,8 @@ class LocalEngine:
         return given
 
     def reject(self, client: str) -> None:
-        self._stores[client] = self._before[client]
+        spent = {key: self._stores[client][key] for key in (NOTES,) if key in self._stores[client]}
+        self._stores[client] = {**self._before[client], **spent}  # what an update cost is spent, used or not
 
     def evaluate(self, clients: Sequence[str], offer: OfferOf, split: str) -> Iterator[tuple[str, dict[str, float]]]:
         for name in clients:

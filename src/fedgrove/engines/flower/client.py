@@ -17,6 +17,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedgrove.engines.flower.spending import Spending
 from fedgrove.engines.flower.stores import Stores
 from fedgrove.engines.flower.wire import Note, decode, encode
 from fedgrove.errors import AdapterError, DataError, FedgroveError, RunError
@@ -168,7 +169,8 @@ class Runtime:
         round = int(head["round"])
         if not 1 <= round <= shop.job.run.rounds:
             raise RunError(f"The job has {shop.job.run.rounds} rounds, and no round {round}.")
-        outcome = shop.half.train(info, data["train"], note.body["offer"], stores.load(int(head["store"])), round)
+        offer, store = note.body["offer"], stores.load(int(head["store"]))
+        outcome = shop.half.train(info, data["train"], offer, store, round)
         answer = Note(
             "train",
             {"loss": outcome.loss, "steps": outcome.steps, "trained": outcome.trained, "seconds": outcome.seconds},
@@ -176,6 +178,7 @@ class Runtime:
             shop.job.run.compress,
         )
         encode(answer)  # refuses what is private, before anything is kept
+        Spending(self._home(note)).spend(round, offer, store, outcome.store)
         stores.save(round, outcome.store, keep=int(head["keep"]))
         return answer
 
@@ -198,7 +201,7 @@ class Runtime:
 
         shop, info, data = self._ready(note)
         folder = self.place.adapters(str(note.head["run"]))
-        store = self._stores(note).load(int(note.head["store"]))
+        store = Spending(self._home(note)).told(self._stores(note).load(int(note.head["store"])))
         held_out = bool(note.head["held_out"])
         left = leave(
             shop.job, shop.half, info, data, note.body["offer"], store, folder,
