@@ -53,7 +53,8 @@ def _train_head(
     features = kernel.features(train).clone()  # out of inference mode
     head = {name: value.to(features.dtype).clone().requires_grad_() for name, value in initial.items()}
     rate = options.lr if options.head_lr is None else options.head_lr
-    optimizer = torch.optim.AdamW(head.values(), lr=rate, weight_decay=options.weight_decay)
+    # features and head are on the CPU
+    optimizer = torch.optim.AdamW(head.values(), lr=rate, weight_decay=options.weight_decay, fused=True)
     batches = batch_order(len(train), options.batch_size * options.accumulation, order)
     for _ in range(max(1, math.ceil(steps))):
         chosen = next(batches)

@@ -386,7 +386,8 @@ class Kernel:
         groups = [{"params": group, "lr": head_rate if rate is None else options.lr * rate} for rate, group in leaves]
         if options.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
-        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+        fused = self.base.device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
 
     def _factor(self, progress: float) -> float:
         """The schedule's factor at a share of the whole run: warm-up, then constant, linear or cosine to zero."""
