@@ -73,6 +73,23 @@ def test_labels_have_a_natural_order_or_the_jobs(silos: Callable[..., Federation
     assert named.labels == ("b", "9", "10", "a", "spare", "-1")
 
 
+def test_a_class_that_falls_to_nobody_is_a_class_all_the_same(
+    make_job: MakeJob, write_rows: WriteRows, rows: Rows, tmp_path: Path
+) -> None:
+    """A job that names the classes found gives the same federation again."""
+    write_rows(tmp_path / "table.jsonl", rows(200, "abcdefgh"))
+    job = make_job(
+        "data.source=table", f"data.path='{tmp_path / 'table.jsonl'}'", "federation.clients=2",
+        "data.partition.by=pathological",
+        "data.partition.options={num_classes_per_partition = 2, class_assignment_mode = 'random'}",
+    )  # fmt: skip
+    first = build(job)
+    held = {row["label"] for client in first.clients for row in client.train}
+    assert len(held) <= 4
+    assert first.labels == tuple("abcdefgh")
+    assert build(job.replace(data={"labels": list(first.labels)})) == first
+
+
 def test_the_table_for_the_report(silos: Callable[..., Federation]) -> None:
     data = [{"text": "one two three", "label": "x", "site": "north"}] * 6 + [
         {"text": "one", "label": "y", "site": "north"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.errors import DataError, JobError
 from fedgrove.federation.partition import partition
 from fedgrove.federation.readers import Row
-from fedgrove.federation.sources import Silos, load
+from fedgrove.federation.sources import Silos, Table, load
 from fedgrove.federation.split import split
 from fedgrove.federation.tasks import ClassifyText, Task, task_class
 from fedgrove.seeds import numpy_rng
@@ -98,7 +99,7 @@ def build(job: Job) -> Federation:
     chosen = _held_out(clients, job)
     clients = [replace(client, held_out=client.name in chosen) for client in clients]
     task = task_class(job.data)
-    labels = _labels(clients, job) if task.classifies else ()
+    labels = _labels(clients, loaded, job) if task.classifies else ()
     return Federation(tuple(clients), labels, loaded.source, task)
 
 
@@ -137,7 +138,8 @@ def _draw(clients: Sequence[Client], size: int, job: Job) -> set[str]:
     return chosen
 
 
-def _labels(clients: Sequence[Client], job: Job) -> tuple[str, ...]:
+def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple[str, ...]:
+    """The classes in the order of the head's outputs: all that the data have, also those of rows that nobody uses."""
     if job.data.labels:  # the user's word that these are the classes, trained or not
         return tuple(job.data.labels)
     trained = {row["label"] for client in clients if not client.held_out for row in client.train}
@@ -151,7 +153,8 @@ def _labels(clients: Sequence[Client], job: Job) -> tuple[str, ...]:
                 )
     if len(trained) < 2:
         raise DataError(f"all training rows have the one label {min(trained)!r}; to classify takes two or more")
-    return tuple(sorted(trained, key=_natural_order))
+    rows = loaded.rows if isinstance(loaded, Table) else chain.from_iterable(loaded.clients.values())
+    return tuple(sorted(trained | {row["label"] for row in rows}, key=_natural_order))
 
 
 def _natural_order(label: str) -> tuple[bool, int, str]:
