@@ -33,7 +33,7 @@ $(READY): pyproject.toml
 	@touch $@
 	@echo "setup: ready, $(BIN)/fedgrove"
 
-demo: setup  ## a federation of 16 clients fine-tunes a real model on real text (about 5 minutes on 2 cores)
+demo: setup  ## a federation of 16 clients fine-tunes a real model on real text (about 2 minutes on 2 cores, after the set-up)
 	@$(BIN)/fedgrove demo
 
 lint: setup  ## ruff and mypy

@@ -35,6 +35,9 @@ STUDIES: dict[str, tuple[str | None, list[str], list[str]]] = {
         [],
     ),
     "fed-plora": ("fed-plora-small.toml", ["fed-plora", "hetlora", "flexlora", "flora"], ["run.noise=false"]),
+    # FedIT wants one rank: the smallest budget, which all can pay, and the largest, which most cannot
+    "fed-plora-rank-2": ("fed-plora-small.toml", ["fedit"], ["run.noise=false", "federation.ranks=[2]"]),
+    "fed-plora-rank-8": ("fed-plora-small.toml", ["fedit"], ["run.noise=false", "federation.ranks=[8]"]),
 }
 
 
