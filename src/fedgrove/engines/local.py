@@ -108,8 +108,9 @@ class LocalEngine:
         return given
 
     def reject(self, client: str) -> None:
-        spent = {key: self._stores[client][key] for key in (NOTES,) if key in self._stores[client]}
-        self._stores[client] = {**self._before[client], **spent}  # what an update cost is spent, used or not
+        rejected, self._stores[client] = self._stores[client], dict(self._before[client])
+        if NOTES in rejected:  # what an update cost is spent, used or not
+            self._stores[client][NOTES] = rejected[NOTES]
 
     def evaluate(self, clients: Sequence[str], offer: OfferOf, split: str) -> Iterator[tuple[str, dict[str, float]]]:
         for name in clients:

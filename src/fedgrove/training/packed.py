@@ -62,9 +62,7 @@ class Layout:
     spare: int
     slots: Tensor  # [n - spare]: the index in the padded batch, flattened, of each token
     groups: tuple[Group, ...]
-    places: (
-        Tensor  # [n]: the index of each token where the groups, padded, and the spare ones stand one after the other
-    )
+    places: Tensor  # [n]: the index of each token where the padded groups and the spare ones follow one another
     _masks: dict[bool, list[Tensor | None]] = field(default_factory=dict)
 
     @classmethod
