@@ -21,7 +21,8 @@ from fedgrove.seeds import generator
 from fedgrove.training.client import ClientHalf
 from fedgrove.training.cohort import cohort_size
 from fedgrove.training.head import HeadPolicy
-from fedgrove.training.kernel import Kernel, TrainOptions
+from fedgrove.training.kernel import TrainOptions
+from fedgrove.training.lanes import Lanes, lane_count
 
 if TYPE_CHECKING:
     from fedgrove.federation.federation import Client
@@ -63,14 +64,15 @@ def prepare(job: Job) -> Prepared:
     base = base_of(job)
     task = task_of(job)
     setting = setting_of(job, base, clients)
+    lanes = lane_count(job)
     if job.train.cohort == "auto":
-        job = job.replace(train={"cohort": cohort_size(job, base, setting, len(clients))})
+        job = job.replace(train={"cohort": cohort_size(job, base, setting, len(clients), lanes)})
     chosen = method_class(job.method.name)
     method = chosen(job.method.options, setting)
     method.check([*clients.values(), *held_out.values()])
     head = head_policy(job, base, task)
-    kernel = Kernel(base, task, train_options(job))
-    half = ClientHalf(kernel, method, head, job.run.seed, job.run.rounds, job.privacy)
+    kernels = Lanes.on(base, task, train_options(job), count=lanes, threads=int(job.train.threads))
+    half = ClientHalf(kernels.kernels[0], method, head, job.run.seed, job.run.rounds, job.privacy, lanes=kernels)
     data = {client.name: encode(client, task, base) for client in federation.clients}
     engine = LocalEngine(job, half, {**clients, **held_out}, data, held_out)
     return Prepared(

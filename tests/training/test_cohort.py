@@ -22,6 +22,7 @@ from fedgrove.run import run
 from fedgrove.seeds import generator
 from fedgrove.training.cohort import Cohort, Work, joins, size_for, train_together
 from fedgrove.training.kernel import Clock, Kernel, TrainOptions
+from fedgrove.training.lanes import Lanes
 from fedgrove.training.live import LiveAssembly
 
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
@@ -104,7 +105,7 @@ def test_together_is_as_alone(base: Base, kernel: Kernel, deltas: bool, packs: b
             work(base, draw, 10 * trial + number, deltas and number != 1, common if number != 1 else None)
             for number in range(count)
         ]
-        together = train_together(kernel, works)
+        together = train_together(Lanes([kernel]), works)
         for each, ours in zip(works, together, strict=True):
             alone = kernel.train(each.step, each.examples, each.clock)
             assert ours.steps == alone.steps
@@ -140,7 +141,7 @@ def test_steps_that_do_not_fit_run_alone(base: Base, kernel: Kernel) -> None:
     assert not joins(kernel, odd.step)
     assert not joins(kernel, Step(first.assembly, measure="fisher"))
     assert not joins(kernel, Step(first.assembly.frozen()))
-    done = train_together(kernel, [odd, *works[1:]])
+    done = train_together(Lanes([kernel]), [odd, *works[1:]])
     alone = kernel.train(odd.step, odd.examples, odd.clock)
     for ours, theirs in zip(tensors(done[0].assembly), tensors(alone.assembly), strict=True):
         assert torch.equal(ours, theirs)
@@ -214,6 +215,7 @@ def test_the_size_is_chosen_once_and_bounded_by_the_memory(tiny_bert: Path, silo
     assert chosen(batch_size=128) == 1
     assert chosen(memory="1MB") == 1
     assert chosen(cohort=2) == 2
+    assert chosen(threads=2) == 2  # in each of two lanes, and there are 3 clients
 
 
 def test_the_memory_of_images_is_that_of_their_patches_and_of_a_language_model_that_of_its_logits(
@@ -221,7 +223,7 @@ def test_the_memory_of_images_is_that_of_their_patches_and_of_a_language_model_t
 ) -> None:
     def chosen(model: Path, path: Path, memory: str, *settings: str) -> Any:
         own = [f"model.name={model}", "data.source=silos", f"data.path={path}", "lora.rank=4", "train.batch_size=2"]
-        job = Job().override([*own, "train.dtype=float32", f"train.memory={memory}", *settings])
+        job = Job().override([*own, "train.dtype=float32", "train.threads=1", f"train.memory={memory}", *settings])
         return prepare(job).job.train.cohort
 
     images = save_vit(tmp_path / "vit"), save_pictures(tmp_path / "pictures")

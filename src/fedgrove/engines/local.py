@@ -22,6 +22,7 @@ from fedgrove.wire.compress import passed, sent_bytes
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
+    from fedgrove.training.kernel import Kernel
 
 Data = Mapping[str, Mapping[str, Sequence[Example]]]  # client -> split -> encoded examples
 
@@ -81,8 +82,9 @@ class LocalEngine:
     def _outcomes(
         self, round: int, clients: Sequence[str], offer: OfferOf
     ) -> Iterator[tuple[str, Mapping[str, Any], int, Outcome]]:
-        """(client, its offer as it arrived, the offer's bytes, what it made of it), ``train.cohort`` at a time."""
-        how, size = self.job.run.compress, 1 if self.job.train.cohort == "auto" else int(self.job.train.cohort)
+        """(client, its offer as it arrived, its bytes, what it made of it), ``train.cohort`` a lane at a time."""
+        how, lanes = self.job.run.compress, self.half.lanes
+        size = len(lanes.kernels) * (1 if self.job.train.cohort == "auto" else int(self.job.train.cohort))
         for start in range(0, len(clients), size):
             names = clients[start : start + size]
             offers = [offer(name) for name in names]
@@ -113,8 +115,13 @@ class LocalEngine:
             self._stores[client][NOTES] = rejected[NOTES]
 
     def evaluate(self, clients: Sequence[str], offer: OfferOf, split: str) -> Iterator[tuple[str, dict[str, float]]]:
-        for name in clients:
-            yield name, self.half.measure(name, self.personal(name, self._given(offer(name))), self.data[name][split])
+        models = (self.personal(name, self._given(offer(name))) for name in clients)
+
+        def measure(kernel: Kernel, item: tuple[str, Assembly]) -> tuple[str, dict[str, float]]:
+            name, model = item
+            return name, self.half.alone(kernel).measure(name, model, self.data[name][split])
+
+        yield from self.half.lanes.map(measure, zip(clients, models, strict=True))
 
     def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
         def through(report: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -123,21 +130,25 @@ class LocalEngine:
         return self.half.arrive(self.clients[client], self.data[client]["train"], through)
 
     def leave(self, clients: Sequence[str], offer: OfferOf, out: Path) -> Iterator[tuple[str, Leaving]]:
-        for name in clients:
-            yield (
-                name,
-                leave(
-                    self.job,
-                    self.half,
-                    self.clients[name],
-                    self.data[name],
-                    self._given(offer(name)),
-                    self.store(name),
-                    out / "adapters",
-                    held_out=name in self.held_out,
-                    keep_texts=True,
-                ),
+        arrived = {name: offer(name) for name in clients if name in self.held_out}  # their probes need the kernel
+        offers = ((name, arrived[name] if name in arrived else offer(name)) for name in clients)
+
+        def go(kernel: Kernel, item: tuple[str, Mapping[str, Any]]) -> tuple[str, Leaving]:
+            name, offered = item
+            gone = leave(
+                self.job,
+                self.half.alone(kernel),
+                self.clients[name],
+                self.data[name],
+                self._given(offered),
+                self.store(name),
+                out / "adapters",
+                held_out=name in self.held_out,
+                keep_texts=True,
             )
+            return name, gone
+
+        yield from self.half.lanes.map(go, offers)
 
     def personal(self, client: str, offer: Mapping[str, Any]) -> Assembly:
         """The client's model as it would deploy it, head included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,6 +22,7 @@ from fedgrove.privacy.vector import bounded
 from fedgrove.training.cohort import Work, train_together
 from fedgrove.training.head import PREFIX, HeadPolicy
 from fedgrove.training.kernel import Clock, Kernel, carry
+from fedgrove.training.lanes import Lanes
 from fedgrove.tree import nbytes
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class Outcome:
 
 
 class ClientHalf:
-    """Runs the client half of a method on one kernel. It serves any client that is passed in."""
+    """Runs the client half of a method on one kernel, or several. It serves any client that is passed in."""
 
     def __init__(
         self,
@@ -72,14 +74,23 @@ class ClientHalf:
         seed: int,
         rounds: int,
         privacy: PrivacySection | None = None,
+        *,
+        lanes: Lanes | None = None,
     ):
         self.kernel, self.method, self.head = kernel, method, head
+        self.lanes = lanes or Lanes([kernel])  # the kernel among them
         self.seed, self.rounds = seed, rounds
         #: What protects the client's data: it acts here, so that nobody else need be trusted. None: nothing does.
         self.privacy = privacy
         #: A measuring instrument (``run.noise``). It sees what is private, so only a simulation in one process sets it.
         self.watch: Watch | None = None
         self._measured: dict[str, tuple[Sequence[Example], bytes, dict[str, float]]] = {}  # each client's last measure
+
+    def alone(self, kernel: Kernel) -> ClientHalf:
+        """The same on one kernel of the lanes, for work in it."""
+        other = copy.copy(self)
+        other.kernel, other.lanes = kernel, Lanes([kernel])
+        return other
 
     def train(
         self, client: ClientInfo, examples: Sequence[Example], offer: Mapping[str, Any], store: Store, round: int
@@ -97,7 +108,7 @@ class ClientHalf:
             clock = Clock(self.seed, (round, name), (round - 1) / self.rounds, min(1.0, round / self.rounds))
             plan = self.method.plan(turn.client, content, turn.store.get("mine", {}), round)
             courses.append(self._course(plan, turn.examples, turn.offer, turn.store, clock, guard))
-        worked = follow(self.kernel, courses)
+        worked = follow(self.lanes, courses)
         seconds = (time.perf_counter() - started) / len(turns)
         return [
             self._outcome(turn, trained, guard, round, seconds)
@@ -209,7 +220,7 @@ class ClientHalf:
         clock: Clock,
         guard: ExampleGuard | None = None,
     ) -> list[Trained]:
-        return follow(self.kernel, [self._course(plan, examples, offer, store, clock, guard)])[0]
+        return follow(self.lanes, [self._course(plan, examples, offer, store, clock, guard)])[0]
 
     def _course(
         self,
@@ -236,7 +247,7 @@ class ClientHalf:
         return done
 
 
-def follow(kernel: Kernel, courses: Sequence[Course]) -> list[list[Trained]]:
+def follow(lanes: Lanes, courses: Sequence[Course]) -> list[list[Trained]]:
     """Run all courses to their ends, the steps that they wait for at one time together."""
     ends: dict[int, list[Trained]] = {}
     waiting: dict[int, Work] = {}
@@ -251,7 +262,7 @@ def follow(kernel: Kernel, courses: Sequence[Course]) -> list[list[Trained]]:
         resume(index, None)
     while waiting:
         works, waiting = waiting, {}
-        for index, found in zip(works, train_together(kernel, list(works.values())), strict=True):
+        for index, found in zip(works, train_together(lanes, list(works.values())), strict=True):
             resume(index, found)
     return [ends[index] for index in range(len(courses))]
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedgrove.methods.contract import Setting
     from fedgrove.privacy.example_dp import ExampleGuard
     from fedgrove.training.kernel import Kernel
+    from fedgrove.training.lanes import Lanes
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +50,23 @@ class Work:
     guard: ExampleGuard | None = None  # noise and clipping by example: such work runs alone
 
 
-def train_together(kernel: Kernel, works: Sequence[Work]) -> list[Trained]:
-    """What ``Kernel.train`` gives for each, those that can in one batch."""
-    joined = [index for index, work in enumerate(works) if work.guard is None and joins(kernel, work.step)]
+def train_together(lanes: Lanes, works: Sequence[Work]) -> list[Trained]:
+    """What ``Kernel.train`` gives for each; those that can share a batch, one in each lane."""
+    joined = [index for index, work in enumerate(works) if work.guard is None and joins(lanes.kernels[0], work.step)]
+    size = max(1, math.ceil(len(joined) / len(lanes.kernels)))
+    parts = [joined[start : start + size] for start in range(0, len(joined), size)]
+    parts += [[index] for index in range(len(works)) if index not in set(joined)]
+
+    def train(kernel: Kernel, part: list[int]) -> list[Trained]:
+        chosen = [works[index] for index in part]
+        if len(chosen) > 1:
+            return _train(kernel, chosen)
+        return [kernel.train(work.step, work.examples, work.clock, work.guard) for work in chosen]
+
     done: dict[int, Trained] = {}
-    if len(joined) > 1:
-        done = dict(zip(joined, _train(kernel, [works[index] for index in joined]), strict=True))
-    return [
-        done[index] if index in done else kernel.train(work.step, work.examples, work.clock, work.guard)
-        for index, work in enumerate(works)
-    ]
+    for part, found in zip(parts, lanes.map(train, parts), strict=True):
+        done.update(zip(part, found, strict=True))
+    return [done[index] for index in range(len(works))]
 
 
 def joins(kernel: Kernel, step: Step) -> bool:
@@ -253,8 +261,8 @@ def _losses(kernel: Kernel, active: Sequence[Member], rows: Sequence[int], batch
     ]
 
 
-def cohort_size(job: Job, base: Base, setting: Setting, clients: int) -> int:
-    """``train.cohort = "auto"``: for the base's shape, the job's batch, and ``train.memory``."""
+def cohort_size(job: Job, base: Base, setting: Setting, clients: int, lanes: int = 1) -> int:
+    """``train.cohort = "auto"``: for the base's shape, the job's batch, and ``train.memory``; of each lane."""
     config = base.model.config
     layers = int(getattr(config, "num_hidden_layers", len(base.layers)))
     heads = getattr(config, "num_attention_heads", 1)
@@ -269,13 +277,13 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int) -> int:
     return size_for(
         device=base.device.type,
         batch_size=job.train.batch_size,
-        clients=clients,
+        clients=math.ceil(clients / lanes),
         tokens=job.train.batch_size * longest,
         token_bytes=token,
         client_bytes=4 * setting.rank * site * base.adapter_dtype.itemsize,
         # every member's tokens run through every member's factors: no more of them than a quarter of the base
         share=4 * setting.rank * site / (12 * layers * base.hidden**2),
-        memory=memory_for(job.train.memory, base.device),
+        memory=memory_for(job.train.memory, base.device) // lanes,
     )
 
 

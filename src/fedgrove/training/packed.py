@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,7 +122,13 @@ class Layout:
         return {"input_ids": self.pack(batch["input_ids"]), "position_ids": places[None].to(self.slots.device) + shift}
 
 
-_running: Layout | None = None  # of the forward pass in progress; attention functions get no argument of ours
+#: thread -> layout of its forward pass in progress; attention functions get no argument of ours
+_running: dict[int, Layout] = {}
+
+
+def _layout() -> Layout | None:
+    """The layout of this thread's pass. A GPU's backward pass repeats a forward pass in a thread of its own."""
+    return _running.get(threading.get_ident()) or next(iter(_running.values()), None)
 
 
 def attention(
@@ -136,7 +143,7 @@ def attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each text of the running layout. query [1, heads, n, d] -> [1, n, heads, d]."""
-    layout = _running
+    layout = _layout()
     if layout is None or attention_mask is not None or any(others.get(name) is not None for name in _REFUSED):
         raise Unsupported
     if key.shape[1] != query.shape[1]:  # grouped-query attention
@@ -190,13 +197,13 @@ def _grouped(lengths: Sequence[int]) -> tuple[tuple[Group, ...], list[int]]:
 @contextmanager
 def running(config: Any, layout: Layout) -> Iterator[None]:
     """Inside, the model runs packed rows of this layout, forward and backward."""
-    global _running
-    before, chosen = _running, config._attn_implementation
-    _running, config._attn_implementation = layout, NAME
+    thread, chosen = threading.get_ident(), config._attn_implementation
+    _running[thread], config._attn_implementation = layout, NAME
     try:
         yield
     finally:
-        _running, config._attn_implementation = before, chosen
+        del _running[thread]
+        config._attn_implementation = chosen
 
 
 def position_shift(config: Any) -> int:

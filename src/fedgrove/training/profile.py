@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +30,40 @@ class Profile:
         self.began = time.perf_counter()
         self.total: dict[str, float] = {}
         self.rounds: list[dict[str, Any]] = []
-        self._path: list[str] = []
+        self._threads = threading.local()  # each thread's open spans, and what its seconds count
+        self._adding = threading.Lock()
         self._round: dict[str, float] | None = None
+
+    @property
+    def path(self) -> list[str]:
+        """The names of this thread's open spans."""
+        if not hasattr(self._threads, "path"):
+            self._threads.path = []
+        found: list[str] = self._threads.path
+        return found
+
+    @contextmanager
+    def lane(self, path: Sequence[str], count: int) -> Iterator[None]:
+        """In a thread that is one of ``count`` at the same time: its spans are below ``path``, at their share."""
+        self._threads.path, self._threads.share = list(path), 1 / count
+        yield
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Add the time spent inside to ``name``, below the spans that are open."""
-        self._path.append(name)
-        path, started = "/".join(self._path), time.perf_counter()
+        self.path.append(name)
+        path, started = "/".join(self.path), time.perf_counter()
         try:
             yield
         finally:
             if torch.cuda.is_available() and torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            self._path.pop()
-            for sums in (self.total, self._round):
-                if sums is not None:
-                    sums[path] = sums.get(path, 0.0) + seconds
+            seconds = (time.perf_counter() - started) * getattr(self._threads, "share", 1.0)
+            self.path.pop()
+            with self._adding:
+                for sums in (self.total, self._round):
+                    if sums is not None:
+                        sums[path] = sums.get(path, 0.0) + seconds
 
     @contextmanager
     def round(self, number: int) -> Iterator[None]:
@@ -72,6 +90,11 @@ class Profile:
 def span(name: str) -> AbstractContextManager[None]:
     """A span of the profile in progress, if there is one."""
     return _OFF if _active is None else _active.span(name)
+
+
+def lane_spans(count: int) -> Callable[[], AbstractContextManager[None]]:
+    """What makes spans of threads beside this one, ``count`` at a time, part of the span that is open here."""
+    return nullcontext if _active is None else partial(_active.lane, list(_active.path), count)
 
 
 def round_span(number: int) -> AbstractContextManager[None]:

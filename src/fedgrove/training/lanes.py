@@ -1,0 +1,96 @@
+"""Lanes: a CPU's cores each run a batch of their own, where one batch at a time would have them share each product.
+
+Small products do not fill several cores, and all wait for the slowest at the end of each. A lane is a kernel on module
+objects of its own around the base's own tensors, so the weights are in memory once however many lanes there are, and
+what one lane's hooks add or fold does not touch another's. A GPU is one lane: it runs large batches instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+
+from fedgrove.training.kernel import Kernel
+from fedgrove.training.profile import lane_spans
+
+if TYPE_CHECKING:
+    from fedgrove.federation.tasks.base import Task
+    from fedgrove.interop.models import Base
+    from fedgrove.job import Job
+    from fedgrove.training.kernel import TrainOptions
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+LANES = 2  # measured on two cores (docs/performance.md)
+
+
+def lane_count(job: Job) -> int:
+    """How many lanes a job with its machine choices made gets; one where clients are to train one by one."""
+    train = job.train
+    several = train.device == "cpu" and train.cohort != 1 and not job.lora.dropout  # dropout draws from one source
+    return min(LANES, int(train.threads)) if several else 1
+
+
+class Lanes:
+    """Kernels that work at the same time, each in a thread with an equal share of the process's ``threads``."""
+
+    def __init__(self, kernels: Sequence[Kernel], threads: int = 1):
+        self.kernels, self.threads = list(kernels), threads
+
+    @classmethod
+    def on(cls, base: Base, task: Task, options: TrainOptions, *, count: int, threads: int) -> Lanes:
+        """``count`` lanes on one base."""
+        bases = [base, *(twin(base) for _ in range(count - 1))]  # before hooks are on it
+        return cls([Kernel(each, task, options) for each in bases], threads)
+
+    def map(self, work: Callable[[Kernel, Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+        """``work`` of each item in the given order, on whichever lane is free; items are drawn as they are needed.
+
+        Whoever stops listening, by Ctrl-C for instance, waits for the work that has begun.
+        """
+        if len(self.kernels) == 1:
+            yield from (work(self.kernels[0], item) for item in items)
+            return
+        free: SimpleQueue[Kernel] = SimpleQueue()
+        for kernel in self.kernels:
+            free.put(kernel)
+
+        spans = lane_spans(len(self.kernels))
+
+        def run(item: Item) -> Found:
+            kernel = free.get()
+            try:
+                with spans():
+                    return work(kernel, item)
+            finally:
+                free.put(kernel)
+
+        share = max(1, self.threads // len(self.kernels))
+        pool = ThreadPoolExecutor(len(self.kernels), initializer=torch.set_num_threads, initargs=(share,))
+        waiting: deque[Future[Found]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(run, item))
+                if len(waiting) > len(self.kernels):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self.threads)
+
+
+def twin(base: Base) -> Base:
+    """The base with module objects of its own around the same tensors."""
+    model = base.model
+    known: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    known |= {id(buffer): buffer for buffer in model.buffers()}
+    return replace(base, model=copy.deepcopy(model, known))
