@@ -81,7 +81,7 @@ def prepare(job: Job) -> Prepared:
 
 
 def machine_choices(job: Job) -> Job:
-    """Device, precision and threads, where the job leaves them to the machine."""
+    """Device, precision, threads and the evaluation's batch, where the job leaves them to the machine."""
     train: dict[str, Any] = {}
     device = job.train.device
     if device == "auto":
@@ -96,6 +96,9 @@ def machine_choices(job: Job) -> Job:
     if job.train.threads == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         train["threads"] = min(cores, 16)  # more threads than that slow small models down
+    if job.train.eval_batch_size == "auto":
+        # logits of a large vocabulary take the memory that vectors of a hidden size do not
+        train["eval_batch_size"] = 128 if task_class(job.data).classifies else 64
     return job.replace(train=train) if train else job
 
 

@@ -24,6 +24,7 @@ _AUTOMATIC = (
     ("train", "device"),
     ("train", "dtype"),
     ("train", "threads"),
+    ("train", "eval_batch_size"),
     ("train", "cohort"),
     ("federation", "newcomer_head"),
 )

@@ -425,7 +425,9 @@ class TrainSection(Section):
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="CPU threads; auto: one for each core that the process may use."
     )
-    eval_batch_size: int = Field(64, ge=1, description="Examples in a batch of the evaluation.")
+    eval_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Examples in a batch of the evaluation; auto: 128, of a language model 64."
+    )
     cohort: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Clients that train in one batch; auto: what keeps the device busy and fits train.memory."
     )

@@ -340,7 +340,7 @@ def job_digest(job: Job) -> str:
         job.resolved()
         .replace(
             data={"task": task_name(job.data)},
-            train={"device": "auto", "dtype": "auto", "threads": "auto", "cohort": "auto"},
+            train=dict.fromkeys(("device", "dtype", "threads", "eval_batch_size", "cohort"), "auto"),
             federation={"newcomer_head": "auto"},
         )
         .digest()
