@@ -38,6 +38,11 @@ STUDIES: dict[str, tuple[str | None, list[str], list[str]]] = {
     # FedIT wants one rank: the smallest budget, which all can pay, and the largest, which most cannot
     "fed-plora-rank-2": ("fed-plora-small.toml", ["fedit"], ["run.noise=false", "federation.ranks=[2]"]),
     "fed-plora-rank-8": ("fed-plora-small.toml", ["fedit"], ["run.noise=false", "federation.ranks=[8]"]),
+    # images: clients that differ in classes, in super-classes, and in which ten classes they have at all
+    "images-gl": ("hilora-quickdraw-gl-small.toml", ["fedit", "hilora"], ["run.eval_every=10"]),
+    "images-sc": ("hilora-quickdraw-sc-small.toml", ["fedit", "hilora"], ["run.eval_every=10"]),
+    "images-patho": ("hilora-quickdraw-patho-small.toml", ["fedit", "hilora"], ["run.eval_every=10"]),
+    "generation": ("fedtreelora-generation-small.toml", ["fedit", "fedtreelora"], ["run.eval_every=8"]),
 }
 
 

@@ -68,3 +68,16 @@ def test_a_label_may_be_called_like_a_column() -> None:
     found = overview(federation(("a", ["train", "test", "test"])), {}, 128)
     assert found.headings == ["client", "train", "test", "test", "train", "median words"]
     assert found.rows == [["a", "3", "1", "2", "1", "2"]]
+
+
+def test_texts_without_labels_are_told_by_the_column_that_split_them() -> None:
+    rows = [{"text": "two words", "label": ""}] * 3
+    clients = [
+        Client(name, rows, rows[:1], [], None, held_out=False, kinds=kinds)
+        for name, kinds in (("a", {"riddles": 2, "sums": 1}), ("b", {"sums": 3}))
+    ]
+    found = columns(overview(Federation(tuple(clients), (), SOURCE), {}, 128))
+    assert (found["riddles"], found["sums"]) == (["2", "0"], ["1", "3"])
+    many = [Client("a", rows, rows[:1], [], None, held_out=False, kinds=dict.fromkeys("abcdefghi", 1))]
+    found = columns(overview(Federation(tuple(many), (), SOURCE), {}, 128))
+    assert (found["kinds"], found["most frequent"]) == (["9"], ["a 1, b 1, c 1, …"])

@@ -46,6 +46,18 @@ def test_more_clients_need_more_height_until_they_become_a_strip() -> None:
     assert strip[0] != more[0]
 
 
+def test_kinds_stand_where_there_are_no_labels() -> None:
+    labelled = table(6, 3)
+    kinds = {
+        "labels": [],
+        "kinds": labelled["labels"],
+        "clients": [{**client, "labels": {}, "kinds": client["labels"]} for client in labelled["clients"]],
+    }
+    assert draw(kinds) == draw(labelled)
+    untold = [{key: value for key, value in client.items() if key != "kinds"} for client in kinds["clients"]]
+    assert draw({**kinds, "clients": [{**client, "train": 3} for client in untold]}) != draw(labelled)
+
+
 def test_many_labels_become_a_strip() -> None:
     assert size(draw(table(6, len(COLOURS))))[0] != size(draw(table(6, len(COLOURS) + 1)))[0]
 

@@ -1,11 +1,11 @@
-"""Lanes: the numbers of one kernel in one thread, from several at the same time, on one copy of the weights."""
+"""Lanes: the numbers of one kernel in one thread, from two at the same time, on one copy of the weights."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -51,29 +51,43 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sizes"),
+    "changes",
     [
-        ({"method": {"name": "fedtreelora"}}, (2, 2)),
-        ({"method": {"name": "flora"}}, (2, 2)),  # folds updates into the base
-        # measures, and takes a newcomer in: of two clients that train each lane has one
-        ({"method": {"name": "hilora"}, "federation": {"held_out": ["site-1"]}}, (1, 2)),
-        ({"privacy": {"example_clip": 1.0, "example_noise": 0.5, "randomness": "seed"}}, (2, 2)),
+        {"method": {"name": "fedtreelora"}},
+        {"method": {"name": "flora"}},  # folds updates into the base
+        {"method": {"name": "hilora"}, "federation": {"held_out": ["site-1"]}},  # measures, and takes a newcomer in
+        {"privacy": {"example_clip": 1.0, "example_noise": 0.5, "randomness": "seed"}},
     ],
     ids=["fedtreelora", "flora", "hilora", "example-dp"],
 )
-def test_two_lanes_of_one_thread_give_the_bytes_of_one_thread(
-    changes: dict[str, Any], sizes: tuple[int, int], tiny_bert: Path, silos: Path, tmp_path: Path, threads: None
+def test_at_the_same_time_is_one_after_the_other(
+    changes: dict[str, Any],
+    tiny_bert: Path,
+    silos: Path,
+    tmp_path: Path,
+    threads: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    train = {"threads": 2, "cohort": 2, "batch_size": 2, "final_local_epochs": 1}
+    job = tiny_job(tiny_bert, silos, **changes, train=train, run={"rounds": 3})
     results = {}
-    for count, size in zip((1, 2), sizes, strict=True):
-        train = {"threads": count, "cohort": size, "batch_size": 2, "final_local_epochs": 1}
-        job = tiny_job(tiny_bert, silos, **changes, train=train, run={"rounds": 3})
-        assert lane_count(job) == count
-        done = run(job, tmp_path / str(count))
+    for name in ("together", "in turn"):
+        if name == "in turn":
+            monkeypatch.setattr(Lanes, "map", in_turn)
+        done = run(job, tmp_path / name)
         lines = [{key: value for key, value in line.items() if key != "seconds"} for line in done.metrics()]
-        results[count] = written(done.path), str(lines), done.summary["clients"]
-    assert len(results[1][0]) >= 6
-    assert results[1] == results[2]
+        results[name] = written(done.path), str(lines), done.summary["clients"]
+    assert len(results["together"][0]) >= 6
+    assert results["together"] == results["in turn"]
+
+
+def in_turn(lanes: Lanes, work: Any, items: Any) -> Iterator[Any]:
+    """All items on the first lane, in this thread alone."""
+    assert len(lanes.kernels) in (1, 2)
+    torch.set_num_threads(1)
+    for item in items:
+        yield work(lanes.kernels[0], item)
+    torch.set_num_threads(lanes.threads)
 
 
 def test_a_job_has_lanes_where_they_were_measured_to_pay(tiny_bert: Path, silos: Path) -> None:
@@ -139,12 +153,13 @@ def test_items_are_drawn_as_they_are_needed(lanes: Lanes) -> None:
     def items() -> Iterator[int]:
         for number in range(100):
             drawn.append(number)
+            assert torch.get_num_threads() == 1, "an item is made with as many threads whoever works beside it"
             yield number
 
     found = lanes.map(lambda kernel, item: item, items())
     assert next(found) == 0
     assert len(drawn) <= 4
-    found.close()
+    cast("Generator[int]", found).close()
     assert len(drawn) <= 4
     assert torch.get_num_threads() == 2
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class Client:
     validation: list[Row]
     group: str | None
     held_out: bool
+    kinds: Mapping[str, int] = field(default_factory=dict)  # of its training rows, where rows have kinds and no labels
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,14 @@ class Federation:
         return tuple(client for client in self.clients if client.held_out)
 
     def table(self) -> dict[str, Any]:
-        """Who holds what, as plain data: by client its counts and, of its training rows, labels and median words."""
+        """Who holds what, as plain data: by client its counts and, of its training rows, labels and median words.
+
+        ``kinds``: the values of the column by which texts without labels were split, "tasks" for instance.
+        """
+        kinds = sorted({kind for client in self.clients for kind in client.kinds})
         return {
             "labels": list(self.labels),
+            **({"kinds": kinds} if kinds else {}),
             "clients": [
                 {
                     "name": client.name,
@@ -62,6 +68,7 @@ class Federation:
                     "test": len(client.test),
                     "validation": len(client.validation),
                     "labels": {label: counts[label] for label in self.labels},
+                    **({"kinds": {kind: client.kinds.get(kind, 0) for kind in kinds}} if kinds else {}),
                     **self.task.describe(client.train),
                 }
                 for client in self.clients
@@ -84,7 +91,7 @@ def build(job: Job) -> Federation:
             name: ([loaded.rows[i] for i in numbers], group)
             for name, (numbers, group) in partition(loaded, job).items()
         }
-    clients = []
+    clients, kind_of = [], _kinds(loaded, job)
     for name, (rows, group) in sorted(holdings.items()):
         parts = split(
             name,
@@ -95,12 +102,23 @@ def build(job: Job) -> Federation:
             train_examples=job.data.train_examples,
             test_examples=job.data.test_examples,
         )
-        clients.append(Client(name, parts.train, parts.test, parts.validation, group, held_out=False))
+        kinds = Counter(kind_of[id(row)] for row in parts.train) if kind_of else {}
+        clients.append(Client(name, parts.train, parts.test, parts.validation, group, held_out=False, kinds=kinds))
     chosen = _held_out(clients, job)
     clients = [replace(client, held_out=client.name in chosen) for client in clients]
     task = task_class(job.data)
     labels = _labels(clients, loaded, job) if task.classifies else ()
     return Federation(tuple(clients), labels, loaded.source, task)
+
+
+def _kinds(loaded: Table | Silos, job: Job) -> dict[int, str]:
+    """By ``id`` of a row what it is one of, where rows have no labels and clients mix the kinds of a column."""
+    column = job.data.partition.options.get("partition_by")
+    if isinstance(loaded, Silos) or task_class(job.data).classifies or job.data.partition.by == "natural":
+        return {}
+    if column not in loaded.columns:
+        return {}
+    return {id(row): str(kind) for row, kind in zip(loaded.rows, loaded.columns[column], strict=True)}
 
 
 def _held_out(clients: Sequence[Client], job: Job) -> set[str]:

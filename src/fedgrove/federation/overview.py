@@ -31,6 +31,7 @@ def overview(federation: Federation, tokens: Mapping[str, Mapping[str, Any]], li
     """
     table = federation.table()
     clients, labels = table["clients"], table["labels"]
+    what, values = ("labels", labels) if labels else ("kinds", table.get("kinds", []))
     sizes = [key for key in clients[0] if key.startswith("median_")]
     columns: dict[str, list[str]] = {
         "client": [client["name"] + " (held out)" * client["held_out"] for client in clients],
@@ -43,13 +44,13 @@ def overview(federation: Federation, tokens: Mapping[str, Mapping[str, Any]], li
         if not any(columns[empty]):
             del columns[empty]
     headings, cells = [*columns], [*columns.values()]  # from here on a list: a label may be called "train"
-    if len(labels) <= MOST_LABELS:
-        headings += labels
-        cells += [[f"{client['labels'].get(label, 0)}" for client in clients] for label in labels]
+    if len(values) <= MOST_LABELS:
+        headings += values
+        cells += [[f"{client[what].get(value, 0)}" for client in clients] for value in values]
     else:
-        headings += ["labels", "most frequent"]
-        cells += [[f"{sum(map(bool, client['labels'].values()))}" for client in clients]]
-        cells += [[_most(client["labels"]) for client in clients]]
+        headings += [what, "most frequent"]
+        cells += [[f"{sum(map(bool, client[what].values()))}" for client in clients]]
+        cells += [[_most(client[what]) for client in clients]]
     headings += [key.replace("_", " ") for key in sizes]
     cells += [[f"{client[key]:g}" for client in clients] for key in sizes]
     if tokens:

@@ -23,7 +23,7 @@ GAP = 0.8  # between groups, in bars
 
 
 def who_holds_what(table: dict[str, Any], target: Path | BytesIO) -> None:
-    """Draw ``Federation.table()`` as a PNG: a bar for each client, stacked by label, under its natural group.
+    """Draw ``Federation.table()`` as a PNG: a bar for each client, stacked by label (or kind), under its natural group.
 
     More than 100 clients or 8 labels become a heat map (client across, label down, share of its examples) under the
     clients' sizes; past 40 clients it is ordered by main label instead of name. Held-out clients are marked.
@@ -33,6 +33,9 @@ def who_holds_what(table: dict[str, Any], target: Path | BytesIO) -> None:
 
     clients = sorted(table["clients"], key=lambda client: (client["group"] or "", client["name"]))
     labels = table["labels"]
+    if table.get("kinds") and all("kinds" in client for client in clients):
+        labels = table["kinds"]
+        clients = [{**client, "labels": client["kinds"]} for client in clients]
     if not any(client["labels"] for client in clients):  # sites of a deployment may keep these counts to themselves
         labels = ["any label"]
         clients = [{**client, "labels": {"any label": client["train"]}} for client in clients]
@@ -125,7 +128,7 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> N
     sizes.set_xticks([])
 
     image = heat.imshow(shares.T, aspect="auto", interpolation="nearest", cmap="PuBu", vmin=0)
-    heat.set_title("share of each label", fontsize=9, color=INK, loc="left")
+    heat.set_title("shares of its examples", fontsize=9, color=INK, loc="left")
     step = -(-len(labels) // MOST_LABELS)
     heat.set_yticks(range(0, len(labels), step), [_short(label, 22) for label in labels[::step]], fontsize=8)
     names = [_short(client["name"], 16) for client in clients] if named else []

@@ -53,8 +53,8 @@ class Work:
 def train_together(lanes: Lanes, works: Sequence[Work]) -> list[Trained]:
     """What ``Kernel.train`` gives for each; those that can share a batch, one in each lane."""
     joined = [index for index, work in enumerate(works) if work.guard is None and joins(lanes.kernels[0], work.step)]
-    size = max(1, math.ceil(len(joined) / len(lanes.kernels)))
-    parts = [joined[start : start + size] for start in range(0, len(joined), size)]
+    # dealt in turn: neighbours are often of one group, with texts of one length
+    parts = [part for lane in range(len(lanes.kernels)) if (part := joined[lane :: len(lanes.kernels)])]
     parts += [[index] for index in range(len(works)) if index not in set(joined)]
 
     def train(kernel: Kernel, part: list[int]) -> list[Trained]:

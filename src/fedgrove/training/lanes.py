@@ -74,6 +74,7 @@ class Lanes:
                 free.put(kernel)
 
         share = max(1, self.threads // len(self.kernels))
+        torch.set_num_threads(share)  # here too: what makes the next item must not depend on who is at work beside it
         pool = ThreadPoolExecutor(len(self.kernels), initializer=torch.set_num_threads, initargs=(share,))
         waiting: deque[Future[Found]] = deque()
         try:

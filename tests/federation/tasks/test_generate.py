@@ -316,8 +316,12 @@ def test_labels_do_not_split_what_has_none(tmp_path: Path, make_job: MakeJob, wr
     by = "data.partition.options.partition_by=kind"
     skewed = build(make_job(*settings, by, "data.partition.options.alpha=100.0")).clients
     assert sum(len(client.train) + len(client.test) for client in skewed) == 400
+    for client in skewed:
+        assert sum(client.kinds.values()) == len(client.train)
+        assert client.kinds["x"] == sum(int(row["prompt"][1:]) % 2 == 0 for row in client.train)
     natural = build(make_job(*settings, "data.partition.by=natural", "data.group=kind")).clients
     assert [client.name for client in natural] == ["x", "y"]
+    assert not any(client.kinds for client in natural), "the clients are the kinds"
 
 
 def test_only_the_groups_asked_for(tmp_path: Path, make_job: MakeJob, write_rows: WriteRows) -> None:
