@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from tests.compare.conftest import ASKED
+from tests.tiny import tiny_job
 
 from fedgrove.cli import main
 from fedgrove.compare import compare, tables
@@ -300,3 +301,19 @@ def test_a_narrow_terminal_gets_the_table_in_parts_and_every_number_whole(compar
         for row in grid.rows:
             assert all(cell.text in printed[width] for cell in row)
     assert printed[60].count("base, head alone") > printed[200].count("base, head alone") == 1
+
+
+def test_methods_that_learn_to_write_are_compared_too(tiny_llama: Path, exchanges: Path, tmp_path: Path) -> None:
+    data = {"task": "generate", "max_length": 48, "max_new_tokens": 4, "generate_examples": 2}
+    job = tiny_job(tiny_llama, exchanges, data=data, run={"rounds": 1})
+    found = compare(job, ["fedit"], [0], tmp_path / "out")
+    assert found["metric"] == "rouge_l"
+    assert [row["label"] for row in found["methods"]] == ["local", "fedit"]
+    grid = tables.results(found)
+    assert "Rouge_l" in grid.title
+    column = grid.headings.index("loss")
+    losses = {row["label"]: row["loss"]["mean"] for row in found["methods"]}
+    for row in grid.rows:
+        if (label := row[0].text) in losses:
+            assert row[column].text.startswith(f"{losses[label]:.3f}"[:4])
+            assert row[column].best == (losses[label] == min(losses.values())), "the lowest is best"

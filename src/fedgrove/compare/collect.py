@@ -36,6 +36,7 @@ def collect(done: Done) -> dict[str, Any]:
         "fedgrove": fedgrove.__version__,
         "metric": first[0].summary.get("metric", "score"),
         "percent": words.shares(values),
+        "writes": first[0].summary.get("task") == "generate",
         "head": job.federation.head,
         "model": job.model.name,
         "data": job.data.path or job.data.name,
@@ -87,6 +88,7 @@ def _row(entry: Entry, tuned: Tuned, results: Sequence[Result], seeds: Sequence[
         "runs": f"runs/{entry.slug}",
         "chosen": dict(tuned.chosen),
         **{measure: _statistics(values) for measure, values in seen.items()},
+        "loss": _statistics(_values(results, seeds, "loss", held_out=False)),
         "unseen": {measure: _statistics(values) for measure, values in unseen.items()}
         if any(unseen["metric"].values())
         else None,

@@ -129,7 +129,7 @@ def check(plan: Plan) -> None:
 
     first = settled(plan.entries[0])
     federation = build(first)
-    labels = {"labels": list(federation.labels)}
+    labels = {"labels": list(federation.labels) or None}
     base = base_of(first.replace(data=labels))
     for entry in plan.entries:
         job = settled(entry).replace(data=labels)

@@ -64,6 +64,8 @@ def results(content: Mapping[str, Any]) -> Grid:
         *_score_columns(content, "metric", ""),
         *_score_columns(content, "metric_tuned", f" +{epochs} ep."),
     ]
+    if content.get("writes"):  # texts are scored by a few words each; the loss sees every one
+        columns.append(_loss_column())
     if content["held_out"]:
         columns += _unseen_columns(content, epochs)
     columns += [_p_column(content, "metric", "p"), _p_column(content, "metric_tuned", f"p +{epochs} ep.")]
@@ -203,6 +205,17 @@ def _score_columns(content: Mapping[str, Any], measure: str, suffix: str) -> lis
         _Column(f"tail 10 %{suffix}", lambda row: number(part("tail10")(row), percent), part("tail10")),
         _Column(f"worst{suffix}", lambda row: number(part("worst")(row), percent), part("worst")),
     ]
+
+
+def _loss_column() -> _Column:
+    def mean(row: Mapping[str, Any]) -> float | None:
+        found: float | None = row.get("loss", {}).get("mean")
+        return found
+
+    def text(row: Mapping[str, Any]) -> str:
+        return with_std(mean(row), row.get("loss", {}).get("std"), False)
+
+    return _Column("loss", text, lambda row: None if (loss := mean(row)) is None else -loss)
 
 
 def _unseen_columns(content: Mapping[str, Any], epochs: int) -> list[_Column]:
