@@ -179,6 +179,24 @@ def test_what_goes_wrong_in_a_lane_is_raised_and_nothing_more_begins(lanes: Lane
     assert list(lanes.map(lambda kernel, item: item, range(3))) == [0, 1, 2], "the lanes are free again"
 
 
+def test_whoever_stops_listening_waits_for_a_batch_and_no_more(lanes: Lanes, base: Base) -> None:
+    examples = TASK.encode(sentences(4, seed=0), base.processor)
+    batches = 0
+
+    def work(kernel: Kernel, item: int) -> None:
+        nonlocal batches
+        while item:  # the first item is done at once, the others never
+            kernel.features(examples)
+            batches += 1
+
+    found = lanes.map(work, range(3))
+    next(found)
+    with pytest.raises(KeyboardInterrupt):
+        cast("Generator[int]", found).throw(KeyboardInterrupt)
+    assert not any(kernel.halted for kernel in lanes.kernels)
+    assert lanes.kernels[0].features(examples).shape == (4, base.hidden)
+
+
 def test_a_profile_counts_lanes_as_their_share(lanes: Lanes) -> None:
     meeting = threading.Barrier(2, timeout=20)
 

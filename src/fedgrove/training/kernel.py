@@ -70,6 +70,10 @@ class Clock:
     end: float = 1.0
 
 
+class Halted(Exception):
+    """Work was given up between two batches."""
+
+
 class Kernel:
     """Trains and evaluates assemblies on one base. Not reentrant: one client at a time."""
 
@@ -77,6 +81,7 @@ class Kernel:
         self.base, self.task, self.options = base, task, options
         self._live: LiveAssembly | Cohort | None = None
         self._layout: packed.Layout | None = None
+        self.halted = False  # set from another thread: work ends before its next batch
         # a stock head finds its token by place in a padded batch
         self._packs = base.head != "stock" and packed.packs(base.model)
         modules = dict(base.model.named_modules())
@@ -271,6 +276,8 @@ class Kernel:
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         """The examples as one batch on the device."""
+        if self.halted:
+            raise Halted
         batch = self.task.collate(examples, self.base.pad_id)
         return {key: value.to(self.base.device) for key, value in batch.items()}
 

@@ -54,7 +54,7 @@ class Lanes:
     def map(self, work: Callable[[Kernel, Item], Found], items: Iterable[Item]) -> Iterator[Found]:
         """``work`` of each item in the given order, on whichever lane is free; items are drawn as they are needed.
 
-        Whoever stops listening, by Ctrl-C for instance, waits for the work that has begun.
+        Whoever stops listening, by Ctrl-C for instance, waits for the batches that have begun.
         """
         if len(self.kernels) == 1:
             yield from (work(self.kernels[0], item) for item in items)
@@ -84,9 +84,17 @@ class Lanes:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BaseException:
+            self._halt(True)
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+            self._halt(False)
             torch.set_num_threads(self.threads)
+
+    def _halt(self, halted: bool) -> None:
+        for kernel in self.kernels:
+            kernel.halted = halted
 
 
 def twin(base: Base) -> Base:
