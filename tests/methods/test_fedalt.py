@@ -27,6 +27,7 @@ from tests.methods.kit import (
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Factors
+from fedgrove.adapters.assembly import Junction
 from fedgrove.methods.contract import reveal
 from fedgrove.methods.fedalt import Gated
 from fedgrove.run import run
@@ -74,7 +75,7 @@ def test_the_gate_weighs_each_token_by_a_softmax_over_its_input() -> None:
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(2, 5, site.in_features, generator=rng, dtype=torch.float64)
     gate = torch.randn(2, site.in_features, generator=rng, dtype=torch.float64)
-    own, rest = Gated().weigh(site, x, ["own", "rest"], {f"gate.{site.name}": gate}, None)
+    own, rest = Gated().weigh(Junction(site, x, ["own", "rest"], {f"gate.{site.name}": gate}))
     for b in range(2):
         for t in range(5):
             logits = gate @ x[b, t]

@@ -27,7 +27,7 @@ from tests.methods.kit import (
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Factors
-from fedgrove.adapters.assembly import Assembly, Extra, Term, Weighted
+from fedgrove.adapters.assembly import Assembly, Extra, Junction, Term, Weighted
 from fedgrove.methods.contract import reveal
 from fedgrove.methods.feddpa import ByExample
 from fedgrove.run import run
@@ -62,12 +62,12 @@ def test_the_global_adapter_weighs_cap_times_the_mean_cosine() -> None:
     site = next(iter(SITES.values()))
     x = torch.zeros(4, 6, site.in_features, dtype=torch.float64)
     mix = ByExample(0.5)
-    shared, own = mix.weigh(site, x, ["global", "own"], {"references": references}, features)
+    shared, own = mix.weigh(Junction(site, x, ["global", "own"], {"references": references}, features))
     root = 2**-0.5
     want = torch.tensor([0.5 * 0.5, 0.5 * root, 0.0, 0.0], dtype=torch.float64)[:, None, None]
     torch.testing.assert_close(shared, want)
     torch.testing.assert_close(own, 1 - want)
-    swapped = mix.weigh(site, x, ["own", "global"], {"references": references}, features)
+    swapped = mix.weigh(Junction(site, x, ["own", "global"], {"references": references}, features))
     assert torch.equal(swapped[0], own)  # type: ignore[arg-type]
 
 

@@ -25,6 +25,7 @@ from tests.methods.kit import (
 from tests.tiny import save_silos, tiny_job
 
 from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.adapters.assembly import Junction
 from fedgrove.errors import JobError
 from fedgrove.methods.fedlease import TopExperts
 from fedgrove.run import run
@@ -125,7 +126,7 @@ def test_the_router_takes_the_top_m_of_its_outputs(own: int, normalise: bool) ->
     x = torch.randn(2, 4, site.in_features, generator=rng, dtype=torch.float64)
     G = torch.randn(5, site.in_features, generator=rng, dtype=torch.float64)
     names = ["expert.0", "expert.1", "expert.2"]
-    got = TopExperts(own, 3, normalise).weigh(site, x, names, {f"router.{site.name}": G}, None)
+    got = TopExperts(own, 3, normalise).weigh(Junction(site, x, names, {f"router.{site.name}": G}))
     others = [n for n in range(3) if n != own]
     for b, t in itertools.product(range(2), range(4)):
         p = torch.softmax(G @ x[b, t], 0)

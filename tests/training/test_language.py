@@ -188,7 +188,7 @@ def test_in_bfloat16_plain_attention_looks_back_only(tiny_llama: Path) -> None:
 
 def test_features_are_of_the_prompt_and_reach_every_token(tiny_llama: Path) -> None:
     """FedDPA's mix weighs terms by the instance: in training, scoring and writing alike."""
-    from fedgrove.adapters.assembly import Mix
+    from fedgrove.adapters.assembly import Junction, Mix
 
     seen: list[Tensor] = []
 
@@ -196,9 +196,10 @@ def test_features_are_of_the_prompt_and_reach_every_token(tiny_llama: Path) -> N
         linear = False
         needs_features = True
 
-        def weigh(self, site: Any, x: Tensor, names: Any, extras: Any, features: Any) -> list[Any]:
-            seen.append(features)
-            return [features.mean(1)[:, None, None] for _ in names]
+        def weigh(self, at: Junction) -> list[Any]:
+            assert at.features is not None
+            seen.append(at.features)
+            return [at.features.mean(1)[:, None, None] for _ in at.terms]
 
     base = base_of(tiny_llama)
     kernel = Kernel(base, TASK, TrainOptions())

@@ -1,7 +1,7 @@
 """Pure tensor algebra on low-rank adapters: no models, no files."""
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site, fresh
-from fedgrove.adapters.assembly import Assembly, Convex, Extra, Mix, Term, Weighted, as_one_adapter
+from fedgrove.adapters.assembly import Assembly, Convex, Extra, Junction, Mix, Term, Weighted, as_one_adapter
 
 __all__ = [
     "Adapter",
@@ -9,6 +9,7 @@ __all__ = [
     "Convex",
     "Extra",
     "Factors",
+    "Junction",
     "Mix",
     "Site",
     "Term",

@@ -57,27 +57,28 @@ class Extra:
     lr: float | None = 1.0  # multiplies the job's learning rate; None: the head's own rate (train.head_lr)
 
 
+@dataclass(frozen=True, eq=False)
+class Junction:
+    """A site in the middle of a forward pass, where the terms' outputs meet: what a mix may go by."""
+
+    site: Site
+    x: Tensor  # the site's input [batch, tokens, in]; empty where a linear mix is asked outside a pass
+    terms: Sequence[str]  # their names, in order
+    extras: Mapping[str, Tensor]  # the assembly's, as they train now
+    features: Tensor | None = None  # [batch, hidden]
+
+
 class Mix:
     """How the terms' outputs add up at a site. The base class is the plain sum."""
 
     #: False where the weights depend on the input, so that no single LoRA adapter computes the same
     linear: bool = True
-    #: reads the untouched base's pooled features of each example (``features`` below is then not None)
+    #: reads the untouched base's pooled features of each example (``Junction.features`` is then not None)
     needs_features: bool = False
 
-    def weigh(
-        self,
-        site: Site,
-        x: Tensor,
-        terms: Sequence[str],
-        extras: Mapping[str, Tensor],
-        features: Tensor | None,
-    ) -> Sequence[float | Tensor]:
-        """One weight per term: a float, a scalar tensor, or a tensor that broadcasts over ``[batch, tokens, 1]``.
-
-        ``x`` is the site's input ``[batch, tokens, in]``; ``extras`` the assembly's extras as they train now.
-        """
-        return [1.0] * len(terms)
+    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+        """One weight per term: a float, a scalar tensor, or a tensor that broadcasts over ``[batch, tokens, 1]``."""
+        return [1.0] * len(at.terms)
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,8 @@ class Weighted(Mix):
 
     weights: Mapping[str, float]
 
-    def weigh(
-        self,
-        site: Site,
-        x: Tensor,
-        terms: Sequence[str],
-        extras: Mapping[str, Tensor],
-        features: Tensor | None,
-    ) -> Sequence[float | Tensor]:
-        return [self.weights.get(term, 1.0) for term in terms]
+    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+        return [self.weights.get(term, 1.0) for term in at.terms]
 
 
 @dataclass(frozen=True)
@@ -108,19 +102,12 @@ class Convex(Mix):
     second: str
     prefix: str = "lambda"
 
-    def weigh(
-        self,
-        site: Site,
-        x: Tensor,
-        terms: Sequence[str],
-        extras: Mapping[str, Tensor],
-        features: Tensor | None,
-    ) -> Sequence[float | Tensor]:
-        logit = extras.get(f"{self.prefix}.{site.layer}")
+    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+        logit = at.extras.get(f"{self.prefix}.{at.site.layer}")
         if logit is None:
-            return [0.0 if term == self.second else 1.0 for term in terms]
+            return [0.0 if term == self.second else 1.0 for term in at.terms]
         share = torch.sigmoid(logit)
-        return [share if term == self.first else 1 - share if term == self.second else 1.0 for term in terms]
+        return [share if term == self.first else 1 - share if term == self.second else 1.0 for term in at.terms]
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +205,7 @@ def as_one_adapter(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter:
     result: Adapter = {}
     for name, site in sites.items():
         parts: list[Factors] = []
-        weights = assembly.mix.weigh(site, torch.empty(0), names, extras, None)
+        weights = assembly.mix.weigh(Junction(site, torch.empty(0), names, extras))
         for term, weight in zip(assembly.terms, weights, strict=True):
             if name not in term.adapter or (isinstance(weight, float) and weight == 0.0):
                 continue

@@ -12,7 +12,7 @@ local: the personal LoRA trains, then the weights, and nothing is sent. A client
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,8 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Site
-from fedgrove.adapters.assembly import Assembly, Extra, Mix, Term
+from fedgrove.adapters.assembly import Assembly, Extra, Junction, Mix, Term
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -55,15 +54,8 @@ class FDOptions(contract.WeightedOptions):
 class Fused(Mix):
     """The terms ``global`` and ``own`` with one trained weight each, the same at every site."""
 
-    def weigh(
-        self,
-        site: Site,
-        x: Tensor,
-        terms: Sequence[str],
-        extras: Mapping[str, Tensor],
-        features: Tensor | None,
-    ) -> Sequence[float | Tensor]:
-        return [extras[f"fusion.{term}"] for term in terms]
+    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+        return [at.extras[f"fusion.{term}"] for term in at.terms]
 
 
 class FDLoRA(FedIT):

@@ -20,8 +20,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Site
-from fedgrove.adapters.assembly import Assembly, Extra, Mix, Term, Weighted
+from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.assembly import Assembly, Extra, Junction, Mix, Term, Weighted
 from fedgrove.adapters.groups import GroupMeans, group_means
 from fedgrove.methods import contract
 from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, Setting, State, Step, Trained, Update
@@ -44,16 +44,9 @@ class Gated(Mix):
 
     linear = False
 
-    def weigh(
-        self,
-        site: Site,
-        x: Tensor,
-        terms: Sequence[str],
-        extras: Mapping[str, Tensor],
-        features: Tensor | None,
-    ) -> Sequence[float | Tensor]:
-        weights = torch.softmax(torch.nn.functional.linear(x, extras[f"gate.{site.name}"]), dim=-1)
-        return [weights[..., :1] if term == "own" else weights[..., 1:] for term in terms]
+    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+        weights = torch.softmax(torch.nn.functional.linear(at.x, at.extras[f"gate.{at.site.name}"]), dim=-1)
+        return [weights[..., :1] if term == "own" else weights[..., 1:] for term in at.terms]
 
 
 class FedALT(Method):

@@ -21,9 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Site
+from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.algebra import mean
-from fedgrove.adapters.assembly import Assembly, Extra, Mix, Term, Weighted
+from fedgrove.adapters.assembly import Assembly, Extra, Junction, Mix, Term, Weighted
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -73,18 +73,11 @@ class ByExample(Mix):
     linear = False
     needs_features = True
 
-    def weigh(
-        self,
-        site: Site,
-        x: Tensor,
-        terms: Sequence[str],
-        extras: Mapping[str, Tensor],
-        features: Tensor | None,
-    ) -> Sequence[float | Tensor]:
-        assert features is not None  # the kernel provides them: needs_features
-        near = torch.nn.functional.cosine_similarity(features[:, None, :], extras["references"][None], dim=-1)
+    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+        assert at.features is not None  # the kernel provides them: needs_features
+        near = torch.nn.functional.cosine_similarity(at.features[:, None, :], at.extras["references"][None], dim=-1)
         weight = (self.cap * near.mean(1)).clamp_min(0.0)[:, None, None]
-        return [weight if term == "global" else 1 - weight for term in terms]
+        return [weight if term == "global" else 1 - weight for term in at.terms]
 
 
 class _FedDPA(Method):

@@ -23,9 +23,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Site
+from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.algebra import mean
-from fedgrove.adapters.assembly import Assembly, Extra, Mix, Term, Weighted
+from fedgrove.adapters.assembly import Assembly, Extra, Junction, Mix, Term, Weighted
 from fedgrove.adapters.distance import between, towards
 from fedgrove.clustering.tree import cut, merge_tree, silhouette
 from fedgrove.errors import JobError
@@ -63,15 +63,8 @@ class TopExperts(Mix):
 
     linear = False
 
-    def weigh(
-        self,
-        site: Site,
-        x: Tensor,
-        terms: Sequence[str],
-        extras: Mapping[str, Tensor],
-        features: Tensor | None,
-    ) -> Sequence[float | Tensor]:
-        shares = torch.softmax(torch.nn.functional.linear(x, extras[f"router.{site.name}"]), dim=-1)
+    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+        shares = torch.softmax(torch.nn.functional.linear(at.x, at.extras[f"router.{at.site.name}"]), dim=-1)
         top = shares.topk(self.count, dim=-1)
         kept = torch.zeros_like(shares).scatter(-1, top.indices, top.values)
         if self.normalise:
@@ -79,7 +72,7 @@ class TopExperts(Mix):
         weights = kept[..., : self.count].sum(-1, keepdim=True), *kept[..., self.count :].split(1, dim=-1)
         order = [self.own, *(n for n in range(self.count) if n != self.own)]
         named = {f"expert.{n}": weight for n, weight in zip(order, weights, strict=True)}
-        return [named[term] for term in terms]
+        return [named[term] for term in at.terms]
 
 
 class FedLEASE(Method):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site
-from fedgrove.adapters.assembly import Assembly, Extra, Term, sealed, unit_rows
+from fedgrove.adapters.assembly import Assembly, Extra, Junction, Term, sealed, unit_rows
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.methods.contract import Live
 
@@ -86,7 +86,7 @@ class LiveAssembly:
 
     def weighed(self, site: Site, x: Tensor) -> list[tuple[LiveTerm, float | Tensor]]:
         """The terms that run at a site whose input is x, and their weights."""
-        weights = self.assembly.mix.weigh(site, x, self.names, self.extras, self.features)
+        weights = self.assembly.mix.weigh(Junction(site, x, self.names, self.extras, self.features))
         return [
             (live, weight)
             for live, weight in zip(self.terms, weights, strict=True)
