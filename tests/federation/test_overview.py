@@ -78,6 +78,7 @@ def test_texts_without_labels_are_told_by_the_column_that_split_them() -> None:
     ]
     found = columns(overview(Federation(tuple(clients), (), SOURCE), {}, 128))
     assert (found["riddles"], found["sums"]) == (["2", "0"], ["1", "3"])
-    many = [Client("a", rows, rows[:1], [], None, held_out=False, kinds=dict.fromkeys("abcdefghi", 1))]
-    found = columns(overview(Federation(tuple(many), (), SOURCE), {}, 128))
-    assert (found["kinds"], found["most frequent"]) == (["9"], ["a 1, b 1, c 1, …"])
+    kinds = {"a" * 40: 5, **dict.fromkeys("bcdefghi", 1)}
+    many = [Client("a", rows, rows[:1], [], None, held_out=False, kinds=kinds)]
+    found = columns(overview(Federation(tuple(many), (), SOURCE, kind="task"), {}, 128))
+    assert (found["kinds of task"], found["most frequent"]) == (["9"], ["a" * 27 + "… 5, b 1, c 1, …"])

@@ -50,6 +50,7 @@ def test_kinds_stand_where_there_are_no_labels() -> None:
     labelled = table(6, 3)
     kinds = {
         "labels": [],
+        "kind": "label",
         "kinds": labelled["labels"],
         "clients": [{**client, "labels": {}, "kinds": client["labels"]} for client in labelled["clients"]],
     }

@@ -41,6 +41,7 @@ class Federation:
     labels: tuple[str, ...]
     source: dict[str, Any]
     task: type[Task] = ClassifyText
+    kind: str = ""  # the column that clients' kinds are values of
 
     @property
     def training(self) -> tuple[Client, ...]:
@@ -58,7 +59,7 @@ class Federation:
         kinds = sorted({kind for client in self.clients for kind in client.kinds})
         return {
             "labels": list(self.labels),
-            **({"kinds": kinds} if kinds else {}),
+            **({"kind": self.kind, "kinds": kinds} if kinds else {}),
             "clients": [
                 {
                     "name": client.name,
@@ -91,7 +92,8 @@ def build(job: Job) -> Federation:
             name: ([loaded.rows[i] for i in numbers], group)
             for name, (numbers, group) in partition(loaded, job).items()
         }
-    clients, kind_of = [], _kinds(loaded, job)
+    clients = []
+    kind, kind_of = _kinds(loaded, job)
     for name, (rows, group) in sorted(holdings.items()):
         parts = split(
             name,
@@ -108,17 +110,17 @@ def build(job: Job) -> Federation:
     clients = [replace(client, held_out=client.name in chosen) for client in clients]
     task = task_class(job.data)
     labels = _labels(clients, loaded, job) if task.classifies else ()
-    return Federation(tuple(clients), labels, loaded.source, task)
+    return Federation(tuple(clients), labels, loaded.source, task, kind)
 
 
-def _kinds(loaded: Table | Silos, job: Job) -> dict[int, str]:
-    """By ``id`` of a row what it is one of, where rows have no labels and clients mix the kinds of a column."""
+def _kinds(loaded: Table | Silos, job: Job) -> tuple[str, dict[int, str]]:
+    """The column whose values clients mix, and by ``id`` of a row its value; nothing where rows have labels."""
     column = job.data.partition.options.get("partition_by")
     if isinstance(loaded, Silos) or task_class(job.data).classifies or job.data.partition.by == "natural":
-        return {}
+        return "", {}
     if column not in loaded.columns:
-        return {}
-    return {id(row): str(kind) for row, kind in zip(loaded.rows, loaded.columns[column], strict=True)}
+        return "", {}
+    return column, {id(row): str(kind) for row, kind in zip(loaded.rows, loaded.columns[column], strict=True)}
 
 
 def _held_out(clients: Sequence[Client], job: Job) -> set[str]:

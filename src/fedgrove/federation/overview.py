@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fedgrove.federation.federation import Federation
 
 MOST_LABELS = 8  # with a column each; more are told as the number of labels and the most frequent ones
-MOST_FREQUENT = 3
+MOST_FREQUENT, LONGEST = 3, 28
 LEFT = ("client", "group", "most frequent")  # columns of words
 
 
@@ -48,7 +48,7 @@ def overview(federation: Federation, tokens: Mapping[str, Mapping[str, Any]], li
         headings += values
         cells += [[f"{client[what].get(value, 0)}" for client in clients] for value in values]
     else:
-        headings += [what, "most frequent"]
+        headings += ["labels" if labels else f"kinds of {table['kind']}", "most frequent"]
         cells += [[f"{sum(map(bool, client[what].values()))}" for client in clients]]
         cells += [[_most(client[what]) for client in clients]]
     headings += [key.replace("_", " ") for key in sizes]
@@ -64,8 +64,12 @@ def overview(federation: Federation, tokens: Mapping[str, Mapping[str, Any]], li
 def _most(counts: Mapping[str, int]) -> str:
     """ "cat 12, dog 9, cow 7, …" """
     held = sorted(((label, count) for label, count in counts.items() if count), key=lambda pair: (-pair[1], pair[0]))
-    listed = [f"{label} {count}" for label, count in held[:MOST_FREQUENT]]
+    listed = [f"{_short(label)} {count}" for label, count in held[:MOST_FREQUENT]]
     return ", ".join([*listed, *["…"] * (len(held) > MOST_FREQUENT)])
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}…"
 
 
 def _sums(clients: list[dict[str, Any]], labels: list[str]) -> str:

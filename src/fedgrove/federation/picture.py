@@ -32,16 +32,19 @@ def who_holds_what(table: dict[str, Any], target: Path | BytesIO) -> None:
     from matplotlib.text import Text
 
     clients = sorted(table["clients"], key=lambda client: (client["group"] or "", client["name"]))
-    labels = table["labels"]
+    labels, what = table["labels"], "label"
     if table.get("kinds") and all("kinds" in client for client in clients):
-        labels = table["kinds"]
+        labels, what = table["kinds"], table["kind"]
         clients = [{**client, "labels": client["kinds"]} for client in clients]
     if not any(client["labels"] for client in clients):  # sites of a deployment may keep these counts to themselves
         labels = ["any label"]
         clients = [{**client, "labels": {"any label": client["train"]}} for client in clients]
     many = len(clients) > MOST_BARS or len(labels) > len(COLOURS)
     figure = Figure(facecolor="white")
-    (_heat if many else _bars)(figure, clients, labels)
+    if many:
+        _heat(figure, clients, labels, what)
+    else:
+        _bars(figure, clients, labels)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # "$" in a label is a dollar
     with warnings.catch_warnings():
@@ -101,7 +104,7 @@ def _bars(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> N
     )
 
 
-def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> None:
+def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what: str) -> None:
     named = len(clients) <= MOST_NAMES
     if not named:
         clients = sorted(clients, key=_by_main_label)
@@ -112,7 +115,7 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> N
     below, map_height = (1.6 if named else 0.7), max(1.2, 0.17 * min(len(labels), MOST_LABELS))
     height = below + map_height + 2.1
     figure.set_size_inches(9.0, height)
-    left, width = 0.17, 0.74
+    left, width = 0.2, 0.71
     sizes = figure.add_axes((left, (below + map_height + 0.45) / height, width, 1.15 / height))
     heat = figure.add_axes((left, below / height, width, map_height / height))
     for axes in (sizes, heat):
@@ -128,7 +131,7 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> N
     sizes.set_xticks([])
 
     image = heat.imshow(shares.T, aspect="auto", interpolation="nearest", cmap="PuBu", vmin=0)
-    heat.set_title("shares of its examples", fontsize=9, color=INK, loc="left")
+    heat.set_title(f"share of each {what}", fontsize=9, color=INK, loc="left")
     step = -(-len(labels) // MOST_LABELS)
     heat.set_yticks(range(0, len(labels), step), [_short(label, 22) for label in labels[::step]], fontsize=8)
     names = [_short(client["name"], 16) for client in clients] if named else []
