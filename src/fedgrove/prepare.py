@@ -19,7 +19,7 @@ from fedgrove.methods.contract import ClientInfo, Method, Setting
 from fedgrove.methods.registry import method_class
 from fedgrove.seeds import generator
 from fedgrove.training.client import ClientHalf
-from fedgrove.training.cohort import cohort_size
+from fedgrove.training.cohort import cohort_size, row_by_row
 from fedgrove.training.head import HeadPolicy
 from fedgrove.training.kernel import TrainOptions
 from fedgrove.training.lanes import Lanes, lane_count
@@ -64,14 +64,18 @@ def prepare(job: Job) -> Prepared:
     base = base_of(job)
     task = task_of(job)
     setting = setting_of(job, base, clients)
-    lanes = lane_count(job)
     if job.train.cohort == "auto":
-        job = job.replace(train={"cohort": cohort_size(job, base, setting, len(clients), lanes)})
+        job = job.replace(train={"cohort": cohort_size(job, base, setting, len(clients), lane_count(job))})
+    elif job.train.cohort > 1 and not row_by_row(base):
+        raise JobError(
+            f"train.cohort = {job.train.cohort}, but {job.model.name} divides its images into windows, so clients "
+            'cannot share a batch; set it to 1 or "auto".'
+        )
     chosen = method_class(job.method.name)
     method = chosen(job.method.options, setting)
     method.check([*clients.values(), *held_out.values()])
     head = head_policy(job, base, task)
-    kernels = Lanes.on(base, task, train_options(job), count=lanes, threads=int(job.train.threads))
+    kernels = Lanes.on(base, task, train_options(job), count=lane_count(job), threads=int(job.train.threads))
     half = ClientHalf(kernels.kernels[0], method, head, job.run.seed, job.run.rounds, job.privacy, lanes=kernels)
     data = {client.name: encode(client, task, base) for client in federation.clients}
     engine = LocalEngine(job, half, {**clients, **held_out}, data, held_out)

@@ -102,6 +102,28 @@ def test_a_job_has_lanes_where_they_were_measured_to_pay(tiny_bert: Path, silos:
     assert count(train={"threads": 2, "cohort": 4}, lora={"rank": 2, "dropout": 0.1}) == 1
 
 
+@pytest.mark.parametrize(
+    ("train", "clients", "cohort", "count"),
+    [
+        ({}, 3, 2, 2),
+        ({}, 2, 2, 2),  # one in each lane
+        ({"batch_size": 128}, 3, 1, 1),
+        ({"memory": "1MB"}, 3, 1, 1),
+        ({"cohort": 1}, 3, 1, 1),
+        ({"cohort": 3}, 3, 3, 2),
+    ],
+)
+def test_a_resumed_run_has_the_lanes_of_its_beginning(
+    train: dict[str, Any], clients: int, cohort: int, count: int, tiny_bert: Path, silos: Path, threads: None
+) -> None:
+    held_out = {"held_out": ["site-2"]} if clients == 2 else {}
+    job = tiny_job(tiny_bert, silos, train={"threads": 2, **train}, federation=held_out)
+    first = prepare(job)
+    again = prepare(first.job)  # job.toml has every choice written out
+    assert (first.job.train.cohort, len(first.half.lanes.kernels)) == (cohort, count)
+    assert (again.job.train.cohort, len(again.half.lanes.kernels)) == (cohort, count)
+
+
 def test_the_weights_are_there_once(lanes: Lanes) -> None:
     first, second = (kernel.base.model for kernel in lanes.kernels)
     pairs = list(zip(first.parameters(), second.parameters(), strict=True))

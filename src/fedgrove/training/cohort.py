@@ -266,7 +266,7 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int, lanes: int
     config = base.model.config
     layers = int(getattr(config, "num_hidden_layers", len(base.layers)))
     heads = getattr(config, "num_attention_heads", 1)
-    if not isinstance(heads, int):  # one for each stage (Swin): its windows of a batch are not rows of the batch
+    if not row_by_row(base):
         return 1
     longest = _patches(config) or job.data.max_length
     # kept for the backward pass at each layer: about 16 vectors of the hidden size, and scores and weights of attention
@@ -277,7 +277,7 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int, lanes: int
     return size_for(
         device=base.device.type,
         batch_size=job.train.batch_size,
-        clients=math.ceil(clients / lanes),
+        clients=max(math.ceil(clients / lanes), min(clients, 2)),  # 1 would be read as "one after the other"
         tokens=job.train.batch_size * longest,
         token_bytes=token,
         client_bytes=4 * setting.rank * site * base.adapter_dtype.itemsize,
@@ -285,6 +285,11 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int, lanes: int
         share=4 * setting.rank * site / (12 * layers * base.hidden**2),
         memory=memory_for(job.train.memory, base.device) // lanes,
     )
+
+
+def row_by_row(base: Base) -> bool:
+    """Whether an example stays a row of its batch: the windows of models with stages (Swin) do not."""
+    return isinstance(getattr(base.model.config, "num_attention_heads", 1), int)
 
 
 def _patches(config: Any) -> int | None:

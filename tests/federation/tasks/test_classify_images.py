@@ -181,6 +181,9 @@ def test_encoders_of_other_kinds_run_or_are_refused_in_a_sentence(kind: str, pic
         with pytest.raises(FedgroveError, match=REFUSED[kind]):
             run(job, tmp_path / "run")
         return
+    if kind == "Swin":
+        with pytest.raises(FedgroveError, match=r"train\.cohort = 2, but .* divides its images into windows"):
+            run(job.replace(train={"cohort": 2}), tmp_path / "run")
     result = run(job, tmp_path / "run")
     images = some()
     ours = result.client("site-1").model().logits(images)
