@@ -175,7 +175,8 @@ def test_items_are_drawn_as_they_are_needed(lanes: Lanes) -> None:
     def items() -> Iterator[int]:
         for number in range(100):
             drawn.append(number)
-            assert torch.get_num_threads() == 1, "an item is made with as many threads whoever works beside it"
+            # made with as many threads whoever works beside it: the first two before anybody does
+            assert torch.get_num_threads() == (2 if number < 2 else 1)
             yield number
 
     found = lanes.map(lambda kernel, item: item, items())
@@ -184,6 +185,11 @@ def test_items_are_drawn_as_they_are_needed(lanes: Lanes) -> None:
     cast("Generator[int]", found).close()
     assert len(drawn) <= 4
     assert torch.get_num_threads() == 2
+
+
+def test_one_item_has_all_threads(lanes: Lanes) -> None:
+    assert list(lanes.map(lambda kernel, item: (item, torch.get_num_threads()), [7])) == [(7, 2)]
+    assert list(lanes.map(lambda kernel, item: item, [])) == []
 
 
 def test_what_goes_wrong_in_a_lane_is_raised_and_nothing_more_begins(lanes: Lanes) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
@@ -56,13 +57,14 @@ class Lanes:
 
         Whoever stops listening, by Ctrl-C for instance, waits for the batches that have begun.
         """
-        if len(self.kernels) == 1:
-            yield from (work(self.kernels[0], item) for item in items)
+        rest = iter(items)
+        first = list(islice(rest, len(self.kernels)))
+        if len(first) < 2:  # nothing to do beside it: on all threads
+            yield from (work(self.kernels[0], item) for item in chain(first, rest))
             return
         free: SimpleQueue[Kernel] = SimpleQueue()
         for kernel in self.kernels:
             free.put(kernel)
-
         spans = lane_spans(len(self.kernels))
 
         def run(item: Item) -> Found:
@@ -78,7 +80,7 @@ class Lanes:
         pool = ThreadPoolExecutor(len(self.kernels), initializer=torch.set_num_threads, initargs=(share,))
         waiting: deque[Future[Found]] = deque()
         try:
-            for item in items:
+            for item in chain(first, rest):
                 waiting.append(pool.submit(run, item))
                 if len(waiting) > len(self.kernels):
                     yield waiting.popleft().result()
