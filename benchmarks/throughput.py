@@ -47,7 +47,7 @@ WHO = ("floor", "floor-bf16", "fedgrove", "fedgrove-fp32", "swap", "flower", "fl
 JOBS: dict[str, list[str]] = {
     "classify": ["method.name=fedit", "run.rounds=5"],
     "generate": [
-        "method.name=fedit", "run.rounds=2", "model.name=minimind2-small", "data.name=natural-instructions",
+        "method.name=fedit", "run.rounds=3", "model.name=minimind2-small", "data.name=natural-instructions",
         "data.partition.by=natural", "data.group=task", "federation.clients=8", "data.max_length=192",
         'data.groups=["033_*", "034_*", "035_*", "037_*", "038_*", "040_*", "041_*", "046_*"]',
         # the opponents write no texts

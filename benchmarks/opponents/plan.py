@@ -76,4 +76,8 @@ def tokens(plan: dict[str, Any]) -> tuple[int, int]:
 
 
 def _plain(example: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in example.items()}
+    found = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in example.items()}
+    if "start" in found:  # a text to learn: the tokens of its completion
+        start = found["start"]
+        found["labels"] = [-100] * start + found["input_ids"][start:]
+    return found

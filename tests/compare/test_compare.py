@@ -311,6 +311,8 @@ def test_methods_that_learn_to_write_are_compared_too(tiny_llama: Path, exchange
     assert [row["label"] for row in found["methods"]] == ["local", "fedit"]
     grid = tables.results(found)
     assert "Rouge_l" in grid.title
+    assert grid.rows[0][0].text == "base", "a language model has no head of ours"
+    assert "head" not in " ".join(grid.caption).casefold()
     column = grid.headings.index("loss")
     losses = {row["label"]: row["loss"]["mean"] for row in found["methods"]}
     for row in grid.rows:

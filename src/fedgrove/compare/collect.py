@@ -31,12 +31,14 @@ def collect(done: Done) -> dict[str, Any]:
     job = first[0].job
     base_values = _values(first, plan.seeds, "metric_base", held_out=False)
     values = [value for row in rows for by_client in row["values"]["metric"].values() for value in by_client.values()]
+    writes = first[0].summary.get("task") == "generate"
+    base_label = "base" if writes else "base, head alone"
     content: dict[str, Any] = {
         "format": 1,
         "fedgrove": fedgrove.__version__,
         "metric": first[0].summary.get("metric", "score"),
         "percent": words.shares(values),
-        "writes": first[0].summary.get("task") == "generate",
+        "writes": writes,
         "head": job.federation.head,
         "model": job.model.name,
         "data": job.data.path or job.data.name,
@@ -47,7 +49,7 @@ def collect(done: Done) -> dict[str, Any]:
         "seeds": list(plan.seeds),
         "fingerprints": {str(seed): fingerprint(run.path) for seed, run in zip(plan.seeds, first, strict=True)},
         "tuning": _tuning(done),
-        "base": {"label": "base, head alone", "metric": _statistics(base_values), "values": {"metric": base_values}},
+        "base": {"label": base_label, "metric": _statistics(base_values), "values": {"metric": base_values}},
         "methods": rows,
         "notes": [*plan.notes, *_machines(done)],
         "job": plan.base.to_dict(),

@@ -100,8 +100,9 @@ def caption(content: Mapping[str, Any]) -> tuple[str, ...]:
         if plural
         else "Mean over clients, one seed"
     )
+    writes = content.get("writes", False)
     said = [
-        f"Head: {content['head']} for every method.",
+        *([] if writes else [f"Head: {content['head']} for every method."]),
         f"{over}; tail is the 10th-percentile client, worst the single weakest.",
         f"“+{epochs} ep.” is the same model after {words.count(epochs, 'epoch')} of local fine-tuning at each client, "
         "the same for every method.",
@@ -114,7 +115,8 @@ def caption(content: Mapping[str, Any]) -> tuple[str, ...]:
         )
     if content["held_out"]:
         said.append(f"Unseen: {words.count(content['held_out'], 'client')} in each seed that never trained.")
-    said.append("Base is the frozen model with a head trained alone; local is each client training alone.")
+    base = "the frozen model" + " with a head trained alone" * (not writes)
+    said.append(f"Base is {base}; local is each client training alone.")
     if content["tuning"]:
         count = len(next(iter(content["tuning"]["methods"].values()))["trials"])
         said.append(
