@@ -309,6 +309,8 @@ def test_methods_that_learn_to_write_are_compared_too(tiny_llama: Path, exchange
     found = compare(job, ["fedit"], [0], tmp_path / "out")
     assert found["metric"] == "rouge_l"
     assert [row["label"] for row in found["methods"]] == ["local", "fedit"]
+    figures = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
+    assert figures == {"bytes.png", "clients.png", "differences.png"}, "one measured round has no course"
     grid = tables.results(found)
     assert "Rouge_l" in grid.title
     assert grid.rows[0][0].text == "base", "a language model has no head of ours"

@@ -104,6 +104,8 @@ def _line(axes: Axes, row: Content, index: int, places: list[float], *, band: bo
     if band:
         low, high = [point["low"] for point in curve], [point["high"] for point in curve]
         axes.fill_between(places, low, high, color=look["color"], alpha=0.05 if faint else 0.12, linewidth=0)
+    if len(places) == 1 and not look["marker"]:
+        look |= {"marker": "D", "markersize": 5}
     if len(places) > 30:
         look["markevery"] = len(places) // 12
     axes.plot(places, [point["mean"] for point in curve], label=row["label"], **look)

@@ -44,9 +44,13 @@ def write_page(content: Mapping[str, Any], out: Path) -> Path:
         "clients": (f"{content['metric']} of every client", figures.clients),
         "differences": ("Differences from the best method", figures.differences),
     }
-    if not content["tests"]["metric"]["against_best"]:
-        del drawings["differences"]
-    pictures = {name: painter.paint(name, label, partial(draw, content)) for name, (label, draw) in drawings.items()}
+    empty = set() if content["tests"]["metric"]["against_best"] else {"differences"}
+    if all(len(row["curve"]) < 2 for row in content["methods"]):  # measured once: there is no course to show
+        empty.add("rounds")
+    pictures = {
+        name: None if name in empty else painter.paint(name, label, partial(draw, content))
+        for name, (label, draw) in drawings.items()
+    }
     environment = Environment(
         loader=PackageLoader("fedgrove.compare", "page"),
         autoescape=True,  # labels, client names and the job come from users
