@@ -177,6 +177,9 @@ def test_the_size_follows_the_device_the_batch_and_the_memory() -> None:
     assert size_for(device="cpu", batch_size=16, **asked) == 8
     assert size_for(device="cpu", batch_size=8, **asked) == 16
     assert size_for(device="cpu", batch_size=128, **asked) == 1
+    assert size_for(device="cpu", batch_size=8, lanes=2, **asked) == 8
+    assert size_for(device="cpu", batch_size=2, **{**asked, "clients": 1000}) == 16
+    assert size_for(device="cuda", batch_size=2, **{**asked, "clients": 1000, "share": 0.001}) == 128
     assert size_for(device="cpu", batch_size=8, **{**asked, "share": 0.2}) == 5
     assert size_for(device="cpu", batch_size=8, **{**asked, "share": 3.0}) == 1
     assert size_for(device="cuda", batch_size=2, **asked) == 16

@@ -284,6 +284,7 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int, lanes: int
         # every member's tokens run through every member's factors: no more of them than a quarter of the base
         share=4 * setting.rank * site / (12 * layers * base.hidden**2),
         memory=memory_for(job.train.memory, base.device) // lanes,
+        lanes=lanes,
     )
 
 
@@ -321,13 +322,15 @@ def size_for(
     client_bytes: int,
     share: float,
     memory: int,
+    lanes: int = 1,
 ) -> int:
     """How many clients share a batch: as many as keep the device busy, within ``memory`` bytes.
 
     ``tokens`` of one client's batch at most, ``token_bytes`` of activations for each, ``client_bytes`` for a client's
     adapter with gradients and optimiser state, ``share`` what it takes of the products that all members' factors may
-    cost. A CPU is busy with about 128 examples, a GPU with about 256.
+    cost. A CPU is busy with about 128 examples in all its lanes, of at most 16 clients in each; a GPU with about 256.
     """
     busy = 256 if device == "cuda" else 128
     fits = memory // max(1, tokens * token_bytes + client_bytes)
-    return max(1, min(math.ceil(busy / batch_size), clients, fits, int(1 / share)))
+    most = clients if device == "cuda" else min(clients, 16)
+    return max(1, min(math.ceil(busy / lanes / batch_size), most, fits, int(1 / share)))
