@@ -116,9 +116,8 @@ def build(job: Job) -> Federation:
 def _kinds(loaded: Table | Silos, job: Job) -> tuple[str, dict[int, str]]:
     """The column whose values clients mix, and by ``id`` of a row its value; nothing where rows have labels."""
     column = job.data.partition.options.get("partition_by")
-    if isinstance(loaded, Silos) or task_class(job.data).classifies or job.data.partition.by == "natural":
-        return "", {}
-    if column not in loaded.columns:
+    told = task_class(job.data).classifies or job.data.partition.by == "natural"  # by labels, or by the clients' names
+    if told or isinstance(loaded, Silos) or column not in loaded.columns:
         return "", {}
     return column, {id(row): str(kind) for row, kind in zip(loaded.rows, loaded.columns[column], strict=True)}
 

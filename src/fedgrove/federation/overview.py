@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedgrove.federation.picture import short
+
 if TYPE_CHECKING:
     from fedgrove.federation.federation import Federation
 
@@ -64,12 +66,8 @@ def overview(federation: Federation, tokens: Mapping[str, Mapping[str, Any]], li
 def _most(counts: Mapping[str, int]) -> str:
     """ "cat 12, dog 9, cow 7, …" """
     held = sorted(((label, count) for label, count in counts.items() if count), key=lambda pair: (-pair[1], pair[0]))
-    listed = [f"{_short(label)} {count}" for label, count in held[:MOST_FREQUENT]]
+    listed = [f"{short(label, LONGEST)} {count}" for label, count in held[:MOST_FREQUENT]]
     return ", ".join([*listed, *["…"] * (len(held) > MOST_FREQUENT)])
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}…"
 
 
 def _sums(clients: list[dict[str, Any]], labels: list[str]) -> str:

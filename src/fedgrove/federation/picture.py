@@ -82,8 +82,8 @@ def _bars(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> N
         note = f"{int(total)}" + ("  held out" if client["held_out"] else "")
         axes.text(total + 0.01 * most, place, note, va="center_baseline", fontsize=7.5, color=INK)
     for place, group in heads:
-        axes.text(0, place, _short(group, 40), va="center", fontsize=9, fontweight="bold", color=INK)
-    axes.set_yticks(places, [_short(client["name"], 22) for client in clients], fontsize=7.5)
+        axes.text(0, place, short(group, 40), va="center", fontsize=9, fontweight="bold", color=INK)
+    axes.set_yticks(places, [short(client["name"], 22) for client in clients], fontsize=7.5)
     axes.set_ylim(max(at - (GAP if grouped else 0.0), 1) - 0.4, -0.6)
     axes.set_xlim(0, 1.13 * most)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -92,7 +92,7 @@ def _bars(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> N
     axes.grid(axis="x", color=PALE, linewidth=0.6)
     _plain(axes)
     figure.legend(
-        handles=[Patch(color=COLOURS[i], label=_short(label, 24)) for i, label in enumerate(labels)],
+        handles=[Patch(color=COLOURS[i], label=short(label, 24)) for i, label in enumerate(labels)],
         loc="upper left",
         bbox_to_anchor=(0.19, 1 - 0.08 / height),
         ncols=4,
@@ -133,8 +133,8 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what
     image = heat.imshow(shares.T, aspect="auto", interpolation="nearest", cmap="PuBu", vmin=0)
     heat.set_title(f"share of each {what}", fontsize=9, color=INK, loc="left")
     step = -(-len(labels) // MOST_LABELS)
-    heat.set_yticks(range(0, len(labels), step), [_short(label, 22) for label in labels[::step]], fontsize=8)
-    names = [_short(client["name"], 16) for client in clients] if named else []
+    heat.set_yticks(range(0, len(labels), step), [short(label, 22) for label in labels[::step]], fontsize=8)
+    names = [short(client["name"], 16) for client in clients] if named else []
     heat.set_xticks(range(len(names)), names, fontsize=7.5, rotation=90)
     bar = figure.add_axes((left + width + 0.015, below / height, 0.012, map_height / height))
     figure.colorbar(image, cax=bar).ax.tick_params(labelsize=8)
@@ -147,7 +147,7 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what
         middle = at + (size - 1) / 2
         if group:
             heat.annotate(
-                _short(group, 18),
+                short(group, 18),
                 (middle, 0),
                 (0, -72 if named else -6),
                 xycoords=("data", "axes fraction"),
@@ -171,5 +171,6 @@ def _plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
+    """The text, or its start and an ellipsis: at most ``length`` characters."""
     return text if len(text) <= length else text[: length - 1] + "…"

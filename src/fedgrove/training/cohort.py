@@ -55,7 +55,7 @@ def train_together(lanes: Lanes, works: Sequence[Work]) -> list[Trained]:
     joined = [index for index, work in enumerate(works) if work.guard is None and joins(lanes.kernels[0], work.step)]
     # dealt in turn: neighbours are often of one group, with texts of one length
     parts = [part for lane in range(len(lanes.kernels)) if (part := joined[lane :: len(lanes.kernels)])]
-    parts += [[index] for index in range(len(works)) if index not in set(joined)]
+    parts += [[index] for index in sorted(set(range(len(works))) - set(joined))]
 
     def train(kernel: Kernel, part: list[int]) -> list[Trained]:
         chosen = [works[index] for index in part]
