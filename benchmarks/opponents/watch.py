@@ -22,7 +22,7 @@ class Watched:
     tail: str
 
 
-def watch(command: Sequence[str], environment: dict[str, str], log: Path, every: float = 0.2) -> Watched:
+def watch(command: Sequence[str], environment: dict[str, str], log: Path, every: float = 1.0) -> Watched:
     """Run to the end. Processes are found by an environment variable, so that detached ones count too."""
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     peak, done = 0.0, threading.Event()

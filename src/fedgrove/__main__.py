@@ -2,6 +2,6 @@
 
 import sys
 
-from fedgrove.cli import main
+from fedgrove.cli import console
 
-sys.exit(main())
+sys.exit(console())
