@@ -15,32 +15,18 @@ randomised allocation, and it counts in the budget. Affordable layers are shares
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, Strict
+from pydantic import Field
 
-from fedgrove.adapters.adapter import Adapter
-from fedgrove.adapters.algebra import Indices
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods import contract
-from fedgrove.methods._layers import budgets, layers_of, mean_where_held, part, shaped_rows
-from fedgrove.methods.contract import (
-    ClientInfo,
-    Method,
-    Mine,
-    Offer,
-    Setting,
-    State,
-    Step,
-    Trained,
-    Update,
-    shares,
-)
-
-Share = Annotated[float, Field(gt=0, le=1)]
+from fedgrove.methods._layers import part, shaped_rows
+from fedgrove.methods._some_layers import LayerOptions, SomeLayers
+from fedgrove.methods.contract import ClientInfo, Mine, Offer, Setting, State, Step, Trained
 
 
-class HeLLoOptions(contract.WeightedOptions):
+class HeLLoOptions(LayerOptions):
     allocation: Literal["fim", "triangle", "inverted_triangle", "bottleneck", "uniform"] = Field(
         "fim",
         description="Which layers a client trains: those with the largest Fisher scores on its own data, or by a "
@@ -48,10 +34,6 @@ class HeLLoOptions(contract.WeightedOptions):
     )
     randomised: bool = Field(
         False, description="Draw anew each round who trains which layer; the shape stays. Not for allocation = fim."
-    )
-    layers: Annotated[tuple[Share, ...], Strict(False), Field(min_length=1)] = Field(
-        (0.25, 0.5, 0.75),
-        description="Shares of the layers that a client can afford, dealt to the clients in name order, in turn.",
     )
     warm_rounds: int | None = Field(
         None,
@@ -63,61 +45,36 @@ class HeLLoOptions(contract.WeightedOptions):
     batches: int = Field(8, ge=0, description="Batches that Fisher scores are measured on; 0: one pass over the data.")
 
 
-class FedHeLLo(Method):
+class FedHeLLo(SomeLayers):
     name = "fed-hello"
     title = "Fed-HeLLo"
     paper = "arXiv 2506.12213"
     trains = "A, B of some layers"
     shares = "those layers"
     keeps = "Fisher scores"
-    averages_factors = True
     Options: ClassVar[type[contract.Options]] = HeLLoOptions
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
-        self.layers = layers_of(setting.sites)
         self.warm = options.warm_rounds or max(1, round(setting.rounds / 5))
-        self._drawn: tuple[int, dict[str, list[int]]] | None = None  # a round's allocation: every client asks for it
 
     # ------------------------------------------------------------------ server
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        counts = budgets([client.name for client in clients], self.options.layers, len(self.layers))
-        return {"global": self.setting.shared_draw(), "counts": counts}
-
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
         offer: Offer = {"global": state["global"]}
         if round > self.setting.rounds or client.name not in state["counts"]:
             return offer
         if self.options.allocation == "fim" and round > self.warm:
             return {**offer, "count": state["counts"][client.name]}
-        return {**offer, "layers": self._rows(state, round)[client.name]}
-
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
-        return {**state, "global": mean_where_held(state["global"], adapters, self.weights(updates))}
+        return {**offer, "layers": self.allotted(state, round, client)}
 
     def reads(self) -> str:
         return "the Fisher scores that choose its layers" if self.options.allocation == "fim" else ""
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),))
-
-    def modules(self, update: Update) -> tuple[Adapter, Indices | None]:
-        return update.content["adapter"], None
-
-    def weights(self, updates: Sequence[Update]) -> list[float]:
-        return shares(updates, self.options.weights)
-
-    def _rows(self, state: State, round: int) -> dict[str, list[int]]:
-        if self._drawn is None or self._drawn[0] != round:
-            fim = self.options.allocation == "fim"
-            shape = "uniform" if fim else self.options.allocation
-            rng = self.setting.rng(round, "allocation") if fim or self.options.randomised else None
-            counts: dict[str, int] = state["counts"]
-            rows = shaped_rows(shape, list(counts.values()), len(self.layers), rng)
-            named = {name: [self.layers[n] for n in row] for name, row in zip(counts, rows, strict=True)}
-            self._drawn = (round, named)
-        return self._drawn[1]
+    def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
+        fim = self.options.allocation == "fim"
+        shape = "uniform" if fim else self.options.allocation
+        rng = self.setting.rng(round, "allocation") if fim or self.options.randomised else None
+        return shaped_rows(shape, counts, len(self.layers), rng)
 
     # ------------------------------------------------------------------ client
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Generator[Step, Trained, None]:
@@ -140,9 +97,6 @@ class FedHeLLo(Method):
         if trained[0].scores is not None:
             mine = {**mine, "scores": self._scores(trained[0])}
         return {"adapter": trained[-1].adapter("trained")}, mine
-
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return Assembly((Term("global", offer["global"]),))
 
     def _chosen(self, offer: Offer, scores: Mapping[str, float] | None) -> list[int]:
         """The layers to train: as the server allots them, or the best by the client's own scores (ties: shallower)."""
