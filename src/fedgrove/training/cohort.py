@@ -166,19 +166,18 @@ class Block:
 
 def _factors(site: Site, x: Tensor, live: LiveAssembly, number: int) -> Iterator[tuple[object, Tensor, Tensor]]:
     """What a member runs at a site, scales and weights in B; the first is equal where two members run the same."""
-    for term, weight in live.weighed(site, x):
-        A, B = term.factors(site.name)
-        factor = term.adapter[site.name].scale * weight
+    for product in live.products(site, x):
+        term, factor = product.term, product.factor
+        if term is None:
+            assert live.assembly.base_delta is not None
+            given = live.assembly.base_delta[site.name]
+            yield (*_memory(given.A), *_memory(given.B), "update", factor), product.A, product.B
+            continue
         own: tuple[object, ...] = (number, term.term.name)
-        if site.name in term.diagonal:
-            B = B * term.diagonal[site.name]
-        elif isinstance(factor, float) and not set("AB") & set(term.term.train):
+        if site.name not in term.diagonal and isinstance(factor, float) and not set("AB") & set(term.term.train):
             given = term.term.adapter[site.name]
             own = (term.term.name, *_memory(given.A), *_memory(given.B), term.term.unit, factor)
-        yield own, A, B if isinstance(factor, float) and factor == 1.0 else B * factor
-    if live.delta is not None and site.name in live.delta.adapter:
-        update, given = live.delta.adapter[site.name], (live.assembly.base_delta or {})[site.name]
-        yield (*_memory(given.A), *_memory(given.B), "update", update.scale), update.A, update.scale * update.B
+        yield own, product.A, product.B
 
 
 def _memory(value: Tensor) -> tuple[object, ...]:

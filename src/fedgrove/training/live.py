@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,15 @@ class LiveTerm:
         return F.linear(inner if isinstance(factor, float) and factor == 1.0 else inner * factor, B)
 
 
+class Product(NamedTuple):
+    """What runs at a site, ``B A x``: A [r, in] and B [out, r], in which diagonal, scale and weight are."""
+
+    term: LiveTerm | None  # None: the update of the base
+    factor: float | Tensor  # scale and weight
+    A: Tensor
+    B: Tensor
+
+
 @dataclass(eq=False)
 class LiveDelta:
     """A frozen update of the base: factored while that is cheaper than the dense matrix."""
@@ -70,6 +79,7 @@ class LiveAssembly:
         self.names = [term.name for term in assembly.terms]
         self.extras = {name: self._extra(extra, train) for name, extra in assembly.extras.items()}
         self.delta = self._delta(assembly.base_delta) if assembly.base_delta else None
+        self._whole: dict[str, tuple[Tensor, Tensor] | None] | None = None if train else {}
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -93,9 +103,24 @@ class LiveAssembly:
             if site.name in live.adapter and not (isinstance(weight, float) and weight == 0.0)
         ]
 
+    def products(self, site: Site, x: Tensor) -> Iterator[Product]:
+        """All that a mix with fixed weights adds at a site, but for an update that has become a dense matrix."""
+        for live, weight in self.weighed(site, x):
+            A, B = live.factors(site.name)
+            factor = live.adapter[site.name].scale * weight
+            if site.name in live.diagonal:
+                B = B * live.diagonal[site.name]
+            yield Product(live, factor, A, B if isinstance(factor, float) and factor == 1.0 else B * factor)
+        if self.delta is not None and site.name in self.delta.adapter:
+            update = self.delta.adapter[site.name]
+            yield Product(None, update.scale, update.A, update.scale * update.B)
+
     def add(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
         """The site's output with every term added: ``W0 x + Σ mix · scale · B (D ⊙ (A x))``."""
         name = site.name
+        dense = self.delta is not None and name in self.delta.dense
+        if self._whole is not None and self.assembly.mix.linear and not dense and not torch.is_grad_enabled():
+            return self._add_at_once(site, x, output)
         if x is not self._x:  # sites that share an input (query and value) share its conversion
             self._x, self._inner = x, x.to(self.dtype)
         inner = cast(Tensor, self._inner)
@@ -106,6 +131,22 @@ class LiveAssembly:
         for live, weight in self.weighed(site, inner):
             result = result + live.output(name, dropped, weight)  # in the wider of the two precisions
         return result.to(output.dtype)
+
+    def _add_at_once(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
+        """``add`` where nothing trains: all terms in one product, in the base's precision, onto the output in place."""
+        assert self._whole is not None
+        if site.name not in self._whole:
+            products = list(self.products(site, x))
+            self._whole[site.name] = None
+            if products:
+                A = torch.cat([product.A for product in products])
+                B = torch.cat([product.B for product in products], 1)
+                self._whole[site.name] = (A.to(x.dtype), B.T.to(output.dtype).contiguous())
+        whole = self._whole[site.name]
+        if whole is not None:
+            inner = F.linear(x, whole[0]).flatten(0, -2).to(output.dtype)
+            output.flatten(0, -2).addmm_(inner, whole[1])
+        return output
 
     def trained(self) -> Assembly:
         """The assembly with the values as they are now, on the CPU; client-home ones sealed."""

@@ -55,7 +55,8 @@ class Group:
 class Layout:
     """Where the real tokens of a batch ``[b, t]``, padded on the right, stand in its packed row ``[1, n]``.
 
-    The row ends with ``spare`` tokens of no text, so that its length is a round number. What they become goes nowhere.
+    The row ends with ``spare`` tokens of no text, at least one, so that its length is a round number. What they become
+    goes nowhere, and no gradient comes back to them.
     """
 
     lengths: tuple[int, ...]
@@ -63,7 +64,9 @@ class Layout:
     spare: int
     slots: Tensor  # [n - spare]: the index in the padded batch, flattened, of each token
     groups: tuple[Group, ...]
-    places: Tensor  # [n]: the index of each token where the padded groups and the spare ones follow one another
+    # attention has a row of its own: the padded groups one after the other, and a last place for what is of no text
+    places: Tensor  # [n]: the place in it of each token
+    tokens: Tensor  # [places]: the token in each of its places; a spare one where a group has padding
     _masks: dict[bool, list[Tensor | None]] = field(default_factory=dict)
 
     @classmethod
@@ -77,10 +80,15 @@ class Layout:
         if not bool((mask.bool() == (torch.arange(longest, device=mask.device) < lengths[:, None])).all()):
             return None
         groups, starts = _grouped(row)
-        spare = -sum(row) % (_TOKENS if sum(row) > 8 * _TOKENS else _LENGTH)
-        runs = [*zip(starts, row, strict=True), (groups[-1].stop, spare)]
-        places = torch.cat([torch.arange(start, start + length) for start, length in runs])
-        return cls(tuple(row), longest, spare, mask.flatten().nonzero()[:, 0], groups, places.to(mask.device))
+        unit = _TOKENS if sum(row) > 8 * _TOKENS else _LENGTH
+        spare = unit - sum(row) % unit
+        last = groups[-1].stop
+        runs = [torch.arange(start, start + length) for start, length in zip(starts, row, strict=True)]
+        places = torch.cat([*runs, torch.full((spare,), last)])
+        tokens = torch.full((last + 1,), sum(row))
+        tokens[places[: sum(row)]] = torch.arange(sum(row))
+        indices = (mask.flatten().nonzero()[:, 0], groups, places.to(mask.device), tokens.to(mask.device))
+        return cls(tuple(row), longest, spare, *indices)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[b, t, ...] -> [1, n, ...], zeros in the spare tokens."""
@@ -95,13 +103,12 @@ class Layout:
         return padded.view(len(self.lengths), self.longest, *shape)
 
     def apart(self, packed: Tensor) -> list[Tensor]:
-        """[1, heads, n, d] -> for each group [rows, heads, longest, d], zeros where there is padding."""
-        tokens = packed.squeeze(0).transpose(0, 1)
+        """[1, heads, n, d] -> for each group [rows, heads, longest, d], anything finite where there is padding."""
+        placed = _Moved.apply(packed.squeeze(0).transpose(0, 1), self.tokens, self.places)
         sizes = [group.stop - group.start for group in self.groups]
-        spread = tokens.new_zeros(sum(sizes) + self.spare, *tokens.shape[1:]).index_copy(0, self.places, tokens)
         return [
             part.unflatten(0, (len(group.lengths), group.longest)).transpose(1, 2)
-            for group, part in zip(self.groups, spread.split([*sizes, self.spare]), strict=False)
+            for group, part in zip(self.groups, placed.split([*sizes, 1]), strict=False)
         ]
 
     def masks(self, causal: bool, like: Tensor) -> list[Tensor | None]:
@@ -112,14 +119,27 @@ class Layout:
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """For each group [rows, heads, longest, d] -> [1, n, heads, d]."""
-        spare = parts[0].new_zeros(self.spare, parts[0].shape[1], parts[0].shape[3])
-        spread = torch.cat([*(part.transpose(1, 2).flatten(0, 1) for part in parts), spare])
-        return spread.index_select(0, self.places)[None]
+        last = parts[0].new_zeros(1, parts[0].shape[1], parts[0].shape[3])
+        placed = torch.cat([*(part.transpose(1, 2).flatten(0, 1) for part in parts), last])
+        return _Moved.apply(placed, self.places, self.tokens)[None]
 
     def inputs(self, batch: Batch, shift: int) -> dict[str, Tensor]:
         """The model's inputs for the packed row."""
         places = torch.cat([*map(torch.arange, self.lengths), torch.zeros(self.spare, dtype=torch.long)])
         return {"input_ids": self.pack(batch["input_ids"]), "position_ids": places[None].to(self.slots.device) + shift}
+
+
+class _Moved(torch.autograd.Function):
+    """Rows in other places. The gradient moves back: one pass each way, for rows that are copied get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back
+        return rows.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.back), None, None
 
 
 #: thread -> layout of its forward pass in progress; attention functions get no argument of ours
