@@ -12,7 +12,7 @@ from tests.tiny import exchanges, save_bert, save_llama, tiny_job
 
 import fedgrove as fg
 from fedgrove.adapt import adapt
-from fedgrove.errors import AdapterError, FedgroveError, JobError, ModelError
+from fedgrove.errors import AdapterError, DataError, FedgroveError, JobError, ModelError
 from fedgrove.methods import registry
 from fedgrove.result import Result
 
@@ -120,9 +120,51 @@ def test_a_loaded_model_writes_and_is_measured_as_in_the_run(finished: Result) -
     assert len(long[0].split()) >= len(short[0].split())
 
 
+USER = {"role": "user", "content": "what is"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("what is", "what a model is asked is a list, of one prompt or more"),
+        ([USER], "what a model is asked is a list, of one prompt or more"),
+        ([], "the list is empty"),
+        (["good", 5], "prompt 2 is of the type int, not a text"),
+        (["good", " "], "prompt 2 is empty"),
+        (["caf\udce9"], "prompt 1 has the broken character '.udce9'; give it as UTF-8"),
+        ([[]], "prompt 1: the column 'prompt' has no user's message"),
+        ([[{"role": "user"}]], "prompt 1: the column 'prompt' has a message 1 that is no object with a role and a"),
+        ([[{"role": "tool", "content": "x"}]], "prompt 1: the column 'prompt' has a message 1 with the role 'tool'"),
+    ],
+)
+def test_what_cannot_be_asked(finished: Result, asked: Any, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        finished.client("site-2").model().generate(asked)
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.5])
+def test_nothing_is_no_number_of_tokens(finished: Result, most: Any) -> None:
+    with pytest.raises(DataError, match=rf"max_new_tokens = {most} is no number of tokens"):
+        finished.client("site-2").model().generate(["good"], max_new_tokens=most)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [([], "there are no rows"), ([{"prompt": "x"}], "row 1 has no 'completion'"), (["x"], "row 1 is no object")],
+)
+def test_what_cannot_be_measured_on(finished: Result, rows: Any, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        finished.client("site-2").model().evaluate(rows)
+
+
 def test_a_classifier_does_not_write(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
     result = fg.run(tiny_job(tiny_bert, silos, run={"rounds": 1}), tmp_path / "run")
     assert not (tmp_path / "run" / "generations.jsonl").exists()
+    model = result.client("site-0").model()
+    with pytest.raises(DataError, match="row 1 has no 'label'; give rows with 'text' and 'label'"):
+        model.evaluate([{"text": "x"}])
+    with pytest.raises(DataError, match="of one text or more; put the one text into a list"):
+        model.predict("x")
     with pytest.raises(AdapterError, match=r"was trained to classify \(classify-text\); it cannot generate text"):
         result.client("site-0").model().generate(["x"])
 
@@ -194,6 +236,8 @@ def test_keys_of_generation_change_what_is_written(tiny_llama: Path, exchanges: 
             ModelError,
             r'model.quantize = "8bit" needs a CUDA GPU, and the job runs on cpu',
         ),
+        ({"model": {"head": "stock"}}, JobError, r'model.head = "stock" has no use with data.task = "generate"'),
+        ({"data": {"prompt": "completion"}}, JobError, r'data.prompt and data.completion are both "completion"'),
         ({"lora": {"targets": ["lm_head"]}}, ModelError, r"'lm_head' of LlamaForCausalLM shares its weights with the"),
     ],
 )

@@ -397,6 +397,10 @@ def test_another_choice_drops_the_keys_of_the_old_one() -> None:
     silos = Job.default().override(["data.source=silos", "data.path=mine", "data.max_length=64"])
     assert (silos.data.group, silos.data.train_examples, silos.data.max_length) == (None, None, 64)
     assert silos.override(["data.path=theirs"]).data.max_length == 64
+    table = silos.override(["data.text=words", "data.source=table"])  # one's own files stay where they are
+    assert (table.data.path, table.data.text) == ("mine", "words")
+    split = table.override(["data.partition.by=iid"])
+    assert split.override(["data.source=silos"]).data.partition == silos.data.partition
 
     assert Job.default().override(["data.partition.by=iid"]).data.partition.options == {}
 

@@ -223,3 +223,27 @@ def test_held_out_clients_never_train(tiny_bert: Path, silos: Path, tmp_path: Pa
 def test_a_rank_below_one_is_refused(tiny_bert: Path, silos: Path) -> None:
     with pytest.raises(JobError, match=r"lora\.rank"):
         tiny_job(tiny_bert, silos, lora={"rank": 0})
+
+
+def test_a_finished_run_is_not_measured_on_data_that_changed(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "silos"
+    shutil.copytree(silos, mine)
+    result = run(tiny_job(tiny_bert, mine, run={"rounds": 1}), tmp_path / "run")
+    name = result.names()[0]
+    assert result.client(name).evaluate()["accuracy"] == pytest.approx(result.client(name).summary["metric"])
+    file = sorted(mine.iterdir())[0]
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(RunError, match=r"The data changed since .* was run, and with them who tests on what"):
+        fg.Result(result.path).client(name).evaluate()
+    assert fg.Result(result.path).client(name).evaluate(file)["examples"] > 0
+
+
+def test_a_run_says_that_rows_are_cut(
+    tiny_bert: Path, silos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedgrove.tracking.live import progress
+
+    run(tiny_job(tiny_bert, silos, run={"rounds": 1}), tmp_path / "whole", callbacks=[progress()])
+    assert "max_length" not in capsys.readouterr().out
+    run(tiny_job(tiny_bert, silos, run={"rounds": 1}, data={"max_length": 4}), tmp_path / "cut", callbacks=[progress()])
+    assert "rows fill data.max_length = 4 tokens, and longer ones are cut there" in capsys.readouterr().out

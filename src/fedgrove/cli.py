@@ -338,7 +338,11 @@ def adapt(
     run: RunDirectory,
     data: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="The new client's table (jsonl, csv, parquet).", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="The new client's table (jsonl, csv, parquet), or its folder of images, a folder for each label.",
+            show_default=False,
+        ),
     ],
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Its name; without it, the file's.", show_default=False)
@@ -387,7 +391,9 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="A table (jsonl, csv, parquet) instead of the test data.", show_default=False
+            metavar="FILE",
+            help="A table (jsonl, csv, parquet) instead of the test data, or a folder of images, one for each label.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -403,10 +409,13 @@ def evaluate(
 @app.command(epilog=_examples('fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"'))
 def predict(
     run: RunDirectory,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or more texts.", show_default=False)],
+    texts: Annotated[
+        list[str],
+        typer.Argument(metavar="TEXT...", help="One or more texts, prompts or image files.", show_default=False),
+    ],
     client: ClientName,
 ) -> None:
-    """Ask one client's model about texts."""
+    """Ask one client's model about texts or images: the likeliest label, or what it writes after a prompt."""
     from fedgrove.result import Result
 
     for text, answer in zip(texts, Result(run).client(client).predict(texts), strict=True):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Extra, Term
-from fedgrove.errors import AdapterError, RunError
+from fedgrove.asked import answered, questions
+from fedgrove.errors import AdapterError, DataError, RunError
 from fedgrove.federation.tasks import TASKS
 from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.models import EMBEDDED_MODELS, load_base
@@ -35,7 +36,7 @@ class ClientModel:
         Of a language model ``[prompts, vocabulary]``: about the first token of the answer.
         Where the model reads images, ``texts`` are their files' paths or bytes, or PIL images.
         """
-        rows = [{self.kernel.task.asks: text} for text in texts]
+        rows = questions(self.kernel.task, texts)
         return self.kernel.logits(self.assembly, self.kernel.task.encode(rows, self.kernel.base.processor)).clone()
 
     def probabilities(self, texts: Sequence[Any]) -> Tensor:
@@ -55,13 +56,15 @@ class ClientModel:
         task = self.kernel.task
         if task.classifies:
             raise AdapterError(f"{self.card['model']} was trained to classify ({task.name}); it cannot generate text.")
-        rows = [{"prompt": prompt} for prompt in prompts]
-        examples = task.encode(rows, self.kernel.base.processor)
+        if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+            raise DataError(f"max_new_tokens = {max_new_tokens!r} is no number of tokens; set it to 1 or more")
+        examples = task.encode(questions(task, prompts), self.kernel.base.processor)
         return self.kernel.generate(self.assembly, examples, most=max_new_tokens)
 
     def evaluate(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The task's measures on rows ``{"text": …, "label": …}``, or with the columns of another task."""
-        return self.kernel.evaluate(self.assembly, self.kernel.task.encode(list(rows), self.kernel.base.processor))
+        task = self.kernel.task
+        return self.kernel.evaluate(self.assembly, task.encode(answered(task, rows), self.kernel.base.processor))
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -> ClientModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from fedgrove.tracking import metrics
 from fedgrove.tracking import summary as summaries
 
 if TYPE_CHECKING:
+    from fedgrove.federation.readers import Row
     from fedgrove.job import Job
     from fedgrove.personal import ClientModel
 
@@ -45,6 +47,21 @@ class Result:
         """The lines of metrics.jsonl."""
         return metrics.read(self.path / "metrics.jsonl")
 
+    @cached_property
+    def tests(self) -> dict[str, list[Row]]:
+        """Each client's test rows, of the data as they were. Raises ``RunError`` where they have changed since."""
+        from fedgrove.federation import build
+        from fedgrove.prepare import fingerprint_of
+
+        federation = build(self.job)
+        then = json.loads((self.path / "federation.json").read_text(encoding="utf-8")).get("fingerprint")
+        if fingerprint_of(federation) != then:
+            raise RunError(
+                f"The data changed since {self.path} was run, and with them who tests on what; restore them, or name "
+                "rows that nobody was trained on (--data FILE)."
+            )
+        return {client.name: client.test for client in federation.clients}
+
     def client(self, name: str) -> ClientResult:
         """One client's part of the run. Raises ``RunError`` for a name that the run does not have."""
         if name not in self.summary["clients"]:
@@ -74,14 +91,10 @@ class ClientResult:
 
     def evaluate(self, data: str | Path | None = None) -> dict[str, float]:
         """The measures on the client's own test split, or on a table with the job's columns."""
-        from fedgrove.federation import build
         from fedgrove.federation.sources import rows_of
 
-        job = self.result.job
-        if data is not None:
-            return self.model().evaluate(rows_of(Path(data), job))
-        clients = {client.name: client for client in build(job).clients}
-        return self.model().evaluate(clients[self.name].test)
+        rows = self.result.tests[self.name] if data is None else rows_of(Path(data), self.result.job)
+        return self.model().evaluate(rows)
 
     def export(self, out: str | Path, *, merge: bool = False, tier: str | None = None) -> Path:
         """Copy the adapter to a new directory, or write the whole model with the adapter merged into it.

@@ -20,6 +20,7 @@ from fedgrove.training.profile import span
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
+    from fedgrove.prepare import Prepared
     from fedgrove.result import Result
 
 
@@ -87,7 +88,22 @@ def in_process(job: Job, directory: RunDirectory, *, resume: bool, watch: Callba
         )
     with span("loading model and data"):
         prepared = prepare(job)
+    for remark in remarks(prepared):
+        watch.remark(remark)
     yield prepared
+
+
+def remarks(prepared: Prepared) -> list[str]:
+    """What a user would want to know before the run goes on."""
+    most = prepared.job.data.max_length
+    rows = [row for parts in prepared.engine.data.values() for part in parts.values() for row in part]
+    full = sum(len(row["input_ids"]) >= most for row in rows if "input_ids" in row)
+    if not full:
+        return []
+    return [
+        f"{full} of {len(rows)} rows fill data.max_length = {most} tokens, and longer ones are cut there "
+        "(`fedgrove data --tokens` counts them)"
+    ]
 
 
 def conduct(

@@ -210,3 +210,10 @@ def test_the_default_job() -> None:
     assert {len(client.train) for client in federation.clients} == {60}
     everything = [row["text"] for client in federation.clients for row in client.train + client.test]
     assert len(everything) == len(set(everything))
+
+
+def test_labels_that_differ_in_case_alone_are_a_mistake_unless_they_are_named(silos: Callable[..., Federation]) -> None:
+    data = [{"text": f"t {i}", "label": ("cat", "dog", "Cat")[i % 3]} for i in range(24)]
+    with pytest.raises(DataError, match="the labels 'Cat' and 'cat' differ in case alone"):
+        silos({"a": data})
+    assert silos({"a": data}, "data.labels=['cat', 'dog', 'Cat']").labels == ("cat", "dog", "Cat")

@@ -419,3 +419,18 @@ def test_a_key_of_another_task_is_a_mistake(make_job: MakeJob) -> None:
         make_job(IMAGES, "data.text='words'")
     with pytest.raises(FedgroveError, match=r"data\.image has no use with data\.task = \"classify-text\""):
         make_job("data.task='classify-text'", "data.image='photo'")
+
+
+def test_a_transparent_colour_lies_on_white() -> None:
+    red = Image.new("RGB", (2, 1), (255, 0, 0))
+    red.putpixel((1, 0), (0, 0, 9))
+    keyed = opened(encoded(red, transparency=(0, 0, 9)), "here")
+    assert [keyed.getpixel((0, 0)), keyed.getpixel((1, 0))] == [(255, 0, 0), (255, 255, 255)]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_not_waited_for(make_job: MakeJob, folder: Path) -> None:
+    label = next(path for path in sorted(folder.rglob("*")) if path.is_dir() and any(path.glob("*.png")))
+    os.mkfifo(label / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png is not an ordinary file"):
+        build(silos(make_job, folder))

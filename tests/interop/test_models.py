@@ -123,3 +123,10 @@ def test_a_model_that_hides_patches_at_random_is_refused(tmp_path: Path) -> None
     (tmp_path / "mae" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="hides patches at random"):
         load_base(str(tmp_path / "mae"), task="classify-images")
+
+
+def test_a_model_of_the_wrong_kind_is_named(tiny_bert: Path) -> None:
+    with pytest.raises(ModelError, match=r"reads text, not images; for data.task = 'classify-images' choose another"):
+        load_base(str(tiny_bert), task="classify-images")
+    with pytest.raises(ModelError, match=r"'grove-vit' reads images, not text; for data.task = 'classify-text' choose"):
+        load_base("grove-vit", task="classify-text")

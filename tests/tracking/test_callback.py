@@ -10,6 +10,7 @@ HOOKS: dict[str, tuple[Any, ...]] = {
     "run_started": (RunInfo("fedit", "title", 2, ("a",), Path("runs/x")),),
     "phase": ("loading", 3),
     "phase_advanced": (),
+    "remark": ("3 rows are cut",),
     "round_started": (1, ["a"]),
     "client_done": (1, {"client": "a"}),
     "client_lost": (1, "a", "train", "too late"),

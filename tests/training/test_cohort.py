@@ -239,3 +239,23 @@ def test_the_memory_of_images_is_that_of_their_patches_and_of_a_language_model_t
     logits = 2 * 64 * 12 * vocabulary
     assert chosen(*texts, f"{3 * (activations + logits) / 1e6 + 1:.3f}MB", *task) == 3
     assert chosen(*texts, f"{3 * activations / 1e6:.3f}MB", *task) < 3, "without room for the logits"
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_where_nothing_trains_all_terms_are_one_product_with_the_same_sum(base: Base, delta: bool) -> None:
+    draw = random.Random(4)
+    x = torch.randn(2, 7, base.hidden, dtype=torch.float64, generator=generator(0, "x"))
+    changed = 0.0
+    for number in range(12):
+        assembly = work(base, draw, number, delta, adapter(base, 2, 99)).step.assembly
+        live = LiveAssembly(assembly, device=base.device, dtype=torch.float64, train=False)
+        for site in base.sites.values():
+            output = torch.randn(2, 7, site.out_features, dtype=torch.float64, generator=generator(number, site.name))
+            with torch.enable_grad():
+                term_by_term = live.add(site, x, output)
+            for _ in range(2):  # the second time from what was kept
+                with torch.inference_mode():
+                    at_once = live.add(site, x, output.clone())
+                assert torch.allclose(at_once, term_by_term, rtol=0, atol=1e-12)
+            changed = max(changed, float((term_by_term - output).norm()))
+    assert changed > 0.1, "terms that add nothing would show nothing"

@@ -93,6 +93,30 @@ def test_texts_of_many_lengths_are_attended_in_groups_to_the_same_states_and_gra
     assert torch.allclose(found[0][1], found[1][1], atol=1e-10)
 
 
+@pytest.mark.parametrize("lengths", [(8, 16, 8), (8, 9), (64,) * 7 + (56,) + (1,)], ids=str)
+def test_there_is_a_spare_token_whatever_the_lengths_and_no_gradient_comes_to_it(lengths: tuple[int, ...]) -> None:
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    layout = Layout.of(mask)
+    assert layout is not None
+    real = sum(lengths)
+    assert layout.spare >= 1
+    assert (real + layout.spare) % 8 == 0
+    rows = torch.randn(
+        1, 2, real + layout.spare, 3, dtype=torch.float64, generator=generator(0, "rows")
+    ).requires_grad_()
+    parts = layout.apart(rows)
+    for group, part in zip(layout.groups, parts, strict=True):
+        assert part.shape == (len(group.lengths), 2, group.longest, 3)
+    joined = layout.join([part * 2 for part in parts])
+    assert torch.equal(joined[:, :real], 2 * rows.transpose(1, 2)[:, :real])
+    direction = torch.randn(joined.shape, dtype=torch.float64, generator=generator(1, "direction"))
+    direction[:, real:] = 0  # as in a model, where nobody looks at what spare tokens become
+    (joined * direction).sum().backward()
+    assert rows.grad is not None
+    assert torch.equal(rows.grad.transpose(1, 2)[:, :real], 2 * direction[:, :real])
+    assert not rows.grad[:, :, real:].any()
+
+
 @pytest.mark.parametrize(
     "built",
     [lambda: model("mistral", sliding_window=4), lambda: model("mpnet")],

@@ -167,13 +167,22 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
             if row["label"] not in trained:
                 raise DataError(
                     f"the label {row['label']!r} of the client {client.name!r} occurs only in test, validation or "
-                    "held-out rows, so nobody would learn it; give it more rows, remove it, or list all labels in "
-                    "data.labels"
+                    "held-out rows, so nobody would learn it; give it more rows (data.test_fraction, "
+                    "data.train_examples), remove it, or list all labels in data.labels"
                 )
     if len(trained) < 2:
         raise DataError(f"all training rows have the one label {min(trained)!r}; to classify takes two or more")
     rows = loaded.rows if isinstance(loaded, Table) else chain.from_iterable(loaded.clients.values())
-    return tuple(sorted(trained | {row["label"] for row in rows}, key=_natural_order))
+    labels = tuple(sorted(trained | {row["label"] for row in rows}, key=_natural_order))
+    spelt: dict[str, str] = {}
+    for label in labels:
+        other = spelt.setdefault(label.casefold(), label)
+        if other != label:
+            raise DataError(
+                f"the labels {other!r} and {label!r} differ in case alone; spell them alike, or list all labels in "
+                "data.labels if they are two"
+            )
+    return labels
 
 
 def _natural_order(label: str) -> tuple[bool, int, str]:

@@ -118,12 +118,14 @@ def opened(content: bytes, place: Place) -> Image:
 def _rgb(image: Image, place: Place) -> Image:
     from PIL import Image as library
 
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise DataError(f"{place} has grey values beyond 0 to 65535; convert it to 8 bits")
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey = np.where(grey == clear, 65535, grey)
         return library.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise DataError(f"{place} has floating-point pixels, whose range is unknown; convert it to 8 bits")
@@ -135,6 +137,8 @@ def _rgb(image: Image, place: Place) -> Image:
 
 
 def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is not an ordinary file; name an image, or move it away")
     try:
         return path.read_bytes()
     except OSError as error:

@@ -48,6 +48,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 #: these find their clients in the data, whatever federation.clients says
 NATURAL = ("NaturalIdPartitioner", "GroupedNaturalIdPartitioner")
+_MINIMUM = "min_partition_size"  # the key of several partitioners: rows that each client gets at least
 #: what the job's other keys decide
 OURS = {"num_partitions": "federation.clients", "seed": "run.seed"}
 
@@ -147,6 +148,12 @@ def _parts(
         parts = _run(maker, arguments, columns)
     except Exception as error:  # the library checks late, with many kinds of errors, all about its options
         message = " ".join(str(error).split()) or type(error).__name__
+        least = options.get(_MINIMUM, taken[_MINIMUM].default if _MINIMUM in taken else None)
+        if "number of attempts" in message and least:
+            raise JobError(
+                f"data.partition: no draw gave each of {clients} clients {least} of {len(numbers)} rows{where}; lower "
+                f"federation.clients or data.partition.options.{_MINIMUM}, or raise data.partition.options.alpha"
+            ) from error
         key = next((name for name in options if name.replace("_", " ") in message.lower().replace("_", " ")), None)
         what = (
             f"data.partition.options.{key} = {options[key]!r}"

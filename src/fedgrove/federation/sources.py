@@ -316,6 +316,8 @@ def rows_of(path: Path, job: Job) -> list[Row]:
     if path.is_dir() and task_name(job.data) == "classify-images":
         return [row for row, _, _ in _checked(job.data, _labelled(job, path))]
     if not path.is_file():
+        if task_name(job.data) == "classify-images":
+            raise DataError(f"{path} does not exist; name a folder with one folder for each label, or a parquet file")
         raise DataError(f"the table {path} does not exist or is a folder; name one file ({_kinds()})")
     rows = [row for row, _, _ in _checked(job.data, records(path, task_class(job.data).columns(job.data)))]
     if not rows:

@@ -93,7 +93,14 @@ def load_image_processor(name: str, revision: str | None = None) -> Any:
 
 
 def load_processor(name: str, revision: str | None, task: str) -> Any:
-    """What turns the task's rows into the model's inputs."""
+    """What turns the task's rows into the model's inputs. Raises ``ModelError`` where the model reads other things."""
+    config = load_config(name, revision)
+    images = hasattr(config, "num_channels") or hasattr(config, "image_size")
+    if images != (task == "classify-images") and (images or hasattr(config, "vocab_size")):
+        reads, other = ("images, not text", "minilm") if images else ("text, not images", "grove-vit")
+        raise ModelError(
+            f"model.name: '{name}' reads {reads}; for data.task = {task!r} choose another model, such as {other!r}."
+        )
     return (load_image_processor if task == "classify-images" else load_tokenizer)(name, revision)
 
 

@@ -119,8 +119,10 @@ class Job(Section):
         assignments = [((*path, "name"), v) if _is_short(path, v) else (path, v) for path, v in assignments]
         given = dict(assignments)
         for chooser, dropped in CHOICES:
-            if chooser in given and given[chooser] != _get(values, chooser):
-                _drop(values, chooser, dropped)
+            before = _get(values, chooser)
+            if chooser in given and given[chooser] != before:
+                files = chooser == ("data", "source") and {before, given[chooser]} == {"silos", "table"}
+                _drop(values, chooser, ("partition",) if files else dropped)  # one's own files stay where they are
         for key, other in EITHER:
             if given.get(key) is not None and given.get(other) is None:
                 _set(values, other, None)
@@ -208,7 +210,17 @@ class Job(Section):
                     f"federation.ranks = {shown(ranks)}: the rank {rank}{whose} is above lora.rank = {most}; "
                     "lower it, or raise or leave out lora.rank."
                 )
+        if self.data.task == "generate":
+            self._without_head()
         return self
+
+    def _without_head(self) -> None:
+        """A language model has an output layer of its own: keys of a classifier's head are mistakes."""
+        for name in ("model", "federation"):
+            section = getattr(self, name)
+            if section.head != type(section).model_fields["head"].default:
+                value = shown(section.head)
+                raise ValueError(f'{name}.head = {value} has no use with data.task = "generate"; leave it out.')
 
 
 def _is_short(path: tuple[str, ...], value: Any) -> bool:

@@ -276,6 +276,11 @@ class DataSection(Section):
             unused = ("text", "pair", "image", "label", "labels", "parts")
             if self.messages is not None:
                 unused += ("prompt", "completion")
+            elif self.prompt == self.completion:
+                raise ValueError(
+                    f"data.prompt and data.completion are both {shown(self.prompt)}, so a model would learn to repeat; "
+                    "name two columns."
+                )
         elif self.task != "auto":
             unused = ("prompt", "completion", "messages", "max_new_tokens", "generate_examples")
             unused += ("text", "pair", "max_length", "parts") if self.task == "classify-images" else ("image",)

@@ -41,6 +41,9 @@ class Callback:
     def phase_advanced(self) -> None:
         """One step of the present phase is done."""
 
+    def remark(self, text: str) -> None:
+        """What a user should know about the run, in one sentence; may come before ``run_started``."""
+
     def round_started(self, round: int, clients: Sequence[str]) -> None:
         """``clients`` are those selected for this round (1-based)."""
 
@@ -83,6 +86,10 @@ class Callbacks(Callback):
     def phase_advanced(self) -> None:
         for each in self.callbacks:
             each.phase_advanced()
+
+    def remark(self, text: str) -> None:
+        for each in self.callbacks:
+            each.remark(text)
 
     def round_started(self, round: int, clients: Sequence[str]) -> None:
         for each in self.callbacks:

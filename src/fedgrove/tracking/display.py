@@ -26,6 +26,9 @@ class Display(Callback):
     def run_started(self, info: RunInfo) -> None:
         self.board = Scoreboard(info, self.clock)
 
+    def remark(self, text: str) -> None:
+        self.line(text)
+
     def round_started(self, round: int, clients: Sequence[str]) -> None:
         if self.board:
             self.board.start_round(round, clients)

@@ -75,6 +75,9 @@ class LiveProgress(Display):
     def phase_advanced(self) -> None:
         self._steps += 1
 
+    def remark(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
     def round_started(self, round: int, clients: Sequence[str]) -> None:
         super().round_started(round, clients)
         self._phase, self._last_client = None, ""
