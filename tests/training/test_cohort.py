@@ -253,9 +253,12 @@ def test_where_nothing_trains_all_terms_are_one_product_with_the_same_sum(base: 
             output = torch.randn(2, 7, site.out_features, dtype=torch.float64, generator=generator(number, site.name))
             with torch.enable_grad():
                 term_by_term = live.add(site, x, output)
-            for _ in range(2):  # the second time from what was kept
+            for given in (
+                output.clone(),
+                output.transpose(0, 1).contiguous().transpose(0, 1),
+            ):  # then from what was kept
                 with torch.inference_mode():
-                    at_once = live.add(site, x, output.clone())
+                    at_once = live.add(site, x, given)
                 assert torch.allclose(at_once, term_by_term, rtol=0, atol=1e-12)
             changed = max(changed, float((term_by_term - output).norm()))
     assert changed > 0.1, "terms that add nothing would show nothing"

@@ -145,6 +145,7 @@ class LiveAssembly:
         whole = self._whole[site.name]
         if whole is not None:
             inner = F.linear(x, whole[0]).flatten(0, -2).to(output.dtype)
+            output = output.contiguous()  # what is not would be flattened into a copy
             output.flatten(0, -2).addmm_(inner, whole[1])
         return output
 
