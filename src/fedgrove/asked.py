@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.errors import DataError
-from fedgrove.federation.readers import Row
+from fedgrove.federation.readers import Row, broken
 from fedgrove.federation.tasks.base import Task
 from fedgrove.federation.tasks.conversation import conversation
 
@@ -49,8 +49,6 @@ def _question(value: Any, what: str, place: str) -> Any:
         raise DataError(f"{place} is of the type {type(value).__name__}, not a text")
     if not value.strip():
         raise DataError(f"{place} is empty; leave it out")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place} has the broken character {value[error.start]!a}; give it as UTF-8") from error
+    if half := broken(value):
+        raise DataError(f"{place} has the broken character {half!a}; give it as UTF-8")
     return value

@@ -128,14 +128,21 @@ def text_of(value: Any, column: str, place: Place) -> str:
 
 def whole(text: str, column: str, place: Place) -> str:
     """``text``, unless it has half of a pair of characters ("\\ud83d"), which JSON can write and nothing can encode."""
+    if half := broken(text):
+        raise DataError(
+            f"{place}: the column {column!r} has a broken character, {half!a}, which is half of a pair; "
+            "correct or remove the row"
+        )
+    return text
+
+
+def broken(text: str) -> str:
+    """The first character that nothing can encode, half of a pair; "" where there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: the column {column!r} has a broken character, {text[error.start]!a}, which is half of a pair; "
-            "correct or remove the row"
-        ) from error
-    return text
+        return text[error.start]
+    return ""
 
 
 def label_of(value: Any, column: str, place: Place) -> str:

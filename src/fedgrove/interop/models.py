@@ -92,9 +92,9 @@ def load_image_processor(name: str, revision: str | None = None) -> Any:
     return from_pretrained(AutoImageProcessor, name, revision, backend="pil")
 
 
-def load_processor(name: str, revision: str | None, task: str) -> Any:
+def load_processor(name: str, revision: str | None, task: str, config: Any = None) -> Any:
     """What turns the task's rows into the model's inputs. Raises ``ModelError`` where the model reads other things."""
-    config = load_config(name, revision)
+    config = config or load_config(name, revision)
     images = hasattr(config, "num_channels") or hasattr(config, "image_size")
     if images != (task == "classify-images") and (images or hasattr(config, "vocab_size")):
         reads, other = ("images, not text", "minilm") if images else ("text, not images", "grove-vit")
@@ -144,7 +144,7 @@ def load_base(
         _check_decoder(name, config)
         config.use_cache = False  # a cache is of use in generation alone, which asks for one
     placed = quantise.options(quantize, device, dtype)
-    processor = load_processor(name, revision, task)
+    processor = load_processor(name, revision, task, config)
     for key in _DROPOUTS:
         if isinstance(getattr(config, key, None), float):
             setattr(config, key, 0.0)
