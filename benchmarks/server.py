@@ -4,7 +4,8 @@
     python benchmarks/server.py --quick
 
 tree      FedTreeLoRA: distances between B, the merge tree and its cuts; RoBERTa-large shape: 24 layers x query and
-          value, d 1024, rank 4. Wanted for 1,000 clients: < 20 s and < 3 GB, the clients' B included.
+          value, d 1024, rank 4. Wanted for 1,000 clients: < 20 s and < 3 GB, the clients' B
+          included.
 spectral  HiLoRA: bases of B, principal angles, spectral clustering; 24 sites, d 1024, rank 8. Wanted: < 60 s.
 mean      HiLoRA's mean of products at d = 4096 (20 clients of rank 16, one site) beside its QR trick alone in float64
           (QR of the stacked factors, SVD of the core, and the products back). Wanted: within 2 x.
@@ -32,7 +33,10 @@ def clients_of(count: int, sites: int, d: int, rank: int) -> list[dict[str, Any]
     draw = torch.Generator().manual_seed(0)
     centres = [[torch.randn(d, rank, generator=draw) for _ in range(sites)] for _ in range(8)]
     return [
-        {f"s{s}": centres[c % 8][s] + 0.7 * torch.randn(d, rank, generator=draw) for s in range(sites)}
+        {
+            f"s{s}": centres[c % 8][s] + 0.7 * torch.randn(d, rank, generator=draw)
+            for s in range(sites)
+        }
         for c in range(count)
     ]
 
@@ -49,7 +53,11 @@ def tree(count: int) -> tuple[float, dict[str, Any]]:
     measured = time.process_time()
     cuts = layer_cuts(merge_tree(distances.mean(0)), list(distances), tau=0.0, K=4)
     done = time.process_time()
-    return done - started, {"distances": measured - started, "cuts": done - measured, "groups": cuts[-1].count}
+    return done - started, {
+        "distances": measured - started,
+        "cuts": done - measured,
+        "groups": cuts[-1].count,
+    }
 
 
 def spectral(count: int) -> tuple[float, dict[str, Any]]:
@@ -82,11 +90,15 @@ def mean(count: int) -> tuple[float, dict[str, Any]]:
 
     draw = torch.Generator().manual_seed(0)
     factors = [
-        Factors(torch.randn(16, 4096, generator=draw), torch.randn(4096, 16, generator=draw), 1.0) for _ in range(count)
+        Factors(torch.randn(16, 4096, generator=draw), torch.randn(4096, 16, generator=draw), 1.0)
+        for _ in range(count)
     ]
 
     def trick() -> None:
-        a, b = torch.cat([f.A for f in factors]).double(), torch.cat([f.B for f in factors], 1).double()
+        a, b = (
+            torch.cat([f.A for f in factors]).double(),
+            torch.cat([f.B for f in factors], 1).double(),
+        )
         qb, rb = torch.linalg.qr(b)
         qa, ra = torch.linalg.qr(a.T)
         u, s, vh = torch.linalg.svd(rb @ ra.T)
@@ -115,7 +127,9 @@ def one(what: str, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="at most 100 clients")
     parser.add_argument("--out", type=Path, help="write NAME.json and NAME.png")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -125,12 +139,18 @@ def main() -> None:
         return
     found: dict[str, Any] = {"machine": _machine()}
     for what in ("mean", "tree", "spectral"):
-        sizes = (20,) if what == "mean" else [size for size in SIZES if not given.quick or size <= 100]
+        sizes = (
+            (20,) if what == "mean" else [size for size in SIZES if not given.quick or size <= 100]
+        )
         found[what] = []
         for size in sizes:
             command = [sys.executable, __file__, "--one", what, str(size)]
-            environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-            done = subprocess.run(command, env=_environment(environment), capture_output=True, text=True, check=True)
+            environment = dict.fromkeys(
+                ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+            )
+            done = subprocess.run(
+                command, env=_environment(environment), capture_output=True, text=True, check=True
+            )
             found[what].append(json.loads(done.stdout.splitlines()[-1]))
             row = found[what][-1]
             print(f"{what:9}" + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
@@ -146,7 +166,7 @@ def _environment(more: dict[str, str]) -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    from fedgrove.tracking.versions import versions
+    from fedgrove.ground.versions import versions
 
     rows = Path("/proc/cpuinfo").read_text().splitlines()
     return {

@@ -1,4 +1,6 @@
-"""The command line around the job: what it passes on, what it says, how it exits. No command here loads a model."""
+"""The command line around the job: what it passes on, what it says, how it exits. No command here
+loads a model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import pytest
 
 import fedgrove
 from fedgrove.cli import explain, main
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.job import Job
 
 pytestmark = pytest.mark.usefixtures("few_methods")
@@ -39,23 +41,34 @@ class Started:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     stand_in = Started()
-    loop, live = ModuleType("fedgrove.run"), ModuleType("fedgrove.tracking.live")
+    loop, live = ModuleType("fedgrove.start"), ModuleType("fedgrove.tracking.live")
     loop.run = stand_in.run  # type: ignore[attr-defined]
     live.progress = lambda: "progress"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fedgrove.run", loop)
+    monkeypatch.setitem(sys.modules, "fedgrove.start", loop)
     monkeypatch.setitem(sys.modules, "fedgrove.tracking.live", live)
     return stand_in
 
 
 def child(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     code = "import sys; from fedgrove.cli import main; sys.exit(main())"
-    environment = os.environ | {"PYTHONPATH": str(Path(fedgrove.__file__).parents[1])} | options.pop("env", {})
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | options
-    found: subprocess.CompletedProcess[str] = subprocess.run([sys.executable, "-c", code, *arguments], **options)
+    environment = (
+        os.environ
+        | {"PYTHONPATH": str(Path(fedgrove.__file__).parents[1])}
+        | options.pop("env", {})
+    )
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": environment,
+    } | options
+    found: subprocess.CompletedProcess[str] = subprocess.run(
+        [sys.executable, "-c", code, *arguments], **options
+    )
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- run
+# ------------------------------------------------------------ run
 
 
 def test_run_without_a_job_runs_the_default(started: Started) -> None:
@@ -67,7 +80,16 @@ def test_run_without_a_job_runs_the_default(started: Started) -> None:
 def test_run_takes_a_job_and_its_changes(started: Started, tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_text("[run]\nrounds = 3\nseed = 1\n[train]\nlr = 0.5\n")
-    changes = ["--set", "method.K=5", "--set", "train.optimizer=sgd", "--method", "fedtreelora", "--rounds", "20"]
+    changes = [
+        "--set",
+        "method.K=5",
+        "--set",
+        "train.optimizer=sgd",
+        "--method",
+        "fedtreelora",
+        "--rounds",
+        "20",
+    ]
     assert main(["run", str(path), *changes, "--out", str(tmp_path / "a b"), "--resume"]) == 0
     job = started.job
     assert (job.method.name, job.method.options.K) == ("fedtreelora", 5)
@@ -81,19 +103,32 @@ def test_run_takes_a_job_and_its_changes(started: Started, tmp_path: Path) -> No
     [
         (
             ["run", "none.toml"],
-            "Error: There is no job file none.toml; `fedgrove init none.toml` writes one to start from.",
+            "Error: There is no job file none.toml; `fedgrove init none.toml` writes one to start "
+            "from.",
         ),
-        (["run", "--set", "lora.rank=0"], "Error: lora.rank must be an integer of at least 1, not 0."),
+        (
+            ["run", "--set", "lora.rank=0"],
+            "Error: lora.rank must be an integer of at least 1, not 0.",
+        ),
         (["run", "--rounds", "0"], "Error: run.rounds must be an integer of at least 1, not 0."),
         (["run", "--seed", "-1"], "Error: run.seed must be an integer of at least 0, not -1."),
-        (["run", "--method", "fedtre"], 'Error: method.name = "fedtre" is no method; did you mean "fedtreelora"?'),
-        (["run", "--set", "train.lrr=1"], "Error: the key train.lrr is unknown; did you mean train.lr?"),
+        (
+            ["run", "--method", "fedtre"],
+            'Error: method.name = "fedtre" is no method; did you mean "fedtreelora"?',
+        ),
+        (
+            ["run", "--set", "train.lrr=1"],
+            "Error: the key train.lrr is unknown; did you mean train.lr?",
+        ),
         (["run", "--set", "nonsense"], "Error: 'nonsense' is no setting; write section.key=value"),
         (
             ["job", "broken.toml"],
             "Error: broken.toml, line 1, column 9: broken TOML (invalid value; text needs quotes)",
         ),
-        (["run", "--rounds", "many"], "Invalid value for '--rounds': 'many' is not a valid integer."),
+        (
+            ["run", "--rounds", "many"],
+            "Invalid value for '--rounds': 'many' is not a valid integer.",
+        ),
         (["runn"], "No such command 'runn'. Did you mean 'run'?"),
         (["run", "--bogus"], "No such option"),
     ],
@@ -120,7 +155,11 @@ def test_mistakes_are_one_sentence_and_exit_2(
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
-        (RunError("runs/x holds another job; choose another --out."), 2, "Error: runs/x holds another job; choose an"),
+        (
+            RunError("runs/x holds another job; choose another --out."),
+            2,
+            "Error: runs/x holds another job; choose an",
+        ),
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/x/y"),
             2,
@@ -146,7 +185,11 @@ def test_mistakes_are_one_sentence_and_exit_2(
     ],
 )
 def test_errors_of_a_run(
-    error: BaseException, code: int, sentence: str, started: Started, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    sentence: str,
+    started: Started,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     started.raises = error
     assert main(["run"]) == code
@@ -169,10 +212,12 @@ def test_out_of_memory_of_a_device_is_known_by_its_name() -> None:
     assert explain(kind("CUDA out of memory. Tried to allocate 20 GiB"))[1] == 2
 
 
-# ---------------------------------------------------------------------------------------------------- init, job
+# ------------------------------------------------------------ init, job
 
 
-def test_init_writes_the_default_job_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_init_writes_the_default_job_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "jobs" / "mine.toml"
     assert main(["init", str(path)]) == 0
     assert Job.load(path) == Job.default()
@@ -197,14 +242,16 @@ def test_job_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "method.K: an integer of at least 1; default: 3" in text
 
 
-# ---------------------------------------------------------------------------------------------------- data, methods
+# ------------------------------------------------------------ data, methods
 
 
 def test_data_shows_who_holds_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     silos = tmp_path / "silos"
     silos.mkdir()
     for name, good in (("north", 12), ("south", 4)):
-        lines = [f"a fine day number {i},good" for i in range(good)] + [f"a bad day number {i},bad" for i in range(12)]
+        lines = [f"a fine day number {i},good" for i in range(good)] + [
+            f"a bad day number {i},bad" for i in range(12)
+        ]
         (silos / f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     assert main(["data", "--set", "data.source=silos", "--set", f"data.path={silos}"]) == 0
     shown, said = capsys.readouterr().out.split("\n\n")
@@ -213,7 +260,9 @@ def test_data_shows_who_holds_what(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [(row[0], int(row[1]) + int(row[2])) for row in rows] == [("north", 24), ("south", 16)]
     assert said.splitlines()[0] == "2 clients, 30 training, 10 test rows, 2 labels."
     assert said.splitlines()[1].startswith("Data: silos, the folder ")
-    assert [int(row[3]) + int(row[4]) for row in rows] == [int(row[1]) for row in rows]  # labels in train
+    assert [int(row[3]) + int(row[4]) for row in rows] == [
+        int(row[1]) for row in rows
+    ]  # labels in train
 
 
 def test_methods_lists_what_travels(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +275,7 @@ def test_methods_lists_what_travels(capsys: pytest.CaptureFixture[str]) -> None:
     assert local.split()[:4] == ["local", "A,", "B", "nothing"]
 
 
-# ---------------------------------------------------------------------------------------------------- help
+# ------------------------------------------------------------ help
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +295,17 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         "Examples",
     ):
         assert word in text
-    for command in ("run", "init", "job", "data", "export", "evaluate", "predict", "report", "demo"):
+    for command in (
+        "run",
+        "init",
+        "job",
+        "data",
+        "export",
+        "evaluate",
+        "predict",
+        "report",
+        "demo",
+    ):
         assert main([command, "--help"]) == 0
         assert f"fedgrove {command}" in capsys.readouterr().out.split("Examples")[1]
 
@@ -264,14 +323,18 @@ def test_help_in_a_process_of_its_own_is_quick() -> None:
         seconds.append(time.perf_counter() - start)
         assert found.returncode == 0
         assert "--resume" in found.stdout
-    assert min(seconds) < 2  # 0.15 s on an idle machine; torch alone would take longer than this bound
+    assert (
+        min(seconds) < 2
+    )  # 0.15 s on an idle machine; torch alone would take longer than this bound
 
 
 def test_errors_in_a_process_of_its_own(tmp_path: Path) -> None:
     found = child("job", "none.toml", cwd=tmp_path)
     assert (found.returncode, found.stdout) == (2, "")
     assert (
-        found.stderr == "Error: There is no job file none.toml; `fedgrove init none.toml` writes one to start from.\n"
+        found.stderr
+        == "Error: There is no job file none.toml; `fedgrove init none.toml` writes one to start "
+        "from.\n"
     )
 
 
@@ -284,7 +347,7 @@ def test_a_reader_that_leaves_sees_no_traceback(unbuffered: str) -> None:
     assert (found.returncode, found.stderr) == (1, "")
 
 
-# ---------------------------------------------------------------------------------------------------- the package
+# ------------------------------------------------------------ the package
 
 
 def test_the_function_run_is_not_replaced_by_its_module() -> None:
@@ -292,7 +355,8 @@ def test_the_function_run_is_not_replaced_by_its_module() -> None:
     code = (
         "import sys, types, fedgrove\n"
         "assert 'fedgrove.job' not in sys.modules\n"
-        "fedgrove.run = types.ModuleType('fedgrove.run')\n"  # what the import system does after `import fedgrove.run`
+        # what the import system does after `import fedgrove.start`
+        "fedgrove.start = types.ModuleType('fedgrove.start')\n"
         "assert 'run' not in vars(fedgrove)\n"
         "assert fedgrove.Job is __import__('fedgrove.job', fromlist=['Job']).Job\n"
         "assert dir(fedgrove) == sorted(fedgrove.__all__)\n"

@@ -18,7 +18,9 @@ FOREIGN = re.compile(
     re.MULTILINE,
 )
 #: Modules that run code when they read data.
-UNSAFE = re.compile(r"^\s*(?:import|from)\s+(?:pickle|cPickle|dill|cloudpickle|joblib|shelve)\b", re.MULTILINE)
+UNSAFE = re.compile(
+    r"^\s*(?:import|from)\s+(?:pickle|cPickle|dill|cloudpickle|joblib|shelve)\b", re.MULTILINE
+)
 
 
 def tracked() -> list[Path]:
@@ -41,19 +43,25 @@ def texts() -> dict[str, str]:
 def test_the_rules_catch_what_they_are_for() -> None:
     assert FOREIGN.search("see https://" + "pypi.org/simple")
     assert FOREIGN.search("path = '" + "/ho" + "me/somebody/x'")
-    assert not FOREIGN.search("the folder ./work/ or docs/home/ of https://www.apache.org/licenses/")
+    assert not FOREIGN.search(
+        "the folder ./work/ or docs/home/ of https://www.apache.org/licenses/"
+    )
     assert UNSAFE.search("    import " + "pickle\n")
 
 
 def test_no_registry_host_and_no_path_of_one_machine() -> None:
-    found = {name: match.group() for name, text in texts().items() if (match := FOREIGN.search(text))}
+    found = {
+        name: match.group() for name, text in texts().items() if (match := FOREIGN.search(text))
+    }
     assert found == {}
 
 
 def test_nothing_is_pickled() -> None:
     sources = {name: text for name, text in texts().items() if name.endswith(".py")}
     assert len(sources) > 10
-    assert {name: match.group() for name, text in sources.items() if (match := UNSAFE.search(text))} == {}
+    assert {
+        name: match.group() for name, text in sources.items() if (match := UNSAFE.search(text))
+    } == {}
 
 
 def test_no_file_is_large() -> None:
@@ -63,7 +71,9 @@ def test_no_file_is_large() -> None:
 def test_the_licence_is_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     words = " ".join(text.split())
-    assert words.startswith("Apache License Version 2.0, January 2004 http://www.apache.org/licenses/")
+    assert words.startswith(
+        "Apache License Version 2.0, January 2004 http://www.apache.org/licenses/"
+    )
     assert "9. Accepting Warranty or Additional Liability." in words
     assert "END OF TERMS AND CONDITIONS" in words
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -75,4 +85,6 @@ def test_torch_is_pinned_in_the_makefile_alone() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (torch,) = [need for need in project["dependencies"] if need.startswith("torch")]
     assert "==" not in torch  # a machine with a GPU brings its own build
-    assert re.search(r"^TORCH := 2\.13\.0$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(
+        r"^TORCH := 2\.13\.0$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )

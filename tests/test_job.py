@@ -1,4 +1,6 @@
-"""The job: what it accepts, what it says of everything else, and that no way of writing it loses anything."""
+"""The job: what it accepts, what it says of everything else, and that no way of writing it loses
+anything.
+"""
 
 from __future__ import annotations
 
@@ -14,39 +16,64 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.job import Job
 
 pytestmark = pytest.mark.usefixtures("few_methods")
 
-# Text of a job, and what its error must say. Every sentence names the key, the value and what would be right.
+# Text of a job, and what its error must say. Every sentence names the key, the value and what would
+# be right.
 MISTAKES = [
     ("[lora]\nrank = 0", "lora.rank must be an integer of at least 1, not 0."),
     ("[lora]\nrank = '8'", 'lora.rank must be an integer of at least 1, not "8".'),
     ("[lora]\nrank = 8.0", "lora.rank must be an integer of at least 1, not 8.0."),
     ("[lora]\ndropout = 1", "lora.dropout must be a number of at least 0 and below 1, not 1."),
-    ("[lora]\ntargets = 'query'", 'lora.targets must be "auto" or a list of 1 or more (each text), not "query".'),
+    (
+        "[lora]\ntargets = 'query'",
+        'lora.targets must be "auto" or a list of 1 or more (each text), not "query".',
+    ),
     ("[train]\nlr = true", "train.lr must be a number above 0, not true."),
     ("[train]\nlr = nan", "train.lr must be a number above 0, not nan."),
     ("[train]\nlr = inf", "train.lr must be a number above 0, not inf."),
     ("[train]\nlr = -inf", "train.lr must be a number above 0, not -inf."),
-    ("[train]\noptimizer = 'adam'", 'train.optimizer must be "adamw" or "sgd", not "adam"; did you mean "adamw"?'),
+    (
+        "[train]\noptimizer = 'adam'",
+        'train.optimizer must be "adamw" or "sgd", not "adam"; did you mean "adamw"?',
+    ),
     ("[train]\nthreads = 0", 'train.threads must be "auto" or an integer of at least 1, not 0.'),
-    ("[train]\nlocal_steps = 3\nlocal_epochs = 2", "train.local_steps = 3 and train.local_epochs = 2 are both set; "),
+    (
+        "[train]\nlocal_steps = 3\nlocal_epochs = 2",
+        "train.local_steps = 3 and train.local_epochs = 2 are both set; ",
+    ),
     ("[train]\nmomentum = 0.9", 'train.momentum = 0.9 has no use with train.optimizer = "adamw"; '),
     ("[model]\nrevision = 3", 'model.revision must be text, not 3; write it in quotes: "3".'),
     ("[model]\nrevision = 'main'", 'model.revision = "main" has no use with the embedded model; '),
     ("[model]\nname = ''", 'model.name must be text, not "".'),
     ("model = 3", "model must be a section, [model] with its keys below it, not 3."),
-    ("[[train]]\nlr = 1.0", "train must be a section, [train] with its keys below it, not [{ lr = 1.0 }]."),
-    ("[data]\npartition = 'iid'", "data.partition must be a section, [data.partition] with its keys below it, "),
+    (
+        "[[train]]\nlr = 1.0",
+        "train must be a section, [train] with its keys below it, not [{ lr = 1.0 }].",
+    ),
+    (
+        "[data]\npartition = 'iid'",
+        "data.partition must be a section, [data.partition] with its keys below it, ",
+    ),
     (
         "[data]\nsource = 'silo'",
         'data.source must be "embedded", "silos", "table" or "hub", not "silo"; did you mean "s',
     ),
-    ("[data]\nsource = 'silos'", 'data.path is missing: with data.source = "silos" it must name the folder '),
-    ("[data]\nsource = 'table'", 'data.path is missing: with data.source = "table" it must name the table'),
-    ("[data]\nsource = 'hub'", 'data.name is missing: with data.source = "hub" it must name a data set of the hub'),
+    (
+        "[data]\nsource = 'silos'",
+        'data.path is missing: with data.source = "silos" it must name the folder ',
+    ),
+    (
+        "[data]\nsource = 'table'",
+        'data.path is missing: with data.source = "table" it must name the table',
+    ),
+    (
+        "[data]\nsource = 'hub'",
+        'data.name is missing: with data.source = "hub" it must name a data set of the hub',
+    ),
     (
         "[data]\npath = 'mine'",
         'data.path = "mine" has no use with data.source = "embedded"; set data.source to "silos"',
@@ -56,31 +83,61 @@ MISTAKES = [
         "[data]\nsource='silos'\npath='x'\nname='y'",
         'data.name = "y" has no use with data.source = "silos"; leave it out.',
     ),
-    ("[data]\nsource='silos'\npath='x'\npartition.by='iid'", 'data.partition.by = "iid" has no use with silos'),
-    ("[data]\ntest_fraction = 0.5\nvalidation_fraction = 0.5", "leave nothing to train on; their sum must be below 1."),
+    (
+        "[data]\nsource='silos'\npath='x'\npartition.by='iid'",
+        'data.partition.by = "iid" has no use with silos',
+    ),
+    (
+        "[data]\ntest_fraction = 0.5\nvalidation_fraction = 0.5",
+        "leave nothing to train on; their sum must be below 1.",
+    ),
     ("[data]\nlabels = ['a']", 'data.labels must be a list of 2 or more (each text), not ["a"].'),
-    ("[data]\nlabels = ['a', 'b', 'a']", 'data.labels = ["a", "b", "a"] names "a" twice; name each once.'),
-    ("[federation]\nfraction = 0", "federation.fraction must be a number above 0 and at most 1, not 0."),
+    (
+        "[data]\nlabels = ['a', 'b', 'a']",
+        'data.labels = ["a", "b", "a"] names "a" twice; name each once.',
+    ),
+    (
+        "[federation]\nfraction = 0",
+        "federation.fraction must be a number above 0 and at most 1, not 0.",
+    ),
     (
         "[federation]\nranks = [4, 0]",
         "federation.ranks must be a list (each an integer of at least 1) or a table (each",
     ),
     ("[federation]\nranks = { a = 'x' }", 'integer of at least 1), not { a = "x" }.'),
-    ("[federation]\nheld_out = 4", "federation.held_out must be a number of at least 0 and below 1 or a list of 1 or "),
-    ("[federation]\nheld_out = ['a', 'a']", 'federation.held_out = ["a", "a"] names "a" twice; name each once.'),
-    ("[federation]\nnewcomer_head = 'yes'", 'federation.newcomer_head must be "auto", true or false, not "yes".'),
+    (
+        "[federation]\nheld_out = 4",
+        "federation.held_out must be a number of at least 0 and below 1 or a list of 1 or ",
+    ),
+    (
+        "[federation]\nheld_out = ['a', 'a']",
+        'federation.held_out = ["a", "a"] names "a" twice; name each once.',
+    ),
+    (
+        "[federation]\nnewcomer_head = 'yes'",
+        'federation.newcomer_head must be "auto", true or false, not "yes".',
+    ),
     (
         "[federation]\nranks = [4, 8]\n[lora]\nrank = 4",
         "federation.ranks = [4, 8]: the rank 8 is above lora.rank = 4; ",
     ),
-    ("[federation]\nranks = {a = 8}\n[lora]\nrank = 4", 'the rank 8 of the client "a" is above lora.rank = 4; '),
+    (
+        "[federation]\nranks = {a = 8}\n[lora]\nrank = 4",
+        'the rank 8 of the client "a" is above lora.rank = 4; ',
+    ),
     ("[run]\nrounds = 0", "run.rounds must be an integer of at least 1, not 0."),
     (
         "[run]\nout = 'runs/{methd}'",
         'run.out = "runs/{methd}": {methd} stands for nothing; only {method} and {seed} do.',
     ),
-    ("[method]\nname = 'fedtreelor'", 'method.name = "fedtreelor" is no method; did you mean "fedtreelora"? There are'),
-    ("[method]\nname = 'zzz'", 'method.name = "zzz" is no method; there are fedit, fedtreelora and local.'),
+    (
+        "[method]\nname = 'fedtreelor'",
+        'method.name = "fedtreelor" is no method; did you mean "fedtreelora"? There are',
+    ),
+    (
+        "[method]\nname = 'zzz'",
+        'method.name = "zzz" is no method; there are fedit, fedtreelora and local.',
+    ),
     ("[method]\nname = 3\nK = 0", 'method.name must be text, not 3; write it in quotes: "3".'),
     ("[method]\nname = 'fedtreelora'\nK = 0", "method.K must be an integer of at least 1, not 0."),
     ("[method]\nweights = 'even'", 'method.weights must be "examples" or "uniform", not "even".'),
@@ -88,31 +145,68 @@ MISTAKES = [
     ("[trian]\nlr = 1.0", "the section [trian] is unknown; did you mean [train]?"),
     (
         "[zzz]\nlr = 1.0",
-        "the section [zzz] is unknown; the sections are [model], [lora], [data], [federation], [method]",
+        "the section [zzz] is unknown; the sections are [model], [lora], [data], [federation], "
+        "[method]",
     ),
     ("[run]\nround = 3", "the key run.round is unknown; did you mean run.rounds?"),
     ("[train]\nrounds = 3", "the key train.rounds is unknown; did you mean run.rounds?"),
     ("rounds = 3", "the key rounds is unknown; did you mean run.rounds?"),
-    ("[train]\nlearning_rate = 1e-3", "the key train.learning_rate is unknown; did you mean train.lr?"),
-    ("[train]\nleanring_rate = 1e-3", "the key train.leanring_rate is unknown; did you mean train.lr?"),
-    ("[lora]\ntarget_modules = ['query']", "the key lora.target_modules is unknown; did you mean lora.targets?"),
-    ("[data.partition]\nbyy = 'iid'", "the key data.partition.byy is unknown; did you mean data.partition.by?"),
-    ("[method]\nwieghts = 'uniform'", "the key method.wieghts is unknown; did you mean method.weights?"),
-    ("[method]\nname = 'fedtreelora'\nk_max = 3", "is unknown; the keys of [method] are name, uniform_rank, K, tau"),
-    ("[method]\nuniform = 'min'", "the key method.uniform is unknown; did you mean method.uniform_rank?"),
-    ("[run]\n'a b' = 3", 'the key run."a b" is unknown; the keys of [run] are rounds, seed, out, eval_every'),
+    (
+        "[train]\nlearning_rate = 1e-3",
+        "the key train.learning_rate is unknown; did you mean train.lr?",
+    ),
+    (
+        "[train]\nleanring_rate = 1e-3",
+        "the key train.leanring_rate is unknown; did you mean train.lr?",
+    ),
+    (
+        "[lora]\ntarget_modules = ['query']",
+        "the key lora.target_modules is unknown; did you mean lora.targets?",
+    ),
+    (
+        "[data.partition]\nbyy = 'iid'",
+        "the key data.partition.byy is unknown; did you mean data.partition.by?",
+    ),
+    (
+        "[method]\nwieghts = 'uniform'",
+        "the key method.wieghts is unknown; did you mean method.weights?",
+    ),
+    (
+        "[method]\nname = 'fedtreelora'\nk_max = 3",
+        "is unknown; the keys of [method] are name, uniform_rank, K, tau",
+    ),
+    (
+        "[method]\nuniform = 'min'",
+        "the key method.uniform is unknown; did you mean method.uniform_rank?",
+    ),
+    (
+        "[run]\n'a b' = 3",
+        'the key run."a b" is unknown; the keys of [run] are rounds, seed, out, eval_every',
+    ),
     # broken TOML
-    ("[train]\nlr = fast", ", line 2, column 6: broken TOML (invalid value; text needs quotes) in: lr = fast"),
+    (
+        "[train]\nlr = fast",
+        ", line 2, column 6: broken TOML (invalid value; text needs quotes) in: lr = fast",
+    ),
     ("[train]\nlr = ", ", line 2, column 6: broken TOML (invalid value) in: lr ="),
-    ("[train", ", line 1, column 7: broken TOML (expected ']' at the end of a table declaration) in: [train"),
-    ("[train]\nlr = 1.0\nlr = 2.0", ", line 3, column 9: broken TOML (cannot overwrite a value) in: lr = 2.0"),
+    (
+        "[train",
+        ", line 1, column 7: broken TOML (expected ']' at the end of a table declaration) in: "
+        "[train",
+    ),
+    (
+        "[train]\nlr = 1.0\nlr = 2.0",
+        ", line 3, column 9: broken TOML (cannot overwrite a value) in: lr = 2.0",
+    ),
     ('[data]\npath = """x', ", line 2, column 12: broken TOML (unterminated string) in: path ="),
     ("x = " + "[" * 5000, "the TOML is nested too deeply"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), MISTAKES, ids=[content.replace("\n", " ")[:50] for content, _ in MISTAKES]
+    ("content", "sentence"),
+    MISTAKES,
+    ids=[content.replace("\n", " ")[:50] for content, _ in MISTAKES],
 )
 def test_mistake_is_one_clear_sentence(content: str, sentence: str) -> None:
     with pytest.raises(JobError) as caught:
@@ -127,7 +221,10 @@ def test_mistake_is_one_clear_sentence(content: str, sentence: str) -> None:
 
 def test_several_mistakes_are_listed_in_full_up_to_a_few() -> None:
     with pytest.raises(JobError) as caught:
-        Job.parse("[method]\nname = 'fedtreelora'\nK = 0\ntau = 'x'\n[run]\nsed = 1\n[model]\nhead = 'big'")
+        Job.parse(
+            "[method]\nname = 'fedtreelora'\nK = 0\ntau = 'x'\n[run]\nsed = 1\n[model]\nhead = "
+            "'big'"
+        )
     first, *rest = str(caught.value).splitlines()
     assert first == "job.toml: the job has 4 mistakes:"
     assert sorted(line.strip().split(" must ")[0].split(" is ")[0] for line in rest) == [
@@ -140,7 +237,7 @@ def test_several_mistakes_are_listed_in_full_up_to_a_few() -> None:
         Job.parse("[run]\n" + "\n".join(f"key{i} = 1" for i in range(9)))
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------ files
 
 
 def test_load_names_the_file(tmp_path: Path) -> None:
@@ -187,7 +284,7 @@ def test_a_job_cannot_be_changed() -> None:
         job.run = job.run  # type: ignore[misc]
 
 
-# ---------------------------------------------------------------------------------------------------- round trip
+# ------------------------------------------------------------ round trip
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 PLAIN = st.recursive(
@@ -199,8 +296,15 @@ POSITIVE = st.integers(min_value=1, max_value=10**12)
 SMALL = st.floats(min_value=0, max_value=0.4)
 LEARNING_RATE = st.floats(min_value=1e-300, max_value=1e300)
 KEYS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "model": {"name": TEXT.filter(lambda name: name != "minilm"), "head": st.sampled_from(["pooled", "stock"])},
-    "lora": {"alpha": LEARNING_RATE, "dropout": SMALL, "targets": st.lists(TEXT, min_size=1, max_size=3)},
+    "model": {
+        "name": TEXT.filter(lambda name: name != "minilm"),
+        "head": st.sampled_from(["pooled", "stock"]),
+    },
+    "lora": {
+        "alpha": LEARNING_RATE,
+        "dropout": SMALL,
+        "targets": st.lists(TEXT, min_size=1, max_size=3),
+    },
     "data": {
         "text": TEXT,
         "group": TEXT,
@@ -216,13 +320,29 @@ KEYS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "held_out": SMALL | st.lists(TEXT, min_size=1, max_size=3, unique=True),
         "newcomer_head": st.booleans() | st.just("auto"),
     },
-    "method": {"name": st.just("fedtreelora"), "K": POSITIVE, "tau": st.floats(-1, 1), "warmup_rounds": POSITIVE},
-    "train": {"lr": LEARNING_RATE, "local_epochs": POSITIVE, "threads": POSITIVE | st.just("auto"), "clip": SMALL},
-    "run": {"seed": POSITIVE, "noise": st.booleans(), "out": TEXT.filter(lambda out: "{" not in out)},
+    "method": {
+        "name": st.just("fedtreelora"),
+        "K": POSITIVE,
+        "tau": st.floats(-1, 1),
+        "warmup_rounds": POSITIVE,
+    },
+    "train": {
+        "lr": LEARNING_RATE,
+        "local_epochs": POSITIVE,
+        "threads": POSITIVE | st.just("auto"),
+        "clip": SMALL,
+    },
+    "run": {
+        "seed": POSITIVE,
+        "noise": st.booleans(),
+        "out": TEXT.filter(lambda out: "{" not in out),
+    },
 }
 JOBS = st.fixed_dictionaries(
     {
-        name: st.fixed_dictionaries({"name": keys["name"]}, optional={k: v for k, v in keys.items() if k != "name"})
+        name: st.fixed_dictionaries(
+            {"name": keys["name"]}, optional={k: v for k, v in keys.items() if k != "name"}
+        )
         if name == "method"
         else st.fixed_dictionaries({}, optional=keys)
         for name, keys in KEYS.items()
@@ -230,7 +350,9 @@ JOBS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(JOBS)
 def test_a_job_survives_being_written(values: dict[str, Any]) -> None:
     job = Job.build(values)
@@ -273,7 +395,7 @@ def test_default_job_is_the_embedded_federation() -> None:
     assert (job.data.partition.by, job.data.partition.options) == ("dirichlet", {"alpha": 2.0})
 
 
-# ---------------------------------------------------------------------------------------------------- explain, template
+# ------------------------------------------------------------ explain, template
 
 
 def keys_of(job: Job) -> set[str]:
@@ -289,7 +411,11 @@ def keys_of(job: Job) -> set[str]:
 def test_explain_has_every_key_with_type_default_and_description() -> None:
     job = Job.parse("[method]\nname = 'fedtreelora'\nK = 5")
     text = job.explain()
-    blocks = {block.split(":")[0].strip(): block for block in text.split("\n\n") if not block.startswith("[")}
+    blocks = {
+        block.split(":")[0].strip(): block
+        for block in text.split("\n\n")
+        if not block.startswith("[")
+    }
     assert set(blocks) == keys_of(job)
     for key in blocks:
         head, description = re.split(r"\n {6}", blocks[key], maxsplit=1)
@@ -309,7 +435,11 @@ def test_template_is_the_default_job_and_every_comment_in_it_works() -> None:
         elif setting := re.fullmatch(r"(?:# )?(\w+) = (.+)", line):
             key = f"{section}.{setting[1]}"
             offered.add(key)
-            if key in ("model.revision", "data.config", "data.path"):  # need another source or model beside them
+            if key in (
+                "model.revision",
+                "data.config",
+                "data.path",
+            ):  # need another source or model beside them
                 tomllib.loads(line.removeprefix("# "))
             elif line.startswith("# "):
                 Job.default().override([f"{key}={setting[2]}"])
@@ -317,7 +447,7 @@ def test_template_is_the_default_job_and_every_comment_in_it_works() -> None:
     assert max(map(len, template.splitlines())) <= 120
 
 
-# ---------------------------------------------------------------------------------------------------- override
+# ------------------------------------------------------------ override
 
 
 @pytest.mark.parametrize(
@@ -367,7 +497,10 @@ def test_override_the_last_one_wins_and_an_empty_one_resets() -> None:
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("train.lr", "'train.lr' is no setting; write section.key=value, for example train.lr=1e-3."),
+        (
+            "train.lr",
+            "'train.lr' is no setting; write section.key=value, for example train.lr=1e-3.",
+        ),
         ("=3", "'=3' is no setting; "),
         ("train..lr=3", "'train..lr=3' is no setting; "),
         ("lr=3", "the key lr is unknown; did you mean train.lr?"),
@@ -377,7 +510,11 @@ def test_override_the_last_one_wins_and_an_empty_one_resets() -> None:
         ("train.lr=fast", 'train.lr must be a number above 0, not "fast".'),
         ("train.lr=1\ntrain.x=2", 'train.lr must be a number above 0, not "1\\ntrain.x=2".'),
         ("method.name=hilora", 'method.name = "hilora" is no method; '),
-        ("method.tau=0.3", "the key method.tau is unknown; the keys of [method] are name, uniform_rank and weights."),
+        (
+            "method.tau=0.3",
+            "the key method.tau is unknown; the keys of [method] are name, uniform_rank and "
+            "weights.",
+        ),
         ("run.out=\udcff", "run.out must be text"),
     ],
 )
@@ -387,9 +524,13 @@ def test_override_mistakes(setting: str, sentence: str) -> None:
 
 
 def test_another_choice_drops_the_keys_of_the_old_one() -> None:
-    tree = Job.default().override(["method.name=fedtreelora", "method.tau=0.3", "method.uniform_rank=min"])
+    tree = Job.default().override(
+        ["method.name=fedtreelora", "method.tau=0.3", "method.uniform_rank=min"]
+    )
     assert tree.method.options.tau == 0.3
-    assert tree.override(["method.name=fedtreelora", "method.K=5"]).method.options.tau == 0.3  # the same choice keeps
+    assert (
+        tree.override(["method.name=fedtreelora", "method.K=5"]).method.options.tau == 0.3
+    )  # the same choice keeps
     fedit = tree.override(["method.name=fedit"])
     assert fedit.method.uniform_rank == "min"
     assert "tau" not in fedit.to_toml()
@@ -397,7 +538,9 @@ def test_another_choice_drops_the_keys_of_the_old_one() -> None:
     silos = Job.default().override(["data.source=silos", "data.path=mine", "data.max_length=64"])
     assert (silos.data.group, silos.data.train_examples, silos.data.max_length) == (None, None, 64)
     assert silos.override(["data.path=theirs"]).data.max_length == 64
-    table = silos.override(["data.text=words", "data.source=table"])  # one's own files stay where they are
+    table = silos.override(
+        ["data.text=words", "data.source=table"]
+    )  # one's own files stay where they are
     assert (table.data.path, table.data.text) == ("mine", "words")
     split = table.override(["data.partition.by=iid"])
     assert split.override(["data.source=silos"]).data.partition == silos.data.partition
@@ -414,7 +557,7 @@ def test_steps_and_epochs_replace_each_other_but_not_both() -> None:
         Job.default().override(["train.local_epochs=2", "train.local_steps=4"])
 
 
-# ---------------------------------------------------------------------------------------------------- derived
+# ------------------------------------------------------------ derived
 
 
 @pytest.mark.parametrize(
@@ -433,14 +576,22 @@ def test_ranks(content: str, rank: int, alpha: float, ranks: list[int]) -> None:
     assert (resolved.lora.rank, resolved.lora.alpha) == (rank, alpha)
     assert resolved.train.head_lr == job.train.lr
     assert resolved.resolved() == resolved
-    assert job.ranks(["a", "b", "c"]) == resolved.ranks(["a", "b", "c"]) == dict(zip("abc", ranks, strict=True))
+    assert (
+        job.ranks(["a", "b", "c"])
+        == resolved.ranks(["a", "b", "c"])
+        == dict(zip("abc", ranks, strict=True))
+    )
 
 
 def test_a_table_of_ranks_must_fit_the_clients() -> None:
     job = Job.parse("[federation]\nranks = { tweets-0 = 4, tweets-1 = 8 }")
-    with pytest.raises(JobError, match=r'"tweets-1", which is no client; did you mean "tweets-7"\?'):
+    with pytest.raises(
+        JobError, match=r'"tweets-1", which is no client; did you mean "tweets-7"\?'
+    ):
         job.ranks(["tweets-0", "tweets-7"])
-    with pytest.raises(JobError, match=r'has no rank for the client "movies"; give every client one'):
+    with pytest.raises(
+        JobError, match=r'has no rank for the client "movies"; give every client one'
+    ):
         job.ranks(["tweets-0", "tweets-1", "movies"])
 
 
@@ -452,8 +603,15 @@ def test_directory_fills_its_places_in() -> None:
 
 def test_digest_tells_runs_apart_but_not_their_directories() -> None:
     job = Job.default()
-    assert job.digest() == job.override(["run.out=elsewhere"]).digest() == Job.parse(job.to_toml()).digest()
-    others = [job.override([s]).digest() for s in ("run.seed=1", "train.lr=2", "method.weights=uniform", "data.text=t")]
+    assert (
+        job.digest()
+        == job.override(["run.out=elsewhere"]).digest()
+        == Job.parse(job.to_toml()).digest()
+    )
+    others = [
+        job.override([s]).digest()
+        for s in ("run.seed=1", "train.lr=2", "method.weights=uniform", "data.text=t")
+    ]
     assert len({job.digest(), *others}) == 5
 
 

@@ -1,7 +1,8 @@
-"""Every job file: valid, and where it names a model of the hub, sound against that model's published shapes.
+"""Every job file: valid, and where it names a model of the hub, sound against that model's
+published shapes.
 
-No weights there: the architectures are built on the meta device from the sizes that their papers give. The small jobs
-run for two rounds each, on the embedded models and data.
+No weights there: the architectures are built on the meta device from the sizes that their papers
+give. The small jobs run for two rounds each, on the embedded models and data.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ FEWEST_ROUNDS = {"hilora": 3}
 
 FILES = sorted((Path(__file__).parents[1] / "jobs").glob("*.toml"))
 
-#: hub model -> its configuration class and published sizes, and what its layers' query and value have: (in, out) each
+#: hub model -> its configuration class and published sizes, and what its layers' query and value
+#: have: (in, out) each
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta-large": (
         "RobertaConfig",
@@ -91,11 +93,20 @@ def test_the_job_is_valid_and_fits_its_model(file: Path) -> None:
     chosen = method_class(job.method.name)
     assert chosen.ranks == "mixed" or len(set(ranks.values())) == 1
     rank = job.lora.rank or 1
-    setting = Setting(sites, rank, float(job.lora.alpha or 2 * rank), job.run.rounds, job.run.seed, job.lora.scaling)
+    setting = Setting(
+        sites,
+        rank,
+        float(job.lora.alpha or 2 * rank),
+        job.run.rounds,
+        job.run.seed,
+        job.lora.scaling,
+    )
     method = chosen(job.method.options, setting)
     method.check(clients)
     text = file.read_text(encoding="utf-8")
-    assert ("assumed" in text and "arXiv" in text) or "methods.md" in text, "a published setting names its source"
+    assert ("assumed" in text and "arXiv" in text) or "methods.md" in text, (
+        "a published setting names its source"
+    )
 
 
 def test_every_published_job_has_a_small_twin_it_names() -> None:
@@ -103,15 +114,19 @@ def test_every_published_job_has_a_small_twin_it_names() -> None:
     for file in FILES:
         if not file.stem.endswith("-small"):
             text = file.read_text(encoding="utf-8")
-            assert any(f"{stem}.toml" in text for stem in stems if stem.endswith("-small")), file.name
+            assert any(f"{stem}.toml" in text for stem in stems if stem.endswith("-small")), (
+                file.name
+            )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", SMALL, ids=lambda path: path.stem)
 def test_a_small_job_runs_two_rounds(file: Path, tmp_path: Path) -> None:
-    """Through the public API: clients as the job has them, a report, an adapter that gives the run's measure again.
+    """Through the public API: clients as the job has them, a report, an adapter that gives the
+    run's measure again.
 
-    Clients train on all that the job gives them; they are measured on less, and a newcomer is tuned for one epoch.
+    Clients train on all that the job gives them; they are measured on less, and a newcomer is tuned
+    for one epoch.
     """
     job = Job.load(file)
     rounds = FEWEST_ROUNDS.get(job.method.name, 2)
@@ -120,17 +135,26 @@ def test_a_small_job_runs_two_rounds(file: Path, tmp_path: Path) -> None:
         shorter.append("data.generate_examples=2")
     if job.train.final_local_epochs:
         shorter.append("train.final_local_epochs=1")
-    job = job.override([f"run.rounds={rounds}", f"run.eval_every={rounds}", "train.threads=1", *shorter])
+    job = job.override(
+        [f"run.rounds={rounds}", f"run.eval_every={rounds}", "train.threads=1", *shorter]
+    )
     result = fg.run(job, tmp_path / "run")
     summary, lines = result.summary, result.metrics()
-    clients = job.federation.clients if job.data.partition.by != "natural" else len(job.data.groups or ())
+    clients = (
+        job.federation.clients if job.data.partition.by != "natural" else len(job.data.groups or ())
+    )
     share = job.federation.held_out
     assert isinstance(share, float)
     trained = {name: row for name, row in summary["clients"].items() if not row.get("held_out")}
     assert len(summary["clients"]) == clients
     assert len(trained) == clients - round(clients * share)
-    assert {line["round"] for line in lines if line["split"] == "train"} == set(range(1, rounds + 1))
-    assert all(math.isfinite(row["metric"]) and math.isfinite(row["loss"]) for row in summary["clients"].values())
+    assert {line["round"] for line in lines if line["split"] == "train"} == set(
+        range(1, rounds + 1)
+    )
+    assert all(
+        math.isfinite(row["metric"]) and math.isfinite(row["loss"])
+        for row in summary["clients"].values()
+    )
     if share:
         assert summary["unseen"]["clients"] == clients - len(trained)
         late = [row for name, row in summary["clients"].items() if name not in trained]
@@ -138,7 +162,9 @@ def test_a_small_job_runs_two_rounds(file: Path, tmp_path: Path) -> None:
     page = result.report.read_text(encoding="utf-8")
     assert page.count("<img") + page.count("<svg") >= 3
     assert "What the models write" in page or summary["task"] != "generate"
-    assert {path.name for path in (tmp_path / "run" / "adapters").iterdir()} >= set(summary["clients"])
+    assert {path.name for path in (tmp_path / "run" / "adapters").iterdir()} >= set(
+        summary["clients"]
+    )
     name = min(trained)
     measures = result.client(name).evaluate()
     assert measures[summary["metric"]] == pytest.approx(trained[name]["metric"], abs=1e-6)

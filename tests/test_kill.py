@@ -26,7 +26,11 @@ def start(job: Path, out: Path, *extra: str) -> subprocess.Popen[bytes]:
 
 
 def result(out: Path) -> dict[str, Any]:
-    files = {str(f.relative_to(out)): f.read_bytes() for f in sorted((out / "adapters").rglob("*")) if f.is_file()}
+    files = {
+        str(f.relative_to(out)): f.read_bytes()
+        for f in sorted((out / "adapters").rglob("*"))
+        if f.is_file()
+    }
     summary = json.loads((out / "summary.json").read_text())
     del summary["seconds"]
     return {"files": files, "summary": summary}
@@ -59,7 +63,9 @@ def test_sigkill_at_random_moments(tiny_bert: Path, silos: Path, tmp_path: Path)
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
 
 
-def test_ctrl_c_ends_cleanly_with_a_resumable_run(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_cleanly_with_a_resumable_run(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     job = write_job(tmp_path / "job.toml", tiny_bert, silos)
     process = start(job, tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoints" / "latest.json"

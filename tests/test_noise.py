@@ -18,18 +18,18 @@ from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Convex, Extra, Factors, Mix, Site, Term
 from fedgrove.adapters.algebra import concat, mean, pad, truncate
-from fedgrove.errors import RunError
-from fedgrove.loop import Loop
+from fedgrove.ground.errors import RunError
+from fedgrove.ground.lines import append, read, truncate_after
+from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import Method, Options, Setting, State, Update, WeightedOptions
 from fedgrove.methods.fed_plora import FedPLoRA, PLoRAOptions
 from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.registry import names
-from fedgrove.prepare import prepare
-from fedgrove.run import run
-from fedgrove.rundir import RunDirectory
-from fedgrove.seeds import generator
+from fedgrove.runs.directory import RunDirectory
+from fedgrove.runs.loop import Loop
+from fedgrove.runs.prepare import prepare
+from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
-from fedgrove.tracking.lines import append, read, truncate_after
 from fedgrove.tracking.noise import KEYS, NoiseLab, shared_part
 
 SITES = {"q": Site("q", 0, 5, 7), "v": Site("v", 1, 8, 6)}  # in, out
@@ -66,7 +66,11 @@ class Toy(Method):
 
 
 def measured(
-    method: Method, before: State, after: State, seen: Sequence[tuple[Assembly, Assembly]], content: Sequence[Any] = ()
+    method: Method,
+    before: State,
+    after: State,
+    seen: Sequence[tuple[Assembly, Assembly]],
+    content: Sequence[Any] = (),
 ) -> dict[str, Any]:
     lab = NoiseLab(method, SITES, Path())
     lab.begin(2, before)
@@ -82,21 +86,28 @@ def norm(matrices: dict[str, Tensor]) -> tuple[dict[str, float], float]:
     return sites, math.sqrt(sum(value**2 for value in sites.values()))
 
 
-def assert_is(line: dict[str, Any], key: str, sites: dict[str, float], tolerance: float = 1e-10) -> None:
+def assert_is(
+    line: dict[str, Any], key: str, sites: dict[str, float], tolerance: float = 1e-10
+) -> None:
     for site, value in sites.items():
         assert line["sites"][site][key] == pytest.approx(value, rel=tolerance, abs=tolerance)
     total = math.sqrt(sum(value**2 for value in sites.values()))
     assert line[key] == pytest.approx(total, rel=tolerance, abs=tolerance)
 
 
-# ------------------------------------------------------------------- every rule
+# ------------------------------------------------------------ every rule
 def test_fedit_loses_nothing_down_and_the_cross_terms_up() -> None:
     before, ends = draw(0), [draw(n) for n in (1, 2, 3)]
     method = FedIT(WeightedOptions(weights="examples"), SETTING)
     p = [1 / 6, 2 / 6, 3 / 6]
     after = mean(ends, p)
-    line = measured(method, {"global": before}, {"global": after}, [(one(before), one(end)) for end in ends])
-    lost = {s: dense(after, s) - sum(w * dense(e, s) for w, e in zip(p, ends, strict=True)) for s in SITES}
+    line = measured(
+        method, {"global": before}, {"global": after}, [(one(before), one(end)) for end in ends]
+    )
+    lost = {
+        s: dense(after, s) - sum(w * dense(e, s) for w, e in zip(p, ends, strict=True))
+        for s in SITES
+    }
     assert line["n_init"] == 0.0
     assert line["n_init_adapter"] == 0.0
     assert_is(line, "n_agg", norm(lost)[0])
@@ -125,10 +136,17 @@ def test_truncation_loses_the_dropped_ranks_and_padding_dilutes() -> None:
         {"assembly": one(after)},
         [(one(a), one(b)) for a, b in zip(starts, ends, strict=True)],
     )
-    init = {s: sum(float(torch.linalg.norm(dense(before, s) - dense(m, s))) for m in starts) / 3 for s in SITES}
+    init = {
+        s: sum(float(torch.linalg.norm(dense(before, s) - dense(m, s))) for m in starts) / 3
+        for s in SITES
+    }
     assert min(init.values()) > 1
     assert_is(line, "n_init", init)
-    assert_is(line, "n_agg", norm({s: dense(after, s) - sum(dense(e, s) for e in ends) / 3 for s in SITES})[0])
+    assert_is(
+        line,
+        "n_agg",
+        norm({s: dense(after, s) - sum(dense(e, s) for e in ends) / 3 for s in SITES})[0],
+    )
     assert line["bound"] is None  # padding is no mean over the holders of an index
 
 
@@ -163,7 +181,9 @@ def test_fed_plora_loses_nothing_down_and_the_true_bound_holds(
     content: list[dict[str, Any]] = []
     for number, own in enumerate(chosen):
         start = method._training(before, own)
-        trained = {s: replace(f, A=f.A * stretch) for s, f in draw(seed + 1 + number, len(own)).items()}
+        trained = {
+            s: replace(f, A=f.A * stretch) for s, f in draw(seed + 1 + number, len(own)).items()
+        }
         seen.append((start, replace(start, terms=(replace(start.terms[0], adapter=trained),))))
         content.append({"modules": trained, "indices": own})
     after = method.aggregate({"global": before}, 2, [Update("", 1, c) for c in content])
@@ -175,11 +195,18 @@ def test_fed_plora_loses_nothing_down_and_the_true_bound_holds(
     for s in SITES:
         lost[s], bound[s] = dense(after["global"], s), 0.0
         for j in range(RANK):
-            held = [(c["modules"][s], own.index(j)) for c, own in zip(content, chosen, strict=True) if j in own]
+            held = [
+                (c["modules"][s], own.index(j))
+                for c, own in zip(content, chosen, strict=True)
+                if j in own
+            ]
             for f, row in held or [(before[s], j)]:
                 lost[s] = lost[s] - S * torch.outer(f.B[:, row], f.A[row]) / max(1, len(held))
             for f, row in held:
-                off_a, off_b = f.A[row] - after["global"][s].A[j], f.B[:, row] - after["global"][s].B[:, j]
+                off_a, off_b = (
+                    f.A[row] - after["global"][s].A[j],
+                    f.B[:, row] - after["global"][s].B[:, j],
+                )
                 bound[s] += S * float(off_a.norm() * off_b.norm()) / len(held)
     assert_is(line, "n_agg", norm(lost)[0], 1e-9 * stretch)
     assert_is(line, "bound", bound, 1e-9 * stretch)
@@ -191,16 +218,23 @@ def test_zero_is_found_and_not_assumed() -> None:
     """Folding with a client's own scale, the error that the paper warns of, is seen as noise."""
     method, before = FedPLoRA(PLoRAOptions(), SETTING), draw(0)
     start = method._training(before, [0, 2])
-    wrong = replace(start, base_delta={s: replace(f, scale=2 * S) for s, f in (start.base_delta or {}).items()})
+    wrong = replace(
+        start, base_delta={s: replace(f, scale=2 * S) for s, f in (start.base_delta or {}).items()}
+    )
     content = {"modules": start.adapter("selected"), "indices": [0, 2]}
     line = measured(method, {"global": before}, {"global": before}, [(wrong, wrong)], [content])
-    rest = {s: S * sum((torch.outer(f.B[:, j], f.A[j]) for j in (1, 3)), torch.zeros(())) for s, f in before.items()}
+    rest = {
+        s: S * sum((torch.outer(f.B[:, j], f.A[j]) for j in (1, 3)), torch.zeros(()))
+        for s, f in before.items()
+    }
     assert_is(line, "n_init", norm(rest)[0])
     assert line["n_agg"] == 0.0  # and nothing moved
 
 
 def test_the_printed_bound_is_false_and_the_true_one_is_tight() -> None:
-    """R = d = k = 1 and clients (3, 3), (-3, -3): the sum of the deviations is 6, the noise 9, the true bound 9."""
+    """R = d = k = 1 and clients (3, 3), (-3, -3): the sum of the deviations is 6, the noise 9, the
+    true bound 9.
+    """
     site = {"q": Site("q", 0, 1, 1)}
     method = FedPLoRA(PLoRAOptions(), Setting(sites=site, rank=1, alpha=1.0, rounds=1, seed=0))
     ends = [{"q": Factors(torch.tensor([[x]]), torch.tensor([[x]]), 1.0)} for x in (3.0, -3.0)]
@@ -267,20 +301,29 @@ def test_private_terms_and_what_mixes_them_are_left_out() -> None:
     both = replace(mixed, terms=(terms[0], replace(terms[1], home="server")))
     found = shared_part(both, SITES)
     assert found is not None
-    torch.testing.assert_close(found["q"].product(), (shared["q"].product() + own["q"].product()) / 2)
+    torch.testing.assert_close(
+        found["q"].product(), (shared["q"].product() + own["q"].product()) / 2
+    )
 
 
 def test_a_step_of_private_work_alone_is_no_start_and_no_end() -> None:
-    """FDLoRA's shape: the personal adapter trains first, the global one after it, and in a last round not at all."""
+    """FDLoRA's shape: the personal adapter trains first, the global one after it, and in a last
+    round not at all.
+    """
     before, after, own = draw(0), draw(1), Assembly((Term("own", draw(2), home="client"),))
     lab = NoiseLab(FedIT(WeightedOptions(), SETTING), SITES, Path())
-    for ends_with, n_agg, bound in ((one(after), 0.0, 0.0), (None, norm({s: dense(after, s) for s in SITES})[1], None)):
+    for ends_with, n_agg, bound in (
+        (one(after), 0.0, 0.0),
+        (None, norm({s: dense(after, s) for s in SITES})[1], None),
+    ):
         lab.begin(2, {"global": before})
         lab.seen((2, "c"), own, own)
         if ends_with:
             lab.seen((2, "c"), one(before), ends_with)
         lab.seen(("tune", "c"), one(after), one(draw(3)))  # another phase of the run
-        line, _ = lab.measure({"global": after if ends_with else concat([before, after])}, [Update("c", 1, {})])
+        line, _ = lab.measure(
+            {"global": after if ends_with else concat([before, after])}, [Update("c", 1, {})]
+        )
         assert line["n_init"] == (0.0 if ends_with else None)
         assert line["n_agg"] == pytest.approx(n_agg)
         assert line["bound"] == bound
@@ -293,22 +336,32 @@ class Routed(Mix):
 def test_a_mix_that_depends_on_the_input_has_no_noise() -> None:
     end = one(draw(1), mix=Routed())
     assert shared_part(end, SITES) is None
-    line = measured(Toy(Options(), SETTING), {"assembly": one(draw(0))}, {"assembly": one(draw(0))}, [(end, end)])
+    line = measured(
+        Toy(Options(), SETTING),
+        {"assembly": one(draw(0))},
+        {"assembly": one(draw(0))},
+        [(end, end)],
+    )
     assert line["n_init"] is None
     assert line["n_agg"] is None
 
 
 def test_a_layer_that_a_client_leaves_out_counts_as_lost_and_is_averaged_without_it() -> None:
     before, ends = draw(0), [draw(1), draw(2)]
-    seen = [(one(before), one(ends[0])), (one(before, layers=frozenset({0})), one(ends[1], layers=frozenset({0})))]
+    seen = [
+        (one(before), one(ends[0])),
+        (one(before, layers=frozenset({0})), one(ends[1], layers=frozenset({0}))),
+    ]
     after = {"q": mean([{"q": e["q"]} for e in ends])["q"], "v": ends[0]["v"]}
-    line = measured(Toy(Options(), SETTING), {"assembly": one(before)}, {"assembly": one(after)}, seen)
+    line = measured(
+        Toy(Options(), SETTING), {"assembly": one(before)}, {"assembly": one(after)}, seen
+    )
     assert_is(line, "n_init", {"q": 0.0, "v": float(torch.linalg.norm(dense(before, "v"))) / 2})
     q = dense(after, "q") - (dense(ends[0], "q") + dense(ends[1], "q")) / 2
     assert_is(line, "n_agg", {"q": float(torch.linalg.norm(q)), "v": 0.0})
 
 
-# -------------------------------------------------------------------- the files
+# ------------------------------------------------------------ the files
 def test_lines_of_later_rounds_and_a_torn_line_go(tmp_path: Path) -> None:
     path = tmp_path / "noise.jsonl"
     truncate_after(path, 3)
@@ -331,8 +384,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", names())
-def test_every_method_records_a_line_a_round(method: str, tiny_bert: Path, two: Path, tmp_path: Path) -> None:
-    job = tiny_job(tiny_bert, two, method={"name": method}, run={"noise": True}, train={"local_steps": 1})
+def test_every_method_records_a_line_a_round(
+    method: str, tiny_bert: Path, two: Path, tmp_path: Path
+) -> None:
+    job = tiny_job(
+        tiny_bert, two, method={"name": method}, run={"noise": True}, train={"local_steps": 1}
+    )
     prepared = prepare(job)
     directory = RunDirectory(tmp_path / "out")
     directory.open(prepared, resume=False)

@@ -1,4 +1,6 @@
-"""The round loop as a user meets it: the run directory, equality of repeated, resumed and reloaded runs, refusals."""
+"""The round loop as a user meets it: the run directory, equality of repeated, resumed and reloaded
+runs, refusals.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import torch
 from tests.tiny import tiny_job
 
 import fedgrove as fg
-from fedgrove.errors import FedgroveError, JobError, RunError
-from fedgrove.run import run
+from fedgrove.ground.errors import FedgroveError, JobError, RunError
+from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.metrics import read
 
@@ -33,7 +35,11 @@ class StopAfter(Callback):
 
 
 def adapters(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in sorted((path / "adapters").rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(path)): f.read_bytes()
+        for f in sorted((path / "adapters").rglob("*"))
+        if f.is_file()
+    }
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -43,7 +49,9 @@ def summary(path: Path) -> dict[str, Any]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read(path / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "seconds"} for line in read(path / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +73,23 @@ def test_a_finished_run_has_everything_that_the_readme_promises(finished: Path) 
         assert (finished / name).is_file(), name
     found = json.loads((finished / "summary.json").read_text())
     assert list(found["clients"]) == ["site-0", "site-1", "site-2"]
-    assert set(found["clients"]["site-0"]) == {"examples", "rank", "metric_base", "metric", "metric_tuned", "loss"}
+    assert set(found["clients"]["site-0"]) == {
+        "examples",
+        "rank",
+        "metric_base",
+        "metric",
+        "metric_tuned",
+        "loss",
+    }
     assert set(found["parameters"]) == {"trained", "stored", "sent_up", "sent_down"}
     for client in [*found["clients"], "_global"]:
         files = {f.name for f in (finished / "adapters" / client).iterdir()}
-        assert files == {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedgrove.json"}
+        assert files == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "head.safetensors",
+            "fedgrove.json",
+        }
     assert len(read(finished / "metrics.jsonl")) == 3 * 3 * 2
     assert not list(finished.rglob("*.partial"))
     assert not list(finished.rglob("run.lock"))
@@ -93,7 +113,11 @@ def test_a_resumed_run_is_bit_identical_to_one_never_stopped(
     method: str, tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
     job = tiny_job(
-        tiny_bert, silos, method={"name": method}, federation={"fraction": 0.7}, train={"final_local_epochs": 1}
+        tiny_bert,
+        silos,
+        method={"name": method},
+        federation={"fraction": 0.7},
+        train={"final_local_epochs": 1},
     )
     run(job, tmp_path / "whole")
     for stop in (StopAfter(1), StopAfter(2, 2), StopAfter(3)):
@@ -105,7 +129,9 @@ def test_a_resumed_run_is_bit_identical_to_one_never_stopped(
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
 
 
-def test_another_seed_gives_another_run(tiny_bert: Path, silos: Path, finished: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_another_run(
+    tiny_bert: Path, silos: Path, finished: Path, tmp_path: Path
+) -> None:
     run(tiny_job(tiny_bert, silos, run={"seed": 8}), tmp_path / "other")
     assert adapters(finished) != adapters(tmp_path / "other")
 
@@ -113,12 +139,17 @@ def test_another_seed_gives_another_run(tiny_bert: Path, silos: Path, finished: 
 def test_the_number_of_evaluations_and_checkpoints_does_not_change_the_result(
     tiny_bert: Path, silos: Path, finished: Path, tmp_path: Path
 ) -> None:
-    run(tiny_job(tiny_bert, silos, run={"eval_every": 3, "checkpoint_every": 2}), tmp_path / "sparse")
+    run(
+        tiny_job(tiny_bert, silos, run={"eval_every": 3, "checkpoint_every": 2}),
+        tmp_path / "sparse",
+    )
     assert adapters(finished) == adapters(tmp_path / "sparse")
     assert {line["round"] for line in lines(tmp_path / "sparse") if line["split"] == "test"} == {3}
 
 
-def test_resume_of_a_finished_run_does_nothing(tiny_bert: Path, silos: Path, finished: Path) -> None:
+def test_resume_of_a_finished_run_does_nothing(
+    tiny_bert: Path, silos: Path, finished: Path
+) -> None:
     before = {f: f.stat().st_mtime_ns for f in finished.rglob("*")}
     run(tiny_job(tiny_bert, silos), finished, resume=True)
     assert before == {f: f.stat().st_mtime_ns for f in finished.rglob("*")}
@@ -179,7 +210,9 @@ def test_bad_jobs_are_one_sentence_and_leave_nothing_behind(
 
 def test_uniform_rank_settles_mixed_ranks(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
     mixed: Any = {"federation": {"ranks": [2, 4, 3]}, "lora": {"rank": 4}}
-    result = run(tiny_job(tiny_bert, silos, **mixed, method={"uniform_rank": "min"}), tmp_path / "min")
+    result = run(
+        tiny_job(tiny_bert, silos, **mixed, method={"uniform_rank": "min"}), tmp_path / "min"
+    )
     assert {row["rank"] for row in result.summary["clients"].values()} == {2}
     local = run(tiny_job(tiny_bert, silos, **mixed, method={"name": "local"}), tmp_path / "local")
     assert [row["rank"] for row in local.summary["clients"].values()] == [2, 4, 3]
@@ -195,21 +228,32 @@ def test_what_is_sent_equals_the_theory(tiny_bert: Path, silos: Path, tmp_path: 
         "fedsa-lora": factor,
         "fedvlm": factor,
     }.items():
-        result = run(tiny_job(tiny_bert, silos, method={"name": method}, run={"rounds": 2}), tmp_path / method)
+        result = run(
+            tiny_job(tiny_bert, silos, method={"name": method}, run={"rounds": 2}),
+            tmp_path / method,
+        )
         assert result.summary["parameters"]["sent_up"] == up
         assert result.summary["parameters"]["sent_down"] == up
         assert result.summary["bytes"] == {"up": 4 * up * 3 * 2, "down": 4 * up * 3 * 2}
 
 
-def test_the_shared_head_travels_and_is_one_for_all(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_the_shared_head_travels_and_is_one_for_all(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
     run(tiny_job(tiny_bert, silos, federation={"head": "shared"}), tmp_path / "shared")
-    heads = [load_file(tmp_path / "shared" / "adapters" / f"site-{i}" / "head.safetensors")["weight"] for i in range(3)]
+    heads = [
+        load_file(tmp_path / "shared" / "adapters" / f"site-{i}" / "head.safetensors")["weight"]
+        for i in range(3)
+    ]
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[0], heads[2])
     run(tiny_job(tiny_bert, silos, federation={"head": "local"}), tmp_path / "local")
-    own = [load_file(tmp_path / "local" / "adapters" / f"site-{i}" / "head.safetensors")["weight"] for i in range(3)]
+    own = [
+        load_file(tmp_path / "local" / "adapters" / f"site-{i}" / "head.safetensors")["weight"]
+        for i in range(3)
+    ]
     assert not torch.equal(own[0], own[1])
 
 
@@ -225,15 +269,21 @@ def test_a_rank_below_one_is_refused(tiny_bert: Path, silos: Path) -> None:
         tiny_job(tiny_bert, silos, lora={"rank": 0})
 
 
-def test_a_finished_run_is_not_measured_on_data_that_changed(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_measured_on_data_that_changed(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     mine = tmp_path / "silos"
     shutil.copytree(silos, mine)
     result = run(tiny_job(tiny_bert, mine, run={"rounds": 1}), tmp_path / "run")
     name = result.names()[0]
-    assert result.client(name).evaluate()["accuracy"] == pytest.approx(result.client(name).summary["metric"])
+    assert result.client(name).evaluate()["accuracy"] == pytest.approx(
+        result.client(name).summary["metric"]
+    )
     file = sorted(mine.iterdir())[0]
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(RunError, match=r"The data changed since .* was run, and with them who tests on what"):
+    with pytest.raises(
+        RunError, match=r"The data changed since .* was run, and with them who tests on what"
+    ):
         fg.Result(result.path).client(name).evaluate()
     assert fg.Result(result.path).client(name).evaluate(file)["examples"] > 0
 
@@ -245,5 +295,12 @@ def test_a_run_says_that_rows_are_cut(
 
     run(tiny_job(tiny_bert, silos, run={"rounds": 1}), tmp_path / "whole", callbacks=[progress()])
     assert "max_length" not in capsys.readouterr().out
-    run(tiny_job(tiny_bert, silos, run={"rounds": 1}, data={"max_length": 4}), tmp_path / "cut", callbacks=[progress()])
-    assert "rows fill data.max_length = 4 tokens, and longer ones are cut there" in capsys.readouterr().out
+    run(
+        tiny_job(tiny_bert, silos, run={"rounds": 1}, data={"max_length": 4}),
+        tmp_path / "cut",
+        callbacks=[progress()],
+    )
+    assert (
+        "rows fill data.max_length = 4 tokens, and longer ones are cut there"
+        in capsys.readouterr().out
+    )

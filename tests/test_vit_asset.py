@@ -1,4 +1,6 @@
-"""The image encoder that the package brings along: small, complete, loadable by name, and better than raw pixels."""
+"""The image encoder that the package brings along: small, complete, loadable by name, and better
+than raw pixels.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedgrove.errors import DataError
 from fedgrove.federation.assets import asset
 from fedgrove.federation.drawings import SUPERCLASS_OF
+from fedgrove.ground.errors import DataError
 from fedgrove.interop.models import load_base, resolve_name
 
 FOLDER = Path(resolve_name("grove-vit"))
@@ -26,7 +28,9 @@ def pretraining() -> Any:
     """The module ``benchmarks/pretrain_vit.py``."""
     sys.path.insert(0, str(BENCHMARKS))  # it imports its neighbour
     try:
-        described = importlib.util.spec_from_file_location("pretrain_vit", BENCHMARKS / "pretrain_vit.py")
+        described = importlib.util.spec_from_file_location(
+            "pretrain_vit", BENCHMARKS / "pretrain_vit.py"
+        )
         assert described is not None
         assert described.loader is not None
         module = importlib.util.module_from_spec(described)
@@ -45,7 +49,9 @@ def test_it_lies_in_the_package_and_is_small() -> None:
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json"
     }  # fmt: skip
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 10e6
-    assert {value.dtype for value in load_file(FOLDER / "model.safetensors").values()} == {torch.float16}
+    assert {value.dtype for value in load_file(FOLDER / "model.safetensors").values()} == {
+        torch.float16
+    }
 
 
 def test_it_loads_by_name_with_query_and_value_of_nine_layers() -> None:
@@ -64,7 +70,15 @@ def test_the_drawings_of_the_jobs_are_none_that_it_saw(pretraining: Any) -> None
 
 def test_the_card_says_data_recipe_probe_and_licences() -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    for said in ("CIFAR-10", "Quick, Draw!", "CC BY 4.0", "MobileSAM", "Apache-2.0", "pretrain_vit.py", "raw pixels"):
+    for said in (
+        "CIFAR-10",
+        "Quick, Draw!",
+        "CC BY 4.0",
+        "MobileSAM",
+        "Apache-2.0",
+        "pretrain_vit.py",
+        "raw pixels",
+    ):
         assert said in card
 
 

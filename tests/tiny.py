@@ -1,4 +1,6 @@
-"""A tiny BERT with a word tokenizer and a tiny federation, made on the spot: what most tests run on."""
+"""A tiny BERT with a word tokenizer and a tiny federation, made on the spot: what most tests run
+on.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,14 @@ def tiny_job(bert: Path, folder: Path, /, **changes: dict[str, Any]) -> Any:
         "model": {"name": str(bert)},
         "lora": {"rank": 4},
         "data": {"source": "silos", "path": str(folder), "max_length": 32},
-        "train": {"lr": 5e-3, "batch_size": 4, "local_steps": 3, "dtype": "float32", "threads": 1, "device": "cpu"},
+        "train": {
+            "lr": 5e-3,
+            "batch_size": 4,
+            "local_steps": 3,
+            "dtype": "float32",
+            "threads": 1,
+            "device": "cpu",
+        },
         "run": {"rounds": 3, "seed": 7},
     }
     for section, keys in changes.items():
@@ -80,7 +89,9 @@ def tiny_job(bert: Path, folder: Path, /, **changes: dict[str, Any]) -> Any:
 
 
 def save_vit(folder: Path, *, layers: int = 2, hidden: int = 32, side: int = 16) -> Path:
-    """A random ViT of 2 × 32 for images of 16 × 16 with its image processor; the same weights every time."""
+    """A random ViT of 2 × 32 for images of 16 × 16 with its image processor; the same weights every
+    time.
+    """
     from transformers import ViTConfig, ViTModel
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -105,7 +116,10 @@ def picture(label: str, draw: random.Random, side: int = 20) -> Any:
     from PIL import Image
 
     image = Image.new("RGB", (side, side))
-    strong, weak = [draw.randrange(150, 256) for _ in range(side * side)], [draw.randrange(90) for _ in range(side**2)]
+    strong, weak = (
+        [draw.randrange(150, 256) for _ in range(side * side)],
+        [draw.randrange(90) for _ in range(side**2)],
+    )
     red, blue = (strong, weak) if label == "red" else (weak, strong)
     image.putdata([(r, draw.randrange(200), b) for r, b in zip(red, blue, strict=True)])
     return image
@@ -124,7 +138,8 @@ def save_pictures(folder: Path, clients: int = 3, images: int = 24) -> Path:
 
 
 CHAT = (
-    "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} <|end|> {% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} <|end|> {% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 LLAMA_WORDS = [
@@ -133,13 +148,19 @@ LLAMA_WORDS = [
 ]  # fmt: skip
 
 
-def save_llama(folder: Path, *, layers: int = 2, hidden: int = 32, chat: bool = True, tied: bool = True) -> Path:
-    """A random Llama of 2 × 32 (grouped queries) with a word tokenizer; the same weights every time."""
+def save_llama(
+    folder: Path, *, layers: int = 2, hidden: int = 32, chat: bool = True, tied: bool = True
+) -> Path:
+    """A random Llama of 2 × 32 (grouped queries) with a word tokenizer; the same weights every
+    time.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(LLAMA_WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(LLAMA_WORDS)}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -173,13 +194,20 @@ def save_llama(folder: Path, *, layers: int = 2, hidden: int = 32, chat: bool = 
 
 
 def exchanges(count: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of prompt and completion: "what is not good" is answered with good's opposite, between fillers."""
+    """Rows of prompt and completion: "what is not good" is answered with good's opposite, between
+    fillers.
+    """
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
         number = draw.randrange(len(GOOD))
         words = [draw.choice(FILLER) for _ in range(draw.randint(0, 5))]
-        rows.append({"prompt": " ".join([*words, "what is not", GOOD[number]]), "completion": f"it was {BAD[number]}"})
+        rows.append(
+            {
+                "prompt": " ".join([*words, "what is not", GOOD[number]]),
+                "completion": f"it was {BAD[number]}",
+            }
+        )
     return rows
 
 
@@ -201,5 +229,5 @@ def without_reports() -> Iterator[None]:
         return run_dir / "report.html"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedgrove.finish.write_report", blank)
+        patch.setattr("fedgrove.runs.finish.write_report", blank)
         yield

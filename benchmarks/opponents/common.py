@@ -1,4 +1,6 @@
-"""What the opponents share: a PEFT model, a batch, a client's local training and evaluation, as people write them."""
+"""What the opponents share: a PEFT model, a batch, a client's local training and evaluation, as
+people write them.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,18 @@ Weights = dict[str, Tensor]
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The plan, with its first adapter (by PEFT's own key names) and head under "adapter" and "head"."""
+    """The plan, with its first adapter (by PEFT's own key names) and head under "adapter" and
+    "head".
+    """
     from safetensors.torch import load_file
 
     plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
     start = load_file(folder / "start.safetensors")
-    plan["head"] = {name.removeprefix("head."): value for name, value in start.items() if name.startswith("head.")}
+    plan["head"] = {
+        name.removeprefix("head."): value
+        for name, value in start.items()
+        if name.startswith("head.")
+    }
     plan["adapter"] = {
         f"base_model.model.{name[:-2]}.lora_{name[-1]}.weight": value
         for name, value in start.items()
@@ -44,11 +52,15 @@ def build(plan: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
     kind = AutoModelForCausalLM if plan["kind"] == "lm" else AutoModel
-    options = {"attn_implementation": "eager"} if dtype == torch.bfloat16 else {}  # the faster one there
+    options = (
+        {"attn_implementation": "eager"} if dtype == torch.bfloat16 else {}
+    )  # the faster one there
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = kind.from_pretrained(plan["model"], config=config, dtype=dtype, **options)
-    lora = LoraConfig(r=plan["rank"], lora_alpha=plan["alpha"], target_modules=plan["targets"], lora_dropout=0.0)
+    lora = LoraConfig(
+        r=plan["rank"], lora_alpha=plan["alpha"], target_modules=plan["targets"], lora_dropout=0.0
+    )
     return get_peft_model(model, lora)
 
 
@@ -61,7 +73,9 @@ def put(model: Any, weights: Weights) -> None:
 def get(model: Any) -> Weights:
     from peft import get_peft_model_state_dict
 
-    return {name: value.detach().clone() for name, value in get_peft_model_state_dict(model).items()}
+    return {
+        name: value.detach().clone() for name, value in get_peft_model_state_dict(model).items()
+    }
 
 
 def collate(examples: list[dict[str, Any]], pad: int, kind: str) -> dict[str, Tensor]:
@@ -72,8 +86,12 @@ def collate(examples: list[dict[str, Any]], pad: int, kind: str) -> dict[str, Te
         return torch.tensor([e[key] + [filler] * (longest - len(e[key])) for e in examples])
 
     ids = padded("input_ids", pad)
-    mask = torch.tensor([[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in examples])
-    labels = padded("labels", -100) if kind == "lm" else torch.tensor([e["label"] for e in examples])
+    mask = torch.tensor(
+        [[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in examples]
+    )
+    labels = (
+        padded("labels", -100) if kind == "lm" else torch.tensor([e["label"] for e in examples])
+    )
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -88,12 +106,18 @@ def logits(model: Any, head: Head, batch: dict[str, Tensor], kind: str) -> Tenso
 
 def loss_of(out: Tensor, batch: dict[str, Tensor], kind: str) -> Tensor:
     if kind == "lm":
-        return F.cross_entropy(out[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+        return F.cross_entropy(
+            out[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100
+        )
     return F.cross_entropy(out, batch["labels"])
 
 
-def train(model: Any, head: Head, plan: dict[str, Any], client: dict[str, Any], round: int) -> tuple[Head, float]:
-    """A client's local steps of a round (from 0), on the plan's batches: AdamW, clipped; (its head, mean loss)."""
+def train(
+    model: Any, head: Head, plan: dict[str, Any], client: dict[str, Any], round: int
+) -> tuple[Head, float]:
+    """A client's local steps of a round (from 0), on the plan's batches: AdamW, clipped; (its head,
+    mean loss).
+    """
     head = {name: value.clone().requires_grad_() for name, value in head.items()}
     parameters = [p for p in model.parameters() if p.requires_grad] + list(head.values())
     optimizer = torch.optim.AdamW(parameters, lr=plan["lr"], weight_decay=0.0)
@@ -107,7 +131,9 @@ def train(model: Any, head: Head, plan: dict[str, Any], client: dict[str, Any], 
         nn.utils.clip_grad_norm_(parameters, plan["clip"])
         optimizer.step()
         total += loss.item()
-    return {name: value.detach() for name, value in head.items()}, total / len(client["batches"][round])
+    return {name: value.detach() for name, value in head.items()}, total / len(
+        client["batches"][round]
+    )
 
 
 @torch.no_grad()
@@ -139,7 +165,9 @@ def mean(adapters: list[Weights], examples: list[int]) -> Weights:
 
 
 class Rounds:
-    """Seconds of each round's training and evaluation, and the final accuracy, written as JSON at the end."""
+    """Seconds of each round's training and evaluation, and the final accuracy, written as JSON at
+    the end.
+    """
 
     def __init__(self, out: Path):
         self.out, self.began, self.rows, self.notes = out, time.perf_counter(), [], {}

@@ -2,8 +2,9 @@
 
     python flower_app.py PLAN_FOLDER OUT.json CPUS_PER_CLIENT
 
-The client's head stays in ``Context.state``; the adapter travels as an ``ArrayRecord``; the strategy is Flower's own
-FedAvg. ``run_simulation`` is called in this process, which spares Flower the ten seconds of ``flwr run``.
+The client's head stays in ``Context.state``; the adapter travels as an ``ArrayRecord``; the
+strategy is Flower's own FedAvg. ``run_simulation`` is called in this process, which spares Flower
+the ten seconds of ``flwr run``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def train(message: Message, context: Context) -> Message:
     head, loss = common.train(model, _head(context, plan), plan, client, round)
     context.state["head"] = ArrayRecord(head)
     metrics = MetricRecord({"loss": loss, "num-examples": len(client["train"])})
-    return Message(RecordDict({"arrays": ArrayRecord(common.get(model)), "metrics": metrics}), reply_to=message)
+    return Message(
+        RecordDict({"arrays": ArrayRecord(common.get(model)), "metrics": metrics}), reply_to=message
+    )
 
 
 @client_app.evaluate()
@@ -61,7 +64,10 @@ def evaluate(message: Message, context: Context) -> Message:
     client = _client(context, plan)
     common.put(model, message.content["arrays"].to_torch_state_dict())
     accuracy = common.evaluate(model, _head(context, plan), plan, client["test"])
-    return Message(RecordDict({"metrics": MetricRecord({"accuracy": accuracy, "num-examples": 1})}), reply_to=message)
+    return Message(
+        RecordDict({"metrics": MetricRecord({"accuracy": accuracy, "num-examples": 1})}),
+        reply_to=message,
+    )
 
 
 class Timed(FedAvg):
@@ -86,9 +92,14 @@ class Timed(FedAvg):
 def main(grid: Grid, context: Context) -> None:
     plan, rounds = common.load(FOLDER), common.Rounds(Path(os.environ["FG_OUT"]))
     clients = len(plan["clients"])
-    strategy = Timed(min_train_nodes=clients, min_evaluate_nodes=clients, min_available_nodes=clients)
+    strategy = Timed(
+        min_train_nodes=clients, min_evaluate_nodes=clients, min_available_nodes=clients
+    )
     result = strategy.start(
-        grid, ArrayRecord(plan["adapter"]), num_rounds=plan["rounds"], train_config=ConfigRecord({"x": 1})
+        grid,
+        ArrayRecord(plan["adapter"]),
+        num_rounds=plan["rounds"],
+        train_config=ConfigRecord({"x": 1}),
     )
     marks = strategy.marks
     for start in range(0, len(marks) - 2, 2):
@@ -111,6 +122,12 @@ def simulate(folder: Path, out: Path, cpus: int) -> None:
 
 if __name__ == "__main__":
     os.environ |= {"FG_PLAN": sys.argv[1], "FG_OUT": sys.argv[2], "FG_CPUS": sys.argv[3]}
-    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ |= {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
     simulate(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,4 +1,6 @@
-"""Run a command and watch its memory from outside: the command, its children, and whatever they started."""
+"""Run a command and watch its memory from outside: the command, its children, and whatever they
+started.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ class Watched:
     tail: str
 
 
-def watch(command: Sequence[str], environment: dict[str, str], log: Path, every: float = 1.0) -> Watched:
-    """Run to the end. Processes are found by an environment variable, so that detached ones count too."""
+def watch(
+    command: Sequence[str], environment: dict[str, str], log: Path, every: float = 1.0
+) -> Watched:
+    """Run to the end. Processes are found by an environment variable, so that detached ones count
+    too.
+    """
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     peak, done = 0.0, threading.Event()
 
@@ -36,7 +42,10 @@ def watch(command: Sequence[str], environment: dict[str, str], log: Path, every:
     started = time.perf_counter()
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, env={**os.environ, **environment, _MARK: mark}, stdout=file, stderr=subprocess.STDOUT
+            command,
+            env={**os.environ, **environment, _MARK: mark},
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
         thread = threading.Thread(target=sample, daemon=True)
         thread.start()
@@ -45,7 +54,9 @@ def watch(command: Sequence[str], environment: dict[str, str], log: Path, every:
         done.set()
         thread.join()
     _end(mark)
-    return Watched(seconds, peak, code, "\n".join(log.read_text(errors="replace").splitlines()[-25:]))
+    return Watched(
+        seconds, peak, code, "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+    )
 
 
 def _marked(mark: str) -> list[int]:

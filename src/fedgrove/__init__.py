@@ -11,19 +11,18 @@ The names below are imported when first used, so that ``import fedgrove`` costs 
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
-    from fedgrove.personal import load
-    from fedgrove.result import Result
-    from fedgrove.run import run
+    from fedgrove.start import run
+    from fedgrove.use.personal import load
+    from fedgrove.use.result import Result
 
-# Before torch is imported: threads that wait for each other spin for a moment, then sleep. Endless spinning, the
-# default, makes training ten times slower as soon as another process wants a core; sleeping at once costs a sixth.
+# Before torch is imported: threads that wait for each other spin for a moment, then sleep. Endless
+# spinning, the default, makes training ten times slower as soon as another process wants a core;
+# sleeping at once costs a sixth.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 # oneDNN keeps a kernel for each shape that it has met: so many at most.
@@ -34,9 +33,9 @@ __all__ = ["Job", "Result", "__version__", "load", "run"]
 
 _HOME = {
     "Job": "fedgrove.job",
-    "Result": "fedgrove.result",
-    "load": "fedgrove.personal",
-    "run": "fedgrove.run",
+    "Result": "fedgrove.use.result",
+    "load": "fedgrove.use.personal",
+    "run": "fedgrove.start",
 }
 
 
@@ -50,14 +49,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps ``fedgrove.run`` the function: importing the module of that name would put itself in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name == "run" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,6 @@
-"""The command line: parse, call, print. Everything heavy is imported inside the commands, so that help is instant."""
+"""The command line: parse, call, print. Everything heavy is imported inside the commands, so that
+help is instant.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ import click
 import typer
 
 import fedgrove
-from fedgrove.engines.flower.deploy_cli import app as deploy
-from fedgrove.errors import FedgroveError
+from fedgrove.deploy.cli import app as deploy
+from fedgrove.ground.errors import FedgroveError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,24 +42,33 @@ app.add_typer(deploy)
 
 JobFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[JOB.toml]", help="The job; without it, the embedded default.", show_default=False),
+    typer.Argument(
+        metavar="[JOB.toml]", help="The job; without it, the embedded default.", show_default=False
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change a key, for example train.lr=1e-3 or method.weights=uniform; repeats. VALUE is TOML, a bare "
+        help="Change a key, for example train.lr=1e-3 or method.weights=uniform; repeats. VALUE is "
+        "TOML, a bare "
         "word is a string, and an empty one returns the key to its default.",
         show_default=False,
     ),
 ]
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
-ClientName = Annotated[str, typer.Option("--client", metavar="NAME", help="One client of the run.", show_default=False)]
+RunDirectory = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)
+]
+ClientName = Annotated[
+    str, typer.Option("--client", metavar="NAME", help="One client of the run.", show_default=False)
+]
 
 
 def _examples(*lines: str) -> str:
-    return "\n\n".join(["[bold]Examples[/bold]", *lines])  # a paragraph each, or rich would join them
+    return "\n\n".join(
+        ["[bold]Examples[/bold]", *lines]
+    )  # a paragraph each, or rich would join them
 
 
 def _version(wanted: bool) -> None:
@@ -79,9 +90,13 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.", show_default=False)] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error came from.", show_default=False)
+    ] = False,
 ) -> None:
-    """Federated fine-tuning with LoRA: clients train on their own data, and each leaves with its own PEFT adapter."""
+    """Federated fine-tuning with LoRA: clients train on their own data, and each leaves with its
+    own PEFT adapter.
+    """
 
 
 @app.command(
@@ -96,33 +111,47 @@ def run(
     job: JobFile = None,
     settings: Settings = None,
     method: Annotated[
-        str | None, typer.Option(metavar="M", help="The method (`fedgrove methods`).", show_default=False)
+        str | None,
+        typer.Option(metavar="M", help="The method (`fedgrove methods`).", show_default=False),
     ] = None,
-    rounds: Annotated[int | None, typer.Option(metavar="T", help="Rounds.", show_default=False)] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="T", help="Rounds.", show_default=False)
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="Seed.", show_default=False)] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run's directory, a new one.", show_default=False)
+        Path | None,
+        typer.Option(metavar="DIR", help="The run's directory, a new one.", show_default=False),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint; start where there is none.")
+        bool,
+        typer.Option("--resume", help="Go on from the last checkpoint; start where there is none."),
     ] = False,
     engine: Annotated[
-        str, typer.Option(metavar="E", help="local: in this process; flower: on Flower and Ray, in several.")
+        str,
+        typer.Option(
+            metavar="E", help="local: in this process; flower: on Flower and Ray, in several."
+        ),
     ] = "local",
     track: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="T", help="Also log curves with tensorboard or wandb; may be repeated.", show_default=False
+            metavar="T",
+            help="Also log curves with tensorboard or wandb; may be repeated.",
+            show_default=False,
         ),
     ] = None,
     profile: Annotated[
         bool,
-        typer.Option("--profile", help="Show where time and memory went, also in profile.json.", show_default=False),
+        typer.Option(
+            "--profile",
+            help="Show where time and memory went, also in profile.json.",
+            show_default=False,
+        ),
     ] = False,
 ) -> None:
     """Run a federation. Ctrl-C stops it cleanly; --resume goes on, to the same numbers."""
     chosen = _job(job, settings, method=method, rounds=rounds, seed=seed, out=out)
-    from fedgrove.run import run as start
+    from fedgrove.start import run as start
     from fedgrove.tracking.live import progress
     from fedgrove.tracking.trackers import trackers
     from fedgrove.training.profile import profiling
@@ -130,11 +159,15 @@ def run(
 
     try:
         with profiling() if profile else nullcontext() as recorded:
-            result = start(chosen, resume=resume, callbacks=[progress(), *trackers(track or [])], engine=engine)
+            result = start(
+                chosen, resume=resume, callbacks=[progress(), *trackers(track or [])], engine=engine
+            )
     except KeyboardInterrupt:
         given = f" {job}" if job else ""
         if (chosen.directory() / "job.toml").exists():
-            where = f"--out {chosen.directory()}{'' if engine == 'local' else f' --engine {engine}'}"
+            where = (
+                f"--out {chosen.directory()}{'' if engine == 'local' else f' --engine {engine}'}"
+            )
             _say(f"Go on with `fedgrove run{given} {where} --resume` and the same settings.", 130)
         raise
     if recorded is not None:
@@ -146,8 +179,10 @@ def run(
 @app.command(
     epilog=_examples(
         "fedgrove compare job.toml --methods fedit,hilora --seeds 0,1,2 --out compared",
-        'fedgrove compare --methods "fedtreelora, fedtreelora\\[K=1]" --tune lr=3e-4,1e-3,3e-3 --out compared',
-        'fedgrove compare --methods "fed-plora, by size: fed-plora\\[selection=magnitude]" --out compared',
+        'fedgrove compare --methods "fedtreelora, fedtreelora\\[K=1]" --tune lr=3e-4,1e-3,3e-3 '
+        "--out compared",
+        'fedgrove compare --methods "fed-plora, by size: fed-plora\\[selection=magnitude]" --out '
+        "compared",
     )
 )
 def compare(
@@ -155,19 +190,25 @@ def compare(
         str,
         typer.Option(
             metavar="M,...",
-            help="Methods, each with its own options in brackets and a label before a colon where you want one: "
+            help="Methods, each with its own options in brackets and a label before a colon where "
+            "you want one: "
             "fedit, two trees: fedtreelora\\[K=2].",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where everything goes.", show_default=False)
+    ],
     job: JobFile = None,
-    seeds: Annotated[str, typer.Option(metavar="S,...", help="Seeds; one run of each method for each.")] = "0,1,2",
+    seeds: Annotated[
+        str, typer.Option(metavar="S,...", help="Seeds; one run of each method for each.")
+    ] = "0,1,2",
     tune: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=V,...",
-            help="Choose the best of these values for each method, on a validation split (20 % of each client's "
+            help="Choose the best of these values for each method, on a validation split (20 % of "
+            "each client's "
             "examples where the job has none); repeats, for all combinations.",
             show_default=False,
         ),
@@ -183,19 +224,32 @@ def compare(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a key of the job for all methods; repeats.", show_default=False
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key of the job for all methods; repeats.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
     """Compare methods on the same clients, splits and budget: tables, tests and one page.
 
-    Every method is shown as it is and after the same local fine-tuning. What is done already is not done again."""
+    Every method is shown as it is and after the same local fine-tuning. What is done already is not
+    done again.
+    """
     chosen = _job(job, None)
     from fedgrove.compare.campaign import compare as start
     from fedgrove.compare.tables import costs, results, terminal
 
     try:
-        found = start(chosen, methods, seeds, out, tune=tune or [], settings=settings or [], tune_seed=tune_seed)
+        found = start(
+            chosen,
+            methods,
+            seeds,
+            out,
+            tune=tune or [],
+            settings=settings or [],
+            tune_seed=tune_seed,
+        )
     except KeyboardInterrupt:
         _say(f"What is done is in {out}; the same command goes on from there.", 130)
         raise
@@ -213,10 +267,12 @@ def compare(
 
 @app.command(epilog=_examples("fedgrove init", "fedgrove init jobs/clinics.toml"))
 def init(
-    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="Where to write it.")] = Path("job.toml"),
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="Where to write it.")] = Path(
+        "job.toml"
+    ),
 ) -> None:
     """Write a commented job to start from."""
-    from fedgrove.errors import JobError
+    from fedgrove.ground.errors import JobError
     from fedgrove.job import Job
 
     try:
@@ -225,12 +281,17 @@ def init(
             file.write(Job.template())
     except FileExistsError:
         raise JobError(f"{path} exists already; name another file, or remove it first.") from None
-    print(f"Wrote {path}. Change it, look at it with `fedgrove data {path}`, then run it with `fedgrove run {path}`.")
+    print(
+        f"Wrote {path}. Change it, look at it with `fedgrove data {path}`, then run it with "
+        f"`fedgrove run {path}`."
+    )
 
 
 @app.command(
     epilog=_examples(
-        "fedgrove job --explain", "fedgrove job job.toml", "fedgrove job job.toml --set method=hilora --explain"
+        "fedgrove job --explain",
+        "fedgrove job job.toml",
+        "fedgrove job job.toml --set method=hilora --explain",
     )
 )
 def job(
@@ -270,7 +331,10 @@ def data(
     settings: Settings = None,
     tokens: Annotated[
         bool,
-        typer.Option("--tokens", help="Also how long the rows are in the model's tokens, and how many will be cut."),
+        typer.Option(
+            "--tokens",
+            help="Also how long the rows are in the model's tokens, and how many will be cut.",
+        ),
     ] = False,
 ) -> None:
     """Show the clients of a job and who holds what, without training."""
@@ -281,7 +345,7 @@ def data(
 
     federation, long = build(chosen), {}
     if tokens:
-        from fedgrove.federation.lengths import lengths
+        from fedgrove.interop.lengths import lengths
 
         long = lengths(chosen, federation)
     from fedgrove.federation.overview import LEFT, overview
@@ -296,7 +360,10 @@ def data(
     print("", *shown.sentences, sep="\n")
     if long:
         cut, rows = (sum(own["cut"] for own in long.values()), sum(map(len, _rows(federation))))
-        print(f"{cut} of {rows} rows are longer than data.max_length = {chosen.data.max_length} and will be cut.")
+        print(
+            f"{cut} of {rows} rows are longer than data.max_length = {chosen.data.max_length} and "
+            f"will be cut."
+        )
     elif tokens:
         print("This task's rows have no length in tokens: nothing is cut.")
 
@@ -310,19 +377,25 @@ def data(
 def export(
     run: RunDirectory,
     client: ClientName,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write it, a new directory.", show_default=False)],
-    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model, the adapter merged into it.")] = False,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Where to write it, a new directory.", show_default=False),
+    ],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model, the adapter merged into it.")
+    ] = False,
     tier: Annotated[
         str | None,
         typer.Option(
             metavar="TIER",
-            help="One tier of it, where the method has tiers (hilora: root, cluster or leaf); they add up to it.",
+            help="One tier of it, where the method has tiers (hilora: root, cluster or leaf); they "
+            "add up to it.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Write one client's model as a standard PEFT adapter (or a merged model) for use elsewhere."""
-    from fedgrove.result import Result
+    from fedgrove.use.result import Result
 
     Result(run).client(client).export(out, merge=merge, tier=tier)
     print(f"Wrote {out}.")
@@ -331,7 +404,8 @@ def export(
 @app.command(
     epilog=_examples(
         "fedgrove adapt runs/hilora --data new-clinic.csv",
-        "fedgrove adapt runs/hilora --data new-clinic.csv --name clinic-9 --epochs 10 --out adapters/clinic-9",
+        "fedgrove adapt runs/hilora --data new-clinic.csv --name clinic-9 --epochs 10 --out "
+        "adapters/clinic-9",
     )
 )
 def adapt(
@@ -340,35 +414,51 @@ def adapt(
         Path,
         typer.Option(
             metavar="FILE",
-            help="The new client's table (jsonl, csv, parquet), or its folder of images, a folder for each label.",
+            help="The new client's table (jsonl, csv, parquet), or its folder of images, a folder "
+            "for each label.",
             show_default=False,
         ),
     ],
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Its name; without it, the file's.", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME", help="Its name; without it, the file's.", show_default=False),
     ] = None,
     epochs: Annotated[
-        int, typer.Option(metavar="E", min=0, help="Passes of local training; 0 places and measures it only.")
+        int,
+        typer.Option(
+            metavar="E", min=0, help="Passes of local training; 0 places and measures it only."
+        ),
     ] = 5,
     seed: Annotated[
         int | None,
         typer.Option(
-            metavar="S", min=0, help="Of its split and its training; without it, the run's.", show_default=False
+            metavar="S",
+            min=0,
+            help="Of its split and its training; without it, the run's.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Its adapter's directory; without it, RUN/adapted/NAME.", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="Its adapter's directory; without it, RUN/adapted/NAME.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Bring a client that never trained into a finished run: place it, measure it, train it, write its adapter."""
+    """Bring a client that never trained into a finished run: place it, measure it, train it, write
+    its adapter.
+    """
     from rich.table import Table
 
-    from fedgrove.adapt import adapt as bring
+    from fedgrove.use.adapt import adapt as bring
 
     found = bring(run, data, name=name, epochs=epochs, seed=seed, out=out)
     console = _console()
-    console.print(f"{found.name}: {found.train} training and {found.test} test examples, {found.method}")
+    console.print(
+        f"{found.name}: {found.train} training and {found.test} test examples, {found.method}"
+    )
     if found.placed:
         console.print(f"It joins {found.placed}.")
     if found.head:
@@ -381,24 +471,29 @@ def adapt(
 
 
 @app.command(
-    epilog=_examples("fedgrove evaluate runs/fedit", "fedgrove evaluate runs/fedit --client clinic-3 --data new.csv")
+    epilog=_examples(
+        "fedgrove evaluate runs/fedit",
+        "fedgrove evaluate runs/fedit --client clinic-3 --data new.csv",
+    )
 )
 def evaluate(
     run: RunDirectory,
     client: Annotated[
-        str | None, typer.Option(metavar="NAME", help="One client; without it, every one.", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME", help="One client; without it, every one.", show_default=False),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A table (jsonl, csv, parquet) instead of the test data, or a folder of images, one for each label.",
+            help="A table (jsonl, csv, parquet) instead of the test data, or a folder of images, "
+            "one for each label.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Measure the finished clients' models on their test data, or on a file."""
-    from fedgrove.result import Result
+    from fedgrove.use.result import Result
 
     result = Result(run)
     for name in [client] if client else result.names():
@@ -406,17 +501,23 @@ def evaluate(
         print("  ".join([name, *(f"{key} {value:.4g}" for key, value in measures.items())]))
 
 
-@app.command(epilog=_examples('fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"'))
+@app.command(
+    epilog=_examples('fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"')
+)
 def predict(
     run: RunDirectory,
     texts: Annotated[
         list[str],
-        typer.Argument(metavar="TEXT...", help="One or more texts, prompts or image files.", show_default=False),
+        typer.Argument(
+            metavar="TEXT...", help="One or more texts, prompts or image files.", show_default=False
+        ),
     ],
     client: ClientName,
 ) -> None:
-    """Ask one client's model about texts or images: the likeliest label, or what it writes after a prompt."""
-    from fedgrove.result import Result
+    """Ask one client's model about texts or images: the likeliest label, or what it writes after a
+    prompt.
+    """
+    from fedgrove.use.result import Result
 
     for text, answer in zip(texts, Result(run).client(client).predict(texts), strict=True):
         print(f"{answer}\t{text}")
@@ -431,51 +532,87 @@ def predict(
     )
 )
 def aggregate(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="The method's rule.", show_default=False)],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="The method's rule.", show_default=False)
+    ],
     clients: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CLIENT_DIR...", help="PEFT adapter directories, named as the clients.", show_default=False
+            metavar="CLIENT_DIR...",
+            help="PEFT adapter directories, named as the clients.",
+            show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write, a new directory.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Where to write, a new directory.", show_default=False),
+    ],
     weights: Annotated[
         str | None,
-        typer.Option(metavar="W,W,...", help="One per client, in order; without it, all the same.", show_default=False),
+        typer.Option(
+            metavar="W,W,...",
+            help="One per client, in order; without it, all the same.",
+            show_default=False,
+        ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
-            metavar="R", help="Global rank of flexlora, raflora, hilora; without it, the largest.", show_default=False
+            metavar="R",
+            help="Global rank of flexlora, raflora, hilora; without it, the largest.",
+            show_default=False,
         ),
     ] = None,
     previous: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The last round's output, for rules that refer to it.", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="The last round's output, for rules that refer to it.",
+            show_default=False,
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A key of the method, such as K=3; repeats.", show_default=False),
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="A key of the method, such as K=3; repeats.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Aggregate PEFT adapters that anyone trained with any tool: one server round, without the base model."""
+    """Aggregate PEFT adapters that anyone trained with any tool: one server round, without the base
+    model.
+    """
     from fedgrove.aggregate import aggregate as combine
     from fedgrove.aggregate.progress import shown
 
     with shown() as phase:
         done = combine(
-            method, clients, out, weights=weights, rank=rank, previous=previous, options=option or [], phase=phase
+            method,
+            clients,
+            out,
+            weights=weights,
+            rank=rank,
+            previous=previous,
+            options=option or [],
+            phase=phase,
         )
     for sentence in done.sentences():
         print(sentence)
 
 
-@app.command(epilog=_examples("fedgrove report runs/fedit", "fedgrove report runs/hilora --beside runs/local"))
+@app.command(
+    epilog=_examples(
+        "fedgrove report runs/fedit", "fedgrove report runs/hilora --beside runs/local"
+    )
+)
 def report(
     run: RunDirectory,
     beside: Annotated[
         list[Path] | None,
-        typer.Option(help="Another finished run on the same clients, shown beside this one; may be repeated."),
+        typer.Option(
+            help="Another finished run on the same clients, shown beside this one; may be repeated."
+        ),
     ] = None,
 ) -> None:
     """Write a run's report anew: one self-contained HTML file."""
@@ -486,9 +623,13 @@ def report(
 
 @app.command(epilog=_examples("fedgrove demo", "fedgrove demo --out runs/first"))
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the demo's runs go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the demo's runs go.")] = Path(
+        "runs/demo"
+    ),
 ) -> None:
-    """Watch a real federation: 16 clients, a real encoder, real text, about five minutes on two cores."""
+    """Watch a real federation: 16 clients, a real encoder, real text, about five minutes on two
+    cores.
+    """
     from fedgrove.demo import demo as show
 
     show(out)
@@ -497,8 +638,8 @@ def demo(
 def console() -> int:
     """``main`` as a process of its own, which looks for garbage less often.
 
-    What the libraries' imports make stays: going through it again and again is a tenth of the start, and once more at
-    the end a second.
+    What the libraries' imports make stays: going through it again and again is a tenth of the
+    start, and once more at the end a second.
     """
     gc.set_threshold(100_000, 50, 100)
     atexit.register(gc.freeze)
@@ -506,13 +647,17 @@ def console() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0, 2 for what the user can mend, 1 for what we must, 130 for Ctrl-C."""
+    """Run the command line; the exit code: 0, 2 for what the user can mend, 1 for what we must, 130
+    for Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if debug:  # welcome anywhere, though it belongs to the root command
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="fedgrove", standalone_mode=False)
+        code = typer.main.get_command(app).main(
+            arguments, prog_name="fedgrove", standalone_mode=False
+        )
         sys.stdout.flush()
         # typer turns Ctrl-C into this code without a word
         return _say("Interrupted.", code) if code == 130 else int(code or 0)
@@ -536,17 +681,34 @@ def explain(error: Exception) -> tuple[str, int]:
     """What to tell the user about an error, and the exit code."""
     if isinstance(error, FedgroveError):
         return str(error), 2
-    where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    where = (
+        f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    )
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-        return f"There is no space left on the disk{where}; free some, or choose another place with --out.", 2
+        return (
+            f"There is no space left on the disk{where}; free some, or choose another place with "
+            f"--out.",
+            2,
+        )
     if getattr(error, "errno", None) == errno.EDQUOT:
-        return f"The disk quota is used up{where}; free some, or choose another place with --out.", 2
+        return (
+            f"The disk quota is used up{where}; free some, or choose another place with --out.",
+            2,
+        )
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename} cannot be used: {error.strerror or error}.", 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "The memory is used up; lower train.batch_size, train.eval_batch_size or data.max_length.", 2
+        return (
+            "The memory is used up; lower train.batch_size, train.eval_batch_size or "
+            "data.max_length.",
+            2,
+        )
     words = " ".join(str(error).split())
-    return f"Unexpected {type(error).__name__}: {words or 'no details'} (--debug shows where it came from).", 1
+    return (
+        f"Unexpected {type(error).__name__}: {words or 'no details'} (--debug shows where it came "
+        f"from).",
+        1,
+    )
 
 
 def _job(
@@ -561,7 +723,12 @@ def _job(
     from fedgrove.job import Job
     from fedgrove.job.toml import value_text
 
-    named = {"method.name": method, "run.rounds": rounds, "run.seed": seed, "run.out": str(out) if out else None}
+    named = {
+        "method.name": method,
+        "run.rounds": rounds,
+        "run.seed": seed,
+        "run.out": str(out) if out else None,
+    }
     flags = [f"{key}={value_text(value)}" for key, value in named.items() if value is not None]
     return (Job.load(path) if path else Job.default()).override([*(settings or []), *flags])
 

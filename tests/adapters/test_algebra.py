@@ -11,12 +11,19 @@ from torch import Tensor
 from fedgrove.adapters import algebra
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.private import seal
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 SITES = {"layer.0.query": (7, 5), "layer.1.value": (4, 9)}  # out, in
 
 
-def draw(seed: int, rank: int, scale: float = 2.0, *, size: float = 1.0, dtype: torch.dtype = torch.float64) -> Adapter:
+def draw(
+    seed: int,
+    rank: int,
+    scale: float = 2.0,
+    *,
+    size: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     return {
         site: Factors(
@@ -38,7 +45,9 @@ def test_mean_of_factors() -> None:
     result = algebra.mean(adapters, n)
     for site in SITES:
         for side in ("A", "B"):
-            want = sum(w / 100 * getattr(each[site], side) for w, each in zip(n, adapters, strict=True))
+            want = sum(
+                w / 100 * getattr(each[site], side) for w, each in zip(n, adapters, strict=True)
+            )
             torch.testing.assert_close(getattr(result[site], side), want, rtol=1e-14, atol=1e-14)
         assert result[site].scale == 2.0
 
@@ -60,7 +69,8 @@ def test_mean_refuses_mixed_ranks_and_scales() -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0], [1.0, 1.0, 1.0]]
+    "weights",
+    [[1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0], [1.0, 1.0, 1.0]],
 )
 def test_bad_weights(weights: list[float]) -> None:
     with pytest.raises(AdapterError, match=r"[Ww]eights"):
@@ -129,7 +139,11 @@ def test_concat_is_the_exact_sum() -> None:
     by_site = {"layer.0.query": 0.5, "layer.1.value": -2.0}
     result = algebra.concat(adapters, [1.0, by_site, 3.0])
     for site in SITES:
-        want = dense(adapters[0], site) + by_site[site] * dense(adapters[1], site) + 3.0 * dense(adapters[2], site)
+        want = (
+            dense(adapters[0], site)
+            + by_site[site] * dense(adapters[1], site)
+            + 3.0 * dense(adapters[2], site)
+        )
         torch.testing.assert_close(dense(result, site), want, rtol=1e-12, atol=1e-7)
         assert result[site].rank == 7
         assert result[site].scale == 1.0
@@ -168,7 +182,9 @@ def test_rescale_folds_into_b() -> None:
     for site in SITES:
         assert result[site].scale == 0.7
         assert torch.equal(result[site].A, adapter[site].A)
-        torch.testing.assert_close(dense(result, site), dense(adapter, site), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(
+            dense(result, site), dense(adapter, site), rtol=1e-14, atol=1e-14
+        )
     assert torch.equal(algebra.rescale(adapter, 2.0)["layer.0.query"].B, adapter["layer.0.query"].B)
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(AdapterError, match="Scale"):
@@ -181,7 +197,9 @@ def test_truncate_and_pad() -> None:
     long = algebra.pad(short, 6)
     for site in SITES:
         f = adapter[site]
-        torch.testing.assert_close(dense(short, site), 2.0 * sum(torch.outer(f.B[:, j], f.A[j]) for j in range(3)))
+        torch.testing.assert_close(
+            dense(short, site), 2.0 * sum(torch.outer(f.B[:, j], f.A[j]) for j in range(3))
+        )
         assert long[site].rank == 6
         assert not long[site].A[3:].any()
         assert not long[site].B[:, 3:].any()
@@ -230,7 +248,10 @@ def test_index_mean_by_hand() -> None:
         want = torch.stack([a0[0] / 4 + 3 * a1[0] / 4, a1[1], a0[1] / 4 + 3 * a1[2] / 4, old[3]])
         torch.testing.assert_close(result[site].A, want)
         b0, b1, old = modules[0][site].B, modules[1][site].B, previous[site].B
-        want = torch.stack([b0[:, 0] / 4 + 3 * b1[:, 0] / 4, b1[:, 1], b0[:, 1] / 4 + 3 * b1[:, 2] / 4, old[:, 3]], 1)
+        want = torch.stack(
+            [b0[:, 0] / 4 + 3 * b1[:, 0] / 4, b1[:, 1], b0[:, 1] / 4 + 3 * b1[:, 2] / 4, old[:, 3]],
+            1,
+        )
         torch.testing.assert_close(result[site].B, want)
         assert torch.equal(result[site].A[3], previous[site].A[3])
 
@@ -241,7 +262,10 @@ def test_index_mean_with_all_indices_is_the_mean_bit_for_bit(weights: list[float
     whole = algebra.mean(modules, weights)
     for indices in (None, [list(range(4))] * 3):
         result = algebra.index_mean(modules, indices, draw(9, 4, dtype=torch.float32), weights)
-        assert all(torch.equal(result[s].A, whole[s].A) and torch.equal(result[s].B, whole[s].B) for s in SITES)
+        assert all(
+            torch.equal(result[s].A, whole[s].A) and torch.equal(result[s].B, whole[s].B)
+            for s in SITES
+        )
 
 
 def test_index_mean_refuses() -> None:
@@ -259,13 +283,17 @@ def test_subtract_products() -> None:
     a, b = draw(0, 3, 0.5), draw(1, 5, 7.0)
     result = algebra.subtract_products(a, b)
     for site in SITES:
-        torch.testing.assert_close(dense(result, site), dense(a, site) - dense(b, site), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(
+            dense(result, site), dense(a, site) - dense(b, site), rtol=1e-13, atol=1e-13
+        )
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.permutations(range(5)), st.floats(0.1, 10))
 def test_common_modules_cancel_exactly(seed: int, order: list[int], scale: float) -> None:
-    """In float32, in any order, folded or not: the reason why Fed-PLoRA's initial noise is 0 and not 1e-7."""
+    """In float32, in any order, folded or not: the reason why Fed-PLoRA's initial noise is 0 and
+    not 1e-7.
+    """
     whole = draw(seed, 5, scale, dtype=torch.float32)
     chosen = sorted(order[:2])
     shuffled = algebra.concat(list(reversed(algebra.split(whole, chosen))))
@@ -279,7 +307,9 @@ def test_common_modules_cancel_as_often_as_both_hold_them() -> None:
     twice = algebra.concat([one, one])
     assert all(f.rank == 1 for f in algebra.subtract_products(twice, one).values())
     for site in SITES:
-        torch.testing.assert_close(dense(algebra.subtract_products(one, twice), site), -dense(one, site))
+        torch.testing.assert_close(
+            dense(algebra.subtract_products(one, twice), site), -dense(one, site)
+        )
 
 
 @pytest.mark.parametrize("rank", [1, 4, 30])
@@ -295,7 +325,9 @@ def test_the_norm_of_an_almost_cancelling_sum_keeps_its_digits() -> None:
     b = {site: Factors(f.A, f.B * (1 + 1e-10), f.scale) for site, f in a.items()}
     got = algebra.norm(algebra.subtract_products(a, b))
     for site in SITES:
-        assert got[site] == pytest.approx(float(torch.linalg.norm(dense(a, site) - dense(b, site))), rel=1e-4)
+        assert got[site] == pytest.approx(
+            float(torch.linalg.norm(dense(a, site) - dense(b, site))), rel=1e-4
+        )
 
 
 def test_norm_of_an_empty_adapter_is_zero() -> None:

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Site
 from fedgrove.adapters.distance import Distance, between, layers_of, towards
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 # Out of order on purpose: layer 1 comes first, and layer 4 has one site only.
-SITES = {name: Site(name, layer, 3, 5) for name, layer in [("b.q", 1), ("a.q", 0), ("b.v", 1), ("a.v", 0), ("e.q", 4)]}
+SITES = {
+    name: Site(name, layer, 3, 5)
+    for name, layer in [("b.q", 1), ("a.q", 0), ("b.v", 1), ("a.v", 0), ("e.q", 4)]
+}
 
 
 def clients(count: int, seed: int = 0, size: float = 1.0) -> list[dict[str, Tensor]]:
@@ -32,7 +35,13 @@ def slow(one: dict[str, Tensor], other: dict[str, Tensor], distance: Distance) -
             else:
                 norms = [math.sqrt(math.fsum(x * x for x in values)) for values in (a, b)]
                 dot = math.fsum(x * y for x, y in zip(a, b, strict=True))
-                each.append(0.0 if norms == [0, 0] else 1.0 if 0 in norms else 1 - dot / (norms[0] * norms[1]))
+                each.append(
+                    0.0
+                    if norms == [0, 0]
+                    else 1.0
+                    if 0 in norms
+                    else 1 - dot / (norms[0] * norms[1])
+                )
         result.append(sum(each) / len(each))
     return result
 
@@ -69,12 +78,17 @@ def test_every_pair_is_what_a_loop_says(distance: Distance, size: float) -> None
 def test_nearly_equal_clients_under_a_large_common_part_keep_their_digits() -> None:
     """A Gram matrix alone would lose all of it: 1e-6 beside 1e3 is 1e-18 when squared."""
     common = {site: value.double() * 1e3 for site, value in clients(1, seed=1)[0].items()}
-    near = [{site: common[site] + 1e-6 * value.double() for site, value in each.items()} for each in clients(4, seed=2)]
+    near = [
+        {site: common[site] + 1e-6 * value.double() for site, value in each.items()}
+        for each in clients(4, seed=2)
+    ]
     far = [{site: -value for site, value in common.items()}]
     found = between([*near, *far], SITES, "frobenius")
     for i in range(4):
         for j in range(4):
-            assert found[:, i, j].tolist() == pytest.approx(slow(near[i], near[j], "frobenius"), rel=1e-6)
+            assert found[:, i, j].tolist() == pytest.approx(
+                slow(near[i], near[j], "frobenius"), rel=1e-6
+            )
 
 
 def test_clients_that_do_not_match_are_refused() -> None:

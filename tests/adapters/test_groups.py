@@ -6,7 +6,7 @@ import torch
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.groups import group_means
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 
 def adapters(count: int, sizes: list[float] | None = None) -> list[Adapter]:
@@ -14,7 +14,11 @@ def adapters(count: int, sizes: list[float] | None = None) -> list[Adapter]:
     sizes = sizes or [1.0] * count
     return [
         {
-            site: Factors(size * torch.randn(2, 4, generator=rng), size * torch.randn(3, 2, generator=rng), 1.5)
+            site: Factors(
+                size * torch.randn(2, 4, generator=rng),
+                size * torch.randn(3, 2, generator=rng),
+                1.5,
+            )
             for site in ("x", "y")
         }
         for size in sizes
@@ -24,13 +28,19 @@ def adapters(count: int, sizes: list[float] | None = None) -> list[Adapter]:
 def slow(members: list[Adapter], weights: list[float], site: str, letter: str) -> torch.Tensor:
     total = sum(weights)
     return torch.stack(
-        [w / total * getattr(m[site], letter).double() for m, w in zip(members, weights, strict=True)]
+        [
+            w / total * getattr(m[site], letter).double()
+            for m, w in zip(members, weights, strict=True)
+        ]
     ).sum(0)
 
 
 @pytest.mark.parametrize("weights", [[1.0] * 7, [3.0, 1.0, 250.0, 4.0, 1.0, 9.0, 2.0]])
-@pytest.mark.parametrize("labels", [[0, 1, 0, 2, 1, 0, 2], [0, 0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]])
-# The last client is a thousand billion times larger: what is left of a subtraction from the total would be noise.
+@pytest.mark.parametrize(
+    "labels", [[0, 1, 0, 2, 1, 0, 2], [0, 0, 0, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+)
+# The last client is a thousand billion times larger: what is left of a subtraction from the total
+# would be noise.
 @pytest.mark.parametrize("last", [1.0, 1e12])
 def test_inside_outside_and_all(labels: list[int], weights: list[float], last: float) -> None:
     everyone = adapters(7, [1.0] * 6 + [last])
@@ -42,14 +52,22 @@ def test_inside_outside_and_all(labels: list[int], weights: list[float], last: f
             chosen = [i for i, label in enumerate(labels) if (label == group) == inside]
             for site in ("x", "y"):
                 for letter in "AB":
-                    want = slow([everyone[i] for i in chosen], [weights[i] for i in chosen], site, letter)
+                    want = slow(
+                        [everyone[i] for i in chosen], [weights[i] for i in chosen], site, letter
+                    )
                     torch.testing.assert_close(
-                        getattr(got[site], letter).double(), want, rtol=1e-6, atol=1e-6 * float(want.abs().max())
+                        getattr(got[site], letter).double(),
+                        want,
+                        rtol=1e-6,
+                        atol=1e-6 * float(want.abs().max()),
                     )
                 assert got[site].scale == 1.5
                 assert got[site].A.dtype == torch.float32
     torch.testing.assert_close(
-        found.everyone["x"].A.double(), slow(everyone, weights, "x", "A"), rtol=1e-6, atol=1e-6 * last
+        found.everyone["x"].A.double(),
+        slow(everyone, weights, "x", "A"),
+        rtol=1e-6,
+        atol=1e-6 * last,
     )
 
 

@@ -1,4 +1,6 @@
-"""The QR trick against the dense SVD. Products and subspaces are compared: signs and degenerate directions are free."""
+"""The QR trick against the dense SVD. Products and subspaces are compared: signs and degenerate
+directions are free.
+"""
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.lowrank import Split, compact, product_mean, product_svd
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 D, K = 12, 9
 
 
-def draw(seed: int, ranks: list[int], sizes: list[float], dtype: torch.dtype = torch.float64) -> list[Factors]:
+def draw(
+    seed: int, ranks: list[int], sizes: list[float], dtype: torch.dtype = torch.float64
+) -> list[Factors]:
     generator = torch.Generator().manual_seed(seed)
     return [
         Factors(
@@ -51,17 +55,22 @@ def assert_orthonormal(columns: Tensor, tolerance: float = 1e-12) -> None:
     assert float((gram - torch.eye(len(gram), dtype=torch.float64)).abs().max()) < tolerance
 
 
-#: 0, or a number whose square is none of the tiny ones that have lost their digits: the check itself takes norms
+#: 0, or a number whose square is none of the tiny ones that have lost their digits: the check
+#: itself takes norms
 WEIGHTS = st.floats(-2, 2).map(lambda weight: weight if abs(weight) > 1e-100 else 0.0)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    clients=st.lists(st.tuples(st.integers(1, 6), st.floats(-8, 8), WEIGHTS), min_size=1, max_size=5),
+    clients=st.lists(
+        st.tuples(st.integers(1, 6), st.floats(-8, 8), WEIGHTS), min_size=1, max_size=5
+    ),
     rank=st.integers(1, 9),
 )
-def test_product_svd_is_the_dense_svd(seed: int, clients: list[tuple[int, float, float]], rank: int) -> None:
+def test_product_svd_is_the_dense_svd(
+    seed: int, clients: list[tuple[int, float, float]], rank: int
+) -> None:
     ranks, powers, weights = (list(column) for column in zip(*clients, strict=True))
     factors = draw(seed, ranks, [10.0**power for power in powers])
     whole = dense_sum(factors, weights)
@@ -80,7 +89,9 @@ def test_product_svd_is_the_dense_svd(seed: int, clients: list[tuple[int, float,
 
 
 def test_float32_input_gives_float64_accuracy_and_float32_output() -> None:
-    """Badly scaled clients: 1e4 and 1e-4. float32 arithmetic would lose the small one altogether."""
+    """Badly scaled clients: 1e4 and 1e-4. float32 arithmetic would lose the small one
+    altogether.
+    """
     factors = draw(3, [2, 3], [1e4, 1e-4], torch.float32)
     u, s, vh = product_svd(factors, [1.0, 1.0])
     assert u.dtype == s.dtype == vh.dtype == torch.float32
@@ -92,7 +103,9 @@ def test_a_weight_of_none_is_one_and_the_rank_defaults_to_all() -> None:
     factors = draw(1, [2, 3], [1.0, 1.0])
     u, s, vh = product_svd(factors)
     assert len(s) == 5
-    np.testing.assert_allclose((u * s).numpy() @ vh.numpy(), dense_sum(factors, [1.0, 1.0]), atol=1e-12)
+    np.testing.assert_allclose(
+        (u * s).numpy() @ vh.numpy(), dense_sum(factors, [1.0, 1.0]), atol=1e-12
+    )
     assert len(product_svd(draw(1, [6, 6], [1.0, 1.0]))[1]) == K
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedgrove.adapters import algebra, noise
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.lowrank import product_mean
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 SITES = {"query": (7, 5), "value": (6, 8)}
 S = 4 / 3  # not a power of two: folding it into B rounds
@@ -37,7 +37,9 @@ def dense(adapter: Adapter, site: str) -> Tensor:
 
 def assert_noise(got: noise.Noise, want: dict[str, float], tolerance: float = 1e-10) -> None:
     assert got.sites == pytest.approx(want, rel=tolerance, abs=tolerance)
-    assert got.total == pytest.approx(math.sqrt(sum(value**2 for value in want.values())), rel=tolerance, abs=tolerance)
+    assert got.total == pytest.approx(
+        math.sqrt(sum(value**2 for value in want.values())), rel=tolerance, abs=tolerance
+    )
 
 
 def test_initial_noise_of_truncation_is_the_dropped_ranks() -> None:
@@ -53,7 +55,9 @@ def test_initial_noise_of_truncation_is_the_dropped_ranks() -> None:
 
 def test_initial_noise_of_folding_is_exactly_zero() -> None:
     whole = draw(0, 4, torch.float32)
-    starts = [algebra.concat(algebra.split(whole, chosen)) for chosen in ([0], [1, 3], [0, 1, 2, 3])]
+    starts = [
+        algebra.concat(algebra.split(whole, chosen)) for chosen in ([0], [1, 3], [0, 1, 2, 3])
+    ]
     assert noise.initial_noise(whole, starts) == noise.Noise({"query": 0.0, "value": 0.0}, 0.0)
 
 
@@ -77,7 +81,10 @@ def test_aggregation_noise_of_a_factor_mean(dtype: torch.dtype) -> None:
     new = algebra.mean(ends, n)
     want = {
         site: float(
-            torch.linalg.norm(dense(new, site) - sum(w / 10 * dense(e, site) for w, e in zip(n, ends, strict=True)))
+            torch.linalg.norm(
+                dense(new, site)
+                - sum(w / 10 * dense(e, site) for w, e in zip(n, ends, strict=True))
+            )
         )
         for site in SITES
     }
@@ -87,7 +94,10 @@ def test_aggregation_noise_of_a_factor_mean(dtype: torch.dtype) -> None:
 
 def test_aggregation_noise_of_exact_rules() -> None:
     ends = [draw(seed, 1 + seed, scale=1.0 + seed) for seed in range(3)]
-    assert noise.aggregation_noise(algebra.concat(ends, [0.2, 0.3, 0.5]), ends, [2, 3, 5]).total < 1e-13
+    assert (
+        noise.aggregation_noise(algebra.concat(ends, [0.2, 0.3, 0.5]), ends, [2, 3, 5]).total
+        < 1e-13
+    )
     assert noise.aggregation_noise(product_mean(ends, None, None, 2.0), ends).total < 1e-13
     alone = draw(5, 3, torch.float32)
     assert noise.aggregation_noise(alone, [alone]).total == 0.0
@@ -154,7 +164,10 @@ def test_with_full_ranks_it_is_fedits_noise_and_the_bound_holds_for_weights() ->
     bound = noise.noise_bound(draw(9, RANK), ends, None, n)
     assert whole.total <= bound.total
     for site in SITES:
-        a, b = ((sum(w / 40 * getattr(e[site], side) for w, e in zip(n, ends, strict=True))) for side in "AB")
+        a, b = (
+            (sum(w / 40 * getattr(e[site], side) for w, e in zip(n, ends, strict=True)))
+            for side in "AB"
+        )
         want = sum(
             S * w / 40 * float(((e[site].A - a).norm(dim=1) * (e[site].B - b).norm(dim=0)).sum())
             for w, e in zip(n, ends, strict=True)
@@ -163,11 +176,15 @@ def test_with_full_ranks_it_is_fedits_noise_and_the_bound_holds_for_weights() ->
 
 
 def test_the_counterexample_to_the_printed_bound() -> None:
-    """R = d = k = 1, clients (3, 3) and (-3, -3): the printed sum of deviations is 6, the noise 9, the true bound 9."""
+    """R = d = k = 1, clients (3, 3) and (-3, -3): the printed sum of deviations is 6, the noise 9,
+    the true bound 9.
+    """
     ends = [{"site": Factors(torch.tensor([[x]]), torch.tensor([[x]]), 1.0)} for x in (3.0, -3.0)]
     start = {"site": Factors(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)}
     new = algebra.index_mean(ends, [[0], [0]], start)
-    printed = sum(abs(float(e["site"].A)) + abs(float(e["site"].B)) for e in ends) / 2  # the means are 0
+    printed = (
+        sum(abs(float(e["site"].A)) + abs(float(e["site"].B)) for e in ends) / 2
+    )  # the means are 0
     got = noise.index_aggregation_noise(new, start, ends, [[0], [0]])
     assert printed == 6.0
     assert got.total == pytest.approx(9.0, abs=1e-12)
@@ -188,14 +205,20 @@ def test_index_cosines_by_hand() -> None:
                 for p, left in enumerate(indices[i]):
                     for q, right in enumerate(indices[j]):
                         if i != j:
-                            x = torch.outer(modules[i][site].B[:, p], modules[i][site].A[p]).flatten()
-                            y = torch.outer(modules[j][site].B[:, q], modules[j][site].A[q]).flatten()
+                            x = torch.outer(
+                                modules[i][site].B[:, p], modules[i][site].A[p]
+                            ).flatten()
+                            y = torch.outer(
+                                modules[j][site].B[:, q], modules[j][site].A[q]
+                            ).flatten()
                             sums[left, right] += torch.dot(x, y) / x.norm() / y.norm()
                             counts[left, right] += 1
         torch.testing.assert_close(got[site].matrix, sums / counts, equal_nan=True)
         diagonal = torch.eye(RANK, dtype=torch.bool)
         assert got[site].same == pytest.approx(float(sums[diagonal].sum() / counts[diagonal].sum()))
-        assert got[site].other == pytest.approx(float(sums[~diagonal].sum() / counts[~diagonal].sum()))
+        assert got[site].other == pytest.approx(
+            float(sums[~diagonal].sum() / counts[~diagonal].sum())
+        )
 
 
 def test_index_cosines_without_pairs_and_of_copies() -> None:

@@ -5,12 +5,14 @@ import torch
 from fedgrove.adapters import algebra
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.residual import fair_correction, fedex_residual
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 D, K = 14, 11
 
 
-def draw(seed: int, rank: int = 3, size: float = 1.0, dtype: torch.dtype = torch.float64) -> Factors:
+def draw(
+    seed: int, rank: int = 3, size: float = 1.0, dtype: torch.dtype = torch.float64
+) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(rank, K, generator=generator, dtype=torch.float64)
     b = size * torch.randn(D, rank, generator=generator, dtype=torch.float64)
@@ -35,7 +37,9 @@ def test_mean_and_residual_are_the_exact_mean_of_the_products(dtype: torch.dtype
     np.testing.assert_allclose(got, want, atol=1e-12 if dtype == torch.float64 else 1e-5)
     assert np.linalg.norm(dense(residual)) > 0.1
     assert residual.rank <= min(D, K)
-    assert fedex_residual(adapters[:2])["site"].rank == 3  # of 9 stacked modules: (B_1 - B_2)(A_1 - A_2) / 4
+    assert (
+        fedex_residual(adapters[:2])["site"].rank == 3
+    )  # of 9 stacked modules: (B_1 - B_2)(A_1 - A_2) / 4
     assert residual.A.dtype == residual.B.dtype == dtype
 
 
@@ -59,7 +63,9 @@ def setting(size: float = 1.0) -> tuple[Factors, Factors]:
 
 @pytest.mark.parametrize("size", [1.0, 1e-2])
 def test_without_penalty_the_cosine_reaches_its_ceiling(size: float) -> None:
-    """methods.md: as lam -> 0 the cosine reaches ||dW P|| / ||dW||, P the projector on the mean A's row space."""
+    """methods.md: as lam -> 0 the cosine reaches ||dW P|| / ||dW||, P the projector on the mean A's
+    row space.
+    """
     delta, mean = setting(size)
     w, a = dense(delta), mean.A.numpy()
     ceiling = np.linalg.norm(w @ np.linalg.pinv(a) @ a) / np.linalg.norm(w)
@@ -73,14 +79,18 @@ def test_without_penalty_the_cosine_reaches_its_ceiling(size: float) -> None:
 def test_the_default_never_makes_the_objective_worse(size: float, lam: float) -> None:
     delta, mean = setting(size)
     change = fair_correction(delta, mean, lam=lam)
-    before, after = (objective(delta, mean, each, lam) for each in (torch.zeros_like(change), change))
+    before, after = (
+        objective(delta, mean, each, lam) for each in (torch.zeros_like(change), change)
+    )
     assert after <= before
     if lam < 1:
         assert after < before - 1e-3
 
 
 def test_steps_are_plain_gradient_descent() -> None:
-    """Three steps with autograd on the dense objective: no other optimiser, no dense-free shortcut gone wrong."""
+    """Three steps with autograd on the dense objective: no other optimiser, no dense-free shortcut
+    gone wrong.
+    """
     delta, mean = setting()
     w = torch.tensor(dense(delta))
     change = torch.zeros_like(mean.B).requires_grad_()
@@ -98,7 +108,11 @@ def test_steps_are_plain_gradient_descent() -> None:
 def test_scales_do_not_matter_and_a_large_tolerance_stops_at_once() -> None:
     delta, mean = setting()
     other = fair_correction(
-        Factors(delta.A, delta.B, 7.0), Factors(mean.A, mean.B, 0.1), lam=0.01, lr=0.05, max_steps=50
+        Factors(delta.A, delta.B, 7.0),
+        Factors(mean.A, mean.B, 0.1),
+        lam=0.01,
+        lr=0.05,
+        max_steps=50,
     )
     torch.testing.assert_close(other, fair_correction(delta, mean, lam=0.01, lr=0.05, max_steps=50))
     one = fair_correction(delta, mean, max_steps=1)
@@ -111,7 +125,9 @@ def test_undefined_cosines_and_bad_settings() -> None:
     zero = Factors(delta.A, torch.zeros_like(delta.B), 1.0)
     assert not fair_correction(zero, mean).any()
     assert not fair_correction(delta, Factors(mean.A, torch.zeros_like(mean.B), 1.0)).any()
-    assert fair_correction(*(f.map(torch.Tensor.float) for f in (delta, mean))).dtype == torch.float32
+    assert (
+        fair_correction(*(f.map(torch.Tensor.float) for f in (delta, mean))).dtype == torch.float32
+    )
     with pytest.raises(AdapterError, match="same site"):
         fair_correction(delta, Factors(mean.A[:, :5], mean.B, 1.0))
     with pytest.raises(AdapterError, match="lr"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.rotation import align, rotation
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 
 def draw(seed: int, rank: int = 4, dtype: torch.dtype = torch.float64) -> Factors:
@@ -20,7 +20,9 @@ def draw(seed: int, rank: int = 4, dtype: torch.dtype = torch.float64) -> Factor
 
 
 def reference(m: np.ndarray, lam: float) -> np.ndarray:
-    """The formula of methods.md, literally: M = U S V^T, R* = V diag(1, .., det(U V^T)) U^T, then proj_SO."""
+    """The formula of methods.md, literally: M = U S V^T, R* = V diag(1, .., det(U V^T)) U^T, then
+    proj_SO.
+    """
     u, _, vt = np.linalg.svd(m)
     fix = np.eye(len(m))
     fix[-1, -1] = np.sign(np.linalg.det(u @ vt))
@@ -62,7 +64,9 @@ def test_alignment_keeps_the_product(factor: str, lam: float) -> None:
 def test_full_strength_undoes_a_rotation(factor: str) -> None:
     last, angle = draw(3), 1.1
     turn = torch.eye(4, dtype=torch.float64)
-    turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    turn[:2, :2] = torch.tensor(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    )
     turned = Factors(turn @ last.A, last.B @ turn.T, 2.0)
     result = align(turned, last, factor, 1.0)  # type: ignore[arg-type]
     torch.testing.assert_close(result.A, last.A)
@@ -79,7 +83,9 @@ def test_alignment_brings_the_factor_nearer_than_any_other_rotation(factor: str)
     best = gap(align(client, last, factor, 1.0))  # type: ignore[arg-type]
     for step in range(60):
         angle = 2 * math.pi * step / 60
-        r = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]).double()
+        r = torch.tensor(
+            [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        ).double()
         assert best <= gap(Factors(r.T @ client.A, client.B @ r, 2.0)) + 1e-12
 
 

@@ -8,12 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedgrove.adapters import subspace
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 
-def draw(seed: int, count: int, out: int = 20, rank: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def draw(
+    seed: int, count: int, out: int = 20, rank: int = 3, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(out, rank, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+    return [
+        torch.randn(out, rank, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(count)
+    ]
 
 
 def test_basis_spans_the_leading_left_singular_directions() -> None:
@@ -53,30 +58,49 @@ def test_overlap_is_the_sum_of_squared_cosines() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_frobenius_distances(dtype: torch.dtype) -> None:
     matrices = draw(2, 9, dtype=dtype)
-    want = [[float(np.linalg.norm(x.double().numpy() - y.double().numpy())) for y in matrices] for x in matrices]
+    want = [
+        [float(np.linalg.norm(x.double().numpy() - y.double().numpy())) for y in matrices]
+        for x in matrices
+    ]
     got = subspace.frobenius_distances(matrices)
     assert got.dtype == torch.float64
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
 
 
 def test_near_duplicates_keep_their_digits() -> None:
-    """Float32 B's that differ in the last bits, far from 0 and beside a far outlier: a Gram matrix alone cancels."""
+    """Float32 B's that differ in the last bits, far from 0 and beside a far outlier: a Gram matrix
+    alone cancels.
+    """
     start, outlier = 100 + draw(3, 1)[0], draw(4, 1)[0]
-    matrices = [(start + 1e-4 * step).float() for step in draw(5, 4)] + [outlier.float(), outlier.float()]
-    want = [[float(np.linalg.norm(x.double().numpy() - y.double().numpy())) for y in matrices] for x in matrices]
+    matrices = [(start + 1e-4 * step).float() for step in draw(5, 4)] + [
+        outlier.float(),
+        outlier.float(),
+    ]
+    want = [
+        [float(np.linalg.norm(x.double().numpy() - y.double().numpy())) for y in matrices]
+        for x in matrices
+    ]
     got = subspace.frobenius_distances(matrices)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-7)
     assert float(got[4, 5]) == 0.0
 
 
 def test_cosine_distances() -> None:
-    matrices = [*draw(6, 5), torch.zeros(20, 3, dtype=torch.float64), torch.zeros(20, 3, dtype=torch.float64)]
+    matrices = [
+        *draw(6, 5),
+        torch.zeros(20, 3, dtype=torch.float64),
+        torch.zeros(20, 3, dtype=torch.float64),
+    ]
     matrices.append(-2 * matrices[0])
     got = subspace.cosine_distances(matrices).numpy()
     for i, x in enumerate(matrices):
         for j, y in enumerate(matrices):
             size = float(x.norm() * y.norm())
-            want = 1 - float((x * y).sum()) / size if size > 0 else float(bool(x.any()) != bool(y.any()))
+            want = (
+                1 - float((x * y).sum()) / size
+                if size > 0
+                else float(bool(x.any()) != bool(y.any()))
+            )
             assert got[i, j] == pytest.approx(want, abs=1e-12)
     assert not np.diag(got).any()
 
@@ -90,7 +114,9 @@ def test_cosine_distances_of_near_duplicates_keep_their_digits() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**31), st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 9))
+@given(
+    st.integers(0, 2**31), st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 9)
+)
 def test_principal_angle_distances_of_mixed_ranks(seed: int, ranks: list[int], block: int) -> None:
     bases = [np.linalg.qr(draw(seed + n, 1, rank=r)[0].numpy())[0] for n, r in enumerate(ranks)]
     with pytest.MonkeyPatch.context() as patch:
@@ -114,7 +140,9 @@ def test_penalty_value_and_gradient() -> None:
     frozen, B = draw(7, 2)
     B = B.requires_grad_()
     penalty = subspace.orthogonal_projector_penalty(frozen, B)
-    assert float(penalty.detach()) == pytest.approx(np.linalg.norm(frozen.numpy().T @ B.detach().numpy()) ** 2)
+    assert float(penalty.detach()) == pytest.approx(
+        np.linalg.norm(frozen.numpy().T @ B.detach().numpy()) ** 2
+    )
     (slope,) = torch.autograd.grad(penalty, B)
     torch.testing.assert_close(slope, 2 * frozen @ (frozen.T @ B.detach()))
     u = subspace.basis(frozen)

@@ -1,4 +1,6 @@
-"""Adapter directories as any tool would write them, and a reader of its own for what comes out. Dense, float64."""
+"""Adapter directories as any tool would write them, and a reader of its own for what comes out.
+Dense, float64.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ SITES = {
 PREFIX = "base_model.model."
 
 
-def draw(seed: int, rank: int | Mapping[str, int], sites: Mapping[str, tuple[int, int]] = SITES) -> dict[str, Any]:
+def draw(
+    seed: int, rank: int | Mapping[str, int], sites: Mapping[str, tuple[int, int]] = SITES
+) -> dict[str, Any]:
     """``{site: (A, B)}``, badly scaled: the size differs by site and client."""
     rng = np.random.default_rng(seed)
     result = {}
@@ -70,7 +74,9 @@ def many(
     return folders, factors
 
 
-def products(factors: Sequence[Mapping[str, Any]], alphas: Sequence[float], site: str) -> list[Array]:
+def products(
+    factors: Sequence[Mapping[str, Any]], alphas: Sequence[float], site: str
+) -> list[Array]:
     """The clients' dense updates ``alpha / r B A``."""
     return [
         alpha / each[site][0].shape[0] * each[site][1] @ each[site][0]
@@ -115,7 +121,9 @@ def best(matrix: Array, rank: int) -> Array:
 
 def close(first: Array, second: Array, tolerance: float = 1e-11) -> None:
     assert first.shape == second.shape
-    assert np.linalg.norm(first - second) <= tolerance * max(np.linalg.norm(first), np.linalg.norm(second))
+    assert np.linalg.norm(first - second) <= tolerance * max(
+        np.linalg.norm(first), np.linalg.norm(second)
+    )
 
 
 def total_noise(folder: Path) -> tuple[float | None, dict[str, float]]:

@@ -14,7 +14,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     folders, _ = many(tmp_path, [2, 3], [4.0, 3.0])
     (folders[0] / "head.safetensors").write_bytes(b"not looked at")
     out = tmp_path / "out"
-    arguments = ["flexlora", *map(str, folders), "--out", str(out), "--weights", "3,1", "--rank", "4"]
+    arguments = [
+        "flexlora",
+        *map(str, folders),
+        "--out",
+        str(out),
+        "--weights",
+        "3,1",
+        "--rank",
+        "4",
+    ]
     assert main(["aggregate", *arguments, "--previous", str(folders[0])]) == 0
     said = capsys.readouterr()
     assert said.err == "Checking adapters (3)\nAggregating sites (4)\n"

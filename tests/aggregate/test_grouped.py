@@ -1,4 +1,6 @@
-"""FedTreeLoRA and HiLoRA offline, against dense formulas and scikit-learn and scipy used directly."""
+"""FedTreeLoRA and HiLoRA offline, against dense formulas and scikit-learn and scipy used
+directly.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,21 @@ import pytest
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from sklearn.metrics import silhouette_score
-from tests.aggregate.made import SITES, Array, best, close, dense, draw, products, read, weighted, write
+from tests.aggregate.made import (
+    SITES,
+    Array,
+    best,
+    close,
+    dense,
+    draw,
+    products,
+    read,
+    weighted,
+    write,
+)
 
 from fedgrove.aggregate import aggregate
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 LAYERS = {
     0: ["encoder.layer.0.attention.self.query", "encoder.layer.0.attention.self.value"],
@@ -35,7 +48,10 @@ def planted(root: Path, rank: int = 3) -> tuple[list[Path], list[dict[str, Any]]
                 shift, more = np.random.default_rng(layer).normal(size=(2, *common[site][1].shape))
                 a, b = common[site][0], common[site][1] / np.linalg.norm(common[site][1])
                 wobble = noise[n][site][1] / np.linalg.norm(noise[n][site][1])
-                mine[site] = (a + 0.1 * noise[n][site][0], b + odd * shift + last * more + 0.3 * wobble)
+                mine[site] = (
+                    a + 0.1 * noise[n][site][0],
+                    b + odd * shift + last * more + 0.3 * wobble,
+                )
         factors.append(mine)
     return [write(root / f"c{n}", each, 6.0) for n, each in enumerate(factors)], factors
 
@@ -57,7 +73,8 @@ def distances(factors: Any, distance: str) -> dict[int, Array]:
 
 
 @pytest.mark.parametrize(
-    ("distance", "link", "wanted_counts"), [("frobenius", "average", [1, 2, 3]), ("cosine", "complete", [1, 2, 2])]
+    ("distance", "link", "wanted_counts"),
+    [("frobenius", "average", [1, 2, 3]), ("cosine", "complete", [1, 2, 2])],
 )
 def test_fedtreelora(distance: str, link: str, wanted_counts: list[int], tmp_path: Path) -> None:
     folders, factors = planted(tmp_path)
@@ -75,7 +92,11 @@ def test_fedtreelora(distance: str, link: str, wanted_counts: list[int], tmp_pat
         scores = {}
         for c in range(count, min(6, count + 2)):
             labels = fcluster(merges, c, "maxclust")
-            scores[c] = 0.2 if c == 1 else silhouette_score(apart[layer["layer"]], labels, metric="precomputed")
+            scores[c] = (
+                0.2
+                if c == 1
+                else silhouette_score(apart[layer["layer"]], labels, metric="precomputed")
+            )
         count = max(scores, key=lambda c: scores[c])
         counts.append(count)
         assert layer["count"] == count == len(layer["groups"])
@@ -88,8 +109,18 @@ def test_fedtreelora(distance: str, link: str, wanted_counts: list[int], tmp_pat
                 rows = [int(name[1:]) for name in group]
                 for name in group:
                     a, b, scale = read(tmp_path / "out" / name)[site]
-                    close(a, weighted([factors[row][site][0] for row in rows], [weights[row] for row in rows]))
-                    close(b, weighted([factors[row][site][1] for row in rows], [weights[row] for row in rows]))
+                    close(
+                        a,
+                        weighted(
+                            [factors[row][site][0] for row in rows], [weights[row] for row in rows]
+                        ),
+                    )
+                    close(
+                        b,
+                        weighted(
+                            [factors[row][site][1] for row in rows], [weights[row] for row in rows]
+                        ),
+                    )
                     assert scale == 2.0
     assert counts == wanted_counts
     for site, (a, _, _) in read(tmp_path / "out" / "_global").items():
@@ -108,11 +139,19 @@ def test_fedtreelora_with_k_1_is_fedit(tmp_path: Path) -> None:
 
 
 def test_a_site_outside_the_numbered_layers_is_a_layer_above_them(tmp_path: Path) -> None:
-    sites = {"encoder.layer.0.query": (6, 4), "encoder.layer.2.query": (6, 4), "pooler.dense": (5, 4)}
+    sites = {
+        "encoder.layer.0.query": (6, 4),
+        "encoder.layer.2.query": (6, 4),
+        "pooler.dense": (5, 4),
+    }
     folders = [write(tmp_path / f"c{n}", draw(n, 2, sites), 4.0) for n in range(3)]
     aggregate("fedtreelora", folders, tmp_path / "out", options=["fixed_k=2"])
     tree = json.loads((tmp_path / "out" / "tree.json").read_text())
-    assert [(layer["layer"], layer["count"]) for layer in tree["layers"]] == [(0, 2), (2, 2), (3, 2)]
+    assert [(layer["layer"], layer["count"]) for layer in tree["layers"]] == [
+        (0, 2),
+        (2, 2),
+        (3, 2),
+    ]
 
 
 RANKS = [2, 3, 2, 4, 3, 2]
@@ -125,9 +164,14 @@ def subspaces(root: Path) -> tuple[list[Path], list[dict[str, Any]]]:
     for n, rank in enumerate(RANKS):
         each = draw(n, rank)
         for site, (out, _) in SITES.items():
-            frame = np.linalg.qr(np.random.default_rng(7 + n % 2).normal(size=(out, out)))[0][:, :rank]
+            frame = np.linalg.qr(np.random.default_rng(7 + n % 2).normal(size=(out, out)))[0][
+                :, :rank
+            ]
             mixing = np.random.default_rng(50 + n).normal(size=(rank, rank))
-            each[site] = (each[site][0], frame @ mixing + 0.02 * each[site][1] / np.linalg.norm(each[site][1]))
+            each[site] = (
+                each[site][0],
+                frame @ mixing + 0.02 * each[site][1] / np.linalg.norm(each[site][1]),
+            )
         factors.append(each)
     return [write(root / f"c{n}", each, ALPHAS[n]) for n, each in enumerate(factors)], factors
 
@@ -139,7 +183,14 @@ def test_hilora(balanced: bool, tmp_path: Path) -> None:
     weights = [float(2 + n) for n in range(6)]
     text = ",".join(str(weights[n]) for n in order)
     options = ["k_max=4", f"balanced={str(balanced).lower()}", "seed=3"]
-    aggregate("hilora", [folders[n] for n in order], tmp_path / "out", weights=text, options=options, rank=5)
+    aggregate(
+        "hilora",
+        [folders[n] for n in order],
+        tmp_path / "out",
+        weights=text,
+        options=options,
+        rank=5,
+    )
     found = json.loads((tmp_path / "out" / "clusters.json").read_text())
     assert found["clients"] == [f"c{n}" for n in order]
     assert found["labels"] == [0, 1, 0, 1, 0, 1]  # numbered by first appearance in the order given

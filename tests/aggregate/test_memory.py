@@ -28,7 +28,9 @@ print(peak() - before)
 
 
 def growth(root: Path, method: str, clients: int, layers: int) -> tuple[int, int]:
-    """(bytes that the peak grew from two clients to all, bytes of all clients' adapters of 32 KiB a layer)."""
+    """(bytes that the peak grew from two clients to all, bytes of all clients' adapters of 32 KiB a
+    layer).
+    """
     import numpy as np
     import torch
 
@@ -36,7 +38,10 @@ def growth(root: Path, method: str, clients: int, layers: int) -> tuple[int, int
         pytest.skip("needs /proc")
     draw = np.random.default_rng(0)
     factors = {
-        f"model.layers.{layer}.self_attn.{end}": (draw.normal(size=(8, 256)), draw.normal(size=(256, 8)))
+        f"model.layers.{layer}.self_attn.{end}": (
+            draw.normal(size=(8, 256)),
+            draw.normal(size=(256, 8)),
+        )
         for layer in range(layers)
         for end in ("q_proj", "v_proj")
     }
@@ -50,7 +55,10 @@ def growth(root: Path, method: str, clients: int, layers: int) -> tuple[int, int
         content[start:] = draw.normal(size=(size - start) // 4).astype("<f4").tobytes()
         path.write_bytes(content)
     found = subprocess.run(
-        [sys.executable, "-c", CHILD, str(root), method], capture_output=True, text=True, check=False
+        [sys.executable, "-c", CHILD, str(root), method],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert found.returncode == 0, found.stderr
     return int(found.stdout), clients * size

@@ -22,7 +22,9 @@ def base(folder: Path) -> Any:
 
 
 def trained(bert: Path, folder: Path, seed: int, **config: Any) -> Deltas:
-    """An adapter that PEFT made and saved, and the updates of the weights that PEFT computes with it."""
+    """An adapter that PEFT made and saved, and the updates of the weights that PEFT computes with
+    it.
+    """
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng():
@@ -65,15 +67,20 @@ def clients(tiny_bert: Path, tmp_path: Path) -> tuple[list[Path], list[Deltas]]:
     ]
     folders = [tmp_path / "in" / f"site-{n}" for n in range(3)]
     return folders, [
-        trained(tiny_bert, folder, n, **c) for n, (folder, c) in enumerate(zip(folders, configs, strict=True))
+        trained(tiny_bert, folder, n, **c)
+        for n, (folder, c) in enumerate(zip(folders, configs, strict=True))
     ]
 
 
 def mean(each: list[Deltas]) -> Deltas:
-    return {site: torch.stack([one[site].double() for one in each]).mean(0).float() for site in each[0]}
+    return {
+        site: torch.stack([one[site].double() for one in each]).mean(0).float() for site in each[0]
+    }
 
 
-def test_flora_in_peft_is_the_mean_of_the_updates(clients: Any, tiny_bert: Path, tmp_path: Path) -> None:
+def test_flora_in_peft_is_the_mean_of_the_updates(
+    clients: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
     folders, each = clients
     aggregate("flora", folders, tmp_path / "out")
     same(loaded(tiny_bert, tmp_path / "out" / "_global"), mean(each))
@@ -87,7 +94,9 @@ def test_flora_in_peft_is_the_mean_of_the_updates(clients: Any, tiny_bert: Path,
 
 
 @pytest.mark.parametrize("method", ["flexlora", "hilora", "raflora"])
-def test_each_client_can_load_its_own(method: str, clients: Any, tiny_bert: Path, tmp_path: Path) -> None:
+def test_each_client_can_load_its_own(
+    method: str, clients: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
     folders, each = clients
     aggregate(method, folders, tmp_path / "out", rank=16)
     wanted = {}
@@ -96,7 +105,9 @@ def test_each_client_can_load_its_own(method: str, clients: Any, tiny_bert: Path
         config = json.loads((tmp_path / "out" / folder.name / "adapter_config.json").read_text())
         assert config["r"] == [2, 4, 3][number]
         for site, value in found.items():
-            rank = 3 if number == 1 and site.endswith("layer.1.attention.self.value") else config["r"]
+            rank = (
+                3 if number == 1 and site.endswith("layer.1.attention.self.value") else config["r"]
+            )
             assert torch.linalg.matrix_rank(value, rtol=1e-5) == rank
         assert found.keys() == own.keys()
     if method != "raflora":
@@ -115,7 +126,9 @@ def test_a_bfloat16_adapter_is_averaged_in_float32(tiny_bert: Path, tmp_path: Pa
         each.append({name: value.bfloat16() for name, value in load_file(path).items()})
         save_file(each[-1], path)
     aggregate("fedit", folders, tmp_path / "out")
-    for name, value in load_file(tmp_path / "out" / "_global" / "adapter_model.safetensors").items():
+    for name, value in load_file(
+        tmp_path / "out" / "_global" / "adapter_model.safetensors"
+    ).items():
         assert value.dtype == torch.float32
         assert torch.equal(value, ((each[0][name].double() + each[1][name].double()) / 2).float())
 
@@ -128,14 +141,19 @@ def test_heads_are_left_alone(tiny_bert: Path, tmp_path: Path) -> None:
     folders, each = [tmp_path / f"site-{n}" for n in range(2)], []
     for folder in folders:
         model = AutoModelForSequenceClassification.from_pretrained(str(tiny_bert))
-        peft = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules=["query"], task_type="SEQ_CLS"))
+        peft = get_peft_model(
+            model, LoraConfig(r=2, lora_alpha=2, target_modules=["query"], task_type="SEQ_CLS")
+        )
         for name, value in peft.named_parameters():
             if "lora_B" in name:
                 value.data.normal_()
         peft.save_pretrained(str(folder))
         each.append(deltas(peft))
     done = aggregate("fedex-lora", folders, tmp_path / "out")
-    assert any("Heads and other saved modules (every client) were left alone" in note for note in done.notes)
+    assert any(
+        "Heads and other saved modules (every client) were left alone" in note
+        for note in done.notes
+    )
     config = json.loads((tmp_path / "out" / "_global" / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None
     assert config["task_type"] is None
@@ -144,9 +162,14 @@ def test_heads_are_left_alone(tiny_bert: Path, tmp_path: Path) -> None:
 
 
 def test_different_ways_to_name_the_same_sites(tiny_bert: Path, tmp_path: Path) -> None:
-    """One tool says which layers by patterns, the other by full names: the output names them in full."""
+    """One tool says which layers by patterns, the other by full names: the output names them in
+    full.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
-    each = [trained(tiny_bert, one, 0, r=2, lora_alpha=2), trained(tiny_bert, two, 1, r=2, lora_alpha=2)]
+    each = [
+        trained(tiny_bert, one, 0, r=2, lora_alpha=2),
+        trained(tiny_bert, two, 1, r=2, lora_alpha=2),
+    ]
     path = two / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": sorted(each[0])}))
     aggregate("fedex-lora", [one, two], tmp_path / "out")

@@ -1,4 +1,6 @@
-"""What is refused: in one sentence that names the file and what is wrong in it, before anything is written."""
+"""What is refused: in one sentence that names the file and what is wrong in it, before anything is
+written.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from tests.aggregate.made import PREFIX, SITES, draw, many, write
 from fedgrove.aggregate import RULES, aggregate
 from fedgrove.aggregate.options import NO_RULE
 from fedgrove.cli import main
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 from fedgrove.methods.registry import names
 
 QUERY = "encoder.layer.1.attention.self.query"
@@ -46,7 +48,9 @@ def spoil(name: str, value: float) -> Change:
 
 
 def put(**held: torch.Tensor) -> Change:
-    return tensors(lambda all_: all_.update({name.replace("__", "."): value for name, value in held.items()}))
+    return tensors(
+        lambda all_: all_.update({name.replace("__", "."): value for name, value in held.items()})
+    )
 
 
 def cut(folder: Path, keep: float) -> None:
@@ -81,13 +85,28 @@ def longer(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Change, str]] = {
-    "another base": (config(base_model_name_or_path="other/base"), r"base model is 'other/base', but .*c0 has 'some/b"),
+    "another base": (
+        config(base_model_name_or_path="other/base"),
+        r"base model is 'other/base', but .*c0 has 'some/b",
+    ),
     "another revision": (config(revision="v2"), "revision of the base model is 'v2'"),
     "fan in, fan out": (config(fan_in_fan_out=True), "fan_in_fan_out"),
-    "an extra site": (other_site, r"layer\.2\.attention\.self\.query\.lora_A\.weight', which .*c0 lacks"),
-    "a missing site": (tensors(lambda t: (t.pop(A), t.pop(B))), r"lacks .*layer\.1.*query\.lora_A\.weight"),
-    "no B": (tensors(lambda t: t.pop(B)), r"query\.lora_A\.weight' has no lora_B; one half of the pair is missing"),
-    "no A": (tensors(lambda t: t.pop(A)), r"query\.lora_B\.weight' has no lora_A; one half of the pair is missing"),
+    "an extra site": (
+        other_site,
+        r"layer\.2\.attention\.self\.query\.lora_A\.weight', which .*c0 lacks",
+    ),
+    "a missing site": (
+        tensors(lambda t: (t.pop(A), t.pop(B))),
+        r"lacks .*layer\.1.*query\.lora_A\.weight",
+    ),
+    "no B": (
+        tensors(lambda t: t.pop(B)),
+        r"query\.lora_A\.weight' has no lora_B; one half of the pair is missing",
+    ),
+    "no A": (
+        tensors(lambda t: t.pop(A)),
+        r"query\.lora_B\.weight' has no lora_A; one half of the pair is missing",
+    ),
     "nan": (spoil(A, float("nan")), r"layer\.1.*query\.lora_A\.weight' holds NaN or Inf"),
     "inf": (spoil(B, float("inf")), r"layer\.1.*query\.lora_B\.weight' holds NaN or Inf"),
     "out": (wider, r"query\.lora_B\.weight' has 11 out features, but 10"),
@@ -101,23 +120,44 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         r"lora_B\.weight' has shape \[10, 4\], but.* 3",
     ),
     "rank of the config": (config(r=4), r"lora_A\.weight' has shape \[3, 7\], but its rank is 4"),
-    "a convolution": (tensors(lambda t: t.update({A: torch.zeros(3, 7, 1, 1)})), "must be a matrix"),
+    "a convolution": (
+        tensors(lambda t: t.update({A: torch.zeros(3, 7, 1, 1)})),
+        "must be a matrix",
+    ),
     "an empty factor": (tensors(lambda t: t.update({A: torch.zeros(3, 0)})), "must be a matrix"),
-    "whole numbers": (tensors(lambda t: t.update({A: torch.zeros(3, 7).int()})), r"lora_A\.weight' is stored as I32"),
-    "cut": (lambda folder: cut(folder, 0.9), r"c1/adapter_model\.safetensors is not a whole safetensors file"),
+    "whole numbers": (
+        tensors(lambda t: t.update({A: torch.zeros(3, 7).int()})),
+        r"lora_A\.weight' is stored as I32",
+    ),
+    "cut": (
+        lambda folder: cut(folder, 0.9),
+        r"c1/adapter_model\.safetensors is not a whole safetensors file",
+    ),
     "cut in the header": (lambda folder: cut(folder, 0.01), "not a whole safetensors file"),
     "empty": (lambda folder: cut(folder, 0), "not a whole safetensors file"),
     "pickled": (pickled, r"adapter_model\.bin holds pickled weights"),
-    "no weights": (without("adapter_model.safetensors"), r"adapter_model\.safetensors does not exist"),
+    "no weights": (
+        without("adapter_model.safetensors"),
+        r"adapter_model\.safetensors does not exist",
+    ),
     "no config": (without("adapter_config.json"), r"adapter_config\.json does not exist"),
     "a broken config": (text("{"), r"adapter_config\.json cannot be read as JSON"),
     "a config that is a list": (text("[]"), r"adapter_config\.json does not hold a JSON object"),
     "rslora": (config(use_rslora=True), "rsLoRA"),
     "dora": (config(use_dora=True), "DoRA"),
-    "dora by its tensors": (put(**{f"{QUERY}__lora_magnitude_vector": torch.ones(10)}), "lora_magnitude_vector"),
+    "dora by its tensors": (
+        put(**{f"{QUERY}__lora_magnitude_vector": torch.ones(10)}),
+        "lora_magnitude_vector",
+    ),
     "embeddings": (put(x__lora_embedding_A=torch.ones(3, 4)), "lora_embedding_A"),
-    "two adapters": (put(**{f"{QUERY}__lora_A__other__weight": torch.ones(3, 7)}), "holds two adapters"),
-    "no lora": (tensors(lambda t: [t.pop(name) for name in list(t)] and t.update(x=torch.ones(1))), "no LoRA tensors"),
+    "two adapters": (
+        put(**{f"{QUERY}__lora_A__other__weight": torch.ones(3, 7)}),
+        "holds two adapters",
+    ),
+    "no lora": (
+        tensors(lambda t: [t.pop(name) for name in list(t)] and t.update(x=torch.ones(1))),
+        "no LoRA tensors",
+    ),
     "bias": (config(bias="all"), "bias is 'all'"),
     "lora bias": (config(lora_bias=True), "biases"),
     "pissa": (config(init_lora_weights="pissa_niter_4"), "changes the base weights"),
@@ -128,7 +168,10 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "alpha zero": (config(lora_alpha=0), "lora_alpha is 0; it must be a number above 0"),
     "a pattern": (config(alpha_pattern={"(": 3}), "no regular expression"),
     "a pattern's value": (config(rank_pattern={"query": "3"}), "rank_pattern 'query' is '3'"),
-    "other ranks": (lambda folder: write(folder, draw(1, 2), 4.0), "has rank 2, but 3 .*fedit needs equal ranks"),
+    "other ranks": (
+        lambda folder: write(folder, draw(1, 2), 4.0),
+        "has rank 2, but 3 .*fedit needs equal ranks",
+    ),
     "other scales": (config(lora_alpha=7), r"alpha / r of .* is 2\.33333, but 2 .*rescale=B"),
 }
 
@@ -175,16 +218,28 @@ ASKED: dict[str, tuple[list[str], str]] = {
     "negative": (["fedit", "--weights=-1,2,2"], "not negative"),
     "all zero": (["fedit", "--weights", "0,0,0"], "not all zero"),
     "nan": (["fedit", "--weights", "nan,1,1"], "must be finite"),
-    "rank": (["fedit", "--rank", "4"], "--rank has no meaning for fedit; it is the global rank of flexlora, raflora"),
+    "rank": (
+        ["fedit", "--rank", "4"],
+        "--rank has no meaning for fedit; it is the global rank of flexlora, raflora",
+    ),
     "rank 0": (["flexlora", "--rank", "0"], "--rank is 0"),
-    "key": (["fedtreelora", "--option", "taw=0.1"], "--option taw: fedtreelora has no such key; did you mean tau?"),
+    "key": (
+        ["fedtreelora", "--option", "taw=0.1"],
+        "--option taw: fedtreelora has no such key; did you mean tau?",
+    ),
     "no keys": (["flexlora", "--option", "K=2"], "it takes none"),
-    "value": (["fedtreelora", "--option", "K=two"], 'K must be an integer of at least 1, not "two"'),
+    "value": (
+        ["fedtreelora", "--option", "K=two"],
+        'K must be an integer of at least 1, not "two"',
+    ),
     "range": (["fedtreelora", "--option", "K=0"], "K must be an integer of at least 1, not 0"),
     "choice": (["fedtreelora", "--option", "distance=cosin"], "did you mean distance=cosine?"),
     "shape": (["fedtreelora", "--option", "K"], "write key=value"),
     "twice": (["fedtreelora", "--option", "K=2", "--option", "K=3"], "given twice"),
-    "clusters": (["hilora", "--option", "k_min=5", "--option", "k_max=3"], "k_min = 5 is above k_max = 3"),
+    "clusters": (
+        ["hilora", "--option", "k_min=5", "--option", "k_max=3"],
+        "k_min = 5 is above k_max = 3",
+    ),
     "infinite": (["lora-fair", "--option", "lam=inf"], "lam"),
 }
 
@@ -211,7 +266,9 @@ def test_names(tmp_path: Path) -> None:
         aggregate("fedit", [*folders, twin], tmp_path / "out")
     for name in ("_global", ".hidden", "noise.json", "aggregate.json"):
         with pytest.raises(AdapterError, match="cannot be called"):
-            aggregate("fedit", [*folders, write(tmp_path / name, draw(0, 3), 6.0)], tmp_path / "out")
+            aggregate(
+                "fedit", [*folders, write(tmp_path / name, draw(0, 3), 6.0)], tmp_path / "out"
+            )
     with pytest.raises(AdapterError, match="no-such is not a directory"):
         aggregate("fedit", [*folders, tmp_path / "no-such"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -225,7 +282,9 @@ def test_a_directory_that_exists_is_left_alone(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_an_interrupted_aggregation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_aggregation_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders, _ = many(tmp_path / "in", [3, 3], [6.0] * 2)
     site = RULES["fedit"].site
 

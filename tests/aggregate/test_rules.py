@@ -1,4 +1,6 @@
-"""Every rule without groups against a dense float64 formula of its own: mixed ranks, mixed alphas, unequal weights."""
+"""Every rule without groups against a dense float64 formula of its own: mixed ranks, mixed alphas,
+unequal weights.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.aggregate.made import SITES, Array, best, close, dense, many, products, read, total_noise, weighted, write
+from tests.aggregate.made import (
+    SITES,
+    Array,
+    best,
+    close,
+    dense,
+    many,
+    products,
+    read,
+    total_noise,
+    weighted,
+    write,
+)
 
 from fedgrove.aggregate import RULES, aggregate
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 WEIGHTS = [120.0, 80.0, 45.5]
 TEXT = "120,80,45.5"
@@ -26,7 +40,9 @@ def check_noise(out: Path, ideal: dict[str, Array]) -> None:
     found = dense(out / "_global")
     for site, value in sites.items():
         size = float(np.linalg.norm(ideal[site]))
-        assert value == pytest.approx(np.linalg.norm(found[site] - ideal[site]), rel=1e-9, abs=1e-12 * size)
+        assert value == pytest.approx(
+            np.linalg.norm(found[site] - ideal[site]), rel=1e-9, abs=1e-12 * size
+        )
     assert total == pytest.approx(np.sqrt(sum(value**2 for value in sites.values())), rel=1e-12)
 
 
@@ -42,7 +58,11 @@ def test_fedit(tmp_path: Path) -> None:
         close(b, weighted([each[site][1] for each in factors], WEIGHTS))
         assert scale == 2.0
     check_noise(tmp_path / "out", ideal_of(factors, EVEN[1]))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_global", "aggregate.json", "noise.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "_global",
+        "aggregate.json",
+        "noise.json",
+    ]
 
 
 def test_uniform_without_weights(tmp_path: Path) -> None:
@@ -60,12 +80,17 @@ def folded(factors: Any, alphas: Any, scale: float) -> list[dict[str, tuple[Arra
     ]
 
 
-@pytest.mark.parametrize("method", ["fedit", "fedex-lora", "fedsa-lora", "fedvlm", "lora-fair", "fedrot-lora"])
-def test_rescale_is_the_same_as_folding_the_scale_into_b_by_hand(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method", ["fedit", "fedex-lora", "fedsa-lora", "fedvlm", "lora-fair", "fedrot-lora"]
+)
+def test_rescale_is_the_same_as_folding_the_scale_into_b_by_hand(
+    method: str, tmp_path: Path
+) -> None:
     alphas = [6.0, 3.0, 12.0]
     folders, factors = many(tmp_path / "a", [3, 3, 3], alphas)
     by_hand = [
-        write(tmp_path / "b" / f"c{number}", each, 6.0) for number, each in enumerate(folded(factors, alphas, 2.0))
+        write(tmp_path / "b" / f"c{number}", each, 6.0)
+        for number, each in enumerate(folded(factors, alphas, 2.0))
     ]
     aggregate(method, folders, tmp_path / "one", options=["rescale=B"], weights=TEXT)
     aggregate(method, by_hand, tmp_path / "two", weights=TEXT)
@@ -104,7 +129,9 @@ def test_ffa_lora(tmp_path: Path) -> None:
     one = dict(same[1])
     one["encoder.layer.1.attention.self.query"] = factors[1]["encoder.layer.1.attention.self.query"]
     write(tmp_path / "c1", one, 6.0)
-    with pytest.raises(AdapterError, match=r"c1.adapter_model.*layer\.1.*query\.lora_A.*ffa-lora freezes A"):
+    with pytest.raises(
+        AdapterError, match=r"c1.adapter_model.*layer\.1.*query\.lora_A.*ffa-lora freezes A"
+    ):
         aggregate("ffa-lora", folders, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -115,7 +142,9 @@ def test_flora_stacks_and_is_exact(tmp_path: Path) -> None:
     for site, (a, b, scale) in read(tmp_path / "out" / "_global").items():
         assert a.shape[0] == 6
         assert scale == 1.0  # of the largest client
-        assert np.array_equal(b, np.concatenate([each[site][1] for each in factors], 1))  # A alone carries the weights
+        assert np.array_equal(
+            b, np.concatenate([each[site][1] for each in factors], 1)
+        )  # A alone carries the weights
         close(scale * b @ a, ideal_of(factors, [4.0, 3.0, 12.0])[site])
     assert total_noise(tmp_path / "out")[0] == 0.0
 
@@ -137,7 +166,9 @@ def test_flexlora(rank: int | None, tmp_path: Path) -> None:
         a, b, scale = read(tmp_path / "out" / "_global")[site]
         assert a.shape[0] == (rank or 5)
         close(scale * b @ a, best(ideal[site], rank or 5))
-        np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0), atol=1e-12)  # sqrt in both
+        np.testing.assert_allclose(
+            np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0), atol=1e-12
+        )  # sqrt in both
         for number, (own, alpha) in enumerate(zip(*MIXED, strict=True)):
             a, b, scale = read(tmp_path / "out" / f"c{number}")[site]
             assert (a.shape[0], scale) == (own, alpha / own)
@@ -163,7 +194,13 @@ def hetlora(factors: Any, alphas: Any, weights: Any) -> dict[str, Array]:
 @pytest.mark.parametrize("variant", ["full", "reduced"])
 def test_hetlora(variant: str, tmp_path: Path) -> None:
     folders, factors = many(tmp_path, *MIXED)
-    done = aggregate("hetlora", folders, tmp_path / "out", weights=TEXT, options=["rescale=B", f"variant={variant}"])
+    done = aggregate(
+        "hetlora",
+        folders,
+        tmp_path / "out",
+        weights=TEXT,
+        options=["rescale=B", f"variant={variant}"],
+    )
     assert any("--weights was not used" in note for note in done.notes) == (variant == "full")
     norms = [
         np.sqrt(sum(np.linalg.norm(products([each], [alpha], site)[0]) ** 2 for site in SITES))
@@ -217,7 +254,9 @@ def test_fedex_lora_holds_the_means_and_is_exact(ranks: list[int], tmp_path: Pat
     assert total_noise(tmp_path / "out")[0] == 0.0
 
 
-def test_lora_fair_without_steps_is_fedit_and_with_many_points_where_the_mean_does(tmp_path: Path) -> None:
+def test_lora_fair_without_steps_is_fedit_and_with_many_points_where_the_mean_does(
+    tmp_path: Path,
+) -> None:
     folders, factors = many(tmp_path, *EVEN)
     aggregate("fedit", folders, tmp_path / "fedit", weights=TEXT)
     aggregate("lora-fair", folders, tmp_path / "none", weights=TEXT, options=["max_steps=0"])
@@ -233,7 +272,9 @@ def test_lora_fair_without_steps_is_fedit_and_with_many_points_where_the_mean_do
         limit = np.linalg.norm(inside) / np.linalg.norm(ideal[site])
         found = dense(tmp_path / "fair" / "_global")[site]
         cosine = (found * ideal[site]).sum() / np.linalg.norm(found) / np.linalg.norm(ideal[site])
-        assert (means * ideal[site]).sum() / np.linalg.norm(means) / np.linalg.norm(ideal[site]) < limit
+        assert (means * ideal[site]).sum() / np.linalg.norm(means) / np.linalg.norm(
+            ideal[site]
+        ) < limit
         assert cosine == pytest.approx(limit, abs=1e-3)
     check_noise(tmp_path / "fair", ideal)
 
@@ -260,7 +301,14 @@ def test_fedrot_lora_aligns_b_in_the_second_round_and_a_in_the_third(tmp_path: P
         close(dense(tmp_path / "one" / "_global")[site], matrix)
     later, new = many(tmp_path / "later", *EVEN, seed=50)
     for number, (before, after, half) in enumerate((("one", "two", "B"), ("two", "three", "A"))):
-        aggregate("fedrot-lora", later, tmp_path / after, weights=TEXT, previous=tmp_path / before, options=["lam=0.7"])
+        aggregate(
+            "fedrot-lora",
+            later,
+            tmp_path / after,
+            weights=TEXT,
+            previous=tmp_path / before,
+            options=["lam=0.7"],
+        )
         old = read(tmp_path / before / "_global")
         for site, (a, b, _) in read(tmp_path / after / "_global").items():
             pairs = [turned(each[site][0], each[site][1], old[site], half, 0.7) for each in new]
@@ -278,7 +326,13 @@ def partitions(factors: Any, alphas: Any, weights: Any, site: str) -> Array:
         owners = [n for n, each in enumerate(factors) if each[site][0].shape[0] > j]
         for n in owners:
             a, b = factors[n][site]
-            total += weights[n] / sum(weights[o] for o in owners) * alphas[n] / len(a) * np.outer(b[:, j], a[j])
+            total += (
+                weights[n]
+                / sum(weights[o] for o in owners)
+                * alphas[n]
+                / len(a)
+                * np.outer(b[:, j], a[j])
+            )
     return total
 
 
@@ -311,11 +365,17 @@ def test_raflora_keeps_the_directions_that_nobody_owns(tmp_path: Path) -> None:
 
 
 def tagged(folder: Path, indices: list[int], rank: int) -> None:
-    (folder / "fedgrove.json").write_text(json.dumps({"rank_indices": indices, "global_rank": rank}))
+    (folder / "fedgrove.json").write_text(
+        json.dumps({"rank_indices": indices, "global_rank": rank})
+    )
 
 
 def test_fed_plora(tmp_path: Path) -> None:
-    held = [[0, 3], [5, 0, 1], [0, 1, 2, 3, 4, 5]]  # the second's rows are in an order of their own; 6, 7 in none
+    held = [
+        [0, 3],
+        [5, 0, 1],
+        [0, 1, 2, 3, 4, 5],
+    ]  # the second's rows are in an order of their own; 6, 7 in none
     ranks = [len(each) for each in held]
     alphas = [1.5 * rank for rank in ranks]
     folders, factors = many(tmp_path, ranks, alphas)
@@ -343,7 +403,10 @@ def test_fed_plora(tmp_path: Path) -> None:
                     continue
                 close(a[j], np.mean([factors[n][site][0][row] for n, row in rows], axis=0))
                 close(b[:, j], np.mean([factors[n][site][1][:, row] for n, row in rows], axis=0))
-                each = [np.outer(factors[n][site][1][:, row], factors[n][site][0][row]) for n, row in rows]
+                each = [
+                    np.outer(factors[n][site][1][:, row], factors[n][site][0][row])
+                    for n, row in rows
+                ]
                 ideal[site] += 1.5 * np.mean(each, axis=0)
         check_noise(tmp_path / name, ideal)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedgrove.clustering.spectral import match, spectral
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 Matrix = NDArray[np.float64]
 
@@ -20,20 +20,34 @@ def random_distances(seed: int, clients: int) -> Matrix:
 def planted(seed: int, groups: list[int], inside: float = 0.1, outside: float = 0.8) -> Matrix:
     """Distances of subspaces: small within a group, large between groups, jittered."""
     own = np.equal.outer(groups, groups)
-    return random_distances(seed, len(groups)) * 0.05 + np.where(own, inside, outside) * (1 - np.eye(len(groups)))
+    return random_distances(seed, len(groups)) * 0.05 + np.where(own, inside, outside) * (
+        1 - np.eye(len(groups))
+    )
 
 
 def slow_eigenvalues(D: Matrix) -> tuple[float, Matrix]:
     n = len(D)
     sigma = float(np.median([D[i, j] for i in range(n) for j in range(n) if i != j]))
     W = np.array([[math.exp(-(D[i, j] ** 2) / (2 * sigma**2)) for j in range(n)] for i in range(n)])
-    L = np.array([[float(i == j) - W[i, j] / math.sqrt(W[i].sum() * W[j].sum()) for j in range(n)] for i in range(n)])
+    L = np.array(
+        [
+            [float(i == j) - W[i, j] / math.sqrt(W[i].sum() * W[j].sum()) for j in range(n)]
+            for i in range(n)
+        ]
+    )
     return sigma, np.sort(np.linalg.eigvalsh(L))
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), clients=st.integers(3, 14), k_min=st.integers(1, 3), k_max=st.integers(3, 12))
-def test_bandwidth_eigenvalues_and_eigengap(seed: int, clients: int, k_min: int, k_max: int) -> None:
+@given(
+    seed=st.integers(0, 2**31),
+    clients=st.integers(3, 14),
+    k_min=st.integers(1, 3),
+    k_max=st.integers(3, 12),
+)
+def test_bandwidth_eigenvalues_and_eigengap(
+    seed: int, clients: int, k_min: int, k_max: int
+) -> None:
     D = random_distances(seed, clients)
     sigma, values = slow_eigenvalues(D)
     got = spectral(D, k_min, k_max)

@@ -1,4 +1,6 @@
-"""The merge tree, its cuts and the depth search against slow re-implementations of methods.md A1."""
+"""The merge tree, its cuts and the depth search against slow re-implementations of methods.md
+A1.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedgrove.clustering import tree
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 Matrix = NDArray[np.float64]
 
@@ -55,7 +57,9 @@ def slow_silhouette(labels: NDArray[np.int64], D: Matrix) -> float:
     return float(np.mean(scores))
 
 
-def slow_search(D: Matrix, layers: list[Matrix], tau: float, K: int) -> list[tuple[int, set[frozenset[int]]]]:
+def slow_search(
+    D: Matrix, layers: list[Matrix], tau: float, K: int
+) -> list[tuple[int, set[frozenset[int]]]]:
     clients, previous, result = len(D), 1, []
     for layer in layers:
         best, best_score = None, -np.inf
@@ -73,9 +77,13 @@ def slow_search(D: Matrix, layers: list[Matrix], tau: float, K: int) -> list[tup
     return result
 
 
-@pytest.mark.parametrize(("linkage", "between"), [("average", np.mean), ("complete", np.max), ("single", np.min)])
+@pytest.mark.parametrize(
+    ("linkage", "between"), [("average", np.mean), ("complete", np.max), ("single", np.min)]
+)
 @pytest.mark.parametrize("seed", range(4))
-def test_every_cut_is_greedy_agglomeration(linkage: str, between: Callable[[Matrix], float], seed: int) -> None:
+def test_every_cut_is_greedy_agglomeration(
+    linkage: str, between: Callable[[Matrix], float], seed: int
+) -> None:
     D = random_distances(seed, 9)
     Z = tree.merge_tree(D, linkage)
     assert Z.shape == (8, 4)
@@ -102,7 +110,9 @@ def test_one_and_two_clients() -> None:
     for matrix in (np.zeros((1, 1)), two):
         Z = tree.merge_tree(matrix)
         cuts = tree.layer_cuts(Z, [matrix, matrix], tau=-1.0, K=5)
-        assert [(each.count, each.score, set(each.labels.tolist())) for each in cuts] == [(1, -1.0, {0})] * 2
+        assert [(each.count, each.score, set(each.labels.tolist())) for each in cuts] == [
+            (1, -1.0, {0})
+        ] * 2
         assert [each.count for each in tree.untied_cuts([matrix], tau=-1.0)] == [1]
         assert [each.count for each in tree.layer_cuts(Z, [matrix], tau=0.1, K=1, fixed=4)] == [1]
         assert tree.descend(Z, cuts, np.ones(len(matrix))) == [0, 0]
@@ -131,13 +141,17 @@ def test_silhouette_of_singletons_is_zero() -> None:
     tau=st.floats(-0.5, 0.6),
     K=st.integers(1, 4),
 )
-def test_the_depth_search_is_the_papers_and_is_nested(seed: int, clients: int, layers: int, tau: float, K: int) -> None:
+def test_the_depth_search_is_the_papers_and_is_nested(
+    seed: int, clients: int, layers: int, tau: float, K: int
+) -> None:
     per_layer = [random_distances(seed + n, clients) for n in range(layers)]
     D = np.mean(per_layer, axis=0)
     cuts = tree.layer_cuts(tree.merge_tree(D), per_layer, tau, K)
     assert [each.layer for each in cuts] == list(range(layers))
     if clients > 1:
-        assert [(each.count, groups_of(each.labels)) for each in cuts] == slow_search(D, per_layer, tau, K)
+        assert [(each.count, groups_of(each.labels)) for each in cuts] == slow_search(
+            D, per_layer, tau, K
+        )
     previous, limit = np.zeros(clients, dtype=np.int64), 1
     for each, matrix in zip(cuts, per_layer, strict=True):
         assert each.count == len(groups_of(each.labels))
@@ -166,13 +180,23 @@ def test_permuting_the_clients_permutes_the_result(seed: int, order: list[int]) 
         back = {frozenset(order[i] for i in group) for group in groups_of(right.labels)}
         assert back == groups_of(left.labels)
     for left, right, g, g2 in zip(cuts, cuts2, joined, joined2, strict=True):
-        assert {order[i] for i in np.flatnonzero(right.labels == g2)} == set(np.flatnonzero(left.labels == g).tolist())
+        assert {order[i] for i in np.flatnonzero(right.labels == g2)} == set(
+            np.flatnonzero(left.labels == g).tolist()
+        )
 
 
 def test_planted_groups_appear_layer_by_layer() -> None:
-    """Shallow layers see no groups, middle ones two, deep ones four: the trunk, then the branches."""
+    """Shallow layers see no groups, middle ones two, deep ones four: the trunk, then the
+    branches.
+    """
     two, four = [0, 0, 0, 0, 1, 1, 1, 1, 0, 1], [0, 0, 1, 1, 4, 4, 5, 5, 0, 4]
-    layers = [planted(1, [0] * 10), planted(2, two), planted(3, two), planted(4, four), planted(5, four)]
+    layers = [
+        planted(1, [0] * 10),
+        planted(2, two),
+        planted(3, two),
+        planted(4, four),
+        planted(5, four),
+    ]
     Z = tree.merge_tree(np.mean(layers, axis=0))
     cuts = tree.layer_cuts(Z, layers, tau=0.5, K=3)
     assert [each.count for each in cuts] == [1, 2, 2, 4, 4]
@@ -248,7 +272,8 @@ def test_descent_goes_to_the_nearer_branch_on_average() -> None:
     Z = tree.merge_tree(np.mean(layers, axis=0))
     cuts = tree.layer_cuts(Z, layers, tau=0.5, K=2)
     assert [each.count for each in cuts] == [1, 2, 2]
-    # Nearest to client 0 alone, but nearer to the other group on average: average linkage goes by the mean.
+    # Nearest to client 0 alone, but nearer to the other group on average: average linkage goes by
+    # the mean.
     to = np.array([1.0, 3.0, 9.0, 3.0, 9.0, 3.0])
     assert tree.descend(Z, cuts, to) == [0, 1, 1]
     assert tree.descend(Z, cuts, np.array([2.0, 8.0, 2.0, 8.0, 2.0, 8.0])) == [0, 0, 0]

@@ -1,4 +1,6 @@
-"""A finished comparison on the tiny model. Its runs draw no reports: those have their own tests and take the time."""
+"""A finished comparison on the tiny model. Its runs draw no reports: those have their own tests and
+take the time.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def job(tiny_bert: Path, silos: Path) -> Job:
 
 
 #: One method with an option of its own (training alone comes by itself), two seeds, two trials.
-ASKED: dict[str, Any] = {"methods": "alike: fedit[weights=uniform]", "seeds": "0,1", "tune": ["lr=1e-4,2e-2"]}
+ASKED: dict[str, Any] = {
+    "methods": "alike: fedit[weights=uniform]",
+    "seeds": "0,1",
+    "tune": ["lr=1e-4,2e-2"],
+}
 
 
 @pytest.fixture(scope="session")

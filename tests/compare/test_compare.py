@@ -20,10 +20,10 @@ from fedgrove.cli import main
 from fedgrove.compare import compare, tables
 from fedgrove.compare.campaign import validation_score
 from fedgrove.compare.progress import Overall
-from fedgrove.errors import FedgroveError, RunError
+from fedgrove.ground.errors import FedgroveError, RunError
 from fedgrove.job import Job
-from fedgrove.result import Result
 from fedgrove.tracking.callback import Callback, Callbacks
+from fedgrove.use.result import Result
 
 HELD_OUT = ["federation.held_out=['site-2']"]
 LABELS = ["local", "alike"]
@@ -44,10 +44,14 @@ def stamps(out: Path) -> dict[str, int]:
 
 
 def test_every_method_runs_on_every_seed_with_one_job(compared: Path) -> None:
-    runs = {label: [Result(compared / "runs" / label / f"seed-{seed}") for seed in (0, 1)] for label in LABELS}
+    runs = {
+        label: [Result(compared / "runs" / label / f"seed-{seed}") for seed in (0, 1)]
+        for label in LABELS
+    }
     for index, seed in enumerate((0, 1)):
         prints = {
-            json.loads((each[index].path / "federation.json").read_text())["fingerprint"] for each in runs.values()
+            json.loads((each[index].path / "federation.json").read_text())["fingerprint"]
+            for each in runs.values()
         }
         assert len(prints) == 1
         jobs = [each[index].job.to_dict() for each in runs.values()]
@@ -73,12 +77,18 @@ def test_the_numbers_are_those_of_the_runs(compared: Path) -> None:
         assert row["metric"]["std"] == pytest.approx(stdev(means))
         assert row["metric"]["tail10"] == pytest.approx(fmean(s["tail10"] for s in summaries))
         trained = [[c for c in s["clients"].values() if not c.get("held_out")] for s in summaries]
-        assert row["metric"]["worst"] == pytest.approx(fmean(min(c["metric"] for c in each) for each in trained))
+        assert row["metric"]["worst"] == pytest.approx(
+            fmean(min(c["metric"] for c in each) for each in trained)
+        )
         assert row["metric_tuned"]["mean"] == pytest.approx(
             fmean(fmean(c["metric_tuned"] for c in each) for each in trained)
         )
-        assert row["unseen"]["metric"]["mean"] == pytest.approx(fmean(s["unseen"]["mean"] for s in summaries))
-        assert row["unseen"]["metric_tuned"]["by_seed"] == [s["clients"]["site-2"]["metric_tuned"] for s in summaries]
+        assert row["unseen"]["metric"]["mean"] == pytest.approx(
+            fmean(s["unseen"]["mean"] for s in summaries)
+        )
+        assert row["unseen"]["metric_tuned"]["by_seed"] == [
+            s["clients"]["site-2"]["metric_tuned"] for s in summaries
+        ]
         assert row["parameters"] == summaries[0]["parameters"]
         assert row["bytes"] == summaries[0]["bytes"]
         assert row["seconds"] == pytest.approx(fmean(s["seconds"]["total"] for s in summaries))
@@ -87,7 +97,10 @@ def test_the_numbers_are_those_of_the_runs(compared: Path) -> None:
         assert row["curve"][-1]["bytes"] == row["bytes"]["up"] + row["bytes"]["down"]
         assert row["curve"][0]["bytes"] * 2 == row["curve"][1]["bytes"]
     base = [
-        Result(compared / "runs" / "local" / f"seed-{s}").summary["clients"]["site-0"]["metric_base"] for s in (0, 1)
+        Result(compared / "runs" / "local" / f"seed-{s}").summary["clients"]["site-0"][
+            "metric_base"
+        ]
+        for s in (0, 1)
     ]
     assert [found["base"]["values"]["metric"][seed]["site-0"] for seed in ("0", "1")] == base
     for measure in ("metric", "metric_tuned"):
@@ -100,7 +113,10 @@ def test_tuning_is_the_same_for_all_on_its_own_seed(compared: Path) -> None:
     assert found["tuning"]["seed"] == 1001
     for label in LABELS:
         tuned = found["tuning"]["methods"][label]
-        assert [trial["values"] for trial in tuned["trials"]] == [{"train.lr": 1e-4}, {"train.lr": 2e-2}]
+        assert [trial["values"] for trial in tuned["trials"]] == [
+            {"train.lr": 1e-4},
+            {"train.lr": 2e-2},
+        ]
         scores = []
         for trial in tuned["trials"]:
             result = Result(compared / "tune" / label / trial["name"])
@@ -122,17 +138,23 @@ def test_a_trial_whose_loss_is_not_finite_has_no_score(compared: Path, tmp_path:
     assert validation_score(Result(source)) is not None
     (tmp_path / "summary.json").write_text((source / "summary.json").read_text())
     lines = (source / "metrics.jsonl").read_text()
-    broken = re.sub(r'("client": "site-0", "split": "validation", "loss": )[\d.e-]+', r"\1null", lines)
+    broken = re.sub(
+        r'("client": "site-0", "split": "validation", "loss": )[\d.e-]+', r"\1null", lines
+    )
     assert broken != lines
     (tmp_path / "metrics.jsonl").write_text(broken)
     assert validation_score(Result(tmp_path)) is None
-    (tmp_path / "metrics.jsonl").write_text("".join(x for x in lines.splitlines(True) if "validation" not in x))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(x for x in lines.splitlines(True) if "validation" not in x)
+    )
     with pytest.raises(RunError, match="no validation measures of round 2"):
         validation_score(Result(tmp_path))
 
 
 def test_a_diverged_trial_loses_and_does_not_end_the_comparison(job: Job, tmp_path: Path) -> None:
-    found = compare(job, "local", "0", tmp_path / "out", tune=["lr=1e-3,1e30"], settings=["train.clip=0"])
+    found = compare(
+        job, "local", "0", tmp_path / "out", tune=["lr=1e-3,1e30"], settings=["train.clip=0"]
+    )
     trials = found["tuning"]["methods"]["local"]["trials"]
     assert trials[1]["score"] is None
     assert trials[1]["problem"]
@@ -142,7 +164,10 @@ def test_a_diverged_trial_loses_and_does_not_end_the_comparison(job: Job, tmp_pa
 def test_the_tables_parse_and_name_the_head(compared: Path) -> None:
     markdown = (compared / "table.md").read_text(encoding="utf-8")
     assert "Head: local for every method." in markdown
-    blocks = [[line for line in part.splitlines() if line.startswith("|")] for part in markdown.split("**Traffic")]
+    blocks = [
+        [line for line in part.splitlines() if line.startswith("|")]
+        for part in markdown.split("**Traffic")
+    ]
     for block, first in zip(blocks, ("base, head alone", "local"), strict=True):
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block]
         assert len({len(row) for row in rows}) == 1
@@ -170,7 +195,9 @@ def test_the_page_needs_nothing_else(compared: Path) -> None:
         assert f'href="runs/{label}/seed-1/report.html"' in page
 
 
-def test_what_is_done_is_not_done_again(compared: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_is_not_done_again(
+    compared: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, numbers = stamps(compared), content(compared)
 
     def never(*_: Any) -> None:
@@ -201,12 +228,18 @@ class Stopping(Overall):
             yield Callbacks([watch, Stop()]) if self.done + 1 == self.at else watch
 
 
-def test_an_interrupted_comparison_goes_on_to_the_same_numbers(compared: Path, job: Job, tmp_path: Path) -> None:
+def test_an_interrupted_comparison_goes_on_to_the_same_numbers(
+    compared: Path, job: Job, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     for at in (2, 6):
         with pytest.raises(KeyboardInterrupt):
             compare(job, out=out, settings=HELD_OUT, progress=Stopping(at), **ASKED)
-    before = {name: stamp for name, stamp in stamps(out).items() if name.startswith(("tune", "runs/local/seed-0"))}
+    before = {
+        name: stamp
+        for name, stamp in stamps(out).items()
+        if name.startswith(("tune", "runs/local/seed-0"))
+    }
     assert len({name.split("/seed-")[0].rsplit("/lr=")[0] for name in before}) == 3
     compare(job, out=out, settings=HELD_OUT, **ASKED)
     assert before.items() <= stamps(out).items()
@@ -255,7 +288,9 @@ def test_runs_on_other_data_are_not_compared(job: Job, tmp_path: Path) -> None:
         ({"tune": ["lr=1,2"], "tune_seed": 0}, "--tune-seed 0"),
     ],
 )
-def test_wrong_inputs_are_one_sentence_and_write_nothing(asked: Any, words: str, job: Job, tmp_path: Path) -> None:
+def test_wrong_inputs_are_one_sentence_and_write_nothing(
+    asked: Any, words: str, job: Job, tmp_path: Path
+) -> None:
     with pytest.raises(FedgroveError) as caught:
         compare(job, out=tmp_path / "out", **{"methods": "fedit", "seeds": "0"} | asked)
     assert words in str(caught.value)
@@ -271,10 +306,21 @@ def test_a_foreign_directory_is_refused(job: Job, tmp_path: Path) -> None:
         compare(job, "fedit", "0", tmp_path / "notes.txt")
 
 
-def test_the_command(compared: Path, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    compared: Path, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "job.toml"
     file.write_text(job.to_toml())
-    common = ["compare", str(file), "--methods", ASKED["methods"], "--set", HELD_OUT[0], "--tune", ASKED["tune"][0]]
+    common = [
+        "compare",
+        str(file),
+        "--methods",
+        ASKED["methods"],
+        "--set",
+        HELD_OUT[0],
+        "--tune",
+        ASKED["tune"][0],
+    ]
     assert main([*common, "--seeds", "0,1", "--out", str(compared)]) == 0
     printed = capsys.readouterr().out
     assert "[8/8] alike, seed 1" in printed
@@ -303,14 +349,18 @@ def test_a_narrow_terminal_gets_the_table_in_parts_and_every_number_whole(compar
     assert printed[60].count("base, head alone") > printed[200].count("base, head alone") == 1
 
 
-def test_methods_that_learn_to_write_are_compared_too(tiny_llama: Path, exchanges: Path, tmp_path: Path) -> None:
+def test_methods_that_learn_to_write_are_compared_too(
+    tiny_llama: Path, exchanges: Path, tmp_path: Path
+) -> None:
     data = {"task": "generate", "max_length": 48, "max_new_tokens": 4, "generate_examples": 2}
     job = tiny_job(tiny_llama, exchanges, data=data, run={"rounds": 1})
     found = compare(job, ["fedit"], [0], tmp_path / "out")
     assert found["metric"] == "rouge_l"
     assert [row["label"] for row in found["methods"]] == ["local", "fedit"]
     figures = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
-    assert figures == {"bytes.png", "clients.png", "differences.png"}, "one measured round has no course"
+    assert figures == {"bytes.png", "clients.png", "differences.png"}, (
+        "one measured round has no course"
+    )
     grid = tables.results(found)
     assert "Rouge_l" in grid.title
     assert grid.rows[0][0].text == "base", "a language model has no head of ours"

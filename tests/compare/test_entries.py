@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from fedgrove.compare.entries import Entry, Knob, parse_methods, parse_seeds, parse_tune, trial_name, trials
-from fedgrove.errors import JobError
+from fedgrove.compare.entries import (
+    Entry,
+    Knob,
+    parse_methods,
+    parse_seeds,
+    parse_tune,
+    trial_name,
+    trials,
+)
+from fedgrove.ground.errors import JobError
 
 
 def test_methods_have_their_own_options_and_labels() -> None:
-    found = parse_methods('fedit, fedtreelora[fixed_k=2, distance="a,b"],fixed: fed-plora[ selection = magnitude ]')
+    found = parse_methods(
+        'fedit, fedtreelora[fixed_k=2, distance="a,b"],fixed: fed-plora[ selection = magnitude ]'
+    )
     assert found == [
         Entry("fedit", "fedit"),
-        Entry('fedtreelora[fixed_k=2, distance="a,b"]', "fedtreelora", ("fixed_k=2", 'distance="a,b"')),
+        Entry(
+            'fedtreelora[fixed_k=2, distance="a,b"]', "fedtreelora", ("fixed_k=2", 'distance="a,b"')
+        ),
         Entry("fixed", "fed-plora", ("selection=magnitude",)),
     ]
     assert found[2].settings == ["method.name=fed-plora", "method.selection=magnitude"]
@@ -48,7 +60,13 @@ def test_wrong_methods(text: str, words: str) -> None:
 def test_seeds() -> None:
     assert parse_seeds("0, 2,1") == [0, 2, 1]
     assert parse_seeds([3, 4]) == [3, 4]
-    for text, words in {"0,one": "'one'", "-1": "'-1'", "": "''", "1.5": "'1.5'", "1,1": "1 twice"}.items():
+    for text, words in {
+        "0,one": "'one'",
+        "-1": "'-1'",
+        "": "''",
+        "1.5": "'1.5'",
+        "1,1": "1 twice",
+    }.items():
         with pytest.raises(JobError, match="--seeds has " + words):
             parse_seeds(text)
 

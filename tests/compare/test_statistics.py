@@ -19,7 +19,11 @@ def test_paired_is_what_scipy_says(n: int) -> None:
     assert found.difference == pytest.approx(np.mean(ours - other), abs=1e-12)
     assert found.p == pytest.approx(stats.wilcoxon(ours, other).pvalue, rel=1e-9)
     interval = stats.bootstrap(
-        (ours - other,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(1)
+        (ours - other,),
+        np.mean,
+        n_resamples=10_000,
+        method="percentile",
+        rng=np.random.default_rng(1),
     ).confidence_interval
     width = interval.high - interval.low
     assert found.low == pytest.approx(interval.low, abs=0.05 * width)
@@ -28,7 +32,9 @@ def test_paired_is_what_scipy_says(n: int) -> None:
 
 
 def test_a_difference_that_is_rounding_is_none() -> None:
-    """0.75 − 0.7 and 0.3 − 0.25 differ in their last bits, but their ranks must tie; scipy alone would order them."""
+    """0.75 − 0.7 and 0.3 − 0.25 differ in their last bits, but their ranks must tie; scipy alone
+    would order them.
+    """
     ours, other = [0.75, 0.3, 0.5, 0.4], [0.7, 0.25, 0.55, 0.4]
     assert paired(ours, other).p == pytest.approx(stats.wilcoxon([1, 1, -1, 0]).pvalue)
 
@@ -52,9 +58,16 @@ def test_everyone_is_tested_against_the_best_over_seeds_and_clients() -> None:
     rng = np.random.default_rng(0)
 
     def row(label: str, level: float) -> dict[str, object]:
-        values = {seed: {f"c{i}": float(rng.normal(level, 0.1)) for i in range(6)} for seed in ("0", "1")}
+        values = {
+            seed: {f"c{i}": float(rng.normal(level, 0.1)) for i in range(6)} for seed in ("0", "1")
+        }
         pooled = [value for each in values.values() for value in each.values()]
-        return {"label": label, "metric": {"mean": float(np.mean(pooled))}, "values": {"metric": values}, "all": pooled}
+        return {
+            "label": label,
+            "metric": {"mean": float(np.mean(pooled))},
+            "values": {"metric": values},
+            "all": pooled,
+        }
 
     rows = [row("low", 0.2), row("high", 0.9), row("middle", 0.5)]
     found = against_best(rows, "metric")

@@ -15,33 +15,43 @@ from flwr.app.error import Error
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedgrove.engines.flower import app
+from fedgrove.deploy import app
 from fedgrove.engines.flower.post import from_content, to_content
 from fedgrove.engines.flower.serve import on_virtual_nodes
 from fedgrove.engines.flower.wire import Note, decode, encode
-from fedgrove.result import Result
-from fedgrove.run import run
+from fedgrove.start import run
+from fedgrove.use.result import Result
 
-#: (node's client, what was asked, its answer) -> what is sent instead: a message, bytes that are none, or nothing
+#: (node's client, what was asked, its answer) -> what is sent instead: a message, bytes that are
+#: none, or nothing
 Change = Callable[[str, Note, Note], Note | bytes | None]
 
 
 class FakeGrid(Grid):
     """``nodes`` virtual nodes that answer when they are asked. ``blobs``: every message both ways.
 
-    ``change`` may alter an answer or lose it (None). An answer in ``late`` waits for a message of a later round.
-    ``errors``: Flower's own error code, by node, for whatever that node is asked. ``configs``: of nodes that are sites.
+    ``change`` may alter an answer or lose it (None). An answer in ``late`` waits for a message of a
+    later round.
+    ``errors``: Flower's own error code, by node, for whatever that node is asked. ``configs``: of
+    nodes that are sites.
     """
 
     pull_interval = 0.0
 
-    def __init__(self, nodes: int, change: Change | None = None, configs: dict[int, dict[str, Any]] | None = None):
+    def __init__(
+        self,
+        nodes: int,
+        change: Change | None = None,
+        configs: dict[int, dict[str, Any]] | None = None,
+    ):
         self.online = set(range(1, nodes + 1))
         self.change = change
         self.configs = configs or {}
         self.blobs: list[tuple[str, bytes]] = []  # (direction, blob)
         self.errors: dict[int, int] = {}
-        self.late: dict[tuple[str, int], int] = {}  # (client, round it trained in) -> round in which the answer comes
+        self.late: dict[
+            tuple[str, int], int
+        ] = {}  # (client, round it trained in) -> round in which the answer comes
         self._held: list[tuple[int, str, Message]] = []
         self._answers: dict[str, Message] = {}
         self._count = itertools.count(1)
@@ -72,9 +82,13 @@ class FakeGrid(Grid):
             sent.append(name)
             self.blobs.append(("down", from_content(message.content)))
             if node in self.errors:
-                self._answers[name] = Message(Error(self.errors[node], "as the test wants"), reply_to=message)
+                self._answers[name] = Message(
+                    Error(self.errors[node], "as the test wants"), reply_to=message
+                )
                 continue
-            config = self.configs.get(node, {"partition-id": node - 1, "num-partitions": len(self.online)})
+            config = self.configs.get(
+                node, {"partition-id": node - 1, "num-partitions": len(self.online)}
+            )
             context = Context(1, node, config, RecordDict(), {})
             answer = app.client(message, context)
             blob = from_content(answer.content)
@@ -99,18 +113,26 @@ class FakeGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._answers.pop(name) for name in list(message_ids) if name in self._answers]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         raise NotImplementedError
 
 
 @pytest.fixture
 def virtual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process counts as one of Ray's; its workshop and its working directory are left as they were."""
+    """This process counts as one of Ray's; its workshop and its working directory are left as they
+    were.
+    """
     from fedgrove.engines.flower import client, place
 
     monkeypatch.setattr(app, "is_virtual", lambda: True)
     monkeypatch.chdir(Path.cwd())
-    for part in ("_run_id", "_task_id", "_node_id"):  # what Flower's own processes know of themselves
+    for part in (
+        "_run_id",
+        "_task_id",
+        "_node_id",
+    ):  # what Flower's own processes know of themselves
         monkeypatch.setattr(TaskIdentity, part, 1)
     yield
     client._kept.clear()

@@ -1,4 +1,6 @@
-"""Failure is normal: clients that err, send nonsense, die, are late or come back do not stop or spoil a run."""
+"""Failure is normal: clients that err, send nonsense, die, are late or come back do not stop or
+spoil a run.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ from tests.engines.grid import FakeGrid, run_on, virtual
 from tests.test_run import StopAfter, adapters, lines, summary
 from tests.tiny import tiny_job
 
+from fedgrove.adapters.tree import map_tensors
 from fedgrove.engines.flower.wire import Note, decode
-from fedgrove.errors import JobError
-from fedgrove.loop import TooFew
-from fedgrove.run import run
+from fedgrove.ground.errors import JobError
+from fedgrove.runs.loop import TooFew
+from fedgrove.start import run
 from fedgrove.training.client import ClientHalf
-from fedgrove.tree import map_tensors
 
 __all__ = ["virtual"]
 pytestmark = pytest.mark.usefixtures("virtual")
@@ -70,7 +72,12 @@ def without_a_layer(answer: Note) -> Note:
     ],
 )
 def test_an_update_that_cannot_be_used_is_left_out(
-    change: Any, words: str, tiny_bert: Path, silos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Any,
+    words: str,
+    tiny_bert: Path,
+    silos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from fedgrove.engines.flower.engine import FlowerEngine
 
@@ -82,7 +89,9 @@ def test_an_update_that_cannot_be_used_is_left_out(
     assert words in event["reason"]
     assert "site-1" in trained(tmp_path / "out", 3)
     asked = [decode(blob) for way, blob in grid.blobs if way == "down"]
-    starts = [note.head["store"] for note in asked if note.kind == "train" and note.head["round"] == 3]
+    starts = [
+        note.head["store"] for note in asked if note.kind == "train" and note.head["round"] == 3
+    ]
     assert sorted(starts) == [1, 2, 2], "what the server did not take, the client does not build on"
 
 
@@ -103,7 +112,9 @@ def test_a_clients_traceback_is_seen_at_the_server(
     assert "in fails" in event["trace"]
 
 
-def test_a_dead_client_is_left_out_and_comes_back(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_dead_client_is_left_out_and_comes_back(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     class Outage(StopAfter):
         def round_started(self, round: int, clients: Any) -> None:
             grid.errors = {3: 5} if round == 1 else {}
@@ -119,11 +130,15 @@ def test_a_dead_client_is_left_out_and_comes_back(tiny_bert: Path, silos: Path, 
     assert all("not connected" in event["reason"] for event in events(tmp_path / "out"))
 
 
-def test_too_few_clients_stop_the_run_which_can_be_resumed(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_too_few_clients_stop_the_run_which_can_be_resumed(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     job = tiny_job(tiny_bert, silos, method={"name": "fedsa-lora"}, federation={"min_clients": 3})
     run_on(FakeGrid(3), job, tmp_path / "whole")
     grid = FakeGrid(3, in_round(2, "site-1", spoiled))
-    with pytest.raises(TooFew, match=r"Round 2 has 2 of the 3 clients .*site-1: .*not finite.*--resume"):
+    with pytest.raises(
+        TooFew, match=r"Round 2 has 2 of the 3 clients .*site-1: .*not finite.*--resume"
+    ):
         run_on(grid, job, tmp_path / "cut")
     run_on(FakeGrid(3), job, tmp_path / "cut", resume=True)
     assert adapters(tmp_path / "whole") == adapters(tmp_path / "cut")
@@ -138,7 +153,8 @@ def test_the_local_engine_leaves_out_what_is_not_finite(
     def diverges(self: ClientHalf, turns: Any, round: int) -> Any:
         outcomes = usual(self, turns, round)
         return [
-            broken(outcome) if round == 2 and outcome.update.client == "site-0" else outcome for outcome in outcomes
+            broken(outcome) if round == 2 and outcome.update.client == "site-0" else outcome
+            for outcome in outcomes
         ]
 
     def broken(outcome: Any) -> Any:
@@ -157,12 +173,16 @@ def test_the_local_engine_leaves_out_what_is_not_finite(
         run(job.override(["federation.min_clients=3"]), tmp_path / "strict")
 
 
-def test_a_late_update_is_dropped_or_used_in_the_next_round(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_late_update_is_dropped_or_used_in_the_next_round(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     found = {}
     for late in ("drop", "next"):
         grid = FakeGrid(3)
         grid.late = {("site-1", 1): 2}
-        job = tiny_job(tiny_bert, silos, federation={"deadline": 0.3, "late": late}, method={"name": "fedit"})
+        job = tiny_job(
+            tiny_bert, silos, federation={"deadline": 0.3, "late": late}, method={"name": "fedit"}
+        )
         run_on(grid, job, tmp_path / late)
         found[late] = [(e["round"], e["client"], e["event"]) for e in events(tmp_path / late)]
         assert trained(tmp_path / late, 1) == {"site-0", "site-2"}
@@ -172,14 +192,21 @@ def test_a_late_update_is_dropped_or_used_in_the_next_round(tiny_bert: Path, sil
     assert adapters(tmp_path / "drop") != adapters(tmp_path / "next")
 
 
-def test_a_late_update_is_refused_where_it_means_nothing(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    job = tiny_job(tiny_bert, silos, federation={"deadline": 9.0, "late": "next"}, method={"name": "fslora"})
+def test_a_late_update_is_refused_where_it_means_nothing(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    job = tiny_job(
+        tiny_bert, silos, federation={"deadline": 9.0, "late": "next"}, method={"name": "fslora"}
+    )
     with pytest.raises(JobError, match=r"federation\.late"):
         run(job, tmp_path / "out")
     with pytest.raises(JobError, match=r"federation\.deadline"):
         tiny_job(tiny_bert, silos, federation={"late": "next"})
     with pytest.raises(JobError, match=r"federation\.min_clients = 3.*draws 2 of 3"):
-        run(tiny_job(tiny_bert, silos, federation={"min_clients": 3, "fraction": 0.7}), tmp_path / "out")
+        run(
+            tiny_job(tiny_bert, silos, federation={"min_clients": 3, "fraction": 0.7}),
+            tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -187,7 +214,11 @@ def test_a_late_update_is_refused_where_it_means_nothing(tiny_bert: Path, silos:
 def test_a_server_that_was_stopped_resumes_with_its_clients(
     method: str, tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
-    changes: dict[str, Any] = {"run": {"rounds": 4}, "federation": {"held_out": ["site-1"]}, "train": {"cohort": 1}}
+    changes: dict[str, Any] = {
+        "run": {"rounds": 4},
+        "federation": {"held_out": ["site-1"]},
+        "train": {"cohort": 1},
+    }
     job = tiny_job(tiny_bert, silos, method={"name": method}, **changes)
     run(job, tmp_path / "whole")
     for stop in (StopAfter(1), StopAfter(3, 2)):
@@ -220,7 +251,9 @@ def test_another_engine_cannot_go_on(tiny_bert: Path, silos: Path, tmp_path: Pat
         run(job, tmp_path / "flower", resume=True)
 
 
-def test_what_only_one_process_can_do_is_refused(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_what_only_one_process_can_do_is_refused(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     with pytest.raises(JobError, match=r"run\.noise"):
         run_on(FakeGrid(3), tiny_job(tiny_bert, silos, run={"noise": True}), tmp_path / "out")
     with pytest.raises(Exception, match=r"3 clients, but Flower runs 2 nodes"):

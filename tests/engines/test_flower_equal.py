@@ -10,7 +10,7 @@ from tests.engines.grid import FakeGrid, run_on, virtual
 from tests.test_run import adapters, lines, summary
 from tests.tiny import tiny_job
 
-from fedgrove.run import run
+from fedgrove.start import run
 
 __all__ = ["virtual"]
 pytestmark = pytest.mark.usefixtures("virtual")
@@ -34,7 +34,9 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("method", JOBS)
-def test_a_run_on_flower_equals_a_local_one(method: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_run_on_flower_equals_a_local_one(
+    method: str, tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     changes = {key: dict(value) for key, value in JOBS[method].items()}
     changes.setdefault("method", {})["name"] = method
     job = tiny_job(tiny_bert, silos, **changes, train={"final_local_epochs": 1, "cohort": 1})

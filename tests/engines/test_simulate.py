@@ -14,13 +14,13 @@ from tests.engines.test_flower_equal import JOBS, same
 from tests.test_run import StopAfter, lines
 from tests.tiny import tiny_job
 
-from fedgrove.engines.flower import app
+from fedgrove.deploy import app
+from fedgrove.deploy.strategy import Rounds
 from fedgrove.engines.flower.post import from_content, to_content
 from fedgrove.engines.flower.simulate import FlowerMissing, require, resources
-from fedgrove.engines.flower.strategy import Rounds
 from fedgrove.engines.flower.wire import Note, decode, encode
-from fedgrove.errors import JobError
-from fedgrove.run import run
+from fedgrove.ground.errors import JobError
+from fedgrove.start import run
 
 __all__ = ["virtual"]
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own: of resources that its start leaves open
 @pytest.mark.parametrize("method", JOBS)
-def test_a_simulation_on_ray_equals_a_local_run(method: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_simulation_on_ray_equals_a_local_run(
+    method: str, tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     changes = {key: dict(value) for key, value in JOBS[method].items()}
     changes.setdefault("method", {})["name"] = method
     job = tiny_job(tiny_bert, silos, **changes, train={"cohort": 1})
@@ -40,8 +42,13 @@ def test_a_simulation_on_ray_equals_a_local_run(method: str, tiny_bert: Path, si
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_simulation_on_ray_stops_and_goes_on(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"federation": {"ranks": [2, 4, 3], "held_out": ["site-1"]}, "train": {"cohort": 1}}
+def test_a_simulation_on_ray_stops_and_goes_on(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "federation": {"ranks": [2, 4, 3], "held_out": ["site-1"]},
+        "train": {"cohort": 1},
+    }
     job = tiny_job(tiny_bert, silos, method={"name": "fed-plora"}, **changes)
     run(job, tmp_path / "local")
     with pytest.raises(KeyboardInterrupt):
@@ -51,7 +58,9 @@ def test_a_simulation_on_ray_stops_and_goes_on(tiny_bert: Path, silos: Path, tmp
 
 
 def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else object())
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "ray" else object()
+    )
     with pytest.raises(FlowerMissing, match=r"needs the package ray; .*fedgrove\[flower\]"):
         require()
 
@@ -62,7 +71,9 @@ def test_an_engine_that_is_none_is_refused(tiny_bert: Path, silos: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_ray_gets_no_more_processes_than_clients(tiny_bert: Path, silos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_gets_no_more_processes_than_clients(
+    tiny_bert: Path, silos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = tiny_job(tiny_bert, silos, train={"threads": 4})
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -73,15 +84,19 @@ def test_ray_gets_no_more_processes_than_clients(tiny_bert: Path, silos: Path, m
     assert "num_cpus" not in resources(3, job)["init_args"], "a running cluster has its own"
 
 
-# ------------------------------------------------------------------------ the app
+# ------------------------------------------------------------ the app
 def test_the_example_app_names_what_there_is() -> None:
-    config = tomllib.loads((ROOT / "examples" / "flower-app" / "pyproject.toml").read_text(encoding="utf-8"))
+    config = tomllib.loads(
+        (ROOT / "examples" / "flower-app" / "pyproject.toml").read_text(encoding="utf-8")
+    )
     components = config["tool"]["flwr"]["app"]["components"]
     assert components == {name + "app": f"{app.__name__}:{name}" for name in ("server", "client")}
     assert set(config["tool"]["flwr"]["app"]["config"]) == {"job", "out", "resume", "nodes"}
 
 
-def test_the_server_app_runs_a_job_over_a_grid(tiny_bert: Path, silos: Path, tmp_path: Path, virtual: None) -> None:
+def test_the_server_app_runs_a_job_over_a_grid(
+    tiny_bert: Path, silos: Path, tmp_path: Path, virtual: None
+) -> None:
     class InMemoryGrid(FakeGrid):
         """By this name the server knows Flower's simulation."""
 
@@ -100,7 +115,9 @@ def test_the_strategy_gives_each_rounds_means(
 
     job = tiny_job(tiny_bert, silos, run={"rounds": 2})
     result = Rounds(job, tmp_path / "out", callbacks=[]).start(InMemoryGrid(3))
-    losses = [x["loss"] for x in lines(tmp_path / "out") if x["split"] == "train" and x["round"] == 2]
+    losses = [
+        x["loss"] for x in lines(tmp_path / "out") if x["split"] == "train" and x["round"] == 2
+    ]
     assert result.train_metrics_clientapp[2]["loss"] == pytest.approx(sum(losses) / 3)
     assert set(result.evaluate_metrics_clientapp) == {1, 2}
     assert "fedit, 2 rounds" in capsys.readouterr().out

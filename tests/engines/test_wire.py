@@ -1,4 +1,6 @@
-"""Messages: what goes in comes out, nothing private goes in, and what they cost is what the accounting says."""
+"""Messages: what goes in comes out, nothing private goes in, and what they cost is what the
+accounting says.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,23 @@ from tests.tiny import save_bert, tiny_job
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.private import PrivacyError, is_private, seal, unseal
+from fedgrove.adapters.tree import leaves, unpack
 from fedgrove.engines.flower.post import from_content, to_content
 from fedgrove.engines.flower.wire import Note, decode, encode
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 from fedgrove.methods.registry import names
-from fedgrove.tree import leaves, unpack
 
 __all__ = ["virtual"]
 
 
 def test_a_message_comes_back_as_it_was() -> None:
-    head = {"run": "ab12", "round": 3, "measures": {"accuracy": 0.5, "loss": float("nan")}, "rank": None, "l": [1, "x"]}
+    head = {
+        "run": "ab12",
+        "round": 3,
+        "measures": {"accuracy": 0.5, "loss": float("nan")},
+        "rank": None,
+        "l": [1, "x"],
+    }
     factors = Factors(torch.randn(2, 5), torch.randn(4, 2), 2.0)
     body = {"offer": {"method": {"layer.0": factors, "n": 1}, "head": {"weight": torch.ones(2, 2)}}}
     blob = encode(Note("train", head, body))
@@ -44,7 +52,9 @@ def test_a_message_comes_back_as_it_was() -> None:
     [
         Note("train", {}, {"update": {"method": {"a": seal(torch.ones(2))}}}),
         Note("evaluate", {"x": {"y": [seal(torch.ones(1))]}}),
-        Note("finish", {}, {"f": {"s": Factors(torch.ones(1, 2), seal(torch.ones(2, 1)) * 2, 1.0)}}),
+        Note(
+            "finish", {}, {"f": {"s": Factors(torch.ones(1, 2), seal(torch.ones(2, 1)) * 2, 1.0)}}
+        ),
     ],
 )
 def test_nothing_private_can_be_encoded(note: Note) -> None:
@@ -72,23 +82,32 @@ QUICK = ("fedsa-lora", "fedtreelora", "hilora")
 
 
 def leaked(grid: FakeGrid, out: Path) -> tuple[list[str], int]:
-    """(private tensors whose bytes are in a message to the server, how many there were): stores and own heads."""
+    """(private tensors whose bytes are in a message to the server, how many there were): stores and
+    own heads.
+    """
     up = b"\n".join(blob for way, blob in grid.blobs if way == "up")
     private = {
         path: unseal(tensor).contiguous().numpy().tobytes()
         for file in sorted((out / "sites").rglob("store-*"))
         for path, tensor in leaves(unpack(file.read_bytes()), file.parents[2].name)
-        if (is_private(tensor) or "/head/" in path) and tensor.numel() >= 2 and tensor.unique().numel() > 1
+        if (is_private(tensor) or "/head/" in path)
+        and tensor.numel() >= 2
+        and tensor.unique().numel() > 1
     }
     return [path for path, content in private.items() if content in up], len(private)
 
 
 @pytest.mark.usefixtures("virtual")
 @pytest.mark.parametrize(
-    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names()]
+    "method",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names()],
 )
-def test_no_method_lets_private_tensors_out(method: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    """Every message of a run is searched for the bytes of every private tensor that the clients kept."""
+def test_no_method_lets_private_tensors_out(
+    method: str, tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    """Every message of a run is searched for the bytes of every private tensor that the clients
+    kept.
+    """
     grid = FakeGrid(3)
     job = tiny_job(tiny_bert, silos, run={"rounds": 3, "eval_every": 3}, method={"name": method})
     run_on(grid, job, tmp_path / "out")
@@ -120,7 +139,9 @@ SIZES = [  # method, rank, width, how much more than its tensors a message is at
 def test_the_wire_costs_what_the_accounting_says(
     method: str, rank: int, hidden: int, most: float, silos: Path, tmp_path: Path
 ) -> None:
-    """Beside its tensors a message costs a name, a shape and an offset for each: within 2 % from 9 kB a tensor on."""
+    """Beside its tensors a message costs a name, a shape and an offset for each: within 2 % from 9
+    kB a tensor on.
+    """
     from fedgrove.engines.flower.engine import FlowerEngine
 
     posts = []
@@ -130,7 +151,9 @@ def test_the_wire_costs_what_the_accounting_says(
         posts.append(self.post)
         usual(self, *given)
 
-    bert = save_bert(tmp_path / "bert", layers=6 if hidden > 100 else 2, hidden=hidden)  # as MiniLM has
+    bert = save_bert(
+        tmp_path / "bert", layers=6 if hidden > 100 else 2, hidden=hidden
+    )  # as MiniLM has
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlowerEngine, "settle", settle)
         job = tiny_job(bert, silos, lora={"rank": rank}, method={"name": method}, run={"rounds": 2})
@@ -140,7 +163,9 @@ def test_the_wire_costs_what_the_accounting_says(
     for blobs, tensors in ((post.bytes_up, found["up"]), (post.bytes_down, found["down"])):
         assert tensors < blobs <= (1 + most) * tensors, f"{blobs / tensors - 1:.4f}"
     if most > 0.02:
-        assert post.bytes_up > 1.02 * found["up"], "smaller than we say: tighten the table, and docs/deploy.md"
+        assert post.bytes_up > 1.02 * found["up"], (
+            "smaller than we say: tighten the table, and docs/deploy.md"
+        )
     notes = [decode(blob) for way, blob in grid.blobs if way == "up"]
     trained = [(note, sum(1 for _ in leaves(note.body))) for note in notes if note.kind == "train"]
     framing = post.bytes_up - found["up"]

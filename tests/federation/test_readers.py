@@ -7,8 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedgrove.errors import DataError
 from fedgrove.federation.readers import fingerprint, label_of, records, text_of
+from fedgrove.ground.errors import DataError
 
 
 def read(
@@ -22,30 +22,44 @@ def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     rows = [{"text": 'a, "quoted"\ntext', "label": "x"}, {"text": "ü", "label": "y"}]
     jsonl = read(
         tmp_path / "a.jsonl",
-        '{"text": "a, \\"quoted\\"\\ntext", "label": "x", "id": 1}\n\n{"label": "y", "text": "ü"}\n',
+        '{"text": "a, \\"quoted\\"\\ntext", "label": "x", "id": 1}\n\n{"label": "y", "text": '
+        '"ü"}\n',
     )
     table = read(tmp_path / "a.csv", '\ufefftext, label\n"a, ""quoted""\ntext",x\n\nü,y\n')
     parquet = tmp_path / "a.PARQUET"
     pyarrow.parquet.write_table(
-        pyarrow.table({"id": [1, 2], **{key: [row[key] for row in rows] for key in rows[0]}}), parquet
+        pyarrow.table({"id": [1, 2], **{key: [row[key] for row in rows] for key in rows[0]}}),
+        parquet,
     )
     for found in (jsonl, table, list(records(parquet, ("text", "label")))):
         assert [row for _, row in found] == rows
-    assert [place.removeprefix(str(tmp_path)) for place, _ in jsonl] == ["/a.jsonl, line 1", "/a.jsonl, line 3"]
-    assert [place.removeprefix(str(tmp_path)) for place, _ in table] == ["/a.csv, line 2", "/a.csv, line 5"]
+    assert [place.removeprefix(str(tmp_path)) for place, _ in jsonl] == [
+        "/a.jsonl, line 1",
+        "/a.jsonl, line 3",
+    ]
+    assert [place.removeprefix(str(tmp_path)) for place, _ in table] == [
+        "/a.csv, line 2",
+        "/a.csv, line 5",
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a", "label": "x"}\n{"text": "b"\n', r"a\.jsonl, line 2 is not valid JSON: .* at column 13"),
+        (
+            '{"text": "a", "label": "x"}\n{"text": "b"\n',
+            r"a\.jsonl, line 2 is not valid JSON: .* at column 13",
+        ),
         ('{"text": "a", "label": "x"}\n["b"]\n', r"a\.jsonl, line 2 is not a JSON object"),
         (
             '{"text": "a", "label": "x"}\n{"label": 1, "id": 2}\n',
             r"a\.jsonl, line 2 has no column 'text'; it has: label, id",
         ),
         ("{}", r"a\.jsonl, line 1 has no column 'text'; it has: none"),
-        (b'{"text": "a", "label": "x"}\n{"text": "\xff"}', r"a\.jsonl, line 2 is not UTF-8 text; save the file as"),
+        (
+            b'{"text": "a", "label": "x"}\n{"text": "\xff"}',
+            r"a\.jsonl, line 2 is not UTF-8 text; save the file as",
+        ),
         pytest.param(
             '{"text": ' + "[" * 100_000,
             r"a\.jsonl, line 1 cannot be read as JSON \(nested too deeply\); correct or remove",
@@ -67,7 +81,10 @@ def test_bad_jsonl(tmp_path: Path, content: str | bytes, message: str) -> None:
     ("content", "message"),
     [
         ("words,label\na,x\n", r"a\.csv \(line 1\) has no column 'text'; it has: words, label"),
-        ("text,label\na,x\nb, c,y\n", r"a\.csv, line 3 has 3 fields, but the header has 2; quote the commas"),
+        (
+            "text,label\na,x\nb, c,y\n",
+            r"a\.csv, line 3 has 3 fields, but the header has 2; quote the commas",
+        ),
         ('text,label\na,x\n"b,y\n', r"a\.csv, line 3 is not valid CSV"),
         ("text,label,text\na,x,b\n", r"a\.csv has the column 'text' twice"),
         ("text,label\na,x\n\xff,y\n".encode("latin-1"), r"a\.csv, line 3 is not UTF-8 text"),
@@ -87,7 +104,9 @@ def test_bad_parquet(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.parquet is not a readable Parquet file"):
         read(tmp_path / "a.parquet", "text,label\n")
     path = tmp_path / "b.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 1000, "label": list(range(1000))}), path)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a"] * 1000, "label": list(range(1000))}), path
+    )
     with pytest.raises(DataError, match=r"b\.parquet has no column 'words'; it has: text, label"):
         list(records(path, ("words",)))
     whole = path.read_bytes()
@@ -96,7 +115,9 @@ def test_bad_parquet(tmp_path: Path) -> None:
 
 
 def test_unknown_kinds_and_files_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.tsv is not a data file: give \.jsonl, \.csv, \.parquet"):
+    with pytest.raises(
+        DataError, match=r"a\.tsv is not a data file: give \.jsonl, \.csv, \.parquet"
+    ):
         list(records(tmp_path / "a.tsv", ("text",)))
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         (tmp_path / name).mkdir()
@@ -112,7 +133,9 @@ def test_empty_texts(value: object) -> None:
 
 def test_half_a_character_is_named(tmp_path: Path) -> None:
     """JSON can write it, but neither a tokenizer nor a file can."""
-    ((place, row),) = read(tmp_path / "a.jsonl", '{"text": "well \\ud83d done", "label": "\\ud83d"}')
+    ((place, row),) = read(
+        tmp_path / "a.jsonl", '{"text": "well \\ud83d done", "label": "\\ud83d"}'
+    )
     sentence = r"a\.jsonl, line 1: the column '{}' has a broken character, '\\ud83d', which is half of a pair; correct"
     with pytest.raises(DataError, match=sentence.format("text")):
         text_of(row["text"], "text", place)
@@ -129,7 +152,15 @@ def test_texts_must_be_texts() -> None:
 
 @pytest.mark.parametrize(
     ("value", "label"),
-    [(3, "3"), (3.0, "3"), ("3", "3"), (" spam ", "spam"), (True, "true"), (False, "false"), (0.5, "0.5")],
+    [
+        (3, "3"),
+        (3.0, "3"),
+        ("3", "3"),
+        (" spam ", "spam"),
+        (True, "true"),
+        (False, "false"),
+        (0.5, "0.5"),
+    ],
 )
 def test_labels_become_names(value: object, label: str) -> None:
     assert label_of(value, "label", "here") == label

@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import pytest
 
-from fedgrove.errors import DataError, JobError
 from fedgrove.federation.sources import Silos, Table, load, rows_of
+from fedgrove.ground.errors import DataError, JobError
 from fedgrove.job import Job
 
 MakeJob = Callable[..., Job]
@@ -37,7 +37,8 @@ def silos_of(job: Job) -> Silos:
     return loaded
 
 
-# --- silos ------------------------------------------------------------------------------------------------------------
+# --- silos
+# ------------------------------------------------------------
 
 
 def test_one_client_a_file_with_columns_from_the_job(
@@ -50,32 +51,54 @@ def test_one_client_a_file_with_columns_from_the_job(
         (folder / ignored).write_text("no data")
     loaded = silos_of(silos("data.text=words", "data.label=code", "data.group=site"))
     assert list(loaded.clients) == ["clinic-1", "clinic-2"]
-    assert loaded.clients["clinic-1"] == [{"text": "cough", "label": "3"}, {"text": "cold", "label": "4"}]
+    assert loaded.clients["clinic-1"] == [
+        {"text": "cough", "label": "3"},
+        {"text": "cold", "label": "4"},
+    ]
     assert loaded.groups == {"clinic-1": "south", "clinic-2": "north"}
     assert loaded.source["source"] == "silos"
     assert len(loaded.source["sha256"]) == 64
-    assert silos_of(silos("data.text=words", "data.label=code")).groups == {"clinic-1": None, "clinic-2": None}
+    assert silos_of(silos("data.text=words", "data.label=code")).groups == {
+        "clinic-1": None,
+        "clinic-2": None,
+    }
 
 
-def test_a_silo_belongs_to_one_group(silos: Callable[..., Job], tmp_path: Path, write_rows: WriteRows) -> None:
-    rows = [{"text": "a", "label": "x", "site": "north"}, {"text": "b", "label": "x", "site": "south"}]
+def test_a_silo_belongs_to_one_group(
+    silos: Callable[..., Job], tmp_path: Path, write_rows: WriteRows
+) -> None:
+    rows = [
+        {"text": "a", "label": "x", "site": "north"},
+        {"text": "b", "label": "x", "site": "south"},
+    ]
     write_rows(tmp_path / "silos" / "a.jsonl", rows)
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: a silo belongs to one group, but 'site' is 'south' after"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.jsonl, line 2: a silo belongs to one group, but 'site' is 'south' after",
+    ):
         load(silos("data.group=site"))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("clinic 1.jsonl", r"silos.clinic 1\.jsonl cannot name a client: .*letters \(a-z\), digits"),
+        (
+            "clinic 1.jsonl",
+            r"silos.clinic 1\.jsonl cannot name a client: .*letters \(a-z\), digits",
+        ),
         ("_mine.jsonl", r"_mine\.jsonl cannot name a client"),
         ("köln.csv", r"köln\.csv cannot name a client"),
         ("x" * 65 + ".csv", r"x\.csv cannot name a client"),
-        ("notes.tsv", r"silos.notes\.tsv is not a client's data file \(\.jsonl, \.csv, \.parquet\)"),
+        (
+            "notes.tsv",
+            r"silos.notes\.tsv is not a client's data file \(\.jsonl, \.csv, \.parquet\)",
+        ),
         ("a.csv.gz", r"a\.csv\.gz is not a client's data file"),
     ],
 )
-def test_files_that_are_no_client(silos: Callable[..., Job], tmp_path: Path, name: str, message: str) -> None:
+def test_files_that_are_no_client(
+    silos: Callable[..., Job], tmp_path: Path, name: str, message: str
+) -> None:
     (tmp_path / "silos" / name).write_text("")
     with pytest.raises(DataError, match=message):
         load(silos())
@@ -87,18 +110,25 @@ def test_folders_in_the_folder_are_refused(silos: Callable[..., Job], tmp_path: 
         load(silos())
 
 
-def test_two_files_of_one_name(silos: Callable[..., Job], tmp_path: Path, write_rows: WriteRows, rows: Rows) -> None:
+def test_two_files_of_one_name(
+    silos: Callable[..., Job], tmp_path: Path, write_rows: WriteRows, rows: Rows
+) -> None:
     write_rows(tmp_path / "silos" / "A.jsonl", rows(4))
     write_rows(tmp_path / "silos" / "a.csv", rows(4))
     with pytest.raises(DataError, match=r"A\.jsonl and .*a\.csv name the same client 'a'"):
         load(silos())
 
 
-def test_missing_and_empty_folders_and_files(silos: Callable[..., Job], make_job: MakeJob, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere does not exist or is a file; data.path names a folder"):
+def test_missing_and_empty_folders_and_files(
+    silos: Callable[..., Job], make_job: MakeJob, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DataError, match=r"nowhere does not exist or is a file; data.path names a folder"
+    ):
         load(make_job("data.source=silos", f"data.path='{tmp_path / 'nowhere'}'"))
     with pytest.raises(
-        DataError, match=r"silos has no data files \(\.jsonl, \.csv, \.parquet\); put one file per client"
+        DataError,
+        match=r"silos has no data files \(\.jsonl, \.csv, \.parquet\); put one file per client",
     ):
         load(silos())
     (tmp_path / "silos" / "a.csv").write_text("text,label\n")
@@ -108,20 +138,32 @@ def test_missing_and_empty_folders_and_files(silos: Callable[..., Job], make_job
 
 def test_a_label_outside_the_class_list(silos: Callable[..., Job], tmp_path: Path) -> None:
     (tmp_path / "silos" / "a.csv").write_text("text,label\nfine,pos\nwell,psitive\n")
-    with pytest.raises(DataError, match=r"a\.csv, line 3: the label 'psitive' is not in data\.labels \('pos', 'neg'\)"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.csv, line 3: the label 'psitive' is not in data\.labels \('pos', 'neg'\)",
+    ):
         load(silos("data.labels=['pos', 'neg']"))
 
 
-# --- one table --------------------------------------------------------------------------------------------------------
+# --- one table
+# ------------------------------------------------------------
 
 
-def test_a_table_keeps_what_the_partition_needs(make_job: MakeJob, tmp_path: Path, write_rows: WriteRows) -> None:
-    rows = [{"text": str(i), "label": i % 2, "site": f"s{i}", "age": 20 + i, "id": i} for i in range(4)]
+def test_a_table_keeps_what_the_partition_needs(
+    make_job: MakeJob, tmp_path: Path, write_rows: WriteRows
+) -> None:
+    rows = [
+        {"text": str(i), "label": i % 2, "site": f"s{i}", "age": 20 + i, "id": i} for i in range(4)
+    ]
     path = write_rows(tmp_path / "t.jsonl", rows)
     settings = ("data.source=table", f"data.path='{path}'", "data.group=site")
     table = table_of(make_job(*settings, "data.partition.options={partition_by='age'}"))
     assert table.rows[1] == {"text": "1", "label": "1"}
-    assert table.columns == {"label": ["0", "1", "0", "1"], "site": ["s0", "s1", "s2", "s3"], "age": [20, 21, 22, 23]}
+    assert table.columns == {
+        "label": ["0", "1", "0", "1"],
+        "site": ["s0", "s1", "s2", "s3"],
+        "age": [20, 21, 22, 23],
+    }
     assert table.group == "site"
     assert set(table_of(make_job(*settings[:2])).columns) == {"label"}
 
@@ -135,8 +177,12 @@ def test_bad_tables(make_job: MakeJob, tmp_path: Path, write_rows: WriteRows) ->
     (tmp_path / "empty.csv").write_text("text,label\n")
     with pytest.raises(DataError, match=r"empty\.csv has no rows"):
         load(job(tmp_path / "empty.csv"))
-    path = write_rows(tmp_path / "t.jsonl", [{"text": "a", "label": "x", "site": None, "age": None}])
-    with pytest.raises(DataError, match=r"t\.jsonl, line 1 has no column 'place'; it has: text, label, site, age"):
+    path = write_rows(
+        tmp_path / "t.jsonl", [{"text": "a", "label": "x", "site": None, "age": None}]
+    )
+    with pytest.raises(
+        DataError, match=r"t\.jsonl, line 1 has no column 'place'; it has: text, label, site, age"
+    ):
         load(job(path, "data.group=place"))
     with pytest.raises(DataError, match=r"line 1: the column 'site' is empty"):
         load(job(path, "data.group=site"))
@@ -144,28 +190,37 @@ def test_bad_tables(make_job: MakeJob, tmp_path: Path, write_rows: WriteRows) ->
         load(job(path, "data.partition.options={partition_by='age'}"))
 
 
-# --- embedded ---------------------------------------------------------------------------------------------------------
+# --- embedded
+# ------------------------------------------------------------
 
 
-def test_unknown_embedded_sets_and_columns(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_embedded_sets_and_columns(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fedgrove.federation import sources
     from fedgrove.federation.embedded import Embedded
 
     one = Embedded("sentiment", lambda folder: [{"text": "a", "label": "b", "domain": "c"}])
     monkeypatch.setattr(sources, "asset", lambda name: Path())
     monkeypatch.setitem(sources.EMBEDDED, "sentiment", one)
-    with pytest.raises(DataError, match="embedded set 'sentiment' has no column 'site'; it has: text, label, domain"):
+    with pytest.raises(
+        DataError,
+        match="embedded set 'sentiment' has no column 'site'; it has: text, label, domain",
+    ):
         load(make_job("data.group=site"))
     table = table_of(make_job("data.group=domain"))
     assert (table.rows, table.columns["domain"]) == ([{"text": "a", "label": "b"}], ["c"])
     assert table.source["licence"] == "MIT"
     job = make_job()
     other = job.model_copy(update={"data": job.data.model_copy(update={"name": "sentimental"})})
-    with pytest.raises(JobError, match=r"'sentimental' is no embedded data set: take .*'sentiment'"):
+    with pytest.raises(
+        JobError, match=r"'sentimental' is no embedded data set: take .*'sentiment'"
+    ):
         load(other)
 
 
-# --- hub --------------------------------------------------------------------------------------------------------------
+# --- hub
+# ------------------------------------------------------------
 
 
 @pytest.fixture
@@ -173,14 +228,17 @@ def hub(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     """A data set in a folder, which goes through the same call as one of the hub."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
-    return lambda *settings: make_job("data.source=hub", f"data.name='{tmp_path / 'set'}'", *settings)
+    return lambda *settings: make_job(
+        "data.source=hub", f"data.name='{tmp_path / 'set'}'", *settings
+    )
 
 
 def test_a_hub_data_set_gives_its_training_split(
     hub: Callable[..., Job], tmp_path: Path, write_rows: WriteRows
 ) -> None:
     write_rows(
-        tmp_path / "set" / "train.jsonl", [{"text": "a", "label": 0, "id": 7}, {"text": "b", "label": 1, "id": 8}]
+        tmp_path / "set" / "train.jsonl",
+        [{"text": "a", "label": 0, "id": 7}, {"text": "b", "label": 1, "id": 8}],
     )
     write_rows(tmp_path / "set" / "test.jsonl", [{"text": "c", "label": 0, "id": 9}])
     table = table_of(hub())
@@ -190,18 +248,26 @@ def test_a_hub_data_set_gives_its_training_split(
         load(hub("data.text=words"))
 
 
-def test_class_numbers_of_the_hub_become_names(hub: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+def test_class_numbers_of_the_hub_become_names(
+    hub: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
     whole = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: {"everything": whole})
     assert [row["label"] for row in table_of(hub()).rows] == ["yes", "no"]
 
     unlabelled = datasets.Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: {"train": unlabelled, "test": whole})
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config: {"train": unlabelled, "test": whole}
+    )
     with pytest.raises(DataError, match="row 1 of split 'train': the column 'label' is empty"):
         load(hub())
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: {"dev": whole, "test": whole})
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config: {"dev": whole, "test": whole}
+    )
     with pytest.raises(DataError, match="has no split 'train', only: dev, test"):
         load(hub())
 
@@ -217,15 +283,25 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(
         load(hub())
     message = str(caught.value)
     assert "\n" not in message
-    for part in (str(tmp_path / "set"), "Couldn't reach the Hub", "data.name", "the network", json.dumps("silos")):
+    for part in (
+        str(tmp_path / "set"),
+        "Couldn't reach the Hub",
+        "data.name",
+        "the network",
+        json.dumps("silos"),
+    ):
         assert part in message
 
 
-def test_rows_of_one_file_for_an_evaluation(make_job: MakeJob, tmp_path: Path, write_rows: WriteRows) -> None:
+def test_rows_of_one_file_for_an_evaluation(
+    make_job: MakeJob, tmp_path: Path, write_rows: WriteRows
+) -> None:
     job = make_job("data.text=words", "data.labels=['x', 'y']")
     path = write_rows(tmp_path / "new.jsonl", [{"words": "a", "label": "x", "id": 1}])
     assert rows_of(path, job) == [{"text": "a", "label": "x"}]
-    with pytest.raises(DataError, match=r"new\.jsonl, line 1: the label 'z' is not in data\.labels"):
+    with pytest.raises(
+        DataError, match=r"new\.jsonl, line 1: the label 'z' is not in data\.labels"
+    ):
         rows_of(write_rows(path, [{"words": "a", "label": "z"}]), job)
     with pytest.raises(DataError, match=r"new\.jsonl has no rows"):
         rows_of(write_rows(path, []), job)
@@ -236,7 +312,9 @@ def test_rows_of_one_file_for_an_evaluation(make_job: MakeJob, tmp_path: Path, w
 def test_several_hub_data_sets_are_groups_with_columns_of_their_own(
     hub: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = datasets.Dataset.from_dict({"question": ["a", "b"], "sentence": ["c", "d"], "label": ["yes", "no"]})
+    pairs = datasets.Dataset.from_dict(
+        {"question": ["a", "b"], "sentence": ["c", "d"], "label": ["yes", "no"]}
+    )
     single = datasets.Dataset.from_dict({"sentence": ["e", "f"], "mood": ["good", "bad"]})
     asked: list[tuple[str, str | None]] = []
 
@@ -246,7 +324,9 @@ def test_several_hub_data_sets_are_groups_with_columns_of_their_own(
 
     monkeypatch.setattr(datasets, "load_dataset", given)
     qnli = '{name = "qnli", config = "qnli", text = "question", pair = "sentence"}'
-    sst = '{name = "sst", dataset = "other", split = "validation", text = "sentence", label = "mood"}'
+    sst = (
+        '{name = "sst", dataset = "other", split = "validation", text = "sentence", label = "mood"}'
+    )
     table = table_of(hub(f"data.parts=[{qnli}, {sst}]"))
     assert [config for _, config in asked] == ["qnli", None]
     assert asked[1][0] == "other"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrove.errors import DataError
 from fedgrove.federation.split import Parts, apportion, split
+from fedgrove.ground.errors import DataError
 
 Rows = Callable[..., list[dict[str, Any]]]
 
@@ -37,9 +37,14 @@ def test_parts_are_disjoint_and_none_is_empty(
     labels: str, test_fraction: float, validation_fraction: float, cap: int | None, seed: int
 ) -> None:
     rows = labelled(labels)
-    options: dict[str, Any] = {"test_fraction": test_fraction, "validation_fraction": validation_fraction}
+    options: dict[str, Any] = {
+        "test_fraction": test_fraction,
+        "validation_fraction": validation_fraction,
+    }
     whole = split("c", rows, seed=seed, **options)
-    assert sorted(texts(whole.train) + texts(whole.test) + texts(whole.validation)) == sorted(texts(rows))
+    assert sorted(texts(whole.train) + texts(whole.test) + texts(whole.validation)) == sorted(
+        texts(rows)
+    )
     assert whole.train
     assert whole.test
     assert bool(whole.validation) == (validation_fraction > 0)
@@ -55,7 +60,9 @@ def test_parts_are_disjoint_and_none_is_empty(
 
 @given(st.text("abcd", min_size=8, max_size=60), st.integers(0, 99))
 def test_every_label_keeps_a_row_for_training(labels: str, seed: int) -> None:
-    assert set(counts(split("c", labelled(labels), seed=seed, test_fraction=0.25).train)) == set(labels)
+    assert set(counts(split("c", labelled(labels), seed=seed, test_fraction=0.25).train)) == set(
+        labels
+    )
 
 
 def test_the_split_is_by_label_and_seeded(rows: Rows) -> None:
@@ -71,7 +78,12 @@ def test_the_split_is_by_label_and_seeded(rows: Rows) -> None:
 
 def test_a_cap_keeps_the_proportions_and_every_label() -> None:
     parts = split(
-        "c", labelled("a" * 800 + "b" * 199 + "c"), seed=0, test_fraction=0.2, train_examples=10, test_examples=5
+        "c",
+        labelled("a" * 800 + "b" * 199 + "c"),
+        seed=0,
+        test_fraction=0.2,
+        train_examples=10,
+        test_examples=5,
     )
     assert counts(parts.train) == {"a": 7, "b": 2, "c": 1}
     assert counts(parts.test) == {"a": 4, "b": 1}
@@ -81,10 +93,13 @@ def test_two_rows_are_enough_and_one_is_not() -> None:
     parts = split("c", labelled("ab"), seed=0, test_fraction=0.25)
     assert (len(parts.train), len(parts.test)) == (1, 1)
     with pytest.raises(
-        DataError, match="the client 'clinic-1' has 1 row and needs at least 2 for training and test; give"
+        DataError,
+        match="the client 'clinic-1' has 1 row and needs at least 2 for training and test; give",
     ):
         split("clinic-1", labelled("a"), seed=0, test_fraction=0.25)
-    with pytest.raises(DataError, match="has 2 rows and needs at least 3 for training, test and validation"):
+    with pytest.raises(
+        DataError, match="has 2 rows and needs at least 3 for training, test and validation"
+    ):
         split("clinic-1", labelled("ab"), seed=0, test_fraction=0.25, validation_fraction=0.1)
     with pytest.raises(DataError, match="has 0 rows"):
         split("clinic-1", [], seed=0, test_fraction=0.25)
@@ -101,10 +116,15 @@ def test_rows_keep_their_order() -> None:
     parts = split("c", labelled("abcabcabcabc"), seed=0, test_fraction=0.5)
     assert isinstance(parts, Parts)
     for part in (parts.train, parts.test):
-        assert [int(text.split()[1]) for text in texts(part)] == sorted(int(text.split()[1]) for text in texts(part))
+        assert [int(text.split()[1]) for text in texts(part)] == sorted(
+            int(text.split()[1]) for text in texts(part)
+        )
 
 
-@given(st.dictionaries(st.text("abcdef", min_size=1, max_size=1), st.integers(1, 30), min_size=1), st.floats(0, 1))
+@given(
+    st.dictionaries(st.text("abcdef", min_size=1, max_size=1), st.integers(1, 30), min_size=1),
+    st.floats(0, 1),
+)
 def test_apportioning_follows_the_counts(sizes: dict[str, int], share: float) -> None:
     size = int(share * sum(sizes.values()))
     shares = apportion(sizes, size)

@@ -1,4 +1,6 @@
-"""Writes a language model as a quantised ONNX file, as far as its weights go: what the reader is tested on."""
+"""Writes a language model as a quantised ONNX file, as far as its weights go: what the reader is
+tested on.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def node(name: str, operator: str, inputs: list[str]) -> bytes:
 
 
 def save_onnx(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Round the matrices to int8 (the embedding to uint8), write them, and give back what they then stand for."""
+    """Round the matrices to int8 (the embedding to uint8), write them, and give back what they then
+    stand for.
+    """
     parts, expected = [field(1, 8)], {}
     body = []
     for number, (name, value) in enumerate(weights.items()):
@@ -53,7 +57,9 @@ def save_onnx(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         embedding = name == "model.embed_tokens.weight"
         kind, zero = (np.uint8, 128) if embedding else (np.int8, -3 if number % 2 else 0)
         scale = np.float32(np.abs(array).max() / 120)
-        whole = np.clip(np.round(array / scale) + zero, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind)
+        whole = np.clip(
+            np.round(array / scale) + zero, np.iinfo(kind).min, np.iinfo(kind).max
+        ).astype(kind)
         expected[name] = torch.from_numpy((whole.astype(np.float32) - zero) * scale)
         stem = name if embedding else f"onnx::MatMul_{number}"
         stored = whole if embedding else np.ascontiguousarray(whole.T)
@@ -63,9 +69,13 @@ def save_onnx(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             field(5, initialiser(f"{stem}_quantized", stored)),
         ]
         if not embedding:
-            module = "/" + name.removesuffix(".weight").replace("layers.", "layers#").replace(".", "/")
+            module = "/" + name.removesuffix(".weight").replace("layers.", "layers#").replace(
+                ".", "/"
+            )
             inputs = ["x_quantized", f"{stem}_quantized", "x_zero_point", f"{stem}_zero_point"]
-            body.append(field(1, node(module.replace("#", ".") + "/MatMul_quant", "MatMulInteger", inputs)))
+            body.append(
+                field(1, node(module.replace("#", ".") + "/MatMul_quant", "MatMulInteger", inputs))
+            )
     parts.append(field(7, b"".join(body)))
     file.write_bytes(b"".join(parts))
     return expected

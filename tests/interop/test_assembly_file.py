@@ -1,4 +1,6 @@
-"""Our own format for models that no PEFT adapter computes: what it says, what it refuses, what it gives back."""
+"""Our own format for models that no PEFT adapter computes: what it says, what it refuses, what it
+gives back.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,22 @@ from tests.tiny import sentences, tiny_job
 import fedgrove as fg
 from fedgrove.adapters.assembly import Assembly, Extra, Term
 from fedgrove.adapters.private import is_private, seal
-from fedgrove.errors import AdapterError, RunError
+from fedgrove.adapters.tree import pack
+from fedgrove.ground.errors import AdapterError, RunError
 from fedgrove.interop.assembly_file import FILE, needs_own_format, read_assembly, save_assembly, why
 from fedgrove.methods.fedalt import Gated
 from fedgrove.methods.feddpa import ByExample
 from fedgrove.methods.fedlease import TopExperts
-from fedgrove.run import run
-from fedgrove.tree import pack
+from fedgrove.start import run
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_bert: Path, silos: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedgrove.finish.write_report", lambda folder, *_: (folder / "report.html").write_text("-"))
+        patch.setattr(
+            "fedgrove.runs.finish.write_report",
+            lambda folder, *_: (folder / "report.html").write_text("-"),
+        )
         return run(
             tiny_job(tiny_bert, silos, method={"name": "fedalt"}, run={"rounds": 2}),
             tmp_path_factory.mktemp("runs") / "fedalt",
@@ -34,7 +39,10 @@ def finished(tiny_bert: Path, silos: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def assembly_of(**changes: Any) -> Assembly:
-    terms = (Term("own", adapter(1), home="client"), Term("rest", adapter(2), train="", diagonal=None))
+    terms = (
+        Term("own", adapter(1), home="client"),
+        Term("rest", adapter(2), train="", diagonal=None),
+    )
     gates = {f"gate.{n}": Extra(seal(torch.randn(2, s.in_features))) for n, s in SITES.items()}
     return Assembly(terms, **{"mix": Gated(), "extras": gates, **changes})
 
@@ -42,12 +50,18 @@ def assembly_of(**changes: Any) -> Assembly:
 @pytest.mark.parametrize("mix", [Gated(), ByExample(0.3), TopExperts(1, 3, True)])
 def test_what_is_written_is_read_back(mix: Any, tmp_path: Path) -> None:
     diagonal = {name: torch.rand(3, dtype=torch.float64) for name in SITES}
-    terms = (Term("one", adapter(1), train="D", diagonal=diagonal, unit=True), Term("two", adapter(2)))
+    terms = (
+        Term("one", adapter(1), train="D", diagonal=diagonal, unit=True),
+        Term("two", adapter(2)),
+    )
     made = Assembly(terms, mix, assembly_of().extras, adapter(3))
     save_assembly(tmp_path / "a", made, card={"format": 1})
     back = read_assembly(tmp_path / "a", (Gated, ByExample, TopExperts))
     assert back.mix == mix
-    assert [(t.name, t.unit, t.train) for t in back.terms] == [("one", True, ""), ("two", False, "")]
+    assert [(t.name, t.unit, t.train) for t in back.terms] == [
+        ("one", True, ""),
+        ("two", False, ""),
+    ]
     for site in SITES:
         assert torch.equal(back.adapter("one")[site].B, adapter(1)[site].B)
         assert torch.equal(back.term("one").diagonal[site], diagonal[site])  # type: ignore[index]
@@ -73,13 +87,17 @@ def test_a_run_directory_says_why_there_is_no_peft_adapter(finished: Any) -> Non
     assert card["labels"] == ["negative", "positive"]
 
 
-def test_an_export_is_the_same_model_and_a_merge_is_refused_with_the_reason(finished: Any, tmp_path: Path) -> None:
+def test_an_export_is_the_same_model_and_a_merge_is_refused_with_the_reason(
+    finished: Any, tmp_path: Path
+) -> None:
     client = finished.client("site-1")
     texts = [row["text"] for row in sentences(5, seed=1)]
     want = client.model().logits(texts)
     out = client.export(tmp_path / "copy")
     assert torch.equal(fg.load(out).logits(texts), want)
-    with pytest.raises(AdapterError, match=r"site-1 cannot be merged: FedALT weighs .* which no PEFT adapter"):
+    with pytest.raises(
+        AdapterError, match=r"site-1 cannot be merged: FedALT weighs .* which no PEFT adapter"
+    ):
         client.export(tmp_path / "merged", merge=True)
     assert not (tmp_path / "merged").exists()
     with pytest.raises(RunError, match="no tiers"):
@@ -87,7 +105,7 @@ def test_an_export_is_the_same_model_and_a_merge_is_refused_with_the_reason(fini
 
 
 def broken(folder: Path, change: Any) -> None:
-    from fedgrove.tree import unpack
+    from fedgrove.adapters.tree import unpack
 
     tree = unpack((folder / FILE).read_bytes())
     change(tree)
@@ -103,7 +121,9 @@ def broken(folder: Path, change: Any) -> None:
         (lambda tree: tree["terms"].__setitem__(0, 3), "lacks a part"),
     ],
 )
-def test_an_altered_file_is_refused_in_one_sentence(change: Any, message: str, finished: Any, tmp_path: Path) -> None:
+def test_an_altered_file_is_refused_in_one_sentence(
+    change: Any, message: str, finished: Any, tmp_path: Path
+) -> None:
     out = finished.client("site-0").export(tmp_path / "copy")
     broken(out, change)
     with pytest.raises(AdapterError, match=message) as caught:

@@ -10,7 +10,7 @@ import torch
 from tests.interop.onnx_made import save_onnx
 from tests.tiny import save_llama
 
-from fedgrove.errors import ModelError
+from fedgrove.ground.errors import ModelError
 from fedgrove.interop import embedded_models
 from fedgrove.interop.embedded_models import CONVERTED, Converted, minimind, model_folder, smollm2
 from fedgrove.interop.models import EMBEDDED_MODELS, load_base
@@ -34,18 +34,24 @@ def packed(tmp_path: Path) -> tuple[Path, Any]:
     return source, model
 
 
-def test_the_packed_model_becomes_an_ordinary_folder(packed: tuple[Path, Any], tmp_path: Path) -> None:
+def test_the_packed_model_becomes_an_ordinary_folder(
+    packed: tuple[Path, Any], tmp_path: Path
+) -> None:
     source, original = packed
     (tmp_path / "made").mkdir()
     minimind(source, tmp_path / "made")
     base = load_base(str(tmp_path / "made"), task="generate", head="lm")
     weights = base.model.state_dict()
-    assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()  # tied
+    assert (
+        weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+    )  # tied
     for name, value in original.state_dict().items():
         assert (weights[name] - value).abs().max() <= value.abs().max() / 100, name
     ids = base.processor("what is good", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
-        near = torch.nn.functional.cosine_similarity(base.model(ids).logits, original(ids).logits, dim=-1)
+        near = torch.nn.functional.cosine_similarity(
+            base.model(ids).logits, original(ids).logits, dim=-1
+        )
     assert near.min() > 0.99
 
 
@@ -54,13 +60,17 @@ def test_weights_that_do_not_fit_are_refused(packed: tuple[Path, Any], tmp_path:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     (tmp_path / "made").mkdir()
-    with pytest.raises(ModelError, match=r"do not fit their configuration \(first difference: model\.layers\.2"):
+    with pytest.raises(
+        ModelError, match=r"do not fit their configuration \(first difference: model\.layers\.2"
+    ):
         minimind(source, tmp_path / "made")
 
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """An embedded model whose conversion writes three empty files; the list counts the conversions."""
+    """An embedded model whose conversion writes three empty files; the list counts the
+    conversions.
+    """
     done: list[str] = []
 
     def write(source: Path, folder: Path) -> None:
@@ -79,7 +89,10 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_it_is_converted_once_for_all_who_ask(toy: list[str], tmp_path: Path) -> None:
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(model_folder("minimind2-small"))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(model_folder("minimind2-small")))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -107,7 +120,7 @@ def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_job_knows_the_embedded_models() -> None:
-    from fedgrove.errors import JobError
+    from fedgrove.ground.errors import JobError
     from fedgrove.job import Job
     from fedgrove.job.sections import EMBEDDED_MODELS as NAMES
 
@@ -127,15 +140,25 @@ def test_the_real_ones_answer(name: str) -> None:
 
     base = load_base(name, task="generate", head="lm")
     task = Generate(max_new_tokens=24)
-    rows = [{"prompt": "What is the capital of France?"}, {"prompt": "Who wrote Hamlet, and when was that, roughly?"}]
-    answer = Kernel(base, task, TrainOptions()).generate(Assembly(), task.encode(rows, base.processor))[0]
+    rows = [
+        {"prompt": "What is the capital of France?"},
+        {"prompt": "Who wrote Hamlet, and when was that, roughly?"},
+    ]
+    answer = Kernel(base, task, TrainOptions()).generate(
+        Assembly(), task.encode(rows, base.processor)
+    )[0]
     assert "Paris" in answer
-    assert base.model.num_parameters() == {"minimind2-small": 25_829_888, "smollm2-135m": 134_515_008}[name]
+    assert (
+        base.model.num_parameters()
+        == {"minimind2-small": 25_829_888, "smollm2-135m": 134_515_008}[name]
+    )
 
 
 @pytest.mark.slow
 def test_peft_computes_what_the_hooks_compute_on_minimind(tmp_path: Path) -> None:
-    """float64, an adapter on query and value, exported and loaded by PEFT on the folder in the cache."""
+    """float64, an adapter on query and value, exported and loaded by PEFT on the folder in the
+    cache.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -157,10 +180,18 @@ def test_peft_computes_what_the_hooks_compute_on_minimind(tmp_path: Path) -> Non
     }
     assert len(adapter) == 16
     task = Generate()
-    examples = task.encode([{"prompt": "What is the capital of France?"}, {"prompt": "Hi"}], base.processor)
-    mine = Kernel(base, task, TrainOptions()).logits(Assembly((Term("own", adapter, train=""),)), examples)
-    save_adapter(tmp_path / "a", adapter, base="x", head={}, head_kind="lm", card={"task": "generate"})
-    plain = AutoModelForCausalLM.from_pretrained(str(model_folder("minimind2-small")), dtype=torch.float64)
+    examples = task.encode(
+        [{"prompt": "What is the capital of France?"}, {"prompt": "Hi"}], base.processor
+    )
+    mine = Kernel(base, task, TrainOptions()).logits(
+        Assembly((Term("own", adapter, train=""),)), examples
+    )
+    save_adapter(
+        tmp_path / "a", adapter, base="x", head={}, head_kind="lm", card={"task": "generate"}
+    )
+    plain = AutoModelForCausalLM.from_pretrained(
+        str(model_folder("minimind2-small")), dtype=torch.float64
+    )
     theirs = PeftModel.from_pretrained(plain, str(tmp_path / "a")).eval()
     for example, logits in zip(examples, mine, strict=True):
         with torch.inference_mode():

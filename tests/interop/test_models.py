@@ -1,4 +1,6 @@
-"""Bases of several architectures: which layers are adapted, and what is said where that is not possible."""
+"""Bases of several architectures: which layers are adapted, and what is said where that is not
+possible.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,18 @@ import torch
 from tests.tiny import WORDS, save_vit, sentences, tiny_job
 from torch import nn
 
-from fedgrove.errors import ModelError
+from fedgrove.ground.errors import ModelError
 from fedgrove.interop.models import load_base
 from fedgrove.interop.targets import find_sites, layer_index
-from fedgrove.run import run
+from fedgrove.start import run
 
 SIZE: Any = {"vocab_size": len(WORDS), "max_position_embeddings": 64}
-SMALL: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL: Any = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 
 
 def configs() -> dict[str, Any]:
@@ -66,7 +73,9 @@ def test_query_and_value_are_found_whatever_they_are_called(
     result = run(tiny_job(model, silos, run={"rounds": 1}), tmp_path / "run")
     texts = [row["text"] for row in sentences(5, seed=1)]
     ours = result.client("site-0").model().logits(texts)
-    assert (in_peft(model, tmp_path / "run" / "adapters" / "site-0", texts) - ours).abs().max() <= 1e-5
+    assert (
+        in_peft(model, tmp_path / "run" / "adapters" / "site-0", texts) - ours
+    ).abs().max() <= 1e-5
 
 
 def in_peft(model: Path, folder: Path, texts: list[str]) -> torch.Tensor:
@@ -84,14 +93,20 @@ def in_peft(model: Path, folder: Path, texts: list[str]) -> torch.Tensor:
     return pooled @ head["weight"].T + head["bias"]
 
 
-@pytest.mark.parametrize(("kind", "named"), [("gpt2", "c_attn, a Conv1D"), ("gpt_neox", "query_key_value, a Linear")])
-def test_fused_layers_are_named_plainly(kind: str, named: str, tiny_bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "named"), [("gpt2", "c_attn, a Conv1D"), ("gpt_neox", "query_key_value, a Linear")]
+)
+def test_fused_layers_are_named_plainly(
+    kind: str, named: str, tiny_bert: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match=named):
         load_base(str(save(kind, tmp_path / kind, tiny_bert)))
 
 
 def test_patterns_and_layers(tiny_bert: Path) -> None:
-    base = load_base(str(tiny_bert), targets=["output.dense", "encoder.layer.0.*.key", "pooler.dense"])
+    base = load_base(
+        str(tiny_bert), targets=["output.dense", "encoder.layer.0.*.key", "pooler.dense"]
+    )
     names = list(base.sites)
     assert len(names) == 2 * 2 + 1 + 1
     assert base.sites["encoder.layer.1.output.dense"].layer == 1
@@ -102,14 +117,20 @@ def test_patterns_and_layers(tiny_bert: Path) -> None:
     assert isinstance(base.model.get_submodule("encoder.layer.0.output.dense"), nn.Linear)
 
 
-def test_gradient_checkpointing_changes_memory_not_numbers(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_memory_not_numbers(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     plain = run(tiny_job(tiny_bert, silos), tmp_path / "plain")
-    checked = run(tiny_job(tiny_bert, silos, train={"gradient_checkpointing": True}), tmp_path / "checked")
+    checked = run(
+        tiny_job(tiny_bert, silos, train={"gradient_checkpointing": True}), tmp_path / "checked"
+    )
     for name, row in plain.summary["clients"].items():
         assert row["loss"] == pytest.approx(checked.summary["clients"][name]["loss"], abs=1e-5)
 
 
-def test_a_bfloat16_base_trains_and_reloads_to_its_own_measures(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_bfloat16_base_trains_and_reloads_to_its_own_measures(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     result = run(tiny_job(tiny_bert, silos, train={"dtype": "bfloat16"}), tmp_path / "run")
     model = result.client("site-0").model()
     assert model.kernel.base.dtype == torch.bfloat16
@@ -126,7 +147,13 @@ def test_a_model_that_hides_patches_at_random_is_refused(tmp_path: Path) -> None
 
 
 def test_a_model_of_the_wrong_kind_is_named(tiny_bert: Path) -> None:
-    with pytest.raises(ModelError, match=r"reads text, not images; for data.task = 'classify-images' choose another"):
+    with pytest.raises(
+        ModelError,
+        match=r"reads text, not images; for data.task = 'classify-images' choose another",
+    ):
         load_base(str(tiny_bert), task="classify-images")
-    with pytest.raises(ModelError, match=r"'grove-vit' reads images, not text; for data.task = 'classify-text' choose"):
+    with pytest.raises(
+        ModelError,
+        match=r"'grove-vit' reads images, not text; for data.task = 'classify-text' choose",
+    ):
         load_base("grove-vit", task="classify-text")

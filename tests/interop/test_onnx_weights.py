@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.interop.onnx_made import field, save_onnx
 
-from fedgrove.errors import ModelError
+from fedgrove.ground.errors import ModelError
 from fedgrove.interop.onnx_weights import dequantised
 
 WEIGHTS = {

@@ -13,10 +13,10 @@ from tests.tiny import sentences, tiny_job
 
 import fedgrove as fg
 from fedgrove.adapters import Factors
-from fedgrove.errors import AdapterError, RunError
+from fedgrove.ground.errors import AdapterError, RunError
 from fedgrove.interop.peft import read_adapter, save_adapter
-from fedgrove.personal import merge
-from fedgrove.run import run
+from fedgrove.start import run
+from fedgrove.use.personal import merge
 
 TEXTS = [row["text"] for row in sentences(9, seed=42)]
 
@@ -44,14 +44,21 @@ def in_peft(model: Path, folder: Path, stock: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["local", "fedit", "ffa-lora", "fedsa-lora"])
 @pytest.mark.parametrize("head", ["pooled", "stock"])
-def test_peft_gives_the_same_logits(method: str, head: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    job = tiny_job(tiny_bert, silos, method={"name": method}, model={"head": head, "name": str(tiny_bert)})
+def test_peft_gives_the_same_logits(
+    method: str, head: str, tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    job = tiny_job(
+        tiny_bert, silos, method={"name": method}, model={"head": head, "name": str(tiny_bert)}
+    )
     result = run(job, tmp_path / "run")
     model = result.client("site-1").model()
     ours = model.logits(TEXTS)
     theirs = in_peft(tiny_bert, tmp_path / "run" / "adapters" / "site-1", head == "stock")
     assert (ours - theirs).abs().max() <= 1e-5
-    assert result.client("site-1").evaluate()["accuracy"] == result.summary["clients"]["site-1"]["metric"]
+    assert (
+        result.client("site-1").evaluate()["accuracy"]
+        == result.summary["clients"]["site-1"]["metric"]
+    )
     result.client("site-1").export(tmp_path / "merged", merge=True)
     assert (fg.load(tmp_path / "merged").logits(TEXTS) - ours).abs().max() <= 1e-5
     result.client("site-1").export(tmp_path / "copy")
@@ -92,7 +99,9 @@ def reshape(tensors: dict[str, torch.Tensor]) -> None:
     tensors["base_model.model.a.query.lora_A.weight"] = torch.zeros(3, 6)
 
 
-@pytest.mark.parametrize(("change", "words"), [(drop_b, "no lora_B"), (poison, "not finite"), (reshape, "do not fit")])
+@pytest.mark.parametrize(
+    ("change", "words"), [(drop_b, "no lora_B"), (poison, "not finite"), (reshape, "do not fit")]
+)
 def test_damaged_adapters_are_refused(change: Any, words: str, tmp_path: Path) -> None:
     adapter = {"a.query": Factors(torch.randn(2, 6), torch.randn(5, 2), 1.0)}
     save_adapter(tmp_path / "x", adapter, base="b", head={}, head_kind="pooled", card={})
@@ -120,7 +129,9 @@ def test_merge_needs_an_adapter(tmp_path: Path) -> None:
 
 def test_the_configuration_is_the_same_in_every_process(tmp_path: Path) -> None:
     """PEFT keeps target modules in a set, whose order differs between processes."""
-    adapter = {f"layer.{i}.query": Factors(torch.randn(2, 6), torch.randn(5, 2), 1.0) for i in range(12)}
+    adapter = {
+        f"layer.{i}.query": Factors(torch.randn(2, 6), torch.randn(5, 2), 1.0) for i in range(12)
+    }
     save_adapter(tmp_path / "x", adapter, base="b", head={}, head_kind="pooled", card={})
     config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(adapter)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedgrove.errors import JobError, ModelError
+from fedgrove.ground.errors import JobError, ModelError
 from fedgrove.interop import quantise
 from fedgrove.job import Job
 
@@ -17,13 +17,19 @@ def test_plain_is_plain() -> None:
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_cpu_is_refused(bits: Any) -> None:
-    with pytest.raises(ModelError, match=rf'model.quantize = "{bits}" needs a CUDA GPU, and the job runs on cpu'):
+    with pytest.raises(
+        ModelError, match=rf'model.quantize = "{bits}" needs a CUDA GPU, and the job runs on cpu'
+    ):
         quantise.options(bits, "cpu", torch.float32)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantise, "find_spec", lambda package: None if package == "bitsandbytes" else object())
-    with pytest.raises(ModelError, match=r"needs bitsandbytes: pip install \"fedgrove\[quantize\]\""):
+    monkeypatch.setattr(
+        quantise, "find_spec", lambda package: None if package == "bitsandbytes" else object()
+    )
+    with pytest.raises(
+        ModelError, match=r"needs bitsandbytes: pip install \"fedgrove\[quantize\]\""
+    ):
         quantise.options("8bit", "cuda", torch.bfloat16)
 
 
@@ -38,7 +44,9 @@ def test_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
             made.append(given)
 
     monkeypatch.setattr(transformers, "BitsAndBytesConfig", Config)
-    assert quantise.options("8bit", "cuda", torch.bfloat16)["device_map"] == {"": torch.device("cuda")}
+    assert quantise.options("8bit", "cuda", torch.bfloat16)["device_map"] == {
+        "": torch.device("cuda")
+    }
     quantise.options("4bit", "cuda:1", torch.bfloat16)
     assert made[0] == {"load_in_8bit": True}
     assert made[1]["load_in_4bit"]

@@ -1,4 +1,6 @@
-"""What the tests of the personal methods share: settings, random adapters, stopped runs, reloaded models."""
+"""What the tests of the personal methods share: settings, random adapters, stopped runs, reloaded
+models.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,22 @@ from torch import Tensor
 import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.private import PrivacyError, is_private
+from fedgrove.adapters.tree import leaves, numbers, pack
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, Method, Setting, Update
 from fedgrove.methods.registry import method_class
-from fedgrove.prepare import prepare
-from fedgrove.run import run
+from fedgrove.runs.prepare import prepare
+from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
 from fedgrove.training.client import ClientHalf, Turn
-from fedgrove.tree import leaves, numbers, pack
 
 #: Four layers of two sites, of unlike sizes.
 SITES = {
-    f"layer.{layer}.{kind}": Site(f"layer.{layer}.{kind}", layer, 5 + layer, 7 if kind == "query" else 4)
+    f"layer.{layer}.{kind}": Site(
+        f"layer.{layer}.{kind}", layer, 5 + layer, 7 if kind == "query" else 4
+    )
     for layer in range(4)
     for kind in ("query", "value")
 }
@@ -47,7 +51,9 @@ def method(name: str, *, rounds: int = 6, rank: int = 3, **options: Any) -> Any:
     return chosen(chosen.Options(**options), setting(rounds=rounds, rank=rank))
 
 
-def adapter(seed: int, rank: int = 3, scale: float = 2.0, size: float = 1.0, sites: Any = None) -> Adapter:
+def adapter(
+    seed: int, rank: int = 3, scale: float = 2.0, size: float = 1.0, sites: Any = None
+) -> Adapter:
     """Random factors in float64; ``size`` scales B."""
     rng = torch.Generator().manual_seed(seed)
     return {
@@ -82,7 +88,7 @@ def same(one: Adapter, other: Adapter) -> bool:
     )
 
 
-# ------------------------------------------------------------------------ runs
+# ------------------------------------------------------------ runs
 class StopAfter(Callback):
     def __init__(self, round: int, clients: int):
         self.round, self.clients, self.seen = round, clients, 0
@@ -94,18 +100,24 @@ class StopAfter(Callback):
 
 
 def files(path: Path) -> dict[str, bytes]:
-    found = sorted(f for f in path.rglob("*") if f.is_file() and "adapters" in str(f.relative_to(path)))
+    found = sorted(
+        f for f in path.rglob("*") if f.is_file() and "adapters" in str(f.relative_to(path))
+    )
     return {str(f.relative_to(path)): f.read_bytes() for f in found}
 
 
 def weights(path: Path) -> dict[str, bytes]:
-    """The exported tensors and PEFT's own configuration, without our card, which names the method."""
+    """The exported tensors and PEFT's own configuration, without our card, which names the
+    method.
+    """
     return {name: data for name, data in files(path).items() if not name.endswith("fedgrove.json")}
 
 
 def lines(path: Path, split: str | None = None) -> list[dict[str, Any]]:
     found = read(path / "metrics.jsonl")
-    return [{k: v for k, v in x.items() if k != "seconds"} for x in found if split in (None, x["split"])]
+    return [
+        {k: v for k, v in x.items() if k != "seconds"} for x in found if split in (None, x["split"])
+    ]
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -114,7 +126,9 @@ def summary(path: Path) -> dict[str, Any]:
     return content
 
 
-def resumes(bert: Path, silos: Path, tmp: Path, stops: Sequence[tuple[int, int]], **job: Any) -> None:
+def resumes(
+    bert: Path, silos: Path, tmp: Path, stops: Sequence[tuple[int, int]], **job: Any
+) -> None:
     """A run at fraction 0.7 that is stopped and resumed is bit-identical to one never stopped."""
     job.setdefault("federation", {})["fraction"] = 0.7
     job.setdefault("train", {})["final_local_epochs"] = 1
@@ -130,7 +144,9 @@ def resumes(bert: Path, silos: Path, tmp: Path, stops: Sequence[tuple[int, int]]
     assert lines(tmp / "whole", "train")
 
 
-def equal_runs(bert: Path, silos: Path, tmp: Path, ours: dict[str, Any], other: dict[str, Any], **job: Any) -> None:
+def equal_runs(
+    bert: Path, silos: Path, tmp: Path, ours: dict[str, Any], other: dict[str, Any], **job: Any
+) -> None:
     """Two methods give the same adapters, heads, measures and costs."""
     for name, chosen in (("ours", ours), ("other", other)):
         run(tiny_job(bert, silos, method=chosen, **job), tmp / name)
@@ -150,7 +166,11 @@ class Wire:
         self.kept: list[Any] = []
 
     def leaks(self) -> bool:
-        sent = {t.detach().contiguous().numpy().tobytes() for _, tree in self.sent for _, t in leaves(tree)}
+        sent = {
+            t.detach().contiguous().numpy().tobytes()
+            for _, tree in self.sent
+            for _, t in leaves(tree)
+        }
         return bool(sent & self.private)
 
 
@@ -162,7 +182,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Wire:
     def train(self: ClientHalf, turns: Sequence[Turn], round: int) -> Any:
         outcomes = usual(self, turns, round)
         for turn, outcome in zip(turns, outcomes, strict=True):
-            for direction, tree in (("down", dict(turn.offer)), ("up", dict(outcome.update.content))):
+            for direction, tree in (
+                ("down", dict(turn.offer)),
+                ("up", dict(outcome.update.content)),
+            ):
                 pack(tree)
                 wire.sent.append((direction, tree))
             wire.kept.append(outcome.store["mine"])
@@ -210,8 +233,12 @@ class Opened:
         return self.prepared.half.kernel.logits(assembly, self.examples)
 
 
-def exports(bert: Path, silos: Path, tmp: Path, check: Callable[[Any], None] | None = None, **job: Any) -> Opened:
-    """The adapter directory of each client computes the run's logits and measures; gives back the opened run."""
+def exports(
+    bert: Path, silos: Path, tmp: Path, check: Callable[[Any], None] | None = None, **job: Any
+) -> Opened:
+    """The adapter directory of each client computes the run's logits and measures; gives back the
+    opened run.
+    """
     made = tiny_job(bert, silos, **job)
     found = run(made, tmp / "out")
     opened = Opened(made, found.path)

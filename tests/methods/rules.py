@@ -1,4 +1,6 @@
-"""What the tests of the aggregation methods share: badly scaled input, dense sums, a run on the tiny model."""
+"""What the tests of the aggregation methods share: badly scaled input, dense sums, a run on the
+tiny model.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ from torch import Tensor
 
 import fedgrove as fg
 from fedgrove.adapters import Adapter, Assembly, Factors, Site, as_one_adapter
-from fedgrove.loop import Loop
+from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import ClientInfo, Method, Setting, Update
 from fedgrove.methods.registry import method_class
-from fedgrove.prepare import prepare
-from fedgrove.run import run
-from fedgrove.rundir import RunDirectory
-from fedgrove.seeds import generator
+from fedgrove.runs.directory import RunDirectory
+from fedgrove.runs.loop import Loop
+from fedgrove.runs.prepare import prepare
+from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.metrics import read
 
@@ -27,31 +29,46 @@ SITES = {"q": Site("q", 0, 9, 7), "v": Site("v", 1, 6, 8)}  # in, out
 RANKS = (2, 4, 1, 3)
 EXAMPLES = (5, 40, 17, 9)
 WEIGHTS = [n / sum(EXAMPLES) for n in EXAMPLES]
-CLIENTS = [ClientInfo(f"c{n}", rank, count) for n, (rank, count) in enumerate(zip(RANKS, EXAMPLES, strict=True))]
+CLIENTS = [
+    ClientInfo(f"c{n}", rank, count)
+    for n, (rank, count) in enumerate(zip(RANKS, EXAMPLES, strict=True))
+]
 ONE = 4 * (32 + 32)  # numbers of one module at all four sites of the tiny model
 TEXTS = [row["text"] for row in sentences(9, seed=99)] + [GOOD[0]]
 
 
-def method(name: str, scaling: Any = "global", rank: int = 4, sites: Any = SITES, **options: Any) -> Any:
+def method(
+    name: str, scaling: Any = "global", rank: int = 4, sites: Any = SITES, **options: Any
+) -> Any:
     setting = Setting(sites=sites, rank=rank, alpha=5.0, rounds=3, seed=3, scaling=scaling)
     chosen = method_class(name)
     return chosen(chosen.Options(**options), setting)
 
 
-def draw(seed: int, rank: int, scale: float = 1.25, stretch: float = 1.0, dtype: Any = torch.float64) -> Adapter:
-    """A random adapter whose A is ``stretch`` times as long as its B is short, and as long again at the second site."""
+def draw(
+    seed: int, rank: int, scale: float = 1.25, stretch: float = 1.0, dtype: Any = torch.float64
+) -> Adapter:
+    """A random adapter whose A is ``stretch`` times as long as its B is short, and as long again at
+    the second site.
+    """
     noise = generator(seed, "adapter")
     result = {}
     for number, (name, site) in enumerate(SITES.items(), start=1):
-        a = stretch**number * torch.randn(rank, site.in_features, generator=noise, dtype=torch.float64)
+        a = stretch**number * torch.randn(
+            rank, site.in_features, generator=noise, dtype=torch.float64
+        )
         b = torch.randn(site.out_features, rank, generator=noise, dtype=torch.float64) / stretch
         result[name] = Factors(a.to(dtype), b.to(dtype), scale)
     return result
 
 
-def client_draws(chosen: Method, stretch: float = 30.0, ranks: Sequence[int] = RANKS) -> list[Adapter]:
+def client_draws(
+    chosen: Method, stretch: float = 30.0, ranks: Sequence[int] = RANKS
+) -> list[Adapter]:
     """One adapter per client, at its own scale; the lengths differ by orders of magnitude."""
-    return [draw(n + 1, r, chosen.setting.scale(r), stretch ** (n - 1)) for n, r in enumerate(ranks)]
+    return [
+        draw(n + 1, r, chosen.setting.scale(r), stretch ** (n - 1)) for n, r in enumerate(ranks)
+    ]
 
 
 def updates(content: Sequence[dict[str, Any]]) -> list[Update]:
@@ -94,7 +111,11 @@ class StopAfter(Callback):
 
 
 def adapter_files(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.glob("adapters*/**/*")) if f.is_file()}
+    return {
+        str(f.relative_to(path)): f.read_bytes()
+        for f in sorted(path.glob("adapters*/**/*"))
+        if f.is_file()
+    }
 
 
 def lines(path: Path, split: str) -> list[dict[str, Any]]:
@@ -105,7 +126,11 @@ def lines(path: Path, split: str) -> list[dict[str, Any]]:
 def small_job(name: str, bert: Path, silos: Path, /, **changes: Any) -> Any:
     """Two rounds of three clients of ranks 2, 4 and 3 (or 4 each) with two sampled in a round."""
     mixed = method_class(name).ranks == "mixed"
-    federation = {"fraction": 0.7, **({"ranks": [2, 4, 3]} if mixed else {}), **changes.pop("federation", {})}
+    federation = {
+        "fraction": 0.7,
+        **({"ranks": [2, 4, 3]} if mixed else {}),
+        **changes.pop("federation", {}),
+    }
     return tiny_job(
         bert,
         silos,
@@ -118,7 +143,9 @@ def small_job(name: str, bert: Path, silos: Path, /, **changes: Any) -> Any:
 
 
 def check_run(job: Any, tmp_path: Path) -> Path:
-    """Run the job; stop and resume it; reload what it exported. All must agree. Gives the run's directory."""
+    """Run the job; stop and resume it; reload what it exported. All must agree. Gives the run's
+    directory.
+    """
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(job, whole)
     for stop in range(1, job.run.rounds + 1):
@@ -133,12 +160,16 @@ def check_run(job: Any, tmp_path: Path) -> Path:
 
 
 def check_export(job: Any, out: Path) -> None:
-    """What is exported gives the logits of the personal models as the method runs them, term by term."""
+    """What is exported gives the logits of the personal models as the method runs them, term by
+    term.
+    """
     prepared = prepare(job)
     loop = Loop(prepared, RunDirectory(out), Callback())
     assert loop.done == job.run.rounds
     kernel = prepared.half.kernel
-    examples = prepared.task.encode([{"text": text, "label": "positive"} for text in TEXTS], prepared.base.processor)
+    examples = prepared.task.encode(
+        [{"text": text, "label": "positive"} for text in TEXTS], prepared.base.processor
+    )
     for name in prepared.clients:
         assembly = prepared.engine.personal(name, loop.offer(name, loop.done + 1))
         bare = Assembly(extras=assembly.extras)

@@ -1,4 +1,6 @@
-"""FDLoRA (2406.07925): two LoRAs that take turns, the reset every H rounds, and two weights fitted at the end."""
+"""FDLoRA (2406.07925): two LoRAs that take turns, the reset every H rounds, and two weights fitted
+at the end.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter
 from fedgrove.methods.contract import Step, Trained, keep, reveal
 from fedgrove.methods.fdlora import FUSION, Fused
-from fedgrove.prepare import prepare
-from fedgrove.run import run
+from fedgrove.runs.prepare import prepare
+from fedgrove.start import run
 from fedgrove.training.kernel import Clock, some
 
 JOB: dict[str, Any] = {"method": {"name": "fdlora", "reset_every": 2}, "run": {"rounds": 3}}
@@ -40,10 +42,14 @@ JOB: dict[str, Any] = {"method": {"name": "fdlora", "reset_every": 2}, "run": {"
 def test_the_server_takes_the_mean_and_leaves_the_local_round_alone() -> None:
     ours = method("fdlora", weights="uniform")
     adapters = [adapter(n, size=10.0**n) for n in range(3)]
-    state = ours.aggregate({}, 5, [update(f"c{n}", n + 1, adapter=a) for n, a in enumerate(adapters)])
+    state = ours.aggregate(
+        {}, 5, [update(f"c{n}", n + 1, adapter=a) for n, a in enumerate(adapters)]
+    )
     want = {
         s: Factors(
-            torch.stack([a[s].A for a in adapters]).mean(0), torch.stack([a[s].B for a in adapters]).mean(0), 2.0
+            torch.stack([a[s].A for a in adapters]).mean(0),
+            torch.stack([a[s].B for a in adapters]).mean(0),
+            2.0,
         )
         for s in adapters[0]
     }
@@ -52,11 +58,15 @@ def test_the_server_takes_the_mean_and_leaves_the_local_round_alone() -> None:
 
 
 def played(ours: Any, offer: Any, mine: Any, round: int, size: float) -> tuple[Any, Any]:
-    """A round in which training adds ``size`` to every B that trains; gives (start of the personal LoRA, new store)."""
+    """A round in which training adds ``size`` to every B that trains; gives (start of the personal
+    LoRA, new store).
+    """
     start, trained = None, []
     for step in ours.plan(info("a"), offer, mine, round):
         terms = tuple(
-            replace(t, adapter={s: Factors(f.A, f.B + size, f.scale) for s, f in t.adapter.items()}) if t.train else t
+            replace(t, adapter={s: Factors(f.A, f.B + size, f.scale) for s, f in t.adapter.items()})
+            if t.train
+            else t
             for t in step.assembly.terms
         )
         start = next((t.adapter for t in step.assembly.terms if t.name == "own" and t.train), start)
@@ -67,7 +77,15 @@ def played(ours: Any, offer: Any, mine: Any, round: int, size: float) -> tuple[A
 def test_the_personal_module_restarts_from_the_global_one_every_h_rounds() -> None:
     ours = method("fdlora", rounds=20, reset_every=3)
     mine: Any = {}
-    for round in (1, 2, 3, 4, 5, 9, 10):  # absent in 6, 7 and 8: the reset of round 7 is made up for in round 9
+    for round in (
+        1,
+        2,
+        3,
+        4,
+        5,
+        9,
+        10,
+    ):  # absent in 6, 7 and 8: the reset of round 7 is made up for in round 9
         offer = {"global": adapter(100 + round)}
         before = mine
         start, mine = played(ours, offer, mine, round, 1.0)
@@ -86,7 +104,11 @@ def test_the_fit_uses_a_few_examples_and_moves_nothing_but_the_two_weights() -> 
     assert {n: (e.train, e.home) for n, e in steps[1].assembly.extras.items()} == dict.fromkeys(
         FUSION, (True, "client")
     )
-    assert [t.name for s in ours.plan(info("a"), {"global": adapter(1)}, {}, 5) for t in s.assembly.terms] == [
+    assert [
+        t.name
+        for s in ours.plan(info("a"), {"global": adapter(1)}, {}, 5)
+        for t in s.assembly.terms
+    ] == [
         "own",
         "global",
     ]
@@ -95,8 +117,13 @@ def test_the_fit_uses_a_few_examples_and_moves_nothing_but_the_two_weights() -> 
 def test_the_fused_model_is_the_weighted_sum_of_both_updates() -> None:
     ours = method("fdlora")
     one, two = adapter(1), adapter(2)
-    weights = {FUSION[0]: torch.tensor(0.3, dtype=torch.float64), FUSION[1]: torch.tensor(-1.2, dtype=torch.float64)}
-    assembly = ours.personal(info("a"), {"global": one}, keep({"own": two, "period": 1, "fusion": weights}))
+    weights = {
+        FUSION[0]: torch.tensor(0.3, dtype=torch.float64),
+        FUSION[1]: torch.tensor(-1.2, dtype=torch.float64),
+    }
+    assembly = ours.personal(
+        info("a"), {"global": one}, keep({"own": two, "period": 1, "fusion": weights})
+    )
     assert isinstance(assembly.mix, Fused)
     whole = as_one_adapter(assembly, ours.setting.sites)
     for site, factors in whole.items():
@@ -118,7 +145,9 @@ def test_what_travels_and_what_stays(
     assert wire.private
     assert not wire.leaks()
     refuses_to_send(wire.kept[-1])
-    assert {line["steps"] for line in lines(tmp_path / "out", "train")} == {4}  # 3 halved twice, rounded up
+    assert {line["steps"] for line in lines(tmp_path / "out", "train")} == {
+        4
+    }  # 3 halved twice, rounded up
 
 
 def test_the_export_is_the_fused_model_and_the_weights_were_fitted(
@@ -132,7 +161,9 @@ def test_the_export_is_the_fused_model_and_the_weights_were_fitted(
     assert [term.name for term in newcomer.terms] == ["global"]
 
 
-def test_a_step_with_a_count_sees_so_many_examples(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_step_with_a_count_sees_so_many_examples(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     prepared = prepare(tiny_job(tiny_bert, silos, **JOB))
     examples = prepared.engine.data["site-0"]["train"]
     kernel, clock = prepared.half.kernel, Clock(0, (1, "site-0"))

@@ -1,4 +1,6 @@
-"""Fed-HeLLo (2506.12213): the shapes of its allocations, Fisher scores, means over those that trained a layer."""
+"""Fed-HeLLo (2506.12213): the shapes of its allocations, Fisher scores, means over those that
+trained a layer.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,10 @@ from tests.methods.kit import (
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.ground.seeds import generator
 from fedgrove.methods._layers import SHAPES, holders, part, shaped_rows
 from fedgrove.methods.contract import Trained
-from fedgrove.run import run
-from fedgrove.seeds import generator
+from fedgrove.start import run
 
 FIM: dict[str, Any] = {"method": {"name": "fed-hello", "layers": [0.5]}, "run": {"rounds": 3}}
 
@@ -42,13 +44,20 @@ def test_the_shapes_of_the_clients_per_layer() -> None:
     assert holders("triangle", 21, 12, 6) == [6, 5, 4, 3, 2, 1]
     assert holders("inverted_triangle", 21, 12, 6) == [1, 2, 3, 4, 5, 6]
     assert holders("bottleneck", 24, 12, 6) == [6, 4, 2, 2, 4, 6]
-    assert holders("inverted_triangle", 3, 9, 4) == [0, 1, 1, 1]  # fewer places than layers: the shape alone decides
+    assert holders("inverted_triangle", 3, 9, 4) == [
+        0,
+        1,
+        1,
+        1,
+    ]  # fewer places than layers: the shape alone decides
     assert holders("triangle", 11, 3, 4) == [3, 3, 3, 2]  # a client trains a layer once
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("random", [False, True])
-def test_everybody_trains_what_it_can_afford_and_each_layer_has_its_share(shape: str, random: bool) -> None:
+def test_everybody_trains_what_it_can_afford_and_each_layer_has_its_share(
+    shape: str, random: bool
+) -> None:
     counts, layers = [1, 2, 3, 1, 2, 3, 4, 2, 1, 5], 8
     for seed in range(10):
         rows = shaped_rows(shape, counts, layers, generator(seed) if random else None)
@@ -60,7 +69,9 @@ def test_everybody_trains_what_it_can_afford_and_each_layer_has_its_share(shape:
 def test_a_randomised_allocation_changes_from_round_to_round_and_a_geometric_one_does_not() -> None:
     clients = [info(f"c{n}") for n in range(6)]
     for randomised in (False, True):
-        ours = method("fed-hello", allocation="uniform", randomised=randomised, layers=(0.5,), rounds=30)
+        ours = method(
+            "fed-hello", allocation="uniform", randomised=randomised, layers=(0.5,), rounds=30
+        )
         state = ours.begin(clients)
         drawn = {str([ours.offer(state, r, c)["layers"] for c in clients]) for r in range(1, 20)}
         assert (len(drawn) > 10) if randomised else (len(drawn) == 1)
@@ -70,7 +81,9 @@ def test_a_layer_becomes_the_mean_over_those_that_trained_it() -> None:
     ours = method("fed-hello")
     previous, rows = adapter(9), [[0, 1], [1], [1, 3]]
     held = [adapter(n, size=100.0**n) for n in range(3)]
-    updates = [update(f"c{n}", 10 * (n + 1), adapter=part(held[n], SITES, rows[n])) for n in range(3)]
+    updates = [
+        update(f"c{n}", 10 * (n + 1), adapter=part(held[n], SITES, rows[n])) for n in range(3)
+    ]
     after: Adapter = ours.aggregate({"global": previous, "counts": {}}, 1, updates)["global"]
     near(part(after, SITES, [0]), part(held[0], SITES, [0]))
     assert same(part(after, SITES, [2]), part(previous, SITES, [2]))
@@ -78,16 +91,20 @@ def test_a_layer_becomes_the_mean_over_those_that_trained_it() -> None:
     weights = torch.tensor([1 / 6, 2 / 6, 3 / 6], dtype=torch.float64)
     for name in part(after, SITES, [1]):
         torch.testing.assert_close(
-            after[name].A, torch.einsum("n,nij->ij", weights, torch.stack([a[name].A for a in held]))
+            after[name].A,
+            torch.einsum("n,nij->ij", weights, torch.stack([a[name].A for a in held])),
         )
         torch.testing.assert_close(
-            after[name].B, torch.einsum("n,nij->ij", weights, torch.stack([a[name].B for a in held]))
+            after[name].B,
+            torch.einsum("n,nij->ij", weights, torch.stack([a[name].B for a in held])),
         )
 
 
 def squares(by_layer: dict[int, float]) -> Adapter:
     return {
-        name: Factors(torch.full_like(f.A, by_layer[SITES[name].layer]), torch.zeros_like(f.B), f.scale)
+        name: Factors(
+            torch.full_like(f.A, by_layer[SITES[name].layer]), torch.zeros_like(f.B), f.scale
+        )
         for name, f in adapter(0).items()
     }
 
@@ -102,7 +119,9 @@ def test_after_the_warm_start_a_client_trains_its_best_scored_layers() -> None:
     plan = ours.plan(client, offer, {}, 3)
     look = next(plan)
     assert (look.measure, look.count, look.head) == ("fisher", 3, False)
-    looked = Trained(look.assembly, 0.0, 0, scores={"probe": squares({0: 1.0, 1: 5.0, 2: 0.1, 3: 4.0})})
+    looked = Trained(
+        look.assembly, 0.0, 0, scores={"probe": squares({0: 1.0, 1: 5.0, 2: 0.1, 3: 4.0})}
+    )
     step = plan.send(looked)
     assert {SITES[name].layer for name in step.assembly.adapter("trained")} == {1, 3}
     assert {SITES[name].layer for name in step.assembly.adapter("frozen")} == {0, 2}
@@ -134,8 +153,15 @@ def test_frozen_layers_still_run(tiny_bert: Path, silos: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("allocation", ["fim", "bottleneck"])
-def test_a_resumed_run_is_bit_identical(allocation: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    chosen = {"name": "fed-hello", "layers": [0.5, 1.0], "allocation": allocation, "randomised": True}
+def test_a_resumed_run_is_bit_identical(
+    allocation: str, tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    chosen = {
+        "name": "fed-hello",
+        "layers": [0.5, 1.0],
+        "allocation": allocation,
+        "randomised": True,
+    }
     resumes(tiny_bert, silos, tmp_path, [(1, 1), (3, 1)], method=chosen, run={"rounds": 3})
 
 

@@ -1,4 +1,6 @@
-"""FedALT (2503.11880): the mean of the others, the gate, the identity with Local, and what stays."""
+"""FedALT (2503.11880): the mean of the others, the gate, the identity with Local, and what
+stays.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Junction
 from fedgrove.methods.contract import reveal
 from fedgrove.methods.fedalt import Gated
-from fedgrove.run import run
+from fedgrove.start import run
 from fedgrove.training.live import LiveAssembly
 
 JOB: dict[str, Any] = {"method": {"name": "fedalt"}, "run": {"rounds": 2}}
@@ -58,9 +60,13 @@ def test_the_rest_of_the_world_is_the_mean_of_the_others(kind: str) -> None:
     weight = examples if kind == "examples" else dict.fromkeys(adapters, 1.0)
     state = ours.begin([info(n) for n in adapters])
     assert ours.offer(state, 1, info("c0")) == {}
-    state = ours.aggregate(state, 1, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c1", "c3")])
+    state = ours.aggregate(
+        state, 1, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c1", "c3")]
+    )
     near(ours.offer(state, 2, info("c1"))["rest"], adapters["c3"])
-    state = ours.aggregate(state, 2, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c0", "c2")])
+    state = ours.aggregate(
+        state, 2, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c0", "c2")]
+    )
     for name in adapters:
         near(ours.offer(state, 3, info(name))["rest"], others(adapters, weight, name))
     near(ours.welcome(state, info("c0"), None)["rest"], others(adapters, weight, "nobody"))
@@ -88,7 +94,9 @@ def test_the_live_assembly_adds_the_gated_terms() -> None:
     """What the kernel sums at a site is W0 x + α s B A x + (1 − α) s B' A' x."""
     ours = method("fedalt")
     rng = torch.Generator().manual_seed(2)
-    gates = {f"gate.{n}": torch.randn(2, s.in_features, generator=rng).double() for n, s in SITES.items()}
+    gates = {
+        f"gate.{n}": torch.randn(2, s.in_features, generator=rng).double() for n, s in SITES.items()
+    }
     own = adapter(1)
     rest = adapter(2)
     assembly = ours.personal(info("a"), {"rest": rest}, {"own": own, "gates": gates})
@@ -97,17 +105,26 @@ def test_the_live_assembly_adds_the_gated_terms() -> None:
         x = torch.randn(3, 4, site.in_features, dtype=torch.float64)
         base = torch.randn(3, 4, site.out_features, dtype=torch.float64)
         share = torch.softmax(x @ gates[f"gate.{name}"].T, -1)
-        want = base + share[..., :1] * (x @ own[name].product().T) + share[..., 1:] * (x @ rest[name].product().T)
+        want = (
+            base
+            + share[..., :1] * (x @ own[name].product().T)
+            + share[..., 1:] * (x @ rest[name].product().T)
+        )
         torch.testing.assert_close(live.add(site, x, base), want)
 
 
 @pytest.mark.parametrize("clients", ["everybody", "some"])
-def test_a_gate_fixed_to_its_own_is_local(clients: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_gate_fixed_to_its_own_is_local(
+    clients: str, tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     job: dict[str, Any] = {
         "run": {"rounds": 2},
         "federation": {"fraction": 1.0 if clients == "everybody" else 0.7},
     }
-    run(tiny_job(tiny_bert, silos, method={"name": "fedalt", "gate": "own"}, **job), tmp_path / "ours")
+    run(
+        tiny_job(tiny_bert, silos, method={"name": "fedalt", "gate": "own"}, **job),
+        tmp_path / "ours",
+    )
     run(tiny_job(tiny_bert, silos, method={"name": "local"}, **job), tmp_path / "local")
     assert len(weights(tmp_path / "ours")) == 9
     assert weights(tmp_path / "ours") == weights(tmp_path / "local")
@@ -135,17 +152,23 @@ def test_what_travels_and_what_stays(
     assert all(gate.any() for gate in reveal(wire.kept[-1])["gates"].values())
 
 
-def test_the_written_model_gives_the_logits_of_the_run(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_the_written_model_gives_the_logits_of_the_run(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     def gated(assembly: Any) -> None:
         assert isinstance(assembly.mix, Gated)
 
     opened = exports(tiny_bert, silos, tmp_path, gated, **JOB)
     newcomer = opened.prepared.clients["site-0"]
-    assembly = opened.method.personal(newcomer, opened.method.welcome(opened.state, newcomer, None), {})
+    assembly = opened.method.personal(
+        newcomer, opened.method.welcome(opened.state, newcomer, None), {}
+    )
     assert [term.name for term in assembly.terms] == ["rest"]
     assert assembly.mix.linear
 
 
 def test_an_even_gate_is_a_plain_peft_adapter(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    exports(tiny_bert, silos, tmp_path, method={"name": "fedalt", "gate": "even"}, run={"rounds": 2})
+    exports(
+        tiny_bert, silos, tmp_path, method={"name": "fedalt", "gate": "even"}, run={"rounds": 2}
+    )
     assert any(name.endswith("adapter_model.safetensors") for name in files(tmp_path / "out"))

@@ -1,4 +1,6 @@
-"""FedDPA (2403.19211): which steps a round has, the instance-wise mix against its formula, and our own format."""
+"""FedDPA (2403.19211): which steps a round has, the instance-wise mix against its formula, and our
+own format.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Extra, Junction, Term, Weighted
 from fedgrove.methods.contract import reveal
 from fedgrove.methods.feddpa import ByExample
-from fedgrove.run import run
+from fedgrove.start import run
 
 F: dict[str, Any] = {"method": {"name": "feddpa-f"}, "run": {"rounds": 3}}
 T: dict[str, Any] = {"method": {"name": "feddpa-t"}, "run": {"rounds": 2}}
@@ -41,7 +43,9 @@ def test_the_server_takes_the_mean_of_each_factor_of_the_global_adapter(name: st
     ours = method(name)
     adapters = [adapter(n, size=10.0**n) for n in range(3)]
     begun = ours.begin([info("a")])
-    state = ours.aggregate(begun, 1, [update(f"c{n}", 10 * (n + 1), adapter=a) for n, a in enumerate(adapters)])
+    state = ours.aggregate(
+        begun, 1, [update(f"c{n}", 10 * (n + 1), adapter=a) for n, a in enumerate(adapters)]
+    )
     shares = torch.tensor([1 / 6, 2 / 6, 3 / 6], dtype=torch.float64)
     want = {
         s: Factors(
@@ -56,13 +60,17 @@ def test_the_server_takes_the_mean_of_each_factor_of_the_global_adapter(name: st
 
 
 def test_the_global_adapter_weighs_cap_times_the_mean_cosine() -> None:
-    """The official direction: what is like the client's own data leaves the local adapter at least 1 − cap."""
+    """The official direction: what is like the client's own data leaves the local adapter at least
+    1 − cap.
+    """
     references = torch.tensor([[1.0, 0, 0], [0, 2, 0]], dtype=torch.float64)
     features = torch.tensor([[3.0, 0, 0], [1, 1, 0], [0, 0, 5], [-1, -1, 0]], dtype=torch.float64)
     site = next(iter(SITES.values()))
     x = torch.zeros(4, 6, site.in_features, dtype=torch.float64)
     mix = ByExample(0.5)
-    shared, own = mix.weigh(Junction(site, x, ["global", "own"], {"references": references}, features))
+    shared, own = mix.weigh(
+        Junction(site, x, ["global", "own"], {"references": references}, features)
+    )
     root = 2**-0.5
     want = torch.tensor([0.5 * 0.5, 0.5 * root, 0.0, 0.0], dtype=torch.float64)[:, None, None]
     torch.testing.assert_close(shared, want)
@@ -86,12 +94,16 @@ def test_a_round_of_t_trains_the_local_adapter_then_the_global_one_alone() -> No
     assert same(local.assembly.adapter("own"), offer["global"])
     assert [(t.name, t.train) for t in alone.assembly.terms] == [("global", "AB")]
     assert (local.share, alone.share) == (0.25, 0.75)
-    later = list(ours.plan(info("a"), offer, {"own": adapter(2), "references": torch.ones(3, 2)}, 2))
+    later = list(
+        ours.plan(info("a"), offer, {"own": adapter(2), "references": torch.ones(3, 2)}, 2)
+    )
     assert len(later) == 2
     assert same(later[0].assembly.adapter("own"), adapter(2))
 
 
-@pytest.mark.parametrize(("rounds", "share", "federated"), [(8, 0.25, 6), (3, 0.1, 2), (1, 0.5, 1), (4, 0.0, 4)])
+@pytest.mark.parametrize(
+    ("rounds", "share", "federated"), [(8, 0.25, 6), (3, 0.1, 2), (1, 0.5, 1), (4, 0.0, 4)]
+)
 def test_the_last_rounds_of_f_are_local(rounds: int, share: float, federated: int) -> None:
     ours = method("feddpa-f", rounds=rounds, local_rounds=share)
     assert ours.federated_rounds == federated
@@ -107,7 +119,9 @@ def test_f_without_local_rounds_is_fedit(tiny_bert: Path, silos: Path, tmp_path:
 
 
 @pytest.mark.parametrize("job", [F, T], ids=["f", "t"])
-def test_a_resumed_run_is_bit_identical(job: Any, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_identical(
+    job: Any, tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     resumes(tiny_bert, silos, tmp_path, [(2, 1)], **job)
 
 
@@ -135,12 +149,17 @@ def test_the_written_model_weighs_each_example_as_the_formula_says(
     opened: Opened = exports(tiny_bert, silos, tmp_path, **job)
     assembly = opened.assembly("site-1")
     kernel = opened.prepared.half.kernel
-    features, references = kernel.features(opened.examples), reveal(opened.stores["site-1"]["mine"])["references"]
+    features, references = (
+        kernel.features(opened.examples),
+        reveal(opened.stores["site-1"]["mine"])["references"],
+    )
     got = opened.logits(assembly)
     for n, example in enumerate(opened.examples):
         cosines = [torch.dot(features[n], r) / features[n].norm() / r.norm() for r in references]
         weight = 0.5 * max(0.0, float(sum(cosines)) / len(cosines))
-        head = {name: Extra(e.value) for name, e in assembly.extras.items() if name.startswith("head.")}
+        head = {
+            name: Extra(e.value) for name, e in assembly.extras.items() if name.startswith("head.")
+        }
         fixed = Assembly(
             tuple(Term(t.name, t.adapter) for t in assembly.terms),
             Weighted({"global": weight, "own": 1 - weight}),

@@ -1,4 +1,6 @@
-"""FedEx-LoRA: mean and residual are together the exact mean of the products, however many rounds."""
+"""FedEx-LoRA: mean and residual are together the exact mean of the products, however many
+rounds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""FedLEASE (2509.15087): the clusters, the means in each, the top-M router against its formula, and newcomers."""
+"""FedLEASE (2509.15087): the clusters, the means in each, the top-M router against its formula, and
+newcomers.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ from tests.tiny import save_silos, tiny_job
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Junction
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods.fedlease import TopExperts
-from fedgrove.run import run
+from fedgrove.start import run
 
 JOB: dict[str, Any] = {
     "method": {"name": "fedlease", "warmup_rounds": 1, "experts": 2},
@@ -51,8 +53,14 @@ def mean_of(adapters: list[Adapter], weights: list[int]) -> Adapter:
     total = sum(weights)
     return {
         s: Factors(
-            sum((w / total * a[s].A for a, w in zip(adapters, weights, strict=True)), torch.zeros(())),
-            sum((w / total * a[s].B for a, w in zip(adapters, weights, strict=True)), torch.zeros(())),
+            sum(
+                (w / total * a[s].A for a, w in zip(adapters, weights, strict=True)),
+                torch.zeros(()),
+            ),
+            sum(
+                (w / total * a[s].B for a, w in zip(adapters, weights, strict=True)),
+                torch.zeros(()),
+            ),
             2.0,
         )
         for s in SITES
@@ -71,7 +79,9 @@ def grouped(**options: Any) -> tuple[Any, dict[str, Adapter], Any]:
         ours,
         adapters,
         ours.aggregate(
-            state, 2, [update(name, 10 * (n + 1), expert=a) for n, (name, a) in enumerate(adapters.items())]
+            state,
+            2,
+            [update(name, 10 * (n + 1), expert=a) for n, (name, a) in enumerate(adapters.items())],
         ),
     )
 
@@ -86,7 +96,9 @@ def test_clusters_come_from_the_cosines_of_b_and_the_silhouette() -> None:
             state["experts"][number],
             mean_of([adapters[f"c{number}"], adapters[f"c{number + 3}"]], [number + 1, number + 4]),
         )
-    assert {tuple(G.shape) for G in state["routers"][0].values()} == {(5, s.in_features) for s in SITES.values()}
+    assert {tuple(G.shape) for G in state["routers"][0].values()} == {
+        (5, s.in_features) for s in SITES.values()
+    }
     assert ours.artefacts(state)["experts.json"]["count"] == 3
     fewer = grouped(max_experts=2)[2]
     assert len(fewer["experts"]) == 2
@@ -95,8 +107,12 @@ def test_clusters_come_from_the_cosines_of_b_and_the_silhouette() -> None:
 
 def test_expert_and_router_are_averaged_within_the_cluster_over_those_that_came() -> None:
     ours, _, state = grouped()
-    routers = {n: {s: torch.full((5, SITES[s].in_features), float(n)) for s in SITES} for n in (0, 3, 4)}
-    came = [update(f"c{n}", 10 * (n + 1), expert=adapter(70 + n), router=routers[n]) for n in (0, 3, 4)]
+    routers = {
+        n: {s: torch.full((5, SITES[s].in_features), float(n)) for s in SITES} for n in (0, 3, 4)
+    }
+    came = [
+        update(f"c{n}", 10 * (n + 1), expert=adapter(70 + n), router=routers[n]) for n in (0, 3, 4)
+    ]
     after = ours.aggregate(state, 3, came)
     near(after["experts"][0], mean_of([adapter(70), adapter(73)], [1, 4]))
     near(after["experts"][1], adapter(74))
@@ -110,7 +126,9 @@ def test_one_or_two_clients_are_one_cluster() -> None:
     for count in (1, 2):
         ours = method("fedlease", rounds=3)
         state = ours.begin([info(f"c{n}") for n in range(count)])
-        state = ours.aggregate(state, 1, [update(f"c{n}", 10, expert=adapter(n)) for n in range(count)])
+        state = ours.aggregate(
+            state, 1, [update(f"c{n}", 10, expert=adapter(n)) for n in range(count)]
+        )
         assert len(state["experts"]) == 1
         assert state["routers"] == []
         assembly = ours.personal(info("c0"), ours.offer(state, 2, info("c0")), {})
@@ -164,7 +182,9 @@ def test_a_warm_up_that_cannot_be_is_refused() -> None:
         method("fedlease", warmup_rounds=0)
 
 
-def test_one_expert_without_a_warm_up_is_fedit(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_one_expert_without_a_warm_up_is_fedit(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     ours = {"name": "fedlease", "warmup_rounds": 0, "experts": 1}
     run(tiny_job(tiny_bert, silos, method={"name": "fedit"}, run={"rounds": 2}), tmp_path / "fedit")
     run(tiny_job(tiny_bert, silos, method=ours, run={"rounds": 2}), tmp_path / "ours")
@@ -174,12 +194,16 @@ def test_one_expert_without_a_warm_up_is_fedit(tiny_bert: Path, silos: Path, tmp
     assert found == {name: fedit[name] for name in found}
 
 
-def test_a_warm_up_alone_is_local_until_the_clusters(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_warm_up_alone_is_local_until_the_clusters(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     from tests.methods.kit import lines
 
     run(tiny_job(tiny_bert, silos, method={"name": "local"}, run={"rounds": 2}), tmp_path / "local")
     run(
-        tiny_job(tiny_bert, silos, method={"name": "fedlease", "warmup_rounds": 2}, run={"rounds": 2}),
+        tiny_job(
+            tiny_bert, silos, method={"name": "fedlease", "warmup_rounds": 2}, run={"rounds": 2}
+        ),
         tmp_path / "ours",
     )
     ours, local = lines(tmp_path / "ours"), lines(tmp_path / "local")
@@ -199,7 +223,9 @@ def test_what_travels(tiny_bert: Path, four: Path, tmp_path: Path) -> None:
     assert found.summary["parameters"]["stored"] == 2 * 4 * PER_RANK + 4 * 3 * 32 + 2 * 32 + 2
 
 
-def test_the_written_model_gives_the_logits_of_the_run(tiny_bert: Path, four: Path, tmp_path: Path) -> None:
+def test_the_written_model_gives_the_logits_of_the_run(
+    tiny_bert: Path, four: Path, tmp_path: Path
+) -> None:
     mixes = []
     exports(tiny_bert, four, tmp_path, lambda assembly: mixes.append(assembly.mix), **JOB)
     assert {mix.own for mix in mixes} == {0, 1}
@@ -209,4 +235,7 @@ def test_held_out_clients_are_placed(tiny_bert: Path, four: Path, tmp_path: Path
     job = {**JOB, "federation": {"held_out": ["site-3"]}, "train": {"final_local_epochs": 1}}
     found = run(tiny_job(tiny_bert, four, **job), tmp_path / "out")
     assert found.summary["clients"]["site-3"]["held_out"]
-    assert found.client("site-3").evaluate()["accuracy"] == found.summary["clients"]["site-3"]["metric"]
+    assert (
+        found.client("site-3").evaluate()["accuracy"]
+        == found.summary["clients"]["site-3"]["metric"]
+    )

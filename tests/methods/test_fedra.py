@@ -1,4 +1,6 @@
-"""FedRA (2311.11227) and the allocations it shares with Fed-HeLLo: random matrices, means over those that had it."""
+"""FedRA (2311.11227) and the allocations it shares with Fed-HeLLo: random matrices, means over
+those that had it.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,20 @@ from tests.methods.kit import (
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.errors import FedgroveError
+from fedgrove.ground.errors import FedgroveError
+from fedgrove.ground.seeds import generator
 from fedgrove.methods._layers import budgets, mean_where_held, part, random_rows
-from fedgrove.run import run
-from fedgrove.seeds import generator
+from fedgrove.start import run
 
 JOB: dict[str, Any] = {"method": {"name": "fedra", "layers": [0.5, 1.0]}, "run": {"rounds": 2}}
 
 
-def dense(previous: Adapter, held: dict[int, Adapter], rows: dict[int, list[int]], weight: dict[int, float]) -> Adapter:
+def dense(
+    previous: Adapter,
+    held: dict[int, Adapter],
+    rows: dict[int, list[int]],
+    weight: dict[int, float],
+) -> Adapter:
     """The rule, layer by layer, on stacked matrices."""
     result = {}
     for name, site in SITES.items():
@@ -55,7 +62,9 @@ def test_each_layer_becomes_the_mean_over_those_that_had_it() -> None:
     previous, held = adapter(9), {n: adapter(n, size=100.0**n) for n in range(3)}
     rows, weight = {0: [0, 2], 1: [2], 2: [0, 2]}, {0: 5.0, 1: 20.0, 2: 75.0}
     parts = [part(held[n], SITES, rows[n]) for n in range(3)]
-    near(mean_where_held(previous, parts, list(weight.values())), dense(previous, held, rows, weight))
+    near(
+        mean_where_held(previous, parts, list(weight.values())), dense(previous, held, rows, weight)
+    )
     ours = method("fedra")
     state = {"global": previous, "counts": {}}
     updates = [update(f"c{n}", int(weight[n]), adapter=parts[n]) for n in range(3)]
@@ -79,7 +88,11 @@ def test_every_layer_is_allotted_where_the_budgets_suffice(seed: int) -> None:
 def test_the_matrix_is_drawn_again_each_round_and_is_random() -> None:
     drawn = [random_rows([2] * 4, 6, generator(0, round)) for round in range(60)]
     assert len({str(rows) for rows in drawn}) > 50
-    share = torch.tensor([[layer in row for layer in range(6)] for rows in drawn for row in rows]).double().mean(0)
+    share = (
+        torch.tensor([[layer in row for layer in range(6)] for rows in drawn for row in rows])
+        .double()
+        .mean(0)
+    )
     assert float((share - 2 / 6).abs().max()) < 0.12
     assert random_rows([2] * 4, 6, generator(0, 3)) == drawn[3]
 
@@ -104,7 +117,9 @@ def test_a_client_gets_and_runs_its_layers_alone_and_deploys_all() -> None:
     assert ours.personal(clients[0], ours.offer(state, 7, clients[0]), {}).layers is None
 
 
-def test_with_all_layers_for_everybody_it_is_fedit(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_with_all_layers_for_everybody_it_is_fedit(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     ours = {"name": "fedra", "layers": [1.0]}
     equal_runs(tiny_bert, silos, tmp_path, ours, {"name": "fedit"}, run={"rounds": 2})
 

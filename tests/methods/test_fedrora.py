@@ -1,4 +1,6 @@
-"""FedRoRA: unit directions, a dense SVD, and for each client the directions that its own update uses most."""
+"""FedRoRA: unit directions, a dense SVD, and for each client the directions that its own update
+uses most.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ from tests.methods.rules import (
 )
 from torch import Tensor
 
+from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import Update
-from fedgrove.seeds import generator
 
 
 def unit(matrix: Tensor, dim: int) -> Tensor:
@@ -38,9 +40,16 @@ def arrived(chosen: Any, stretch: float) -> tuple[list[Update], list[dict[str, T
     whole: list[dict[str, Tensor]] = []
     for n, adapter in enumerate(client_draws(chosen, stretch)):
         noise = generator(n, "diagonal")
-        diagonal = {s: torch.randn(f.rank, generator=noise, dtype=torch.float64) for s, f in adapter.items()}
+        diagonal = {
+            s: torch.randn(f.rank, generator=noise, dtype=torch.float64) for s, f in adapter.items()
+        }
         content.append({"adapter": adapter, "diagonal": diagonal})
-        whole.append({s: f.scale * unit(f.B, 0) @ diagonal[s].diag() @ unit(f.A, 1) for s, f in adapter.items()})
+        whole.append(
+            {
+                s: f.scale * unit(f.B, 0) @ diagonal[s].diag() @ unit(f.A, 1)
+                for s, f in adapter.items()
+            }
+        )
     return updates(content), whole
 
 
@@ -63,8 +72,12 @@ def test_every_client_gets_the_directions_that_it_uses_most(scaling: Any, stretc
             close(model(chosen.personal(client, offer, {}), site), want, 1e-10)
             f = offer["adapter"][site]
             assert f.scale == chosen.setting.scale(client.rank)
-            torch.testing.assert_close(f.B.norm(dim=0), torch.ones(client.rank, dtype=torch.float64))
-            torch.testing.assert_close(f.A.norm(dim=1), torch.ones(client.rank, dtype=torch.float64))
+            torch.testing.assert_close(
+                f.B.norm(dim=0), torch.ones(client.rank, dtype=torch.float64)
+            )
+            torch.testing.assert_close(
+                f.A.norm(dim=1), torch.ones(client.rank, dtype=torch.float64)
+            )
             torch.testing.assert_close(offer["diagonal"][site] * f.scale, s[best])
     assert any(best != tuple(range(rank)) for rank, best in chose)  # not merely the leading ones
 

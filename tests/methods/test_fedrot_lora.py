@@ -1,4 +1,6 @@
-"""FedRot-LoRA: the rotation of the paper, written out; no product changes; both places give the same bits."""
+"""FedRot-LoRA: the rotation of the paper, written out; no product changes; both places give the
+same bits.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from fedgrove.adapters import Adapter, Assembly, Factors, Term
 from fedgrove.methods.contract import Trained
 from fedgrove.methods.fedit import FedIT
-from fedgrove.run import run
+from fedgrove.start import run
 
 EQUAL = (3, 3, 3, 3)
 
@@ -77,7 +79,9 @@ def test_the_full_rotation_undoes_a_rotation() -> None:
     """Clients that differ from the global adapter by a rotation alone are averaged without loss."""
     chosen, reference, mine = method("fedrot-lora", rank=3, lam=1.0), draw(50, 3), []
     for n in range(4):
-        turn = soft(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), 1.0)
+        turn = soft(
+            torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), 1.0
+        )
         turned = {s: Factors(turn.T @ f.A, f.B @ turn, f.scale) for s, f in reference.items()}
         mine.append(uploaded(chosen, turned, reference, 3))
     after = chosen.aggregate({"global": reference}, 3, sent(mine))["global"]
@@ -100,7 +104,9 @@ def test_the_first_round_and_strength_zero_are_fedit() -> None:
             close(f.B, plain[site].B)
 
 
-def test_a_run_is_the_same_wherever_the_rotation_is(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_run_is_the_same_wherever_the_rotation_is(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     job = small_job("fedrot-lora", tiny_bert, silos)
     out = check_run(job, tmp_path)
     for line in lines(out, "train"):

@@ -1,4 +1,6 @@
-"""FedTreeLoRA's arithmetic (methods.md A1) without a model: training is replaced by planted or random changes."""
+"""FedTreeLoRA's arithmetic (methods.md A1) without a model: training is replaced by planted or
+random changes.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,12 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.assembly import Assembly, Convex, as_one_adapter
 from fedgrove.adapters.private import is_private, seal
-from fedgrove.errors import JobError
+from fedgrove.adapters.tree import numbers, pack, unpack
+from fedgrove.ground.errors import JobError
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, Setting, Step, Trained, Update, reveal
 from fedgrove.methods.fedtreelora import FedTreeLoRA, TreeOptions
 from fedgrove.training.kernel import carry
-from fedgrove.tree import numbers, pack, unpack
 
 LAYERS = 4
 SITES = {
@@ -35,7 +37,9 @@ Drift = Callable[[str, int], float]  # (client, layer) -> where its B goes
 
 
 def method(rounds: int = 9, **options: Any) -> FedTreeLoRA:
-    return FedTreeLoRA(TreeOptions(**options), Setting(sites=SITES, rank=2, alpha=4.0, rounds=rounds, seed=5))
+    return FedTreeLoRA(
+        TreeOptions(**options), Setting(sites=SITES, rank=2, alpha=4.0, rounds=rounds, seed=5)
+    )
 
 
 def info(name: str, examples: int = 10) -> ClientInfo:
@@ -49,22 +53,33 @@ def names(count: int) -> list[str]:
 def drawn(seed: int, size: float = 1.0) -> Adapter:
     rng = torch.Generator().manual_seed(seed)
     return {
-        name: Factors(torch.randn(2, 6, generator=rng), size * torch.randn(5, 2, generator=rng), 2.0) for name in SITES
+        name: Factors(
+            torch.randn(2, 6, generator=rng), size * torch.randn(5, 2, generator=rng), 2.0
+        )
+        for name in SITES
     }
 
 
-def arrived(adapters: Mapping[str, Adapter], examples: Mapping[str, int] | None = None) -> list[Update]:
-    return [Update(n, (examples or {}).get(n, 10), {"adapter": a}) for n, a in sorted(adapters.items())]
+def arrived(
+    adapters: Mapping[str, Adapter], examples: Mapping[str, int] | None = None
+) -> list[Update]:
+    return [
+        Update(n, (examples or {}).get(n, 10), {"adapter": a}) for n, a in sorted(adapters.items())
+    ]
 
 
-def after_warmup(chosen: FedTreeLoRA, adapters: Mapping[str, Adapter], **more: Any) -> dict[str, Any]:
+def after_warmup(
+    chosen: FedTreeLoRA, adapters: Mapping[str, Adapter], **more: Any
+) -> dict[str, Any]:
     """The state after a warm-up that ended in these adapters."""
     state = chosen.begin([info(name) for name in adapters])
     return chosen.aggregate(state, chosen.warmup, arrived(adapters, **more))
 
 
 class Field:
-    """Clients whose training is made up: B drifts to a place of the client's own, everything else jitters."""
+    """Clients whose training is made up: B drifts to a place of the client's own, everything else
+    jitters.
+    """
 
     def __init__(self, chosen: FedTreeLoRA, drift: Drift | None = None):
         self.method, self.drift = chosen, drift or (lambda name, layer: 0.0)
@@ -79,12 +94,19 @@ class Field:
         terms = []
         for term in step.assembly.terms:
             adapter = {
-                site: Factors(moved(f.A), moved(f.B, self.drift(client, SITES[site].layer)), f.scale)
+                site: Factors(
+                    moved(f.A), moved(f.B, self.drift(client, SITES[site].layer)), f.scale
+                )
                 for site, f in term.adapter.items()
             }
             terms.append(replace(term, adapter=adapter) if term.train else term)
         extras = {
-            name: replace(extra, value=seal(moved(extra.value, 0.5)) if extra.home == "client" else moved(extra.value))
+            name: replace(
+                extra,
+                value=seal(moved(extra.value, 0.5))
+                if extra.home == "client"
+                else moved(extra.value),
+            )
             for name, extra in step.assembly.extras.items()
         }
         return Trained(replace(step.assembly, terms=tuple(terms), extras=extras), 1.0, 1)
@@ -96,7 +118,9 @@ class Field:
             assert isinstance(step, Step)
             done.append(self.train(carry(step, done), name, rng))
         self.done[name] = done
-        content, self.mine[name] = self.method.report(info(name), done, offer, self.mine.get(name, {}), round)
+        content, self.mine[name] = self.method.report(
+            info(name), done, offer, self.mine.get(name, {}), round
+        )
         self.mine[name] = unpack(pack(self.mine[name], private=True))
         return Update(name, 10, content)
 
@@ -118,7 +142,8 @@ def groups(state: Mapping[str, Any], chosen: FedTreeLoRA) -> list[set[frozenset[
     return [{frozenset(group) for group in layer["groups"]} for layer in layers]
 
 
-# ------------------------------------------------------------ an independent reading of A1, in float64 and with loops
+# ------------------------------------------------------------ an independent reading of A1, in
+# float64 and with loops
 def slow_distances(adapters: Sequence[Adapter], distance: str) -> list[list[list[float]]]:
     def between(one: Tensor, other: Tensor) -> float:
         x, y = one.double().flatten().tolist(), other.double().flatten().tolist()
@@ -130,7 +155,10 @@ def slow_distances(adapters: Sequence[Adapter], distance: str) -> list[list[list
     return [
         [
             [
-                sum(between(p[f"layer.{layer}.{part}"].B, q[f"layer.{layer}.{part}"].B) for part in ("query", "value"))
+                sum(
+                    between(p[f"layer.{layer}.{part}"].B, q[f"layer.{layer}.{part}"].B)
+                    for part in ("query", "value")
+                )
                 / 2
                 for q in adapters
             ]
@@ -143,7 +171,10 @@ def slow_distances(adapters: Sequence[Adapter], distance: str) -> list[list[list
 def slow_tree(layers: list[list[list[float]]], linkage: str) -> dict[int, list[frozenset[int]]]:
     """The groups of the global tree's cut into c, for every c."""
     count = len(layers[0])
-    D = [[sum(layer[i][j] for layer in layers) / len(layers) for j in range(count)] for i in range(count)]
+    D = [
+        [sum(layer[i][j] for layer in layers) / len(layers) for j in range(count)]
+        for i in range(count)
+    ]
     how: dict[str, Callable[[list[float]], float]] = {
         "average": lambda v: sum(v) / len(v),
         "complete": max,
@@ -153,7 +184,8 @@ def slow_tree(layers: list[list[list[float]]], linkage: str) -> dict[int, list[f
     cuts = {count: now}
     while len(now) > 1:
         one, other = min(
-            itertools.combinations(now, 2), key=lambda pair: how[linkage]([D[i][j] for i in pair[0] for j in pair[1]])
+            itertools.combinations(now, 2),
+            key=lambda pair: how[linkage]([D[i][j] for i in pair[0] for j in pair[1]]),
         )
         now = [group for group in now if group not in (one, other)] + [one | other]
         cuts[len(now)] = now
@@ -181,7 +213,8 @@ def slow_cuts(
     found, before = [], 1
     for D in layers:
         scores = {
-            c: tau if c == 1 else slow_silhouette(cuts[c], D) for c in range(before, min(len(adapters), before + K))
+            c: tau if c == 1 else slow_silhouette(cuts[c], D)
+            for c in range(before, min(len(adapters), before + K))
         }
         before = max(scores, key=lambda c: (scores[c], -c))
         found.append(set(cuts[before]))
@@ -189,32 +222,45 @@ def slow_cuts(
 
 
 def slow_experts(
-    adapters: Mapping[str, Adapter], group: frozenset[str], weights: Mapping[str, int], site: str, letter: str
+    adapters: Mapping[str, Adapter],
+    group: frozenset[str],
+    weights: Mapping[str, int],
+    site: str,
+    letter: str,
 ) -> tuple[Tensor, Tensor | None]:
     def mean(chosen: list[str]) -> Tensor:
         total = sum(weights[name] for name in chosen)
-        return torch.stack([weights[n] / total * getattr(adapters[n][site], letter).double() for n in chosen]).sum(0)
+        return torch.stack(
+            [weights[n] / total * getattr(adapters[n][site], letter).double() for n in chosen]
+        ).sum(0)
 
     others = [name for name in adapters if name not in group]
     return mean(sorted(group)), mean(others) if others else None
 
 
-# ------------------------------------------------------------------------------------------------------ tree and cuts
+# ------------------------------------------------------------ tree and cuts
 @pytest.mark.parametrize("linkage", ["average", "complete", "single"])
 @pytest.mark.parametrize("distance", ["frobenius", "cosine"])
-@pytest.mark.parametrize(("seed", "tau", "K"), [(0, -1.0, 3), (1, 0.02, 3), (2, -1.0, 2), (3, 0.05, 5)])
+@pytest.mark.parametrize(
+    ("seed", "tau", "K"), [(0, -1.0, 3), (1, 0.02, 3), (2, -1.0, 2), (3, 0.05, 5)]
+)
 def test_tree_cuts_and_experts_are_what_the_paper_says(
     seed: int, tau: float, K: int, distance: Any, linkage: Any
 ) -> None:
     sizes = [1.0, 1e-3, 30.0, 1.0, 1.0, 2.0, 1.0, 0.5, 1.0]
-    adapters = {name: drawn(100 * seed + i, size) for i, (name, size) in enumerate(zip(names(9), sizes, strict=True))}
+    adapters = {
+        name: drawn(100 * seed + i, size)
+        for i, (name, size) in enumerate(zip(names(9), sizes, strict=True))
+    }
     examples = {name: 3 + 7 * i for i, name in enumerate(adapters)}
     for weights in ("uniform", "examples"):
         chosen = method(tau=tau, K=K, distance=distance, linkage=linkage, weights=weights)
         state = after_warmup(chosen, adapters, examples=examples)
         want = slow_cuts(list(adapters.values()), tau, K, distance, linkage)
         found = groups(state, chosen)
-        assert found == [{frozenset(names(9)[i] for i in group) for group in layer} for layer in want]
+        assert found == [
+            {frozenset(names(9)[i] for i in group) for group in layer} for layer in want
+        ]
         shares = dict.fromkeys(adapters, 1) if weights == "uniform" else examples
         for name in adapters:
             offer = chosen.offer(state, 4, info(name))
@@ -266,9 +312,14 @@ def test_permuting_the_clients_permutes_the_result(seed: int, order: list[int]) 
     chosen = method(tau=-1.0)
     adapters = [drawn(seed + i) for i in range(8)]
     first = after_warmup(chosen, dict(zip(names(8), adapters, strict=True)))
-    second = after_warmup(chosen, {name: adapters[i] for name, i in zip(names(8), order, strict=True)})
+    second = after_warmup(
+        chosen, {name: adapters[i] for name, i in zip(names(8), order, strict=True)}
+    )
     renamed = {name: names(8)[i] for name, i in zip(names(8), order, strict=True)}
-    back = [{frozenset(renamed[name] for name in group) for group in layer} for layer in groups(second, chosen)]
+    back = [
+        {frozenset(renamed[name] for name in group) for group in layer}
+        for layer in groups(second, chosen)
+    ]
     assert back == groups(first, chosen)
     for name, other in renamed.items():
         one, two = chosen.offer(second, 4, info(name)), chosen.offer(first, 4, info(other))
@@ -280,7 +331,12 @@ def test_permuting_the_clients_permutes_the_result(seed: int, order: list[int]) 
 def planted(name: str, layer: int) -> float:
     """Layer 0 sees no groups, layer 1 two of them, layers 2 and 3 four."""
     number = int(name[1:]) % 4
-    return [0.0, 1.0 * (number // 2), 1.0 * (number // 2) + 0.4 * (number % 2), 3.0 * (number // 2) + number % 2][layer]
+    return [
+        0.0,
+        1.0 * (number // 2),
+        1.0 * (number // 2) + 0.4 * (number % 2),
+        3.0 * (number // 2) + number % 2,
+    ][layer]
 
 
 def test_planted_groups_are_recovered_layer_by_layer() -> None:
@@ -306,11 +362,13 @@ def test_one_client_and_two_clients_share_everything() -> None:
         state = unpack(pack(after_warmup(chosen, adapters)))
         assert groups(state, chosen) == [{frozenset(names(count))}] * LAYERS
         assert set(chosen.offer(state, 4, info("c00"))) == {"cluster"}
-        joined = chosen.welcome(state, info("new"), {"B": {site: f.B for site, f in drawn(9).items()}})
+        joined = chosen.welcome(
+            state, info("new"), {"B": {site: f.B for site, f in drawn(9).items()}}
+        )
         assert set(joined) == {"cluster", "placed"}
 
 
-# ---------------------------------------------------------------------------------------------------- rounds, clients
+# ------------------------------------------------------------ rounds, clients
 def test_the_warm_up_is_local_counts_in_the_budget_and_travels_once() -> None:
     chosen = method(rounds=7)  # 7 // 3
     assert chosen.warmup == 2
@@ -327,10 +385,18 @@ def test_the_warm_up_is_local_counts_in_the_budget_and_travels_once() -> None:
         )
     second = field.round(first, 2, names(4))
     assert [set(tree) for tree in field.sent[8:]] == [set(), {"adapter"}] * 4
-    for name in names(4):  # the second round went on from the first, and its result is what the server holds
-        assert torch.equal(second["latest"][name]["layer.3.value"].B, field.mine[name]["own"]["layer.3.value"].B)
-        assert not torch.equal(field.mine[name]["own"]["layer.3.value"].B, alone[name]["layer.3.value"].B)
-        assert (field.mine[name]["own"]["layer.3.value"].B - alone[name]["layer.3.value"].B).abs().max() < 0.1
+    for name in names(
+        4
+    ):  # the second round went on from the first, and its result is what the server holds
+        assert torch.equal(
+            second["latest"][name]["layer.3.value"].B, field.mine[name]["own"]["layer.3.value"].B
+        )
+        assert not torch.equal(
+            field.mine[name]["own"]["layer.3.value"].B, alone[name]["layer.3.value"].B
+        )
+        assert (
+            field.mine[name]["own"]["layer.3.value"].B - alone[name]["layer.3.value"].B
+        ).abs().max() < 0.1
     field.round(second, 3, names(4))
     assert all("cluster" in tree for tree in field.sent[16::2])
 
@@ -343,8 +409,15 @@ def test_lambda_is_one_private_number_per_split_layer() -> None:
     offer = chosen.offer(state, 3, info("c05"))
     (step,) = chosen.plan(info("c05"), offer, field.mine["c05"], 3)
     assembly = step.assembly
-    assert set(assembly.extras) == {"lambda.1", "lambda.2", "lambda.3"}  # layer 0 is whole: pinned to 1
-    assert all(e.value.shape == () and e.value == 0 and e.home == "client" for e in assembly.extras.values())
+    assert set(assembly.extras) == {
+        "lambda.1",
+        "lambda.2",
+        "lambda.3",
+    }  # layer 0 is whole: pinned to 1
+    assert all(
+        e.value.shape == () and e.value == 0 and e.home == "client"
+        for e in assembly.extras.values()
+    )
     assert {term.name: term.train for term in assembly.terms} == {"cluster": "AB", "external": ""}
     assert {SITES[site].layer for site in assembly.adapter("external")} == {1, 2, 3}
     state = field.round(state, 3, names(12))
@@ -352,10 +425,14 @@ def test_lambda_is_one_private_number_per_split_layer() -> None:
     assert set(kept) == {"1", "2", "3"}
     assert all(is_private(value) for value in kept.values())
     again = chosen.personal(info("c05"), chosen.offer(state, 4, info("c05")), field.mine["c05"])
-    assert [float(again.extras[f"lambda.{n}"].value) for n in (1, 2, 3)] == pytest.approx([0.5] * 3, abs=0.1)
+    assert [float(again.extras[f"lambda.{n}"].value) for n in (1, 2, 3)] == pytest.approx(
+        [0.5] * 3, abs=0.1
+    )
     shown = chosen.client_artefacts(info("c05"), offer, field.mine["c05"])["tree.json"]["lambda"]
     logits = reveal(kept)
-    assert shown == {n: {"c05": pytest.approx(1 / (1 + math.exp(-float(logits[n]))))} for n in ("1", "2", "3")}
+    assert shown == {
+        n: {"c05": pytest.approx(1 / (1 + math.exp(-float(logits[n]))))} for n in ("1", "2", "3")
+    }
     assert chosen.artefacts(state)["tree.json"]["lambda"] == {
         "0": dict.fromkeys(names(12), 1.0),
         "1": {},
@@ -410,11 +487,15 @@ def test_absent_members_count_with_their_last_adapter() -> None:
     before = state
     state = field.round(state, 3, ["c01", "c05", "c06"])
     for name in names(8):
-        changed = not torch.equal(before["latest"][name]["layer.1.query"].A, state["latest"][name]["layer.1.query"].A)
+        changed = not torch.equal(
+            before["latest"][name]["layer.1.query"].A, state["latest"][name]["layer.1.query"].A
+        )
         assert changed == (name in ("c01", "c05", "c06"))
     assert groups(state, chosen) == groups(before, chosen)
     offer, two = chosen.offer(state, 4, info("c04")), {"c00", "c01", "c04", "c05"}
-    cluster, external = slow_experts(state["latest"], frozenset(two), dict.fromkeys(names(8), 1), "layer.1.query", "B")
+    cluster, external = slow_experts(
+        state["latest"], frozenset(two), dict.fromkeys(names(8), 1), "layer.1.query", "B"
+    )
     close(offer["cluster"]["layer.1.query"].B, cluster)
     assert external is not None
     close(offer["external"]["layer.1.query"].B, external)
@@ -431,7 +512,10 @@ def test_a_client_that_missed_the_warm_up_joins_in_one_round(tree: bool) -> None
     assert "c06" not in state["groups"]
     offer = chosen.offer(state, 5, info("c06"))
     assert numbers(offer) == 0
-    assert chosen.personal(info("c06"), offer, {}).adapter("own")["layer.0.query"].B.count_nonzero() == 0
+    assert (
+        chosen.personal(info("c06"), offer, {}).adapter("own")["layer.0.query"].B.count_nonzero()
+        == 0
+    )
     before = {name: state["experts"][name] for name in state["experts"]}
     state = field.round(state, 5, ["c06"])
     assert len(field.done["c06"]) == 3  # as long as everyone's warm-up
@@ -445,7 +529,9 @@ def test_a_client_that_missed_the_warm_up_joins_in_one_round(tree: bool) -> None
             assert all(torch.equal(new[site].B, old[site].B) for site in new)
     state = field.round(state, 6, ["c06"])
     own = frozenset({"c02", "c06", "c10"})
-    cluster, _ = slow_experts(state["latest"], own, dict.fromkeys(names(12), 1), "layer.3.value", "B")
+    cluster, _ = slow_experts(
+        state["latest"], own, dict.fromkeys(names(12), 1), "layer.3.value", "B"
+    )
     close(chosen.offer(state, 7, info("c02"))["cluster"]["layer.3.value"].B, cluster)
     assert field.mine["c06"].keys() == {"lambda"}
 
@@ -458,7 +544,9 @@ def test_a_client_that_missed_a_part_of_the_warm_up_makes_up_for_that_part() -> 
     state = field.round(state, 3, names(8)[:-1])
     state = field.round(state, 4, names(8))
     assert len(field.done["c07"]) == 2
-    assert groups(state, chosen)[3] == {frozenset(n for n in names(8) if int(n[1:]) % 4 == rest) for rest in range(4)}
+    assert groups(state, chosen)[3] == {
+        frozenset(n for n in names(8) if int(n[1:]) % 4 == rest) for rest in range(4)
+    }
 
 
 def test_a_warm_up_that_nobody_finished_is_finished_by_those_who_come_next() -> None:
@@ -481,13 +569,17 @@ def test_an_unseen_client_is_welcome_at_once_and_placed_by_its_probe(tree: bool)
     newcomer = info("c13")  # of the kind of c01, c05, c09
     at_once = chosen.welcome(state, newcomer, None)
     assembly = chosen.personal(newcomer, at_once, {})
-    mean = torch.stack([state["latest"][name]["layer.2.query"].A.double() for name in everyone]).mean(0)
+    mean = torch.stack(
+        [state["latest"][name]["layer.2.query"].A.double() for name in everyone]
+    ).mean(0)
     close(assembly.adapter("cluster")["layer.2.query"].A, mean)
     steps = list(chosen.probe(newcomer, at_once) or [])
     assert len(steps) == 3
     assert len({step.stream for step in steps}) == 3
     start = chosen.setting.shared_draw()
-    assert torch.equal(steps[0].assembly.adapter("own")["layer.0.query"].A, start["layer.0.query"].A)
+    assert torch.equal(
+        steps[0].assembly.adapter("own")["layer.0.query"].A, start["layer.0.query"].A
+    )
     done: list[Trained] = []
     for step in steps:
         done.append(field.train(carry(step, done), "c13", torch.Generator().manual_seed(1)))
@@ -495,7 +587,10 @@ def test_an_unseen_client_is_welcome_at_once_and_placed_by_its_probe(tree: bool)
     assert numbers(sent) == 10 * len(SITES)
     offer = chosen.welcome(state, newcomer, sent)
     twin = chosen.offer(state, 10, info("c05"))
-    assert offer.pop("placed") == f"branch {state['groups']['c05'][3] + 1} of 4 in layer 3, the deepest"
+    assert (
+        offer.pop("placed")
+        == f"branch {state['groups']['c05'][3] + 1} of 4 in layer 3, the deepest"
+    )
     assert set(offer) == set(twin) == {"cluster", "external"}
     for term in ("cluster", "external"):
         for site, factors in twin[term].items():
@@ -511,11 +606,14 @@ def test_the_way_of_a_newcomer_is_nested_like_everyones() -> None:
     state = after_warmup(chosen, {name: drawn(i) for i, name in enumerate(names(9))})
     for seed in range(30, 50):
         labels = chosen._placed(state, {site: f.B for site, f in drawn(seed).items()})
-        path = [{n for n, own in state["groups"].items() if own[place] == label} for place, label in enumerate(labels)]
+        path = [
+            {n for n, own in state["groups"].items() if own[place] == label}
+            for place, label in enumerate(labels)
+        ]
         assert all(fine <= coarse for coarse, fine in pairwise(path))
 
 
-# ------------------------------------------------------------------------------------------------------------ options
+# ------------------------------------------------------------ options
 def run_field(
     count: int = 8, rounds: int = 6, drift: Drift = planted, **options: Any
 ) -> tuple[FedTreeLoRA, Field, Any]:
@@ -595,11 +693,13 @@ def test_distance_linkage_tau_and_k_change_the_cuts() -> None:
 
 def test_lambda_lr_reaches_the_optimiser_as_a_multiple() -> None:
     chosen, field, state = run_field(lambda_lr=7.0)
-    extras = chosen.personal(info("c01"), chosen.offer(state, 7, info("c01")), field.mine["c01"]).extras
+    extras = chosen.personal(
+        info("c01"), chosen.offer(state, 7, info("c01")), field.mine["c01"]
+    ).extras
     assert {extra.lr for extra in extras.values()} == {7.0}
 
 
-# ---------------------------------------------------------------------------------------------------- K = 1, refusals
+# ------------------------------------------------------------ K = 1, refusals
 def test_never_splitting_without_warm_up_is_one_mean_from_the_first_round_on() -> None:
     chosen = method(rounds=4, K=1, warmup_rounds=0)
     field, state = Field(chosen), chosen.begin([])
@@ -636,7 +736,9 @@ def test_the_warm_up_by_default() -> None:
         ({"fixed_k": 4, "tree": False}, ["method.fixed_k = 4", "method.tree = false"]),
     ],
 )
-def test_settings_that_cannot_be_are_one_sentence(options: dict[str, Any], words: list[str]) -> None:
+def test_settings_that_cannot_be_are_one_sentence(
+    options: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(JobError) as caught:
         method(rounds=6, **options)
     assert all(word in str(caught.value) for word in words)

@@ -1,4 +1,6 @@
-"""FedTreeLoRA in whole runs on the tiny model: the identity with FedIT, resume, what travels, artefacts, export."""
+"""FedTreeLoRA in whole runs on the tiny model: the identity with FedIT, resume, what travels,
+artefacts, export.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,16 @@ from tests.tiny import save_bert, save_silos, sentences, tiny_job
 
 import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.tree import pack
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, reveal
 from fedgrove.methods.fedtreelora import FedTreeLoRA
-from fedgrove.prepare import prepare
-from fedgrove.run import run
+from fedgrove.runs.prepare import prepare
+from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
 from fedgrove.training.client import ClientHalf, Turn
-from fedgrove.tree import pack
 
 LAYERS, HIDDEN, RANK = 3, 32, 4
 FACTORS = 2 * 2 * RANK * HIDDEN  # numbers of A and B at a layer's two sites
@@ -41,7 +43,9 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six sites of two kinds that disagree on every label: even ones call good what odd ones call bad."""
+    """Six sites of two kinds that disagree on every label: even ones call good what odd ones call
+    bad.
+    """
     folder = tmp_path_factory.mktemp("data") / "kinds"
     folder.mkdir()
     other = {"positive": "negative", "negative": "positive"}
@@ -49,7 +53,9 @@ def two_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = sentences(40, seed=50 + index)
         if index % 2:
             rows = [{**row, "label": other[row["label"]]} for row in rows]
-        (folder / f"site-{index}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+        (folder / f"site-{index}.jsonl").write_text(
+            "\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8"
+        )
     return folder
 
 
@@ -72,9 +78,16 @@ def job_of(bert: Path, data: Path, /, rounds: int = 3, **changes: Any) -> Job:
 
 
 @pytest.mark.parametrize("shares", ["uniform", "examples"])
-def test_one_branch_without_warm_up_is_fedit_bit_for_bit(shares: str, bert: Path, five: Path, tmp_path: Path) -> None:
-    ours = run(job_of(bert, five, method={"K": 1, "warmup_rounds": 0, "weights": shares}), tmp_path / "ours")
-    fedit = run(tiny_job(bert, five, method={"name": "fedit", "weights": shares}), tmp_path / "fedit")
+def test_one_branch_without_warm_up_is_fedit_bit_for_bit(
+    shares: str, bert: Path, five: Path, tmp_path: Path
+) -> None:
+    ours = run(
+        job_of(bert, five, method={"K": 1, "warmup_rounds": 0, "weights": shares}),
+        tmp_path / "ours",
+    )
+    fedit = run(
+        tiny_job(bert, five, method={"name": "fedit", "weights": shares}), tmp_path / "fedit"
+    )
     found = weights(tmp_path / "ours")
     assert len(found) == 3 * 6  # five clients and _global
     assert found == weights(tmp_path / "fedit")
@@ -98,7 +111,9 @@ class StopAfter(Callback):
 def miss_the_warm_up(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     usual = FedTreeLoRA.select
 
-    def select(self: FedTreeLoRA, state: Any, round: int, available: Any, fraction: float) -> list[str]:
+    def select(
+        self: FedTreeLoRA, state: Any, round: int, available: Any, fraction: float
+    ) -> list[str]:
         chosen = usual(self, state, round, available, fraction)
         return [each for each in chosen if round > self.warmup or each != name]
 
@@ -122,7 +137,10 @@ def test_a_resumed_run_is_bit_identical_with_absent_and_late_clients_and_a_new_t
     assert tree_of(tmp_path / "whole") == tree_of(tmp_path / "cut")
     assert len(tree_of(whole.path)["clients"]) == 5
     lines = [
-        [{key: value for key, value in line.items() if key != "seconds"} for line in read(path / "metrics.jsonl")]
+        [
+            {key: value for key, value in line.items() if key != "seconds"}
+            for line in read(path / "metrics.jsonl")
+        ]
         for path in (tmp_path / "whole", tmp_path / "cut")
     ]
     assert lines[0] == lines[1]
@@ -133,11 +151,15 @@ def test_a_late_client_joins_the_run(
 ) -> None:
     miss_the_warm_up(monkeypatch, "site-3")
     method = {"warmup_rounds": 2, "K": 2}
-    run(job_of(bert, two_kinds, rounds=4, method=method, train={"local_steps": 6}), tmp_path / "out")
+    run(
+        job_of(bert, two_kinds, rounds=4, method=method, train={"local_steps": 6}), tmp_path / "out"
+    )
     tree = tree_of(tmp_path / "out")
     assert tree["clients"] == ["site-0", "site-1", "site-2", "site-4", "site-5"]
     assert tree["joined"] == ["site-3"]
-    assert ["site-1", "site-3", "site-5"] in [sorted(group) for group in tree["layers"][0]["groups"]]
+    assert ["site-1", "site-3", "site-5"] in [
+        sorted(group) for group in tree["layers"][0]["groups"]
+    ]
     lines = {
         (line["client"], line["round"]): line
         for line in read(tmp_path / "out" / "metrics.jsonl")
@@ -150,9 +172,12 @@ def test_a_late_client_joins_the_run(
     assert lines["site-3", 4]["bytes_up"] == lines["site-2", 4]["bytes_up"]
 
 
-def test_clients_that_are_two_kinds_are_told_apart(bert: Path, two_kinds: Path, tmp_path: Path) -> None:
+def test_clients_that_are_two_kinds_are_told_apart(
+    bert: Path, two_kinds: Path, tmp_path: Path
+) -> None:
     found = run(
-        job_of(bert, two_kinds, rounds=6, method={"tau": 0.1, "K": 2}, train={"local_steps": 6}), tmp_path / "tree"
+        job_of(bert, two_kinds, rounds=6, method={"tau": 0.1, "K": 2}, train={"local_steps": 6}),
+        tmp_path / "tree",
     )
     groups = tree_of(found.path)["layers"][-1]["groups"]
     even = {"site-0", "site-2", "site-4"}
@@ -165,10 +190,17 @@ def test_what_travels_is_what_the_cuts_need(bert: Path, five: Path, tmp_path: Pa
     tree = tree_of(found.path)
     split = sum(layer["count"] > 1 for layer in tree["layers"])
     assert split == LAYERS
-    lines = {(line["client"], line["round"]): line for line in found.metrics() if line["split"] == "train"}
+    lines = {
+        (line["client"], line["round"]): line
+        for line in found.metrics()
+        if line["split"] == "train"
+    }
     whole = FACTORS * LAYERS
     for name in tree["clients"]:
-        sent = [(lines[name, number]["bytes_up"], lines[name, number]["bytes_down"]) for number in range(1, 6)]
+        sent = [
+            (lines[name, number]["bytes_up"], lines[name, number]["bytes_down"])
+            for number in range(1, 6)
+        ]
         down = 4 * (whole + FACTORS * split)
         assert sent == [(0, 0), (4 * whole, 0), *[(4 * whole, down)] * 3]
     head = 2 * HIDDEN + 2
@@ -203,7 +235,9 @@ def test_nothing_that_an_engine_sends_holds_a_lambda(
     assert any(secret in own for secret in secrets)
 
 
-def test_tree_json_is_filled_by_the_clients_of_a_simulation(bert: Path, five: Path, tmp_path: Path) -> None:
+def test_tree_json_is_filled_by_the_clients_of_a_simulation(
+    bert: Path, five: Path, tmp_path: Path
+) -> None:
     found = run(job_of(bert, five, rounds=2, method={"lambda_lr": 20.0}), tmp_path / "out")
     tree = tree_of(found.path)
     assert list(tree["lambda"]) == ["0", "1", "2"]
@@ -214,11 +248,15 @@ def test_tree_json_is_filled_by_the_clients_of_a_simulation(bert: Path, five: Pa
         assert set(values) == set(tree["clients"])
         assert all(0 < value < 1 and abs(value - 0.5) > 1e-4 for value in values.values())
     still = run(job_of(bert, five, rounds=2, method={"lambda_lr": 0.0}), tmp_path / "still")
-    assert {value for layer in tree_of(still.path)["lambda"].values() for value in layer.values()} == {0.5}
+    assert {
+        value for layer in tree_of(still.path)["lambda"].values() for value in layer.values()
+    } == {0.5}
     slow = run(job_of(bert, five, rounds=2, method={"lambda_lr": 1.0}), tmp_path / "slow")
 
     def far(path: Path) -> float:
-        return math.fsum(abs(v - 0.5) for layer in tree_of(path)["lambda"].values() for v in layer.values())
+        return math.fsum(
+            abs(v - 0.5) for layer in tree_of(path)["lambda"].values() for v in layer.values()
+        )
 
     assert far(found.path) > 4 * far(slow.path) > 0
 
@@ -240,7 +278,9 @@ def test_the_exported_adapter_is_the_personal_model(bert: Path, five: Path, tmp_
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-def test_an_unseen_client_is_placed_by_a_probe_on_its_own_data(bert: Path, two_kinds: Path, tmp_path: Path) -> None:
+def test_an_unseen_client_is_placed_by_a_probe_on_its_own_data(
+    bert: Path, two_kinds: Path, tmp_path: Path
+) -> None:
     """The probe's steps on a real model bring a held-out client to its own kind."""
     job = job_of(
         bert, two_kinds, rounds=6, method={"tau": 0.1, "K": 2},
@@ -263,4 +303,7 @@ def test_an_unseen_client_is_placed_by_a_probe_on_its_own_data(bert: Path, two_k
 
 
 def same(one: Adapter, other: Adapter) -> bool:
-    return all(torch.equal(one[site].B, other[site].B) and torch.equal(one[site].A, other[site].A) for site in one)
+    return all(
+        torch.equal(one[site].B, other[site].B) and torch.equal(one[site].A, other[site].A)
+        for site in one
+    )

@@ -44,8 +44,14 @@ def test_every_client_gets_its_own_truncation(scaling: Any, stretch: float) -> N
             f = offer["adapter"][site]
             assert f.rank == client.rank
             assert f.scale == chosen.setting.scale(client.rank)
-            close(model(chosen.personal(client, offer, {}), site), best(dense(adapters, WEIGHTS, site), f.rank), 1e-10)
-            torch.testing.assert_close(f.B.norm(dim=0), f.A.norm(dim=1))  # the root of the singular value in both
+            close(
+                model(chosen.personal(client, offer, {}), site),
+                best(dense(adapters, WEIGHTS, site), f.rank),
+                1e-10,
+            )
+            torch.testing.assert_close(
+                f.B.norm(dim=0), f.A.norm(dim=1)
+            )  # the root of the singular value in both
 
 
 def test_at_full_rank_it_is_exact() -> None:
@@ -59,7 +65,9 @@ def test_at_full_rank_it_is_exact() -> None:
 
 
 def test_the_server_loses_nothing() -> None:
-    """N_agg is 0: the global update is the mean itself, whatever the largest rank (methods.md, noise analysis)."""
+    """N_agg is 0: the global update is the mean itself, whatever the largest rank (methods.md,
+    noise analysis).
+    """
     chosen = method("flexlora")
     adapters = client_draws(chosen)
     state = chosen.begin(CLIENTS)

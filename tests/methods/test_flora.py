@@ -25,7 +25,7 @@ from tests.methods.rules import (
 )
 
 from fedgrove.adapters import Assembly, Term
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.methods.contract import Trained, Update
 from fedgrove.methods.flora import stacked
 
@@ -85,10 +85,16 @@ def test_absent_and_present_clients_hold_the_servers_bits() -> None:
             (term,) = step.assembly.terms
             assert not any(bool(f.B.any()) for f in term.adapter.values())
             trained = draw(10 * round + n, client.rank)
-            done = Trained(Assembly((Term("fresh", trained),), base_delta=step.assembly.base_delta), 0.0, 1)
-            content, stores[client.name] = chosen.report(client, [done], offer, stores[client.name], round)
+            done = Trained(
+                Assembly((Term("fresh", trained),), base_delta=step.assembly.base_delta), 0.0, 1
+            )
+            content, stores[client.name] = chosen.report(
+                client, [done], offer, stores[client.name], round
+            )
             arrived.append((n, content))
-        state = chosen.aggregate(state, round, [Update(f"c{n}", 1 + n, content) for n, content in arrived])
+        state = chosen.aggregate(
+            state, round, [Update(f"c{n}", 1 + n, content) for n, content in arrived]
+        )
 
 
 def test_every_round_starts_from_another_draw_that_all_clients_share() -> None:

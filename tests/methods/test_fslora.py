@@ -1,4 +1,6 @@
-"""FSLoRA: the mean of sketched changes, the sketch against its definition, and FedIT at full budget."""
+"""FSLoRA: the mean of sketched changes, the sketch against its definition, and FedIT at full
+budget.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,21 @@ from tests.methods.rules import (
 )
 
 from fedgrove.adapters import Adapter, Assembly, Term
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import ClientInfo, Trained
 from fedgrove.methods.fedit import FedIT
 
 
-def work(chosen: Any, client: ClientInfo, start: Adapter, round: int, seed: int, stretch: float) -> Any:
+def work(
+    chosen: Any, client: ClientInfo, start: Adapter, round: int, seed: int, stretch: float
+) -> Any:
     """What a client sends if its sketch moved by a random draw, and that draw."""
     (step,) = chosen.plan(client, {"global": start}, {}, round)
     moved = draw(seed, client.rank, stretch=stretch)
-    end = {s: type(f)(f.A + moved[s].A, f.B + moved[s].B, f.scale) for s, f in step.assembly.adapter("sketch").items()}
+    end = {
+        s: type(f)(f.A + moved[s].A, f.B + moved[s].B, f.scale)
+        for s, f in step.assembly.adapter("sketch").items()
+    }
     done = Trained(Assembly((Term("sketch", end),)), 0.0, 1)
     content, mine = chosen.report(client, [done], {"global": start}, {}, round)
     assert mine == {}
@@ -48,8 +55,12 @@ def test_changes_are_averaged_over_all_sampled_clients(weights: str, stretch: fl
     chosen, start = method("fslora", weights=weights), draw(50, 4)
     parts = WEIGHTS if weights == "examples" else [0.25] * 4
     for round in (1, 2, 3):
-        arrived = [work(chosen, c, start, round, n, stretch ** (n - 1)) for n, c in enumerate(CLIENTS)]
-        after = chosen.aggregate({"global": start}, round, updates([content for content, _ in arrived]))["global"]
+        arrived = [
+            work(chosen, c, start, round, n, stretch ** (n - 1)) for n, c in enumerate(CLIENTS)
+        ]
+        after = chosen.aggregate(
+            {"global": start}, round, updates([content for content, _ in arrived])
+        )["global"]
         for site in SITES:
             a, b = start[site].A.clone(), start[site].B.clone()
             for client, (content, moved), weight in zip(CLIENTS, arrived, parts, strict=True):
@@ -89,10 +100,17 @@ def test_the_mask_is_uniform_and_new_in_each_round() -> None:
 def test_at_full_budget_it_is_fedit() -> None:
     chosen, start = method("fslora", weights="examples"), draw(50, 4)
     clients = [ClientInfo(f"c{n}", 4, EXAMPLES[n]) for n in range(4)]
-    arrived = [work(chosen, client, start, 1, n, 30.0 ** (n - 1)) for n, client in enumerate(clients)]
-    ends = [{s: type(f)(start[s].A + f.A, start[s].B + f.B, f.scale) for s, f in moved.items()} for _, moved in arrived]
+    arrived = [
+        work(chosen, client, start, 1, n, 30.0 ** (n - 1)) for n, client in enumerate(clients)
+    ]
+    ends = [
+        {s: type(f)(start[s].A + f.A, start[s].B + f.B, f.scale) for s, f in moved.items()}
+        for _, moved in arrived
+    ]
     plain = FedIT(chosen.options, chosen.setting).aggregate({}, 1, sent(ends))["global"]
-    after = chosen.aggregate({"global": start}, 1, updates([content for content, _ in arrived]))["global"]
+    after = chosen.aggregate({"global": start}, 1, updates([content for content, _ in arrived]))[
+        "global"
+    ]
     for site in SITES:
         close(after[site].A, plain[site].A)
         close(after[site].B, plain[site].B)
@@ -101,7 +119,9 @@ def test_at_full_budget_it_is_fedit() -> None:
 def test_a_client_scale_is_refused_unless_it_is_the_global_one() -> None:
     method("fslora").check(CLIENTS)
     method("fslora", "client").check([ClientInfo("a", 4, 1)])
-    with pytest.raises(JobError, match=r'lora\.scaling = "client" gives c0 the scale alpha / 2.*alpha / 4'):
+    with pytest.raises(
+        JobError, match=r'lora\.scaling = "client" gives c0 the scale alpha / 2.*alpha / 4'
+    ):
         method("fslora", "client").check(CLIENTS)
 
 

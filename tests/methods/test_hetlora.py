@@ -1,4 +1,6 @@
-"""HETLoRA: zero-padded mean by norms, the tail's penalty, self-pruning, scales, and FedIT as its special case."""
+"""HETLoRA: zero-padded mean by norms, the tail's penalty, self-pruning, scales, and FedIT as its
+special case.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,16 @@ from tests.methods.rules import (
 )
 
 from fedgrove.adapters import Adapter, Assembly, Factors, Term
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import ClientInfo, Live, Trained
 from fedgrove.methods.fedit import FedIT
 
 
 def norms(adapters: list[Adapter]) -> list[float]:
     """``||B_i A_i||`` over all sites, as shares."""
-    found = [sum(float(dense([a], [1.0], site).norm() ** 2) for site in SITES) ** 0.5 for a in adapters]
+    found = [
+        sum(float(dense([a], [1.0], site).norm() ** 2) for site in SITES) ** 0.5 for a in adapters
+    ]
     return [value / sum(found) for value in found]
 
 
@@ -40,13 +44,18 @@ def norms(adapters: list[Adapter]) -> list[float]:
 @pytest.mark.parametrize("scaling", ["global", "client"])
 @pytest.mark.parametrize("stretch", [1.0, 30.0])
 def test_padded_factors_are_averaged(variant: str, scaling: Any, stretch: float) -> None:
-    chosen = method("hetlora", scaling, variant=variant, rescale="B" if scaling == "client" else None)
+    chosen = method(
+        "hetlora", scaling, variant=variant, rescale="B" if scaling == "client" else None
+    )
     chosen.check(CLIENTS)
     adapters = client_draws(chosen, stretch)
     state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
     parts = norms(adapters) if variant == "full" else WEIGHTS
     for site, place in SITES.items():
-        a, b = torch.zeros(4, place.in_features).double(), torch.zeros(place.out_features, 4).double()
+        a, b = (
+            torch.zeros(4, place.in_features).double(),
+            torch.zeros(place.out_features, 4).double(),
+        )
         for adapter, weight in zip(adapters, parts, strict=True):
             f = adapter[site]
             a[: f.rank] += weight * f.A
@@ -70,8 +79,12 @@ def test_with_equal_ranks_and_norms_it_is_fedit() -> None:
     chosen = method("hetlora")
     adapters = [draw(n, 4) for n in range(4)]
     size = [sum(float(f.product().norm() ** 2) for f in a.values()) ** 0.5 for a in adapters]
-    even = [{s: Factors(f.A, f.B / size[n], f.scale) for s, f in a.items()} for n, a in enumerate(adapters)]
-    plain = FedIT(FedIT.Options(weights="uniform"), chosen.setting).aggregate({}, 1, sent(even))["global"]  # type: ignore[call-arg]
+    even = [
+        {s: Factors(f.A, f.B / size[n], f.scale) for s, f in a.items()}
+        for n, a in enumerate(adapters)
+    ]
+    uniform = FedIT.Options(weights="uniform")  # type: ignore[call-arg]
+    plain = FedIT(uniform, chosen.setting).aggregate({}, 1, sent(even))["global"]
     after = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(even))["global"]
     for site in SITES:
         close(after[site].A, plain[site].A)
@@ -94,16 +107,26 @@ def test_the_penalty_is_on_the_tail_alone() -> None:
     leaves = {s: f.map(lambda x: x.clone().requires_grad_()) for s, f in adapter.items()}
     penalty = chosen.tail_penalty(4)
     value = penalty(Live({"global": leaves}, {}))
-    want = sum(0.3 * float(f.B[:, 2:].norm() * f.A[2:].norm()) for f in adapter.values())  # floor(0.6 * 4) = 2
+    want = sum(
+        0.3 * float(f.B[:, 2:].norm() * f.A[2:].norm()) for f in adapter.values()
+    )  # floor(0.6 * 4) = 2
     assert float(value.detach()) == pytest.approx(want, rel=1e-12)
     value.backward()
     for f in leaves.values():
         assert f.A.grad is not None
         assert f.A.grad[2:].all()
         assert not f.A.grad[:2].any()
-    start = {s: f.map(lambda x: x.clone().requires_grad_()) for s, f in chosen.setting.shared_draw().items()}
+    start = {
+        s: f.map(lambda x: x.clone().requires_grad_())
+        for s, f in chosen.setting.shared_draw().items()
+    }
     penalty(Live({"global": start}, {})).backward()  # B = 0
-    assert all(bool(torch.isfinite(x.grad).all()) for f in start.values() for x in (f.A, f.B) if x.grad is not None)
+    assert all(
+        bool(torch.isfinite(x.grad).all())
+        for f in start.values()
+        for x in (f.A, f.B)
+        if x.grad is not None
+    )
     assert method("hetlora", variant="reduced").tail_penalty(4) is None
     assert method("hetlora", lam=0.0).tail_penalty(4) is None
     assert method("hetlora").tail_penalty(1) is None
@@ -121,7 +144,10 @@ def test_a_tail_that_shrank_is_pruned_for_good() -> None:
     chosen, start = method("hetlora", gamma=0.6), draw(7, 4)
     client, state = CLIENTS[1], {"global": start, "ranks": {c.name: c.rank for c in CLIENTS}}
     for factor, rank in ((0.9, 2), (1.1, 4)):
-        end = {s: Factors(f.A, f.B * torch.tensor([1.0, 1.0, factor, factor]), f.scale) for s, f in start.items()}
+        end = {
+            s: Factors(f.A, f.B * torch.tensor([1.0, 1.0, factor, factor]), f.scale)
+            for s, f in start.items()
+        }
         done = Trained(Assembly((Term("global", end),)), 0.0, 1)
         content, _ = chosen.report(client, [done], chosen.offer(state, 2, client), {}, 2)
         assert {f.rank for f in content["adapter"].values()} == {rank}
@@ -143,7 +169,8 @@ def test_a_newcomer_gets_its_own_rank() -> None:
 
 @pytest.mark.parametrize("variant", ["full", "reduced"])
 def test_a_run(variant: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    # A tail under so heavy a penalty shrinks as soon as it is there, which is from the second round on.
+    # A tail under so heavy a penalty shrinks as soon as it is there, which is from the second round
+    # on.
     options = {"variant": variant, "lam": 50.0}
     job = small_job("hetlora", tiny_bert, silos, method=options, run={"rounds": 4})
     out = check_run(job, tmp_path)

@@ -1,4 +1,6 @@
-"""HiLoRA's arithmetic (methods.md A2) without a model: training is replaced by planted or random changes."""
+"""HiLoRA's arithmetic (methods.md A2) without a model: training is replaced by planted or random
+changes.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site, fresh
 from fedgrove.adapters.assembly import Assembly, as_one_adapter, sealed
-from fedgrove.errors import JobError
+from fedgrove.adapters.tree import Tree, leaves, numbers, pack, unpack
+from fedgrove.ground.errors import JobError
+from fedgrove.ground.seeds import generator
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, Live, Setting, Trained, Update
 from fedgrove.methods.hilora import HiLoRA, HiLoRAOptions, tier_lengths
-from fedgrove.seeds import generator
 from fedgrove.training.kernel import carry
-from fedgrove.tree import Tree, leaves, numbers, pack, unpack
 
 SITES = {
     "0.query": Site("0.query", 0, 14, 12),  # in, out
@@ -34,19 +36,28 @@ RANK = 3
 Change = Callable[[str, str, Adapter], Adapter]  # (client, tier, adapter) -> trained
 
 
-def method(rounds: int = 10, rank: int = RANK, scaling: Any = "global", sites: Any = SITES, **options: Any) -> HiLoRA:
+def method(
+    rounds: int = 10, rank: int = RANK, scaling: Any = "global", sites: Any = SITES, **options: Any
+) -> HiLoRA:
     return HiLoRA(
-        HiLoRAOptions(**options), Setting(sites=sites, rank=rank, alpha=6.0, rounds=rounds, seed=5, scaling=scaling)
+        HiLoRAOptions(**options),
+        Setting(sites=sites, rank=rank, alpha=6.0, rounds=rounds, seed=5, scaling=scaling),
     )
 
 
-def draw(key: object, rank: int = RANK, scale: float = 2.0, size: float = 1.0, dtype: Any = torch.float64) -> Adapter:
+def draw(
+    key: object, rank: int = RANK, scale: float = 2.0, size: float = 1.0, dtype: Any = torch.float64
+) -> Adapter:
     """Random factors; ``size`` makes the clients badly scaled against each other."""
     noise = generator(1, "draw", key)
     return {
         name: Factors(
-            (torch.randn(rank, site.in_features, generator=noise, dtype=torch.float64) * size).to(dtype),
-            (torch.randn(site.out_features, rank, generator=noise, dtype=torch.float64) * size).to(dtype),
+            (torch.randn(rank, site.in_features, generator=noise, dtype=torch.float64) * size).to(
+                dtype
+            ),
+            (torch.randn(site.out_features, rank, generator=noise, dtype=torch.float64) * size).to(
+                dtype
+            ),
             scale,
         )
         for name, site in SITES.items()
@@ -68,14 +79,18 @@ drift.calls = 0  # type: ignore[attr-defined]
 
 @dataclass
 class Federation:
-    """Method halves and the wire between them; ``change`` stands for training. Everything is encoded on its way."""
+    """Method halves and the wire between them; ``change`` stands for training. Everything is
+    encoded on its way.
+    """
 
     method: HiLoRA
     clients: Sequence[ClientInfo]
     change: Change = drift
     state: Tree = field(default_factory=dict)
     mine: dict[str, bytes] = field(default_factory=dict)
-    sent: list[tuple[int, str, str, bytes]] = field(default_factory=list)  # round, client, "up" or "down", blob
+    sent: list[tuple[int, str, str, bytes]] = field(
+        default_factory=list
+    )  # round, client, "up" or "down", blob
 
     def __post_init__(self) -> None:
         self.state = self.method.begin(self.clients)
@@ -83,7 +98,9 @@ class Federation:
     def store(self, name: str) -> Tree:
         return unpack(self.mine[name])["mine"] if name in self.mine else {}
 
-    def run(self, rounds: int, absent: Mapping[int, Sequence[str]] | None = None, first: int = 1) -> None:
+    def run(
+        self, rounds: int, absent: Mapping[int, Sequence[str]] | None = None, first: int = 1
+    ) -> None:
         for round in range(first, rounds + 1):
             here = [c for c in self.clients if c.name not in (absent or {}).get(round, ())]
             updates = [self.client(round, client) for client in here]
@@ -127,12 +144,15 @@ def people(count: int, rank: int = RANK) -> list[ClientInfo]:
 
 def dense(adapters: Sequence[Adapter], weights: Sequence[float], site: str) -> Tensor:
     return sum(
-        (w * a[site].scale * (a[site].B.double() @ a[site].A.double()) for w, a in zip(weights, adapters, strict=True)),
+        (
+            w * a[site].scale * (a[site].B.double() @ a[site].A.double())
+            for w, a in zip(weights, adapters, strict=True)
+        ),
         torch.zeros(()),
     )
 
 
-# ------------------------------------------------------------------ aggregation
+# ------------------------------------------------------------ aggregation
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("tier", ["root", "cluster"])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
@@ -140,14 +160,29 @@ def test_root_and_cluster_are_the_truncated_svd_of_the_mean_product(
     tier: str, balanced: bool, dtype: torch.dtype, error: float
 ) -> None:
     chosen = method(balanced=balanced)
-    sizes, ranks, scales, examples = (1.0, 30.0, 0.01, 2.0), (3, 2, 1, 3), (2.0, 2.0, 0.5, 3.0), (5, 40, 11, 2)
-    adapters = [draw(i, r, s, z, dtype) for i, (r, s, z) in enumerate(zip(ranks, scales, sizes, strict=True))]
-    updates = [Update(f"c{i}", n, {"adapter": a}) for i, (n, a) in enumerate(zip(examples, adapters, strict=True))]
+    sizes, ranks, scales, examples = (
+        (1.0, 30.0, 0.01, 2.0),
+        (3, 2, 1, 3),
+        (2.0, 2.0, 0.5, 3.0),
+        (5, 40, 11, 2),
+    )
+    adapters = [
+        draw(i, r, s, z, dtype)
+        for i, (r, s, z) in enumerate(zip(ranks, scales, sizes, strict=True))
+    ]
+    updates = [
+        Update(f"c{i}", n, {"adapter": a})
+        for i, (n, a) in enumerate(zip(examples, adapters, strict=True))
+    ]
     state = chosen.begin([])
     groups = [list(range(4))]
     if tier == "cluster":
         groups = [[0, 2], [1, 3]]
-        state |= {"tier": "cluster", "labels": {"c0": 0, "c1": 1, "c2": 0, "c3": 1}, "clusters": [None, None]}
+        state |= {
+            "tier": "cluster",
+            "labels": {"c0": 0, "c1": 1, "c2": 0, "c3": 1},
+            "clusters": [None, None],
+        }
     state = chosen.aggregate(state, 2, updates)
     results = [state["root"]] if tier == "root" else state["clusters"]
     for members, found in zip(groups, results, strict=True):
@@ -171,14 +206,20 @@ def test_uniform_weights() -> None:
     chosen = method(weights="uniform")
     adapters = [draw(i) for i in range(3)]
     state = chosen.aggregate(
-        chosen.begin([]), 1, [Update(f"c{i}", 10**i, {"adapter": a}) for i, a in enumerate(adapters)]
+        chosen.begin([]),
+        1,
+        [Update(f"c{i}", 10**i, {"adapter": a}) for i, a in enumerate(adapters)],
     )
     whole = dense(adapters, [1 / 3] * 3, "0.query")
     u, s, vh = torch.linalg.svd(whole)
-    assert torch.allclose(state["root"]["0.query"].product(), u[:, :RANK] @ torch.diag(s[:RANK]) @ vh[:RANK], atol=1e-9)
+    assert torch.allclose(
+        state["root"]["0.query"].product(),
+        u[:, :RANK] @ torch.diag(s[:RANK]) @ vh[:RANK],
+        atol=1e-9,
+    )
 
 
-# ------------------------------------------------------------------ bases, distances, clusters
+# ------------------------------------------------------------ bases, distances, clusters
 @pytest.mark.parametrize("basis", ["B", "B - B_start"])
 def test_averaged_bases_and_distances_again_with_numpy(basis: str) -> None:
     """λ 0.7, mixed ranks, two absences, three root rounds: the distances by another program."""
@@ -217,10 +258,17 @@ def test_averaged_bases_and_distances_again_with_numpy(basis: str) -> None:
 
 
 def planted(noise: float, step: float, groups: int) -> tuple[Change, Callable[[str], int]]:
-    """Training that moves B within the subspace of the client's group, which shares one of its directions with all."""
+    """Training that moves B within the subspace of the client's group, which shares one of its
+    directions with all.
+    """
     frames = {
         name: torch.linalg.qr(
-            torch.randn(site.out_features, site.out_features, generator=generator(9, name), dtype=torch.float64)
+            torch.randn(
+                site.out_features,
+                site.out_features,
+                generator=generator(9, name),
+                dtype=torch.float64,
+            )
         ).Q
         for name, site in WIDE.items()
     }
@@ -263,7 +311,10 @@ def test_planted_clusters_are_found_and_newcomers_routed(basis: str) -> None:
     for number in range(3):
         newcomer = ClientInfo(f"n{number + 30}", RANK, 8)
         offer = unpack(pack(chosen.welcome(here.state, newcomer, None)))
-        assert {term.name for term in chosen.personal(newcomer, offer, {}).terms} == {"root", "leaf"}
+        assert {term.name for term in chosen.personal(newcomer, offer, {}).terms} == {
+            "root",
+            "leaf",
+        }
         (step,) = chosen.probe(newcomer, offer) or ()
         assert step.share == 4.0
         report = chosen.probe_report(newcomer, [here.trained(newcomer.name, step.assembly)], offer)
@@ -281,7 +332,9 @@ def test_planted_clusters_are_found_and_newcomers_routed(basis: str) -> None:
 
 
 def test_a_newcomer_never_joins_a_cluster_that_nobody_trained() -> None:
-    """The members of the first cluster are away for the whole cluster tier; late and new clients join the others."""
+    """The members of the first cluster are away for the whole cluster tier; late and new clients
+    join the others.
+    """
     change, _ = planted(noise=0.15, step=1.0, groups=3)
     chosen = method(rounds=12, sites=WIDE, fractions=(1, 1, 1), basis="B - B_start")
     here = Federation(chosen, people(12), change)
@@ -302,28 +355,37 @@ def test_a_newcomer_never_joins_a_cluster_that_nobody_trained() -> None:
     member = next(client for client in here.clients if client.name == away[0])
     assert [term.name for term in here.final(member).terms] == ["root", "cluster", "leaf"]
     assert not any(factors.B.any() for factors in here.final(member).adapter("cluster").values())
-    overlap = json.dumps(chosen.artefacts(here.state)["clusters.json"]["overlap"]["root-cluster"][0])
+    overlap = json.dumps(
+        chosen.artefacts(here.state)["clusters.json"]["overlap"]["root-cluster"][0]
+    )
     assert overlap == "null"
 
 
 @pytest.mark.parametrize("step", [0.1, 0.01])
-def test_small_steps_from_a_common_start_hide_groups_in_b_but_not_in_its_change(step: float) -> None:
-    """Why ``basis`` is an option: every round restarts from the same B = U, so that the B's stay close to it.
+def test_small_steps_from_a_common_start_hide_groups_in_b_but_not_in_its_change(
+    step: float,
+) -> None:
+    """Why ``basis`` is an option: every round restarts from the same B = U, so that the B's stay
+    close to it.
 
-    Measured over six seeds, five noise levels and these two steps: the mean adjusted Rand index between planted and
-    found groups is 0.11 from B and 0.86 from its change.
+    Measured over six seeds, five noise levels and these two steps: the mean adjusted Rand index
+    between planted and found groups is 0.11 from B and 0.86 from its change.
     """
     found = {}
     for basis in ("B", "B - B_start"):
         change, group = planted(noise=0.1, step=step, groups=3)
-        here = Federation(method(rounds=12, sites=WIDE, fractions=(1, 1, 1), basis=basis), people(12), change)
+        here = Federation(
+            method(rounds=12, sites=WIDE, fractions=(1, 1, 1), basis=basis), people(12), change
+        )
         here.run(4)
         labels = here.state["labels"]
-        found[basis] = all((labels[a] == labels[b]) == (group(a) == group(b)) for a in labels for b in labels)
+        found[basis] = all(
+            (labels[a] == labels[b]) == (group(a) == group(b)) for a in labels for b in labels
+        )
     assert found == {"B": False, "B - B_start": True}
 
 
-# ------------------------------------------------------------------ penalties
+# ------------------------------------------------------------ penalties
 @pytest.mark.parametrize("balanced", [False, True])
 def test_penalties_are_the_formula_with_orthonormal_frozen_factors(balanced: bool) -> None:
     chosen = method(rounds=9, fractions=(1, 1, 1), balanced=balanced, gamma_c=0.3, gamma_l=0.7)
@@ -340,7 +402,10 @@ def test_penalties_are_the_formula_with_orthonormal_frozen_factors(balanced: boo
         B = {site: f.B.clone().requires_grad_() for site, f in terms[tier].items()}
         live = {**terms, tier: {site: replace(f, B=B[site]) for site, f in terms[tier].items()}}
         value = step.penalty(Live(live, {}))
-        expected, gradient = 0.0, {site: torch.zeros_like(b, dtype=torch.float64) for site, b in B.items()}
+        expected, gradient = (
+            0.0,
+            {site: torch.zeros_like(b, dtype=torch.float64) for site, b in B.items()},
+        )
         for above, gamma in (("root", 0.3), ("cluster", 0.7))[: 1 if tier == "cluster" else 2]:
             for site, b in B.items():
                 q = torch.linalg.qr(terms[above][site].B.double()).Q
@@ -362,7 +427,10 @@ def test_no_penalty_where_nothing_is_frozen_or_gamma_is_zero() -> None:
     here = Federation(chosen, people(3))
     for round in (1, 2, 3):
         (step,) = chosen.plan(
-            here.clients[0], chosen.offer(here.state, round, here.clients[0]), here.store("c00"), round
+            here.clients[0],
+            chosen.offer(here.state, round, here.clients[0]),
+            here.store("c00"),
+            round,
         )
         assert step.penalty is None
         here.run(round, first=round)
@@ -370,18 +438,33 @@ def test_no_penalty_where_nothing_is_frozen_or_gamma_is_zero() -> None:
     assert step.penalty is None
 
 
-# ------------------------------------------------------------------ the cascade and the wire
+# ------------------------------------------------------------ the cascade and the wire
 def test_what_is_sent_when() -> None:
-    """Rounds 3/4/3 with everyone: draws cost nothing, a frozen tier travels once, a leaf round is silent."""
+    """Rounds 3/4/3 with everyone: draws cost nothing, a frozen tier travels once, a leaf round is
+    silent.
+    """
     here = Federation(method(), people(4))
     here.run(10)
     tier = sum(RANK * (site.in_features + site.out_features) for site in SITES.values())
-    traffic = {(round, way): numbers(unpack(blob)) for round, name, way, blob in here.sent if name == "c01"}
+    traffic = {
+        (round, way): numbers(unpack(blob)) for round, name, way, blob in here.sent if name == "c01"
+    }
     up = [traffic[round, "up"] // tier for round in range(1, 11)]
     down = [traffic[round, "down"] // tier for round in range(1, 11)]
     assert all(value % tier == 0 for value in traffic.values())
     assert up == [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
-    assert down == [0, 1, 1, 1, 1, 1, 1, 1, 0, 0]  # 4: the root's last; 5–7: the cluster; 8: the cluster's last
+    assert down == [
+        0,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]  # 4: the root's last; 5–7: the cluster; 8: the cluster's last
     assert here.state["done"] == [
         {"tier": "root", "first": 1, "last": 3},
         {"tier": "cluster", "first": 4, "last": 7},
@@ -393,11 +476,14 @@ def test_no_leaf_is_ever_sent_and_the_search_would_find_it() -> None:
     here = Federation(method(), people(5))
     seen: dict[str, set[bytes]] = {"leaf": set(), "root": set(), "cluster": set()}
     for round in range(1, 11):
-        here.run(round, absent={1: ["c04"], 2: ["c04"], 3: ["c04"], 5: ["c00"], 8: ["c02"]}, first=round)
+        here.run(
+            round, absent={1: ["c04"], 2: ["c04"], 3: ["c04"], 5: ["c00"], 8: ["c02"]}, first=round
+        )
         for client in here.clients:
             for name, adapter in here.store(client.name).items():
                 seen[name] |= {
-                    tensor.detach().as_subclass(Tensor).numpy().tobytes() for _, tensor in leaves(plain(adapter))
+                    tensor.detach().as_subclass(Tensor).numpy().tobytes()
+                    for _, tensor in leaves(plain(adapter))
                 }
     assert len(seen["leaf"]) >= 5 * 2 * len(SITES)
     everything = b"".join(blob for *_, blob in here.sent)
@@ -419,8 +505,13 @@ def test_frozen_tiers_never_change() -> None:
         mine = here.store(client.name)
         label = here.state["labels"][client.name]
         assert pack({"root": mine["root"]}) == root
-        assert pack({"cluster": mine["cluster"]}) == pack({"cluster": here.state["clusters"][label]})
-        whole, parts = here.final(client), [here.state["root"], here.state["clusters"][label], plain(mine["leaf"])]
+        assert pack({"cluster": mine["cluster"]}) == pack(
+            {"cluster": here.state["clusters"][label]}
+        )
+        whole, parts = (
+            here.final(client),
+            [here.state["root"], here.state["clusters"][label], plain(mine["leaf"])],
+        )
         merged = as_one_adapter(whole, SITES)
         for site in SITES:
             assert merged[site].rank == 3 * RANK
@@ -433,15 +524,22 @@ def test_a_tier_starts_from_nothing_and_one_shared_draw() -> None:
     here.run(3)
     assemblies = [here.final(client) for client in here.clients]
     for assembly in assemblies:
-        assert [(term.name, term.train) for term in assembly.terms] == [("root", ""), ("cluster", "AB")]
+        assert [(term.name, term.train) for term in assembly.terms] == [
+            ("root", ""),
+            ("cluster", "AB"),
+        ]
         for site in SITES:
             start = assembly.adapter("cluster")[site]
             assert not start.B.any()
             assert torch.equal(start.A, assemblies[0].adapter("cluster")[site].A)
-            assert not torch.equal(start.A, fresh(SITES, RANK, 1.0, here.method.setting.rng("shared", "init"))[site].A)
+            assert not torch.equal(
+                start.A, fresh(SITES, RANK, 1.0, here.method.setting.rng("shared", "init"))[site].A
+            )
     first = method().personal(here.clients[0], {"tier": "root"}, {}).adapter("root")
     shared = here.method.setting.shared_draw()
-    assert all(torch.equal(first[site].A, shared[site].A) for site in SITES)  # the draw that every method starts from
+    assert all(
+        torch.equal(first[site].A, shared[site].A) for site in SITES
+    )  # the draw that every method starts from
 
 
 def test_a_client_that_missed_the_root_joins_by_a_probe() -> None:
@@ -449,7 +547,9 @@ def test_a_client_that_missed_the_root_joins_by_a_probe() -> None:
     missing = {round: ["c05"] for round in (1, 2, 3, 4)}
     here.run(4, missing)
     assert "c05" not in here.state["labels"]
-    assert {term.name for term in here.final(here.clients[5]).terms} == {"root"}  # works, though it has no cluster yet
+    assert {term.name for term in here.final(here.clients[5]).terms} == {
+        "root"
+    }  # works, though it has no cluster yet
     frozen = pack({"clusters": here.state["clusters"]})
     updates = [here.client(5, here.clients[5])]
     after = here.method.aggregate(here.state, 5, updates)
@@ -469,7 +569,9 @@ def test_a_client_that_comes_in_the_leaf_tier_or_never() -> None:
     always = {round: ["c04"] for round in range(1, 11)}
     late = {round: ["c04", "c05"] for round in range(1, 9)}
     here.run(10, {**always, **late})
-    ways = {(round, way): set(unpack(blob)) for round, name, way, blob in here.sent if name == "c05"}
+    ways = {
+        (round, way): set(unpack(blob)) for round, name, way, blob in here.sent if name == "c05"
+    }
     assert ways[9, "up"] == {"probe"}
     assert ways[10, "down"] == {"tier", "cluster"}  # the root it holds since round 9
     assert ways[10, "up"] == set()
@@ -489,13 +591,17 @@ def test_few_clients_are_one_cluster() -> None:
 
 
 def test_k_min_and_k_max_bound_the_number_of_clusters() -> None:
-    for options, allowed in (({"k_min": 4}, {4, 5, 6, 7}), ({"k_max": 2}, {2}), ({"k_min": 1, "k_max": 1}, {1})):
+    for options, allowed in (
+        ({"k_min": 4}, {4, 5, 6, 7}),
+        ({"k_max": 2}, {2}),
+        ({"k_min": 1, "k_max": 1}, {1}),
+    ):
         here = Federation(method(**options), people(8))
         here.run(3)
         assert len(here.state["clusters"]) in allowed
 
 
-# ------------------------------------------------------------------ ranks and scales
+# ------------------------------------------------------------ ranks and scales
 def test_mixed_ranks_get_the_best_part_of_each_tier() -> None:
     clients = [ClientInfo("c0", 3, 10), ClientInfo("c1", 1, 20), ClientInfo("c2", 2, 30)]
     here = Federation(method(scaling="client", k_min=1, k_max=1), clients)
@@ -510,7 +616,9 @@ def test_mixed_ranks_get_the_best_part_of_each_tier() -> None:
                 assert given[site].rank == client.rank
                 assert given[site].scale == 6.0 / client.rank
                 assert torch.allclose(given[site].product().double(), best, atol=1e-5)
-                assert torch.allclose(given[site].B.T @ given[site].B, torch.eye(client.rank), atol=1e-5)
+                assert torch.allclose(
+                    given[site].B.T @ given[site].B, torch.eye(client.rank), atol=1e-5
+                )
 
 
 def test_tier_ranks() -> None:
@@ -525,7 +633,7 @@ def test_tier_ranks() -> None:
         method(tier_ranks=(12, 3, 1))
 
 
-# ------------------------------------------------------------------ rounds
+# ------------------------------------------------------------ rounds
 @settings(deadline=None)
 @given(rounds=st.integers(3, 400), shares=st.lists(st.integers(1, 60), min_size=3, max_size=3))
 def test_rounds_are_shared_out_whole(rounds: int, shares: list[int]) -> None:
@@ -539,7 +647,14 @@ def test_rounds_are_shared_out_whole(rounds: int, shares: list[int]) -> None:
 
 def test_default_lengths() -> None:
     lengths = {rounds: tier_lengths(rounds, (0.3, 0.4, 0.3)) for rounds in (3, 4, 8, 10, 20, 100)}
-    assert lengths == {3: [1, 1, 1], 4: [1, 2, 1], 8: [3, 3, 2], 10: [3, 4, 3], 20: [6, 8, 6], 100: [30, 40, 30]}
+    assert lengths == {
+        3: [1, 1, 1],
+        4: [1, 2, 1],
+        8: [3, 3, 2],
+        10: [3, 4, 3],
+        20: [6, 8, 6],
+        100: [30, 40, 30],
+    }
     assert tier_lengths(7, (0.5, 0.5, 0.0)) == [4, 3, 0]
     assert tier_lengths(1, (1.0, 0.0, 0.0)) == [1, 0, 0]
 
@@ -593,7 +708,9 @@ def test_variants_without_cluster_or_leaf() -> None:
 def test_the_root_may_end_early_and_gives_its_rounds_to_the_tiers_below() -> None:
     def still(client: str, tier: str, adapter: Adapter) -> Adapter:
         return (
-            drift(client, tier, adapter) if tier != "root" or not any(f.B.any() for f in adapter.values()) else adapter
+            drift(client, tier, adapter)
+            if tier != "root" or not any(f.B.any() for f in adapter.values())
+            else adapter
         )
 
     here = Federation(method(rounds=20, tau_rel=0.01), people(4), still)
@@ -614,7 +731,10 @@ def test_the_relative_step_is_the_formula() -> None:
         here.run(round, first=round)
         now, step = here.state["root"], here.state["steps"][-1]
         if before:
-            change = sum(float((now[s].product() - before[s].product()).double().square().sum()) for s in SITES)
+            change = sum(
+                float((now[s].product() - before[s].product()).double().square().sum())
+                for s in SITES
+            )
             size = sum(float(before[s].product().double().square().sum()) for s in SITES)
             assert step == pytest.approx(math.sqrt(change / size), rel=1e-5)
         else:
@@ -622,7 +742,7 @@ def test_the_relative_step_is_the_formula() -> None:
         before = now
 
 
-# ------------------------------------------------------------------ what is shown
+# ------------------------------------------------------------ what is shown
 def test_artefacts_say_who_is_with_whom_and_how_tiers_overlap() -> None:
     here = Federation(method(), people(5))
     here.run(10)
@@ -633,13 +753,19 @@ def test_artefacts_say_who_is_with_whom_and_how_tiers_overlap() -> None:
     assert len(content["eigenvalues"]) == 5
     assert [len(row) for row in content["distances"]] == [5] * 5
     assert content["layers"] == [0, 1]
-    own = here.method.client_artefacts(here.clients[0], {}, here.store("c00"))["clusters.json"]["overlap"]
+    own = here.method.client_artefacts(here.clients[0], {}, here.store("c00"))["clusters.json"][
+        "overlap"
+    ]
     assert set(own) == {"root-leaf", "cluster-leaf"}
     mine = here.store("c00")
     for pair, first, second in (
         (own["root-leaf"]["c00"], mine["root"], mine["leaf"]),
         (own["cluster-leaf"]["c00"], mine["cluster"], mine["leaf"]),
-        (content["overlap"]["root-cluster"][here.state["labels"]["c00"]], mine["root"], mine["cluster"]),
+        (
+            content["overlap"]["root-cluster"][here.state["labels"]["c00"]],
+            mine["root"],
+            mine["cluster"],
+        ),
     ):
         values = {}
         for site in SITES:

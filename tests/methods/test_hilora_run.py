@@ -1,4 +1,6 @@
-"""HiLoRA on the tiny model: resumed runs, what the engine sends, tiers as adapters, newcomers, planted groups."""
+"""HiLoRA on the tiny model: resumed runs, what the engine sends, tiers as adapters, newcomers,
+planted groups.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,22 @@ import pytest
 import torch
 from tests.tiny import FILLER, save_silos, tiny_job
 
-from fedgrove.adapt import adapt
 from fedgrove.adapters import Assembly
 from fedgrove.adapters.private import unseal
+from fedgrove.adapters.tree import leaves, numbers, pack, unpack
 from fedgrove.cli import main
 from fedgrove.engines.base import Arrival
 from fedgrove.engines.local import LocalEngine
-from fedgrove.errors import JobError, RunError
+from fedgrove.ground.errors import JobError, RunError
 from fedgrove.interop.peft import read_adapter
-from fedgrove.personal import load
-from fedgrove.prepare import prepare
-from fedgrove.result import Result
-from fedgrove.run import run
+from fedgrove.runs.prepare import prepare
+from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
-from fedgrove.tree import leaves, numbers, pack, unpack
+from fedgrove.use.adapt import adapt
+from fedgrove.use.personal import load
+from fedgrove.use.result import Result
 
 HILORA = {"name": "hilora"}
 
@@ -61,7 +63,9 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Wire:
-    """Everything that the engine sends, encoded as it would be, and every private store after each client's round."""
+    """Everything that the engine sends, encoded as it would be, and every private store after each
+    client's round.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.down: list[tuple[int, str, bytes]] = []
@@ -69,7 +73,9 @@ class Wire:
         self.leaves: set[bytes] = set()
         train, wire = LocalEngine.train, self
 
-        def watched(engine: LocalEngine, round: int, clients: Sequence[str], offer: Any) -> Iterator[Arrival]:
+        def watched(
+            engine: LocalEngine, round: int, clients: Sequence[str], offer: Any
+        ) -> Iterator[Arrival]:
             def given(name: str) -> Mapping[str, Any]:
                 content: dict[str, Any] = dict(offer(name))
                 wire.down.append((round, name, pack(content)))
@@ -93,11 +99,16 @@ class Wire:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_bert: Path, sites: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Wire]:
+def finished(
+    tiny_bert: Path, sites: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Wire]:
     """Five rounds (2 + 2 + 1) of six clients, one held out; and what was sent."""
     out = tmp_path_factory.mktemp("runs") / "hilora"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedgrove.finish.write_report", lambda path, _: (path / "report.html").write_text("-"))
+        patch.setattr(
+            "fedgrove.runs.finish.write_report",
+            lambda path, _: (path / "report.html").write_text("-"),
+        )
         wire = Wire(patch)
         changes: Any = {
             "federation": {"held_out": ["site-1"]},
@@ -124,7 +135,11 @@ def test_no_leaf_travels_and_silence_is_silence(finished: tuple[Path, Wire]) -> 
     tier = 4 * 4 * (32 + 32)
     assert wire.sizes("site-0") == {"up": [tier] * 4 + [0], "down": [0, tier, tier, tier, tier]}
     head = 2 * 32 + 2
-    lines = [line for line in read(out / "metrics.jsonl") if line["split"] == "train" and line["client"] == "site-0"]
+    lines = [
+        line
+        for line in read(out / "metrics.jsonl")
+        if line["split"] == "train" and line["client"] == "site-0"
+    ]
     assert [line["bytes_up"] for line in lines] == [4 * (tier + head)] * 4 + [4 * head]
     assert [line["bytes_down"] for line in lines] == [0, *[4 * tier] * 4]
 
@@ -141,8 +156,13 @@ def test_without_held_out_clients_a_leaf_round_sends_nothing_at_all(
 def test_a_resumed_run_is_the_same_with_late_clients_and_newcomers(
     tiny_bert: Path, sites: Path, tmp_path: Path
 ) -> None:
-    changes: Any = {"federation": {"fraction": 0.5, "held_out": ["site-2"]}, "train": {"final_local_epochs": 1}}
-    job = tiny_job(tiny_bert, sites, method={**HILORA, "probe": 1.0}, **changes)  # three rounds: one for each tier
+    changes: Any = {
+        "federation": {"fraction": 0.5, "held_out": ["site-2"]},
+        "train": {"final_local_epochs": 1},
+    }
+    job = tiny_job(
+        tiny_bert, sites, method={**HILORA, "probe": 1.0}, **changes
+    )  # three rounds: one for each tier
     run(job, tmp_path / "whole")
     for stop in (StopAfter(1), StopAfter(2, 2), StopAfter(3)):
         with pytest.raises(KeyboardInterrupt):
@@ -161,7 +181,9 @@ def test_clusters_json_holds_servers_and_clients_parts(finished: tuple[Path, Wir
     assert content["clients"] == names
     assert len(content["labels"]) == len(content["eigenvalues"]) == len(content["distances"]) == 5
     assert [part["tier"] for part in content["tiers"]] == ["root", "cluster", "leaf"]
-    assert list(content["overlap"]["root-leaf"]) == list(content["overlap"]["cluster-leaf"]) == names
+    assert (
+        list(content["overlap"]["root-leaf"]) == list(content["overlap"]["cluster-leaf"]) == names
+    )
     assert len(content["overlap"]["cluster-leaf"]["site-0"]) == len(content["layers"]) == 2
 
 
@@ -172,14 +194,20 @@ def test_each_tier_exported_gives_the_kernels_logits(
     """Against the term in the training kernel, and in plain PEFT."""
     out, _ = finished
     folder = tmp_path / tier
-    assert main(["export", str(out), "--client", "site-3", "--tier", tier, "--out", str(folder)]) == 0
+    assert (
+        main(["export", str(out), "--client", "site-3", "--tier", tier, "--out", str(folder)]) == 0
+    )
     prepared = prepare(Result(out).job)
     _, server, stores = Checkpoints(out / "checkpoints").load()
     offer = prepared.method.offer(server["state"], 6, prepared.clients["site-3"])
-    assembly = prepared.half.personal(prepared.clients["site-3"], {"method": offer}, stores["site-3"])
+    assembly = prepared.half.personal(
+        prepared.clients["site-3"], {"method": offer}, stores["site-3"]
+    )
     alone = Assembly((assembly.term(tier),), extras=assembly.extras)
     texts = ["the good film", "a very sad day was it"]
-    examples = prepared.task.encode([{"text": text, "label": "positive"} for text in texts], prepared.base.processor)
+    examples = prepared.task.encode(
+        [{"text": text, "label": "positive"} for text in texts], prepared.base.processor
+    )
     expected = prepared.half.kernel.logits(alone, examples)
     prepared.half.kernel.close()
     assert torch.allclose(load(folder).logits(texts), expected, atol=1e-5)
@@ -193,10 +221,14 @@ def test_each_tier_exported_gives_the_kernels_logits(
         model = PeftModel.from_pretrained(base, str(folder)).eval()
         batch = prepared.task.collate(examples, prepared.base.pad_id)
         with torch.no_grad():
-            hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            hidden = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).last_hidden_state
             pooled = prepared.task.pool(hidden, batch)
         head = load(folder).assembly.extras
-        logits = prepared.task.head_logits(pooled, {n.removeprefix("head."): e.value for n, e in head.items()})
+        logits = prepared.task.head_logits(
+            pooled, {n.removeprefix("head."): e.value for n, e in head.items()}
+        )
         assert torch.allclose(logits, expected, atol=1e-5)
 
 
@@ -204,20 +236,29 @@ def test_the_tiers_add_up_to_the_whole_adapter(finished: tuple[Path, Wire], tmp_
     out, _ = finished
     client = Result(out).client("site-4")
     whole, _, _ = read_adapter(client.path)
-    parts = [read_adapter(client.export(tmp_path / tier, tier=tier))[0] for tier in ("root", "cluster", "leaf")]
+    parts = [
+        read_adapter(client.export(tmp_path / tier, tier=tier))[0]
+        for tier in ("root", "cluster", "leaf")
+    ]
     for site, factors in whole.items():
         assert torch.allclose(
-            sum((part[site].product() for part in parts), torch.zeros(())), factors.product(), atol=1e-6
+            sum((part[site].product() for part in parts), torch.zeros(())),
+            factors.product(),
+            atol=1e-6,
         )
         assert torch.equal(torch.cat([part[site].A for part in parts]), factors.A)
     assert parts[2]["encoder.layer.0.attention.self.query"].B.any()
     merged = client.export(tmp_path / "merged", tier="root", merge=True)
     assert torch.allclose(
-        load(merged).logits(["the good day"]), load(tmp_path / "root").logits(["the good day"]), atol=1e-5
+        load(merged).logits(["the good day"]),
+        load(tmp_path / "root").logits(["the good day"]),
+        atol=1e-5,
     )
 
 
-def test_refused_tiers(finished: tuple[Path, Wire], tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_refused_tiers(
+    finished: tuple[Path, Wire], tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RunError, match="no tier 'twig'; it has root, cluster, leaf"):
         Result(finished[0]).client("site-0").export(tmp_path / "x", tier="twig")
     result = run(tiny_job(tiny_bert, silos, run={"rounds": 1}), tmp_path / "fedit")
@@ -226,7 +267,9 @@ def test_refused_tiers(finished: tuple[Path, Wire], tiny_bert: Path, silos: Path
     assert not (tmp_path / "x").exists()
 
 
-def test_a_held_out_client_is_measured_at_once_and_after_its_leaf(finished: tuple[Path, Wire]) -> None:
+def test_a_held_out_client_is_measured_at_once_and_after_its_leaf(
+    finished: tuple[Path, Wire],
+) -> None:
     out, _ = finished
     row = summary(out)["clients"]["site-1"]
     assert row["held_out"] is True
@@ -243,7 +286,9 @@ def test_a_held_out_client_is_measured_at_once_and_after_its_leaf(finished: tupl
     tuned_model = load(out / "adapters_tuned" / "site-1")
     rows = prepare(Result(out).job).federation.held_out[0].test
     assert tuned_model.evaluate(rows)["accuracy"] == pytest.approx(row["metric_tuned"])
-    assert load(out / "adapters" / "site-1").evaluate(rows)["accuracy"] == pytest.approx(row["metric"])
+    assert load(out / "adapters" / "site-1").evaluate(rows)["accuracy"] == pytest.approx(
+        row["metric"]
+    )
 
 
 def test_adapt_does_what_the_run_does_with_a_held_out_client(
@@ -268,7 +313,10 @@ def test_the_penalty_keeps_tiers_apart(tiny_bert: Path, silos: Path, tmp_path: P
     means = {}
     for gamma in (0.0, 10.0):
         job = tiny_job(
-            tiny_bert, silos, run={"rounds": 6}, method={**HILORA, "gamma_c": gamma, "gamma_l": gamma, "k_min": 1}
+            tiny_bert,
+            silos,
+            run={"rounds": 6},
+            method={**HILORA, "gamma_c": gamma, "gamma_l": gamma, "k_min": 1},
         )
         run(job, tmp_path / str(gamma))
         overlap = json.loads((tmp_path / str(gamma) / "clusters.json").read_text())["overlap"]
@@ -278,13 +326,16 @@ def test_the_penalty_keeps_tiers_apart(tiny_bert: Path, silos: Path, tmp_path: P
     assert means[10.0] < 0.5 * means[0.0]
 
 
-def test_too_few_rounds_are_refused_before_anything_is_written(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_too_few_rounds_are_refused_before_anything_is_written(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     with pytest.raises(JobError, match=r"run\.rounds = 2 is too few"):
         run(tiny_job(tiny_bert, silos, method=HILORA, run={"rounds": 2}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------ planted groups, trained for real
+# ------------------------------------------------------------ planted groups, trained for
+# real
 PAIRS = (("good", "bad"), ("happy", "sad"), ("bright", "dark"))
 
 
@@ -302,7 +353,9 @@ def topic(count: int, seed: int, group: int) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_planted_groups_are_found_by_training_and_newcomers_join_their_own(tiny_bert: Path, tmp_path: Path) -> None:
+def test_planted_groups_are_found_by_training_and_newcomers_join_their_own(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "silos"
     folder.mkdir()
     for number in range(12):

@@ -1,4 +1,6 @@
-"""LoRA-FAIR: the corrected product points where the exact mean points, as far as the mean of A allows."""
+"""LoRA-FAIR: the corrected product points where the exact mean points, as far as the mean of A
+allows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""PF2LoRA (2503.03920): the mean of the shared module, what stays, and FedIT without the private one."""
+"""PF2LoRA (2503.03920): the mean of the shared module, what stays, and FedIT without the private
+one.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from tests.methods.kit import (
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Factors
-from fedgrove.run import run
+from fedgrove.start import run
 
 JOB: dict[str, Any] = {"method": {"name": "pf2lora"}, "run": {"rounds": 2}}
 
@@ -32,7 +34,9 @@ JOB: dict[str, Any] = {"method": {"name": "pf2lora"}, "run": {"rounds": 2}}
 def test_the_server_takes_the_mean_of_each_factor() -> None:
     ours = method("pf2lora")
     adapters = [adapter(n, size=10.0**n) for n in range(3)]
-    state = ours.aggregate({}, 1, [update(f"c{n}", 10 * (n + 1), adapter=a) for n, a in enumerate(adapters)])
+    state = ours.aggregate(
+        {}, 1, [update(f"c{n}", 10 * (n + 1), adapter=a) for n, a in enumerate(adapters)]
+    )
     shares = [1 / 6, 2 / 6, 3 / 6]
     want = {
         site: Factors(
@@ -62,7 +66,12 @@ def test_the_private_steps_come_first_and_train_the_private_module_alone() -> No
 
 def test_without_private_steps_it_is_fedit(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
     equal_runs(
-        tiny_bert, silos, tmp_path, {"name": "pf2lora", "private_share": 0.0}, {"name": "fedit"}, run={"rounds": 2}
+        tiny_bert,
+        silos,
+        tmp_path,
+        {"name": "pf2lora", "private_share": 0.0},
+        {"name": "fedit"},
+        run={"rounds": 2},
     )
 
 
@@ -76,15 +85,21 @@ def test_what_travels_and_what_stays(
     wire = watched(monkeypatch)
     run(tiny_job(tiny_bert, silos, **JOB), tmp_path / "out")
     assert sent(tmp_path / "out", "site-0") == [(4 * 4 * PER_RANK, 4 * 4 * PER_RANK)] * 2
-    assert len(wire.private) >= 2 * 3 * 8 - 3  # A and B of four sites, of three clients, in two rounds
+    assert (
+        len(wire.private) >= 2 * 3 * 8 - 3
+    )  # A and B of four sites, of three clients, in two rounds
     assert not wire.leaks()
     refuses_to_send(wire.kept[0])
 
 
-def test_the_export_is_the_sum_of_both_modules(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_the_export_is_the_sum_of_both_modules(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     opened = exports(tiny_bert, silos, tmp_path, **JOB)
     assembly = opened.assembly("site-1")
     assert [t.name for t in assembly.terms] == ["global", "own"]
-    other = opened.method.personal(opened.prepared.clients["site-1"], {"global": opened.state["global"]}, {})
+    other = opened.method.personal(
+        opened.prepared.clients["site-1"], {"global": opened.state["global"]}, {}
+    )
     head = {name: e for name, e in assembly.extras.items() if name.startswith("head.")}
     assert (opened.logits(assembly) - opened.logits(other.with_extras(head))).abs().max() > 1e-6

@@ -1,4 +1,6 @@
-"""raFLoRA against a dense sum over the paper's partitions, and FlexLoRA where all ranks are equal."""
+"""raFLoRA against a dense sum over the paper's partitions, and FlexLoRA where all ranks are
+equal.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,17 @@ from fedgrove.tracking.noise import NoiseLab
 
 
 def partitioned(adapters: list[Adapter], site: str, examples: tuple[int, ...] = EXAMPLES) -> Tensor:
-    """Partition by partition: from one distinct rank to the next, over the clients whose rank reaches its end."""
-    total, start = torch.zeros(SITES[site].out_features, SITES[site].in_features, dtype=torch.float64), 0
+    """Partition by partition: from one distinct rank to the next, over the clients whose rank
+    reaches its end.
+    """
+    total, start = (
+        torch.zeros(SITES[site].out_features, SITES[site].in_features, dtype=torch.float64),
+        0,
+    )
     for end in sorted({adapter[site].rank for adapter in adapters}):
-        owners = [(a[site], n) for a, n in zip(adapters, examples, strict=False) if a[site].rank >= end]
+        owners = [
+            (a[site], n) for a, n in zip(adapters, examples, strict=False) if a[site].rank >= end
+        ]
         whole = sum(n for _, n in owners)
         for f, n in owners:
             total += n / whole * f.scale * f.B[:, start:end] @ f.A[start:end]
@@ -55,7 +64,9 @@ def test_each_partition_is_averaged_over_its_owners(scaling: Any, stretch: float
         for site in SITES:
             u, s, vh = torch.linalg.svd(partitioned(adapters, site), full_matrices=False)
             want = u[:, : client.rank] * s[: client.rank] @ vh[: client.rank]
-            close(model(chosen.personal(client, offer, {}), site), want, 1e-6)  # the state is in float32
+            close(
+                model(chosen.personal(client, offer, {}), site), want, 1e-6
+            )  # the state is in float32
 
 
 def test_the_mean_is_exact_before_the_svd_and_keeps_what_nobody_owns() -> None:
@@ -66,14 +77,20 @@ def test_the_mean_is_exact_before_the_svd_and_keeps_what_nobody_owns() -> None:
     small = [adapters[0], adapters[2]]  # ranks 2 and 1
     for site, f in partition_mean(small, [EXAMPLES[0], EXAMPLES[2]], previous).items():
         old = previous[site]
-        want = partitioned(small, site, (EXAMPLES[0], EXAMPLES[2])) + old.scale * old.B[:, 2:] @ old.A[2:]
+        want = (
+            partitioned(small, site, (EXAMPLES[0], EXAMPLES[2]))
+            + old.scale * old.B[:, 2:] @ old.A[2:]
+        )
         close(f.product(), want)
 
 
 def test_with_one_rank_it_is_flexlora() -> None:
     ours, theirs = method("raflora", weights="examples"), method("flexlora", weights="examples")
     clients = [ClientInfo(f"c{n}", 3, 9) for n in range(4)]
-    adapters = [{s: f.map(torch.Tensor.float) for s, f in draw(n, 3, stretch=10.0).items()} for n in range(4)]
+    adapters = [
+        {s: f.map(torch.Tensor.float) for s, f in draw(n, 3, stretch=10.0).items()}
+        for n in range(4)
+    ]
     mine = ours.aggregate(ours.begin(clients), 1, sent(adapters))
     flex = theirs.aggregate(theirs.begin(clients), 1, sent(adapters))
     ours_down, theirs_down = ours.offer(mine, 2, clients[0]), theirs.offer(flex, 2, clients[0])

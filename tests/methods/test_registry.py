@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tests.tiny import tiny_job
 
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods import registry
 from fedgrove.methods.fedit import FedIT
-from fedgrove.run import run
+from fedgrove.start import run
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,9 @@ def test_a_registered_method_runs_by_its_name(tiny_bert: Path, silos: Path, tmp_
         name = "mine"
         title = "Mine"
 
-    job = tiny_job(tiny_bert, silos).override(["method.name=mine", "method.weights=uniform", "run.rounds=1"])
+    job = tiny_job(tiny_bert, silos).override(
+        ["method.name=mine", "method.weights=uniform", "run.rounds=1"]
+    )
     result = run(job, tmp_path / "out")
     assert result.summary["method"] == "mine"
 

@@ -1,4 +1,6 @@
-"""SDFLoRA (2601.11219): the stack across ranks is the exact mean of products; the private module stays."""
+"""SDFLoRA (2601.11219): the stack across ranks is the exact mean of products; the private module
+stays.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +27,32 @@ from tests.methods.kit import (
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Adapter
-from fedgrove.errors import FedgroveError
+from fedgrove.ground.errors import FedgroveError
 from fedgrove.methods.contract import reveal
 from fedgrove.methods.sdflora import clipped
-from fedgrove.run import run
+from fedgrove.start import run
 
-JOB: dict[str, Any] = {"method": {"name": "sdflora"}, "run": {"rounds": 2}, "federation": {"ranks": [2, 4]}}
+JOB: dict[str, Any] = {
+    "method": {"name": "sdflora"},
+    "run": {"rounds": 2},
+    "federation": {"ranks": [2, 4]},
+}
 
 
 def dense(adapters: list[Adapter], shares: list[float], site: str) -> torch.Tensor:
-    return sum((p * a[site].product() for p, a in zip(shares, adapters, strict=True)), torch.zeros(()))
+    return sum(
+        (p * a[site].product() for p, a in zip(shares, adapters, strict=True)), torch.zeros(())
+    )
 
 
 def test_each_client_gets_the_best_approximation_of_its_rank_of_the_mean_product() -> None:
     ours = method("sdflora", rank=4)
     adapters = [adapter(n, rank=r, scale=6.0 / 4, size=10.0**n) for n, r in enumerate((1, 2, 1))]
     shares = [0.5, 0.3, 0.2]
-    updates = [update(f"c{n}", int(100 * p), adapter=a) for n, (a, p) in enumerate(zip(adapters, shares, strict=True))]
+    updates = [
+        update(f"c{n}", int(100 * p), adapter=a)
+        for n, (a, p) in enumerate(zip(adapters, shares, strict=True))
+    ]
     state = ours.aggregate({}, 1, updates)
     for rank in (1, 2, 4):
         offer = ours.offer(state, 2, info("x", rank=rank))["shared"]
@@ -50,9 +61,13 @@ def test_each_client_gets_the_best_approximation_of_its_rank_of_the_mean_product
             u, s, vh = torch.linalg.svd(want, full_matrices=False)
             best = u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
             assert offer[site].rank == rank
-            torch.testing.assert_close(offer[site].product(), best, rtol=1e-9, atol=1e-9 * float(s[0]))
+            torch.testing.assert_close(
+                offer[site].product(), best, rtol=1e-9, atol=1e-9 * float(s[0])
+            )
     # the stack has rank 4, so a client of that rank holds the mean exactly
-    torch.testing.assert_close(state["global"]["layer.3.query"].product(), dense(adapters, shares, "layer.3.query"))
+    torch.testing.assert_close(
+        state["global"]["layer.3.query"].product(), dense(adapters, shares, "layer.3.query")
+    )
 
 
 def test_the_limit_holds_over_all_numbers_and_noise_is_added_to_the_change() -> None:
@@ -60,7 +75,11 @@ def test_the_limit_holds_over_all_numbers_and_noise_is_added_to_the_change() -> 
     rng = torch.Generator().manual_seed(0)
 
     def norm(found: Adapter) -> float:
-        parts = [(x - y).flatten() for s in SITES for x, y in ((found[s].A, before[s].A), (found[s].B, before[s].B))]
+        parts = [
+            (x - y).flatten()
+            for s in SITES
+            for x, y in ((found[s].A, before[s].A), (found[s].B, before[s].B))
+        ]
         return float(torch.cat(parts).norm())
 
     whole = norm(after)
@@ -69,7 +88,9 @@ def test_the_limit_holds_over_all_numbers_and_noise_is_added_to_the_change() -> 
     count = sum(f.A.numel() + f.B.numel() for f in after.values())
     assert norm(clipped(before, before, 1.0, 3.0, rng)) == pytest.approx(3.0 * count**0.5, rel=0.15)
     halfway = clipped(before, after, whole / 2, 0.0, rng)
-    torch.testing.assert_close(halfway["layer.0.query"].A, (before["layer.0.query"].A + after["layer.0.query"].A) / 2)
+    torch.testing.assert_close(
+        halfway["layer.0.query"].A, (before["layer.0.query"].A + after["layer.0.query"].A) / 2
+    )
 
 
 def test_noise_without_a_limit_is_refused(tiny_bert: Path, silos: Path) -> None:
@@ -77,11 +98,16 @@ def test_noise_without_a_limit_is_refused(tiny_bert: Path, silos: Path) -> None:
         tiny_job(tiny_bert, silos, method={"name": "sdflora", "dp_noise": 1.0})
 
 
-def test_noise_falls_on_the_shared_module_alone(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_noise_falls_on_the_shared_module_alone(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     stores = []
     for noise, out in ((0.0, "calm"), (1.0, "noisy")):
         job = tiny_job(
-            tiny_bert, silos, method={"name": "sdflora", "dp_clip": 0.1, "dp_noise": noise}, run={"rounds": 1}
+            tiny_bert,
+            silos,
+            method={"name": "sdflora", "dp_clip": 0.1, "dp_noise": noise},
+            run={"rounds": 1},
         )
         run(job, tmp_path / out)
         stores.append(Opened(job, tmp_path / out))
@@ -117,7 +143,9 @@ def test_what_travels_and_what_stays(
         refuses_to_send(mine)
 
 
-def test_the_export_is_the_sum_of_both_modules(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_the_export_is_the_sum_of_both_modules(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     def both(assembly: object) -> None:
         assert [t.name for t in assembly.terms] == ["shared", "own"]  # type: ignore[attr-defined]
 

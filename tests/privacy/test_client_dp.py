@@ -1,4 +1,6 @@
-"""Client level: what is clipped, what the noisy mean is, who is drawn, and what it is said to cost."""
+"""Client level: what is clipped, what the noisy mean is, who is drawn, and what it is said to
+cost.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,19 @@ from tests.methods import kit
 from tests.test_run import StopAfter, adapters, lines, summary
 from tests.tiny import tiny_job
 
-from fedgrove.errors import FedgroveError, JobError, RunError
+from fedgrove.adapters.tree import leaves, map_tensors
+from fedgrove.ground.errors import FedgroveError, JobError, RunError
 from fedgrove.job.privacy import PrivacySection
 from fedgrove.methods.contract import Update
+from fedgrove.methods.head import HeadPolicy
 from fedgrove.methods.registry import names
 from fedgrove.privacy import accountant
 from fedgrove.privacy.client_dp import MEAN, Protection, change
 from fedgrove.privacy.randomness import gaussian, of_seed, uniform
 from fedgrove.privacy.reference import untouched
 from fedgrove.privacy.vector import bounded, flat, restore
-from fedgrove.run import run
+from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
-from fedgrove.training.head import HeadPolicy
-from fedgrove.tree import leaves, map_tensors
 
 KEY = of_seed(1, "test")
 #: every method whose server needs no more than sums
@@ -36,7 +38,9 @@ MIXED = ("fed-plora", "fslora")
 
 
 def shared_head() -> HeadPolicy:
-    return HeadPolicy("shared", {"weight": torch.ones(2, 3, dtype=torch.float64), "bias": torch.zeros(2).double()})
+    return HeadPolicy(
+        "shared", {"weight": torch.ones(2, 3, dtype=torch.float64), "bias": torch.zeros(2).double()}
+    )
 
 
 def federation(name: str) -> tuple[Any, dict[str, Any], Any]:
@@ -59,7 +63,9 @@ def moved(method: Any, clients: Any, head: Any, offer: Any, size: float = 1.0) -
     updates = []
     for n, (name, info) in enumerate(clients.items()):
         start = untouched(method, head, info, offer(name), 2)
-        draw = torch.randn(len(flat(start)), generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        draw = torch.randn(
+            len(flat(start)), generator=torch.Generator().manual_seed(n), dtype=torch.float64
+        )
         updates.append(Update(name, 5 + n, restore(start, flat(start) + size * draw)))
     return updates
 
@@ -77,7 +83,9 @@ def near(one: Any, other: Any) -> None:
 
 
 def test_the_list_of_sum_methods_is_whole() -> None:
-    assert [name for name in names() if name != "local" and not kit.method(name).needs_each()] == SUMS
+    assert [
+        name for name in names() if name != "local" and not kit.method(name).needs_each()
+    ] == SUMS
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -89,7 +97,13 @@ def test_without_clip_and_noise_the_mean_gives_the_state_that_all_updates_give(n
     assert mean.client == MEAN
     parts = [Update(u.client, u.examples, u.content["method"]) for u in updates]
     wanted = method.aggregate(state, 2, parts)
-    assert max(float((x - y).abs().max()) for (_, x), (_, y) in zip(leaves(wanted), leaves(state), strict=True)) > 0.1
+    assert (
+        max(
+            float((x - y).abs().max())
+            for (_, x), (_, y) in zip(leaves(wanted), leaves(state), strict=True)
+        )
+        > 0.1
+    )
     near(method.aggregate(state, 2, [Update(MEAN, 1, mean.content["method"])]), wanted)
     equal = [Update(u.client, 1, u.content) for u in updates]
     near(head.aggregate(None, [mean]), head.aggregate(None, equal))
@@ -135,7 +149,9 @@ def test_the_noise_has_its_deviation_on_every_number_and_the_divisor_is_fixed(ra
     for some in (updates, updates[:1], []):
         quiet = flat(still.combine(2, clients, some, offer, offer, list(clients)).content)
         # Σ clipped / (q N), whoever took part
-        clipped = [change(method, head, clients[u.client], u.content, offer(u.client), 2) for u in some]
+        clipped = [
+            change(method, head, clients[u.client], u.content, offer(u.client), 2) for u in some
+        ]
         total = sum((c * min(1.0, 0.5 / float(c.norm())) for c in clipped), torch.zeros_like(base))
         torch.testing.assert_close(quiet - base, total / (rate * 3), rtol=1e-6, atol=1e-11)
         noise = flat(loud.combine(2, clients, some, offer, offer, list(clients)).content) - quiet
@@ -149,7 +165,11 @@ def test_the_server_clips_again_what_a_client_did_not() -> None:
     method, _, (clients, head, offer) = federation("fedit")
     guard = protection(method, head, clip=0.5)
     base = flat(untouched(method, head, clients["c0"], offer("c0"), 2))
-    mean = flat(guard.combine(2, clients, moved(method, clients, head, offer, 1e6), offer, offer, []).content)
+    mean = flat(
+        guard.combine(
+            2, clients, moved(method, clients, head, offer, 1e6), offer, offer, []
+        ).content
+    )
     assert float((mean - base).norm()) <= 0.5
 
 
@@ -173,9 +193,13 @@ def test_clients_are_drawn_each_by_its_own_coin() -> None:
     draws = [guard.select(round, clients) for round in range(1, 201)]
     sizes = torch.tensor([float(len(draw)) for draw in draws])
     assert abs(float(sizes.mean()) - 15) < 4 * math.sqrt(50 * 0.21 / 200)
-    assert 6 < float(sizes.var()) < 16, "a draw of fixed size has no variance, coins have N q (1 − q)"
+    assert 6 < float(sizes.var()) < 16, (
+        "a draw of fixed size has no variance, coins have N q (1 − q)"
+    )
     assert guard.select(3, clients) == draws[2]
-    assert guard.select(3, list(reversed(clients))) == list(reversed(draws[2])), "a coin depends on the name alone"
+    assert guard.select(3, list(reversed(clients))) == list(reversed(draws[2])), (
+        "a coin depends on the name alone"
+    )
 
 
 def test_numbers_of_the_key_are_normal_uniform_and_its_own() -> None:
@@ -198,7 +222,9 @@ def test_epsilon_is_that_of_the_moments_of_a_gaussian() -> None:
     """Without sampling: RDP α T / (2 z²), turned into (ε, δ) as Canonne, Kamath and Steinke do."""
     for noise, steps, delta in ((1.0, 8, 1e-2), (4.0, 100, 1e-5), (0.5, 3, 1e-3)):
         best = min(
-            a * steps / (2 * noise**2) + math.log1p(-1 / a) - (math.log(delta) + math.log(a)) / (a - 1)
+            a * steps / (2 * noise**2)
+            + math.log1p(-1 / a)
+            - (math.log(delta) + math.log(a)) / (a - 1)
             for a in [1 + n / 100 for n in range(1, 20000)]
         )
         ours = accountant.epsilon(noise, [(1.0, steps)], delta)
@@ -214,7 +240,7 @@ def test_epsilon_is_that_of_the_moments_of_a_gaussian() -> None:
     assert math.isclose(accountant.default_delta(16), 16**-1.1)
 
 
-# ------------------------------------------------------------------------ runs
+# ------------------------------------------------------------ runs
 class Epsilons(Callback):
     def __init__(self) -> None:
         self.seen: list[float | None] = []
@@ -248,15 +274,24 @@ def test_a_run_tells_what_it_spent(tiny_bert: Path, silos: Path, tmp_path: Path)
 def from_zero(path: Path) -> float:
     """Norm of the global adapter's B, which starts at zero."""
     tensors = load_file(path / "adapters" / "_global" / "adapter_model.safetensors")
-    return math.sqrt(sum(float(x.double().norm()) ** 2 for name, x in tensors.items() if "lora_B" in name))
+    return math.sqrt(
+        sum(float(x.double().norm()) ** 2 for name, x in tensors.items() if "lora_B" in name)
+    )
 
 
 def test_noise_moves_the_model_as_it_says_and_clipping_alone_has_no_epsilon(
     tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
     plain = {"clip": 1e9, "client_noise": 0.0}
-    for name, privacy in (("plain", plain), ("clipped", {**plain, "clip": 0.01}), ("noisy", {"client_noise": 5.0})):
-        run(private_job(tiny_bert, silos, privacy=privacy, federation={"head": "local"}), tmp_path / name)
+    for name, privacy in (
+        ("plain", plain),
+        ("clipped", {**plain, "clip": 0.01}),
+        ("noisy", {"client_noise": 5.0}),
+    ):
+        run(
+            private_job(tiny_bert, silos, privacy=privacy, federation={"head": "local"}),
+            tmp_path / name,
+        )
     # (a shared head is otherwise a mean weighted by examples)
     off = {"clip": None, "client_noise": 0.0}
     without = private_job(tiny_bert, silos, privacy=off, federation={"head": "local"})
@@ -264,16 +299,22 @@ def test_noise_moves_the_model_as_it_says_and_clipping_alone_has_no_epsilon(
     assert "privacy" not in summary(tmp_path / "off")
     assert summary(tmp_path / "plain")["privacy"]["client"]["epsilon"] is None
     losses = {name: lines(tmp_path / name)[-1]["loss"] for name in ("off", "plain")}
-    assert math.isclose(losses["off"], losses["plain"], rel_tol=1e-4), "a clip that nobody reaches changes nothing"
+    assert math.isclose(losses["off"], losses["plain"], rel_tol=1e-4), (
+        "a clip that nobody reaches changes nothing"
+    )
     moves = {name: from_zero(tmp_path / name) for name in ("plain", "clipped", "noisy")}
     assert 0 < moves["clipped"] <= 3 * 0.01 < moves["plain"], "three rounds of at most 0.01 each"
     tensors = load_file(tmp_path / "noisy" / "adapters" / "_global" / "adapter_model.safetensors")
     numbers = sum(x.numel() for name, x in tensors.items() if "lora_B" in name)
-    expected = 5.0 * 0.2 / 3 * math.sqrt(3 * numbers)  # z C / N on each number, in each of three rounds
+    expected = (
+        5.0 * 0.2 / 3 * math.sqrt(3 * numbers)
+    )  # z C / N on each number, in each of three rounds
     assert math.isclose(moves["noisy"], expected, rel_tol=0.15)
 
 
-def test_a_resumed_run_is_bit_identical_and_draws_by_coins(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_identical_and_draws_by_coins(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     job = private_job(tiny_bert, silos, federation={"fraction": 0.4}, run={"rounds": 5})
     run(job, tmp_path / "whole")
     for stop in (StopAfter(2), StopAfter(4)):
@@ -286,14 +327,18 @@ def test_a_resumed_run_is_bit_identical_and_draws_by_coins(tiny_bert: Path, silo
     assert len({trained.count(round) for round in range(1, 6)}) > 1, "every round drew as many"
 
 
-def test_a_round_that_draws_nobody_is_noise_alone(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_round_that_draws_nobody_is_noise_alone(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     job = private_job(tiny_bert, silos, federation={"fraction": 0.01}, run={"rounds": 1})
     run(job, tmp_path / "out")
     assert not [line for line in lines(tmp_path / "out") if line["split"] == "train"]
     assert summary(tmp_path / "out")["privacy"]["client"]["rounds"] == 1
 
 
-def test_secret_noise_is_nobody_elses_and_is_kept_for_a_resume(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_secret_noise_is_nobody_elses_and_is_kept_for_a_resume(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     job = private_job(tiny_bert, silos, privacy={"randomness": "secret"}, run={"rounds": 2})
     run(job, tmp_path / "one")
     key = tmp_path / "one" / "privacy.key"
@@ -312,14 +357,20 @@ def test_secret_noise_is_nobody_elses_and_is_kept_for_a_resume(tiny_bert: Path, 
 
 
 @pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "pf2lora", "fdlora", "fslora"])
-def test_every_sum_method_runs_privately(name: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_every_sum_method_runs_privately(
+    name: str, tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     federation: dict[str, Any] = {"ranks": [2, 4, 3]} if name == "fslora" else {}
     if name == "fdlora":
         federation = {"head": "local"}
-    job = private_job(tiny_bert, silos, method={"name": name}, federation=federation, run={"rounds": 2})
+    job = private_job(
+        tiny_bert, silos, method={"name": name}, federation=federation, run={"rounds": 2}
+    )
     run(job, tmp_path / "out")
     # the last round of FDLoRA is local: nothing travels, nothing is spent
-    assert summary(tmp_path / "out")["privacy"]["client"]["rounds"] == (1 if name == "fdlora" else 2)
+    assert summary(tmp_path / "out")["privacy"]["client"]["rounds"] == (
+        1 if name == "fdlora" else 2
+    )
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -340,7 +391,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_private_is_refused_before_anything_is_written(
     changes: Any, words: str, tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
-    values: dict[str, Any] = {"method": {"name": "fedit", "weights": "uniform"}, "federation": {"head": "shared"}}
+    values: dict[str, Any] = {
+        "method": {"name": "fedit", "weights": "uniform"},
+        "federation": {"head": "shared"},
+    }
     values |= {"privacy": {"clip": 0.2, "client_noise": 1.0}, **changes}
     with pytest.raises(JobError, match=words) as caught:
         run(tiny_job(tiny_bert, silos, **values), tmp_path / "out")
@@ -358,7 +412,9 @@ def test_what_cannot_be_private_is_refused_before_anything_is_written(
         ({"delta": 1.0}, "below 1"),
     ],
 )
-def test_a_section_that_says_too_little_is_refused(section: Any, words: str, tiny_bert: Path, silos: Path) -> None:
+def test_a_section_that_says_too_little_is_refused(
+    section: Any, words: str, tiny_bert: Path, silos: Path
+) -> None:
     with pytest.raises(JobError, match=words):
         tiny_job(tiny_bert, silos, privacy=section)
 

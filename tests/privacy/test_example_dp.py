@@ -1,4 +1,6 @@
-"""Example level: per-example gradients against a loop and against plain training, the noise, the count, refusals."""
+"""Example level: per-example gradients against a loop and against plain training, the noise, the
+count, refusals.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,13 @@ from tests.training.test_kernel import CLOCK, TASK, head, start
 
 from fedgrove.adapters import Assembly, Term
 from fedgrove.adapters.private import unseal
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.interop.models import Base, load_base
 from fedgrove.methods.contract import Step
 from fedgrove.privacy import accountant
 from fedgrove.privacy.example_dp import ExampleGuard, norm_of
 from fedgrove.privacy.randomness import of_seed
-from fedgrove.run import run
+from fedgrove.start import run
 from fedgrove.training.kernel import Kernel, TrainOptions
 
 KEY = of_seed(1, "test")
@@ -37,7 +39,13 @@ def examples(base: Base) -> list[dict[str, Any]]:
     return TASK.encode(sentences(12, seed=1), base.processor)
 
 
-def trained(base: Base, examples: Any, options: TrainOptions, guard: ExampleGuard | None, penalty: Any = None) -> Any:
+def trained(
+    base: Base,
+    examples: Any,
+    options: TrainOptions,
+    guard: ExampleGuard | None,
+    penalty: Any = None,
+) -> Any:
     kernel = Kernel(base, TASK, options)
     try:
         step = Step(Assembly((Term("own", start(base)),), extras=head(base)), penalty=penalty)
@@ -54,16 +62,22 @@ def numbers(done: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("penalised", [False, True])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_without_noise_and_clip_it_is_plain_training(name: str, penalised: bool, base: Base, examples: Any) -> None:
+def test_without_noise_and_clip_it_is_plain_training(
+    name: str, penalised: bool, base: Base, examples: Any
+) -> None:
     """The whole data as the batch, so that both see the same examples."""
 
     def tail(live: Any) -> torch.Tensor:
         return 0.3 * torch.stack([f.B.square().sum() for f in live.terms["own"].values()]).sum()
 
-    options = TrainOptions(optimizer=name, lr=0.05 if name == "sgd" else 1e-2, batch_size=12, local_steps=4, clip=0.7)
+    options = TrainOptions(
+        optimizer=name, lr=0.05 if name == "sgd" else 1e-2, batch_size=12, local_steps=4, clip=0.7
+    )
     penalty = tail if penalised else None
     guard = ExampleGuard(math.inf, 0.0, KEY)
-    before = numbers(trained(base, examples, TrainOptions(lr=1e-12, batch_size=12, local_steps=1), None))
+    before = numbers(
+        trained(base, examples, TrainOptions(lr=1e-12, batch_size=12, local_steps=1), None)
+    )
     plain = numbers(trained(base, examples, options, None, penalty))
     private = numbers(trained(base, examples, options, guard, penalty))
     assert (plain - before).norm() > 1e-3
@@ -72,7 +86,9 @@ def test_without_noise_and_clip_it_is_plain_training(name: str, penalised: bool,
 
 
 def test_the_clipped_sum_is_that_of_a_loop_over_examples(base: Base, examples: Any) -> None:
-    """One step of SGD with rate 1: what moved is the mean of the gradients, each shortened over all leaves together."""
+    """One step of SGD with rate 1: what moved is the mean of the gradients, each shortened over all
+    leaves together.
+    """
     rate, clip = 0.5, 0.2
     options = TrainOptions(optimizer="sgd", lr=rate, batch_size=12, local_steps=1, clip=0.0)
     nowhere = TrainOptions(optimizer="sgd", lr=1e-300, batch_size=12, local_steps=1)
@@ -122,9 +138,14 @@ def test_examples_are_drawn_each_by_its_own_coin() -> None:
     assert guard.draw(5, 1.0, 1) == [0, 1, 2, 3, 4]
 
 
-# ------------------------------------------------------------------------ runs
+# ------------------------------------------------------------ runs
 def private_job(bert: Path, silos: Path, /, **changes: dict[str, Any]) -> Any:
-    section = {"example_clip": 0.5, "example_noise": 1.0, "randomness": "seed", **changes.pop("privacy", {})}
+    section = {
+        "example_clip": 0.5,
+        "example_noise": 1.0,
+        "randomness": "seed",
+        **changes.pop("privacy", {}),
+    }
     return tiny_job(bert, silos, privacy=section, **changes)
 
 
@@ -135,7 +156,9 @@ def test_each_client_counts_its_own_and_the_summary_the_largest(
     job = private_job(tiny_bert, silos, method={"name": method})
     run(job, tmp_path / "out")
     cards = {
-        name: json.loads((tmp_path / "out" / "adapters" / name / "fedgrove.json").read_text())["privacy"]
+        name: json.loads((tmp_path / "out" / "adapters" / name / "fedgrove.json").read_text())[
+            "privacy"
+        ]
         for name in ("site-0", "site-1", "site-2")
     }
     found = summary(tmp_path / "out")
@@ -148,8 +171,12 @@ def test_each_client_counts_its_own_and_the_summary_the_largest(
     assert found["privacy"]["example"]["epsilon"] == max(card["epsilon"] for card in cards.values())
 
 
-def test_it_resumes_bit_for_bit_and_fine_tuning_is_counted(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    job = private_job(tiny_bert, silos, train={"final_local_epochs": 1}, federation={"fraction": 0.7})
+def test_it_resumes_bit_for_bit_and_fine_tuning_is_counted(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    job = private_job(
+        tiny_bert, silos, train={"final_local_epochs": 1}, federation={"fraction": 0.7}
+    )
     run(job, tmp_path / "whole")
     for stop in (StopAfter(1), StopAfter(3)):
         with pytest.raises(KeyboardInterrupt):
@@ -159,7 +186,9 @@ def test_it_resumes_bit_for_bit_and_fine_tuning_is_counted(tiny_bert: Path, silo
     assert summary(tmp_path / "whole") == summary(tmp_path / "cut")
     for name in ("site-0", "site-1", "site-2"):
         before, after = (
-            json.loads((tmp_path / "whole" / folder / name / "fedgrove.json").read_text())["privacy"]["epsilon"]
+            json.loads((tmp_path / "whole" / folder / name / "fedgrove.json").read_text())[
+                "privacy"
+            ]["epsilon"]
             for folder in ("adapters", "adapters_tuned")
         )
         assert after > before

@@ -13,20 +13,22 @@ from tests.privacy.test_client_dp import SUMS, federation, lines, moved, protect
 from tests.test_run import StopAfter, adapters
 from tests.tiny import tiny_job
 
+from fedgrove.adapters.tree import leaves
 from fedgrove.engines.local import LocalEngine
-from fedgrove.errors import JobError, RunError
+from fedgrove.ground.errors import JobError, RunError
 from fedgrove.methods.contract import Update
 from fedgrove.privacy.client_dp import change
 from fedgrove.privacy.secure import MASKED, Party, Room, fraction_bits, from_fixed, summed, to_fixed
-from fedgrove.run import run
-from fedgrove.tree import leaves
+from fedgrove.start import run
 
 NAMES = ["a", "b", "c", "d"]
 
 
 def vectors(count: int = 5000, bound: float = 2.0) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(3)
-    return {n: bound * (2 * torch.rand(count, generator=draw, dtype=torch.float64) - 1) for n in NAMES}
+    return {
+        n: bound * (2 * torch.rand(count, generator=draw, dtype=torch.float64) - 1) for n in NAMES
+    }
 
 
 def test_the_sum_is_the_plain_sum_to_half_a_step_for_each() -> None:
@@ -40,7 +42,9 @@ def test_the_sum_is_the_plain_sum_to_half_a_step_for_each() -> None:
 
 
 def test_a_masked_vector_is_noise_to_the_server() -> None:
-    """The same update masked twice shares nothing; its bits are even; a subset's sum is noise too."""
+    """The same update masked twice shares nothing; its bits are even; a subset's sum is noise
+    too.
+    """
     zero = torch.zeros(20_000, dtype=torch.float64)
     first, second = (Room(1, NAMES).conceal("a", zero, 2.0)[MASKED] for _ in range(2))
     assert first.dtype == torch.int32
@@ -48,10 +52,21 @@ def test_a_masked_vector_is_noise_to_the_server() -> None:
     for masked in (first, torch.from_numpy(summed([first, second]).view(np.int32).copy())):
         bits = np.unpackbits(masked.numpy().view(np.uint8))
         assert abs(bits.mean() - 0.5) < 4 * 0.5 / math.sqrt(len(bits))
-        assert abs(float(np.corrcoef(masked.numpy()[:-1].astype(float), masked.numpy()[1:].astype(float))[0, 1])) < 0.03
+        assert (
+            abs(
+                float(
+                    np.corrcoef(
+                        masked.numpy()[:-1].astype(float), masked.numpy()[1:].astype(float)
+                    )[0, 1]
+                )
+            )
+            < 0.03
+        )
     room = Room(2, NAMES)
     three = [room.conceal(name, zero, 2.0)[MASKED] for name in NAMES[:3]]
-    assert float(from_fixed(summed(three), 4, 2.0).abs().mean()) > 0.1, "without the fourth the sum means something"
+    assert float(from_fixed(summed(three), 4, 2.0).abs().mean()) > 0.1, (
+        "without the fourth the sum means something"
+    )
 
 
 def test_a_mask_belongs_to_its_pair_and_its_round() -> None:
@@ -77,9 +92,13 @@ def test_numbers_beyond_the_agreed_size_and_lone_clients_are_refused() -> None:
 @pytest.mark.parametrize("clients", [2, 16, 1000])
 def test_the_largest_sum_does_not_overflow(clients: int) -> None:
     for sign in (1.0, -1.0):
-        fixed = to_fixed(torch.full((3,), sign * 0.7, dtype=torch.float64), clients, 0.7, "a").astype(np.uint64)
+        fixed = to_fixed(
+            torch.full((3,), sign * 0.7, dtype=torch.float64), clients, 0.7, "a"
+        ).astype(np.uint64)
         total = from_fixed(((fixed * clients) % 2**32).astype(np.uint32), clients, 0.7)
-        torch.testing.assert_close(total, torch.full((3,), sign * 0.7 * clients).double(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            total, torch.full((3,), sign * 0.7 * clients).double(), rtol=1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -91,11 +110,17 @@ def test_the_server_makes_of_masked_updates_what_it_makes_of_plain_ones(name: st
     hidden = []
     for update in updates:
         own = change(method, head, clients[update.client], update.content, offer(update.client), 2)
-        hidden.append(Update(update.client, update.examples, room.conceal(update.client, own, 50.0)))
+        hidden.append(
+            Update(update.client, update.examples, room.conceal(update.client, own, 50.0))
+        )
     guard = protection(method, head, clip=50.0, secure_aggregation=True)
     mean = guard.combine(2, clients, hidden, offer, offer, list(clients))
-    plain = protection(method, head, clip=1e9).combine(2, clients, updates, offer, offer, list(clients))
-    ours, theirs = (method.aggregate(state, 2, [Update("m", 1, x.content["method"])]) for x in (mean, plain))
+    plain = protection(method, head, clip=1e9).combine(
+        2, clients, updates, offer, offer, list(clients)
+    )
+    ours, theirs = (
+        method.aggregate(state, 2, [Update("m", 1, x.content["method"])]) for x in (mean, plain)
+    )
     for x, y in zip(_tensors(ours), _tensors(theirs), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=2.0 ** -fraction_bits(3, 50.0))
     with pytest.raises(RunError, match="c2 was to take part and sent nothing"):
@@ -109,7 +134,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [tensor for _, tensor in leaves(tree)]
 
 
-# ------------------------------------------------------------------------ runs
+# ------------------------------------------------------------ runs
 def secure_job(bert: Path, silos: Path, secure: bool, /, **changes: dict[str, Any]) -> Any:
     values: dict[str, dict[str, Any]] = {
         "method": {"name": "fedit", "weights": "uniform"},
@@ -119,7 +144,9 @@ def secure_job(bert: Path, silos: Path, secure: bool, /, **changes: dict[str, An
     }
     for section, keys in changes.items():
         values.setdefault(section, {}).update(keys)
-    values = {name: {k: v for k, v in keys.items() if v is not None} for name, keys in values.items()}
+    values = {
+        name: {k: v for k, v in keys.items() if v is not None} for name, keys in values.items()
+    }
     return tiny_job(bert, silos, **values)
 
 
@@ -138,7 +165,9 @@ def test_a_secure_run_learns_the_same_and_its_server_sees_masked_vectors_alone(
     monkeypatch.setattr(LocalEngine, "train", watched)
     run(secure_job(tiny_bert, silos, True), tmp_path / "secure")
     assert len(seen) == 9
-    assert all(set(content) == {MASKED} and content[MASKED].dtype == torch.int32 for content in seen)
+    assert all(
+        set(content) == {MASKED} and content[MASKED].dtype == torch.int32 for content in seen
+    )
     for one, other in zip(lines(tmp_path / "plain"), lines(tmp_path / "secure"), strict=True):
         assert math.isclose(one["loss"], other["loss"], rel_tol=1e-4)
     assert summary(tmp_path / "secure")["privacy"]["secure_aggregation"] is True
@@ -146,7 +175,9 @@ def test_a_secure_run_learns_the_same_and_its_server_sees_masked_vectors_alone(
     assert summary(tmp_path / "secure")["bytes"] == summary(tmp_path / "plain")["bytes"]
 
 
-def test_it_resumes_bit_for_bit_although_its_keys_are_new(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_it_resumes_bit_for_bit_although_its_keys_are_new(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     job = secure_job(tiny_bert, silos, True, privacy={"client_noise": 0.5})
     run(job, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -156,11 +187,18 @@ def test_it_resumes_bit_for_bit_although_its_keys_are_new(tiny_bert: Path, silos
 
 
 def test_fed_plora_pays_for_all_indices(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    """Clients of rank 1, 2 and 4 of R = 4 send 1 + 2 + 4 modules plainly, and 3 · 4 where they must add up."""
+    """Clients of rank 1, 2 and 4 of R = 4 send 1 + 2 + 4 modules plainly, and 3 · 4 where they must
+    add up.
+    """
     method = {"name": "fed-plora", "weights": None}
-    changes: dict[str, Any] = {"lora": {"rank": 4}, "federation": {"ranks": [1, 2, 4], "head": "local"}}
+    changes: dict[str, Any] = {
+        "lora": {"rank": 4},
+        "federation": {"ranks": [1, 2, 4], "head": "local"},
+    }
     for name, privacy in (("plain", {"clip": None, "secure_aggregation": False}), ("secure", {})):
-        job = secure_job(tiny_bert, silos, name == "secure", method=method, privacy=privacy, **changes)
+        job = secure_job(
+            tiny_bert, silos, name == "secure", method=method, privacy=privacy, **changes
+        )
         run(job, tmp_path / name)
     one, other = (summary(tmp_path / name)["bytes"]["up"] for name in ("plain", "secure"))
     assert other * (1 + 2 + 4) == one * 3 * 4
@@ -172,7 +210,10 @@ def test_fed_plora_pays_for_all_indices(tiny_bert: Path, silos: Path, tmp_path: 
     ("changes", "words"),
     [
         ({"method": {"name": "fedtreelora", "weights": None}}, "tree"),
-        ({"method": {"name": "fed-plora", "weights": None, "selection": "least_trained"}}, "least_trained"),
+        (
+            {"method": {"name": "fed-plora", "weights": None, "selection": "least_trained"}},
+            "least_trained",
+        ),
         ({"method": {"weights": "examples"}}, "same weight"),
         ({"federation": {"fraction": 0.3}}, "two clients or more"),
         ({"federation": {"fraction": 0.7}, "privacy": {"client_noise": 1.0}}, "coin"),

@@ -31,7 +31,8 @@ def told(spent: dict[str, Any] | None) -> str | None:
         ({"client": CLIENT, "secure_aggregation": False}, "ε 3.21 at δ 0.047 for a client"),
         (
             {"client": {**CLIENT, "randomness": "seed"}, "secure_aggregation": True},
-            "ε 3.21 at δ 0.047 for a client, noise from the seed: an experiment; secure aggregation",
+            "ε 3.21 at δ 0.047 for a client, noise from the seed: an experiment; secure "
+            "aggregation",
         ),
         ({"client": {**CLIENT, "epsilon": None}}, "no guarantee for a client (no noise)"),
         ({"example": {"epsilon": 8.0, "randomness": "secret"}}, "ε 8 at most, for an example"),

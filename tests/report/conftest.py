@@ -1,4 +1,6 @@
-"""Run directories made up for tests: the files of a real run, with numbers from a seeded generator."""
+"""Run directories made up for tests: the files of a real run, with numbers from a seeded
+generator.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def change(path: Path, summary: dict[str, Any]) -> Path:
 
 @pytest.fixture
 def picture(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """In place of the federation's own picture: a one-pixel PNG. The tables that it was asked for are collected."""
+    """In place of the federation's own picture: a one-pixel PNG. The tables that it was asked for
+    are collected.
+    """
     asked: list[dict[str, Any]] = []
     stub = ModuleType("fedgrove.federation.picture")
 
@@ -97,10 +101,12 @@ def build(
     nan_losses: bool = False,
     names: list[str] | None = None,
 ) -> Path:
-    """Write job.toml, metrics.jsonl, summary.json, federation.json and versions.json into ``path`` and return it.
+    """Write job.toml, metrics.jsonl, summary.json, federation.json and versions.json into ``path``
+    and return it.
 
-    The same ``seed`` gives the same clients, data and base whatever the method, so that runs are comparable. ``gain``
-    is what the average client wins over the base by the end, ``spread`` how far clients differ in that.
+    The same ``seed`` gives the same clients, data and base whatever the method, so that runs are
+    comparable. ``gain`` is what the average client wins over the base by the end, ``spread`` how
+    far clients differ in that.
     """
     path.mkdir(parents=True, exist_ok=True)
     rng, own = np.random.default_rng(seed), np.random.default_rng([seed, *method.encode()])
@@ -109,7 +115,9 @@ def build(
     counts = {name: rng.multinomial(60, rng.dirichlet([0.6] * 3)) for name in everyone}
     tests = {name: int(rng.integers(24, 60)) for name in everyone}
     base = {name: float(np.clip(rng.normal(0.56, 0.10), 0.2, 0.8)) for name in everyone}
-    end = {name: float(np.clip(base[name] + own.normal(gain, spread), 0.1, 0.98)) for name in everyone}
+    end = {
+        name: float(np.clip(base[name] + own.normal(gain, spread), 0.1, 0.98)) for name in everyone
+    }
     training = [name for name in everyone if name not in new]
 
     lines: list[dict[str, Any]] = []
@@ -164,7 +172,12 @@ def build(
         seed=seed,
         rounds=rounds,
         clients=rows,
-        parameters={"trained": [74883], "stored": [74883], "sent_up": [73728], "sent_down": [73728]},
+        parameters={
+            "trained": [74883],
+            "stored": [74883],
+            "sent_up": [73728],
+            "sent_down": [73728],
+        },
         bytes_up=98304 * rounds * len(training),
         bytes_down=98304 * rounds * len(training),
         seconds={"total": 203.4, "training": 131.0, "evaluation": 38.2, "server": 1.7},
@@ -196,11 +209,14 @@ def build(
     (path / "job.toml").write_text(
         JOB.format(clients=len(everyone), method=method, rounds=rounds, seed=seed), encoding="utf-8"
     )
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     summaries.write(path / "summary.json", summary)
     summaries.write(path / "federation.json", table)
     summaries.write(
-        path / "versions.json", {"python": "3.11.9", "fedgrove": "0.1.0", "torch": "2.13.0", "peft": "0.21.0"}
+        path / "versions.json",
+        {"python": "3.11.9", "fedgrove": "0.1.0", "torch": "2.13.0", "peft": "0.21.0"},
     )
     for name in everyone:
         folder = path / "adapters" / name.replace("/", "")

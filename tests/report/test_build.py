@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.report import write_report
 
 from .conftest import MakeRun, change
@@ -65,7 +65,9 @@ def read(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_a_full_report_is_one_file_with_everything_in_it(make_run: MakeRun, picture: list[Any]) -> None:
+def test_a_full_report_is_one_file_with_everything_in_it(
+    make_run: MakeRun, picture: list[Any]
+) -> None:
     local = make_run("alone", method="local", gain=0.1)
     run = make_run("together", clients=14, held_out=2, tuned=True)
     target = write_report(run, [local])
@@ -76,9 +78,21 @@ def test_a_full_report_is_one_file_with_everything_in_it(make_run: MakeRun, pict
     assert re.findall(r"@import|url\((?!#)", text) == []
     assert len(page.ids) == len(set(page.ids))
     assert set(page.anchors) <= set(page.ids)
-    for heading in ("Compared", "Over rounds", "Each client", "Who gains and who loses", "Who holds what data"):
+    for heading in (
+        "Compared",
+        "Over rounds",
+        "Each client",
+        "Who gains and who loses",
+        "Who holds what data",
+    ):
         assert heading in page.text
-    for heading in ("Parameters and traffic", "Time", "Use the adapters", "The resolved job", "Versions"):
+    for heading in (
+        "Parameters and traffic",
+        "Time",
+        "Use the adapters",
+        "The resolved job",
+        "Versions",
+    ):
         assert heading in page.text
     assert "Each client alone" in page.text
     assert "then trained on at each client" in page.text
@@ -87,7 +101,13 @@ def test_a_full_report_is_one_file_with_everything_in_it(make_run: MakeRun, pict
     assert 'name = "minilm"' in text.replace("&#34;", '"')
     assert picture == [json.loads((run / "federation.json").read_text())]
     figures = {path.name for path in (run / "figures").iterdir()}
-    assert figures == {"accuracy.png", "losses.png", "clients.png", "gains.png", "who-holds-what.png"}
+    assert figures == {
+        "accuracy.png",
+        "losses.png",
+        "clients.png",
+        "gains.png",
+        "who-holds-what.png",
+    }
     assert "Notes" not in page.text
 
 
@@ -127,7 +147,9 @@ def test_all_losses_and_metrics_missing(make_run: MakeRun, picture: list[Any]) -
     assert "could not be shown" not in page.text
 
 
-def test_names_cannot_inject_anything_and_lost_losses_are_said(make_run: MakeRun, picture: list[Any]) -> None:
+def test_names_cannot_inject_anything_and_lost_losses_are_said(
+    make_run: MakeRun, picture: list[Any]
+) -> None:
     names = ["<script>alert(1)<script>", 'a"b&c$d$', "</style>北京"]
     run = make_run("run", names=names, rounds=2, nan_losses=True)
     (run / "job.toml").write_text('title = "</pre><script>alert(2)</script>"\n')
@@ -136,7 +158,9 @@ def test_names_cannot_inject_anything_and_lost_losses_are_said(make_run: MakeRun
     assert text.count("<script>") == 1  # our own
     assert text.count("</style>") == 1
     page = read(target)
-    assert "The training loss was not a finite number 1 time: <script>alert(1)<script>." in page.text
+    assert (
+        "The training loss was not a finite number 1 time: <script>alert(1)<script>." in page.text
+    )
     assert "could not be shown" not in page.text
 
 
@@ -161,7 +185,9 @@ def test_a_metric_that_is_no_share(make_run: MakeRun, picture: list[Any]) -> Non
     assert "The average client’s rouge1 went from 30.000 (untouched base) to 33.500." in page.text
 
 
-def test_a_picture_of_the_data_that_fails(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_of_the_data_that_fails(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = ModuleType("fedgrove.federation.picture")
     monkeypatch.setitem(sys.modules, broken.__name__, broken)
     page = read(write_report(make_run("run", clients=2, rounds=1)))

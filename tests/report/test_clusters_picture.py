@@ -1,4 +1,6 @@
-"""HiLoRA's pictures: who stands where on the map, what each tier is said to add, and that odd content draws too."""
+"""HiLoRA's pictures: who stands where on the map, what each tier is said to add, and that odd
+content draws too.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ TIERS = [
 
 
 def content(clients: int = 6, groups: int = 2, **changes: Any) -> dict[str, Any]:
-    """Clients that alternate between groups, so that their order on the map is not that of their names."""
+    """Clients that alternate between groups, so that their order on the map is not that of their
+    names.
+    """
     rng = np.random.default_rng(0)
     own = [number % groups for number in range(clients)]
     distances = np.where(np.equal.outer(own, own), 0.3, 0.8) + 0.05 * rng.random((clients, clients))
@@ -101,7 +105,8 @@ def test_the_map_is_ordered_by_cluster_with_a_frame_around_each() -> None:
     labels = [found["labels"][row] for row in order]
     assert labels == sorted(labels)
     frames = [line for line in axes.get_children() if isinstance(line, Line2D)]
-    spans = [(min(map(float, f.get_xdata())) + 0.5, max(map(float, f.get_xdata())) + 0.5) for f in frames]  # type: ignore[arg-type]
+    places = [np.asarray(frame.get_xdata(), dtype=float) for frame in frames]
+    spans = [(place.min() + 0.5, place.max() + 0.5) for place in places]
     assert spans == [(0, 3), (3, 5), (5, 7)]
     alpha = np.asarray(axes.images[0].get_array())[..., 3]
     distances = np.array(found["distances"])[np.ix_(order, order)]
@@ -144,7 +149,10 @@ def test_the_overlap_with_and_without_the_penalty_side_by_side(tmp_path: Path) -
     assert callable(both.figure)
     with style.applied():
         figure = both.figure(style.WIDE)
-    assert [axes.get_title("left") for axes in figure.axes] == ["γ_c = 0.1, γ_l = 0.25", "without a penalty"]
+    assert [axes.get_title("left") for axes in figure.axes] == [
+        "γ_c = 0.1, γ_l = 0.25",
+        "without a penalty",
+    ]
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
     assert figure.axes[0].get_ylim()[1] > 0.9
 
@@ -173,8 +181,8 @@ def test_newcomers_are_told_apart(tmp_path: Path) -> None:
     (folder / "summary.json").write_text(json.dumps({"clients": rows}))
     text = drawn(folder)[1].text
     assert (
-        "2 clients that never trained: 55.0\u202f% with root and cluster alone, 75.0\u202f% after training a leaf"
-        in text
+        "2 clients that never trained: 55.0\u202f% with root and cluster alone, 75.0\u202f% after "
+        "training a leaf" in text
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.report.data import load
 
 from .conftest import MakeRun
@@ -39,7 +39,11 @@ def test_missing_and_broken_files_become_notes(make_run: MakeRun) -> None:
     (path / "metrics.jsonl").unlink()
     (path / "versions.json").unlink()
     run = load(path)
-    assert [note.split()[0] for note in run.notes] == ["job.toml", "metrics.jsonl", "federation.json"]
+    assert [note.split()[0] for note in run.notes] == [
+        "job.toml",
+        "metrics.jsonl",
+        "federation.json",
+    ]
     assert run.history == {}
     assert run.setting("model", "name") is None
     assert run.metric == "accuracy"

@@ -15,11 +15,13 @@ from .conftest import MakeRun, change
 def test_the_headline_says_what_ran(make_run: MakeRun) -> None:
     run = load(make_run("run", clients=3, rounds=2, seed=5))
     assert facts.headline(run) == (
-        "3 clients together fine-tuned minilm on sentiment with fedit in 2 rounds at LoRA rank 8 (seed 5)"
+        "3 clients together fine-tuned minilm on sentiment with fedit in 2 rounds at LoRA rank 8 "
+        "(seed 5)"
     )
     alone = load(make_run("local", method="local", clients=1, rounds=1))
     assert facts.headline(alone) == (
-        "1 client fine-tuned minilm on sentiment, each on its own, in 1 round at LoRA rank 8 (seed 0)"
+        "1 client fine-tuned minilm on sentiment, each on its own, in 1 round at LoRA rank 8 (seed "
+        "0)"
     )
 
 
@@ -71,9 +73,24 @@ def test_the_peft_code_is_python_and_names_the_recorded_base(make_run: MakeRun) 
 @pytest.mark.parametrize(
     ("task", "head", "asked", "expected"),
     [
-        ("classify-images", "pooled", "photo.png", ["AutoModel.from_pretrained", "AutoImageProcessor", "Image.open"]),
-        ("classify-images", "stock", "photo.png", ["AutoModelForImageClassification", "output.logits"]),
-        ("generate", "pooled", "capital", ["AutoModelForCausalLM.from_pretrained(base_name)", "model.generate("]),
+        (
+            "classify-images",
+            "pooled",
+            "photo.png",
+            ["AutoModel.from_pretrained", "AutoImageProcessor", "Image.open"],
+        ),
+        (
+            "classify-images",
+            "stock",
+            "photo.png",
+            ["AutoModelForImageClassification", "output.logits"],
+        ),
+        (
+            "generate",
+            "pooled",
+            "capital",
+            ["AutoModelForCausalLM.from_pretrained(base_name)", "model.generate("],
+        ),
     ],
 )
 def test_the_peft_code_is_that_of_the_task(

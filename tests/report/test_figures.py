@@ -20,11 +20,17 @@ from .conftest import MakeRun
 def texts(figure: Figure) -> list[str]:
     """Everything written in a figure, tick labels included."""
     figure.draw_without_rendering()
-    return [each.get_text() for each in figure.findobj(Text) if isinstance(each, Text) and each.get_text()]
+    return [
+        each.get_text()
+        for each in figure.findobj(Text)
+        if isinstance(each, Text) and each.get_text()
+    ]
 
 
 @pytest.mark.parametrize("width", [style.WIDE, style.NARROW])
-def test_the_ends_of_the_lines_are_the_numbers_of_the_table(make_run: MakeRun, width: float) -> None:
+def test_the_ends_of_the_lines_are_the_numbers_of_the_table(
+    make_run: MakeRun, width: float
+) -> None:
     run, local = load(make_run("run")), load(make_run("local", method="local", gain=0.1))
     comparison = compare(run, [local])
     with style.applied():
@@ -52,7 +58,10 @@ def test_clients_are_named_best_first_up_to_a_number(make_run: MakeRun) -> None:
 
 
 def test_bars_of_the_gains_are_the_differences(make_run: MakeRun) -> None:
-    run, local = load(make_run("run", clients=6)), load(make_run("local", method="local", clients=6))
+    run, local = (
+        load(make_run("run", clients=6)),
+        load(make_run("local", method="local", clients=6)),
+    )
     comparison = compare(run, [local])
     with style.applied():
         axes = figures.gains(run, comparison, style.WIDE).axes[0]
@@ -64,7 +73,9 @@ def test_bars_of_the_gains_are_the_differences(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("draw", [figures.clients, figures.gains])
-def test_ticks_are_round_and_a_zero_has_no_sign(make_run: MakeRun, draw: Callable[..., Figure]) -> None:
+def test_ticks_are_round_and_a_zero_has_no_sign(
+    make_run: MakeRun, draw: Callable[..., Figure]
+) -> None:
     run = load(make_run("run", clients=6))
     with style.applied():
         figure = partial(draw, run, compare(run, []))(style.NARROW)

@@ -45,7 +45,9 @@ def test_an_artefact_adds_its_sections(make_run: MakeRun, picture: list[Any]) ->
     assert (path / "figures" / "extra-1.png").exists()
 
 
-def test_a_failing_section_is_one_line_and_the_report_stands(make_run: MakeRun, picture: list[Any]) -> None:
+def test_a_failing_section_is_one_line_and_the_report_stands(
+    make_run: MakeRun, picture: list[Any]
+) -> None:
     @sections.section("clusters.json")
     def clusters(run_dir: Path) -> list[sections.Section]:
         raise KeyError("labels")

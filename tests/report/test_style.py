@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.report import style
 
 

@@ -1,4 +1,6 @@
-"""FedTreeLoRA's picture: the geometry of trunk and branches, the words, and that it draws whatever tree.json says."""
+"""FedTreeLoRA's picture: the geometry of trunk and branches, the words, and that it draws whatever
+tree.json says.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,30 @@ from .conftest import MakeRun
 
 
 def content(counts: list[int] | None = None, **changes: Any) -> dict[str, Any]:
-    """Six clients; layers 0 and 1 are shared, then {a, b, c} parts from {d, e, f}, then f from those."""
+    """Six clients; layers 0 and 1 are shared, then {a, b, c} parts from {d, e, f}, then f from
+    those.
+    """
     groups = {1: ["abcdef"], 2: ["abc", "def"], 3: ["abc", "de", "f"], 6: list("abcdef")}
     layers: list[dict[str, Any]] = [
-        {"layer": place, "count": count, "score": 0.1 * (place + 1), "groups": [list(group) for group in groups[count]]}
+        {
+            "layer": place,
+            "count": count,
+            "score": 0.1 * (place + 1),
+            "groups": [list(group) for group in groups[count]],
+        }
         for place, count in enumerate(counts or [1, 1, 2, 3])
     ]
     merges = [[3, 4, 1.0, 2], [0, 1, 1.5, 2], [2, 7, 2.0, 3], [5, 6, 4.0, 3], [8, 9, 9.0, 6]]
-    shares = {str(row["layer"]): dict.fromkeys("abcdef", 0.4 + 0.05 * row["layer"]) for row in layers[2:]}
-    return {"clients": list("abcdef"), "merges": merges, "joined": [], "layers": layers, "lambda": shares} | changes
+    shares = {
+        str(row["layer"]): dict.fromkeys("abcdef", 0.4 + 0.05 * row["layer"]) for row in layers[2:]
+    }
+    return {
+        "clients": list("abcdef"),
+        "merges": merges,
+        "joined": [],
+        "layers": layers,
+        "lambda": shares,
+    } | changes
 
 
 def words(figure: Figure) -> list[str]:
@@ -92,8 +109,13 @@ def test_colours_go_from_wood_to_one_for_each_deepest_group() -> None:
     branches = [tree.colour(group) for group in ("abc", "de", "f")]
     assert len(set(branches)) == 3
     assert np.ptp(tree.colour("abcdef")) < 0.15 < min(np.ptp(colour) for colour in branches)
-    many = {"clients": [str(n) for n in range(12)], "merges": merge_tree(np.ones((12, 12)) - np.eye(12)).tolist()}
-    tree = Tree.read({**many, "layers": [{"layer": 0, "score": 0.0, "groups": [[str(n)] for n in range(12)]}]})
+    many = {
+        "clients": [str(n) for n in range(12)],
+        "merges": merge_tree(np.ones((12, 12)) - np.eye(12)).tolist(),
+    }
+    tree = Tree.read(
+        {**many, "layers": [{"layer": 0, "score": 0.0, "groups": [[str(n)] for n in range(12)]}]}
+    )
     assert len({tree.colour([str(n)]) for n in range(12)}) == 12
 
 
@@ -102,7 +124,17 @@ def test_the_figure_shows_layers_groups_cuts_and_names() -> None:
     with style.applied():
         figure = picture.grown(tree, style.WIDE)
     said = words(figure)
-    for text in ("1 group", "2 groups", "3 groups", "layers 0–1", "layer 2", "layer 3", *"abcdef", "0", "3"):
+    for text in (
+        "1 group",
+        "2 groups",
+        "3 groups",
+        "layers 0–1",
+        "layer 2",
+        "layer 3",
+        *"abcdef",
+        "0",
+        "3",
+    ):
         assert text in said, text
     branches, dendrogram = figure.axes
     bands = [patch for patch in branches.patches if isinstance(patch, Polygon)]
@@ -111,7 +143,9 @@ def test_the_figure_shows_layers_groups_cuts_and_names() -> None:
     assert low > high  # layers go down
     dashed = [line for line in dendrogram.lines if line.is_dashed()]
     cuts = sorted(float(np.asarray(line.get_ydata())[0]) for line in dashed)
-    assert cuts[0] == pytest.approx((2.0 + 4.0) / 2)  # three groups: between the merges that make three and two
+    assert cuts[0] == pytest.approx(
+        (2.0 + 4.0) / 2
+    )  # three groups: between the merges that make three and two
     assert cuts[1] == pytest.approx((4.0 + 9.0) / 2)
     assert cuts[2] > 9.0
 
@@ -122,7 +156,9 @@ def test_lambda_is_a_map_over_the_same_clients_where_layers_are_split() -> None:
         figure = picture.reliance(tree, style.WIDE)
     columns = [mesh for mesh in figure.axes[0].collections if isinstance(mesh, QuadMesh)]
     assert len(columns) == 6
-    values: Any = np.stack([np.ma.filled(np.ma.asarray(mesh.get_array()), np.nan).ravel() for mesh in columns])
+    values: Any = np.stack(
+        [np.ma.filled(np.ma.asarray(mesh.get_array()), np.nan).ravel() for mesh in columns]
+    )
     assert np.isnan(values[:, :2]).all()
     assert values[:, 2].tolist() == pytest.approx([0.5] * 6)
     assert values[:, 3].tolist() == pytest.approx([0.55] * 6)
@@ -142,7 +178,9 @@ def test_what_is_said(tmp_path: Path) -> None:
     (alone,) = made(tmp_path / "run", content([1, 1, 1, 1], **{"lambda": {}}))
     assert alone.text.startswith("No layer splits: all 6 clients share everything.")
     (branched,) = made(tmp_path / "run", content([2, 3, 3, 3], **{"lambda": {}}))
-    assert branched.text.startswith("No layer is shared by all clients. The deepest layer has 3 groups.")
+    assert branched.text.startswith(
+        "No layer is shared by all clients. The deepest layer has 3 groups."
+    )
 
 
 def test_without_one_tree_rows_stand_for_themselves(tmp_path: Path) -> None:
@@ -160,7 +198,9 @@ def test_without_one_tree_rows_stand_for_themselves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("clients", "layers"), [(1, 1), (2, 3), (16, 6), (20, 24), (130, 12)])
 @pytest.mark.parametrize("width", [style.WIDE, style.NARROW])
-def test_it_draws_for_any_number_of_clients_and_layers(clients: int, layers: int, width: float) -> None:
+def test_it_draws_for_any_number_of_clients_and_layers(
+    clients: int, layers: int, width: float
+) -> None:
     rng = np.random.default_rng(clients)
     distances = []
     for layer in range(layers):
@@ -173,12 +213,16 @@ def test_it_draws_for_any_number_of_clients_and_layers(clients: int, layers: int
             "layer": cut.layer,
             "count": cut.count,
             "score": cut.score,
-            "groups": [[names[i] for i in np.flatnonzero(cut.labels == g)] for g in range(cut.count)],
+            "groups": [
+                [names[i] for i in np.flatnonzero(cut.labels == g)] for g in range(cut.count)
+            ],
         }
         for cut in layer_cuts(merges, distances, 0.1, 3)
     ]
     shares = {str(cut["layer"]): dict.fromkeys(names, 0.7) for cut in cuts}
-    tree = Tree.read({"clients": names, "merges": merges.tolist(), "layers": cuts, "lambda": shares})
+    tree = Tree.read(
+        {"clients": names, "merges": merges.tolist(), "layers": cuts, "lambda": shares}
+    )
     with style.applied():
         figures = [picture.grown(tree, width)]
         if any(cut["count"] > 1 for cut in cuts):
@@ -188,7 +232,11 @@ def test_it_draws_for_any_number_of_clients_and_layers(clients: int, layers: int
             named = clients <= 20 and (width == style.WIDE or clients <= 16)
             assert ("c1<" in page) == (named and clients > 1)
             assert len(page) < 400_000
-            assert all(box.y0 > -1 for box in (axes.get_tightbbox() for axes in figure.axes) if box is not None)
+            assert all(
+                box.y0 > -1
+                for box in (axes.get_tightbbox() for axes in figure.axes)
+                if box is not None
+            )
 
 
 def test_the_report_shows_it_and_stands_without_it(make_run: MakeRun) -> None:

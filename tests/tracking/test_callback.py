@@ -31,7 +31,11 @@ class Recorder(Callback):
 
 
 def test_every_hook_reaches_every_callback_in_order() -> None:
-    public = {name for name, _ in inspect.getmembers(Callback, inspect.isfunction) if not name.startswith("_")}
+    public = {
+        name
+        for name, _ in inspect.getmembers(Callback, inspect.isfunction)
+        if not name.startswith("_")
+    }
     assert public == set(HOOKS)
     heard: list[tuple[str, str, tuple[Any, ...]]] = []
     many = Callbacks([Recorder("first", heard), Recorder("second", heard)])

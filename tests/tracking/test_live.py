@@ -42,31 +42,59 @@ def play(display: Callback, rounds: int = 3, info: RunInfo = INFO) -> None:
     for round in range(info.start_round, info.start_round + rounds):
         display.round_started(round, info.clients)
         for number, client in enumerate(info.clients):
-            line = {"round": round, "client": client, "split": "train", "loss": 1 / round, "bytes_up": 1000}
+            line = {
+                "round": round,
+                "client": client,
+                "split": "train",
+                "loss": 1 / round,
+                "bytes_up": 1000,
+            }
             display.client_done(round, {**line, "bytes_down": 2000, "seconds": number})
         display.phase("evaluating", 4)
         display.phase_advanced()
-        display.evaluated(round, [scored(round, client, 0.5 + 0.1 * round) for client in info.clients])
+        display.evaluated(
+            round, [scored(round, client, 0.5 + 0.1 * round) for client in info.clients]
+        )
         display.round_done(round, {})
 
 
 def scored(round: int, client: str, value: float) -> dict[str, Any]:
-    return {"round": round, "client": client, "split": "test", "loss": 0.5, "accuracy": value, "examples": 10}
+    return {
+        "round": round,
+        "client": client,
+        "split": "test",
+        "loss": 0.5,
+        "accuracy": value,
+        "examples": 10,
+    }
 
 
 def frame(display: LiveProgress, width: int = 80) -> list[str]:
     """What the live view shows now, as lines."""
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, legacy_windows=False)
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=True,
+        color_system=None,
+        legacy_windows=False,
+    )
     console.print(display)
     assert isinstance(console.file, io.StringIO)
-    return [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in console.file.getvalue().splitlines()]
+    return [
+        re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip()
+        for line in console.file.getvalue().splitlines()
+    ]
 
 
 @pytest.mark.parametrize(
     ("stream", "environment", "kind"),
     [
         (io.StringIO, {}, PlainProgress),
-        (io.StringIO, {"FORCE_COLOR": "1"}, PlainProgress),  # rich calls this a terminal; it is a pipe all the same
+        (
+            io.StringIO,
+            {"FORCE_COLOR": "1"},
+            PlainProgress,
+        ),  # rich calls this a terminal; it is a pipe all the same
         (Terminal, {}, LiveProgress),
         (Terminal, {"NO_COLOR": "1"}, LiveProgress),
         (Terminal, {"TERM": "dumb"}, PlainProgress),
@@ -94,7 +122,8 @@ def test_plain_lines_say_everything_once() -> None:
     lines = file.getvalue().splitlines()
     assert lines[:2] == ["loading the model", "fedit on minilm | 4 clients, 3 rounds | runs/fedit"]
     assert lines[2].startswith(
-        "round 1/3 | 4 clients | loss 1.000 | accuracy 60.0 % | tail 60.0 % | up 4.0 kB | down 8.0 kB | "
+        "round 1/3 | 4 clients | loss 1.000 | accuracy 60.0 % | tail 60.0 % | up 4.0 kB | down 8.0 "
+        "kB | "
     )
     assert lines[2].endswith(" left")
     assert "accuracy 70.0 % (+10.0) | tail 70.0 % (+10.0) | up 8.0 kB | down 16 kB" in lines[3]
@@ -120,7 +149,10 @@ def test_plain_shows_an_evaluation_outside_rounds() -> None:
     display = PlainProgress(Console(file=file), Clock())
     display.run_started(INFO)
     display.evaluated(0, [scored(0, client, 0.25) for client in CLIENTS])
-    assert file.getvalue().splitlines()[-1] == "evaluated after round 0 | accuracy 25.0 % | tail 25.0 %"
+    assert (
+        file.getvalue().splitlines()[-1]
+        == "evaluated after round 0 | accuracy 25.0 % | tail 25.0 %"
+    )
 
 
 def test_plain_lines_survive_a_stream_that_knows_only_ascii() -> None:
@@ -136,7 +168,9 @@ def test_the_live_view_at_eighty_columns() -> None:
     try:
         play(display, rounds=2)
         display.round_started(3, CLIENTS)
-        display.client_done(3, {"client": "tweets-2", "loss": 0.25, "bytes_up": 1000, "bytes_down": 2000})
+        display.client_done(
+            3, {"client": "tweets-2", "loss": 0.25, "bytes_up": 1000, "bytes_down": 2000}
+        )
         lines = frame(display)
     finally:
         display.close()
@@ -160,7 +194,9 @@ def test_the_live_view_fits_any_width(width: int) -> None:
         display.close()
     assert all(len(line) <= width for line in lines)
     if width >= 30:
-        assert any("accuracy 60.0 %" in line for line in lines)  # a number is not torn from its name
+        assert any(
+            "accuracy 60.0 %" in line for line in lines
+        )  # a number is not torn from its name
 
 
 def test_a_phase_shows_its_steps_until_the_next_hook() -> None:
@@ -181,12 +217,16 @@ def test_a_phase_shows_its_steps_until_the_next_hook() -> None:
 
 def test_the_live_view_cleans_up_after_itself() -> None:
     file = Terminal()
-    display = LiveProgress(Console(file=file, width=80, force_terminal=True, legacy_windows=False), Clock())
+    display = LiveProgress(
+        Console(file=file, width=80, force_terminal=True, legacy_windows=False), Clock()
+    )
     play(display)
     display.run_finished({"rounds": 3}, Path("runs/fedit"))
     display.close()
     text = file.getvalue()
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is hidden and shown again
+    assert (
+        text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    )  # the cursor is hidden and shown again
     last = text.split("\x1b[?25h")[-1]
     assert re.sub(r"\x1b\[\w\w|\x1b\[K", "", last).strip().startswith("finished 3 rounds in ")
     assert text.index("\x1b[2K") < text.index("finished")  # what was drawn is erased
@@ -199,5 +239,9 @@ def test_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None
     display = progress(Console(file=file, width=80, force_terminal=True))
     play(display)
     display.close()
-    codes = {code for codes in re.findall(r"\x1b\[([\d;]*)m", file.getvalue()) for code in codes.split(";")}
+    codes = {
+        code
+        for codes in re.findall(r"\x1b\[([\d;]*)m", file.getvalue())
+        for code in codes.split(";")
+    }
     assert codes <= {"", "0", "1", "2", "22"}  # bold and dim only

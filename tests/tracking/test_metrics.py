@@ -10,16 +10,30 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.tracking.metrics import MetricsLog, metric_name, read, truncate_after
 
 
 def train(round: int, client: str, loss: float) -> dict[str, Any]:
-    return {"round": round, "client": client, "split": "train", "loss": loss, "examples": 8, "seconds": 0.1}
+    return {
+        "round": round,
+        "client": client,
+        "split": "train",
+        "loss": loss,
+        "examples": 8,
+        "seconds": 0.1,
+    }
 
 
 def scored(round: int, client: str, accuracy: float) -> dict[str, Any]:
-    return {"round": round, "client": client, "split": "test", "loss": 0.9, "accuracy": accuracy, "examples": 4}
+    return {
+        "round": round,
+        "client": client,
+        "split": "test",
+        "loss": 0.9,
+        "accuracy": accuracy,
+        "examples": 4,
+    }
 
 
 def play(log: MetricsLog, round: int, order: tuple[str, ...]) -> None:
@@ -41,7 +55,10 @@ def test_the_order_in_which_clients_finish_does_not_show(tmp_path: Path) -> None
     assert len(texts) == 1
     lines = [json.loads(line) for line in texts.pop().decode().splitlines()]
     assert [(line["round"], line["client"], line["split"]) for line in lines] == [
-        (round, client, split) for round in (1, 2) for split in ("train", "test") for client in ("a", "b", "c")
+        (round, client, split)
+        for round in (1, 2)
+        for split in ("train", "test")
+        for client in ("a", "b", "c")
     ]
 
 
@@ -106,9 +123,13 @@ def test_truncating_drops_later_rounds_and_keeps_the_rest_byte_for_byte(tmp_path
     assert not (tmp_path / "absent.jsonl").exists()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None
+)
 @given(st.data())
-def test_a_file_cut_anywhere_reads_as_its_complete_lines(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_file_cut_anywhere_reads_as_its_complete_lines(
+    tmp_path: Path, data: st.DataObject
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.unlink(missing_ok=True)
     log = MetricsLog(path)
@@ -124,7 +145,9 @@ def test_a_file_cut_anywhere_reads_as_its_complete_lines(tmp_path: Path, data: s
 
 def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(scored(1, "a", 0.5)) + "\n[1]\n" + json.dumps(scored(1, "b", 0.5)) + "\n")
+    path.write_text(
+        json.dumps(scored(1, "a", 0.5)) + "\n[1]\n" + json.dumps(scored(1, "b", 0.5)) + "\n"
+    )
     with pytest.raises(RunError, match=r"metrics\.jsonl line 2 is not a metrics line"):
         read(path)
 

@@ -21,12 +21,21 @@ class Clock:
 
 
 def board(clock: Clock, *, rounds: int = 4, start_round: int = 1) -> Scoreboard:
-    return Scoreboard(RunInfo("fedit", "title", rounds, ("a", "b"), Path("run"), start_round=start_round), clock)
+    return Scoreboard(
+        RunInfo("fedit", "title", rounds, ("a", "b"), Path("run"), start_round=start_round), clock
+    )
 
 
 def scores(round: int, **values: float | None) -> list[dict[str, Any]]:
     return [
-        {"round": round, "client": name, "split": "test", "loss": 1.0, "accuracy": value, "examples": 10}
+        {
+            "round": round,
+            "client": name,
+            "split": "test",
+            "loss": 1.0,
+            "accuracy": value,
+            "examples": 10,
+        }
         for name, value in values.items()
     ]
 
@@ -39,7 +48,9 @@ def test_time_left_follows_the_pace_and_counts_clients_inside_a_round() -> None:
     clock.now += 10
     assert each.seconds_left() is None
     each.client({"loss": 0.5})
-    assert each.seconds_left() == pytest.approx(70)  # half a round took 10 s, three and a half are left
+    assert each.seconds_left() == pytest.approx(
+        70
+    )  # half a round took 10 s, three and a half are left
     clock.now += 10
     each.client({"loss": 0.5})
     each.end_round()
@@ -100,5 +111,8 @@ def test_a_score_that_is_no_number_is_no_best() -> None:
 
 
 def test_lines_without_a_metric_are_no_evaluation() -> None:
-    assert board(Clock()).evaluate(1, [{"round": 1, "client": "a", "split": "test", "loss": 1.0}]) is None
+    assert (
+        board(Clock()).evaluate(1, [{"round": 1, "client": "a", "split": "test", "loss": 1.0}])
+        is None
+    )
     assert board(Clock()).evaluate(1, []) is None

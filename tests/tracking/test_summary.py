@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.tracking import summary
 
 SECONDS = {"server": 1.0, "total": 4.0, "training": 2.0, "evaluation": 1.0}
@@ -34,7 +34,14 @@ def test_the_keys_are_those_of_the_contract_in_a_fixed_order() -> None:
         "method", "task", "seed", "rounds", "clients", "mean", "std", "tail10", "parameters", "bytes", "seconds"
     ]  # fmt: skip
     assert list(found["clients"]) == ["a", "b"]
-    assert list(found["clients"]["a"]) == ["examples", "rank", "metric_base", "metric", "metric_tuned", "loss"]
+    assert list(found["clients"]["a"]) == [
+        "examples",
+        "rank",
+        "metric_base",
+        "metric",
+        "metric_tuned",
+        "loss",
+    ]
     assert found["clients"]["a"]["metric_tuned"] == 0.75
     assert found["clients"]["b"]["metric_tuned"] is None
     assert found["bytes"] == {"up": 100, "down": 200}
@@ -42,18 +49,27 @@ def test_the_keys_are_those_of_the_contract_in_a_fixed_order() -> None:
 
 
 def test_parameters_are_medians() -> None:
-    assert make({"a": client()})["parameters"] == {"trained": 15, "stored": 20, "sent_up": 5, "sent_down": 0}
+    assert make({"a": client()})["parameters"] == {
+        "trained": 15,
+        "stored": 20,
+        "sent_up": 5,
+        "sent_down": 0,
+    }
 
 
 def test_statistics_by_hand() -> None:
-    found = make({name: client(value) for name, value in zip("abcd", (0.0, 0.5, 0.5, 1.0), strict=True)})
+    found = make(
+        {name: client(value) for name, value in zip("abcd", (0.0, 0.5, 0.5, 1.0), strict=True)}
+    )
     assert found["mean"] == 0.5
     assert found["std"] == pytest.approx(math.sqrt(0.125))  # population, not sample
     assert found["tail10"] == pytest.approx(0.15)  # 0.3 of the way from the lowest to the second
 
 
 def test_held_out_clients_count_apart() -> None:
-    found = make({"a": client(0.5), "b": client(1.0, held_out=True), "c": client(0.0, held_out=True)})
+    found = make(
+        {"a": client(0.5), "b": client(1.0, held_out=True), "c": client(0.0, held_out=True)}
+    )
     assert found["mean"] == 0.5
     assert found["std"] == 0.0
     assert found["unseen"] == {"clients": 2, "mean": 0.5, "std": 0.5, "tail10": pytest.approx(0.1)}
@@ -83,7 +99,9 @@ def test_statistics_are_those_of_numpy(values: list[float]) -> None:
     assert summary.mean(values) == pytest.approx(np.mean(values), abs=1e-12)
     assert summary.std(values) == pytest.approx(np.std(values), abs=1e-9)
     assert summary.tail10(values) == np.percentile(values, 10, method="linear")
-    assert summary.mean(reversed(values)) == summary.mean(values)  # the order of clients does not show
+    assert summary.mean(reversed(values)) == summary.mean(
+        values
+    )  # the order of clients does not show
     assert summary.tail10([*values, None, math.nan]) == summary.tail10(values)
 
 

@@ -8,20 +8,32 @@ import pytest
 from tests.tiny import tiny_job
 from typer.testing import CliRunner
 
-from fedgrove.errors import RunError
-from fedgrove.run import run
+from fedgrove.ground.errors import RunError
+from fedgrove.start import run
 from fedgrove.tracking.callback import RunInfo
 from fedgrove.tracking.trackers import TensorBoard, Tracker, curves, trackers
 
 
 def line(client: str, accuracy: float, loss: float) -> dict[str, Any]:
-    return {"round": 1, "client": client, "split": "test", "accuracy": accuracy, "loss": loss, "examples": 5}
+    return {
+        "round": 1,
+        "client": client,
+        "split": "test",
+        "accuracy": accuracy,
+        "loss": loss,
+        "examples": 5,
+    }
 
 
 def test_curves_are_mean_tail_and_worst_of_the_clients() -> None:
     found = curves([line("a", 0.5, 1.0), line("b", 0.7, 3.0)])
     assert found == pytest.approx(
-        {"test/accuracy": 0.6, "test/accuracy tail": 0.52, "test/accuracy worst": 0.5, "test/loss": 2.0}
+        {
+            "test/accuracy": 0.6,
+            "test/accuracy tail": 0.52,
+            "test/accuracy worst": 0.5,
+            "test/loss": 2.0,
+        }
     )
 
 
@@ -46,7 +58,9 @@ def test_training_loss_and_traffic_of_each_round() -> None:
     ]
 
 
-def test_a_run_leaves_event_files_with_its_curves(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_event_files_with_its_curves(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -55,7 +69,9 @@ def test_a_run_leaves_event_files_with_its_curves(tiny_bert: Path, silos: Path, 
     last = events.Scalars("test/accuracy")[-1]
     assert last.step == result.job.run.rounds
     clients = result.summary["clients"].values()
-    assert last.value == pytest.approx(sum(row["metric"] for row in clients) / len(clients), abs=0.02)
+    assert last.value == pytest.approx(
+        sum(row["metric"] for row in clients) / len(clients), abs=0.02
+    )
 
 
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +109,9 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
-def test_a_missing_package_is_one_sentence(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_sentence(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(RunError, match=f"install fedgrove\\[{name}\\]"):

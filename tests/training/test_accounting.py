@@ -1,4 +1,6 @@
-"""What is sent up and down is what each paper says, number by number: ``r (d + k)`` at each site, or a part of it."""
+"""What is sent up and down is what each paper says, number by number: ``r (d + k)`` at each site,
+or a part of it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.tiny import tiny_job
 
-from fedgrove.run import run
+from fedgrove.start import run
 
 RANK, SIDE, SITES = 4, 32, 4  # query and value of two layers, 32 -> 32
 A = B = RANK * SIDE * SITES
@@ -29,7 +31,9 @@ THEORY = {
 
 @pytest.mark.parametrize("method", THEORY)
 def test_sent_equals_theory(method: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
-    job = tiny_job(tiny_bert, silos, method={"name": method}, train={"local_steps": 1}, run={"rounds": 2})
+    job = tiny_job(
+        tiny_bert, silos, method={"name": method}, train={"local_steps": 1}, run={"rounds": 2}
+    )
     found = run(job, tmp_path / "run")
     lines = [json.loads(line) for line in (found.path / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["split"] == "train" and line["round"] == 2]
@@ -50,4 +54,6 @@ def test_mixed_ranks_are_counted_by_client(tiny_bert: Path, silos: Path, tmp_pat
     found = run(job, tmp_path / "run")
     lines = [json.loads(line) for line in (found.path / "metrics.jsonl").read_text().splitlines()]
     sent = {line["client"]: line["bytes_up"] for line in lines if line["split"] == "train"}
-    assert sent == {name: pytest.approx(4 * rank * 2 * SIDE * SITES, rel=0.01) for name, rank in ranks.items()}
+    assert sent == {
+        name: pytest.approx(4 * rank * 2 * SIDE * SITES, rel=0.01) for name, rank in ranks.items()
+    }

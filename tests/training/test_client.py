@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.assembly import Assembly
-from fedgrove.prepare import prepare
+from fedgrove.runs.prepare import prepare
 from fedgrove.training.kernel import Kernel
 
 

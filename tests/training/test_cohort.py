@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Convex, Extra, Factors, Term, Weighted, fresh
 from fedgrove.federation.tasks.classify_text import ClassifyText
+from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base, load_config
 from fedgrove.job import Job
 from fedgrove.methods.contract import Live, Step
-from fedgrove.prepare import prepare
-from fedgrove.run import run
-from fedgrove.seeds import generator
+from fedgrove.runs.prepare import prepare
+from fedgrove.start import run
 from fedgrove.training.cohort import Cohort, Work, joins, size_for, train_together
 from fedgrove.training.kernel import Clock, Kernel, TrainOptions
 from fedgrove.training.lanes import Lanes
@@ -36,8 +36,12 @@ def base(tiny_bert: Path) -> Base:
 def adapter(base: Base, rank: int, seed: int) -> dict[str, Factors]:
     draw = generator(seed, "B")
     return {
-        name: Factors(f.A, 0.1 * torch.randn(f.B.shape, generator=draw, dtype=torch.float64), f.scale)
-        for name, f in fresh(base.sites, rank, 0.7, generator(seed, "A"), dtype=torch.float64).items()
+        name: Factors(
+            f.A, 0.1 * torch.randn(f.B.shape, generator=draw, dtype=torch.float64), f.scale
+        )
+        for name, f in fresh(
+            base.sites, rank, 0.7, generator(seed, "A"), dtype=torch.float64
+        ).items()
     }
 
 
@@ -45,16 +49,23 @@ def penalty(live: Live) -> Tensor:
     return 0.01 * sum((f.A**2).sum() for f in live.terms["own"].values())  # type: ignore[return-value]
 
 
-def work(base: Base, draw: random.Random, number: int, delta: bool = False, common: Adapter | None = None) -> Work:
-    """A client with its own rank, data, terms, mix and share of the round, and with a ``base_delta`` where asked.
+def work(
+    base: Base, draw: random.Random, number: int, delta: bool = False, common: Adapter | None = None
+) -> Work:
+    """A client with its own rank, data, terms, mix and share of the round, and with a
+    ``base_delta`` where asked.
 
     ``common``: a frozen term that is the same object for several clients.
     """
     values = TASK.new_head(base.hidden, generator(number, "head"))
     extras = {f"head.{n}": Extra(v.double()) for n, v in values.items()}
-    own = Term("own", adapter(base, draw.choice([1, 2, 5]), number), train=draw.choice(["AB", "B", "A"]))
+    own = Term(
+        "own", adapter(base, draw.choice([1, 2, 5]), number), train=draw.choice(["AB", "B", "A"])
+    )
     terms, mix = [own], draw.choice(["sum", "weighted", "convex", "unit", "diagonal"])
-    options: dict[str, Any] = {"base_delta": adapter(base, draw.choice([3, 20]), number + 80)} if delta else {}
+    options: dict[str, Any] = (
+        {"base_delta": adapter(base, draw.choice([3, 20]), number + 80)} if delta else {}
+    )
     if mix in ("weighted", "convex"):
         terms.append(Term("other", adapter(base, 2, number + 50), train="", lr=0.5))
         options["mix"] = Weighted({"other": 0.4}) if mix == "weighted" else Convex("own", "other")
@@ -63,7 +74,10 @@ def work(base: Base, draw: random.Random, number: int, delta: bool = False, comm
         extras |= {f"lambda.{layer}": Extra(gate, lr=3.0) for layer in base.layers[1:]}
     if mix in ("unit", "diagonal"):
         ranks = {name: f.rank for name, f in own.adapter.items()}
-        diagonal = {name: torch.linspace(0.5, 1.5, rank, dtype=torch.float64) for name, rank in ranks.items()}
+        diagonal = {
+            name: torch.linspace(0.5, 1.5, rank, dtype=torch.float64)
+            for name, rank in ranks.items()
+        }
         terms = [Term("own", own.adapter, train="ABD", diagonal=diagonal, unit=mix == "unit")]
     if common is not None:
         terms.append(Term("common", common, train=""))
@@ -74,7 +88,9 @@ def work(base: Base, draw: random.Random, number: int, delta: bool = False, comm
         count=draw.choice([0, 0, 7]),
     )
     rows = sentences(draw.randint(5, 14), seed=number)
-    return Work(step, TASK.encode(rows, base.processor), Clock(3, (1, f"client-{number}"), 0.2, 0.6))
+    return Work(
+        step, TASK.encode(rows, base.processor), Clock(3, (1, f"client-{number}"), 0.2, 0.6)
+    )
 
 
 @pytest.fixture
@@ -86,13 +102,25 @@ def kernel(base: Base, request: pytest.FixtureRequest) -> Iterator[Kernel]:
 
 SETTINGS = [
     TrainOptions(lr=1e-2, batch_size=3, local_steps=4, clip=0.05),
-    TrainOptions(lr=1e-2, batch_size=4, local_steps=3, accumulation=2, schedule="cosine", weight_decay=0.1),
-    TrainOptions(lr=0.2, optimizer="sgd", momentum=0.9, batch_size=2, local_steps=5, head_lr=0.05, warmup_fraction=0.3),
+    TrainOptions(
+        lr=1e-2, batch_size=4, local_steps=3, accumulation=2, schedule="cosine", weight_decay=0.1
+    ),
+    TrainOptions(
+        lr=0.2,
+        optimizer="sgd",
+        momentum=0.9,
+        batch_size=2,
+        local_steps=5,
+        head_lr=0.05,
+        warmup_fraction=0.3,
+    ),
     TrainOptions(lr=1e-2, batch_size=5, local_steps=None, local_epochs=1.0, clip=1.0),
 ]
 
 
-@pytest.mark.parametrize("kernel", SETTINGS, indirect=True, ids=["clip", "accumulate", "sgd", "epochs"])
+@pytest.mark.parametrize(
+    "kernel", SETTINGS, indirect=True, ids=["clip", "accumulate", "sgd", "epochs"]
+)
 @pytest.mark.parametrize("deltas", [False, True], ids=["terms", "deltas"])
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
 def test_together_is_as_alone(base: Base, kernel: Kernel, deltas: bool, packs: bool) -> None:
@@ -102,7 +130,13 @@ def test_together_is_as_alone(base: Base, kernel: Kernel, deltas: bool, packs: b
         count = draw.randint(2, 4)
         common = adapter(base, 2, trial + 200) if trial % 2 else None
         works = [
-            work(base, draw, 10 * trial + number, deltas and number != 1, common if number != 1 else None)
+            work(
+                base,
+                draw,
+                10 * trial + number,
+                deltas and number != 1,
+                common if number != 1 else None,
+            )
             for number in range(count)
         ]
         together = train_together(Lanes([kernel]), works)
@@ -112,7 +146,10 @@ def test_together_is_as_alone(base: Base, kernel: Kernel, deltas: bool, packs: b
             assert ours.loss == pytest.approx(alone.loss, abs=1e-9)
             moved = 0.0
             for before, theirs, mine in zip(
-                tensors(each.step.assembly), tensors(alone.assembly), tensors(ours.assembly), strict=True
+                tensors(each.step.assembly),
+                tensors(alone.assembly),
+                tensors(ours.assembly),
+                strict=True,
             ):
                 change = float((theirs - before).norm())
                 moved += change
@@ -121,7 +158,12 @@ def test_together_is_as_alone(base: Base, kernel: Kernel, deltas: bool, packs: b
 
 
 def tensors(assembly: Assembly) -> list[Tensor]:
-    found = [getattr(f, letter) for term in assembly.terms for f in term.adapter.values() for letter in "AB"]
+    found = [
+        getattr(f, letter)
+        for term in assembly.terms
+        for f in term.adapter.values()
+        for letter in "AB"
+    ]
     found += [d for term in assembly.terms for d in (term.diagonal or {}).values()]
     found += [extra.value for extra in assembly.extras.values()]
     return [tensor.as_subclass(Tensor) for tensor in found]
@@ -152,12 +194,16 @@ def test_frozen_factors_in_common_are_multiplied_once(base: Base, kernel: Kernel
     shared, twin = adapter(base, 3, 1), adapter(base, 3, 1)
     terms = [
         (Term("root", shared, train=""), Term("own", adapter(base, 2, 5))),
-        (Term("root", twin, train=""), Term("own", adapter(base, 2, 6))),  # equal numbers, but of its own
+        (
+            Term("root", twin, train=""),
+            Term("own", adapter(base, 2, 6)),
+        ),  # equal numbers, but of its own
         (Term("root", shared, train=""), Term("own", adapter(base, 1, 7))),
         (Term("root", shared),),  # it trains there
     ]
     lives = [
-        LiveAssembly(Assembly(each), device=torch.device("cpu"), dtype=torch.float64, train=True) for each in terms
+        LiveAssembly(Assembly(each), device=torch.device("cpu"), dtype=torch.float64, train=True)
+        for each in terms
     ]
     site = next(iter(base.sites.values()))
     x = torch.randn(7, 4, site.in_features, dtype=torch.float64, generator=generator(0, "x"))
@@ -166,20 +212,32 @@ def test_frozen_factors_in_common_are_multiplied_once(base: Base, kernel: Kernel
     cohort.enter(lives, [2, 1, 3, 1], packed=False)
     found = cohort.add(site, x, output)
     (blocks,) = cohort._masks
-    assert sorted(blocks) == sorted([(3, (0, 2)), (2, (0,)), (3, (1,)), (2, (1,)), (1, (2,)), (3, (3,))])
+    assert sorted(blocks) == sorted(
+        [(3, (0, 2)), (2, (0,)), (3, (1,)), (2, (1,)), (1, (2,)), (3, (3,))]
+    )
     parts = zip(lives, x.split([2, 1, 3, 1]), output.split([2, 1, 3, 1]), strict=True)
-    assert torch.allclose(found, torch.cat([live.add(site, own, out) for live, own, out in parts]), atol=1e-12)
+    assert torch.allclose(
+        found, torch.cat([live.add(site, own, out) for live, own, out in parts]), atol=1e-12
+    )
 
 
 def test_the_size_follows_the_device_the_batch_and_the_memory() -> None:
-    small = {"clients": 16, "tokens": 1000, "token_bytes": 1000, "client_bytes": 500_000, "memory": 10**9}
+    small = {
+        "clients": 16,
+        "tokens": 1000,
+        "token_bytes": 1000,
+        "client_bytes": 500_000,
+        "memory": 10**9,
+    }
     asked: dict[str, Any] = {**small, "share": 0.01}
     assert size_for(device="cpu", batch_size=16, **asked) == 8
     assert size_for(device="cpu", batch_size=8, **asked) == 16
     assert size_for(device="cpu", batch_size=128, **asked) == 1
     assert size_for(device="cpu", batch_size=8, lanes=2, **asked) == 8
     assert size_for(device="cpu", batch_size=2, **{**asked, "clients": 1000}) == 16
-    assert size_for(device="cuda", batch_size=2, **{**asked, "clients": 1000, "share": 0.001}) == 128
+    assert (
+        size_for(device="cuda", batch_size=2, **{**asked, "clients": 1000, "share": 0.001}) == 128
+    )
     assert size_for(device="cpu", batch_size=8, **{**asked, "share": 0.2}) == 5
     assert size_for(device="cpu", batch_size=8, **{**asked, "share": 3.0}) == 1
     assert size_for(device="cuda", batch_size=2, **asked) == 16
@@ -190,7 +248,9 @@ def test_the_size_follows_the_device_the_batch_and_the_memory() -> None:
 def test_a_run_with_cohorts_is_the_run_without(
     tiny_bert: Path, silos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FedTreeLoRA has a mix, private terms, extras and several steps in a round: courses in lockstep."""
+    """FedTreeLoRA has a mix, private terms, extras and several steps in a round: courses in
+    lockstep.
+    """
     results, sizes = {}, []
     together = Kernel.together
 
@@ -202,7 +262,11 @@ def test_a_run_with_cohorts_is_the_run_without(
     for size in (1, 3):
         sizes.clear()
         job = tiny_job(
-            tiny_bert, silos, method={"name": "fedtreelora"}, train={"cohort": size, "batch_size": 2}, run={"rounds": 2}
+            tiny_bert,
+            silos,
+            method={"name": "fedtreelora"},
+            train={"cohort": size, "batch_size": 2},
+            run={"rounds": 2},
         )
         results[size] = run(job, tmp_path / str(size)).summary["clients"]
     for name, row in results[1].items():
@@ -212,7 +276,9 @@ def test_a_run_with_cohorts_is_the_run_without(
 
 def test_the_size_is_chosen_once_and_bounded_by_the_memory(tiny_bert: Path, silos: Path) -> None:
     def chosen(**train: Any) -> Any:
-        return prepare(tiny_job(tiny_bert, silos, train={"batch_size": 8, **train})).job.train.cohort
+        return prepare(
+            tiny_job(tiny_bert, silos, train={"batch_size": 8, **train})
+        ).job.train.cohort
 
     assert chosen() == 3  # 16 batches of 8 keep a CPU busy, and there are 3 clients
     assert chosen(batch_size=128) == 1
@@ -225,12 +291,22 @@ def test_the_memory_of_images_is_that_of_their_patches_and_of_a_language_model_t
     tmp_path: Path,
 ) -> None:
     def chosen(model: Path, path: Path, memory: str, *settings: str) -> Any:
-        own = [f"model.name={model}", "data.source=silos", f"data.path={path}", "lora.rank=4", "train.batch_size=2"]
-        job = Job().override([*own, "train.dtype=float32", "train.threads=1", f"train.memory={memory}", *settings])
+        own = [
+            f"model.name={model}",
+            "data.source=silos",
+            f"data.path={path}",
+            "lora.rank=4",
+            "train.batch_size=2",
+        ]
+        job = Job().override(
+            [*own, "train.dtype=float32", "train.threads=1", f"train.memory={memory}", *settings]
+        )
         return prepare(job).job.train.cohort
 
     images = save_vit(tmp_path / "vit"), save_pictures(tmp_path / "pictures")
-    assert chosen(*images, "0.6MB", "data.task=classify-images") == 3, "17 tokens, not the 128 of a text"
+    assert chosen(*images, "0.6MB", "data.task=classify-images") == 3, (
+        "17 tokens, not the 128 of a text"
+    )
     assert chosen(*images, "0.3MB", "data.task=classify-images") == 1
     texts = save_llama(tmp_path / "llama"), save_exchanges(tmp_path / "exchanges")
     task = "data.task=generate", "data.max_length=64"
@@ -238,11 +314,15 @@ def test_the_memory_of_images_is_that_of_their_patches_and_of_a_language_model_t
     activations = 2 * 64 * 2 * (16 * 32 + 2 * 4 * 64) * 4
     logits = 2 * 64 * 12 * vocabulary
     assert chosen(*texts, f"{3 * (activations + logits) / 1e6 + 1:.3f}MB", *task) == 3
-    assert chosen(*texts, f"{3 * activations / 1e6:.3f}MB", *task) < 3, "without room for the logits"
+    assert chosen(*texts, f"{3 * activations / 1e6:.3f}MB", *task) < 3, (
+        "without room for the logits"
+    )
 
 
 @pytest.mark.parametrize("delta", [False, True])
-def test_where_nothing_trains_all_terms_are_one_product_with_the_same_sum(base: Base, delta: bool) -> None:
+def test_where_nothing_trains_all_terms_are_one_product_with_the_same_sum(
+    base: Base, delta: bool
+) -> None:
     draw = random.Random(4)
     x = torch.randn(2, 7, base.hidden, dtype=torch.float64, generator=generator(0, "x"))
     changed = 0.0
@@ -250,7 +330,9 @@ def test_where_nothing_trains_all_terms_are_one_product_with_the_same_sum(base: 
         assembly = work(base, draw, number, delta, adapter(base, 2, 99)).step.assembly
         live = LiveAssembly(assembly, device=base.device, dtype=torch.float64, train=False)
         for site in base.sites.values():
-            output = torch.randn(2, 7, site.out_features, dtype=torch.float64, generator=generator(number, site.name))
+            output = torch.randn(
+                2, 7, site.out_features, dtype=torch.float64, generator=generator(number, site.name)
+            )
             with torch.enable_grad():
                 term_by_term = live.add(site, x, output)
             for given in (

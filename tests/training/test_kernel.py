@@ -12,14 +12,23 @@ import torch
 from tests.tiny import sentences
 from torch import Tensor, nn
 
-from fedgrove.adapters import Assembly, Convex, Extra, Factors, Term, Weighted, as_one_adapter, fresh
+from fedgrove.adapters import (
+    Assembly,
+    Convex,
+    Extra,
+    Factors,
+    Term,
+    Weighted,
+    as_one_adapter,
+    fresh,
+)
 from fedgrove.adapters.private import PrivacyError, is_private
+from fedgrove.adapters.tree import pack
 from fedgrove.federation.tasks.classify_text import ClassifyText
+from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base
 from fedgrove.methods.contract import Step
-from fedgrove.seeds import generator
 from fedgrove.training.kernel import Clock, Kernel, TrainOptions, batch_order
-from fedgrove.tree import pack
 
 CLOCK = Clock(7, (1, "client"))
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
@@ -40,7 +49,9 @@ def start(base: Base, rank: int = 3, seed: int = 0) -> dict[str, Factors]:
     adapter = fresh(base.sites, rank, 0.7, generator(seed, "adapter"), dtype=torch.float64)
     draw = generator(seed, "B")
     return {
-        name: Factors(f.A, 0.1 * torch.randn(f.B.shape, generator=draw, dtype=torch.float64), f.scale)
+        name: Factors(
+            f.A, 0.1 * torch.randn(f.B.shape, generator=draw, dtype=torch.float64), f.scale
+        )
         for name, f in adapter.items()
     }
 
@@ -50,7 +61,9 @@ def head(base: Base) -> dict[str, Extra]:
     return {f"head.{name}": Extra(value.double()) for name, value in values.items()}
 
 
-def peft_train(folder: Path, adapter: Any, head_values: dict[str, Tensor], examples: Any, options: TrainOptions) -> Any:
+def peft_train(
+    folder: Path, adapter: Any, head_values: dict[str, Tensor], examples: Any, options: TrainOptions
+) -> Any:
     """The same work in PEFT and a plain loop: the reference."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel, AutoTokenizer
@@ -63,7 +76,11 @@ def peft_train(folder: Path, adapter: Any, head_values: dict[str, Tensor], examp
     for module in peft.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    layers = {n.removeprefix("base_model.model."): m for n, m in peft.named_modules() if hasattr(m, "lora_A")}
+    layers = {
+        n.removeprefix("base_model.model."): m
+        for n, m in peft.named_modules()
+        if hasattr(m, "lora_A")
+    }
     for name, factors in adapter.items():
         layers[name].scaling["default"] = factors.scale
         layers[name].lora_A["default"].weight.data = factors.A.clone()
@@ -74,22 +91,29 @@ def peft_train(folder: Path, adapter: Any, head_values: dict[str, Tensor], examp
         optimizer: Any = torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    batches = batch_order(len(examples), options.batch_size, generator(CLOCK.seed, *CLOCK.keys, "train", "order"))
+    batches = batch_order(
+        len(examples), options.batch_size, generator(CLOCK.seed, *CLOCK.keys, "train", "order")
+    )
     for index in range(options.local_steps or 0):
         if options.schedule == "cosine":
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * index / (options.local_steps or 1)))
+                group["lr"] = (
+                    options.lr * 0.5 * (1 + math.cos(math.pi * index / (options.local_steps or 1)))
+                )
         optimizer.zero_grad()
         for _ in range(options.accumulation):
             batch = TASK.collate([examples[i] for i in next(batches)], pad)
-            hidden = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            hidden = peft(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).last_hidden_state
             logits = TASK.head_logits(TASK.pool(hidden, batch), head)
             (TASK.loss(logits, batch) / options.accumulation).backward()
         if options.clip:
             nn.utils.clip_grad_norm_(parameters, options.clip)
         optimizer.step()
     return {
-        name: (layers[name].lora_A["default"].weight, layers[name].lora_B["default"].weight) for name in adapter
+        name: (layers[name].lora_A["default"].weight, layers[name].lora_B["default"].weight)
+        for name in adapter
     }, head
 
 
@@ -98,24 +122,36 @@ def peft_train(folder: Path, adapter: Any, head_values: dict[str, Tensor], examp
     [
         TrainOptions(lr=1e-2, weight_decay=0.1, batch_size=4, local_steps=7),
         TrainOptions(optimizer="sgd", lr=0.5, momentum=0.9, batch_size=5, local_steps=7),
-        TrainOptions(lr=1e-2, clip=0.05, accumulation=2, schedule="cosine", batch_size=3, local_steps=5),
+        TrainOptions(
+            lr=1e-2, clip=0.05, accumulation=2, schedule="cosine", batch_size=3, local_steps=5
+        ),
     ],
     ids=["adamw", "sgd", "clip-accumulate-cosine"],
 )
-def test_training_equals_plain_peft(tiny_bert: Path, base: Base, examples: Any, options: TrainOptions) -> None:
+def test_training_equals_plain_peft(
+    tiny_bert: Path, base: Base, examples: Any, options: TrainOptions
+) -> None:
     adapter, extras = start(base), head(base)
     kernel = Kernel(base, TASK, options)
     try:
-        trained = kernel.train(Step(Assembly((Term("own", adapter),), extras=extras)), examples, CLOCK)
+        trained = kernel.train(
+            Step(Assembly((Term("own", adapter),), extras=extras)), examples, CLOCK
+        )
     finally:
         kernel.close()
     reference, reference_head = peft_train(
-        tiny_bert, adapter, {n.removeprefix("head."): e.value for n, e in extras.items()}, examples, options
+        tiny_bert,
+        adapter,
+        {n.removeprefix("head."): e.value for n, e in extras.items()},
+        examples,
+        options,
     )
     assert trained.steps == options.local_steps
     for name, before in adapter.items():
         after = trained.adapter("own")[name]
-        for ours, theirs, old in zip((after.A, after.B), reference[name], (before.A, before.B), strict=True):
+        for ours, theirs, old in zip(
+            (after.A, after.B), reference[name], (before.A, before.B), strict=True
+        ):
             moved = (theirs - old).norm()
             assert moved > 1e-5, "the reference did not train, so equality would mean nothing"
             assert (ours - theirs).norm() <= 1e-9 * moved
@@ -124,7 +160,9 @@ def test_training_equals_plain_peft(tiny_bert: Path, base: Base, examples: Any, 
 
 
 def test_every_mix_equals_the_dense_formula(base: Base, examples: Any) -> None:
-    """λ · first + (1 − λ) · second, a frozen base delta and a diagonal, against one dense update per site."""
+    """λ · first + (1 − λ) · second, a frozen base delta and a diagonal, against one dense update
+    per site.
+    """
     first, second, delta = start(base, 3, 1), start(base, 2, 2), start(base, 4, 3)
     diagonal = {name: torch.linspace(0.5, 2.0, 3, dtype=torch.float64) for name in first}
     extras = {"lambda.1": Extra(torch.tensor(0.3, dtype=torch.float64)), **head(base)}
@@ -161,7 +199,9 @@ def test_every_mix_equals_the_dense_formula(base: Base, examples: Any) -> None:
     assert (expected - again).abs().max() < 1e-12
 
 
-def test_only_what_trains_moves_and_private_terms_come_back_sealed(base: Base, examples: Any) -> None:
+def test_only_what_trains_moves_and_private_terms_come_back_sealed(
+    base: Base, examples: Any
+) -> None:
     kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, local_steps=2, batch_size=4))
     terms = (
         Term("frozen", start(base, 2, 1), train=""),
@@ -176,7 +216,11 @@ def test_only_what_trains_moves_and_private_terms_come_back_sealed(base: Base, e
         assert is_private(trained.adapter("half")[name].B)
         assert not is_private(trained.adapter("half")[name].A)
         assert is_private(trained.adapter("own")[name].A)
-    for leak in (trained.adapter("own"), {"x": trained.adapter("half")}, {"mean": [trained.extra("head.bias") * 2]}):
+    for leak in (
+        trained.adapter("own"),
+        {"x": trained.adapter("half")},
+        {"mean": [trained.extra("head.bias") * 2]},
+    ):
         with pytest.raises(PrivacyError, match="private"):
             pack({"leak": leak})
 
@@ -192,7 +236,9 @@ def test_the_base_never_changes(base: Base, examples: Any) -> None:
 def test_fixed_weights_scale_a_term(base: Base, examples: Any) -> None:
     adapter = start(base)
     kernel = Kernel(base, TASK, TrainOptions())
-    half = kernel.logits(Assembly((Term("t", adapter),), mix=Weighted({"t": 0.5}), extras=head(base)), examples)
+    half = kernel.logits(
+        Assembly((Term("t", adapter),), mix=Weighted({"t": 0.5}), extras=head(base)), examples
+    )
     scaled = {n: Factors(f.A, f.B, f.scale / 2) for n, f in adapter.items()}
     same = kernel.logits(Assembly((Term("t", scaled),), extras=head(base)), examples)
     other = kernel.logits(Assembly((Term("t", adapter),), extras=head(base)), examples)
@@ -231,7 +277,9 @@ def test_fisher_scores_are_the_mean_squared_gradients(base: Base, examples: Any)
     assembly = Assembly((Term("own", adapter, train="B"),), extras=head(base))
     trained = kernel.train(Step(assembly, measure="fisher"), examples, CLOCK)
     # one batch: one SGD step of rate 1 moves B by exactly minus the gradient
-    moved = Kernel(base, TASK, TrainOptions(optimizer="sgd", lr=1.0, local_steps=1, batch_size=len(examples)))
+    moved = Kernel(
+        base, TASK, TrainOptions(optimizer="sgd", lr=1.0, local_steps=1, batch_size=len(examples))
+    )
     after = moved.train(Step(assembly), examples, CLOCK).adapter("own")
     kernel.close()
     moved.close()
@@ -263,7 +311,9 @@ def test_batches_cover_every_example_once_per_pass() -> None:
 
 
 def test_folding_equals_the_side_path(base: Base, examples: Any) -> None:
-    """Frozen modules written into the weights, as a side path, or as a frozen term: one function, one training."""
+    """Frozen modules written into the weights, as a side path, or as a frozen term: one function,
+    one training.
+    """
     frozen, own = start(base, 3, 1), start(base, 2, 2)
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, local_steps=4, batch_size=4))
@@ -273,7 +323,9 @@ def test_folding_equals_the_side_path(base: Base, examples: Any) -> None:
         Assembly((Term("own", own), Term("rest", frozen, train="")), extras=head(base)),
     ]
     logits = [kernel.logits(assembly, examples) for assembly in assemblies]
-    trained = [kernel.train(Step(assembly), examples, CLOCK).adapter("own") for assembly in assemblies]
+    trained = [
+        kernel.train(Step(assembly), examples, CLOCK).adapter("own") for assembly in assemblies
+    ]
     plain = kernel.logits(Assembly((Term("own", own),), extras=head(base)), examples)
     kernel.close()
     for other in logits[1:]:
@@ -286,7 +338,9 @@ def test_folding_equals_the_side_path(base: Base, examples: Any) -> None:
 
 
 def test_a_sub_network_leaves_layers_out(base: Base, examples: Any) -> None:
-    """Without layer 0, the model is the one whose layer 0 passes its input through; nothing there trains."""
+    """Without layer 0, the model is the one whose layer 0 passes its input through; nothing there
+    trains.
+    """
     own = start(base)
     kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, local_steps=2, batch_size=4))
     part = Assembly((Term("own", own),), extras=head(base), layers=frozenset({1}))

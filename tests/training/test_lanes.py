@@ -1,4 +1,6 @@
-"""Lanes: the numbers of one kernel in one thread, from two at the same time, on one copy of the weights."""
+"""Lanes: the numbers of one kernel in one thread, from two at the same time, on one copy of the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from tests.tiny import sentences, tiny_job
 from fedgrove.adapters import Assembly, Factors
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.interop.models import Base, load_base
-from fedgrove.prepare import prepare
-from fedgrove.run import run
+from fedgrove.runs.prepare import prepare
+from fedgrove.start import run
 from fedgrove.training import profile
 from fedgrove.training.kernel import Kernel, TrainOptions
 from fedgrove.training.lanes import Lanes, lane_count, twin
@@ -55,7 +57,10 @@ def written(folder: Path) -> dict[str, bytes]:
     [
         {"method": {"name": "fedtreelora"}},
         {"method": {"name": "flora"}},  # folds updates into the base
-        {"method": {"name": "hilora"}, "federation": {"held_out": ["site-1"]}},  # measures, and takes a newcomer in
+        {
+            "method": {"name": "hilora"},
+            "federation": {"held_out": ["site-1"]},
+        },  # measures, and takes a newcomer in
         {"privacy": {"example_clip": 1.0, "example_noise": 0.5, "randomness": "seed"}},
     ],
     ids=["fedtreelora", "flora", "hilora", "example-dp"],
@@ -75,7 +80,10 @@ def test_at_the_same_time_is_one_after_the_other(
         if name == "in turn":
             monkeypatch.setattr(Lanes, "map", in_turn)
         done = run(job, tmp_path / name)
-        lines = [{key: value for key, value in line.items() if key != "seconds"} for line in done.metrics()]
+        lines = [
+            {key: value for key, value in line.items() if key != "seconds"}
+            for line in done.metrics()
+        ]
         results[name] = written(done.path), str(lines), done.summary["clients"]
     assert len(results["together"][0]) >= 6
     assert results["together"] == results["in turn"]
@@ -97,7 +105,9 @@ def test_a_job_has_lanes_where_they_were_measured_to_pay(tiny_bert: Path, silos:
     assert count(train={"threads": 2, "cohort": 4}) == 2
     assert count(train={"threads": 16, "cohort": 4}) == 2
     assert count(train={"threads": 1, "cohort": 4}) == 1
-    assert count(train={"threads": 2, "cohort": 1}) == 1, "one client at a time is what was asked for"
+    assert count(train={"threads": 2, "cohort": 1}) == 1, (
+        "one client at a time is what was asked for"
+    )
     assert count(train={"threads": 2, "device": "cuda"}) == 1
     assert count(train={"threads": 2, "cohort": 4}, lora={"rank": 2, "dropout": 0.1}) == 1
 
@@ -114,7 +124,13 @@ def test_a_job_has_lanes_where_they_were_measured_to_pay(tiny_bert: Path, silos:
     ],
 )
 def test_a_resumed_run_has_the_lanes_of_its_beginning(
-    train: dict[str, Any], clients: int, cohort: int, count: int, tiny_bert: Path, silos: Path, threads: None
+    train: dict[str, Any],
+    clients: int,
+    cohort: int,
+    count: int,
+    tiny_bert: Path,
+    silos: Path,
+    threads: None,
 ) -> None:
     held_out = {"held_out": ["site-2"]} if clients == 2 else {}
     job = tiny_job(tiny_bert, silos, train={"threads": 2, **train}, federation=held_out)
@@ -142,9 +158,15 @@ def test_what_a_lane_folds_is_its_own(lanes: Lanes, base: Base) -> None:
     examples = TASK.encode(sentences(4, seed=0), base.processor)
     first, second = lanes.kernels
     with first._opened(Assembly(folded={name: factors}), train=False):
-        assert not torch.equal(first.base.model.get_submodule(name).weight, base.model.get_submodule(name).weight)
-        assert torch.equal(second.base.model.get_submodule(name).weight, base.model.get_submodule(name).weight)
-        assert torch.equal(second.features(examples), Kernel(base, TASK, TrainOptions()).features(examples))
+        assert not torch.equal(
+            first.base.model.get_submodule(name).weight, base.model.get_submodule(name).weight
+        )
+        assert torch.equal(
+            second.base.model.get_submodule(name).weight, base.model.get_submodule(name).weight
+        )
+        assert torch.equal(
+            second.features(examples), Kernel(base, TASK, TrainOptions()).features(examples)
+        )
 
 
 def test_tied_weights_stay_tied(tiny_bert: Path) -> None:
@@ -204,7 +226,9 @@ def test_what_goes_wrong_in_a_lane_is_raised_and_nothing_more_begins(lanes: Lane
     with pytest.raises(ValueError, match="item 1"):
         list(lanes.map(work, range(100)))
     assert len(begun) <= 6
-    assert list(lanes.map(lambda kernel, item: item, range(3))) == [0, 1, 2], "the lanes are free again"
+    assert list(lanes.map(lambda kernel, item: item, range(3))) == [0, 1, 2], (
+        "the lanes are free again"
+    )
 
 
 def test_whoever_stops_listening_waits_for_a_batch_and_no_more(lanes: Lanes, base: Base) -> None:

@@ -1,4 +1,6 @@
-"""Language models through the kernel: exact logits, exact greedy texts, whatever the batch and the precision."""
+"""Language models through the kernel: exact logits, exact greedy texts, whatever the batch and the
+precision.
+"""
 
 from __future__ import annotations
 
@@ -68,14 +70,18 @@ def test_logits_at_the_completion_are_those_of_the_plain_model(kernel: Kernel) -
         whole = plain_logits(base, adapter_of(base), torch.tensor(example["input_ids"]))
         expected.append(whole[example["start"] - 1 : -1])
     sizes: list[torch.Size] = []
-    hook = base.model.get_output_embeddings().register_forward_hook(lambda m, a, out: sizes.append(out.shape))
+    hook = base.model.get_output_embeddings().register_forward_hook(
+        lambda m, a, out: sizes.append(out.shape)
+    )
     with torch.inference_mode(), kernel._opened(assembly, train=False) as live:
         logits = kernel._logits(live, batch)
     hook.remove()
     assert torch.allclose(logits, torch.cat(expected), atol=1e-11)
     assert sizes == [logits.shape]  # nothing else reached the output layer
     losses = torch.nn.functional.cross_entropy(logits, TASK._asked(batch), reduction="sum")
-    assert kernel.evaluate(assembly, examples)["loss"] * len(logits) == pytest.approx(float(losses), abs=1e-9)
+    assert kernel.evaluate(assembly, examples)["loss"] * len(logits) == pytest.approx(
+        float(losses), abs=1e-9
+    )
 
 
 def test_an_adapted_output_layer_keeps_its_adapter(tmp_path: Path) -> None:
@@ -84,7 +90,9 @@ def test_an_adapted_output_layer_keeps_its_adapter(tmp_path: Path) -> None:
     example = TASK.encode(exchanges(1, seed=2), base.processor)[0]
     with torch.inference_mode(), kernel._opened(assembly_of(base), train=False) as live:
         logits = kernel._logits(live, kernel._batch([example]))
-    expected = plain_logits(base, adapter_of(base), torch.tensor(example["input_ids"]))[example["start"] - 1 : -1]
+    expected = plain_logits(base, adapter_of(base), torch.tensor(example["input_ids"]))[
+        example["start"] - 1 : -1
+    ]
     assert torch.allclose(logits, expected, atol=1e-11)
 
 
@@ -97,7 +105,9 @@ def test_gradients_are_those_of_the_plain_loss(kernel: Kernel) -> None:
         kernel._live = live
         whole = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         shifted = whole.logits[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(shifted, batch["labels"][:, 1:].flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(
+            shifted, batch["labels"][:, 1:].flatten(), ignore_index=-100
+        )
         expected = torch.autograd.grad(loss, live.leaves)
     assert found
     for one, other in zip(found, expected, strict=True):
@@ -105,7 +115,9 @@ def test_gradients_are_those_of_the_plain_loss(kernel: Kernel) -> None:
         assert torch.allclose(one, other, atol=1e-12)
 
 
-def greedy(base: Base, adapter: dict[str, Factors], prompt: list[int], most: int, ends: list[int]) -> list[int]:
+def greedy(
+    base: Base, adapter: dict[str, Factors], prompt: list[int], most: int, ends: list[int]
+) -> list[int]:
     """One token at a time, from all logits, without cache or padding."""
     ids = list(prompt)
     for _ in range(most):
@@ -130,7 +142,9 @@ def test_texts_are_those_of_a_plain_loop_in_any_batch(tiny_llama: Path, batch: i
         texts = [base.processor.decode(ids, skip_special_tokens=True).strip() for ids in expected]
         assert kernel.generate(assembly_of(base, seed=seed), examples) == texts
         assert len(set(texts)) > 1
-    assert kernel.generate(assembly_of(base), examples, most=2) != kernel.generate(assembly_of(base), examples)
+    assert kernel.generate(assembly_of(base), examples, most=2) != kernel.generate(
+        assembly_of(base), examples
+    )
 
 
 def test_texts_end_where_the_model_ends_them(kernel: Kernel) -> None:
@@ -152,8 +166,12 @@ def test_what_was_written_is_kept_for_those_who_ask(kernel: Kernel) -> None:
     kept: list[dict[str, Any]] = []
     kernel.evaluate(assembly_of(base), examples, kept)
     assert len(kept) == 4
-    assert [line["reference"] for line in kept] == [examples[i]["references"][0] for i in (0, 2, 4, 6)]
-    assert [line["output"] for line in kept] == kernel.generate(assembly_of(base), [examples[i] for i in (0, 2, 4, 6)])
+    assert [line["reference"] for line in kept] == [
+        examples[i]["references"][0] for i in (0, 2, 4, 6)
+    ]
+    assert [line["output"] for line in kept] == kernel.generate(
+        assembly_of(base), [examples[i] for i in (0, 2, 4, 6)]
+    )
 
 
 def test_checkpointed_activations_change_nothing(tiny_llama: Path) -> None:
@@ -171,7 +189,9 @@ def test_checkpointed_activations_change_nothing(tiny_llama: Path) -> None:
 
 
 def test_in_bfloat16_plain_attention_looks_back_only(tiny_llama: Path) -> None:
-    """Training in bfloat16 on a CPU computes attention plainly: the same losses, up to bfloat16's precision."""
+    """Training in bfloat16 on a CPU computes attention plainly: the same losses, up to bfloat16's
+    precision.
+    """
     base = base_of(tiny_llama, torch.bfloat16)
     exact = base_of(tiny_llama, torch.float64)
     rows = exchanges(8, seed=7)
@@ -208,6 +228,8 @@ def test_features_are_of_the_prompt_and_reach_every_token(tiny_llama: Path) -> N
     assembly = Assembly((Term("own", adapter_of(base), train="AB"),), mix=Watching())
     kernel.evaluate(assembly, examples)
     order = sorted(range(3), key=lambda i: (len(examples[i]["input_ids"]), i))
-    expected = kernel.features(TASK.encode([{"prompt": row["prompt"]} for row in rows], base.processor))[order]
+    expected = kernel.features(
+        TASK.encode([{"prompt": row["prompt"]} for row in rows], base.processor)
+    )[order]
     assert all(torch.allclose(each, expected, atol=1e-11) for each in seen)
     assert len(seen) > 2 * len(base.sites)  # the texts' tokens too

@@ -1,4 +1,6 @@
-"""Batches without padding give what padded ones give, and models that cannot run them are found out."""
+"""Batches without padding give what padded ones give, and models that cannot run them are found
+out.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,20 @@ from tests.tiny import sentences
 
 from fedgrove.adapters import Assembly, Convex, Extra, Factors, Term, fresh
 from fedgrove.federation.tasks.classify_text import ClassifyText
+from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import load_base
 from fedgrove.methods.contract import Step
-from fedgrove.seeds import generator
 from fedgrove.training.kernel import Clock, Kernel, TrainOptions
 from fedgrove.training.packed import Layout, packs, position_shift, running
 
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 90}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 90,
+}
 
 
 def model(kind: str, causal: bool = False, **more: Any) -> Any:
@@ -57,7 +65,9 @@ def test_a_packed_row_equals_the_padded_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_texts_of_many_lengths_are_attended_in_groups_to_the_same_states_and_gradients(name: str) -> None:
+def test_texts_of_many_lengths_are_attended_in_groups_to_the_same_states_and_gradients(
+    name: str,
+) -> None:
     built = MODELS[name]()
     assert packs(built)
     lengths = torch.tensor([[3 + (7 * row) % 48] for row in range(41)])
@@ -66,26 +76,41 @@ def test_texts_of_many_lengths_are_attended_in_groups_to_the_same_states_and_gra
     assert layout is not None
     assert len(layout.groups) >= 3, "one group would show nothing"
     assert all(len(group.lengths) == 8 for group in layout.groups[:-1])
-    assert sorted(length for group in layout.groups for length in group.lengths) == sorted(layout.lengths)
+    assert sorted(length for group in layout.groups for length in group.lengths) == sorted(
+        layout.lengths
+    )
     squares = sum(len(group.lengths) * group.longest**2 for group in layout.groups)
     assert squares < 0.7 * len(layout.lengths) * layout.longest**2
-    words = built.get_input_embeddings()(torch.randint(3, 90, mask.shape, generator=generator(1, "ids")))
+    words = built.get_input_embeddings()(
+        torch.randint(3, 90, mask.shape, generator=generator(1, "ids"))
+    )
     words = words.detach()
 
     def slope(out: torch.Tensor) -> None:
-        (out * torch.randn(out.shape, dtype=out.dtype, generator=generator(2, "direction"))).sum().backward()
+        (
+            out * torch.randn(out.shape, dtype=out.dtype, generator=generator(2, "direction"))
+        ).sum().backward()
 
     found = []
     for packing in (False, True):
         states = words.clone().requires_grad_()
         if packing:
             with running(built.config, layout):
-                places = layout.inputs({"input_ids": mask}, position_shift(built.config))["position_ids"]
-                out = layout.unpack(built(inputs_embeds=layout.pack(states), position_ids=places)[0])
+                places = layout.inputs({"input_ids": mask}, position_shift(built.config))[
+                    "position_ids"
+                ]
+                out = layout.unpack(
+                    built(inputs_embeds=layout.pack(states), position_ids=places)[0]
+                )
                 slope(out)
         else:
-            places = (torch.arange(mask.shape[1]) + position_shift(built.config))[None].expand_as(mask)
-            out = built(inputs_embeds=states, attention_mask=mask, position_ids=places)[0] * mask[..., None]
+            places = (torch.arange(mask.shape[1]) + position_shift(built.config))[None].expand_as(
+                mask
+            )
+            out = (
+                built(inputs_embeds=states, attention_mask=mask, position_ids=places)[0]
+                * mask[..., None]
+            )
             slope(out)
         found.append((out.detach(), states.grad))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-10)
@@ -94,7 +119,9 @@ def test_texts_of_many_lengths_are_attended_in_groups_to_the_same_states_and_gra
 
 
 @pytest.mark.parametrize("lengths", [(8, 16, 8), (8, 9), (64,) * 7 + (56,) + (1,)], ids=str)
-def test_there_is_a_spare_token_whatever_the_lengths_and_no_gradient_comes_to_it(lengths: tuple[int, ...]) -> None:
+def test_there_is_a_spare_token_whatever_the_lengths_and_no_gradient_comes_to_it(
+    lengths: tuple[int, ...],
+) -> None:
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     layout = Layout.of(mask)
     assert layout is not None
@@ -132,21 +159,34 @@ def test_no_layout_without_padding_or_with_padding_on_the_left() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_and_evaluation_are_the_same_with_and_without_padding(tiny_bert: Path, checkpointing: bool) -> None:
+def test_training_and_evaluation_are_the_same_with_and_without_padding(
+    tiny_bert: Path, checkpointing: bool
+) -> None:
     base = load_base(str(tiny_bert), dtype=torch.float64, gradient_checkpointing=checkpointing)
     examples = TASK.encode(sentences(22, seed=1), base.processor)
     draw = generator(0, "B")
     start = {
-        name: Factors(f.A, 0.1 * torch.randn(f.B.shape, generator=draw, dtype=torch.float64), f.scale)
-        for name, f in fresh(base.sites, 3, 0.7, generator(0, "adapter"), dtype=torch.float64).items()
+        name: Factors(
+            f.A, 0.1 * torch.randn(f.B.shape, generator=draw, dtype=torch.float64), f.scale
+        )
+        for name, f in fresh(
+            base.sites, 3, 0.7, generator(0, "adapter"), dtype=torch.float64
+        ).items()
     }
-    head = {f"head.{n}": Extra(v.double()) for n, v in TASK.new_head(base.hidden, generator(3, "head")).items()}
-    gates = {f"lambda.{layer}": Extra(torch.tensor(0.3, dtype=torch.float64)) for layer in base.layers}
+    head = {
+        f"head.{n}": Extra(v.double())
+        for n, v in TASK.new_head(base.hidden, generator(3, "head")).items()
+    }
+    gates = {
+        f"lambda.{layer}": Extra(torch.tensor(0.3, dtype=torch.float64)) for layer in base.layers
+    }
     terms = (Term("one", start), Term("two", start, train=""))
     step = Step(Assembly(terms, mix=Convex("one", "two"), extras=head | gates))
     kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, batch_size=4, local_steps=5, clip=0.1))
     widths: list[int] = []
-    base.model.embeddings.register_forward_hook(lambda module, args, out: widths.append(out.shape[0]))
+    base.model.embeddings.register_forward_hook(
+        lambda module, args, out: widths.append(out.shape[0])
+    )
     try:
         packed = kernel.train(step, examples, Clock(7, (1, "client")))
         assert 1 in widths, "no batch ran as one row"
@@ -154,13 +194,18 @@ def test_training_and_evaluation_are_the_same_with_and_without_padding(tiny_bert
         features = kernel.features(examples)
         kernel._packs = False
         padded = kernel.train(step, examples, Clock(7, (1, "client")))
-        assert kernel.evaluate(padded.assembly, examples)["loss"] == pytest.approx(scores["loss"], abs=1e-10)
+        assert kernel.evaluate(padded.assembly, examples)["loss"] == pytest.approx(
+            scores["loss"], abs=1e-10
+        )
         assert torch.allclose(kernel.features(examples), features, atol=1e-10)
     finally:
         kernel.close()
     for name in start:
         for letter in "AB":
-            ours, theirs = getattr(packed.adapter("one")[name], letter), getattr(padded.adapter("one")[name], letter)
+            ours, theirs = (
+                getattr(packed.adapter("one")[name], letter),
+                getattr(padded.adapter("one")[name], letter),
+            )
             moved = (theirs - getattr(start[name], letter)).norm()
             assert moved > 1e-4
             assert (ours - theirs).norm() <= 1e-9 * moved

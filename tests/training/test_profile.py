@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.tiny import tiny_job
 
-from fedgrove.run import run
+from fedgrove.start import run
 from fedgrove.training import profile
 
 
@@ -28,10 +28,22 @@ def test_a_run_is_accounted_for(tiny_bert: Path, silos: Path, tmp_path: Path) ->
     assert [row["round"] for row in content["rounds"]] == [1, 2]
     for row in content["rounds"]:
         parts = row["seconds"]
-        assert {"training", "training/forward", "training/backward", "server", "evaluation", "checkpoint"} <= set(parts)
-        assert sum(parts[name] for name in ("training", "server", "evaluation", "checkpoint")) <= parts["rounds"]
+        assert {
+            "training",
+            "training/forward",
+            "training/backward",
+            "server",
+            "evaluation",
+            "checkpoint",
+        } <= set(parts)
+        assert (
+            sum(parts[name] for name in ("training", "server", "evaluation", "checkpoint"))
+            <= parts["rounds"]
+        )
         assert parts["training/forward"] + parts["training/backward"] <= parts["training"]
-    assert seconds["rounds"] == pytest.approx(sum(row["seconds"]["rounds"] for row in content["rounds"]))
+    assert seconds["rounds"] == pytest.approx(
+        sum(row["seconds"]["rounds"] for row in content["rounds"])
+    )
     top = [name for name in seconds if "/" not in name and name != "total"]
     assert set(top) == {"loading model and data", "rounds", "finish"}
     assert 0.5 * seconds["total"] < sum(seconds[name] for name in top) <= seconds["total"]
@@ -42,4 +54,10 @@ def test_a_run_is_accounted_for(tiny_bert: Path, silos: Path, tmp_path: Path) ->
 
 def test_rows_are_sorted_and_say_what_is_left() -> None:
     rows = profile.rows({"a": 1.0, "b": 5.0, "b/x": 1.0, "b/y": 3.0})
-    assert rows == [(0, "b", 5.0), (1, "y", 3.0), (1, "x", 1.0), (1, "everything else", 1.0), (0, "a", 1.0)]
+    assert rows == [
+        (0, "b", 5.0),
+        (1, "y", 3.0),
+        (1, "x", 1.0),
+        (1, "everything else", 1.0),
+        (0, "a", 1.0),
+    ]

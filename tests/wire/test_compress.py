@@ -1,4 +1,6 @@
-"""What compression loses and saves, what it refuses, and that a run with it is accounted and resumed as any other."""
+"""What compression loses and saves, what it refuses, and that a run with it is accounted and
+resumed as any other.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.private import PrivacyError, seal
-from fedgrove.errors import AdapterError
-from fedgrove.run import run
-from fedgrove.tree import nbytes, numbers, pack, unpack
+from fedgrove.adapters.tree import nbytes, numbers, pack, unpack
+from fedgrove.ground.errors import AdapterError
+from fedgrove.start import run
 from fedgrove.wire.compress import expand, passed, sent_bytes, squeeze
 
 
@@ -25,7 +27,9 @@ def content(rank: int = 8, out: int = 96, inner: int = 384) -> dict[str, Any]:
     return {
         "adapter": {
             f"layer.{n}": Factors(
-                torch.randn(rank, inner, generator=draw) * 10.0 ** (n - 3), torch.randn(out, rank, generator=draw), 2.0
+                torch.randn(rank, inner, generator=draw) * 10.0 ** (n - 3),
+                torch.randn(out, rank, generator=draw),
+                2.0,
             )
             for n in range(4)
         },
@@ -60,13 +64,22 @@ def test_what_arrives_has_every_name_shape_and_plain_value_and_a_bounded_error(h
             assert error.max() > 0, "nothing was rounded, so the bound says nothing"
             if how == "fp16":
                 assert (error <= old.abs() * 2.0**-11 + 2.0**-25).all()
-            else:  # half a step of the row's (a rank index's) own scale, which bfloat16 rounds by at most 2^-9
-                assert (error <= old.abs().amax(axis, keepdim=True) / 127 / 2 * (1 + 2.0**-9) + 1e-30).all()
+            # half a step of the row's (a rank index's) own scale, which bfloat16 rounds by at most
+            # 2^-9
+            else:
+                assert (
+                    error <= old.abs().amax(axis, keepdim=True) / 127 / 2 * (1 + 2.0**-9) + 1e-30
+                ).all()
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40), st.booleans())
-def test_any_numbers_survive_int8_within_half_a_step_and_twice_is_once(values: list[float], column: bool) -> None:
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40),
+    st.booleans(),
+)
+def test_any_numbers_survive_int8_within_half_a_step_and_twice_is_once(
+    values: list[float], column: bool
+) -> None:
     tensor = torch.tensor(values)[:, None] if column else torch.tensor(values)
     once = passed({"x": tensor}, "int8")["x"]
     step = tensor.abs().max().double() / 127 * (1 + 2.0**-9) + 1e-37
@@ -109,7 +122,12 @@ def test_what_is_private_is_refused(how: Any) -> None:
         {"~": "int8"},
         {"~": "int8", "of": "float32", "x": torch.ones(3, 3), "scale": torch.ones(3)},
         {"~": "fp16", "of": "int64", "x": torch.ones(3).half()},
-        {"~": "int8", "of": "float32", "x": torch.ones(3, 5).to(torch.int8), "scale": torch.ones(4).bfloat16()},
+        {
+            "~": "int8",
+            "of": "float32",
+            "x": torch.ones(3, 5).to(torch.int8),
+            "scale": torch.ones(4).bfloat16(),
+        },
         {"~": "factors", "sides": [1, 2], "scale": 1.0},
         {"~": "zip", "of": "float32", "x": torch.ones(3)},
     ],
@@ -119,10 +137,15 @@ def test_an_altered_message_is_an_error_in_words(node: Any) -> None:
         expand({"a": [node]})
 
 
-def test_a_compressed_run_resumes_bit_for_bit_and_costs_less(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+def test_a_compressed_run_resumes_bit_for_bit_and_costs_less(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
     def job(how: str) -> Any:
         return tiny_job(
-            tiny_bert, silos, federation={"fraction": 0.7, "head": "shared"}, run={"compress": how, "rounds": 2}
+            tiny_bert,
+            silos,
+            federation={"fraction": 0.7, "head": "shared"},
+            run={"compress": how, "rounds": 2},
         )
 
     for how in ("none", "int8"):
@@ -134,8 +157,14 @@ def test_a_compressed_run_resumes_bit_for_bit_and_costs_less(tiny_bert: Path, si
     assert adapters(tmp_path / "int8") == adapters(tmp_path / "cut")
     assert lines(tmp_path / "int8") == lines(tmp_path / "cut")
     whole, small = summary(tmp_path / "none"), summary(tmp_path / "int8")
-    assert whole == {**small, **{key: whole[key] for key in ("bytes", "clients", "mean", "std", "tail10")}}
-    for way in ("up", "down"):  # 32 features to a scale of two bytes: 6 % more than a byte for each number
+    assert whole == {
+        **small,
+        **{key: whole[key] for key in ("bytes", "clients", "mean", "std", "tail10")},
+    }
+    for way in (
+        "up",
+        "down",
+    ):  # 32 features to a scale of two bytes: 6 % more than a byte for each number
         assert 0.25 * whole["bytes"][way] < small["bytes"][way] < 0.27 * whole["bytes"][way]
     assert adapters(tmp_path / "none") != adapters(tmp_path / "int8")
     assert abs(small["mean"] - whole["mean"]) < 0.1

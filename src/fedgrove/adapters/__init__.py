@@ -1,7 +1,16 @@
 """Pure tensor algebra on low-rank adapters: no models, no files."""
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site, fresh
-from fedgrove.adapters.assembly import Assembly, Convex, Extra, Junction, Mix, Term, Weighted, as_one_adapter
+from fedgrove.adapters.assembly import (
+    Assembly,
+    Convex,
+    Extra,
+    Junction,
+    Mix,
+    Term,
+    Weighted,
+    as_one_adapter,
+)
 
 __all__ = [
     "Adapter",

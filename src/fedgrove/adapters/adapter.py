@@ -11,7 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One adapted linear layer of the base model: ``y = W0 x`` with ``W0 [out_features, in_features]``."""
+    """One adapted linear layer of the base model: ``y = W0 x`` with ``W0 [out_features,
+    in_features]``.
+    """
 
     name: str  # module path in the base model, e.g. "encoder.layer.3.attention.self.query"
     layer: int  # index of the transformer layer it belongs to, from 0
@@ -32,7 +34,9 @@ class Factors:
         return self.A.shape[0]
 
     def product(self) -> Tensor:
-        """The dense update ``scale * B @ A``, shape [out, in]. For tests and merging; the algebra avoids it."""
+        """The dense update ``scale * B @ A``, shape [out, in]. For tests and merging; the algebra
+        avoids it.
+        """
         return self.scale * (self.B @ self.A)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
@@ -62,6 +66,8 @@ def fresh(
         bound = site.in_features**-0.5
         draw = torch.rand(rank, site.in_features, generator=generator, dtype=torch.float64)
         adapter[name] = Factors(
-            A=((2 * draw - 1) * bound).to(dtype), B=torch.zeros(site.out_features, rank, dtype=dtype), scale=scale
+            A=((2 * draw - 1) * bound).to(dtype),
+            B=torch.zeros(site.out_features, rank, dtype=dtype),
+            scale=scale,
         )
     return {name: adapter[name] for name in sites}

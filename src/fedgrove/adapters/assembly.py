@@ -1,6 +1,7 @@
 """What a client runs: terms, how they mix, and the other tensors that train beside them.
 
-Forward of a site: ``W0 x + Σ_terms mix · scale · B (D ⊙ (A x))`` where ``D`` is the term's optional diagonal.
+Forward of a site: ``W0 x + Σ_terms mix · scale · B (D ⊙ (A x))`` where ``D`` is the term's optional
+diagonal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.private import seal, unseal
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 Home = Literal["server", "client"]
 
@@ -27,14 +28,20 @@ class Term:
     adapter: Adapter
     train: str = "AB"  # which of A, B and D (the diagonal) train; "" is frozen
     home: Home = "server"  # "client": its trained values come back sealed and cannot travel
-    kept: str = ""  # letters of factors that stay with the client although the term's home is the server (FedSA's B)
-    diagonal: Mapping[str, Tensor] | None = None  # site -> [rank]; a rank mask (frozen) or FedRoRA's S (trained)
+    # letters of factors that stay with the client although the term's home is the server (FedSA's
+    # B)
+    kept: str = ""
+    diagonal: Mapping[str, Tensor] | None = (
+        None  # site -> [rank]; a rank mask (frozen) or FedRoRA's S (trained)
+    )
     unit: bool = False  # run with unit columns of B and unit rows of A (FedRoRA)
     lr: float = 1.0  # multiplies the job's learning rate
 
     def __post_init__(self) -> None:
         if set(self.train) - set("ABD"):
-            raise AdapterError(f"Term '{self.name}': train is '{self.train}', expected letters of 'ABD'.")
+            raise AdapterError(
+                f"Term '{self.name}': train is '{self.train}', expected letters of 'ABD'."
+            )
         if "D" in self.train and self.diagonal is None:
             raise AdapterError(f"Term '{self.name}' trains a diagonal that it does not have.")
 
@@ -49,20 +56,27 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Extra:
-    """A trainable (or frozen) tensor beside the terms: head, gate logits, router, module to save."""
+    """A trainable (or frozen) tensor beside the terms: head, gate logits, router, module to
+    save.
+    """
 
     value: Tensor
     train: bool = True
     home: Home = "client"
-    lr: float | None = 1.0  # multiplies the job's learning rate; None: the head's own rate (train.head_lr)
+    lr: float | None = (
+        1.0  # multiplies the job's learning rate; None: the head's own rate (train.head_lr)
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Junction:
-    """A site in the middle of a forward pass, where the terms' outputs meet: what a mix may go by."""
+    """A site in the middle of a forward pass, where the terms' outputs meet: what a mix may go
+    by.
+    """
 
     site: Site
-    x: Tensor  # the site's input [batch, tokens, in]; empty where a linear mix is asked outside a pass
+    # the site's input [batch, tokens, in]; empty where a linear mix is asked outside a pass
+    x: Tensor
     terms: Sequence[str]  # their names, in order
     extras: Mapping[str, Tensor]  # the assembly's, as they train now
     features: Tensor | None = None  # [batch, hidden]
@@ -73,11 +87,14 @@ class Mix:
 
     #: False where the weights depend on the input, so that no single LoRA adapter computes the same
     linear: bool = True
-    #: reads the untouched base's pooled features of each example (``Junction.features`` is then not None)
+    #: reads the untouched base's pooled features of each example (``Junction.features`` is then not
+    #: None)
     needs_features: bool = False
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
-        """One weight per term: a float, a scalar tensor, or a tensor that broadcasts over ``[batch, tokens, 1]``."""
+        """One weight per term: a float, a scalar tensor, or a tensor that broadcasts over ``[batch,
+        tokens, 1]``.
+        """
         return [1.0] * len(at.terms)
 
 
@@ -93,7 +110,8 @@ class Weighted(Mix):
 
 @dataclass(frozen=True)
 class Convex(Mix):
-    """``λ · first + (1 − λ) · second`` with one λ per layer, the sigmoid of the extra ``{prefix}.{layer}``.
+    """``λ · first + (1 − λ) · second`` with one λ per layer, the sigmoid of the extra
+    ``{prefix}.{layer}``.
 
     A layer whose extra is missing is pinned to λ = 1: the second term is not run there.
     """
@@ -107,7 +125,10 @@ class Convex(Mix):
         if logit is None:
             return [0.0 if term == self.second else 1.0 for term in at.terms]
         share = torch.sigmoid(logit)
-        return [share if term == self.first else 1 - share if term == self.second else 1.0 for term in at.terms]
+        return [
+            share if term == self.first else 1 - share if term == self.second else 1.0
+            for term in at.terms
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +138,15 @@ class Assembly:
     terms: tuple[Term, ...] = ()
     mix: Mix = field(default_factory=Mix)
     extras: Mapping[str, Extra] = field(default_factory=dict)
-    base_delta: Adapter | None = None  # a frozen update of the base that every client shares, kept factored
-    folded: Adapter | None = None  # like base_delta, but written into (a copy of) the weights while the assembly runs
-    layers: frozenset[int] | None = None  # the transformer layers that exist for this client (FedRA); None: all
+    base_delta: Adapter | None = (
+        None  # a frozen update of the base that every client shares, kept factored
+    )
+    folded: Adapter | None = (
+        None  # like base_delta, but written into (a copy of) the weights while the assembly runs
+    )
+    layers: frozenset[int] | None = (
+        None  # the transformer layers that exist for this client (FedRA); None: all
+    )
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
@@ -153,7 +180,9 @@ def trained_parameters(assembly: Assembly) -> int:
     count = 0
     for term in assembly.terms:
         for factors in term.adapter.values():
-            count += factors.A.numel() * ("A" in term.train) + factors.B.numel() * ("B" in term.train)
+            count += factors.A.numel() * ("A" in term.train) + factors.B.numel() * (
+                "B" in term.train
+            )
         if "D" in term.train:
             count += sum(diagonal.numel() for diagonal in (term.diagonal or {}).values())
     return count + sum(extra.value.numel() for extra in assembly.extras.values() if extra.train)
@@ -188,10 +217,12 @@ def unsealed(adapter: Adapter) -> Adapter:
 
 
 def as_one_adapter(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter:
-    """The one LoRA adapter that computes the same as all terms and the base delta together (exact concatenation).
+    """The one LoRA adapter that computes the same as all terms and the base delta together (exact
+    concatenation).
 
-    Everything is folded: weights and scales into B, diagonals and unit norms into both. The result has scale 1, and
-    only the sites that some term covers. Raises ``AdapterError`` where the mix depends on the input.
+    Everything is folded: weights and scales into B, diagonals and unit norms into both. The result
+    has scale 1, and only the sites that some term covers. Raises ``AdapterError`` where the mix
+    depends on the input.
     """
     if not assembly.mix.linear:
         raise AdapterError(
@@ -199,7 +230,9 @@ def as_one_adapter(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter:
             "so no single LoRA adapter computes the same."
         )
     if assembly.layers is not None:
-        raise AdapterError("The client runs a part of the base's layers only, which a LoRA adapter cannot express.")
+        raise AdapterError(
+            "The client runs a part of the base's layers only, which a LoRA adapter cannot express."
+        )
     extras = {name: unseal(extra.value) for name, extra in assembly.extras.items()}
     names = [term.name for term in assembly.terms]
     result: Adapter = {}
@@ -210,7 +243,9 @@ def as_one_adapter(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter:
             if name not in term.adapter or (isinstance(weight, float) and weight == 0.0):
                 continue
             parts.append(_plain(term, name, weight))
-        parts += [update[name].map(unseal) for update in _frozen_updates(assembly) if name in update]
+        parts += [
+            update[name].map(unseal) for update in _frozen_updates(assembly) if name in update
+        ]
         if len(parts) == 1:
             result[name] = parts[0]
         elif parts:

@@ -1,7 +1,8 @@
-"""How far apart clients' ``B`` are, layer by layer (FedTreeLoRA, arXiv 2603.13282: only ``B`` is compared).
+"""How far apart clients' ``B`` are, layer by layer (FedTreeLoRA, arXiv 2603.13282: only ``B`` is
+compared).
 
-``A`` starts from one shared draw and stays close to it; what tells clients apart after a local warm-up is ``B``. The
-distance in a layer with several sites (query, value) is the mean over them.
+``A`` starts from one shared draw and stays close to it; what tells clients apart after a local
+warm-up is ``B``. The distance in a layer with several sites (query, value) is the mean over them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Site
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 Distance = Literal["frobenius", "cosine"]
 Bs = Mapping[str, Tensor]  # site -> B [out, r]
 
-#: Below this share of the squared norms, a squared distance from the Gram matrix has lost too many digits.
+#: Below this share of the squared norms, a squared distance from the Gram matrix has lost too many
+#: digits.
 _LOST = 1e-6
 _PAIRS = 4096  # how many pairs are compared directly at a time
 
@@ -34,9 +36,10 @@ def layers_of(sites: Mapping[str, Site]) -> dict[int, list[str]]:
 def between(clients: Sequence[Bs], sites: Mapping[str, Site], distance: Distance) -> Tensor:
     """Distances between N clients on each of L layers, float64 [L, N, N].
 
-    ``frobenius``: ``‖B_i − B_j‖``; ``cosine``: ``1 − cos(B_i, B_j)``, where a zero ``B`` is at 1 from any other and at
-    0 from another zero. One matrix product per site; nearly equal pairs are compared directly, so no digit is lost.
-    Raises AdapterError where a client lacks a site or shapes differ.
+    ``frobenius``: ``‖B_i − B_j‖``; ``cosine``: ``1 − cos(B_i, B_j)``, where a zero ``B`` is at 1
+    from any other and at 0 from another zero. One matrix product per site; nearly equal pairs are
+    compared directly, so no digit is lost. Raises AdapterError where a client lacks a site or
+    shapes differ.
     """
     return torch.stack(
         [
@@ -46,8 +49,12 @@ def between(clients: Sequence[Bs], sites: Mapping[str, Site], distance: Distance
     )
 
 
-def towards(newcomer: Bs, clients: Sequence[Bs], sites: Mapping[str, Site], distance: Distance) -> Tensor:
-    """Distances from one newcomer to N clients on each of L layers, float64 [L, N]; measured as ``between`` does."""
+def towards(
+    newcomer: Bs, clients: Sequence[Bs], sites: Mapping[str, Site], distance: Distance
+) -> Tensor:
+    """Distances from one newcomer to N clients on each of L layers, float64 [L, N]; measured as
+    ``between`` does.
+    """
     result = []
     for names in layers_of(sites).values():
         each = []
@@ -65,7 +72,10 @@ def _rows(clients: Sequence[Bs], site: str) -> Tensor:
     """Every client's B at one site as a row, float64 [N, out · r]."""
     shapes = {tuple(client[site].shape) if site in client else None for client in clients}
     if len(shapes) != 1 or None in shapes:
-        raise AdapterError(f"Site '{site}': the clients' B are not of one shape; give all the same targets and rank.")
+        raise AdapterError(
+            f"Site '{site}': the clients' B are not of one shape; give all the same targets and "
+            f"rank."
+        )
     return torch.stack([client[site].detach().reshape(-1) for client in clients]).double()
 
 
@@ -93,7 +103,9 @@ def _finished(apart: Tensor, left: Tensor, right: Tensor, distance: Distance) ->
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows of norm 1; a zero row stays zero. Scaled first, so that no square under- or overflows."""
+    """Rows of norm 1; a zero row stays zero. Scaled first, so that no square under- or
+    overflows.
+    """
     largest = rows.abs().amax(1, keepdim=True)
     scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
     norms = scaled.norm(dim=1, keepdim=True)

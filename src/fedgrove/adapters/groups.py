@@ -11,21 +11,29 @@ from fedgrove.adapters.algebra import mean, widen
 
 @dataclass(frozen=True, eq=False)
 class GroupMeans:
-    """``own[g]``: the mean of group g; ``rest[g]``: of all outside it (one group of all: {}); ``everyone``: of all."""
+    """``own[g]``: the mean of group g; ``rest[g]``: of all outside it (one group of all: {});
+    ``everyone``: of all.
+    """
 
     own: list[Adapter]
     rest: list[Adapter]
     everyone: Adapter
 
 
-def group_means(adapters: Sequence[Adapter], labels: Sequence[int], weights: Sequence[float]) -> GroupMeans:
-    """The weighted means of A and, separately, of B inside and outside each group ``0..max(labels)``.
+def group_means(
+    adapters: Sequence[Adapter], labels: Sequence[int], weights: Sequence[float]
+) -> GroupMeans:
+    """The weighted means of A and, separately, of B inside and outside each group
+    ``0..max(labels)``.
 
-    Each ``own`` is ``algebra.mean`` of its members, so that one group of all is FedIT's mean bit for bit. Sums run in
-    float64, and the outside is added up from the other groups, never subtracted from the total: nothing cancels.
-    Raises AdapterError where ranks, scales or sites differ.
+    Each ``own`` is ``algebra.mean`` of its members, so that one group of all is FedIT's mean bit
+    for bit. Sums run in float64, and the outside is added up from the other groups, never
+    subtracted from the total: nothing cancels. Raises AdapterError where ranks, scales or sites
+    differ.
     """
-    members = [[i for i, label in enumerate(labels) if label == group] for group in range(max(labels) + 1)]
+    members = [
+        [i for i, label in enumerate(labels) if label == group] for group in range(max(labels) + 1)
+    ]
     sums = [sum(weights[i] for i in group) for group in members]
     means = [
         mean([widen(adapters[i]) for i in group], [weights[i] / total for i in group])
@@ -47,7 +55,9 @@ def _running(means: Sequence[Adapter], weights: Sequence[float]) -> list[Adapter
     """Weighted sums of the first 0, 1, 2, ... adapters; of none: {}."""
     sums: list[Adapter] = [{}]
     for each, weight in zip(means, weights, strict=True):
-        sums.append(_total([sums[-1], each], [1.0, weight]) if sums[-1] else _total([each], [weight]))
+        sums.append(
+            _total([sums[-1], each], [1.0, weight]) if sums[-1] else _total([each], [weight])
+        )
     return sums
 
 
@@ -65,6 +75,8 @@ def _total(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 def _narrow(adapter: Adapter, like: Adapter) -> Adapter:
     """The same numbers in the dtypes of ``like``."""
     return {
-        site: Factors(factors.A.to(like[site].A.dtype), factors.B.to(like[site].B.dtype), factors.scale)
+        site: Factors(
+            factors.A.to(like[site].A.dtype), factors.B.to(like[site].B.dtype), factors.scale
+        )
         for site, factors in adapter.items()
     }

@@ -1,8 +1,10 @@
-"""Truncated SVD of a weighted sum of low-rank products, by the QR trick: never a dense ``[out, in]`` matrix.
+"""Truncated SVD of a weighted sum of low-rank products, by the QR trick: never a dense ``[out,
+in]`` matrix.
 
-``sum_i w_i s_i B_i A_i = B A`` with B's side by side and A's stacked; ``B = Q_B R_B`` and ``A^T = Q_A R_A`` leave the
-SVD of the core ``R_B R_A^T``, of the size of the summed ranks. All of it runs in float64, whatever the input (float32
-loses the small singular values of badly scaled clients and saves only half the time), and returns in the input's dtype.
+``sum_i w_i s_i B_i A_i = B A`` with B's side by side and A's stacked; ``B = Q_B R_B`` and ``A^T =
+Q_A R_A`` leave the SVD of the core ``R_B R_A^T``, of the size of the summed ranks. All of it runs
+in float64, whatever the input (float32 loses the small singular values of badly scaled clients and
+saves only half the time), and returns in the input's dtype.
 """
 
 from __future__ import annotations
@@ -17,25 +19,33 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import check, shares
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
-#: Where the singular values go: into A (HiLoRA), into B, or their square roots into both (FlexLoRA).
+#: Where the singular values go: into A (HiLoRA), into B, or their square roots into both
+#: (FlexLoRA).
 Split = Literal["left", "right", "balanced"]
 
 
 def product_svd(
     factors: Sequence[Factors], weights: Sequence[float] | None = None, rank: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest singular triplets of ``sum_i w_i s_i B_i A_i``: U [out, r], S [r] descending, Vh [r, in].
+    """Largest singular triplets of ``sum_i w_i s_i B_i A_i``: U [out, r], S [r] descending, Vh [r,
+    in].
 
-    ``weights`` are taken as they are (not normalised; None is 1 each). ``r = min(rank, out, in)``, and without ``rank``
-    ``r = min(sum of ranks, out, in)``. U and Vh are always orthonormal: a rank beyond that of the sum is completed with
-    zero singular values. Signs are fixed by making the largest entry of each left vector positive; within a repeated
-    singular value only the subspace is defined. Raises AdapterError for clashing shapes, NaN or Inf.
+    ``weights`` are taken as they are (not normalised; None is 1 each). ``r = min(rank, out, in)``,
+    and without ``rank``
+    ``r = min(sum of ranks, out, in)``. U and Vh are always orthonormal: a rank beyond that of the
+    sum is completed with zero singular values. Signs are fixed by making the largest entry of each
+    left vector positive; within a repeated singular value only the subspace is defined. Raises
+    AdapterError for clashing shapes, NaN or Inf.
     """
     check([{"(this site)": each} for each in factors])
-    dtype = reduce(torch.promote_types, (tensor.dtype for each in factors for tensor in (each.A, each.B)))
-    u, s, vh = _svd("(this site)", factors, [1.0] * len(factors) if weights is None else weights, rank)
+    dtype = reduce(
+        torch.promote_types, (tensor.dtype for each in factors for tensor in (each.A, each.B))
+    )
+    u, s, vh = _svd(
+        "(this site)", factors, [1.0] * len(factors) if weights is None else weights, rank
+    )
     return u.to(dtype), s.to(dtype), vh.to(dtype)
 
 
@@ -46,17 +56,21 @@ def product_mean(
     scale: float,
     split: Split = "balanced",
 ) -> Adapter:
-    """The best rank-``rank`` approximation of ``sum_i p_i s_i B_i A_i`` per site, for a recipient of scale ``scale``.
+    """The best rank-``rank`` approximation of ``sum_i p_i s_i B_i A_i`` per site, for a recipient
+    of scale ``scale``.
 
     Args:
         adapters: the clients' adapters; ranks and scales may differ.
         weights: normalised to ``p_i``; None is uniform.
-        rank: of the result; None keeps every direction (``min(sum of ranks, out, in)``): then the mean is exact.
-        scale: the recipient's ``s > 0``. The products are divided by it, so that ``scale * B @ A`` is the mean.
-        split: "left" B = U, A = S Vh / s (HiLoRA 2603.02785); "right" B = U S / s, A = Vh; "balanced" the square root
-            of S / s in both (FlexLoRA 2402.11505).
+        rank: of the result; None keeps every direction (``min(sum of ranks, out, in)``): then the
+            mean is exact.
+        scale: the recipient's ``s > 0``. The products are divided by it, so that ``scale * B @ A``
+            is the mean.
+        split: "left" B = U, A = S Vh / s (HiLoRA 2603.02785); "right" B = U S / s, A = Vh;
+            "balanced" the square root of S / s in both (FlexLoRA 2402.11505).
 
-    A rank above ``min(out, in)`` is filled up with zero modules. AdapterError for input that does not fit together.
+    A rank above ``min(out, in)`` is filled up with zero modules. AdapterError for input that does
+    not fit together.
     """
     check(adapters)
     if not (math.isfinite(scale) and scale > 0):
@@ -70,10 +84,12 @@ def product_mean(
 
 
 def compact(adapter: Adapter, rank: int | None = None) -> Adapter:
-    """The same update with the fewest modules: at most ``min(out, in)`` (or ``rank``, then the best approximation).
+    """The same update with the fewest modules: at most ``min(out, in)`` (or ``rank``, then the best
+    approximation).
 
-    Directions below float64 rounding of the largest are dropped; at least one module stays. Scales are kept, and the
-    singular values are split evenly over A and B. A site that cannot shrink is returned untouched.
+    Directions below float64 rounding of the largest are dropped; at least one module stays. Scales
+    are kept, and the singular values are split evenly over A and B. A site that cannot shrink is
+    returned untouched.
     """
     check([adapter])
     result: Adapter = {}
@@ -85,7 +101,9 @@ def compact(adapter: Adapter, rank: int | None = None) -> Adapter:
             result[site] = factors
         else:
             scale = factors.scale if factors.scale > 0 else 1.0
-            result[site] = _place(u[:, :kept], s[:kept] / scale, vh[:kept], factors, scale, "balanced", None)
+            result[site] = _place(
+                u[:, :kept], s[:kept] / scale, vh[:kept], factors, scale, "balanced", None
+            )
     return result
 
 
@@ -95,10 +113,19 @@ def _svd(
     if rank is not None and rank < 1:
         raise AdapterError(f"Rank {rank} must be at least 1.")
     if len(weights) != len(factors) or not all(math.isfinite(weight) for weight in weights):
-        raise AdapterError(f"Weights {list(weights)} for {len(factors)} adapters: give one finite weight for each.")
+        raise AdapterError(
+            f"Weights {list(weights)} for {len(factors)} adapters: give one finite weight for each."
+        )
     a = torch.cat([each.A.double() for each in factors], 0)
-    b = torch.cat([each.B.double() * (weight * each.scale) for weight, each in zip(weights, factors, strict=True)], 1)
-    # Zero columns up to the wanted rank: Householder QR then completes Q to that many orthonormal columns.
+    b = torch.cat(
+        [
+            each.B.double() * (weight * each.scale)
+            for weight, each in zip(weights, factors, strict=True)
+        ],
+        1,
+    )
+    # Zero columns up to the wanted rank: Householder QR then completes Q to that many orthonormal
+    # columns.
     missing = (rank or 0) - a.shape[0]
     if missing > 0:
         a = torch.nn.functional.pad(a, (0, 0, 0, missing))
@@ -108,7 +135,9 @@ def _svd(
     try:
         left, s, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     except RuntimeError as error:
-        raise AdapterError(f"Site '{site}': the SVD of the mean update does not converge: check its values.") from error
+        raise AdapterError(
+            f"Site '{site}': the SVD of the mean update does not converge: check its values."
+        ) from error
     left, s, right = left[:, :rank], s[:rank], right[:rank]
     u, vh = q_b @ left, right @ q_a.T
     if s.numel():
@@ -117,7 +146,9 @@ def _svd(
     return u, s, vh
 
 
-def _place(u: Tensor, s: Tensor, vh: Tensor, like: Factors, scale: float, split: Split, rank: int | None) -> Factors:
+def _place(
+    u: Tensor, s: Tensor, vh: Tensor, like: Factors, scale: float, split: Split, rank: int | None
+) -> Factors:
     if split == "left":
         a, b = s[:, None] * vh, u
     elif split == "right":

@@ -1,8 +1,10 @@
-"""The noise analysis of heterogeneous ranks (Fed-PLoRA, 2602.16936), for any method, without a dense product.
+"""The noise analysis of heterogeneous ranks (Fed-PLoRA, 2602.16936), for any method, without a
+dense product.
 
-``N_init = mean_i ||G_{t-1} - M_i||``: what a client loses on its way down. ``N_agg = ||G_t - ideal||``: what the server
-loses against the mean of the clients' *products*. Pass effective updates against the original base weights: a method
-with a base delta concatenates it to G, M_i and D_i alike. Totals over sites are root-sum-squares.
+``N_init = mean_i ||G_{t-1} - M_i||``: what a client loses on its way down. ``N_agg = ||G_t -
+ideal||``: what the server loses against the mean of the clients' *products*. Pass effective updates
+against the original base weights: a method with a base delta concatenates it to G, M_i and D_i
+alike. Totals over sites are root-sum-squares.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ from fedgrove.adapters.algebra import (
     subtract_products,
     widen,
 )
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """One quantity per site (Frobenius norm of an effective update) and its root-sum-square over the sites."""
+    """One quantity per site (Frobenius norm of an effective update) and its root-sum-square over
+    the sites.
+    """
 
     sites: dict[str, float]
     total: float
@@ -40,11 +44,12 @@ class Noise:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cosines:
-    """Cosine similarity between different clients' modules, as matrices ``b a^T``; zero modules are left out.
+    """Cosine similarity between different clients' modules, as matrices ``b a^T``; zero modules are
+    left out.
 
-    ``matrix`` [R, R], float64: entry ``j, j'`` is the mean over pairs of different clients that hold ``j`` and ``j'``
-    (NaN where there is no pair). ``same`` and ``other`` are the means over all pairs of equal and of different indices,
-    None where there is no pair.
+    ``matrix`` [R, R], float64: entry ``j, j'`` is the mean over pairs of different clients that
+    hold ``j`` and ``j'`` (NaN where there is no pair). ``same`` and ``other`` are the means over
+    all pairs of equal and of different indices, None where there is no pair.
     """
 
     matrix: Tensor
@@ -59,17 +64,23 @@ def initial_noise(previous: Adapter, starts: Sequence[Adapter]) -> Noise:
         previous: ``G_{t-1}``, the effective global update before the round.
         starts: ``M_i``, the effective update each client starts from.
 
-    Exactly 0 where every start holds the same modules as ``previous``, in any order. For FLoRA's adapter-space reading
-    pass the stacked adapter and fresh (zero) starts.
+    Exactly 0 where every start holds the same modules as ``previous``, in any order. For FLoRA's
+    adapter-space reading pass the stacked adapter and fresh (zero) starts.
     """
     if not starts:
-        raise AdapterError("There is no start to compare with the global update: give at least one.")
+        raise AdapterError(
+            "There is no start to compare with the global update: give at least one."
+        )
     norms = [norm(subtract_products(previous, start)) for start in starts]
     sites = list(dict.fromkeys(site for each in norms for site in each))
-    return _noise({site: math.fsum(each.get(site, 0.0) for each in norms) / len(norms) for site in sites})
+    return _noise(
+        {site: math.fsum(each.get(site, 0.0) for each in norms) / len(norms) for site in sites}
+    )
 
 
-def aggregation_noise(new: Adapter, ends: Sequence[Adapter], weights: Sequence[float] | None = None) -> Noise:
+def aggregation_noise(
+    new: Adapter, ends: Sequence[Adapter], weights: Sequence[float] | None = None
+) -> Noise:
     """``||G_t - sum_i p_i D_i||`` per site.
 
     Args:
@@ -91,8 +102,9 @@ def index_aggregation_noise(
 ) -> Noise:
     """``||G_t - ideal||`` per site for rules that average by rank index (Fed-PLoRA, raFLoRA).
 
-    The ideal is ``s sum_j mean_{i in Q_j} B_{i,(j)} A_{i,(j)}`` over the indices trained this round, and the others as
-    they are in ``previous``. Arguments as in ``index_mean``; ``new`` is ``G_t`` and may have any rank.
+    The ideal is ``s sum_j mean_{i in Q_j} B_{i,(j)} A_{i,(j)}`` over the indices trained this
+    round, and the others as they are in ``previous``. Arguments as in ``index_mean``; ``new`` is
+    ``G_t`` and may have any rank.
     """
     check([previous, *modules])
     shares(weights, len(modules))
@@ -117,10 +129,12 @@ def noise_bound(
     indices: Sequence[Indices] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Noise:
-    """The true bound on ``N_agg`` of a per-index mean of factors, per site (arguments as in ``index_mean``).
+    """The true bound on ``N_agg`` of a per-index mean of factors, per site (arguments as in
+    ``index_mean``).
 
-    ``s sum_j sum_{i in Q_j} p_ij ||B_{i,(j)} - mean B_(j)|| ||A_{i,(j)} - mean A_(j)||`` with ``p_ij = 1 / |Q_j|`` for
-    uniform weights. The paper prints the sum of the deviations instead of their products, which is no bound.
+    ``s sum_j sum_{i in Q_j} p_ij ||B_{i,(j)} - mean B_(j)|| ||A_{i,(j)} - mean A_(j)||`` with
+    ``p_ij = 1 / |Q_j|`` for uniform weights. The paper prints the sum of the deviations instead of
+    their products, which is no bound.
     """
     means = index_mean([widen(module) for module in modules], indices, widen(previous), weights)
     sites: dict[str, float] = {}
@@ -138,14 +152,16 @@ def noise_bound(
 def index_cosines(
     modules: Sequence[Adapter], rank: int, indices: Sequence[Indices] | None = None
 ) -> dict[str, Cosines]:
-    """Similarity of modules of the same and of different index between clients, per site (the paper's heat map).
+    """Similarity of modules of the same and of different index between clients, per site (the
+    paper's heat map).
 
     Args:
         modules: per client, the modules it holds.
         rank: R, the number of global rank indices.
         indices: per client, the global index of each row; None is the first ``r_i``.
 
-    The cosine of ``b a^T`` and ``b' a'^T`` is ``cos(b, b') cos(a, a')``. Memory: the square of the number of modules.
+    The cosine of ``b a^T`` and ``b' a'^T`` is ``cos(b, b') cos(a, a')``. Memory: the square of the
+    number of modules.
     """
     check(modules)
     result: dict[str, Cosines] = {}
@@ -157,7 +173,9 @@ def index_cosines(
             b.append(module[site].B.double().T)
             index.append(row)
             client.append(torch.full_like(row, number))
-        result[site] = _cosines(torch.cat(a), torch.cat(b), torch.cat(index), torch.cat(client), rank)
+        result[site] = _cosines(
+            torch.cat(a), torch.cat(b), torch.cat(index), torch.cat(client), rank
+        )
     return result
 
 
@@ -186,10 +204,14 @@ def _held(
     indices: Sequence[Indices] | None,
     weights: Sequence[float] | None,
 ) -> tuple[list[Factors], list[Tensor], list[Tensor]]:
-    """The clients' modules of one site, their global indices, and their shares among each index's holders."""
+    """The clients' modules of one site, their global indices, and their shares among each index's
+    holders.
+    """
     held = [module[site] for module in modules]
     if indices is not None and len(indices) != len(modules):
-        raise AdapterError(f"{len(indices)} lists of rank indices for {len(modules)} adapters: give one for each.")
+        raise AdapterError(
+            f"{len(indices)} lists of rank indices for {len(modules)} adapters: give one for each."
+        )
     rows = [
         positions(site, factors, None if indices is None else indices[number], old.rank)
         for number, factors in enumerate(held)

@@ -1,8 +1,9 @@
-"""Tensors that belong to a client. The taint follows arithmetic; the wire refuses whatever carries it.
+"""Tensors that belong to a client. The taint follows arithmetic; the wire refuses whatever carries
+it.
 
-``seal`` marks a tensor; every torch operation on a sealed tensor gives sealed tensors; reading one out as plain
-numbers, or writing one into a plain tensor, is an error. ``unseal`` is for the training kernel and for a client's own
-store, which never leave the client.
+``seal`` marks a tensor; every torch operation on a sealed tensor gives sealed tensors; reading one
+out as plain numbers, or writing one into a plain tensor, is an error. ``unseal`` is for the
+training kernel and for a client's own store, which never leave the client.
 """
 
 from __future__ import annotations
@@ -13,9 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedgrove.errors import FedgroveError
+from fedgrove.ground.errors import FedgroveError
 
-_READS_OUT = {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__iter__"}
+_READS_OUT = {
+    "item",
+    "tolist",
+    "numpy",
+    "__float__",
+    "__int__",
+    "__bool__",
+    "__index__",
+    "__array__",
+    "__iter__",
+}
 
 
 class PrivacyError(FedgroveError):
@@ -36,11 +47,16 @@ class Private(Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in _READS_OUT:
-            raise PrivacyError(f"A private tensor was read out with {name}(); keep it in the client's own store.")
+            raise PrivacyError(
+                f"A private tensor was read out with {name}(); keep it in the client's own store."
+            )
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         target = args[0] if writes and args else kwargs.get("out")
         if isinstance(target, Tensor) and not isinstance(target, Private):
-            raise PrivacyError(f"A private tensor was written into a plain one with {name}(); seal the target first.")
+            raise PrivacyError(
+                f"A private tensor was written into a plain one with {name}(); seal the target "
+                f"first."
+            )
         return super().__torch_function__(func, types, args, dict(kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -1,4 +1,6 @@
-"""What a mean of factors loses against the mean of products, and two ways to give it back: FedEx-LoRA and LoRA-FAIR."""
+"""What a mean of factors loses against the mean of products, and two ways to give it back:
+FedEx-LoRA and LoRA-FAIR.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +12,30 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import concat, mean, shares, widen
 from fedgrove.adapters.lowrank import compact
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 
 def fedex_residual(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """FedEx-LoRA's residual ``sum_i p_i s B_i A_i - s mean(B) mean(A)`` (2410.09432), factored and compacted.
+    """FedEx-LoRA's residual ``sum_i p_i s B_i A_i - s mean(B) mean(A)`` (2410.09432), factored and
+    compacted.
 
-    Scale 1, dtype of the input, rank at most ``min(out, in, (N - 1) r)``: added to ``mean(adapters, weights)`` it is
-    the exact mean of the products. AdapterError for unequal ranks or scales.
+    Scale 1, dtype of the input, rank at most ``min(out, in, (N - 1) r)``: added to ``mean(adapters,
+    weights)`` it is the exact mean of the products. AdapterError for unequal ranks or scales.
     """
-    # The mean before it is rounded to the input's dtype lies in the span of the clients' columns: no rank for rounding.
+    # The mean before it is rounded to the input's dtype lies in the span of the clients' columns:
+    # no rank for rounding.
     wide = [widen(each) for each in adapters]
     stack = concat([*wide, mean(wide, weights)], [*shares(weights, len(adapters)), -1.0])
-    # What is left of it is small beside what cancels, so its rank is known and not found from its singular values.
+    # What is left of it is small beside what cancels, so its rank is known and not found from its
+    # singular values.
     most = max(1, (len(adapters) - 1) * next(iter(adapters[0].values())).rank)
     exact = compact(stack, most)
     return {
-        site: Factors(factors.A.to(adapters[0][site].A.dtype), factors.B.to(adapters[0][site].B.dtype), factors.scale)
+        site: Factors(
+            factors.A.to(adapters[0][site].A.dtype),
+            factors.B.to(adapters[0][site].B.dtype),
+            factors.scale,
+        )
         for site, factors in exact.items()
     }
 
@@ -40,18 +49,21 @@ def fair_correction(
     tol: float = 1e-6,
     max_steps: int = 1000,
 ) -> Tensor:
-    """LoRA-FAIR's correction of one site (2411.14961): ``dB`` [out, r] for the mean B, in its dtype.
+    """LoRA-FAIR's correction of one site (2411.14961): ``dB`` [out, r] for the mean B, in its
+    dtype.
 
     Minimises ``1 - cos(delta, (B + dB) A) + lam ||dB||`` by gradient steps from ``dB = 0``.
 
     Args:
-        delta: the exact mean of the products, factored (``concat(adapters, p)`` of this site); its norm is irrelevant.
+        delta: the exact mean of the products, factored (``concat(adapters, p)`` of this site); its
+            norm is irrelevant.
         mean: the mean factors ``(A, B)`` of the site; the scale (> 0) is irrelevant.
-        lam, lr, tol, max_steps: weight of the norm; step size; stop at a gain below ``tol`` or after ``max_steps``.
+        lam, lr, tol, max_steps: weight of the norm; step size; stop at a gain below ``tol`` or
+        after ``max_steps``.
 
-    A step that would raise the objective is not taken: the step size is halved instead, so the result is never worse
-    than no correction. Zero where the cosine is undefined (delta = 0 or B A = 0). Only [out, r] and [r, r] matrices are
-    formed. AdapterError for clashing shapes or settings.
+    A step that would raise the objective is not taken: the step size is halved instead, so the
+    result is never worse than no correction. Zero where the cosine is undefined (delta = 0 or B A =
+    0). Only [out, r] and [r, r] matrices are formed. AdapterError for clashing shapes or settings.
     """
     if delta.A.shape[1] != mean.A.shape[1] or delta.B.shape[0] != mean.B.shape[0]:
         raise AdapterError(
@@ -59,12 +71,17 @@ def fair_correction(
             f"[{mean.B.shape[0]}, {mean.A.shape[1]}]: compare the same site."
         )
     if not (lam >= 0 and lr > 0 and tol >= 0 and max_steps >= 0):
-        raise AdapterError(f"lam {lam}, tol {tol} and max_steps {max_steps} must be >= 0, lr {lr} > 0.")
+        raise AdapterError(
+            f"lam {lam}, tol {tol} and max_steps {max_steps} must be >= 0, lr {lr} > 0."
+        )
     a, b = mean.A.double(), mean.B.double()
-    # Everything the objective needs of the products: <delta, X A> = <target, X> and ||X A||^2 = <X K, X>.
+    # Everything the objective needs of the products: <delta, X A> = <target, X> and ||X A||^2 = <X
+    # K, X>.
     target = delta.scale * (delta.B.double() @ (delta.A.double() @ a.T))
     gram = a @ a.T
-    length = abs(delta.scale) * torch.linalg.norm(torch.linalg.qr(delta.B.double(), mode="r").R @ delta.A.double())
+    length = abs(delta.scale) * torch.linalg.norm(
+        torch.linalg.qr(delta.B.double(), mode="r").R @ delta.A.double()
+    )
 
     def evaluate(change: Tensor) -> tuple[float, Tensor]:
         x = b + change

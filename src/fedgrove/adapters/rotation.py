@@ -1,4 +1,6 @@
-"""FedRot-LoRA's rotation of rank spaces (2602.23638): clients turn their modules to common directions before a mean."""
+"""FedRot-LoRA's rotation of rank spaces (2602.23638): clients turn their modules to common
+directions before a mean.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,16 @@ import torch
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 
 def rotation(M: Tensor, lam: float = 0.5) -> Tensor:
-    """The soft rotation R [r, r] for the alignment matrix ``M = A_ref A_i^T`` (or ``B_ref^T B_i``), in float64.
+    """The soft rotation R [r, r] for the alignment matrix ``M = A_ref A_i^T`` (or ``B_ref^T B_i``),
+    in float64.
 
-    ``M = U S V^T``, ``R* = V diag(1, .., det(U V^T)) U^T``, ``R = proj_SO((1 - lam) I + lam R*)``. ``lam = 0`` is the
-    identity, 1 the full Procrustes rotation; M = 0 (nothing to align with) is the identity. AdapterError unless
+    ``M = U S V^T``, ``R* = V diag(1, .., det(U V^T)) U^T``, ``R = proj_SO((1 - lam) I + lam R*)``.
+    ``lam = 0`` is the identity, 1 the full Procrustes rotation; M = 0 (nothing to align with) is
+    the identity. AdapterError unless
     ``0 <= lam <= 1``.
     """
     if not 0 <= lam <= 1:
@@ -24,13 +28,20 @@ def rotation(M: Tensor, lam: float = 0.5) -> Tensor:
     return _to_rotation((1 - lam) * identity + lam * _to_rotation(M.double().T))
 
 
-def align(factors: Factors, reference: Factors, factor: Literal["A", "B"], lam: float = 0.5) -> Factors:
-    """``(R^T A, B R)``, rotated towards the reference's ``factor``; the product ``B A`` does not change.
+def align(
+    factors: Factors, reference: Factors, factor: Literal["A", "B"], lam: float = 0.5
+) -> Factors:
+    """``(R^T A, B R)``, rotated towards the reference's ``factor``; the product ``B A`` does not
+    change.
 
-    Odd rounds align A, even ones B, each to the last global factors. Raises AdapterError for unequal ranks.
+    Odd rounds align A, even ones B, each to the last global factors. Raises AdapterError for
+    unequal ranks.
     """
     if factors.rank != reference.rank:
-        raise AdapterError(f"Rank {factors.rank} cannot be aligned with rank {reference.rank}: use one rank for all.")
+        raise AdapterError(
+            f"Rank {factors.rank} cannot be aligned with rank {reference.rank}: use one rank for "
+            f"all."
+        )
     if factor == "A":
         M = reference.A.double() @ factors.A.double().T
     elif factor == "B":
@@ -46,7 +57,9 @@ def align(factors: Factors, reference: Factors, factor: Literal["A", "B"], lam: 
 
 
 def _to_rotation(X: Tensor) -> Tensor:
-    """The rotation nearest to X (Kabsch): ``P diag(1, .., det(P Q^T)) Q^T`` from ``X = P S Q^T``."""
+    """The rotation nearest to X (Kabsch): ``P diag(1, .., det(P Q^T)) Q^T`` from ``X = P S
+    Q^T``.
+    """
     P: Tensor
     Qh: Tensor
     P, _, Qh = torch.linalg.svd(X)

@@ -1,4 +1,6 @@
-"""``fedgrove aggregate``: one server round over adapter directories that anyone trained with any tool."""
+"""``fedgrove aggregate``: one server round over adapter directories that anyone trained with any
+tool.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from fedgrove.aggregate.rules import (
     RaFLoRA,
 )
 from fedgrove.aggregate.writer import AdapterWriter, appearing, shared_config, write_json
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import read_json
 
 _KINDS: tuple[type[Rule], ...] = (
@@ -52,8 +54,14 @@ class Done:
     def sentences(self) -> list[str]:
         """What to print."""
         own = len(self.adapters) - (GLOBAL in self.adapters)
-        parts = [f"{GLOBAL}/"] * (GLOBAL in self.adapters) + [f"an adapter for each of {own} clients"] * bool(own)
-        lost = [] if self.n_agg is None else [f"Lost against the mean of the updates (n_agg): {self.n_agg:.4g}."]
+        parts = [f"{GLOBAL}/"] * (GLOBAL in self.adapters) + [
+            f"an adapter for each of {own} clients"
+        ] * bool(own)
+        lost = (
+            []
+            if self.n_agg is None
+            else [f"Lost against the mean of the updates (n_agg): {self.n_agg:.4g}."]
+        )
         return [*self.notes, *lost, f"Wrote {self.out}: {' and '.join(parts)}."]
 
 
@@ -68,30 +76,41 @@ def aggregate(
     options: Sequence[str] = (),
     phase: Phase = silent,
 ) -> Done:
-    """Aggregate PEFT adapter directories by a method's server rule into ``out``, which must not exist.
+    """Aggregate PEFT adapter directories by a method's server rule into ``out``, which must not
+    exist.
 
     Args:
-        method: a name in ``RULES``. clients: adapter directories; the basename is the client's name.
-        weights: ``"120,80"`` in that order; None is uniform. rank: of a global adapter that comes from an SVD.
+        method: a name in ``RULES``. clients: adapter directories; the basename is the client's
+            name.
+        weights: ``"120,80"`` in that order; None is uniform. rank: of a global adapter that comes
+            from an SVD.
         previous: the last round's ``out``. options: ``["K=3", ...]``. phase: opens a progress bar.
 
-    Only one site of all clients is in memory at a time. Raises AdapterError before anything is written.
+    Only one site of all clients is in memory at a time. Raises AdapterError before anything is
+    written.
     """
     kind = RULES.get(method)
     if kind is None:
         raise unknown_method(method, list(RULES))
     parsed = parse_options(options, kind.Options, method)
     if out.exists() or out.is_symlink():
-        raise AdapterError(f"{out} exists already; name another directory with --out, or remove it first.")
+        raise AdapterError(
+            f"{out} exists already; name another directory with --out, or remove it first."
+        )
     if rank is not None and not kind.takes_rank:
         takers = ", ".join(name for name, other in RULES.items() if other.takes_rank)
-        raise AdapterError(f"--rank has no meaning for {method}; it is the global rank of {takers}.")
+        raise AdapterError(
+            f"--rank has no meaning for {method}; it is the global rank of {takers}."
+        )
     if rank is not None and rank < 1:
         raise AdapterError(f"--rank is {rank}; it must be at least 1.")
     numbers = parse_weights(weights, len(clients))
     sources = open_clients(clients)
     if numbers and kind.every_weight and not all(numbers):
-        raise AdapterError(f"--weights '{weights}': {method} needs weights above 0, since every group needs a mean.")
+        raise AdapterError(
+            f"--weights '{weights}': {method} needs weights above 0, since every group needs a "
+            f"mean."
+        )
     last = _previous(previous, sources[0]) if previous else None
     task = Task(sources, sites_of(sources[0]), numbers, rank, last, _round(previous) + 1, parsed)
     rule = kind(task)
@@ -105,11 +124,17 @@ def aggregate(
     with appearing(out) as partial:
         adapters, noise = _write(rule, task, partial, phase("Aggregating sites", len(task.sites)))
         total = (
-            None if None in noise.values() else math.sqrt(math.fsum((value or 0.0) ** 2 for value in noise.values()))
+            None
+            if None in noise.values()
+            else math.sqrt(math.fsum((value or 0.0) ** 2 for value in noise.values()))
         )
         write_json(
             partial / "noise.json",
-            {"method": method, "n_agg": total, "sites": {site: {"n_agg": value} for site, value in noise.items()}},
+            {
+                "method": method,
+                "n_agg": total,
+                "sites": {site: {"n_agg": value} for site, value in noise.items()},
+            },
         )
         for name, content in rule.artefacts().items():
             write_json(partial / name, content)
@@ -118,7 +143,9 @@ def aggregate(
     return Done(out, adapters, total, notes)
 
 
-def _write(rule: Rule, task: Task, folder: Path, advance: Any) -> tuple[tuple[str, ...], dict[str, float | None]]:
+def _write(
+    rule: Rule, task: Task, folder: Path, advance: Any
+) -> tuple[tuple[str, ...], dict[str, float | None]]:
     """Every site of every output; the names of the adapters and the noise by site."""
     config, dtype = shared_config(task.sources), _dtype(task.sources)
     writers: dict[str, AdapterWriter] = {}
@@ -127,7 +154,9 @@ def _write(rule: Rule, task: Task, folder: Path, advance: Any) -> tuple[tuple[st
         result = rule.site(site, [source.read(site) for source in task.sources])
         parts = {GLOBAL: result.whole} if result.whole is not None else {}
         if result.own is not None:
-            parts |= {source.name: each for source, each in zip(task.sources, result.own, strict=True)}
+            parts |= {
+                source.name: each for source, each in zip(task.sources, result.own, strict=True)
+            }
         for name, factors in parts.items():
             if name not in writers:
                 writers[name] = AdapterWriter(folder / name, config, dtype)
@@ -143,7 +172,9 @@ def _previous(folder: Path, first: Source) -> Source:
     """The global adapter of the last round's output; an adapter directory itself will do."""
     inner = folder / GLOBAL
     if not inner.is_dir() and not (folder / "adapter_config.json").exists():
-        raise AdapterError(f"{folder} has no {GLOBAL}; give --previous the output directory of the last round.")
+        raise AdapterError(
+            f"{folder} has no {GLOBAL}; give --previous the output directory of the last round."
+        )
     source = open_source(inner if inner.is_dir() else folder, GLOBAL)
     check_alike(first, source)
     return source
@@ -156,15 +187,21 @@ def _round(previous: Path | None) -> int:
     record = previous / RECORD
     number = read_json(record).get("round") if record.exists() else 1
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise AdapterError(f"{record}: round is {number!r}; it must be a whole number of at least 1.")
+        raise AdapterError(
+            f"{record}: round is {number!r}; it must be a whole number of at least 1."
+        )
     return number
 
 
 def _dtype(sources: Sequence[Source]) -> Any:
-    """float32, or float64 where a client has it: means of half-precision factors are not rounded to half precision."""
+    """float32, or float64 where a client has it: means of half-precision factors are not rounded to
+    half precision.
+    """
     import torch
 
-    return torch.float64 if any(source.dtype == torch.float64 for source in sources) else torch.float32
+    return (
+        torch.float64 if any(source.dtype == torch.float64 for source in sources) else torch.float32
+    )
 
 
 def _notes(rule: Rule, task: Task) -> list[str]:
@@ -173,8 +210,15 @@ def _notes(rule: Rule, task: Task) -> list[str]:
         notes.append(f"{rule.name} does not refer to the last round; --previous was not used.")
     heads = [source.name for source in task.sources if source.has_head]
     if heads:
-        who = "every client" if len(heads) == len(task.sources) else ", ".join(heads[:5]) + ("..." if heads[5:] else "")
-        notes.append(f"Heads and other saved modules ({who}) were left alone: only LoRA factors are aggregated.")
+        who = (
+            "every client"
+            if len(heads) == len(task.sources)
+            else ", ".join(heads[:5]) + ("..." if heads[5:] else "")
+        )
+        notes.append(
+            f"Heads and other saved modules ({who}) were left alone: only LoRA factors are "
+            f"aggregated."
+        )
     return notes
 
 

@@ -1,4 +1,6 @@
-"""The rules that group clients: first all distances, site by site, then the means of the groups in a second pass."""
+"""The rules that group clients: first all distances, site by site, then the means of the groups in
+a second pass.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from fedgrove.clustering.tree import layer_cuts, merge_tree
 
 
 class FedTreeLoRA(Rule):
-    """One merge tree, cut deeper from layer to layer; a client gets the mean of its group in each layer."""
+    """One merge tree, cut deeper from layer to layer; a client gets the mean of its group in each
+    layer.
+    """
 
     name = "fedtreelora"
     Options: ClassVar[type[Options]] = TreeOptions
@@ -40,14 +44,20 @@ class FedTreeLoRA(Rule):
                 advance()
         self.merges = merge_tree(distances.mean(0).numpy(), self.options.linkage)
         options = self.options
-        cuts = layer_cuts(self.merges, list(distances.numpy()), options.tau, options.K, options.fixed_k)
+        cuts = layer_cuts(
+            self.merges, list(distances.numpy()), options.tau, options.K, options.fixed_k
+        )
         self.cuts = dict(zip(layers, cuts, strict=True))
         counts = [cut.count for cut in cuts]
-        self.notes.append(f"Groups from the first layer to the last: {', '.join(map(str, counts))}.")
+        self.notes.append(
+            f"Groups from the first layer to the last: {', '.join(map(str, counts))}."
+        )
 
     def site(self, name: str, factors: list[Factors]) -> Result:
         labels = self.cuts[self.task.sites[name].layer].labels.tolist()
-        means = group_means([{name: each} for each in self.common(name, factors)], labels, self.parts)
+        means = group_means(
+            [{name: each} for each in self.common(name, factors)], labels, self.parts
+        )
         whole = means.everyone[name]
         own = self.home(name, [means.own[label][name] for label in labels])
         return Result(whole, own, self.noise(whole, factors))
@@ -59,12 +69,16 @@ class FedTreeLoRA(Rule):
             groups: list[list[str]] = [[] for _ in range(cut.count)]
             for name, label in zip(names, cut.labels.tolist(), strict=True):
                 groups[label].append(name)
-            layers.append({"layer": layer, "count": cut.count, "score": cut.score, "groups": groups})
+            layers.append(
+                {"layer": layer, "count": cut.count, "score": cut.score, "groups": groups}
+            )
         return {"tree.json": {"clients": names, "layers": layers, "merges": self.merges.tolist()}}
 
 
 class HiLoRA(Rule):
-    """Clusters by the subspaces of B; a client gets the product mean of its cluster, the global one is everyone's."""
+    """Clusters by the subspaces of B; a client gets the product mean of its cluster, the global one
+    is everyone's.
+    """
 
     name = "hilora"
     Options: ClassVar[type[Options]] = HiOptions
@@ -83,7 +97,9 @@ class HiLoRA(Rule):
             distances += principal_angle_distances(spans) / len(sites)
             advance()
         self.distances = distances
-        self.found = spectral(distances.numpy(), self.options.k_min, self.options.k_max, self.options.seed)
+        self.found = spectral(
+            distances.numpy(), self.options.k_min, self.options.k_max, self.options.seed
+        )
         self.notes.append(f"Clusters: {self.found.k}.")
 
     def site(self, name: str, factors: list[Factors]) -> Result:
@@ -93,7 +109,9 @@ class HiLoRA(Rule):
         places = [source.places[name] for source in self.task.sources]
         own: list[Factors] = [whole] * len(factors)
         for label in range(self.found.k):
-            members = [row for row, other in enumerate(self.found.labels.tolist()) if other == label]
+            members = [
+                row for row, other in enumerate(self.found.labels.tolist()) if other == label
+            ]
             total = sum(self.parts[row] for row in members)
             weights = [self.parts[row] / total for row in members]
             most = max(places[row].rank for row in members)

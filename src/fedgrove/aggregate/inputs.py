@@ -1,7 +1,8 @@
 """PEFT adapter directories that anyone wrote: checked whole, then read one site at a time.
 
-What is kept of a directory is what its configuration and its file's header say; its tensors are read when a site's turn
-comes and dropped again, so memory does not grow with the number of clients times the model.
+What is kept of a directory is what its configuration and its file's header say; its tensors are
+read when a site's turn comes and dropped again, so memory does not grow with the number of clients
+times the model.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedgrove.adapters.adapter import Factors, Site
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import CARD, CONFIG, HEAD, WEIGHTS, read_json
 from fedgrove.interop.targets import layer_index
 
-_PAIR = re.compile(r"^(?:base_model\.model\.)?(?P<site>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight$")
+_PAIR = re.compile(
+    r"^(?:base_model\.model\.)?(?P<site>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight$"
+)
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-#: Settings under which ``lora_alpha / r * B @ A`` on the untouched base is not what the adapter computes.
+#: Settings under which ``lora_alpha / r * B @ A`` on the untouched base is not what the adapter
+#: computes.
 _ALTERED = {
     "use_rslora": "its scale is alpha / sqrt(r) (rsLoRA)",
     "use_dora": "it is a DoRA adapter, whose magnitudes no rule here averages",
@@ -38,7 +42,8 @@ _ALTERED = {
     "trainable_token_indices": "it trains token embeddings",
     "target_parameters": "it adapts parameters that are no linear layers",
 }
-#: Initialisations that also change the base weights, so that the factors alone are no update of the published base.
+#: Initialisations that also change the base weights, so that the factors alone are no update of the
+#: published base.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: Names in the output directory that no client may have.
 RESERVED = ("noise.json", "tree.json", "clusters.json", "aggregate.json")
@@ -46,7 +51,9 @@ RESERVED = ("noise.json", "tree.json", "clusters.json", "aggregate.json")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a site is in one client's file: the names of its two tensors, its rank and its scale ``alpha / r``."""
+    """Where a site is in one client's file: the names of its two tensors, its rank and its scale
+    ``alpha / r``.
+    """
 
     A: str
     B: str
@@ -79,9 +86,14 @@ class Source:
         place = self.places[site]
         try:
             with safe_open(self.file, "pt") as file:
-                a, b = (file.get_tensor(name).to(torch.float64, copy=True) for name in (place.A, place.B))
+                a, b = (
+                    file.get_tensor(name).to(torch.float64, copy=True)
+                    for name in (place.A, place.B)
+                )
         except (OSError, SafetensorError) as error:
-            raise AdapterError(f"{self.file} can no longer be read ({error}); leave the files alone.") from error
+            raise AdapterError(
+                f"{self.file} can no longer be read ({error}); leave the files alone."
+            ) from error
         return Factors(a, b, place.scale)
 
     def check_values(self) -> None:
@@ -90,7 +102,10 @@ class Source:
             for place in self.places.values():
                 for name in (place.A, place.B):
                     if not bool(torch.isfinite(file.get_tensor(name)).all()):
-                        raise AdapterError(f"{self.file}: the tensor '{name}' holds NaN or Inf; leave this client out.")
+                        raise AdapterError(
+                            f"{self.file}: the tensor '{name}' holds NaN or Inf; leave this client "
+                            f"out."
+                        )
 
     def card(self) -> dict[str, Any]:
         """``fedgrove.json``, or nothing where there is none."""
@@ -98,7 +113,9 @@ class Source:
 
 
 def open_clients(folders: Sequence[Path]) -> list[Source]:
-    """The clients in the order given, named by their directories and checked against the first, values excepted."""
+    """The clients in the order given, named by their directories and checked against the first,
+    values excepted.
+    """
     if not folders:
         raise AdapterError("There is no client directory; give at least one.")
     seen: dict[str, Path] = {}
@@ -107,9 +124,14 @@ def open_clients(folders: Sequence[Path]) -> list[Source]:
         if not name or name in (".", ".."):
             name = folder.resolve().name
         if name.startswith(("_", ".")) or not name or name in RESERVED:
-            raise AdapterError(f"{folder}: a client cannot be called '{name}'; rename the directory.")
+            raise AdapterError(
+                f"{folder}: a client cannot be called '{name}'; rename the directory."
+            )
         if name in seen:
-            raise AdapterError(f"{seen[name]} and {folder} are both called '{name}'; rename one of the directories.")
+            raise AdapterError(
+                f"{seen[name]} and {folder} are both called '{name}'; rename one of the "
+                f"directories."
+            )
         seen[name] = folder
     sources = [open_source(folder, name) for name, folder in seen.items()]
     for other in sources[1:]:
@@ -118,14 +140,17 @@ def open_clients(folders: Sequence[Path]) -> list[Source]:
 
 
 def open_source(folder: Path, name: str) -> Source:
-    """One directory, checked by its configuration and its file's header. AdapterError names file and tensor."""
+    """One directory, checked by its configuration and its file's header. AdapterError names file
+    and tensor.
+    """
     if not folder.is_dir():
         raise AdapterError(f"{folder} is not a directory; give adapter directories.")
     if not (folder / WEIGHTS).exists():
         for pickled in ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin"):
             if (folder / pickled).exists():
                 raise AdapterError(
-                    f"{folder / pickled} holds pickled weights, which are not read because they can run code; save "
+                    f"{folder / pickled} holds pickled weights, which are not read because they "
+                    f"can run code; save "
                     "the adapter as safetensors."
                 )
     config = read_json(folder / CONFIG)
@@ -139,22 +164,31 @@ def open_source(folder: Path, name: str) -> Source:
 
 def check_alike(first: Source, other: Source) -> None:
     """Refuse another base model, other sites, or sites of another size."""
-    for key, words in (("base_model_name_or_path", "base model"), ("revision", "revision of the base model")):
+    for key, words in (
+        ("base_model_name_or_path", "base model"),
+        ("revision", "revision of the base model"),
+    ):
         ours, theirs = first.config.get(key) or "", other.config.get(key) or ""
         if str(ours).rstrip("/") != str(theirs).rstrip("/"):
             raise AdapterError(
-                f"{other.folder / CONFIG}: the {words} is '{theirs}', but {first.folder} has '{ours}'; aggregate "
+                f"{other.folder / CONFIG}: the {words} is '{theirs}', but {first.folder} has "
+                f"'{ours}'; aggregate "
                 "adapters of one base model."
             )
     if bool(first.config.get("fan_in_fan_out")) != bool(other.config.get("fan_in_fan_out")):
-        raise AdapterError(f"{other.folder / CONFIG}: fan_in_fan_out is not that of {first.folder}; use one for all.")
+        raise AdapterError(
+            f"{other.folder / CONFIG}: fan_in_fan_out is not that of {first.folder}; use one for "
+            f"all."
+        )
     for site in sorted(first.places.keys() ^ other.places.keys()):
         if site in first.places:
             raise AdapterError(
-                f"{other.file} lacks '{first.places[site].A}', which {first.folder} has; use the same targets for all."
+                f"{other.file} lacks '{first.places[site].A}', which {first.folder} has; use the "
+                f"same targets for all."
             )
         raise AdapterError(
-            f"{other.file} has '{other.places[site].A}', which {first.folder} lacks; use the same targets for all."
+            f"{other.file} has '{other.places[site].A}', which {first.folder} lacks; use the same "
+            f"targets for all."
         )
     for site, place in other.places.items():
         wanted = first.places[site].shape
@@ -162,19 +196,24 @@ def check_alike(first: Source, other: Source) -> None:
             which, side = (place.B, 0) if place.shape[0] != wanted[0] else (place.A, 1)
             words = ("out", "in")[side]
             raise AdapterError(
-                f"{other.file}: '{which}' has {place.shape[side]} {words} features, but {wanted[side]} in "
+                f"{other.file}: '{which}' has {place.shape[side]} {words} features, but "
+                f"{wanted[side]} in "
                 f"{first.folder}; use the same base model everywhere."
             )
 
 
 def sites_of(source: Source) -> dict[str, Site]:
-    """The sites by layer, shallow to deep. Layers come from the tensor names; a site outside them is one above all."""
+    """The sites by layer, shallow to deep. Layers come from the tensor names; a site outside them
+    is one above all.
+    """
     numbers = {site: layer_index(site) for site in source.places}
     above = max((number for number in numbers.values() if number is not None), default=-1) + 1
     sites = []
     for name, place in source.places.items():
         number = numbers[name]
-        sites.append(Site(name, above if number is None else number, place.shape[1], place.shape[0]))
+        sites.append(
+            Site(name, above if number is None else number, place.shape[1], place.shape[0])
+        )
     return {site.name: site for site in sorted(sites, key=lambda site: (site.layer, site.name))}
 
 
@@ -184,13 +223,18 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise AdapterError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be aggregated.")
     for key, why in _ALTERED.items():
         if config.get(key):
-            raise AdapterError(f"{path} has {key} set: {why}; only plain LoRA adapters can be aggregated.")
+            raise AdapterError(
+                f"{path} has {key} set: {why}; only plain LoRA adapters can be aggregated."
+            )
     if config.get("bias", "none") not in ("none", None):
-        raise AdapterError(f"{path}: bias is {config['bias']!r}; only adapters without biases can be aggregated.")
+        raise AdapterError(
+            f"{path}: bias is {config['bias']!r}; only adapters without biases can be aggregated."
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         raise AdapterError(
-            f"{path}: init_lora_weights is {start!r}, which changes the base weights too; convert the adapter to "
+            f"{path}: init_lora_weights is {start!r}, which changes the base weights too; convert "
+            f"the adapter to "
             "plain LoRA first (path_initial_model_for_weight_conversion of PEFT's save_pretrained)."
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
@@ -206,15 +250,23 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise AdapterError(f"{path}: {key} '{pattern}' is no regular expression ({error}).") from None
+                raise AdapterError(
+                    f"{path}: {key} '{pattern}' is no regular expression ({error})."
+                ) from None
 
 
 def _number(path: Path, what: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (math.isfinite(value) and value > 0)
+    ):
         raise AdapterError(f"{path}: {what} is {value!r}; it must be a number above 0.")
 
 
-def _places(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Place], tuple[str, ...], set[str]]:
+def _places(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, Place], tuple[str, ...], set[str]]:
     path = folder / WEIGHTS
     halves: dict[str, dict[str, str]] = {}
     shapes: dict[str, list[int]] = {}
@@ -225,43 +277,69 @@ def _places(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Place], 
                 found = _PAIR.match(name)
                 if not found:
                     if "lora_" in name:
-                        raise AdapterError(f"{path}: '{name}' is no plain LoRA factor of a linear layer.")
+                        raise AdapterError(
+                            f"{path}: '{name}' is no plain LoRA factor of a linear layer."
+                        )
                     others.append(name)
                     continue
                 view = file.get_slice(name)
                 shapes[name] = list(view.get_shape())
                 dtype = view.get_dtype()
                 if dtype not in _FLOATS:
-                    raise AdapterError(f"{path}: '{name}' is stored as {dtype}; save it as float32.")
+                    raise AdapterError(
+                        f"{path}: '{name}' is stored as {dtype}; save it as float32."
+                    )
                 dtypes.add(dtype)
                 pair = halves.setdefault(found["site"], {})
                 if found["half"] in pair:
-                    raise AdapterError(f"{path} holds two adapters: '{pair[found['half']]}' and '{name}'; keep one.")
+                    raise AdapterError(
+                        f"{path} holds two adapters: '{pair[found['half']]}' and '{name}'; keep "
+                        f"one."
+                    )
                 pair[found["half"]] = name
     except FileNotFoundError:
         raise AdapterError(f"{path} does not exist; {folder} is no adapter directory.") from None
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} is not a whole safetensors file ({error}); it was cut short or altered.") from error
+        raise AdapterError(
+            f"{path} is not a whole safetensors file ({error}); it was cut short or altered."
+        ) from error
     if not halves:
         raise AdapterError(f"{path} holds no LoRA tensors (lora_A, lora_B).")
-    return {site: _place(path, site, pair, shapes, config) for site, pair in halves.items()}, tuple(others), dtypes
+    return (
+        {site: _place(path, site, pair, shapes, config) for site, pair in halves.items()},
+        tuple(others),
+        dtypes,
+    )
 
 
 def _place(
-    path: Path, site: str, pair: Mapping[str, str], shapes: Mapping[str, list[int]], config: Mapping[str, Any]
+    path: Path,
+    site: str,
+    pair: Mapping[str, str],
+    shapes: Mapping[str, list[int]],
+    config: Mapping[str, Any],
 ) -> Place:
     for half, other in ("AB", "BA"):
         if half not in pair:
-            raise AdapterError(f"{path}: '{pair[other]}' has no lora_{half}; one half of the pair is missing.")
+            raise AdapterError(
+                f"{path}: '{pair[other]}' has no lora_{half}; one half of the pair is missing."
+            )
     a, b = shapes[pair["A"]], shapes[pair["B"]]
     for half, shape in (("A", a), ("B", b)):
         if len(shape) != 2 or 0 in shape:
-            raise AdapterError(f"{path}: '{pair[half]}' has shape {shape}; it must be a matrix, as of a linear layer.")
+            raise AdapterError(
+                f"{path}: '{pair[half]}' has shape {shape}; it must be a matrix, as of a linear "
+                f"layer."
+            )
     rank = int(_patterned(config, "r", "rank_pattern", site))
     if a[0] != rank:
-        raise AdapterError(f"{path}: '{pair['A']}' has shape {a}, but its rank is {rank} in {CONFIG}.")
+        raise AdapterError(
+            f"{path}: '{pair['A']}' has shape {a}, but its rank is {rank} in {CONFIG}."
+        )
     if b[1] != rank:
-        raise AdapterError(f"{path}: '{pair['B']}' has shape {b}, but its rank is {rank} in {CONFIG}.")
+        raise AdapterError(
+            f"{path}: '{pair['B']}' has shape {b}, but its rank is {rank} in {CONFIG}."
+        )
     scale = float(_patterned(config, "lora_alpha", "alpha_pattern", site)) / rank
     return Place(pair["A"], pair["B"], rank, scale, (b[0], a[1]))
 

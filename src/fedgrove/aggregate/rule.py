@@ -1,4 +1,6 @@
-"""What a rule is: it sees all clients' factors of one site at a time, in float64, and says what is written there."""
+"""What a rule is: it sees all clients' factors of one site at a time, in float64, and says what is
+written there.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ from fedgrove.adapters.algebra import rescale, shares
 from fedgrove.adapters.noise import aggregation_noise
 from fedgrove.aggregate.inputs import Source
 from fedgrove.aggregate.options import Options
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import CONFIG
 
-#: A noise below this share of the sum of the clients' updates is the rounding of float64, and reported as 0.
+#: A noise below this share of the sum of the clients' updates is the rounding of float64, and
+#: reported as 0.
 _ROUNDING = 1e-13
 
 
@@ -37,7 +40,9 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """One site: the global factors, each client's in order (where the rule has them), and the noise of the global."""
+    """One site: the global factors, each client's in order (where the rule has them), and the noise
+    of the global.
+    """
 
     whole: Factors | None
     own: Sequence[Factors] | None = None
@@ -45,7 +50,9 @@ class Result:
 
 
 class Rule:
-    """Base of the rules. ``prepare`` may pass over all sites first; ``site`` is then called once for each."""
+    """Base of the rules. ``prepare`` may pass over all sites first; ``site`` is then called once
+    for each.
+    """
 
     name: ClassVar[str]
     Options: ClassVar[type[Options]] = Options
@@ -71,18 +78,28 @@ class Rule:
                 ours, theirs = first.places[site], source.places[site]
                 if self.equal_ranks and ours.rank != theirs.rank:
                     raise AdapterError(
-                        f"{source.file}: '{theirs.A}' has rank {theirs.rank}, but {ours.rank} in {first.folder}; "
-                        f"{self.name} needs equal ranks (hetlora, flexlora, raflora, flora and hilora do not)."
+                        f"{source.file}: '{theirs.A}' has rank {theirs.rank}, but {ours.rank} in "
+                        f"{first.folder}; "
+                        f"{self.name} needs equal ranks (hetlora, flexlora, raflora, flora and "
+                        f"hilora do not)."
                     )
-                if self.averages_factors and not self.options.rescale and not _close(ours.scale, theirs.scale):
+                if (
+                    self.averages_factors
+                    and not self.options.rescale
+                    and not _close(ours.scale, theirs.scale)
+                ):
                     raise AdapterError(
-                        f"{source.folder / CONFIG}: alpha / r of '{site}' is {theirs.scale:g}, but {ours.scale:g} in "
-                        f"{first.folder}, and a mean of factors is undefined for unequal scales; --option rescale=B "
+                        f"{source.folder / CONFIG}: alpha / r of '{site}' is {theirs.scale:g}, but "
+                        f"{ours.scale:g} in "
+                        f"{first.folder}, and a mean of factors is undefined for unequal scales; "
+                        f"--option rescale=B "
                         "folds them into B first."
                     )
 
     def prepare(self, advance: Callable[[], None]) -> None:
-        """Passes over all sites before the last, each site followed by ``advance()``. May refuse."""
+        """Passes over all sites before the last, each site followed by ``advance()``. May
+        refuse.
+        """
 
     def site(self, name: str, factors: list[Factors]) -> Result:
         """What is written for one site. ``factors``: the clients', float64, in the order given."""
@@ -95,7 +112,9 @@ class Rule:
     # ------------------------------------------------------------------ shared arithmetic
     def scale(self, site: str) -> float:
         """The scale of the global factors: that of the (first) client with the largest rank."""
-        return max((source.places[site] for source in self.task.sources), key=lambda place: place.rank).scale
+        return max(
+            (source.places[site] for source in self.task.sources), key=lambda place: place.rank
+        ).scale
 
     def top_rank(self, site: str) -> int:
         return self.task.rank or max(source.places[site].rank for source in self.task.sources)
@@ -114,10 +133,13 @@ class Rule:
     def home(self, site: str, factors: Sequence[Factors]) -> list[Factors]:
         """Each at the scale of the client that it is for."""
         return [
-            self.at(each, source.places[site].scale) for each, source in zip(factors, self.task.sources, strict=True)
+            self.at(each, source.places[site].scale)
+            for each, source in zip(factors, self.task.sources, strict=True)
         ]
 
-    def noise(self, whole: Factors, ends: Sequence[Factors], parts: Sequence[float] | None = None) -> float:
+    def noise(
+        self, whole: Factors, ends: Sequence[Factors], parts: Sequence[float] | None = None
+    ) -> float:
         """``||G - sum p_i D_i||`` of one site, before G is rounded to the file's precision."""
         parts = self.parts if parts is None else parts
         value = aggregation_noise({"": whole}, [{"": each} for each in ends], parts).sites[""]
@@ -127,19 +149,24 @@ class Rule:
 def beyond_rounding(value: float, ends: Sequence[Factors], parts: Sequence[float]) -> float:
     """The value, or 0.0 where it is nothing but the rounding of float64."""
     most = math.fsum(
-        part * each.scale * float(each.A.norm() * each.B.norm()) for part, each in zip(parts, ends, strict=True)
+        part * each.scale * float(each.A.norm() * each.B.norm())
+        for part, each in zip(parts, ends, strict=True)
     )
     return 0.0 if value <= _ROUNDING * most else value
 
 
 def from_svd(
-    triplets: tuple[Tensor, Tensor, Tensor], rank: int, scale: float, split: Literal["left", "balanced"]
+    triplets: tuple[Tensor, Tensor, Tensor],
+    rank: int,
+    scale: float,
+    split: Literal["left", "balanced"],
 ) -> Factors:
-    """The first ``rank`` singular triplets as factors of scale ``scale``; zero modules where there are fewer.
+    """The first ``rank`` singular triplets as factors of scale ``scale``; zero modules where there
+    are fewer.
 
-    "left": B = U, A = S Vh / s; "balanced": the square root of S / s in both. A direction that the update does not have
-    would be zero in both factors of a balanced split, from where no gradient moves it: its A gets a row of the length
-    that PEFT's random ones have, its B is zero.
+    "left": B = U, A = S Vh / s; "balanced": the square root of S / s in both. A direction that the
+    update does not have would be zero in both factors of a balanced split, from where no gradient
+    moves it: its A gets a row of the length that PEFT's random ones have, its B is zero.
     """
     u, s, vh = triplets
     noise = s[:1].sum() * max(u.shape[0], vh.shape[1]) * torch.finfo(torch.float64).eps
@@ -150,7 +177,11 @@ def from_svd(
         root, there = s.sqrt(), s * scale > noise
         a, b = torch.where(there, root, 3**-0.5)[:, None] * vh, u * torch.where(there, root, 0.0)
     missing = rank - len(s)
-    return Factors(torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing)), scale)
+    return Factors(
+        torch.nn.functional.pad(a, (0, 0, 0, missing)),
+        torch.nn.functional.pad(b, (0, missing)),
+        scale,
+    )
 
 
 def _close(first: float, second: float) -> bool:

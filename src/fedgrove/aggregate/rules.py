@@ -1,7 +1,8 @@
-"""The rules that need no groups: one site at a time, from the clients' factors to the global ones (and their own).
+"""The rules that need no groups: one site at a time, from the clients' factors to the global ones
+(and their own).
 
-The arithmetic is that of ``fedgrove.adapters``, as in the methods of the same names; sources and choices are documented
-there. Everything here is in float64.
+The arithmetic is that of ``fedgrove.adapters``, as in the methods of the same names; sources and
+choices are documented there. Everything here is in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fedgrove.adapters.rotation import align
 from fedgrove.aggregate.inputs import Source
 from fedgrove.aggregate.options import FactorOptions, FairOptions, HetOptions, Options, RotOptions
 from fedgrove.aggregate.rule import Result, Rule, Task, beyond_rounding, from_svd
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import CARD
 
 
@@ -50,7 +51,8 @@ class FFALoRA(FedIT):
             for source in others:
                 if not torch.equal(source.read(site).A, frozen):
                     raise AdapterError(
-                        f"{source.file}: '{source.places[site].A}' differs from that of {first.folder}; ffa-lora "
+                        f"{source.file}: '{source.places[site].A}' differs from that of "
+                        f"{first.folder}; ffa-lora "
                         "freezes A at one draw for all clients (fedit averages A too)."
                     )
             advance()
@@ -58,7 +60,9 @@ class FFALoRA(FedIT):
     def site(self, name: str, factors: list[Factors]) -> Result:
         result = super().site(name, factors)
         assert result.whole is not None
-        return replace(result, whole=replace(result.whole, A=factors[0].A))  # not a mean of equals, which may round
+        return replace(
+            result, whole=replace(result.whole, A=factors[0].A)
+        )  # not a mean of equals, which may round
 
 
 class FedSA(FedIT):
@@ -85,14 +89,21 @@ class FedVLM(FedSA):
 
 
 class FLoRA(Rule):
-    """The stack ``A = [p_i s_i / s A_i]``, ``B = [B_i]``; compacted where it has more modules than a full matrix."""
+    """The stack ``A = [p_i s_i / s A_i]``, ``B = [B_i]``; compacted where it has more modules than
+    a full matrix.
+    """
 
     name = "flora"
 
     def site(self, name: str, factors: list[Factors]) -> Result:
         scale = self.scale(name)
         whole = Factors(
-            torch.cat([each.A * (part * each.scale / scale) for part, each in zip(self.parts, factors, strict=True)]),
+            torch.cat(
+                [
+                    each.A * (part * each.scale / scale)
+                    for part, each in zip(self.parts, factors, strict=True)
+                ]
+            ),
             torch.cat([each.B for each in factors], 1),
             scale,
         )
@@ -122,7 +133,9 @@ class FlexLoRA(Rule):
 
 
 class RaFLoRA(FlexLoRA):
-    """Each rank index is the mean over the clients that own it; one that none owns stays as in ``--previous``."""
+    """Each rank index is the mean over the clients that own it; one that none owns stays as in
+    ``--previous``.
+    """
 
     name = "raflora"
     takes_previous = True
@@ -138,7 +151,9 @@ class RaFLoRA(FlexLoRA):
         rest = {"": Factors(old.A[owned:], old.B[:, owned:], old.scale)}
         triplets = product_svd([concat([*parts, rest])[""]], None, self.most(name))
         whole, own = self.split(name, triplets)
-        noise = index_aggregation_noise({"": whole}, {"": old}, [{"": each} for each in factors], None, self.parts)
+        noise = index_aggregation_noise(
+            {"": whole}, {"": old}, [{"": each} for each in factors], None, self.parts
+        )
         return Result(whole, own, beyond_rounding(noise.sites[""], factors, [1.0] * len(factors)))
 
     def _previous(self, site: str, factors: list[Factors]) -> Factors:
@@ -151,7 +166,9 @@ class RaFLoRA(FlexLoRA):
 
 
 class HETLoRA(Rule):
-    """Zero-padded means, by the norms of the clients' updates (or by ``--weights``); a client gets its first rows."""
+    """Zero-padded means, by the norms of the clients' updates (or by ``--weights``); a client gets
+    its first rows.
+    """
 
     name = "hetlora"
     Options: ClassVar[type[Options]] = HetOptions
@@ -162,7 +179,8 @@ class HETLoRA(Rule):
         super().__init__(task)
         if self.options.variant == "full" and task.weights is not None:
             self.notes.append(
-                "hetlora weighs clients by the norms of their updates; --weights was not used (--option "
+                "hetlora weighs clients by the norms of their updates; --weights was not used "
+                "(--option "
                 "variant=reduced uses it)."
             )
 
@@ -186,13 +204,19 @@ class HETLoRA(Rule):
         if self.task.previous is not None and self.task.previous.places[name].rank > most:
             # What no client of this round holds keeps its last value.
             old = self.at(self.task.previous.read(name), whole.scale)
-            whole = replace(whole, A=torch.cat([whole.A, old.A[most:]]), B=torch.cat([whole.B, old.B[:, most:]], 1))
+            whole = replace(
+                whole,
+                A=torch.cat([whole.A, old.A[most:]]),
+                B=torch.cat([whole.B, old.B[:, most:]], 1),
+            )
         own = [truncate({"": whole}, each.rank)[""] for each in factors]
         return Result(whole, self.home(name, own), self.noise(whole, factors))
 
 
 class FedExLoRA(FedIT):
-    """FedIT's means and, behind them, the modules of the residual: the product is the exact mean of the products."""
+    """FedIT's means and, behind them, the modules of the residual: the product is the exact mean of
+    the products.
+    """
 
     name = "fedex-lora"
 
@@ -200,9 +224,14 @@ class FedExLoRA(FedIT):
         common = self.common(name, factors)
         whole = self.mean(common)
         if len(common) > 1:
-            residual = self.at(fedex_residual([{"": each} for each in common], self.parts)[""], whole.scale)
+            residual = self.at(
+                fedex_residual([{"": each} for each in common], self.parts)[""], whole.scale
+            )
             whole = replace(
-                whole, A=torch.cat([whole.A, residual.A]), B=torch.cat([whole.B, residual.B], 1), scale=whole.scale
+                whole,
+                A=torch.cat([whole.A, residual.A]),
+                B=torch.cat([whole.B, residual.B], 1),
+                scale=whole.scale,
             )
         whole = _compacted(whole)
         return Result(whole, noise=self.noise(whole, factors))
@@ -216,14 +245,21 @@ class LoRAFair(FedIT):
         options, whole = self.options, self.mean(self.common(name, factors))
         target = concat([{"": each} for each in factors], self.parts)[""]
         change = fair_correction(
-            target, whole, lam=options.lam, lr=options.lr, tol=options.tol, max_steps=options.max_steps
+            target,
+            whole,
+            lam=options.lam,
+            lr=options.lr,
+            tol=options.tol,
+            max_steps=options.max_steps,
         )
         whole = replace(whole, B=whole.B + change)
         return Result(whole, noise=self.noise(whole, factors))
 
 
 class FedRotLoRA(FedIT):
-    """Every client's rank space turned to ``--previous`` before the means; the first round turns nothing."""
+    """Every client's rank space turned to ``--previous`` before the means; the first round turns
+    nothing.
+    """
 
     name = "fedrot-lora"
     Options: ClassVar[type[Options]] = RotOptions
@@ -234,10 +270,13 @@ class FedRotLoRA(FedIT):
         self.round = self.options.round or task.round
         if self.round > 1 and task.previous is None:
             raise AdapterError(
-                f"fedrot-lora turns clients to the last global adapter in round {self.round}: give --previous."
+                f"fedrot-lora turns clients to the last global adapter in round {self.round}: give "
+                f"--previous."
             )
         if self.round == 1:
-            self.notes.append("This is the first round (no --previous): nothing was rotated, as fedit.")
+            self.notes.append(
+                "This is the first round (no --previous): nothing was rotated, as fedit."
+            )
         else:
             self.notes.append(f"Round {self.round}: aligned {self.half} to --previous.")
 
@@ -260,7 +299,9 @@ class FedRotLoRA(FedIT):
 
 
 class FedPLoRA(Rule):
-    """The mean of each rank index over the clients that trained it; others from ``--previous``, else zero."""
+    """The mean of each rank index over the clients that trained it; others from ``--previous``,
+    else zero.
+    """
 
     name = "fed-plora"
     Options: ClassVar[type[Options]] = FactorOptions
@@ -270,11 +311,14 @@ class FedPLoRA(Rule):
     def check(self) -> None:
         super().check()
         cards = [_tags(source) for source in self.task.sources]
-        stated = {rank: source for source, (_, rank) in zip(self.task.sources, cards, strict=True) if rank}
+        stated = {
+            rank: source for source, (_, rank) in zip(self.task.sources, cards, strict=True) if rank
+        }
         if len(stated) > 1:
             (one, first), (two, second) = list(stated.items())[:2]
             raise AdapterError(
-                f"{second.folder / CARD}: global_rank is {two}, but {one} in {first.folder}; give all the same."
+                f"{second.folder / CARD}: global_rank is {two}, but {one} in {first.folder}; give "
+                f"all the same."
             )
         ranks = {source: _one_rank(source) for source in self.task.sources}
         self.rank = next(iter(stated), None) or max(ranks.values())
@@ -283,26 +327,39 @@ class FedPLoRA(Rule):
             self.indices.append(self._checked(source, indices, ranks[source]))
         if self.task.previous is not None and _one_rank(self.task.previous) != self.rank:
             raise AdapterError(
-                f"{self.task.previous.folder}: the last global adapter has rank {_one_rank(self.task.previous)}, but "
+                f"{self.task.previous.folder}: the last global adapter has rank "
+                f"{_one_rank(self.task.previous)}, but "
                 f"the global rank is {self.rank}; give the last round's own output."
             )
-        untouched = sorted(set(range(self.rank)) - {index for each in self.indices for index in each})
+        untouched = sorted(
+            set(range(self.rank)) - {index for each in self.indices for index in each}
+        )
         if untouched:
-            source_of = "were kept from --previous" if self.task.previous else "are zero (no --previous)"
-            self.notes.append(f"Nobody trained the rank indices {', '.join(map(str, untouched))}: they {source_of}.")
+            source_of = (
+                "were kept from --previous" if self.task.previous else "are zero (no --previous)"
+            )
+            self.notes.append(
+                f"Nobody trained the rank indices {', '.join(map(str, untouched))}: they "
+                f"{source_of}."
+            )
 
     def _checked(self, source: Source, indices: list[int] | None, rank: int) -> list[int]:
         if indices is None:
             if rank != self.rank:
                 raise AdapterError(
-                    f"{source.folder} has rank {rank} of {self.rank} and no {CARD} with rank_indices; add one."
+                    f"{source.folder} has rank {rank} of {self.rank} and no {CARD} with "
+                    f"rank_indices; add one."
                 )
             return list(range(rank))
         if len(indices) != rank:
-            raise AdapterError(f"{source.folder / CARD}: {len(indices)} rank_indices for an adapter of rank {rank}.")
+            raise AdapterError(
+                f"{source.folder / CARD}: {len(indices)} rank_indices for an adapter of rank "
+                f"{rank}."
+            )
         if len(set(indices)) != rank or min(indices) < 0 or max(indices) >= self.rank:
             raise AdapterError(
-                f"{source.folder / CARD}: rank_indices {indices} must be distinct and in 0..{self.rank - 1}."
+                f"{source.folder / CARD}: rank_indices {indices} must be distinct and in "
+                f"0..{self.rank - 1}."
             )
         return indices
 
@@ -317,7 +374,9 @@ class FedPLoRA(Rule):
             modules.append({"": replace(each, A=each.A[row], B=each.B[:, row])})
             indices.append(sorted(held))
         whole = index_mean(modules, indices, {"": old}, self.task.weights)
-        noise = index_aggregation_noise(whole, {"": old}, modules, indices, self.task.weights).sites[""]
+        noise = index_aggregation_noise(
+            whole, {"": old}, modules, indices, self.task.weights
+        ).sites[""]
         return Result(whole[""], noise=beyond_rounding(noise, factors, [1.0] * len(factors)))
 
 
@@ -325,7 +384,8 @@ def same_rank(previous: Source, first: Source, method: str) -> None:
     for site, place in previous.places.items():
         if place.rank != first.places[site].rank:
             raise AdapterError(
-                f"{previous.file}: '{place.A}' has rank {place.rank}, but {first.places[site].rank} in {first.folder}; "
+                f"{previous.file}: '{place.A}' has rank {place.rank}, but "
+                f"{first.places[site].rank} in {first.folder}; "
                 f"{method} refers to a global adapter of the same rank."
             )
 
@@ -335,11 +395,17 @@ def _tags(source: Source) -> tuple[list[int] | None, int | None]:
     card = source.card()
     indices, rank = card.get("rank_indices"), card.get("global_rank")
     path = source.folder / CARD
-    whole = isinstance(indices, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in indices)
+    whole = isinstance(indices, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) for n in indices
+    )
     if indices is not None and not (whole and indices):
-        raise AdapterError(f"{path}: rank_indices must be a list of whole numbers, such as [0, 3, 5].")
+        raise AdapterError(
+            f"{path}: rank_indices must be a list of whole numbers, such as [0, 3, 5]."
+        )
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise AdapterError(f"{path}: global_rank is {rank!r}; it must be a whole number of at least 1.")
+        raise AdapterError(
+            f"{path}: global_rank is {rank!r}; it must be a whole number of at least 1."
+        )
     if indices is not None and rank is None:
         raise AdapterError(f"{path} has rank_indices but no global_rank; give both.")
     return indices, rank
@@ -348,12 +414,16 @@ def _tags(source: Source) -> tuple[list[int] | None, int | None]:
 def _one_rank(source: Source) -> int:
     ranks = sorted({place.rank for place in source.places.values()})
     if len(ranks) > 1:
-        raise AdapterError(f"{source.file}: the sites have ranks {ranks}; fed-plora needs one rank for all sites.")
+        raise AdapterError(
+            f"{source.file}: the sites have ranks {ranks}; fed-plora needs one rank for all sites."
+        )
     return ranks[0]
 
 
 def _zero(like: Factors, rank: int, scale: float) -> Factors:
-    return Factors(like.A.new_zeros(rank, like.A.shape[1]), like.B.new_zeros(like.B.shape[0], rank), scale)
+    return Factors(
+        like.A.new_zeros(rank, like.A.shape[1]), like.B.new_zeros(like.B.shape[0], rank), scale
+    )
 
 
 def _compacted(factors: Factors) -> Factors:

@@ -1,4 +1,6 @@
-"""PEFT adapter directories written one site at a time, and the directory that appears whole or not at all."""
+"""PEFT adapter directories written one site at a time, and the directory that appears whole or not
+at all.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,12 @@ import torch
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.aggregate.inputs import Source
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import CONFIG, PREFIX, WEIGHTS
 
 _CODES = {torch.float32: "F32", torch.float64: "F64"}
-#: Tasks for which PEFT asks the file for nothing but the LoRA. For a classifier it would also look for its head.
+#: Tasks for which PEFT asks the file for nothing but the LoRA. For a classifier it would also look
+#: for its head.
 _HEADLESS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 #: How the sites were chosen: kept where all clients agree.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -38,12 +41,15 @@ class AdapterWriter:
         self._spool = folder / f".{WEIGHTS}.spool"
 
     def add(self, site: str, factors: Factors) -> None:
-        # Opened for each site: a federation may have more clients than a process may have open files.
+        # Opened for each site: a federation may have more clients than a process may have open
+        # files.
         with self._spool.open("ab") as spool:
             for half, tensor in (("A", factors.A), ("B", factors.B)):
                 data = tensor.detach().to(self.dtype).contiguous()
                 if not bool(torch.isfinite(data).all()):
-                    raise AdapterError(f"{self.folder.name}, site '{site}': the result overflows {self.dtype}.")
+                    raise AdapterError(
+                        f"{self.folder.name}, site '{site}': the result overflows {self.dtype}."
+                    )
                 array = data.numpy()
                 raw = (array if sys.byteorder == "little" else array.byteswap()).tobytes()
                 self._header[f"{PREFIX}{site}.lora_{half}.weight"] = {
@@ -65,7 +71,10 @@ class AdapterWriter:
             with self._spool.open("rb") as spool:
                 shutil.copyfileobj(spool, file, 1 << 20)
         self._spool.unlink()
-        rank, alpha = max(self._ranks.values()), self._alphas[max(self._ranks, key=self._ranks.__getitem__)]
+        rank, alpha = (
+            max(self._ranks.values()),
+            self._alphas[max(self._ranks, key=self._ranks.__getitem__)],
+        )
         config = {
             **self.config,
             "r": rank,
@@ -105,9 +114,13 @@ def shared_config(sources: Sequence[Source]) -> dict[str, Any]:
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A directory next to ``out`` that becomes ``out`` when the block ends well, and goes away when it does not."""
+    """A directory next to ``out`` that becomes ``out`` when the block ends well, and goes away when
+    it does not.
+    """
     if out.exists() or out.is_symlink():
-        raise AdapterError(f"{out} exists already; name another directory with --out, or remove it first.")
+        raise AdapterError(
+            f"{out} exists already; name another directory with --out, or remove it first."
+        )
     made = _make_parents(out.absolute().parent)
     partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
     try:
@@ -126,7 +139,9 @@ def appearing(out: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -138,10 +153,16 @@ def _make_parents(folder: Path) -> list[Path]:
 
 def _plain(value: Any) -> Any:
     """PEFT keeps lists of modules as sets: their order means nothing."""
-    return sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
+    return (
+        sorted(value)
+        if isinstance(value, list) and all(isinstance(each, str) for each in value)
+        else value
+    )
 
 
 def _tidy(alpha: float) -> int | float:
-    """PEFT declares alpha an int; a whole number (up to rounding of ``alpha / r * r``) is written as one."""
+    """PEFT declares alpha an int; a whole number (up to rounding of ``alpha / r * r``) is written
+    as one.
+    """
     whole = round(alpha)
     return whole if whole > 0 and abs(alpha - whole) <= 1e-12 * whole else alpha

@@ -1,4 +1,6 @@
-"""HiLoRA's spectral clustering of clients with an eigengap, and routing of a client never seen (arXiv 2603.02785)."""
+"""HiLoRA's spectral clustering of clients with an eigengap, and routing of a client never seen
+(arXiv 2603.02785).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedgrove.clustering.matrix import checked, renumbered
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Clusters:
-    """``labels`` int64 [N], ``eigenvalues`` [N] of the normalised Laplacian (ascending), ``k`` groups, ``sigma``."""
+    """``labels`` int64 [N], ``eigenvalues`` [N] of the normalised Laplacian (ascending), ``k``
+    groups, ``sigma``.
+    """
 
     labels: NDArray[np.int64]
     eigenvalues: NDArray[np.float64]
@@ -27,23 +31,30 @@ class Clusters:
 def spectral(D: ArrayLike, k_min: int = 2, k_max: int = 10, seed: int = 0) -> Clusters:
     """Groups of clients by spectral clustering, as many as the largest eigengap says.
 
-    Affinity ``W = exp(-D^2 / (2 sigma^2))`` with its diagonal of ones, ``sigma`` the median off-diagonal distance;
-    ``L = I - deg^-1/2 W deg^-1/2``; ``k`` in ``[k_min, min(k_max, N - 1)]`` with the largest ``lambda_{k+1} -
-    lambda_k`` (ties to the smaller); k-means on the unit rows of the first ``k`` eigenvectors, its starts fixed by
+    Affinity ``W = exp(-D^2 / (2 sigma^2))`` with its diagonal of ones, ``sigma`` the median
+    off-diagonal distance;
+    ``L = I - deg^-1/2 W deg^-1/2``; ``k`` in ``[k_min, min(k_max, N - 1)]`` with the largest
+    ``lambda_{k+1} - lambda_k`` (ties to the smaller); k-means on the unit rows of the first ``k``
+    eigenvectors, its starts fixed by
     ``seed``.
 
-    Few clients: one or two always form one group, since ``k <= N - 1``; a ``k_min`` above ``N - 1`` is lowered to it.
-    Equal distances: where the median is 0, sigma is the mean of the positive distances, or 1 if all are 0. Clients that
-    coincide cannot be told apart, so there may be fewer groups than the eigengap asked for. Raises AdapterError for a
-    bad matrix or ``k_min < 1`` or ``k_max < k_min``.
+    Few clients: one or two always form one group, since ``k <= N - 1``; a ``k_min`` above ``N - 1``
+    is lowered to it. Equal distances: where the median is 0, sigma is the mean of the positive
+    distances, or 1 if all are 0. Clients that coincide cannot be told apart, so there may be fewer
+    groups than the eigengap asked for. Raises AdapterError for a bad matrix or ``k_min < 1`` or
+    ``k_max < k_min``.
     """
     if not 1 <= k_min <= k_max:
-        raise AdapterError(f"The number of clusters cannot lie in {k_min}..{k_max}: give 1 <= k_min <= k_max.")
+        raise AdapterError(
+            f"The number of clusters cannot lie in {k_min}..{k_max}: give 1 <= k_min <= k_max."
+        )
     matrix = checked(D)
     sigma = _bandwidth(matrix)
     affinity = np.exp(-(matrix**2) / (2 * sigma**2))
     degree = affinity.sum(1) ** -0.5
-    values, vectors = np.linalg.eigh(np.eye(len(matrix)) - degree[:, None] * affinity * degree[None, :])
+    values, vectors = np.linalg.eigh(
+        np.eye(len(matrix)) - degree[:, None] * affinity * degree[None, :]
+    )
     most = max(1, min(k_max, len(matrix) - 1))
     least = min(k_min, most)
     gaps = values[least : most + 1] - values[least - 1 : most]
@@ -53,14 +64,18 @@ def spectral(D: ArrayLike, k_min: int = 2, k_max: int = 10, seed: int = 0) -> Cl
     return Clusters(labels=labels, eigenvalues=values, k=int(labels.max()) + 1, sigma=sigma)
 
 
-def match(probe: Mapping[str, ArrayLike], clusters: Sequence[Mapping[str, ArrayLike]]) -> tuple[int, list[float]]:
-    """The cluster that an unseen client joins: ``argmax_j`` of the mean squared cosine of principal angles.
+def match(
+    probe: Mapping[str, ArrayLike], clusters: Sequence[Mapping[str, ArrayLike]]
+) -> tuple[int, list[float]]:
+    """The cluster that an unseen client joins: ``argmax_j`` of the mean squared cosine of principal
+    angles.
 
     Args:
         probe: ``{site: orthonormal basis [out, r]}`` of the client's probe adapter.
         clusters: the same for each cluster's adapter; ranks may differ from the probe's.
 
-    Returns the index of the cluster (ties to the lower) and the score of each in [0, 1]: the mean over sites of
+    Returns the index of the cluster (ties to the lower) and the score of each in [0, 1]: the mean
+    over sites of
     ``||U^T V||^2 / min(r, r')``. Raises AdapterError where sites or shapes do not match.
     """
     if not clusters:
@@ -68,15 +83,21 @@ def match(probe: Mapping[str, ArrayLike], clusters: Sequence[Mapping[str, ArrayL
     scores = []
     for number, cluster in enumerate(clusters):
         if cluster.keys() != probe.keys() or not probe:
-            raise AdapterError(f"The probe and cluster {number} adapt different sites: use the same targets.")
-        scores.append(float(np.mean([_mean_cosine(site, probe[site], cluster[site]) for site in probe])))
+            raise AdapterError(
+                f"The probe and cluster {number} adapt different sites: use the same targets."
+            )
+        scores.append(
+            float(np.mean([_mean_cosine(site, probe[site], cluster[site]) for site in probe]))
+        )
     return int(np.argmax(scores)), scores
 
 
 def _mean_cosine(site: str, first: Any, second: Any) -> float:
     u, v = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if u.ndim != 2 or v.ndim != 2 or u.shape[0] != v.shape[0]:
-        raise AdapterError(f"Site '{site}': bases {list(u.shape)} and {list(v.shape)} lie in different spaces.")
+        raise AdapterError(
+            f"Site '{site}': bases {list(u.shape)} and {list(v.shape)} lie in different spaces."
+        )
     return float(np.square(u.T @ v).sum() / min(u.shape[1], v.shape[1]))
 
 
@@ -97,7 +118,8 @@ def _k_means(vectors: NDArray[np.float64], k: int, seed: int) -> NDArray[np.int6
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = vectors / np.where(lengths > 0, lengths, 1.0)
     with warnings.catch_warnings():
-        # Said when clients coincide and fewer than k groups exist; the docstring says what happens then.
+        # Said when clients coincide and fewer than k groups exist; the docstring says what happens
+        # then.
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = KMeans(n_clusters=k, n_init=10, random_state=seed % 2**32).fit(rows)
     return renumbered(found.labels_)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedgrove.clustering.matrix import checked, renumbered
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 #: Linkages that mean something for any distance ("ward" and its kin need Euclidean points).
 LINKAGES = ("average", "complete", "single", "weighted")
@@ -20,7 +20,9 @@ _TIE = 1e-12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCut:
-    """The groups of one layer: ``count`` of them, ``labels`` int64 [N]; ``score`` is what the choice maximised."""
+    """The groups of one layer: ``count`` of them, ``labels`` int64 [N]; ``score`` is what the
+    choice maximised.
+    """
 
     layer: int
     count: int
@@ -29,7 +31,9 @@ class LayerCut:
 
 
 def merge_tree(D: ArrayLike, linkage: str = "average") -> NDArray[np.float64]:
-    """Agglomerative merge tree of the clients: scipy linkage rows [N - 1, 4], in order of height ([0, 4] for N = 1)."""
+    """Agglomerative merge tree of the clients: scipy linkage rows [N - 1, 4], in order of height
+    ([0, 4] for N = 1).
+    """
     from scipy.cluster.hierarchy import linkage as merge
     from scipy.spatial.distance import squareform
 
@@ -42,13 +46,17 @@ def merge_tree(D: ArrayLike, linkage: str = "average") -> NDArray[np.float64]:
 
 
 def cut(Z: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """The labels of exactly ``count`` groups: the first ``N - count`` merges of the tree, even among equal heights.
+    """The labels of exactly ``count`` groups: the first ``N - count`` merges of the tree, even
+    among equal heights.
 
-    Cuts of one tree are nested: a larger count only splits groups. AdapterError unless ``1 <= count <= N``.
+    Cuts of one tree are nested: a larger count only splits groups. AdapterError unless ``1 <= count
+    <= N``.
     """
     clients = len(Z) + 1
     if not 1 <= count <= clients:
-        raise AdapterError(f"{clients} clients cannot be cut into {count} groups: use 1..{clients}.")
+        raise AdapterError(
+            f"{clients} clients cannot be cut into {count} groups: use 1..{clients}."
+        )
     labels = np.arange(clients)
     for step, members in enumerate(_members(Z)[clients : 2 * clients - count]):
         labels[members] = clients + step
@@ -56,15 +64,19 @@ def cut(Z: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 
 def silhouette(labels: ArrayLike, D: ArrayLike) -> float:
-    """Mean silhouette of a grouping of the clients, in [-1, 1]; clients alone in their group score 0.
+    """Mean silhouette of a grouping of the clients, in [-1, 1]; clients alone in their group score
+    0.
 
-    As scikit-learn defines it (N groups of one score 0 rather than fail), by one matrix product: a depth search asks
-    for it hundreds of times. AdapterError for a single group, where it is undefined.
+    As scikit-learn defines it (N groups of one score 0 rather than fail), by one matrix product: a
+    depth search asks for it hundreds of times. AdapterError for a single group, where it is
+    undefined.
     """
     matrix = checked(D)
     groups = renumbered(np.asarray(labels))
     if len(groups) != len(matrix):
-        raise AdapterError(f"{len(groups)} labels for {len(matrix)} clients: give one label for each.")
+        raise AdapterError(
+            f"{len(groups)} labels for {len(matrix)} clients: give one label for each."
+        )
     count = int(groups.max()) + 1
     if count < 2:
         raise AdapterError("The silhouette of a single group is undefined: cut into at least 2.")
@@ -72,20 +84,30 @@ def silhouette(labels: ArrayLike, D: ArrayLike) -> float:
 
 
 def layer_cuts(
-    Z: NDArray[np.float64], layer_distances: Sequence[ArrayLike], tau: float, K: int, fixed: int | None = None
+    Z: NDArray[np.float64],
+    layer_distances: Sequence[ArrayLike],
+    tau: float,
+    K: int,
+    fixed: int | None = None,
 ) -> list[LayerCut]:
-    """The depth search: one cut of the global tree per layer, shallow to deep, each refining the one before.
+    """The depth search: one cut of the global tree per layer, shallow to deep, each refining the
+    one before.
 
-    ``c_0 = 1``; layer ``l`` takes ``argmax phi`` over ``c_{l-1} <= c < min(N, c_{l-1} + K)``, ties to the smaller;
-    ``phi(1) = tau``, else ``phi(c)`` is the silhouette of the tree's cut into ``c`` on the layer's own distances.
+    ``c_0 = 1``; layer ``l`` takes ``argmax phi`` over ``c_{l-1} <= c < min(N, c_{l-1} + K)``, ties
+    to the smaller;
+    ``phi(1) = tau``, else ``phi(c)`` is the silhouette of the tree's cut into ``c`` on the layer's
+    own distances.
 
     Args:
         Z: the global tree, from ``merge_tree``.
         layer_distances: per layer, [N, N].
-        tau: the score of not splitting. K: the most a layer may add to the count, plus one; 1 never splits.
-        fixed: the same count on all layers instead of a search (the paper's ablation), at most N - 1.
+        tau: the score of not splitting. K: the most a layer may add to the count, plus one; 1 never
+            splits.
+        fixed: the same count on all layers instead of a search (the paper's ablation), at most N -
+            1.
 
-    One or two clients always stay together. AdapterError for K < 1, fixed < 1 or matrices of another size.
+    One or two clients always stay together. AdapterError for K < 1, fixed < 1 or matrices of
+    another size.
     """
     clients = len(Z) + 1
     if K < 1 or (fixed is not None and fixed < 1):
@@ -104,8 +126,11 @@ def layer_cuts(
     return cuts
 
 
-def untied_cuts(layer_distances: Sequence[ArrayLike], tau: float, linkage: str = "average") -> list[LayerCut]:
-    """The ablation without the global tree: every layer clustered alone, on a merge tree of its own distances.
+def untied_cuts(
+    layer_distances: Sequence[ArrayLike], tau: float, linkage: str = "average"
+) -> list[LayerCut]:
+    """The ablation without the global tree: every layer clustered alone, on a merge tree of its own
+    distances.
 
     Each layer searches all counts ``1 <= c < N`` by the same score; nothing is nested.
     """
@@ -118,14 +143,16 @@ def untied_cuts(layer_distances: Sequence[ArrayLike], tau: float, linkage: str =
 
 
 def descend(Z: NDArray[np.float64], cuts: Sequence[LayerCut], distances: ArrayLike) -> list[int]:
-    """The group that a newcomer joins on each layer: nested, because all lie on one path from the root.
+    """The group that a newcomer joins on each layer: nested, because all lie on one path from the
+    root.
 
     Args:
         Z: the global tree. cuts: its cuts, from ``layer_cuts``.
-        distances: from the newcomer to each of the N clients, measured as the tree's own distances were.
+        distances: from the newcomer to each of the N clients, measured as the tree's own distances
+            were.
 
-    At every split the newcomer takes the branch whose members are closer on average, ties to the branch that holds the
-    earlier client.
+    At every split the newcomer takes the branch whose members are closer on average, ties to the
+    branch that holds the earlier client.
     """
     to = _row(distances, len(Z) + 1)
     members = _members(Z)
@@ -137,14 +164,20 @@ def descend(Z: NDArray[np.float64], cuts: Sequence[LayerCut], distances: ArrayLi
 
 
 def nearest(labels: ArrayLike, distances: ArrayLike) -> int:
-    """The group whose members are closest to a newcomer on average (for cuts that share no tree); ties to the lower."""
+    """The group whose members are closest to a newcomer on average (for cuts that share no tree);
+    ties to the lower.
+    """
     groups = np.asarray(labels)
     to = _row(distances, len(groups))
     return int(np.argmin([to[groups == group].mean() for group in range(int(groups.max()) + 1)]))
 
 
 def _best(
-    layer: int, Z: NDArray[np.float64], matrix: NDArray[np.float64], candidates: Iterable[int], tau: float
+    layer: int,
+    Z: NDArray[np.float64],
+    matrix: NDArray[np.float64],
+    candidates: Iterable[int],
+    tau: float,
 ) -> LayerCut:
     best: LayerCut | None = None
     for count in candidates:
@@ -168,7 +201,9 @@ def _silhouette(groups: NDArray[np.int64], matrix: NDArray[np.float64]) -> float
     means[clients, groups] = np.inf
     other = means.min(1)
     widest = np.maximum(own, other)
-    scores = np.divide(other - own, widest, out=np.zeros_like(own), where=(widest > 0) & (sizes[groups] > 1))
+    scores = np.divide(
+        other - own, widest, out=np.zeros_like(own), where=(widest > 0) & (sizes[groups] > 1)
+    )
     return float(scores.mean())
 
 
@@ -183,12 +218,17 @@ def _members(Z: NDArray[np.float64]) -> list[NDArray[np.int64]]:
 def _sized(distances: ArrayLike, clients: int, layer: int) -> NDArray[np.float64]:
     matrix = checked(distances)
     if len(matrix) != clients:
-        raise AdapterError(f"Layer {layer} has distances for {len(matrix)} clients, the tree {clients}.")
+        raise AdapterError(
+            f"Layer {layer} has distances for {len(matrix)} clients, the tree {clients}."
+        )
     return matrix
 
 
 def _row(distances: ArrayLike, clients: int) -> NDArray[np.float64]:
     row = np.asarray(distances, dtype=np.float64)
     if row.shape != (clients,) or not np.isfinite(row).all():
-        raise AdapterError(f"A newcomer needs {clients} finite distances, one to each client: got {list(row.shape)}.")
+        raise AdapterError(
+            f"A newcomer needs {clients} finite distances, one to each client: got "
+            f"{list(row.shape)}."
+        )
     return row

@@ -1,4 +1,6 @@
-"""``fedgrove compare``: methods on the same clients, splits, initial weights and budget, over several seeds."""
+"""``fedgrove compare``: methods on the same clients, splits, initial weights and budget, over
+several seeds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Doing a comparison: the trials, then the runs, each in its own directory; what is done is not done again."""
+"""Doing a comparison: the trials, then the runs, each in its own directory; what is done is not
+done again.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from fedgrove.compare.entries import Entry, Trial, trial_name
 from fedgrove.compare.plan import Plan, check, make_plan
 from fedgrove.compare.progress import Overall
-from fedgrove.errors import AdapterError, RunError
-from fedgrove.result import Result
-from fedgrove.rundir import RunDirectory
+from fedgrove.ground.errors import AdapterError, RunError
+from fedgrove.runs.directory import RunDirectory
 from fedgrove.tracking.metrics import metric_name
 from fedgrove.tracking.summary import mean
+from fedgrove.use.result import Result
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -59,15 +61,19 @@ def compare(
     tune_seed: int | None = None,
     progress: Overall | None = None,
 ) -> dict[str, Any]:
-    """Run every method on every seed under ``out`` and write the tables; returns the content of ``compare.json``.
+    """Run every method on every seed under ``out`` and write the tables; returns the content of
+    ``compare.json``.
 
-    ``methods``: ``"fedit, fedtreelora[fixed_k=2]"``, or a list of such entries. ``tune``: ``["lr=1e-4,3e-4"]``.
-    Called again with the same arguments it goes on where it stopped; with more methods or seeds it adds them.
-    Raises ``FedgroveError`` for bad input before anything is written; ``KeyboardInterrupt`` leaves all that is done.
+    ``methods``: ``"fedit, fedtreelora[fixed_k=2]"``, or a list of such entries. ``tune``:
+    ``["lr=1e-4,3e-4"]``. Called again with the same arguments it goes on where it stopped; with
+    more methods or seeds it adds them. Raises ``FedgroveError`` for bad input before anything is
+    written; ``KeyboardInterrupt`` leaves all that is done.
     """
     from fedgrove.compare.write import write
 
-    plan = make_plan(job, methods, seeds, out=Path(out), tune=tune, settings=settings, tune_seed=tune_seed)
+    plan = make_plan(
+        job, methods, seeds, out=Path(out), tune=tune, settings=settings, tune_seed=tune_seed
+    )
     return write(carry_out(plan, progress or Overall()))
 
 
@@ -75,7 +81,9 @@ def carry_out(plan: Plan, progress: Overall) -> Done:
     """All trials and runs that are left to do."""
     trials = [(entry, trial) for entry in plan.entries for trial in plan.trials]
     directories = [plan.trial_directory(*each) for each in trials]
-    directories += [plan.run_directory(entry, seed) for entry in plan.entries for seed in plan.seeds]
+    directories += [
+        plan.run_directory(entry, seed) for entry in plan.entries for seed in plan.seeds
+    ]
     if not all(RunDirectory(directory).finished() for directory in directories):
         check(plan)
     with progress.over(len(directories)):
@@ -83,13 +91,15 @@ def carry_out(plan: Plan, progress: Overall) -> Done:
         done = Done(plan, tuned, {entry.label: [] for entry in plan.entries})
         for seed in plan.seeds:  # a comparison that is cut short has whole seeds
             for entry in plan.entries:
-                done.results[entry.label].append(_run(plan, entry, seed, tuned[entry.label].chosen, progress))
+                done.results[entry.label].append(
+                    _run(plan, entry, seed, tuned[entry.label].chosen, progress)
+                )
             _same_clients(done, seed)
     return done
 
 
 def _run(plan: Plan, entry: Entry, seed: int, chosen: Trial, progress: Overall) -> Result:
-    from fedgrove.run import run
+    from fedgrove.start import run
 
     directory, reference = plan.run_directory(entry, seed), plan.run_directory(plan.reference, seed)
     title = f"{entry.label}, seed {seed}" + (f", {trial_name(chosen)}" if chosen else "")
@@ -111,7 +121,8 @@ def _tune(plan: Plan, entry: Entry, progress: Overall) -> Tuned:
     scored = [attempt for attempt in attempts if attempt.score is not None]
     if not scored:
         raise RunError(
-            f"{entry.label}: no trial came to a finite result ({attempts[0].problem}); try smaller values in --tune."
+            f"{entry.label}: no trial came to a finite result ({attempts[0].problem}); try smaller "
+            f"values in --tune."
         )
     return Tuned(attempts, max(scored, key=lambda attempt: attempt.score or 0.0).trial)
 
@@ -119,7 +130,7 @@ def _tune(plan: Plan, entry: Entry, progress: Overall) -> Tuned:
 def _attempt(plan: Plan, entry: Entry, trial: Trial, progress: Overall) -> Attempt:
     import torch
 
-    from fedgrove.run import run
+    from fedgrove.start import run
 
     directory = plan.trial_directory(entry, trial)
     title = f"tuning {entry.label}, {trial_name(trial)}"
@@ -127,19 +138,27 @@ def _attempt(plan: Plan, entry: Entry, trial: Trial, progress: Overall) -> Attem
         try:
             result = run(plan.trial_job(entry, trial), directory, resume=True, callbacks=[watch])
         except (AdapterError, torch.linalg.LinAlgError) as error:
-            # A rate far too large makes weights that are not finite; that is this trial's result, not the end.
+            # A rate far too large makes weights that are not finite; that is this trial's result,
+            # not the end.
             return Attempt(trial, None, " ".join(str(error).split()))
     score = validation_score(result)
     return Attempt(trial, score, "" if score is not None else "the validation loss is not finite")
 
 
 def validation_score(result: Result) -> float | None:
-    """The mean over clients of the validation metric after the last round; None where a client's loss is not finite."""
+    """The mean over clients of the validation metric after the last round; None where a client's
+    loss is not finite.
+    """
     last = result.summary["rounds"]
-    lines = [line for line in result.metrics() if line["split"] == "validation" and line["round"] == last]
+    lines = [
+        line for line in result.metrics() if line["split"] == "validation" and line["round"] == last
+    ]
     name = next((found for line in lines if (found := metric_name(line))), None)
     if name is None:
-        raise RunError(f"{result.path} has no validation measures of round {last}; remove it, and compare again.")
+        raise RunError(
+            f"{result.path} has no validation measures of round {last}; remove it, and compare "
+            f"again."
+        )
     values = [line.get(name) for line in lines]
     if any(line.get("loss") is None for line in lines) or any(value is None for value in values):
         return None
@@ -148,14 +167,17 @@ def validation_score(result: Result) -> float | None:
 
 
 def _same_clients(done: Done, seed: int) -> None:
-    """Whether all methods saw the same clients and splits, by what each run recorded of its data."""
+    """Whether all methods saw the same clients and splits, by what each run recorded of its
+    data.
+    """
     index = done.plan.seeds.index(seed)
     runs = [results[index] for results in done.results.values()]
     prints = [fingerprint(run.path) for run in runs]
     for run, found in zip(runs, prints, strict=True):
         if found != prints[0]:
             raise RunError(
-                f"{run.path} was run on other data than {runs[0].path}, so they cannot be compared; remove the runs of "
+                f"{run.path} was run on other data than {runs[0].path}, so they cannot be "
+                f"compared; remove the runs of "
                 f"seed {seed}, and compare again."
             )
 
@@ -163,8 +185,11 @@ def _same_clients(done: Done, seed: int) -> None:
 def fingerprint(run_dir: Path) -> str:
     """The checksum of clients and splits in federation.json."""
     try:
-        return str(json.loads((run_dir / "federation.json").read_text(encoding="utf-8"))["fingerprint"])
+        return str(
+            json.loads((run_dir / "federation.json").read_text(encoding="utf-8"))["fingerprint"]
+        )
     except (OSError, ValueError, KeyError):
         raise RunError(
-            f"{run_dir / 'federation.json'} is missing or broken; remove {run_dir}, and compare again."
+            f"{run_dir / 'federation.json'} is missing or broken; remove {run_dir}, and compare "
+            f"again."
         ) from None

@@ -1,7 +1,8 @@
-"""From finished runs to the numbers of a comparison, as plain data: the content of ``compare.json``.
+"""From finished runs to the numbers of a comparison, as plain data: the content of
+``compare.json``.
 
-Statistics over clients first (mean, tail: the 10th percentile, worst), one number for each seed; then mean and sample
-standard deviation (n − 1) over seeds, which is None with one seed.
+Statistics over clients first (mean, tail: the 10th percentile, worst), one number for each seed;
+then mean and sample standard deviation (n − 1) over seeds, which is None with one seed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import fedgrove
 from fedgrove.compare.campaign import Done, Tuned, fingerprint
 from fedgrove.compare.entries import Entry, trial_name
 from fedgrove.compare.statistics import RESAMPLES, holm, paired
-from fedgrove.result import Result
-from fedgrove.tracking import words
+from fedgrove.ground import words
 from fedgrove.tracking.summary import mean, present, std, tail10
+from fedgrove.use.result import Result
 
 MEASURES = ("metric", "metric_tuned")
 PARAMETERS = ("trained", "stored", "sent_up", "sent_down")
@@ -27,10 +28,18 @@ def collect(done: Done) -> dict[str, Any]:
     """Everything that the tables, the tests and the page show."""
     plan = done.plan
     first = done.results[plan.reference.label]
-    rows = [_row(entry, done.tuned[entry.label], done.results[entry.label], plan.seeds) for entry in plan.entries]
+    rows = [
+        _row(entry, done.tuned[entry.label], done.results[entry.label], plan.seeds)
+        for entry in plan.entries
+    ]
     job = first[0].job
     base_values = _values(first, plan.seeds, "metric_base", held_out=False)
-    values = [value for row in rows for by_client in row["values"]["metric"].values() for value in by_client.values()]
+    values = [
+        value
+        for row in rows
+        for by_client in row["values"]["metric"].values()
+        for value in by_client.values()
+    ]
     writes = first[0].summary.get("task") == "generate"
     base_label = "base" if writes else "base, head alone"
     content: dict[str, Any] = {
@@ -47,9 +56,15 @@ def collect(done: Done) -> dict[str, Any]:
         "clients": len(next(iter(base_values.values()), {})),
         "held_out": first[0].summary.get("unseen", {}).get("clients", 0),
         "seeds": list(plan.seeds),
-        "fingerprints": {str(seed): fingerprint(run.path) for seed, run in zip(plan.seeds, first, strict=True)},
+        "fingerprints": {
+            str(seed): fingerprint(run.path) for seed, run in zip(plan.seeds, first, strict=True)
+        },
         "tuning": _tuning(done),
-        "base": {"label": base_label, "metric": _statistics(base_values), "values": {"metric": base_values}},
+        "base": {
+            "label": base_label,
+            "metric": _statistics(base_values),
+            "values": {"metric": base_values},
+        },
         "methods": rows,
         "notes": [*plan.notes, *_machines(done)],
         "job": plan.base.to_dict(),
@@ -59,8 +74,12 @@ def collect(done: Done) -> dict[str, Any]:
 
 
 def tests(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
-    """Every method against the one with the highest mean, paired over seeds × clients, with Holm's adjustment."""
-    best = max(rows, key=lambda row: -math.inf if row[measure]["mean"] is None else row[measure]["mean"])
+    """Every method against the one with the highest mean, paired over seeds × clients, with Holm's
+    adjustment.
+    """
+    best = max(
+        rows, key=lambda row: -math.inf if row[measure]["mean"] is None else row[measure]["mean"]
+    )
     reference = _flat(best, measure)
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -74,12 +93,15 @@ def tests(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
     return {
         "best": best["label"],
         "test": "two-sided Wilcoxon signed-rank, Holm-adjusted",
-        "interval": f"95 % percentile bootstrap of the mean difference, {RESAMPLES} resamples of pairs",
+        "interval": f"95 % percentile bootstrap of the mean difference, {RESAMPLES} resamples of "
+        f"pairs",
         "against_best": found,
     }
 
 
-def _row(entry: Entry, tuned: Tuned, results: Sequence[Result], seeds: Sequence[int]) -> dict[str, Any]:
+def _row(
+    entry: Entry, tuned: Tuned, results: Sequence[Result], seeds: Sequence[int]
+) -> dict[str, Any]:
     seen = {measure: _values(results, seeds, measure, held_out=False) for measure in MEASURES}
     unseen = {measure: _values(results, seeds, measure, held_out=True) for measure in MEASURES}
     summaries = [result.summary for result in results]
@@ -94,7 +116,9 @@ def _row(entry: Entry, tuned: Tuned, results: Sequence[Result], seeds: Sequence[
         "unseen": {measure: _statistics(values) for measure, values in unseen.items()}
         if any(unseen["metric"].values())
         else None,
-        "parameters": {key: _whole(fmean(s["parameters"][key] for s in summaries)) for key in PARAMETERS},
+        "parameters": {
+            key: _whole(fmean(s["parameters"][key] for s in summaries)) for key in PARAMETERS
+        },
         "bytes": {way: _whole(fmean(s["bytes"][way] for s in summaries)) for way in ("up", "down")},
         "seconds": fmean(s["seconds"]["total"] for s in summaries),
         "curve": _curve(results),
@@ -134,7 +158,9 @@ def _statistics(values: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _curve(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The mean client after each evaluated round: mean, lowest and highest seed, and the bytes of all until then."""
+    """The mean client after each evaluated round: mean, lowest and highest seed, and the bytes of
+    all until then.
+    """
     points: dict[int, list[tuple[float, int]]] = {}
     for result in results:
         metric = str(result.summary.get("metric"))
@@ -142,7 +168,9 @@ def _curve(results: Sequence[Result]) -> list[dict[str, Any]]:
         scores: dict[int, list[float | None]] = {}
         for line in result.metrics():
             if line["split"] == "train":
-                sent[line["round"]] = sent.get(line["round"], 0) + line["bytes_up"] + line["bytes_down"]
+                sent[line["round"]] = (
+                    sent.get(line["round"], 0) + line["bytes_up"] + line["bytes_down"]
+                )
             elif line["split"] == "test":
                 scores.setdefault(line["round"], []).append(line.get(metric))
         for round, values in scores.items():
@@ -162,12 +190,18 @@ def _curve(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _machines(done: Done) -> list[str]:
-    """A sentence where the runs were not all computed alike, as after going on with a comparison elsewhere."""
-    kinds = {(run.job.train.device, run.job.train.dtype) for runs in done.results.values() for run in runs}
+    """A sentence where the runs were not all computed alike, as after going on with a comparison
+    elsewhere.
+    """
+    kinds = {
+        (run.job.train.device, run.job.train.dtype)
+        for runs in done.results.values()
+        for run in runs
+    }
     listed = ", ".join(" in ".join(kind) for kind in sorted(kinds))
-    return [f"The runs were not all computed alike ({listed}); small differences may come from that."] * (
-        len(kinds) > 1
-    )
+    return [
+        f"The runs were not all computed alike ({listed}); small differences may come from that."
+    ] * (len(kinds) > 1)
 
 
 def _tuning(done: Done) -> dict[str, Any] | None:
@@ -184,7 +218,12 @@ def _tuning(done: Done) -> dict[str, Any] | None:
             label: {
                 "chosen": dict(tuned.chosen),
                 "trials": [
-                    {"name": trial_name(a.trial), "values": dict(a.trial), "score": a.score, "problem": a.problem}
+                    {
+                        "name": trial_name(a.trial),
+                        "values": dict(a.trial),
+                        "score": a.score,
+                        "problem": a.problem,
+                    }
                     for a in tuned.attempts
                 ],
             }
@@ -194,7 +233,11 @@ def _tuning(done: Done) -> dict[str, Any] | None:
 
 
 def _flat(row: Mapping[str, Any], measure: str) -> dict[tuple[str, str], float]:
-    return {(seed, name): value for seed, each in row["values"][measure].items() for name, value in each.items()}
+    return {
+        (seed, name): value
+        for seed, each in row["values"][measure].items()
+        for name, value in each.items()
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:

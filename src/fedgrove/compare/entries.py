@@ -1,4 +1,6 @@
-"""What a comparison is asked for on the command line: methods with their own options, seeds, and values to tune."""
+"""What a comparison is asked for on the command line: methods with their own options, seeds, and
+values to tune.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,19 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.job import LoraSection, TrainSection
 from fedgrove.job.kinds import join
 from fedgrove.job.toml import parse_value, value_text
 
-#: The numbers that a method may be tuned in, by short name. What is missing from [train] and [lora] is the budget (or
-#: the machine), and what is missing altogether is the clients and their data: all methods share those.
+#: The numbers that a method may be tuned in, by short name. What is missing from [train] and [lora]
+#: is the budget (or the machine), and what is missing altogether is the clients and their data: all
+#: methods share those.
 TUNABLE = {
-    **{key: f"train.{key}" for key in ("lr", "head_lr", "weight_decay", "momentum", "warmup_fraction", "clip")},
+    **{
+        key: f"train.{key}"
+        for key in ("lr", "head_lr", "weight_decay", "momentum", "warmup_fraction", "clip")
+    },
     **{key: f"lora.{key}" for key in ("alpha", "dropout")},
 }
 
@@ -54,21 +60,30 @@ Trial = tuple[tuple[str, int | float], ...]  # ((dotted key, value), ...)
 
 
 def parse_methods(texts: str | Iterable[str]) -> list[Entry]:
-    """``fedit, fedtreelora[fixed_k=2], no tree: fedtreelora[tree=false]`` as entries, in that order.
+    """``fedit, fedtreelora[fixed_k=2], no tree: fedtreelora[tree=false]`` as entries, in that
+    order.
 
-    Raises ``JobError`` for a broken entry and for two of one label. Whether methods and options exist, the job checks.
+    Raises ``JobError`` for a broken entry and for two of one label. Whether methods and options
+    exist, the job checks.
     """
     parts = _split(texts) if isinstance(texts, str) else list(texts)
     entries = [_entry(part) for part in parts]
     if not entries:
-        raise JobError("--methods names no method; give one or more, for example --methods fedit,hilora.")
+        raise JobError(
+            "--methods names no method; give one or more, for example --methods fedit,hilora."
+        )
     seen: dict[str, Entry] = {}
     for entry in entries:
         twin = seen.setdefault(entry.slug.casefold(), entry)
         if twin is not entry:
-            which = f"'{entry.label}' twice" if twin.label == entry.label else f"'{twin.label}' and '{entry.label}'"
+            which = (
+                f"'{entry.label}' twice"
+                if twin.label == entry.label
+                else f"'{twin.label}' and '{entry.label}'"
+            )
             raise JobError(
-                f"--methods has {which}, whose runs would share a directory; leave one out, or name it: "
+                f"--methods has {which}, whose runs would share a directory; leave one out, or "
+                f"name it: "
                 f"second: {entry.label}."
             )
     return entries
@@ -76,11 +91,16 @@ def parse_methods(texts: str | Iterable[str]) -> list[Entry]:
 
 def parse_seeds(text: str | Iterable[int]) -> list[int]:
     """``0,1,2``: whole numbers of at least 0, each once."""
-    given = [part.strip() for part in text.split(",")] if isinstance(text, str) else [str(seed) for seed in text]
+    given = (
+        [part.strip() for part in text.split(",")]
+        if isinstance(text, str)
+        else [str(seed) for seed in text]
+    )
     wrong = [part for part in given if not (part.isascii() and part.isdigit())]
     if wrong or not given:
         raise JobError(
-            f"--seeds has '{wrong[0] if wrong else ''}', which is no whole number of at least 0; write 0,1,2."
+            f"--seeds has '{wrong[0] if wrong else ''}', which is no whole number of at least 0; "
+            f"write 0,1,2."
         )
     seeds = [int(part) for part in given]
     twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
@@ -115,11 +135,14 @@ def trial_name(trial: Trial) -> str:
 
 def _entry(text: str) -> Entry:
     match = re.fullmatch(
-        r"\s*(?:(?P<label>[^\[\]:]+):)?\s*(?P<method>[^\[\]:\s]+)\s*(?:\[(?P<own>.*)\])?\s*", text, re.S
+        r"\s*(?:(?P<label>[^\[\]:]+):)?\s*(?P<method>[^\[\]:\s]+)\s*(?:\[(?P<own>.*)\])?\s*",
+        text,
+        re.S,
     )
     if not match:
         raise JobError(
-            f"--methods has '{text.strip()}', which is no method; write a name, or a name with its own options such as "
+            f"--methods has '{text.strip()}', which is no method; write a name, or a name with its "
+            f"own options such as "
             "fedtreelora[fixed_k=2]."
         )
     method, own = match["method"], [part.strip() for part in _split(match["own"] or "")]
@@ -127,15 +150,19 @@ def _entry(text: str) -> Entry:
         key, equals, value = option.partition("=")
         if not equals or not value.strip() or not re.fullmatch(r"[A-Za-z_]\w*", key.strip()):
             raise JobError(
-                f"--methods has '{option}' in {text.strip()}, which sets no option of a method; write key=value, for "
+                f"--methods has '{option}' in {text.strip()}, which sets no option of a method; "
+                f"write key=value, for "
                 "example fedtreelora[fixed_k=2] (what all methods share goes into --set)."
             )
     options = tuple("=".join(part.strip() for part in option.split("=", 1)) for option in own)
     if any(option.startswith("name=") for option in options):
         raise JobError(
-            f"--methods has 'name' as an option in {text.strip()}; the method's name stands before the bracket."
+            f"--methods has 'name' as an option in {text.strip()}; the method's name stands before "
+            f"the bracket."
         )
-    label = (match["label"] or "").strip() or (f"{method}[{', '.join(options)}]" if options else method)
+    label = (match["label"] or "").strip() or (
+        f"{method}[{', '.join(options)}]" if options else method
+    )
     return Entry(label, method, options)
 
 
@@ -143,12 +170,22 @@ def _knob(text: str) -> Knob:
     short, equals, values = text.partition("=")
     short = short.strip()
     if not equals or not short:
-        raise JobError(f"--tune has '{text}', which is no key with values; write for example --tune lr=1e-4,3e-4,1e-3.")
+        raise JobError(
+            f"--tune has '{text}', which is no key with values; write for example --tune "
+            f"lr=1e-4,3e-4,1e-3."
+        )
     key = _tunable(short)
     parsed = [parse_value(value.strip()) for value in values.split(",") if value.strip()]
     for value in parsed:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise JobError(f"--tune {short} has {value_text(value)}, which is no number; only numbers can be tuned.")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise JobError(
+                f"--tune {short} has {value_text(value)}, which is no number; only numbers can be "
+                f"tuned."
+            )
     if len(set(parsed)) < 2 or len(set(parsed)) < len(parsed):
         raise JobError(
             f"--tune {short} needs two or more different values, not {values.strip() or 'none'}; "
@@ -158,7 +195,9 @@ def _knob(text: str) -> Knob:
 
 
 def _tunable(short: str) -> str:
-    """The dotted key; raises ``JobError`` for one that would not mean the same for all methods, or is none."""
+    """The dotted key; raises ``JobError`` for one that would not mean the same for all methods, or
+    is none.
+    """
     section, _, name = short.rpartition(".")
     if short in TUNABLE or short in TUNABLE.values():
         return TUNABLE.get(short, short)
@@ -167,7 +206,8 @@ def _tunable(short: str) -> str:
         why = f"is a method's own key; compare its values side by side: NAME[{name}=...] in --methods."
     elif section.split(".")[0] in ("data", "federation", "model", "run") or name in _BUDGET:
         why = (
-            "is not for tuning, because all methods share the clients, the data, the model and the budget; set it for "
+            "is not for tuning, because all methods share the clients, the data, the model and the "
+            "budget; set it for "
             f"all with --set, or tune {join(list(TUNABLE))}."
         )
     else:

@@ -1,4 +1,6 @@
-"""The figures of a comparison. Each takes a width in inches; methods differ in colour, dash and marker alike."""
+"""The figures of a comparison. Each takes a width in inches; methods differ in colour, dash and
+marker alike.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedgrove.ground import words
 from fedgrove.report import style
 from fedgrove.report.style import COLOURS, CYCLE
-from fedgrove.tracking import words
 
 _MARKERS = "osD^vPX*"
 _DASHES: Any = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (7, 1.5, 1.5, 1.5)))
@@ -25,34 +27,53 @@ def over_rounds(content: Content, width: float) -> Figure:
     figure, axes = style.new_figure(width, 4.6 if width > style.NARROW else 4.4)
     for index, row in enumerate(content["methods"]):
         rounds = [point["round"] for point in row["curve"]]
-        _line(axes, row, index, rounds, band=len(content["seeds"]) > 1, faint=len(content["methods"]) > 4)
+        _line(
+            axes,
+            row,
+            index,
+            rounds,
+            band=len(content["seeds"]) > 1,
+            faint=len(content["methods"]) > 4,
+        )
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10 if width > style.NARROW else 6))
     return _finish(figure, axes, content, width)
 
 
 def over_bytes(content: Content, width: float) -> Figure:
-    """The same against what all clients together have sent and received; who sends nothing is a level line."""
+    """The same against what all clients together have sent and received; who sends nothing is a
+    level line.
+    """
     figure, axes = style.new_figure(width, 4.6 if width > style.NARROW else 4.4)
     for index, row in enumerate(content["methods"]):
         sent = [point["bytes"] for point in row["curve"]]
         if max(sent, default=0):
             _line(axes, row, index, sent, band=False, faint=False)
         else:
-            axes.axhline(row["curve"][-1]["mean"], label=row["label"], **_look(row, index) | {"marker": ""})
+            axes.axhline(
+                row["curve"][-1]["mean"], label=row["label"], **_look(row, index) | {"marker": ""}
+            )
     axes.set_xlabel("sent and received by all clients")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.size(value) if value >= 0 else ""))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7 if width > style.NARROW else 4, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: words.size(value) if value >= 0 else "")
+    )
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=7 if width > style.NARROW else 4, steps=[1, 2, 5, 10])
+    )
     return _finish(figure, axes, content, width)
 
 
 def clients(content: Content, width: float) -> Figure:
-    """A dot for each client of each seed: as it is (filled, above) and after fine-tuning (hollow, below)."""
+    """A dot for each client of each seed: as it is (filled, above) and after fine-tuning (hollow,
+    below).
+    """
     rows = content["methods"]
     figure, axes = style.new_figure(width, 0.9 + 0.62 * len(rows))
     for place, row in enumerate(rows):
         for measure, offset in (("metric", -0.19), ("metric_tuned", 0.19)):
-            values = np.array([v for each in row["values"][measure].values() for v in each.values()])
+            values = np.array(
+                [v for each in row["values"][measure].values() for v in each.values()]
+            )
             if not len(values):
                 continue
             tuned = measure == "metric_tuned"
@@ -60,12 +81,21 @@ def clients(content: Content, width: float) -> Figure:
             heights = place + offset + _swarm(values)
             marks: Any = {"facecolors": "none"} if tuned else {"facecolors": colour, "alpha": 0.55}
             axes.scatter(
-                values, heights, s=20, marker="D" if tuned else "o", edgecolors=colour, linewidths=0.9, **marks
+                values,
+                heights,
+                s=20,
+                marker="D" if tuned else "o",
+                edgecolors=colour,
+                linewidths=0.9,
+                **marks,
             )
             for statistic, role in (("mean", "ink"), ("tail10", "tail")):
                 level = row[measure][statistic]
                 axes.plot(
-                    [level] * 2, [place + offset - 0.17, place + offset + 0.17], color=COLOURS[role], linewidth=2.4
+                    [level] * 2,
+                    [place + offset - 0.17, place + offset + 0.17],
+                    color=COLOURS[role],
+                    linewidth=2.4,
                 )
     longest = 30 if width > style.NARROW else 14
     axes.set_yticks(range(len(rows)), [words.shorten(row["label"], longest) for row in rows])
@@ -77,33 +107,54 @@ def clients(content: Content, width: float) -> Figure:
 
 
 def differences(content: Content, width: float) -> Figure:
-    """Each method less the best one, mean over pairs with its 95 % interval; the methods that are not the best."""
+    """Each method less the best one, mean over pairs with its 95 % interval; the methods that are
+    not the best.
+    """
     found = content["tests"]["metric"]["against_best"]
     figure, axes = style.new_figure(width, 0.9 + 0.34 * max(2, len(found)))
     factor = 100 if content["percent"] else 1
     for place, test in enumerate(found.values()):
         surely = test["p_holm"] < 0.05
-        axes.plot([factor * test["low"], factor * test["high"]], [place] * 2, color=COLOURS["ours"], linewidth=2.4)
+        axes.plot(
+            [factor * test["low"], factor * test["high"]],
+            [place] * 2,
+            color=COLOURS["ours"],
+            linewidth=2.4,
+        )
         fill = COLOURS["ours"] if surely else COLOURS["paper"]
         axes.scatter(
-            [factor * test["difference"]], [place], s=46, color=fill, edgecolors=COLOURS["ours"], linewidths=2, zorder=3
+            [factor * test["difference"]],
+            [place],
+            s=46,
+            color=fill,
+            edgecolors=COLOURS["ours"],
+            linewidths=2,
+            zorder=3,
         )
     axes.axvline(0, color=COLOURS["muted"], linewidth=1.2)
     longest = 30 if width > style.NARROW else 14
     axes.set_yticks(range(len(found)), [words.shorten(label, longest) for label in found])
     axes.set_ylim(len(found) - 0.4, -0.6)
-    axes.set_xlabel(f"difference from the best, in {'points' if content['percent'] else content['metric']}")
+    axes.set_xlabel(
+        f"difference from the best, in {'points' if content['percent'] else content['metric']}"
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.typographic(f"{value:g}")))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if width > style.NARROW else 5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=8 if width > style.NARROW else 5, steps=[1, 2, 5, 10])
+    )
     axes.grid(axis="x")
     return figure
 
 
-def _line(axes: Axes, row: Content, index: int, places: list[float], *, band: bool, faint: bool) -> None:
+def _line(
+    axes: Axes, row: Content, index: int, places: list[float], *, band: bool, faint: bool
+) -> None:
     curve, look = row["curve"], _look(row, index)
     if band:
         low, high = [point["low"] for point in curve], [point["high"] for point in curve]
-        axes.fill_between(places, low, high, color=look["color"], alpha=0.05 if faint else 0.12, linewidth=0)
+        axes.fill_between(
+            places, low, high, color=look["color"], alpha=0.05 if faint else 0.12, linewidth=0
+        )
     if len(places) == 1 and not look["marker"]:
         look |= {"marker": "D", "markersize": 5}
     if len(places) > 30:
@@ -112,7 +163,9 @@ def _line(axes: Axes, row: Content, index: int, places: list[float], *, band: bo
 
 
 def _look(row: Content, index: int) -> dict[str, Any]:
-    """Training alone looks as it does in a run's report; the others take the next colour, dash and marker."""
+    """Training alone looks as it does in a run's report; the others take the next colour, dash and
+    marker.
+    """
     if row["method"] == "local" and index == 0:
         return {"color": COLOURS["local"], "linestyle": (0, (2, 2)), "marker": "", "linewidth": 1.8}
     number = index - 1
@@ -128,13 +181,17 @@ def _look(row: Content, index: int) -> dict[str, Any]:
 def _finish(figure: Figure, axes: Axes, content: Content, width: float) -> Figure:
     base = content["base"]["metric"]["mean"]
     if base is not None:
-        axes.axhline(base, color=COLOURS["base"], linewidth=1.4, linestyle=(0, (1, 1.5)), label="base")
+        axes.axhline(
+            base, color=COLOURS["base"], linewidth=1.4, linestyle=(0, (1, 1.5)), label="base"
+        )
     axes.set_ylabel(f"{content['metric']}, mean client")
     axes.margins(x=0.02)
     _value_axis(axes.yaxis, content)
     axes.grid(axis="y")
     columns = max(1, int(width // 2.4))
-    legend = figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=3, fontsize=10.5)
+    legend = figure.legend(
+        loc="outside upper left", ncols=columns, frameon=False, handlelength=3, fontsize=10.5
+    )
     for text in legend.get_texts():
         text.set_text(words.shorten(text.get_text(), 30))
     return figure
@@ -143,7 +200,9 @@ def _finish(figure: Figure, axes: Axes, content: Content, width: float) -> Figur
 def _value_axis(axis: Any, content: Content) -> None:
     axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     if content["percent"]:
-        axis.set_major_formatter(FuncFormatter(lambda value, _: words.typographic(f"{100 * value:g} %")))
+        axis.set_major_formatter(
+            FuncFormatter(lambda value, _: words.typographic(f"{100 * value:g} %"))
+        )
 
 
 def _swarm(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Which runs a comparison consists of. All jobs come from one: only the method, the seed and what was tuned differ."""
+"""Which runs a comparison consists of. All jobs come from one: only the method, the seed and what
+was tuned differ.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from fedgrove.compare.entries import (
     trial_name,
     trials,
 )
-from fedgrove.errors import JobError, RunError
+from fedgrove.ground.errors import JobError, RunError
 from fedgrove.job import Job
 from fedgrove.job.toml import parse_assignment, value_text
 
@@ -28,7 +30,9 @@ REFERENCE = "local"  # the method that is always beside the others
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison before anything has run. ``notes`` are the defaults that it filled in, in sentences."""
+    """A comparison before anything has run. ``notes`` are the defaults that it filled in, in
+    sentences.
+    """
 
     base: Job
     entries: tuple[Entry, ...]
@@ -52,7 +56,9 @@ class Plan:
         return self._job(entry, [f"run.seed={seed}"], chosen)
 
     def trial_job(self, entry: Entry, trial: Trial) -> Job:
-        """The job of a trial: the same, with a validation split, on the tuning seed, and no more than a trial needs."""
+        """The job of a trial: the same, with a validation split, on the tuning seed, and no more
+        than a trial needs.
+        """
         changes = [
             f"run.seed={self.tune_seed}",
             f"run.eval_every={self.base.run.rounds}",
@@ -87,26 +93,34 @@ def make_plan(
     settings: Sequence[str] = (),
     tune_seed: int | None = None,
 ) -> Plan:
-    """Everything settled and every job checked. Raises ``FedgroveError`` before anything is written."""
+    """Everything settled and every job checked. Raises ``FedgroveError`` before anything is
+    written.
+    """
     for setting in settings:
         _allowed(setting)
     base, notes = job.override(settings), []
     if not base.train.final_local_epochs:
         base = base.replace(train={"final_local_epochs": TUNED_EPOCHS})
         notes.append(
-            f"The job has no local fine-tuning, so every method got {TUNED_EPOCHS} epochs of it after the last round "
+            f"The job has no local fine-tuning, so every method got {TUNED_EPOCHS} epochs of it "
+            f"after the last round "
             "(train.final_local_epochs); its results stand beside those without."
         )
     entries, chosen, knobs = parse_methods(methods), parse_seeds(seeds), parse_tune(tune)
     own = [entry for entry in entries if entry.method == REFERENCE]
     if not own:
         own = [Entry(REFERENCE, REFERENCE)]
-        notes.append("Training alone (local) was added, as the reference that every comparison needs.")
+        notes.append(
+            "Training alone (local) was added, as the reference that every comparison needs."
+        )
     entries = [*own, *(entry for entry in entries if entry.method != REFERENCE)]
     if tune_seed is None:
         tune_seed = max(chosen) + 1000
     if tune_seed in chosen or tune_seed < 0:
-        raise JobError(f"--tune-seed {tune_seed} must be a seed that is not reported; choose one beside {chosen}.")
+        raise JobError(
+            f"--tune-seed {tune_seed} must be a seed that is not reported; choose one beside "
+            f"{chosen}."
+        )
     if knobs:
         notes.append(_tuning_note(base, knobs, tune_seed))
     plan = Plan(base, tuple(entries), tuple(chosen), tuple(knobs), tune_seed, out, tuple(notes))
@@ -122,7 +136,7 @@ def check(plan: Plan) -> None:
     """Whether every method can run on these clients and this model, asked before hours of work."""
     from fedgrove.federation import build
     from fedgrove.methods.registry import method_class
-    from fedgrove.prepare import base_of, client_infos, machine_choices, setting_of
+    from fedgrove.runs.prepare import base_of, client_infos, machine_choices, setting_of
 
     def settled(entry: Entry) -> Job:
         return machine_choices(plan.run_job(entry, plan.seeds[0]).resolved())
@@ -136,7 +150,9 @@ def check(plan: Plan) -> None:
         try:
             clients, held_out = client_infos(job, federation)
             setting = setting_of(job, base, clients)
-            method_class(job.method.name)(job.method.options, setting).check([*clients.values(), *held_out.values()])
+            method_class(job.method.name)(job.method.options, setting).check(
+                [*clients.values(), *held_out.values()]
+            )
         except JobError as error:
             raise JobError(f"{entry.label}: {error}") from None
 
@@ -147,11 +163,16 @@ def _tuning_note(base: Job, knobs: Sequence[Knob], tune_seed: int) -> str:
     where = (
         f"the job's validation split ({100 * held:g} % of each client's examples)"
         if held
-        else f"a validation split of {100 * VALIDATION:g} % of each client's examples, which only the trials hold out"
+        else f"a validation split of {100 * VALIDATION:g} % of each client's examples, which only "
+        f"the trials hold out"
     )
-    values = ", ".join(f"{knob.short} in {{{', '.join(value_text(value) for value in knob.values)}}}" for knob in knobs)
+    values = ", ".join(
+        f"{knob.short} in {{{', '.join(value_text(value) for value in knob.values)}}}"
+        for knob in knobs
+    )
     return (
-        f"Every method was tuned by the same {count} trials ({values}) on the seed {tune_seed}, which is not reported; "
+        f"Every method was tuned by the same {count} trials ({values}) on the seed {tune_seed}, "
+        f"which is not reported; "
         f"the best has the highest mean over clients on {where}."
     )
 
@@ -162,15 +183,23 @@ def _allowed(setting: str) -> None:
     key = ".".join(path)
     if path[0] == "method" and key != "method.uniform_rank":
         raise JobError(
-            f"--set {setting}: a method's own keys go into --methods, for example fedit[weights=uniform], because "
+            f"--set {setting}: a method's own keys go into --methods, for example "
+            f"fedit[weights=uniform], because "
             "--set holds for all methods."
         )
     if key in ("run.seed", "run.out"):
-        raise JobError(f"--set {setting}: in a comparison, use {'--seeds' if key == 'run.seed' else '--out'} for that.")
+        raise JobError(
+            f"--set {setting}: in a comparison, use {'--seeds' if key == 'run.seed' else '--out'} "
+            f"for that."
+        )
 
 
 def _own_directory(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; choose another --out.")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("runs", "tune")):
+    if (
+        out.is_dir()
+        and any(out.iterdir())
+        and not any((out / name).exists() for name in ("runs", "tune"))
+    ):
         raise RunError(f"{out} is not empty and holds no comparison; choose another --out.")

@@ -1,4 +1,6 @@
-"""Progress of a comparison: one bar over all runs with the present run's state; plain lines where no terminal is."""
+"""Progress of a comparison: one bar over all runs with the present run's state; plain lines where
+no terminal is.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fedgrove.tracking import words
+from fedgrove.ground import words
 from fedgrove.tracking.callback import Callback, Line, RunInfo
 from fedgrove.tracking.display import PlainProgress, score_cells
 from fedgrove.tracking.scoreboard import Scoreboard
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class Overall:
-    """Counts runs. In a terminal a bar that is redrawn, elsewhere a heading and the plain progress of each run."""
+    """Counts runs. In a terminal a bar that is redrawn, elsewhere a heading and the plain progress
+    of each run.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
@@ -37,7 +41,13 @@ class Overall:
         if not self.live:
             yield
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             MofNCompleteColumn(),
@@ -61,7 +71,11 @@ class Overall:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=title)
         if skipped or self._bar is not None:
-            how = "done before" if skipped else f"done in {words.duration(time.monotonic() - started)}"
+            how = (
+                "done before"
+                if skipped
+                else f"done in {words.duration(time.monotonic() - started)}"
+            )
             self.say(f"[{self.done}/{self.total}] {title}: {how}")
 
     def state(self, text: str, share: float) -> None:

@@ -1,7 +1,8 @@
 """Paired tests between methods, over the clients of all seeds.
 
-Each pair is one client of one seed under two methods. The clients of one seed were trained together, so pairs are not
-fully independent: the p-values are a guide, not a proof, and ``n`` is always printed beside them.
+Each pair is one client of one seed under two methods. The clients of one seed were trained
+together, so pairs are not fully independent: the p-values are a guide, not a proof, and ``n`` is
+always printed beside them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Paired:
-    """How one method differs from another: mean difference, its 95 % interval, and the p-value of Wilcoxon's test."""
+    """How one method differs from another: mean difference, its 95 % interval, and the p-value of
+    Wilcoxon's test.
+    """
 
     n: int
     difference: float
@@ -25,12 +28,15 @@ class Paired:
     p: float
 
 
-def paired(ours: Sequence[float], other: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Paired:
+def paired(
+    ours: Sequence[float], other: Sequence[float], *, level: float = 0.95, seed: int = 0
+) -> Paired:
     """``ours − other``, pair by pair, ``[n]`` each.
 
-    The p-value is that of the two-sided Wilcoxon signed-rank test (scipy; pairs without a difference are left out, and
-    with no difference at all it is 1). The interval is that of the percentile bootstrap of the mean difference
-    (Efron & Tibshirani 1993, chapter 13) with a fixed seed.
+    The p-value is that of the two-sided Wilcoxon signed-rank test (scipy; pairs without a
+    difference are left out, and with no difference at all it is 1). The interval is that of the
+    percentile bootstrap of the mean difference (Efron & Tibshirani 1993, chapter 13) with a fixed
+    seed.
     """
     from scipy.stats import wilcoxon
 
@@ -46,7 +52,9 @@ def paired(ours: Sequence[float], other: Sequence[float], *, level: float = 0.95
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment for that many tests (Holm 1979): reject where the result is below the level."""
+    """Holm's step-down adjustment for that many tests (Holm 1979): reject where the result is below
+    the level.
+    """
     adjusted: dict[str, float] = {}
     highest = 0.0
     ordered = sorted(p_values, key=lambda name: p_values[name])

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedgrove.ground import words
 from fedgrove.job.toml import value_text
-from fedgrove.tracking import words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +42,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """The finished table: headings, rows of cells (the first one a label), and what has to be said about it."""
+    """The finished table: headings, rows of cells (the first one a label), and what has to be said
+    about it.
+    """
 
     title: str
     headings: tuple[str, ...]
@@ -54,11 +56,15 @@ class Grid:
 class _Column:
     heading: str
     text: Callable[[Mapping[str, Any]], str]
-    value: Callable[[Mapping[str, Any]], float | None] | None = None  # the highest is best; None: nobody is
+    value: Callable[[Mapping[str, Any]], float | None] | None = (
+        None  # the highest is best; None: nobody is
+    )
 
 
 def results(content: Mapping[str, Any]) -> Grid:
-    """How good: each method as it is and after fine-tuning, on clients that trained and on those that never did."""
+    """How good: each method as it is and after fine-tuning, on clients that trained and on those
+    that never did.
+    """
     epochs = content["final_local_epochs"]
     columns = [
         *_score_columns(content, "metric", ""),
@@ -68,13 +74,24 @@ def results(content: Mapping[str, Any]) -> Grid:
         columns.append(_loss_column())
     if content["held_out"]:
         columns += _unseen_columns(content, epochs)
-    columns += [_p_column(content, "metric", "p"), _p_column(content, "metric_tuned", f"p +{epochs} ep.")]
+    columns += [
+        _p_column(content, "metric", "p"),
+        _p_column(content, "metric_tuned", f"p +{epochs} ep."),
+    ]
     title = f"{content['metric'].capitalize()} of each client’s own model on its own test data"
-    return _grid(title + (", in %" if content["percent"] else ""), columns, content, caption(content), base=True)
+    return _grid(
+        title + (", in %" if content["percent"] else ""),
+        columns,
+        content,
+        caption(content),
+        base=True,
+    )
 
 
 def costs(content: Mapping[str, Any]) -> Grid:
-    """What it takes: traffic of all clients in a run, seconds, and parameters of the median client."""
+    """What it takes: traffic of all clients in a run, seconds, and parameters of the median
+    client.
+    """
     columns = [
         _Column("bytes up", lambda row: words.size(row["bytes"]["up"])),
         _Column("bytes down", lambda row: words.size(row["bytes"]["down"])),
@@ -84,15 +101,21 @@ def costs(content: Mapping[str, Any]) -> Grid:
     if content["tuning"]:
         columns.insert(0, _Column("tuned to", lambda row: chosen(row["chosen"])))
     note = (
-        "Bytes are those of all clients in a whole run, seconds those of a run on this machine, both means over seeds.",
-        "Trained, stored and sent are numbers of parameters of the median client (sent: in one round).",
+        "Bytes are those of all clients in a whole run, seconds those of a run on this machine, "
+        "both means over seeds.",
+        "Trained, stored and sent are numbers of parameters of the median client (sent: in one "
+        "round).",
     )
     return _grid("Traffic, time and parameters", columns, content, note, base=False)
 
 
 def caption(content: Mapping[str, Any]) -> tuple[str, ...]:
     """What a reader must know to trust the table, in sentences."""
-    seeds, epochs, tests = content["seeds"], content["final_local_epochs"], content["tests"]["metric"]
+    seeds, epochs, tests = (
+        content["seeds"],
+        content["final_local_epochs"],
+        content["tests"]["metric"],
+    )
     n = max((test["n"] for test in tests["against_best"].values()), default=0)
     plural = len(seeds) > 1
     over = (
@@ -104,30 +127,39 @@ def caption(content: Mapping[str, Any]) -> tuple[str, ...]:
     said = [
         *([] if writes else [f"Head: {content['head']} for every method."]),
         f"{over}; tail is the 10th-percentile client, worst the single weakest.",
-        f"“+{epochs} ep.” is the same model after {words.count(epochs, 'epoch')} of local fine-tuning at each client, "
+        f"“+{epochs} ep.” is the same model after {words.count(epochs, 'epoch')} of local "
+        f"fine-tuning at each client, "
         "the same for every method.",
     ]
     if n:
         tuned = content["tests"]["metric_tuned"]["best"]
         said.append(
-            f"p: two-sided Wilcoxon signed-rank test against the best ({tests['best']}; fine-tuned: {tuned}), paired "
-            f"over seeds × clients (n = {n}), Holm-adjusted; clients of one seed are not independent of each other."
+            f"p: two-sided Wilcoxon signed-rank test against the best ({tests['best']}; "
+            f"fine-tuned: {tuned}), paired "
+            f"over seeds × clients (n = {n}), Holm-adjusted; clients of one seed are not "
+            f"independent of each other."
         )
     if content["held_out"]:
-        said.append(f"Unseen: {words.count(content['held_out'], 'client')} in each seed that never trained.")
+        said.append(
+            f"Unseen: {words.count(content['held_out'], 'client')} in each seed that never trained."
+        )
     base = "the frozen model" + " with a head trained alone" * (not writes)
     said.append(f"Base is {base}; local is each client training alone.")
     if content["tuning"]:
         count = len(next(iter(content["tuning"]["methods"].values()))["trials"])
         said.append(
-            f"Tuned by {count} trials for each method on a validation split, on seed {content['tuning']['seed']}, "
+            f"Tuned by {count} trials for each method on a validation split, on seed "
+            f"{content['tuning']['seed']}, "
             "which is not reported."
         )
     return tuple(said)
 
 
 def chosen(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.split('.')[-1]} {value_text(value)}" for key, value in values.items()) or MISSING
+    return (
+        ", ".join(f"{key.split('.')[-1]} {value_text(value)}" for key, value in values.items())
+        or MISSING
+    )
 
 
 def markdown(grids: Sequence[Grid]) -> str:
@@ -157,13 +189,18 @@ def latex(grids: Sequence[Grid]) -> str:
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(grid.headings) - 1)}}}", r"\toprule"]
         lines += [" & ".join(_tex(heading) for heading in grid.headings) + r" \\", r"\midrule"]
         for row in grid.rows:
-            lines.append(" & ".join(rf"\textbf{{{_tex(c.text)}}}" if c.best else _tex(c.text) for c in row) + r" \\")
+            lines.append(
+                " & ".join(rf"\textbf{{{_tex(c.text)}}}" if c.best else _tex(c.text) for c in row)
+                + r" \\"
+            )
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]))
     return "\n\n".join(parts) + "\n"
 
 
 def terminal(grid: Grid, width: int) -> list[Table]:
-    """The table for a terminal of ``width`` columns, in several parts below each other where it does not fit."""
+    """The table for a terminal of ``width`` columns, in several parts below each other where it
+    does not fit.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -176,11 +213,17 @@ def terminal(grid: Grid, width: int) -> list[Table]:
     tables = []
     for number, part in enumerate(parts):
         title = Text(grid.title) if not number else None
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(
+            title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
         for column in (0, *part):
-            table.add_column(Text(grid.headings[column]), justify="right" if column else "left", no_wrap=True)
+            table.add_column(
+                Text(grid.headings[column]), justify="right" if column else "left", no_wrap=True
+            )
         for row in grid.rows:
-            table.add_row(*(Text(row[c].text, style="bold" if row[c].best else "") for c in (0, *part)))
+            table.add_row(
+                *(Text(row[c].text, style="bold" if row[c].best else "") for c in (0, *part))
+            )
         tables.append(table)
     return tables
 
@@ -204,7 +247,9 @@ def _score_columns(content: Mapping[str, Any], measure: str, suffix: str) -> lis
 
     return [
         _Column(f"mean{suffix}", spread, part("mean")),
-        _Column(f"tail 10 %{suffix}", lambda row: number(part("tail10")(row), percent), part("tail10")),
+        _Column(
+            f"tail 10 %{suffix}", lambda row: number(part("tail10")(row), percent), part("tail10")
+        ),
         _Column(f"worst{suffix}", lambda row: number(part("worst")(row), percent), part("worst")),
     ]
 
@@ -260,7 +305,9 @@ def number(value: float | None, percent: bool) -> str:
 
 
 def with_std(value: float | None, std: float | None, percent: bool) -> str:
-    return number(value, percent) + (f" ± {number(std, percent)}" if std is not None and value is not None else "")
+    return number(value, percent) + (
+        f" ± {number(std, percent)}" if std is not None and value is not None else ""
+    )
 
 
 def p_value(p: float) -> str:
@@ -268,7 +315,12 @@ def p_value(p: float) -> str:
 
 
 def _grid(
-    title: str, columns: Sequence[_Column], content: Mapping[str, Any], caption: tuple[str, ...], *, base: bool
+    title: str,
+    columns: Sequence[_Column],
+    content: Mapping[str, Any],
+    caption: tuple[str, ...],
+    *,
+    base: bool,
 ) -> Grid:
     methods: list[Mapping[str, Any]] = list(content["methods"])
     found: list[list[Cell]] = []
@@ -280,7 +332,12 @@ def _grid(
         cells = [Cell(row["label"])]
         for column, best in zip(columns, top, strict=True):
             value = column.value(row) if column.value else None
-            is_best = best is not None and value is not None and row is not content["base"] and value == best
+            is_best = (
+                best is not None
+                and value is not None
+                and row is not content["base"]
+                and value == best
+            )
             cells.append(Cell(column.text(row), is_best))
         found.append(cells)
     headings = ("method", *(column.heading for column in columns))
@@ -294,4 +351,6 @@ def _md(text: str) -> str:
 def _tex(text: str) -> str:
     # what follows the end of a line must not look like an argument of it
     guard = "{}" if text[:1] in ("[", "*") else ""
-    return guard + "".join(_TEX.get(letter, letter) for letter in text.replace("“", "``").replace("”", "''"))
+    return guard + "".join(
+        _TEX.get(letter, letter) for letter in text.replace("“", "``").replace("”", "''")
+    )

@@ -12,11 +12,14 @@ from typing import Any
 from fedgrove.compare import tables
 from fedgrove.compare.campaign import Done
 from fedgrove.compare.collect import collect
-from fedgrove.tracking import files, summary, words
+from fedgrove.ground import files, words
+from fedgrove.tracking import summary
 
 
 def write(done: Done) -> dict[str, Any]:
-    """Write the four files into the comparison's directory; returns the content of ``compare.json``."""
+    """Write the four files into the comparison's directory; returns the content of
+    ``compare.json``.
+    """
     out, content = done.plan.out, finite(collect(done))
     summary.write(out / "compare.json", content)
     write_tables(content, out)
@@ -45,7 +48,9 @@ def write_page(content: Mapping[str, Any], out: Path) -> Path:
         "differences": ("Differences from the best method", figures.differences),
     }
     empty = set() if content["tests"]["metric"]["against_best"] else {"differences"}
-    if all(len(row["curve"]) < 2 for row in content["methods"]):  # measured once: there is no course to show
+    if all(
+        len(row["curve"]) < 2 for row in content["methods"]
+    ):  # measured once: there is no course to show
         empty.add("rounds")
     pictures = {
         name: None if name in empty else painter.paint(name, label, partial(draw, content))
@@ -79,7 +84,8 @@ def write_page(content: Mapping[str, Any], out: Path) -> Path:
 def headline(content: Mapping[str, Any]) -> str:
     seeds, methods = len(content["seeds"]), len(content["methods"])
     return (
-        f"{words.count(methods, 'method')} on the same {words.count(content['clients'], 'client')}, "
+        f"{words.count(methods, 'method')} on the same "
+        f"{words.count(content['clients'], 'client')}, "
         f"{words.count(content['rounds'], 'round')}, {words.count(seeds, 'seed')}"
     )
 
@@ -87,7 +93,10 @@ def headline(content: Mapping[str, Any]) -> str:
 def verdict(content: Mapping[str, Any]) -> list[str]:
     """What came out, in sentences that are true whatever the numbers are."""
     said = []
-    for measure, when in (("metric", "At the end of the run"), ("metric_tuned", "After the same local fine-tuning")):
+    for measure, when in (
+        ("metric", "At the end of the run"),
+        ("metric_tuned", "After the same local fine-tuning"),
+    ):
         tests = content["tests"][measure]
         best = next(row for row in content["methods"] if row["label"] == tests["best"])
         against = tests["against_best"]
@@ -108,7 +117,9 @@ def behind(beaten: list[bool]) -> str:
         return f"the other is {'' if count else 'not '}clearly behind"
     if count in (0, others):
         return (
-            f"none of the {others} others is clearly behind" if not count else f"all {others} others are clearly behind"
+            f"none of the {others} others is clearly behind"
+            if not count
+            else f"all {others} others are clearly behind"
         )
     return f"{count} of the {others} others {'is' if count == 1 else 'are'} clearly behind"
 
@@ -116,14 +127,18 @@ def behind(beaten: list[bool]) -> str:
 def test_rows(content: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """(heading, [method, difference, interval, n, p, adjusted p]) for each measure."""
     percent, found = content["percent"], []
-    for measure, when in (("metric", "at the end of the run"), ("metric_tuned", "after local fine-tuning")):
+    for measure, when in (
+        ("metric", "at the end of the run"),
+        ("metric_tuned", "after local fine-tuning"),
+    ):
         tests = content["tests"][measure]
         rows = [
             [
                 label,
                 words.typographic(words.change(test["difference"], percent=percent, digits=2)),
                 " to ".join(
-                    words.typographic(words.change(test[end], percent=percent, digits=2)) for end in ("low", "high")
+                    words.typographic(words.change(test[end], percent=percent, digits=2))
+                    for end in ("low", "high")
                 ),
                 str(test["n"]),
                 tables.p_value(test["p"]),
@@ -137,7 +152,9 @@ def test_rows(content: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
 
 
 def trial_rows(content: Mapping[str, Any]) -> list[list[str]]:
-    """[method, validation metric of each trial …], the chosen one marked; [] where nothing was tuned."""
+    """[method, validation metric of each trial …], the chosen one marked; [] where nothing was
+    tuned.
+    """
     if not content["tuning"]:
         return []
     methods = content["tuning"]["methods"]

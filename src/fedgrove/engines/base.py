@@ -1,4 +1,6 @@
-"""What the round loop asks of an engine. Data, private stores and personal models stay on the engine's side of it."""
+"""What the round loop asks of an engine. Data, private stores and personal models stay on the
+engine's side of it.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fedgrove.adapters.tree import leaves
 from fedgrove.methods.contract import ClientInfo, Update
-from fedgrove.tree import leaves
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks import Task
     from fedgrove.interop.models import Base
     from fedgrove.job import Job
     from fedgrove.methods.contract import Method
-    from fedgrove.training.head import HeadPolicy
+    from fedgrove.methods.head import HeadPolicy
 
 OfferOf = Callable[[str], Mapping[str, Any]]  # client name -> offer
-Ask = Callable[[Mapping[str, Any] | None], Mapping[str, Any]]  # a probe's report (or None) -> offer to a newcomer
+Ask = Callable[
+    [Mapping[str, Any] | None], Mapping[str, Any]
+]  # a probe's report (or None) -> offer to a newcomer
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +58,12 @@ class Leaving:
 
     row: dict[str, Any]  # metric_base, metric, metric_tuned, loss
     stored: int  # numbers in its personal model
-    artefacts: dict[str, Any]  # of ``Method.client_artefacts``; empty where they stay with the client
-    texts: list[dict[str, Any]] = field(default_factory=list)  # what its language model wrote; of a simulation alone
+    artefacts: dict[
+        str, Any
+    ]  # of ``Method.client_artefacts``; empty where they stay with the client
+    texts: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # what its language model wrote; of a simulation alone
 
 
 class Engine(Protocol):
@@ -63,7 +71,9 @@ class Engine(Protocol):
 
     @property
     def trusted(self) -> bool:
-        """Whether clients run this very program: an update that breaks the method is then a bug, not their fault."""
+        """Whether clients run this very program: an update that breaks the method is then a bug,
+        not their fault.
+        """
 
     def joined(self, round: int) -> Sequence[ClientInfo]:
         """Clients that appeared since the last round."""
@@ -74,8 +84,12 @@ class Engine(Protocol):
     def available(self, clients: Sequence[str]) -> list[str]:
         """Those of them that can be asked to train now, in the given order."""
 
-    def train(self, round: int, clients: Sequence[str], offer: OfferOf) -> Iterator[Arrival | Absence]:
-        """One round on the named clients, in any order; updates of earlier rounds may come in late."""
+    def train(
+        self, round: int, clients: Sequence[str], offer: OfferOf
+    ) -> Iterator[Arrival | Absence]:
+        """One round on the named clients, in any order; updates of earlier rounds may come in
+        late.
+        """
 
     def reject(self, client: str) -> None:
         """The client's newest update is not used: its store goes back to what it was before."""
@@ -88,8 +102,12 @@ class Engine(Protocol):
     def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
         """A held-out client's offer: what the server gives at once, or after the method's probe."""
 
-    def leave(self, clients: Sequence[str], offer: OfferOf, out: Path) -> Iterator[tuple[str, Leaving] | Absence]:
-        """Each client is measured and writes its adapter: into ``out`` where it is simulated, else at home."""
+    def leave(
+        self, clients: Sequence[str], offer: OfferOf, out: Path
+    ) -> Iterator[tuple[str, Leaving] | Absence]:
+        """Each client is measured and writes its adapter: into ``out`` where it is simulated, else
+        at home.
+        """
 
     def changed(self) -> dict[str, dict[str, Any]]:
         """The private stores touched since the last call, for a checkpoint on the same machine."""
@@ -125,7 +143,9 @@ class Parts(Protocol):
 
 
 class Stage(Parts, Protocol):
-    """What the round loop runs on: a job with every choice made, the server's half, and an engine."""
+    """What the round loop runs on: a job with every choice made, the server's half, and an
+    engine.
+    """
 
     @property
     def federation(self) -> Roster: ...
@@ -142,7 +162,9 @@ class Stage(Parts, Protocol):
 
 
 def infinite_at(tree: Any) -> str | None:
-    """The path of the first tensor of a tree that has an infinite number or one that is none, or None."""
+    """The path of the first tensor of a tree that has an infinite number or one that is none, or
+    None.
+    """
     for path, tensor in leaves(tree):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return path
@@ -150,6 +172,8 @@ def infinite_at(tree: Any) -> str | None:
 
 
 def not_finite(content: Mapping[str, Any]) -> str | None:
-    """A clause on the first part of an update that has an infinite number or one that is none, or None."""
+    """A clause on the first part of an update that has an infinite number or one that is none, or
+    None.
+    """
     path = infinite_at(content)
     return None if path is None else f"{path} of its update holds numbers that are not finite"

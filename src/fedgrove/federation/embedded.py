@@ -24,8 +24,9 @@ DOMAINS = {
 def sentiment(folder: Path) -> list[Row]:
     """The four-domain sentences of Hutto & Gilbert (ICWSM 2014) as ``{"text", "label", "domain"}``.
 
-    Classes by the mean of the human ratings on −4..4: negative below −0.5, positive above 0.5, neutral between. A
-    sentence that occurs again (white space aside) is dropped, so that none stands on both sides of a split.
+    Classes by the mean of the human ratings on −4..4: negative below −0.5, positive above 0.5,
+    neutral between. A sentence that occurs again (white space aside) is dropped, so that none
+    stands on both sides of a split.
     """
     rows: list[Row] = []
     seen: set[str] = set()
@@ -51,16 +52,19 @@ ANSWERS = {
 
 
 def nlu_tasks(folder: Path) -> list[Row]:
-    """Four tasks of two kinds as ``{"text", "pair", "label", "task"}``; ``pair`` is "" where a row has one text.
+    """Four tasks of two kinds as ``{"text", "pair", "label", "task"}``; ``pair`` is "" where a row
+    has one text.
 
-    ``evidence``: does the evidence support the claim (VitaminC, pairs)? ``claims``: is the claim true (FEVER, no
-    evidence)? ``hotels`` and ``medicine``: the sentiment of a sentence of a review (MultiEmo). Rows that occur again
-    within a task are dropped.
+    ``evidence``: does the evidence support the claim (VitaminC, pairs)? ``claims``: is the claim
+    true (FEVER, no evidence)? ``hotels`` and ``medicine``: the sentiment of a sentence of a review
+    (MultiEmo). Rows that occur again within a task are dropped.
     """
     rows: list[Row] = []
     for task in ("evidence", "claims", "hotels", "medicine"):
         seen: set[str] = set()
-        for example in json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))["examples"]:
+        for example in json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))[
+            "examples"
+        ]:
             scores = example["target_scores"]
             answer = max(scores, key=scores.get)
             text, pair = example["input"], ""
@@ -72,7 +76,12 @@ def nlu_tasks(folder: Path) -> list[Row]:
             if text and text + "\0" + pair not in seen:
                 seen.add(text + "\0" + pair)
                 rows.append(
-                    {"text": text, "pair": pair, "label": ANSWERS.get(task, {}).get(answer, answer), "task": task}
+                    {
+                        "text": text,
+                        "pair": pair,
+                        "label": ANSWERS.get(task, {}).get(answer, answer),
+                        "task": task,
+                    }
                 )
     return rows
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from fedgrove.errors import DataError, JobError
 from fedgrove.federation.partition import partition
 from fedgrove.federation.readers import Row
 from fedgrove.federation.sources import Silos, Table, load
 from fedgrove.federation.split import split
 from fedgrove.federation.tasks import ClassifyText, Task, task_class
-from fedgrove.seeds import numpy_rng
+from fedgrove.ground.errors import DataError, JobError
+from fedgrove.ground.seeds import numpy_rng
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -30,12 +30,16 @@ class Client:
     validation: list[Row]
     group: str | None
     held_out: bool
-    kinds: Mapping[str, int] = field(default_factory=dict)  # of its training rows, where rows have kinds and no labels
+    kinds: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of its training rows, where rows have kinds and no labels
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Clients by name; the labels in the order of the head's outputs; ``source`` says where the data come from."""
+    """Clients by name; the labels in the order of the head's outputs; ``source`` says where the
+    data come from.
+    """
 
     clients: tuple[Client, ...]
     labels: tuple[str, ...]
@@ -52,9 +56,11 @@ class Federation:
         return tuple(client for client in self.clients if client.held_out)
 
     def table(self) -> dict[str, Any]:
-        """Who holds what, as plain data: by client its counts and, of its training rows, labels and median words.
+        """Who holds what, as plain data: by client its counts and, of its training rows, labels and
+        median words.
 
-        ``kinds``: the values of the column by which texts without labels were split, "tasks" for instance.
+        ``kinds``: the values of the column by which texts without labels were split, "tasks" for
+        instance.
         """
         kinds = sorted({kind for client in self.clients for kind in client.kinds})
         return {
@@ -69,7 +75,11 @@ class Federation:
                     "test": len(client.test),
                     "validation": len(client.validation),
                     "labels": {label: counts[label] for label in self.labels},
-                    **({"kinds": {kind: client.kinds.get(kind, 0) for kind in kinds}} if kinds else {}),
+                    **(
+                        {"kinds": {kind: client.kinds.get(kind, 0) for kind in kinds}}
+                        if kinds
+                        else {}
+                    ),
                     **self.task.describe(client.train),
                 }
                 for client in self.clients
@@ -79,10 +89,11 @@ class Federation:
 
 
 def build(job: Job) -> Federation:
-    """The federation that ``job.data`` and ``job.federation`` describe; ``job.run.seed`` decides every draw.
+    """The federation that ``job.data`` and ``job.federation`` describe; ``job.run.seed`` decides
+    every draw.
 
-    The same job gives the same federation, whatever order files or clients come in. Raises DataError (what is wrong
-    with the data, and where) or JobError (which key, which value).
+    The same job gives the same federation, whatever order files or clients come in. Raises
+    DataError (what is wrong with the data, and where) or JobError (which key, which value).
     """
     loaded = load(job)
     if isinstance(loaded, Silos):
@@ -105,7 +116,11 @@ def build(job: Job) -> Federation:
             test_examples=job.data.test_examples,
         )
         kinds = Counter(kind_of[id(row)] for row in parts.train) if kind_of else {}
-        clients.append(Client(name, parts.train, parts.test, parts.validation, group, held_out=False, kinds=kinds))
+        clients.append(
+            Client(
+                name, parts.train, parts.test, parts.validation, group, held_out=False, kinds=kinds
+            )
+        )
     chosen = _held_out(clients, job)
     clients = [replace(client, held_out=client.name in chosen) for client in clients]
     task = task_class(job.data)
@@ -114,35 +129,48 @@ def build(job: Job) -> Federation:
 
 
 def _kinds(loaded: Table | Silos, job: Job) -> tuple[str, dict[int, str]]:
-    """The column whose values clients mix, and by ``id`` of a row its value; nothing where rows have labels."""
+    """The column whose values clients mix, and by ``id`` of a row its value; nothing where rows
+    have labels.
+    """
     column = job.data.partition.options.get("partition_by")
-    told = task_class(job.data).classifies or job.data.partition.by == "natural"  # by labels, or by the clients' names
+    told = (
+        task_class(job.data).classifies or job.data.partition.by == "natural"
+    )  # by labels, or by the clients' names
     if told or isinstance(loaded, Silos) or column not in loaded.columns:
         return "", {}
-    return column, {id(row): str(kind) for row, kind in zip(loaded.rows, loaded.columns[column], strict=True)}
+    return column, {
+        id(row): str(kind) for row, kind in zip(loaded.rows, loaded.columns[column], strict=True)
+    }
 
 
 def _held_out(clients: Sequence[Client], job: Job) -> set[str]:
-    """The clients kept out of training: those named, or a seeded draw that leaves every label to someone who trains."""
+    """The clients kept out of training: those named, or a seeded draw that leaves every label to
+    someone who trains.
+    """
     wanted = job.federation.held_out
     names = [client.name for client in clients]
     if isinstance(wanted, Sequence):
         unknown = [name for name in wanted if name not in names]
         if unknown:
             raise JobError(
-                f"federation.held_out names {unknown[0]!r}, which is no client; there are: {', '.join(names)}"
+                f"federation.held_out names {unknown[0]!r}, which is no client; there are: "
+                f"{', '.join(names)}"
             )
         chosen = set(wanted)
     else:
         size = max(1, round(wanted * len(names))) if wanted > 0 else 0
         chosen = _draw(clients, size, job) if size < len(names) else set(names)
     if len(chosen) == len(names):
-        raise JobError(f"federation.held_out = {wanted!r} leaves no client to train; hold out fewer")
+        raise JobError(
+            f"federation.held_out = {wanted!r} leaves no client to train; hold out fewer"
+        )
     return chosen
 
 
 def _draw(clients: Sequence[Client], size: int, job: Job) -> set[str]:
-    everywhere = Counter(label for client in clients for label in {row["label"] for row in client.train})
+    everywhere = Counter(
+        label for client in clients for label in {row["label"] for row in client.train}
+    )
     chosen: set[str] = set()
     for number in numpy_rng(job.run.seed, "held out").permutation(len(clients)):
         own = {row["label"] for row in clients[number].train}
@@ -151,14 +179,17 @@ def _draw(clients: Sequence[Client], size: int, job: Job) -> set[str]:
             everywhere.subtract(own)
     if len(chosen) < size:
         raise JobError(
-            f"federation.held_out = {job.federation.held_out!r} would hold out {size} clients, but after {len(chosen)} "
+            f"federation.held_out = {job.federation.held_out!r} would hold out {size} clients, but "
+            f"after {len(chosen)} "
             "every other one is the only one left with some label; hold out fewer, or name them"
         )
     return chosen
 
 
 def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple[str, ...]:
-    """The classes in the order of the head's outputs: all that the data have, also those of rows that nobody uses."""
+    """The classes in the order of the head's outputs: all that the data have, also those of rows
+    that nobody uses.
+    """
     if job.data.labels:  # the user's word that these are the classes, trained or not
         return tuple(job.data.labels)
     trained = {row["label"] for client in clients if not client.held_out for row in client.train}
@@ -166,20 +197,27 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
         for row in (*client.test, *client.validation, *client.train):
             if row["label"] not in trained:
                 raise DataError(
-                    f"the label {row['label']!r} of the client {client.name!r} occurs only in test, validation or "
-                    "held-out rows, so nobody would learn it; give it more rows (data.test_fraction, "
+                    f"the label {row['label']!r} of the client {client.name!r} occurs only in "
+                    f"test, validation or "
+                    "held-out rows, so nobody would learn it; give it more rows "
+                    "(data.test_fraction, "
                     "data.train_examples), remove it, or list all labels in data.labels"
                 )
     if len(trained) < 2:
-        raise DataError(f"all training rows have the one label {min(trained)!r}; to classify takes two or more")
-    rows = loaded.rows if isinstance(loaded, Table) else chain.from_iterable(loaded.clients.values())
+        raise DataError(
+            f"all training rows have the one label {min(trained)!r}; to classify takes two or more"
+        )
+    rows = (
+        loaded.rows if isinstance(loaded, Table) else chain.from_iterable(loaded.clients.values())
+    )
     labels = tuple(sorted(trained | {row["label"] for row in rows}, key=_natural_order))
     spelt: dict[str, str] = {}
     for label in labels:
         other = spelt.setdefault(label.casefold(), label)
         if other != label:
             raise DataError(
-                f"the labels {other!r} and {label!r} differ in case alone; spell them alike, or list all labels in "
+                f"the labels {other!r} and {label!r} differ in case alone; spell them alike, or "
+                f"list all labels in "
                 "data.labels if they are two"
             )
     return labels

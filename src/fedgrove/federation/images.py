@@ -1,4 +1,6 @@
-"""Images out of files, bytes and folders: looked at once, kept small, opened as RGB. Every error names the image."""
+"""Images out of files, bytes and folders: looked at once, kept small, opened as RGB. Every error
+names the image.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedgrove.errors import DataError
 from fedgrove.federation.readers import Place
+from fedgrove.ground.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +28,8 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image that can be opened: its file's bytes, or where the file lies. ``str`` is its SHA-256, for fingerprints.
+    """An image that can be opened: its file's bytes, or where the file lies. ``str`` is its
+    SHA-256, for fingerprints.
 
     Pixels are not kept: a federation of many large photos fits in memory.
     """
@@ -42,7 +45,9 @@ class Picture:
     __repr__ = __str__
 
     def rgb(self) -> Image:
-        """The image, 8 bits of red, green and blue. Raises DataError where the file has changed since it was read."""
+        """The image, 8 bits of red, green and blue. Raises DataError where the file has changed
+        since it was read.
+        """
         if isinstance(self.content, bytes):
             return opened(self.content, str(self))
         content, place = _read(self.content), str(self.content)
@@ -52,8 +57,9 @@ class Picture:
 
 
 def picture_of(value: Any, column: str, place: Place) -> Picture:
-    """``value`` as an image: a path, a file's bytes, ``{"bytes": ...}`` or ``{"path": ...}`` as data sets store them,
-    or a PIL image. It is decoded once, so that a broken one is found before anything is trained.
+    """``value`` as an image: a path, a file's bytes, ``{"bytes": ...}`` or ``{"path": ...}`` as
+    data sets store them, or a PIL image. It is decoded once, so that a broken one is found before
+    anything is trained.
 
     Raises DataError with its place.
     """
@@ -62,7 +68,8 @@ def picture_of(value: Any, column: str, place: Place) -> Picture:
         value = value.get("bytes") or Path(value["path"])
         if isinstance(value, Path) and not value.is_file():
             raise DataError(
-                f"{place}: the column {column!r} names the file {str(value)!r}, which is not there; store the bytes of "
+                f"{place}: the column {column!r} names the file {str(value)!r}, which is not "
+                f"there; store the bytes of "
                 "the images in the table"
             )
     if isinstance(value, Path):
@@ -73,7 +80,10 @@ def picture_of(value: Any, column: str, place: Place) -> Picture:
         kept = content = _png(value, place)
     else:
         what = "is empty" if value is None else f"holds a {type(value).__name__}, not an image"
-        raise DataError(f"{place}: the column {column!r} {what}; give the bytes of image files, or a folder of images")
+        raise DataError(
+            f"{place}: the column {column!r} {what}; give the bytes of image files, or a folder of "
+            f"images"
+        )
     image = opened(content, place)
     return Picture(kept, hashlib.sha256(content).hexdigest(), image.width, image.height)
 
@@ -88,12 +98,15 @@ def _png(image: Image, place: Place) -> bytes:
     except DataError:
         raise
     except Exception as error:  # lazily read from a broken file, or of a mode that does not convert
-        raise DataError(f"{place} is not a readable image ({' '.join(str(error).split())}); repair it") from error
+        raise DataError(
+            f"{place} is not a readable image ({' '.join(str(error).split())}); repair it"
+        ) from error
     return out.getvalue()
 
 
 def opened(content: bytes, place: Place) -> Image:
-    """The decoded image as 8-bit RGB, the right way up; transparency lies on white, 16-bit grey is scaled to 8 bits.
+    """The decoded image as 8-bit RGB, the right way up; transparency lies on white, 16-bit grey is
+    scaled to 8 bits.
 
     Raises DataError for what is no image, is damaged, or is too large to be one.
     """
@@ -107,11 +120,15 @@ def opened(content: bytes, place: Place) -> Image:
             image.load()
             return _rgb(ImageOps.exif_transpose(image), place)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(f"{place} is too large an image ({error}); make it smaller".replace("\n", " ")) from error
+        raise DataError(
+            f"{place} is too large an image ({error}); make it smaller".replace("\n", " ")
+        ) from error
     except DataError:
         raise
     except Exception as error:  # each of Pillow's formats has errors of its own
-        why = " ".join(str(error).split()) if "BytesIO" not in str(error) else "no known image format"
+        why = (
+            " ".join(str(error).split()) if "BytesIO" not in str(error) else "no known image format"
+        )
         raise DataError(f"{place} is not a readable image ({why}); repair or remove it") from error
 
 
@@ -128,7 +145,9 @@ def _rgb(image: Image, place: Place) -> Image:
             grey = np.where(grey == clear, 65535, grey)
         return library.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise DataError(f"{place} has floating-point pixels, whose range is unknown; convert it to 8 bits")
+        raise DataError(
+            f"{place} has floating-point pixels, whose range is unknown; convert it to 8 bits"
+        )
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = library.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -149,30 +168,40 @@ def _read(path: Path) -> bytes:
 def labelled(folder: Path, source: str = "") -> Iterator[tuple[Place, Path, str]]:
     """Place, file and label of each image in ``folder/label/*.png|jpg|...``, in name order.
 
-    Hidden files, what file browsers leave behind, and notes (``.md``, ``.toml``, ``.txt``) are passed over. A label is
-    its folder's name in Unicode's composed form: two file systems may spell one "é" differently. Raises DataError for
-    anything else that is no image, for an image outside a label's folder, and for a label without images; the job's
+    Hidden files, what file browsers leave behind, and notes (``.md``, ``.toml``, ``.txt``) are
+    passed over. A label is its folder's name in Unicode's composed form: two file systems may spell
+    one "é" differently. Raises DataError for anything else that is no image, for an image outside a
+    label's folder, and for a label without images; the job's
     ``source`` helps to say what was meant.
     """
     labels = _entries(folder)
     if not labels:
-        raise DataError(f"{folder} has no label folders; put its images into one folder for each label")
+        raise DataError(
+            f"{folder} has no label folders; put its images into one folder for each label"
+        )
     for label in labels:
         if not label.is_dir():
             _existing(label)
             raise DataError(
-                f"{label} lies outside a label's folder; move it into one, such as {folder / 'LABEL'}"
-                + f' (if {folder.name!r} is itself a label, set data.source = "table")' * (source == "silos")
+                f"{label} lies outside a label's folder; move it into one, such as "
+                f"{folder / 'LABEL'}"
+                + f' (if {folder.name!r} is itself a label, set data.source = "table")'
+                * (source == "silos")
             )
         found = False
         for path in _entries(label):
             if path.is_dir():
                 raise DataError(
-                    f"{path} is a folder within the label {label.name!r}; images lie in {label} itself"
-                    + f' (if {label.name!r} is a client, set data.source = "silos")' * (source == "table")
+                    f"{path} is a folder within the label {label.name!r}; images lie in {label} "
+                    f"itself"
+                    + f' (if {label.name!r} is a client, set data.source = "silos")'
+                    * (source == "table")
                 )
             if path.suffix.lower() not in ENDINGS:
-                raise DataError(f"{path} is not an image file ({', '.join(ENDINGS)}); convert it or move it away")
+                raise DataError(
+                    f"{path} is not an image file ({', '.join(ENDINGS)}); convert it or move it "
+                    f"away"
+                )
             found = True
             yield str(path), path, unicodedata.normalize("NFC", label.name)
         if not found:
@@ -180,16 +209,22 @@ def labelled(folder: Path, source: str = "") -> Iterator[tuple[Place, Path, str]
 
 
 def clients(folder: Path) -> list[Path]:
-    """The clients' folders of ``folder/client/label/*.png``, in name order. Raises DataError for a file among them."""
+    """The clients' folders of ``folder/client/label/*.png``, in name order. Raises DataError for a
+    file among them.
+    """
     found = _entries(folder)
     for path in found:
         if not path.is_dir():
             _existing(path)
             raise DataError(
-                f"{path} is not a client's folder; images lie in {folder / 'CLIENT' / 'LABEL'}, so move it away"
+                f"{path} is not a client's folder; images lie in {folder / 'CLIENT' / 'LABEL'}, so "
+                f"move it away"
             )
     if not found:
-        raise DataError(f"the folder of silos {folder} is empty; put one folder per client there, with one per label")
+        raise DataError(
+            f"the folder of silos {folder} is empty; put one folder per client there, with one per "
+            f"label"
+        )
     return found
 
 
@@ -203,7 +238,9 @@ def tree_fingerprint(folder: Path, pictures: list[Picture]) -> str:
     whole = hashlib.sha256()
     for picture in pictures:
         assert isinstance(picture.content, Path)
-        whole.update(f"{picture.content.relative_to(folder).as_posix()}\0{picture.sha256}\0".encode())
+        whole.update(
+            f"{picture.content.relative_to(folder).as_posix()}\0{picture.sha256}\0".encode()
+        )
     return whole.hexdigest()
 
 
@@ -219,7 +256,9 @@ def _entries(folder: Path) -> list[Path]:
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
     for path in found:
-        if any("\udc80" <= letter <= "\udcff" for letter in path.name):  # how Python holds bytes that are no UTF-8
+        if any(
+            "\udc80" <= letter <= "\udcff" for letter in path.name
+        ):  # how Python holds bytes that are no UTF-8
             raise DataError(f"{folder} has a name that is not UTF-8, {path.name!a}; rename it")
     return [
         path

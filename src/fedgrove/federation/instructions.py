@@ -1,4 +1,6 @@
-"""Natural Instructions (Mishra et al., ACL 2022) as BIG-bench carries it: 61 tasks, 193,250 pairs in English."""
+"""Natural Instructions (Mishra et al., ACL 2022) as BIG-bench carries it: 61 tasks, 193,250 pairs
+in English.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ TASKS_OF = {
         "024_cosmosqa_answer_generation",
         "025_cosmosqa_incorrect_answer_generation",
     ),
-    "drop": ("026_drop_question_generation", "027_drop_answer_type_generation", "028_drop_answer_generation"),
+    "drop": (
+        "026_drop_question_generation",
+        "027_drop_answer_type_generation",
+        "028_drop_answer_generation",
+    ),
     "winogrande": (
         "029_winogrande_full_object",
         "030_winogrande_full_person",
@@ -77,7 +83,11 @@ TASKS_OF = {
         "057_multirc_classify_incorrect_answer",
         "058_multirc_question_answering",
     ),
-    "ropes": ("059_ropes_story_generation", "060_ropes_question_generation", "061_ropes_answer_generation"),
+    "ropes": (
+        "059_ropes_story_generation",
+        "060_ropes_question_generation",
+        "061_ropes_answer_generation",
+    ),
 }
 
 
@@ -88,9 +98,10 @@ def file_of(task: str) -> str:
 def natural_instructions(folder: Path) -> Iterator[Row]:
     """``{"prompt", "full_prompt", "completion", "task", "source"}``, task after task.
 
-    ``full_prompt`` is the task's whole definition and the input, as published; ``prompt`` has the definition's last
-    sentence alone (what to do, after "Prompt:"), for small models and short inputs. ``completion`` is a list: the first
-    answer is the one to learn, each counts as right. Rows whose first answer is empty are left out.
+    ``full_prompt`` is the task's whole definition and the input, as published; ``prompt`` has the
+    definition's last sentence alone (what to do, after "Prompt:"), for small models and short
+    inputs. ``completion`` is a list: the first answer is the one to learn, each counts as right.
+    Rows whose first answer is empty are left out.
     """
     for source, tasks in TASKS_OF.items():
         for task in tasks:

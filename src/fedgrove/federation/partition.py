@@ -1,6 +1,8 @@
-"""Splits one table into clients with any partitioner of flwr-datasets, whole or within natural groups.
+"""Splits one table into clients with any partitioner of flwr-datasets, whole or within natural
+groups.
 
-The partitioners are the library's; here are only their names, their checked options, the seeds and the messages.
+The partitioners are the library's; here are only their names, their checked options, the seeds and
+the messages.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from fedgrove.errors import DataError, JobError
 from fedgrove.federation.readers import label_of
 from fedgrove.federation.sources import NAME, SUPERCLASS, Table
 from fedgrove.federation.tasks import task_class
-from fedgrove.seeds import derive, numpy_rng
+from fedgrove.ground.errors import DataError, JobError
+from fedgrove.ground.seeds import derive, numpy_rng
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "iid": ("IidPartitioner", {}),
     "dirichlet": ("DirichletPartitioner", {"alpha": 0.5}),
-    "sc-dirichlet": ("DirichletPartitioner", {"alpha": 3.0, "partition_by": SUPERCLASS}),  # HiLoRA's SC-Dir
+    "sc-dirichlet": (
+        "DirichletPartitioner",
+        {"alpha": 3.0, "partition_by": SUPERCLASS},
+    ),  # HiLoRA's SC-Dir
     "inner-dirichlet": ("InnerDirichletPartitioner", {"alpha": 0.5}),
     # "deterministic" deals the classes out in turn, so none is left without a client
     "pathological": (
@@ -48,7 +53,9 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 #: these find their clients in the data, whatever federation.clients says
 NATURAL = ("NaturalIdPartitioner", "GroupedNaturalIdPartitioner")
-_MINIMUM = "min_partition_size"  # the key of several partitioners: rows that each client gets at least
+_MINIMUM = (
+    "min_partition_size"  # the key of several partitioners: rows that each client gets at least
+)
 #: what the job's other keys decide
 OURS = {"num_partitions": "federation.clients", "seed": "run.seed"}
 
@@ -56,8 +63,9 @@ OURS = {"num_partitions": "federation.clients", "seed": "run.seed"}
 def partition(table: Table, job: Job) -> dict[str, tuple[list[int], str | None]]:
     """``{client name: (row numbers of the table, natural group)}``, sorted by name.
 
-    With natural groups the clients are spread evenly over them (what is left over goes to the larger groups) and each
-    group is split on its own. Raises JobError for the partition's name or options, DataError for too few rows.
+    With natural groups the clients are spread evenly over them (what is left over goes to the
+    larger groups) and each group is split on its own. Raises JobError for the partition's name or
+    options, DataError for too few rows.
     """
     maker, options = _partitioner(job, table)
     # clients that are natural ids are not split further by the column that names them
@@ -79,7 +87,8 @@ def _even(table: Table, job: Job, maker: Any, options: dict[str, Any], members: 
     clients = job.federation.clients
     if clients < len(members):
         raise JobError(
-            f"federation.clients = {clients} is fewer than the {len(members)} groups of the column {table.group!r}; "
+            f"federation.clients = {clients} is fewer than the {len(members)} groups of the column "
+            f"{table.group!r}; "
             'give at least one client a group, or set data.group = ""'
         )
     every, left = divmod(clients, len(members))
@@ -93,8 +102,12 @@ def _even(table: Table, job: Job, maker: Any, options: dict[str, Any], members: 
     return named
 
 
-def _natural(table: Table, job: Job, maker: Any, options: dict[str, Any], members: Members) -> Named:
-    """The clients that the data name, however many; they keep their ids where these can be file names."""
+def _natural(
+    table: Table, job: Job, maker: Any, options: dict[str, Any], members: Members
+) -> Named:
+    """The clients that the data name, however many; they keep their ids where these can be file
+    names.
+    """
     found = [
         (rows, group)
         for group, numbers in members.items()
@@ -112,10 +125,13 @@ def _prefixes(groups: list[str | None], column: str | None) -> dict[str | None, 
     """The start of the clients' names for each group: what does not fit a file name becomes "-"."""
     prefixes: dict[str | None, str] = {}
     for group in groups:
-        prefix = "client" if group is None else re.sub(r"[^A-Za-z0-9._]+", "-", group).strip("-._")[:48]
+        prefix = (
+            "client" if group is None else re.sub(r"[^A-Za-z0-9._]+", "-", group).strip("-._")[:48]
+        )
         if not prefix or prefix.casefold() in (other.casefold() for other in prefixes.values()):
             raise DataError(
-                f"the group {group!r} of the column {column!r} cannot name its clients: its letters (a-z) and digits "
+                f"the group {group!r} of the column {column!r} cannot name its clients: its "
+                f"letters (a-z) and digits "
                 "are none or those of another group; rename it in the data"
             )
         prefixes[group] = prefix
@@ -131,10 +147,14 @@ def _parts(
     numbers: list[int],
     clients: int | None,
 ) -> list[list[int]]:
-    """Row numbers by client for one group; ``clients`` is None where the data decide how many there are."""
+    """Row numbers by client for one group; ``clients`` is None where the data decide how many there
+    are.
+    """
     where = f" in the group {group!r}" if group is not None else ""
     if clients is not None and len(numbers) < clients:
-        raise DataError(f"there are {len(numbers)} rows for {clients} clients{where}; lower federation.clients")
+        raise DataError(
+            f"there are {len(numbers)} rows for {clients} clients{where}; lower federation.clients"
+        )
     taken = inspect.signature(maker).parameters
     arguments = dict(options)
     if "num_partitions" in taken:
@@ -146,15 +166,26 @@ def _parts(
     columns = {"row": order} | _columns(table, maker, options, order)
     try:
         parts = _run(maker, arguments, columns)
-    except Exception as error:  # the library checks late, with many kinds of errors, all about its options
+    except (
+        Exception
+    ) as error:  # the library checks late, with many kinds of errors, all about its options
         message = " ".join(str(error).split()) or type(error).__name__
         least = options.get(_MINIMUM, taken[_MINIMUM].default if _MINIMUM in taken else None)
         if "number of attempts" in message and least:
             raise JobError(
-                f"data.partition: no draw gave each of {clients} clients {least} of {len(numbers)} rows{where}; lower "
-                f"federation.clients or data.partition.options.{_MINIMUM}, or raise data.partition.options.alpha"
+                f"data.partition: no draw gave each of {clients} clients {least} of {len(numbers)} "
+                f"rows{where}; lower "
+                f"federation.clients or data.partition.options.{_MINIMUM}, or raise "
+                f"data.partition.options.alpha"
             ) from error
-        key = next((name for name in options if name.replace("_", " ") in message.lower().replace("_", " ")), None)
+        key = next(
+            (
+                name
+                for name in options
+                if name.replace("_", " ") in message.lower().replace("_", " ")
+            ),
+            None,
+        )
         what = (
             f"data.partition.options.{key} = {options[key]!r}"
             if key
@@ -163,13 +194,16 @@ def _parts(
         raise JobError(f"{what} does not work{where}: {message[:300]}") from error
     if clients is not None and len(parts) != clients:
         raise JobError(
-            f"data.partition.options makes {len(parts)} clients{where} where federation.clients asks for {clients}; "
+            f"data.partition.options makes {len(parts)} clients{where} where federation.clients "
+            f"asks for {clients}; "
             "make them agree"
         )
     return [sorted(rows) for rows in parts]
 
 
-def _columns(table: Table, maker: Any, options: dict[str, Any], order: list[int]) -> dict[str, list[Any]]:
+def _columns(
+    table: Table, maker: Any, options: dict[str, Any], order: list[int]
+) -> dict[str, list[Any]]:
     by = options.get("partition_by")
     if by is None:
         return {}
@@ -185,7 +219,8 @@ def _columns(table: Table, maker: Any, options: dict[str, Any], order: list[int]
 def _run(maker: Any, arguments: dict[str, Any], columns: dict[str, list[Any]]) -> list[list[int]]:
     import datasets
 
-    # retries and unused classes are warned about, one partitioner draws a progress bar: what matters is checked after
+    # retries and unused classes are warned about, one partitioner draws a progress bar: what
+    # matters is checked after
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         partitioner = maker(**arguments)
@@ -200,26 +235,39 @@ def _partitioner(job: Job, table: Table) -> tuple[Any, dict[str, Any]]:
 
     by, given = job.data.partition.by, job.data.partition.options
     name, defaults = ALIASES.get(by, (by, {}))
-    usable = [known for known in library.__all__ if not known.startswith(("Partitioner", "Vertical", "IdToSizeFnc"))]
+    usable = [
+        known
+        for known in library.__all__
+        if not known.startswith(("Partitioner", "Vertical", "IdToSizeFnc"))
+    ]
     if name not in usable:
         near = difflib.get_close_matches(by, [*ALIASES, *usable], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise JobError(f"data.partition.by = {by!r} is no way to split rows; {hint}there are: {', '.join(ALIASES)}")
+        raise JobError(
+            f"data.partition.by = {by!r} is no way to split rows; {hint}there are: "
+            f"{', '.join(ALIASES)}"
+        )
     maker = getattr(library, name)
     taken = inspect.signature(maker).parameters
     for key, value in given.items():
         if key in OURS:
-            raise JobError(f"data.partition.options.{key} = {value!r} is not set here: {OURS[key]} decides it")
+            raise JobError(
+                f"data.partition.options.{key} = {value!r} is not set here: {OURS[key]} decides it"
+            )
         if key not in taken:
             own = ", ".join(known for known in taken if known not in OURS) or "none"
-            raise JobError(f"data.partition.options.{key} = {value!r} is no option of {name}; its options: {own}")
+            raise JobError(
+                f"data.partition.options.{key} = {value!r} is no option of {name}; its options: "
+                f"{own}"
+            )
     options = defaults | given
     if "partition_by" in taken and "partition_by" not in options:
         # natural partitioners go by the column of client ids, the others by the label
         labelled = task_class(job.data).classifies
         if name not in NATURAL and not labelled:
             raise JobError(
-                f'data.partition.by = "{by}" goes by labels, which this task does not have; set it to "iid" or '
+                f'data.partition.by = "{by}" goes by labels, which this task does not have; set it '
+                f'to "iid" or '
                 '"natural", or name a column of the data in data.partition.options.partition_by'
             )
         by_column = table.group if name in NATURAL else job.data.label

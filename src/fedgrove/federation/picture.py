@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Okabe & Ito's palette, told apart with any kind of colour vision; neighbours also differ in lightness
+#: Okabe & Ito's palette, told apart with any kind of colour vision; neighbours also differ in
+#: lightness
 COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#F0E442", "#CC79A7", "#5F5F5F")
 MOST_BARS = 100
 MOST_NAMES, MOST_LABELS = 40, 80  # written out along a heat map
@@ -23,10 +24,12 @@ GAP = 0.8  # between groups, in bars
 
 
 def who_holds_what(table: dict[str, Any], target: Path | BytesIO) -> None:
-    """Draw ``Federation.table()`` as a PNG: a bar for each client, stacked by label (or kind), under its natural group.
+    """Draw ``Federation.table()`` as a PNG: a bar for each client, stacked by label (or kind),
+    under its natural group.
 
-    More than 100 clients or 8 labels become a heat map (client across, label down, share of its examples) under the
-    clients' sizes; past 40 clients it is ordered by main label instead of name. Held-out clients are marked.
+    More than 100 clients or 8 labels become a heat map (client across, label down, share of its
+    examples) under the clients' sizes; past 40 clients it is ordered by main label instead of name.
+    Held-out clients are marked.
     """
     from matplotlib.figure import Figure
     from matplotlib.text import Text
@@ -36,7 +39,9 @@ def who_holds_what(table: dict[str, Any], target: Path | BytesIO) -> None:
     if table.get("kinds") and all("kinds" in client for client in clients):
         labels, what = table["kinds"], table["kind"]
         clients = [{**client, "labels": client["kinds"]} for client in clients]
-    if not any(client["labels"] for client in clients):  # sites of a deployment may keep these counts to themselves
+    if not any(
+        client["labels"] for client in clients
+    ):  # sites of a deployment may keep these counts to themselves
         labels = ["any label"]
         clients = [{**client, "labels": {"any label": client["train"]}} for client in clients]
     many = len(clients) > MOST_BARS or len(labels) > len(COLOURS)
@@ -108,7 +113,9 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what
     named = len(clients) <= MOST_NAMES
     if not named:
         clients = sorted(clients, key=_by_main_label)
-    counts = np.array([[client["labels"].get(label, 0) for label in labels] for client in clients], float)
+    counts = np.array(
+        [[client["labels"].get(label, 0) for label in labels] for client in clients], float
+    )
     totals = counts.sum(1)
     shares = counts / np.maximum(totals, 1)[:, None]
 
@@ -124,7 +131,9 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what
     fill = [COLOURS[1] if client["held_out"] else COLOURS[0] for client in clients]
     sizes.bar(range(len(clients)), totals, 1.0, color=fill, linewidth=0)
     held_out = sum(client["held_out"] for client in clients)
-    title = f"training examples of {len(clients)} clients" + (f" ({held_out} held out: orange)" if held_out else "")
+    title = f"training examples of {len(clients)} clients" + (
+        f" ({held_out} held out: orange)" if held_out else ""
+    )
     sizes.set_title(title, fontsize=9, color=INK, loc="left")
     sizes.set_xlim(-0.5, len(clients) - 0.5)
     sizes.tick_params(axis="y", labelsize=8)
@@ -133,7 +142,9 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what
     image = heat.imshow(shares.T, aspect="auto", interpolation="nearest", cmap="PuBu", vmin=0)
     heat.set_title(f"share of each {what}", fontsize=9, color=INK, loc="left")
     step = -(-len(labels) // MOST_LABELS)
-    heat.set_yticks(range(0, len(labels), step), [short(label, 22) for label in labels[::step]], fontsize=8)
+    heat.set_yticks(
+        range(0, len(labels), step), [short(label, 22) for label in labels[::step]], fontsize=8
+    )
     names = [short(client["name"], 16) for client in clients] if named else []
     heat.set_xticks(range(len(names)), names, fontsize=7.5, rotation=90)
     bar = figure.add_axes((left + width + 0.015, below / height, 0.012, map_height / height))

@@ -1,4 +1,6 @@
-"""Reads data files row by row: JSON lines, CSV and Parquet. Every error names the file and the line or row."""
+"""Reads data files row by row: JSON lines, CSV and Parquet. Every error names the file and the line
+or row.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgrove.errors import DataError
+from fedgrove.ground.errors import DataError
 
 Row = dict[str, Any]
 Place = str  # where a row stands, for messages: "clinic-1.jsonl, line 3"
@@ -19,7 +21,8 @@ Place = str  # where a row stands, for messages: "clinic-1.jsonl, line 3"
 def records(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The rows of one file with the named columns, each with its place.
 
-    Raises DataError: unknown kind of file, unreadable, damaged, a column missing (lists those present).
+    Raises DataError: unknown kind of file, unreadable, damaged, a column missing (lists those
+    present).
     """
     kind = path.suffix.lower()
     if kind not in READERS:
@@ -36,7 +39,9 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {number} is not UTF-8 text; save the file as UTF-8") from error
+                raise DataError(
+                    f"{path}, line {number} is not UTF-8 text; save the file as UTF-8"
+                ) from error
 
 
 def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -48,10 +53,21 @@ def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[str
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{place} is not valid JSON: {error.msg} at column {error.colno}") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-            what = "nested too deeply" if isinstance(error, RecursionError) else "a number in it is too long"
-            raise DataError(f"{place} cannot be read as JSON ({what}); correct or remove the row") from error
+            raise DataError(
+                f"{place} is not valid JSON: {error.msg} at column {error.colno}"
+            ) from error
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a number of thousands of digits, brackets without end
+            what = (
+                "nested too deeply"
+                if isinstance(error, RecursionError)
+                else "a number in it is too long"
+            )
+            raise DataError(
+                f"{place} cannot be read as JSON ({what}); correct or remove the row"
+            ) from error
         if not isinstance(record, dict):
             raise DataError(f"{place} is not a JSON object with the columns as keys")
         _need(columns, record, place)
@@ -79,7 +95,10 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[str, 
                 raise DataError(f"{path} has the column {twice[0]!r} twice; rename one of them")
             continue
         if len(fields) != len(header):
-            raise DataError(f"{place} has {len(fields)} fields, but the header has {len(header)}; quote the commas")
+            raise DataError(
+                f"{place} has {len(fields)} fields, but the header has {len(header)}; quote the "
+                f"commas"
+            )
         values = dict(zip(header, fields, strict=True))
         yield place, {name: values[name] for name in columns}
 
@@ -97,11 +116,15 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[s
                     number += 1
                     yield f"{path}, row {number}", values
     except (pyarrow.ArrowException, pyarrow.lib.ArrowInvalid) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}"
+        ) from error
     except OSError as error:
         if error.errno is not None:  # the file system's own
             raise
-        raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}"
+        ) from error
 
 
 READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -113,7 +136,9 @@ def _need(columns: Sequence[str], present: Any, place: Place) -> None:
         there = ", ".join(map(str, present)) or "none"
         chat = missing[0] in ("prompt", "completion") and "messages" in present
         hint = (
-            'set data.messages = "messages" to learn conversations' if chat else "the [data] section names the columns"
+            'set data.messages = "messages" to learn conversations'
+            if chat
+            else "the [data] section names the columns"
         )
         raise DataError(f"{place} has no column {missing[0]!r}; it has: {there} ({hint})")
 
@@ -122,7 +147,11 @@ def text_of(value: Any, column: str, place: Place) -> str:
     """``value`` as a text with something in it. Raises DataError with its place."""
     if isinstance(value, str) and value.strip():
         return whole(value, column, place)
-    what = "is empty" if value is None or isinstance(value, str) else f"is a {type(value).__name__}, not a text"
+    what = (
+        "is empty"
+        if value is None or isinstance(value, str)
+        else f"is a {type(value).__name__}, not a text"
+    )
     raise DataError(f"{place}: the column {column!r} {what}; correct or remove the row")
 
 
@@ -130,7 +159,8 @@ def whole(text: str, column: str, place: Place) -> str:
     """``text``, unless it has half of a pair of characters ("\\ud83d"), which JSON can write and nothing can encode."""
     if half := broken(text):
         raise DataError(
-            f"{place}: the column {column!r} has a broken character, {half!a}, which is half of a pair; "
+            f"{place}: the column {column!r} has a broken character, {half!a}, which is half of a "
+            f"pair; "
             "correct or remove the row"
         )
     return text
@@ -146,7 +176,9 @@ def broken(text: str) -> str:
 
 
 def label_of(value: Any, column: str, place: Place) -> str:
-    """A class, group or other identifier as a text: ``3``, ``3.0`` and ``"3"`` are one, ``true`` is ``"true"``."""
+    """A class, group or other identifier as a text: ``3``, ``3.0`` and ``"3"`` are one, ``true`` is
+    ``"true"``.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer():
@@ -154,7 +186,9 @@ def label_of(value: Any, column: str, place: Place) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip():
         raise DataError(f"{place}: the column {column!r} is empty; correct or remove the row")
     if not isinstance(value, str | int | float):
-        raise DataError(f"{place}: the column {column!r} holds a {type(value).__name__}, not one value")
+        raise DataError(
+            f"{place}: the column {column!r} holds a {type(value).__name__}, not one value"
+        )
     return whole(str(value).strip(), column, place)
 
 
@@ -163,5 +197,7 @@ def fingerprint(paths: Sequence[Path]) -> str:
     whole = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
         with path.open("rb") as stream:
-            whole.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
+            whole.update(
+                f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode()
+            )
     return whole.hexdigest()

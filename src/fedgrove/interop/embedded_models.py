@@ -1,6 +1,8 @@
-"""The embedded models that packages carry in another format: written once into the cache as Hugging Face folders.
+"""The embedded models that packages carry in another format: written once into the cache as Hugging
+Face folders.
 
-Both are quantised where they come from, so they are close to the published weights, not equal to them.
+Both are quantised where they come from, so they are close to the published weights, not equal to
+them.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedgrove.errors import ModelError
 from fedgrove.federation.assets import asset
+from fedgrove.ground.errors import ModelError
+from fedgrove.ground.files import whole_directory
 from fedgrove.interop.onnx_weights import dequantised
-from fedgrove.tracking.files import whole_directory
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -36,7 +38,9 @@ The weights were rounded for that file: expect what the original does, not its e
 
 @dataclass(frozen=True)
 class Converted:
-    """``write(files of the asset, new folder)`` makes the model folder; ``what`` names the format for the card."""
+    """``write(files of the asset, new folder)`` makes the model folder; ``what`` names the format
+    for the card.
+    """
 
     upstream: str
     what: str
@@ -46,8 +50,8 @@ class Converted:
 def model_folder(name: str) -> Path:
     """The Hugging Face folder of an embedded model, fetched and converted on first use.
 
-    Several processes may ask at once: one converts, the others wait. Raises ``DataError`` when the package cannot be
-    had, ``ModelError`` when it cannot be converted.
+    Several processes may ask at once: one converts, the others wait. Raises ``DataError`` when the
+    package cannot be had, ``ModelError`` when it cannot be converted.
     """
     source = asset(name)
     if name not in CONVERTED:
@@ -58,7 +62,11 @@ def model_folder(name: str) -> Path:
 
         with FileLock(source.with_name(f"{folder.name}.lock")):
             if not _complete(folder):
-                print(f"restoring {name} from {CONVERTED[name].what}, once", file=sys.stderr, flush=True)
+                print(
+                    f"restoring {name} from {CONVERTED[name].what}, once",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 with whole_directory(folder) as partial:
                     CONVERTED[name].write(source, partial)
                     (partial / "README.md").write_text(_card(name), encoding="utf-8")
@@ -67,7 +75,9 @@ def model_folder(name: str) -> Path:
 
 def _complete(folder: Path) -> bool:
     # whole_directory renames it into place, so presence is enough
-    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
+    return all(
+        (folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")
+    )
 
 
 def _card(name: str) -> str:
@@ -78,7 +88,9 @@ def _card(name: str) -> str:
 
 
 def minimind(source: Path, folder: Path) -> None:
-    """int8 ONNX -> ``LlamaForCausalLM`` (8 layers of 512, grouped queries), its output layer tied to the embedding."""
+    """int8 ONNX -> ``LlamaForCausalLM`` (8 layers of 512, grouped queries), its output layer tied
+    to the embedding.
+    """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     weights = dequantised(source / "model_quantized.onnx")
     _save(config, weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, folder)
@@ -94,13 +106,16 @@ def smollm2(source: Path, folder: Path) -> None:
 
     if not _installed("gguf"):
         raise ModelError(
-            "model.name: 'smollm2-135m' is read out of a GGUF file once, which needs the package gguf: "
+            "model.name: 'smollm2-135m' is read out of a GGUF file once, which needs the package "
+            "gguf: "
             "pip install 'fedgrove[gguf]'."
         )
     with redirect_stderr(StringIO()):  # a bar for every tensor
         model = from_pretrained(AutoModelForCausalLM, str(source), None, gguf_file=GGUF_FILE)
         tokenizer = from_pretrained(AutoTokenizer, str(source), None, gguf_file=GGUF_FILE)
-    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    config = {
+        key: value for key, value in model.config.to_dict().items() if key != "quantization_config"
+    }
     _save(config, model.state_dict(), folder)
     tokenizer.save_pretrained(str(folder))
 
@@ -113,8 +128,13 @@ def _save(config: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> N
     with torch.device("meta"):
         model = LlamaForCausalLM(plain)
     if difference := set(model.state_dict()) ^ set(weights):
-        raise ModelError(f"The packed weights do not fit their configuration (first difference: {min(difference)}).")
-    model.load_state_dict({name: value.to(torch.float16) for name, value in weights.items()}, assign=True)
+        raise ModelError(
+            f"The packed weights do not fit their configuration (first difference: "
+            f"{min(difference)})."
+        )
+    model.load_state_dict(
+        {name: value.to(torch.float16) for name, value in weights.items()}, assign=True
+    )
     model.tie_weights()
     ids = {name: getattr(plain, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)

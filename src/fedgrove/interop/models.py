@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.adapters.adapter import Site
-from fedgrove.errors import ModelError
+from fedgrove.ground.errors import ModelError
+from fedgrove.ground.seeds import derive
 from fedgrove.interop import quantise
 from fedgrove.interop.embedded_models import CONVERTED, model_folder
 from fedgrove.interop.targets import find_sites
-from fedgrove.seeds import derive
 
 #: models that the package itself brings along, under ``fedgrove/weights``
 SHIPPED_MODELS = ("grove-vit",)
@@ -38,7 +38,9 @@ _DROPOUTS = (
 
 @dataclass(eq=False)
 class Base:
-    """A frozen base model with its adapted sites. One per process, whatever the number of clients."""
+    """A frozen base model with its adapted sites. One per process, whatever the number of
+    clients.
+    """
 
     name: str
     upstream: str  # the name that PEFT configurations carry
@@ -54,7 +56,9 @@ class Base:
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """Adapters and heads train in float32 whatever the base's precision (float64 with a float64 base)."""
+        """Adapters and heads train in float32 whatever the base's precision (float64 with a float64
+        base).
+        """
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
@@ -68,7 +72,9 @@ class Base:
 
 
 def resolve_name(name: str) -> str:
-    """Where ``from_pretrained`` finds the model: a folder of the package or the cache for an embedded name."""
+    """Where ``from_pretrained`` finds the model: a folder of the package or the cache for an
+    embedded name.
+    """
     if name in SHIPPED_MODELS:
         return str(Path(__file__).parents[1] / "weights" / name)
     return str(model_folder(name)) if name in EMBEDDED_MODELS else name
@@ -80,7 +86,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     tokenizer = from_pretrained(AutoTokenizer, name, revision)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"model.name: the tokenizer of '{name}' has neither a padding nor an end token.")
+            raise ModelError(
+                f"model.name: the tokenizer of '{name}' has neither a padding nor an end token."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -93,13 +101,18 @@ def load_image_processor(name: str, revision: str | None = None) -> Any:
 
 
 def load_processor(name: str, revision: str | None, task: str, config: Any = None) -> Any:
-    """What turns the task's rows into the model's inputs. Raises ``ModelError`` where the model reads other things."""
+    """What turns the task's rows into the model's inputs. Raises ``ModelError`` where the model
+    reads other things.
+    """
     config = config or load_config(name, revision)
     images = hasattr(config, "num_channels") or hasattr(config, "image_size")
     if images != (task == "classify-images") and (images or hasattr(config, "vocab_size")):
-        reads, other = ("images, not text", "minilm") if images else ("text, not images", "grove-vit")
+        reads, other = (
+            ("images, not text", "minilm") if images else ("text, not images", "grove-vit")
+        )
         raise ModelError(
-            f"model.name: '{name}' reads {reads}; for data.task = {task!r} choose another model, such as {other!r}."
+            f"model.name: '{name}' reads {reads}; for data.task = {task!r} choose another model, "
+            f"such as {other!r}."
         )
     return (load_image_processor if task == "classify-images" else load_tokenizer)(name, revision)
 
@@ -134,10 +147,13 @@ def load_base(
     """Load and freeze a base for a task. Raises ``ModelError`` in one sentence."""
     config = load_config(name, revision)
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"model.name: '{name}' is an encoder-decoder; Fedgrove adapts encoders and decoders.")
+        raise ModelError(
+            f"model.name: '{name}' is an encoder-decoder; Fedgrove adapts encoders and decoders."
+        )
     if getattr(config, "mask_ratio", 0):
         raise ModelError(
-            f"model.name: '{name}' hides patches at random in every pass (mask_ratio = {config.mask_ratio}), so no two "
+            f"model.name: '{name}' hides patches at random in every pass (mask_ratio = "
+            f"{config.mask_ratio}), so no two "
             "measures agree; choose another model, or a copy whose config.json has mask_ratio 0."
         )
     if head == "lm":
@@ -153,15 +169,23 @@ def load_base(
         if task != "classify-images":
             config.pad_token_id = processor.pad_token_id
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "stock head"))  # weights that the checkpoint lacks are drawn here
-        model = from_pretrained(model_class(task, head), name, revision, config=config, dtype=dtype, **placed)
+        torch.manual_seed(
+            derive(seed, "stock head")
+        )  # weights that the checkpoint lacks are drawn here
+        model = from_pretrained(
+            model_class(task, head), name, revision, config=config, dtype=dtype, **placed
+        )
     if head == "lm":
-        model.generation_config = type(model.generation_config)()  # its sampling and penalties are not ours
+        model.generation_config = type(
+            model.generation_config
+        )()  # its sampling and penalties are not ours
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
-            raise ModelError(f"train.gradient_checkpointing: '{name}' does not support it; set it to false.")
+            raise ModelError(
+                f"train.gradient_checkpointing: '{name}' does not support it; set it to false."
+            )
         _checkpoint_activations(model)
         model.train()  # transformers checkpoints in training mode only; every dropout rate is 0
     if not placed:
@@ -170,14 +194,22 @@ def load_base(
     stock: dict[str, Tensor] = {}
     if head == "stock":
         prefix = model.base_model_prefix
-        modules = tuple(n for n, m in model.named_children() if n != prefix and any(True for _ in m.parameters()))
+        modules = tuple(
+            n
+            for n, m in model.named_children()
+            if n != prefix and any(True for _ in m.parameters())
+        )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         for module in modules:
             for key, value in model.get_submodule(module).named_parameters():
                 stock[f"{module}.{key}"] = value.detach().to("cpu", wide).clone()
             model.get_submodule(module).to(wide)
             model.get_submodule(module).register_forward_pre_hook(partial(_widen, wide))
-    sites = {n: s for n, s in find_sites(model, targets).items() if not n.startswith(tuple(f"{m}." for m in modules))}
+    sites = {
+        n: s
+        for n, s in find_sites(model, targets).items()
+        if not n.startswith(tuple(f"{m}." for m in modules))
+    }
     if head == "lm":
         _check_tied(model, sites)
     return Base(
@@ -200,35 +232,44 @@ def _hidden_size(name: str, config: Any) -> int:
     size = getattr(config, "hidden_size", None)
     if not isinstance(size, int):
         raise ModelError(
-            f"model.name: '{name}' ({type(config).__name__}) has no one hidden size for a head; choose an encoder of "
+            f"model.name: '{name}' ({type(config).__name__}) has no one hidden size for a head; "
+            f"choose an encoder of "
             "one part, such as its text or vision model alone."
         )
     return size
 
 
 def _check_decoder(name: str, config: Any) -> None:
-    """Encoders load as language models too, with an output layer of noise or one that looks ahead."""
+    """Encoders load as language models too, with an output layer of noise or one that looks
+    ahead.
+    """
     kinds = [str(kind) for kind in getattr(config, "architectures", None) or []]
     if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         raise ModelError(
-            f"model.name: '{name}' is a {kinds[0]}, which does not write text; for data.task = \"generate\" choose a "
+            f"model.name: '{name}' is a {kinds[0]}, which does not write text; for data.task = "
+            f'"generate" choose a '
             'decoder with its output layer, such as "minimind2-small".'
         )
 
 
 def _check_tied(model: Any, sites: dict[str, Site]) -> None:
-    """An adapter that is merged into a tied output layer would change the input embedding as well."""
+    """An adapter that is merged into a tied output layer would change the input embedding as
+    well.
+    """
     embedding = model.get_input_embeddings().weight
     for name in sites:
         if model.get_submodule(name).weight is embedding:
             raise ModelError(
-                f"lora.targets: '{name}' of {type(model).__name__} shares its weights with the input embedding, so it "
+                f"lora.targets: '{name}' of {type(model).__name__} shares its weights with the "
+                f"input embedding, so it "
                 "cannot be adapted; leave it out."
             )
 
 
 def _checkpoint_activations(model: Any) -> None:
-    """Without re-entrance, so that a frozen embedding needs no gradient; transformers 5.23 renamed the call."""
+    """Without re-entrance, so that a frozen embedding needs no gradient; transformers 5.23 renamed
+    the call.
+    """
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -238,7 +279,9 @@ def _checkpoint_activations(model: Any) -> None:
 
 def _widen(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The stock head computes in the head's precision, whatever the base's."""
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    return tuple(
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    )
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
@@ -254,14 +297,17 @@ def longest_input(config: Any) -> int | None:
         return None
     offset = (
         2
-        if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl")
+        if getattr(config, "model_type", "")
+        in ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl")
         else 0
     )
     return int(limit) - offset
 
 
 def from_pretrained(factory: Any, name: str, revision: str | None, **options: Any) -> Any:
-    """``factory.from_pretrained``, quietly: from disk where it is there, else from the hub. Raises ``ModelError``."""
+    """``factory.from_pretrained``, quietly: from disk where it is there, else from the hub. Raises
+    ``ModelError``.
+    """
     from transformers import logging
 
     logging.set_verbosity_error()
@@ -275,17 +321,24 @@ def from_pretrained(factory: Any, name: str, revision: str | None, **options: An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return factory.from_pretrained(place, revision=revision, local_files_only=True, **options)
+            return factory.from_pretrained(
+                place, revision=revision, local_files_only=True, **options
+            )
         except ImportError as error:
-            raise ModelError(f"model.name: '{name}' needs a package that is not installed: {_first(error)}") from error
+            raise ModelError(
+                f"model.name: '{name}' needs a package that is not installed: {_first(error)}"
+            ) from error
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if Path(place).is_dir():
-                raise ModelError(f"model.name: '{name}' cannot be loaded from its folder: {_first(error)}") from error
+                raise ModelError(
+                    f"model.name: '{name}' cannot be loaded from its folder: {_first(error)}"
+                ) from error
         try:
             return factory.from_pretrained(place, revision=revision, **options)
         except Exception as error:  # the hub client raises many kinds
             raise ModelError(
-                f"model.name: '{name}' is neither on this machine nor could it be fetched from the model hub "
+                f"model.name: '{name}' is neither on this machine nor could it be fetched from the "
+                f"model hub "
                 f"({type(error).__name__}); check the name and the network, or give a local folder."
             ) from error
 

@@ -1,7 +1,9 @@
-"""The weights of a quantised ONNX language model as PyTorch calls them. No ONNX library: only initialisers are read.
+"""The weights of a quantised ONNX language model as PyTorch calls them. No ONNX library: only
+initialisers are read.
 
-An ONNX file is one protobuf message. Wanted are its tensors and which matrix product uses which of them: the exporter
-names a product after the module that it came from (``/model/layers.0/self_attn/q_proj/MatMul_quant``).
+An ONNX file is one protobuf message. Wanted are its tensors and which matrix product uses which of
+them: the exporter names a product after the module that it came from
+(``/model/layers.0/self_attn/q_proj/MatMul_quant``).
 """
 
 from __future__ import annotations
@@ -16,10 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgrove.errors import ModelError
+from fedgrove.ground.errors import ModelError
 
 #: ONNX's numbers of element types -> numpy's, those that quantised models hold
-_TYPES: dict[int, Any] = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16}
+_TYPES: dict[int, Any] = {
+    1: np.float32,
+    2: np.uint8,
+    3: np.int8,
+    6: np.int32,
+    7: np.int64,
+    10: np.float16,
+}
 
 
 @dataclass
@@ -41,20 +50,25 @@ class _Tensor:
 
 
 def dequantised(file: Path) -> dict[str, Tensor]:
-    """Parameters in float32 by their PyTorch names: ``model.layers.0.self_attn.q_proj.weight``, norms, embedding.
+    """Parameters in float32 by their PyTorch names: ``model.layers.0.self_attn.q_proj.weight``,
+    norms, embedding.
 
-    An integer matrix ``W`` becomes ``(W - zero) · scale``, transposed as ``nn.Linear`` keeps it. The output layer is
-    left out: where it is tied to the embedding, it is a second rounding of the same matrix.
-    Raises ``ModelError`` for a file that is not such a model.
+    An integer matrix ``W`` becomes ``(W - zero) · scale``, transposed as ``nn.Linear`` keeps it.
+    The output layer is left out: where it is tied to the embedding, it is a second rounding of the
+    same matrix. Raises ``ModelError`` for a file that is not such a model.
     """
     try:
         return _dequantised(file.read_bytes())
     except (IndexError, KeyError, ValueError, struct.error, UnicodeDecodeError) as error:
-        raise ModelError(f"{file.name} is not a quantised ONNX model as expected ({error}).") from error
+        raise ModelError(
+            f"{file.name} is not a quantised ONNX model as expected ({error})."
+        ) from error
 
 
 def _dequantised(data: bytes) -> dict[str, Tensor]:
-    graph = next((value for number, value in _fields(memoryview(data)) if number == 7), None)  # ModelProto.graph
+    graph = next(
+        (value for number, value in _fields(memoryview(data)) if number == 7), None
+    )  # ModelProto.graph
     if graph is None:
         raise ValueError("it has no graph")
     tensors: dict[str, _Tensor] = {}
@@ -66,7 +80,9 @@ def _dequantised(data: bytes) -> dict[str, Tensor]:
         elif number == 1:  # GraphProto.node
             name, operator, inputs = _node(value)
             if operator == "MatMulInteger":
-                products[name.strip("/").removesuffix("/MatMul_quant").replace("/", ".")] = inputs[1]
+                products[name.strip("/").removesuffix("/MatMul_quant").replace("/", ".")] = inputs[
+                    1
+                ]
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("norm.weight"):
@@ -75,13 +91,17 @@ def _dequantised(data: bytes) -> dict[str, Tensor]:
             found[name.removesuffix("_quantized")] = torch.from_numpy(_scaled(tensors, name))
     for module, matrix in products.items():
         if module != "lm_head":
-            found[f"{module}.weight"] = torch.from_numpy(np.ascontiguousarray(_scaled(tensors, matrix).T))
+            found[f"{module}.weight"] = torch.from_numpy(
+                np.ascontiguousarray(_scaled(tensors, matrix).T)
+            )
     return found
 
 
 def _scaled(tensors: dict[str, _Tensor], name: str) -> np.ndarray:
     stem = name.removesuffix("_quantized")
-    whole, zero, scale = (tensors[key].array() for key in (name, f"{stem}_zero_point", f"{stem}_scale"))
+    whole, zero, scale = (
+        tensors[key].array() for key in (name, f"{stem}_zero_point", f"{stem}_scale")
+    )
     return (whole.astype(np.float32) - zero.astype(np.float32)) * scale
 
 

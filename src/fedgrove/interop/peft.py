@@ -1,7 +1,8 @@
 """PEFT adapter directories: the documented format in which a client leaves.
 
-``adapter_config.json`` + ``adapter_model.safetensors`` are PEFT's own. Beside them ``head.safetensors`` (our pooled
-head) and ``fedgrove.json`` (labels, maximum length, pooling, precision: what a classifier is besides its weights).
+``adapter_config.json`` + ``adapter_model.safetensors`` are PEFT's own. Beside them
+``head.safetensors`` (our pooled head) and ``fedgrove.json`` (labels, maximum length, pooling,
+precision: what a classifier is besides its weights).
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.errors import AdapterError
-from fedgrove.tracking.files import whole_directory
+from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.files import whole_directory
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS, HEAD, CARD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedgrove.json"
+CONFIG, WEIGHTS, HEAD, CARD = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "head.safetensors",
+    "fedgrove.json",
+)
 
 
 def save_adapter(
@@ -36,7 +42,8 @@ def save_adapter(
 ) -> None:
     """Write one PEFT adapter directory, replacing what is there only when all of it is written.
 
-    ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes where PEFT keeps
+    ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes
+    where PEFT keeps
     ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
     """
     if not adapter:
@@ -47,20 +54,29 @@ def save_adapter(
         if head_kind == "lm":
             kind = "CAUSAL_LM"
         elif card.get("task") == "classify-images":
-            kind = None  # with one of the others PEFT hands on a text's arguments, which not every image model takes
+            # with one of the others PEFT hands on a text's arguments, which not every image model
+            # takes
+            kind = None
         _config(adapter, base, head_modules if stock else (), kind).save_pretrained(str(partial))
         tensors: dict[str, Tensor] = {}
         for site, factors in adapter.items():
             tensors[f"{PREFIX}{site}.lora_A.weight"] = factors.A.detach().clone().contiguous()
             tensors[f"{PREFIX}{site}.lora_B.weight"] = factors.B.detach().clone().contiguous()
         if stock:
-            tensors |= {f"{PREFIX}{name}": value.detach().clone().contiguous() for name, value in head.items()}
+            tensors |= {
+                f"{PREFIX}{name}": value.detach().clone().contiguous()
+                for name, value in head.items()
+            }
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if head and not stock:
             save_file(
-                {n: v.detach().clone().contiguous() for n, v in head.items()}, partial / HEAD, metadata={"format": "pt"}
+                {n: v.detach().clone().contiguous() for n, v in head.items()},
+                partial / HEAD,
+                metadata={"format": "pt"},
             )
-        (partial / CARD).write_text(json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / CARD).write_text(
+            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def _config(adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | None) -> Any:
@@ -81,7 +97,9 @@ def _config(adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | N
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    config.target_modules = sorted(config.target_modules)  # a set inside PEFT: its order would differ between processes
+    config.target_modules = sorted(
+        config.target_modules
+    )  # a set inside PEFT: its order would differ between processes
     return config
 
 
@@ -93,21 +111,27 @@ def _tidy(alpha: float) -> Any:
 def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, Any]]:
     """(adapter, head, PEFT's configuration) of a directory, whoever wrote it.
 
-    Tensors other than LoRA's pairs (modules to save) come back as the head, by their name in the base model.
-    Raises ``AdapterError`` in one sentence that names the file and the tensor.
+    Tensors other than LoRA's pairs (modules to save) come back as the head, by their name in the
+    base model. Raises ``AdapterError`` in one sentence that names the file and the tensor.
     """
     config = read_json(folder / CONFIG)
     if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS).exists():
-        raise AdapterError(f"{folder} holds pickled weights (adapter_model.bin); save the adapter as safetensors.")
+        raise AdapterError(
+            f"{folder} holds pickled weights (adapter_model.bin); save the adapter as safetensors."
+        )
     tensors = read_tensors(folder / WEIGHTS)
     for key in ("use_dora", "use_rslora"):
         if config.get(key):
-            raise AdapterError(f"{folder / CONFIG} has {key} = true; only plain LoRA adapters can be read.")
+            raise AdapterError(
+                f"{folder / CONFIG} has {key} = true; only plain LoRA adapters can be read."
+            )
     pairs: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
-            raise AdapterError(f"{folder / WEIGHTS}: the tensor '{name}' has values that are not finite.")
+            raise AdapterError(
+                f"{folder / WEIGHTS}: the tensor '{name}' has values that are not finite."
+            )
         path = name.removeprefix(PREFIX)
         for letter in "AB":
             if path.endswith(f".lora_{letter}.weight"):
@@ -119,10 +143,15 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, An
     for site, pair in sorted(pairs.items()):
         if set(pair) != {"A", "B"}:
             missing = "B" if "A" in pair else "A"
-            raise AdapterError(f"{folder / WEIGHTS}: '{site}' has no lora_{missing}; one half of the pair is missing.")
+            raise AdapterError(
+                f"{folder / WEIGHTS}: '{site}' has no lora_{missing}; one half of the pair is "
+                f"missing."
+            )
         if pair["A"].ndim != 2 or pair["B"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = f"A {tuple(pair['A'].shape)}, B {tuple(pair['B'].shape)}"
-            raise AdapterError(f"{folder / WEIGHTS}: '{site}' has shapes that do not fit: {shapes}.")
+            raise AdapterError(
+                f"{folder / WEIGHTS}: '{site}' has shapes that do not fit: {shapes}."
+            )
         adapter[site] = Factors(pair["A"], pair["B"], _scale(config, site, pair["A"].shape[0]))
     if (folder / HEAD).exists():
         head |= read_tensors(folder / HEAD)
@@ -144,7 +173,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(f"{path} does not exist; {path.parent} is not an adapter directory.") from None
+        raise AdapterError(
+            f"{path} does not exist; {path.parent} is not an adapter directory."
+        ) from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(content, dict):
@@ -159,4 +190,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise AdapterError(f"{path} does not exist.") from None
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} is not a whole safetensors file ({error}); it was cut short or altered.") from error
+        raise AdapterError(
+            f"{path} is not a whole safetensors file ({error}); it was cut short or altered."
+        ) from error

@@ -1,4 +1,6 @@
-"""Which linear layers are adapted: ``"auto"`` (query and value of every attention layer) or patterns."""
+"""Which linear layers are adapted: ``"auto"`` (query and value of every attention layer) or
+patterns.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Literal
 from torch import nn
 
 from fedgrove.adapters.adapter import Site
-from fedgrove.errors import ModelError
+from fedgrove.ground.errors import ModelError
 
 #: (query, value) as the architectures of transformers call them
 _QUERY_VALUE = (
@@ -26,20 +28,30 @@ _FUSED = ("c_attn", "query_key_value", "qkv", "qkv_proj", "Wqkv", "in_proj", "in
 
 def find_sites(model: nn.Module, targets: Literal["auto"] | Sequence[str]) -> dict[str, Site]:
     """The adapted linears in the model's order. Raises ``ModelError`` where nothing fits."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = _auto(model, linears) if targets == "auto" else _matching(model, linears, list(targets))
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    chosen = (
+        _auto(model, linears) if targets == "auto" else _matching(model, linears, list(targets))
+    )
     numbers = {name: layer_index(name) for name in chosen}
     known = [number for number in numbers.values() if number is not None]
-    above = max(known) + 1 if known else 0  # a linear outside the numbered layers counts as one more layer on top
+    above = (
+        max(known) + 1 if known else 0
+    )  # a linear outside the numbered layers counts as one more layer on top
     sites: dict[str, Site] = {}
     for name in chosen:
         number, linear = numbers[name], linears[name]
-        sites[name] = Site(name, above if number is None else number, linear.in_features, linear.out_features)
+        sites[name] = Site(
+            name, above if number is None else number, linear.in_features, linear.out_features
+        )
     return sites
 
 
 def layer_index(name: str) -> int | None:
-    """The transformer layer in a module path: its first number (``encoder.layer.3.attention...`` is layer 3)."""
+    """The transformer layer in a module path: its first number (``encoder.layer.3.attention...`` is
+    layer 3).
+    """
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
 
@@ -47,18 +59,25 @@ def layer_index(name: str) -> int | None:
 def _auto(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
     for query, value in _QUERY_VALUE:
         names = [
-            name for name in linears if name.rsplit(".", 1)[-1] in (query, value) and layer_index(name) is not None
+            name
+            for name in linears
+            if name.rsplit(".", 1)[-1] in (query, value) and layer_index(name) is not None
         ]
         ends = {name.rsplit(".", 1)[-1] for name in names}
         if ends == {query, value}:
             return names
-    fused = sorted({n.rsplit(".", 1)[-1] for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in _FUSED})
+    fused = sorted(
+        {n.rsplit(".", 1)[-1] for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in _FUSED}
+    )
     if fused:
-        kinds = sorted({type(m).__name__ for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in fused})
+        kinds = sorted(
+            {type(m).__name__ for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in fused}
+        )
         raise ModelError(
             f"{type(model).__name__} computes query, key and value in one layer "
             f"({', '.join(fused)}, a {'/'.join(kinds)}), "
-            'so lora.targets = "auto" has no query and value to adapt; name other layers in lora.targets, such as '
+            'so lora.targets = "auto" has no query and value to adapt; name other layers in '
+            "lora.targets, such as "
             f"{_suggestions(linears)}."
         )
     raise ModelError(
@@ -72,7 +91,9 @@ def _matching(model: nn.Module, linears: dict[str, nn.Linear], patterns: list[st
     for pattern in patterns:
         hits = {name for name in linears if _matches(name, pattern)}
         if not hits:
-            others = [name for name, module in model.named_modules() if name and _matches(name, pattern)]
+            others = [
+                name for name, module in model.named_modules() if name and _matches(name, pattern)
+            ]
             kind = type(dict(model.named_modules())[others[0]]).__name__ if others else ""
             why = (
                 f"matches only {kind} modules, and only plain Linear layers can be adapted"
@@ -92,5 +113,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _suggestions(linears: dict[str, nn.Linear]) -> str:
-    ends = sorted({".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in linears})
+    ends = sorted(
+        {".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in linears}
+    )
     return ", ".join(repr(end) for end in ends[:8]) or "(it has no linear layer)"

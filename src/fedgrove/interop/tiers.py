@@ -1,7 +1,8 @@
 """One tier of a client's adapter as a PEFT directory of its own.
 
-An adapter of several terms is their exact concatenation, term after term; ``fedgrove.json`` says how many ranks of it
-each tier has. So a tier is a slice: rows of every A, columns of every B. The tiers' updates add up to the whole.
+An adapter of several terms is their exact concatenation, term after term; ``fedgrove.json`` says
+how many ranks of it each tier has. So a tier is a slice: rows of every A, columns of every B. The
+tiers' updates add up to the whole.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.interop import peft
 
 
@@ -21,7 +22,9 @@ def write_tier(source: Path, out: Path, tier: str) -> None:
     card = peft.read_json(source / peft.CARD)
     tiers: dict[str, int] = card.get("tiers", {})
     if not tiers:
-        raise RunError(f"{source} has no tiers (its method, {card.get('method')}, has none); leave --tier out.")
+        raise RunError(
+            f"{source} has no tiers (its method, {card.get('method')}, has none); leave --tier out."
+        )
     if tier not in tiers:
         raise RunError(f"{source} has no tier '{tier}'; it has {', '.join(tiers)}.")
     adapter, head, config = peft.read_adapter(source)
@@ -40,4 +43,6 @@ def write_tier(source: Path, out: Path, tier: str) -> None:
 
 
 def _slice(adapter: Adapter, first: int, last: int) -> Adapter:
-    return {site: Factors(f.A[first:last], f.B[:, first:last], f.scale) for site, f in adapter.items()}
+    return {
+        site: Factors(f.A[first:last], f.B[:, first:last], f.scale) for site, f in adapter.items()
+    }

@@ -1,4 +1,6 @@
-"""The job: one typed TOML file. Every error names the key, the value and what would be right. Never imports torch."""
+"""The job: one typed TOML file. Every error names the key, the value and what would be right. Never
+imports torch.
+"""
 
 from __future__ import annotations
 

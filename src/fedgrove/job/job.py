@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.job import text
 from fedgrove.job.kinds import nearest
 from fedgrove.job.privacy import PrivacySection
@@ -30,48 +30,77 @@ from fedgrove.job.toml import parse_assignment, parse_toml, shown, value_text
 
 DEFAULT_RANK = 8
 
-#: Choosing another one of these drops the keys that belonged to the old choice: (chooser, dropped keys).
+#: Choosing another one of these drops the keys that belonged to the old choice: (chooser, dropped
+#: keys).
 CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
     (
         ("data", "source"),
-        ("name", "config", "path", "text", "label", "group", "labels", "train_examples", "test_examples", "partition"),
+        (
+            "name",
+            "config",
+            "path",
+            "text",
+            "label",
+            "group",
+            "labels",
+            "train_examples",
+            "test_examples",
+            "partition",
+        ),
     ),
     (("data", "partition", "by"), ("options",)),
     (("method", "name"), None),  # None: all but those that every method has
 )
 #: Setting one of these unsets the other.
-EITHER = ((("train", "local_steps"), ("train", "local_epochs")), (("train", "local_epochs"), ("train", "local_steps")))
+EITHER = (
+    (("train", "local_steps"), ("train", "local_epochs")),
+    (("train", "local_epochs"), ("train", "local_steps")),
+)
 
 Assignment = tuple[tuple[str, ...], Any]
 
 
 class Job(Section):
-    """Everything that a run depends on. Immutable; ``override`` and ``replace`` give a changed copy.
+    """Everything that a run depends on. Immutable; ``override`` and ``replace`` give a changed
+    copy.
 
-    ``Job()`` holds every key's default; ``Job.default()`` is the embedded job that ``fedgrove run`` falls back to.
-    Built from Python with wrong values it raises pydantic's ``ValidationError``; every method here raises ``JobError``.
+    ``Job()`` holds every key's default; ``Job.default()`` is the embedded job that ``fedgrove run``
+    falls back to. Built from Python with wrong values it raises pydantic's ``ValidationError``;
+    every method here raises ``JobError``.
     """
 
     model: ModelSection = Field(default_factory=ModelSection, description="The frozen base model.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapters.")
     data: DataSection = Field(default_factory=DataSection, description="The texts and labels.")
-    federation: FederationSection = Field(default_factory=FederationSection, description="The clients.")
-    method: MethodSection = Field(default_factory=MethodSection, description="The federated method.")
+    federation: FederationSection = Field(
+        default_factory=FederationSection, description="The clients."
+    )
+    method: MethodSection = Field(
+        default_factory=MethodSection, description="The federated method."
+    )
     train: TrainSection = Field(default_factory=TrainSection, description="The local training.")
-    privacy: PrivacySection = Field(default_factory=PrivacySection, description="Noise and secure aggregation.")
+    privacy: PrivacySection = Field(
+        default_factory=PrivacySection, description="Noise and secure aggregation."
+    )
     run: RunSection = Field(default_factory=RunSection, description="Rounds, seed and records.")
 
     # ------------------------------------------------------------------ reading
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The job in a file. Raises ``JobError`` where it cannot be read, is no TOML, or has wrong keys or values."""
+        """The job in a file. Raises ``JobError`` where it cannot be read, is no TOML, or has wrong
+        keys or values.
+        """
         path = Path(path)
         try:
             content = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
-            raise JobError(f"There is no job file {path}; `fedgrove init {path}` writes one to start from.") from None
+            raise JobError(
+                f"There is no job file {path}; `fedgrove init {path}` writes one to start from."
+            ) from None
         except UnicodeDecodeError as error:
-            raise JobError(f"{path} is no text in UTF-8 (byte {error.start}); a job is a TOML file.") from None
+            raise JobError(
+                f"{path} is no text in UTF-8 (byte {error.start}); a job is a TOML file."
+            ) from None
         except IsADirectoryError:
             raise JobError(
                 f"{path} is a directory; name the job file in it, for example {path / 'job.toml'}."
@@ -96,33 +125,52 @@ class Job(Section):
     @classmethod
     def default(cls) -> Self:
         """The embedded default: what `fedgrove run` does without a job."""
-        return cls.parse(files("fedgrove.job").joinpath("default.toml").read_text(encoding="utf-8"), "the default job")
+        return cls.parse(
+            files("fedgrove.job").joinpath("default.toml").read_text(encoding="utf-8"),
+            "the default job",
+        )
 
     # ------------------------------------------------------------------ changing
     def override(self, settings: Iterable[str], where: str = "") -> Self:
         """A copy with ``section.key=value`` settings, the last one of a key winning.
 
-        A value is a TOML value, a bare word a string; an empty one (``key=``) returns the key to its default. A new
-        ``method.name``, ``data.source`` or ``data.partition.by`` drops the keys that belonged to the old one;
+        A value is a TOML value, a bare word a string; an empty one (``key=``) returns the key to
+        its default. A new
+        ``method.name``, ``data.source`` or ``data.partition.by`` drops the keys that belonged to
+        the old one;
         ``train.local_steps`` and ``train.local_epochs`` replace each other.
         """
         return self._assign([parse_assignment(setting) for setting in settings], where)
 
     def replace(self, **sections: Mapping[str, Any]) -> Self:
-        """A copy with some keys changed: ``job.replace(train={"device": "cpu"}, lora={"rank": 8})``; None unsets."""
+        """A copy with some keys changed: ``job.replace(train={"device": "cpu"}, lora={"rank":
+        8})``; None unsets.
+        """
         return self._assign(
-            [((name, key), value) for name, keys in sections.items() for key, value in keys.items()], ""
+            [
+                ((name, key), value)
+                for name, keys in sections.items()
+                for key, value in keys.items()
+            ],
+            "",
         )
 
     def _assign(self, assignments: Sequence[Assignment], where: str) -> Self:
         values = self.to_dict()
-        assignments = [((*path, "name"), v) if _is_short(path, v) else (path, v) for path, v in assignments]
+        assignments = [
+            ((*path, "name"), v) if _is_short(path, v) else (path, v) for path, v in assignments
+        ]
         given = dict(assignments)
         for chooser, dropped in CHOICES:
             before = _get(values, chooser)
             if chooser in given and given[chooser] != before:
-                files = chooser == ("data", "source") and {before, given[chooser]} == {"silos", "table"}
-                _drop(values, chooser, ("partition",) if files else dropped)  # one's own files stay where they are
+                files = chooser == ("data", "source") and {before, given[chooser]} == {
+                    "silos",
+                    "table",
+                }
+                _drop(
+                    values, chooser, ("partition",) if files else dropped
+                )  # one's own files stay where they are
         for key, other in EITHER:
             if given.get(key) is not None and given.get(other) is None:
                 _set(values, other, None)
@@ -131,17 +179,26 @@ class Job(Section):
         return type(self).build(values, where)
 
     def resolved(self) -> Self:
-        """A copy in which what follows from the job alone is written out: lora.rank, lora.alpha, train.head_lr."""
+        """A copy in which what follows from the job alone is written out: lora.rank, lora.alpha,
+        train.head_lr.
+        """
         ranks = self.federation.ranks
-        rank = self.lora.rank or max(ranks.values() if isinstance(ranks, dict) else ranks, default=DEFAULT_RANK)
+        rank = self.lora.rank or max(
+            ranks.values() if isinstance(ranks, dict) else ranks, default=DEFAULT_RANK
+        )
         return self.replace(
-            lora={"rank": rank, "alpha": 2.0 * rank if self.lora.alpha is None else self.lora.alpha},
+            lora={
+                "rank": rank,
+                "alpha": 2.0 * rank if self.lora.alpha is None else self.lora.alpha,
+            },
             train={"head_lr": self.train.head_lr or self.train.lr},
         )
 
     # ------------------------------------------------------------------ asking
     def ranks(self, clients: Sequence[str]) -> dict[str, int]:
-        """The rank of each client: a list cycles over them in the given order, a table names each of them."""
+        """The rank of each client: a list cycles over them in the given order, a table names each
+        of them.
+        """
         ranks = self.federation.ranks
         if not isinstance(ranks, dict):
             cycle = ranks or (self.resolved().lora.rank or DEFAULT_RANK,)
@@ -149,11 +206,20 @@ class Job(Section):
         for name in ranks:
             if name not in clients:
                 guess = nearest(name, clients)
-                meant = f"; did you mean {value_text(guess)}?" if guess else f"; the clients are {', '.join(clients)}."
-                raise JobError(f"federation.ranks gives a rank to {shown(name)}, which is no client{meant}")
+                meant = (
+                    f"; did you mean {value_text(guess)}?"
+                    if guess
+                    else f"; the clients are {', '.join(clients)}."
+                )
+                raise JobError(
+                    f"federation.ranks gives a rank to {shown(name)}, which is no client{meant}"
+                )
         for name in clients:
             if name not in ranks:
-                raise JobError(f"federation.ranks has no rank for the client {shown(name)}; give every client one.")
+                raise JobError(
+                    f"federation.ranks has no rank for the client {shown(name)}; give every client "
+                    f"one."
+                )
         return {name: ranks[name] for name in clients}
 
     def directory(self) -> Path:
@@ -171,7 +237,9 @@ class Job(Section):
         """
         values = self.to_dict()
         del values["run"]["out"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
 
     # ------------------------------------------------------------------ writing
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -181,16 +249,22 @@ class Job(Section):
         return values
 
     def to_toml(self) -> str:
-        """The job as a file, every set key written out in a fixed order: ``Job.parse(job.to_toml()) == job``."""
+        """The job as a file, every set key written out in a fixed order: ``Job.parse(job.to_toml())
+        == job``.
+        """
         return text.to_toml(self)
 
     def explain(self) -> str:
-        """Every key by section with its type, default and description; the method's own keys are those of this job."""
+        """Every key by section with its type, default and description; the method's own keys are
+        those of this job.
+        """
         return text.explain(self)
 
     @classmethod
     def template(cls) -> str:
-        """A commented job to start from: the embedded default, with every other key as a comment."""
+        """A commented job to start from: the embedded default, with every other key as a
+        comment.
+        """
         return text.template(cls.default())
 
     # ------------------------------------------------------------------ checks
@@ -202,12 +276,17 @@ class Job(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         ranks, most = self.federation.ranks, self.lora.rank
-        named = ranks.items() if isinstance(ranks, dict) else [(str(index), rank) for index, rank in enumerate(ranks)]
+        named = (
+            ranks.items()
+            if isinstance(ranks, dict)
+            else [(str(index), rank) for index, rank in enumerate(ranks)]
+        )
         for name, rank in named:
             if most is not None and rank > most:
                 whose = f" of the client {value_text(name)}" if isinstance(ranks, dict) else ""
                 raise ValueError(
-                    f"federation.ranks = {shown(ranks)}: the rank {rank}{whose} is above lora.rank = {most}; "
+                    f"federation.ranks = {shown(ranks)}: the rank {rank}{whose} is above lora.rank "
+                    f"= {most}; "
                     "lower it, or raise or leave out lora.rank."
                 )
         if self.data.task == "generate":
@@ -215,12 +294,16 @@ class Job(Section):
         return self
 
     def _without_head(self) -> None:
-        """A language model has an output layer of its own: keys of a classifier's head are mistakes."""
+        """A language model has an output layer of its own: keys of a classifier's head are
+        mistakes.
+        """
         for name in ("model", "federation"):
             section = getattr(self, name)
             if section.head != type(section).model_fields["head"].default:
                 value = shown(section.head)
-                raise ValueError(f'{name}.head = {value} has no use with data.task = "generate"; leave it out.')
+                raise ValueError(
+                    f'{name}.head = {value} has no use with data.task = "generate"; leave it out.'
+                )
 
 
 def _is_short(path: tuple[str, ...], value: Any) -> bool:
@@ -229,7 +312,9 @@ def _is_short(path: tuple[str, ...], value: Any) -> bool:
 
 def _spread(values: Mapping[str, Any]) -> dict[str, Any]:
     """``model = "name"`` and ``method = "name"`` written out as sections."""
-    return {key: {"name": value} if _is_short((key,), value) else value for key, value in values.items()}
+    return {
+        key: {"name": value} if _is_short((key,), value) else value for key, value in values.items()
+    }
 
 
 def _get(values: Any, path: tuple[str, ...]) -> Any:
@@ -239,7 +324,9 @@ def _get(values: Any, path: tuple[str, ...]) -> Any:
 
 
 def _set(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Set a leaf; None removes it. What stands in the way of a deeper path gives way (the check then says it)."""
+    """Set a leaf; None removes it. What stands in the way of a deeper path gives way (the check
+    then says it).
+    """
     *above, last = path
     for part in above:
         if not isinstance(values.get(part), dict):
@@ -251,7 +338,9 @@ def _set(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         values[last] = value
 
 
-def _drop(values: dict[str, Any], chooser: tuple[str, ...], dropped: tuple[str, ...] | None) -> None:
+def _drop(
+    values: dict[str, Any], chooser: tuple[str, ...], dropped: tuple[str, ...] | None
+) -> None:
     table = _get(values, chooser[:-1]) or {}
     common = MethodSection.model_fields
     for key in [key for key in table if (key not in common if dropped is None else key in dropped)]:

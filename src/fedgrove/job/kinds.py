@@ -1,4 +1,6 @@
-"""What a key accepts, in words: one text for the errors, for ``fedgrove job --explain`` and for the docs."""
+"""What a key accepts, in words: one text for the errors, for ``fedgrove job --explain`` and for the
+docs.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def field_kind(field: FieldInfo) -> str:
 
 
 def kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """The words for a type annotation with its constraints; ``None`` is left out (a key is unset by leaving it out)."""
+    """The words for a type annotation with its constraints; ``None`` is left out (a key is unset by
+    leaving it out).
+    """
     return join(_alternatives(annotation, metadata))
 
 
@@ -28,11 +32,18 @@ def _alternatives(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
     if origin is Annotated:
         return _alternatives(arguments[0], [*metadata, *_flat(arguments[1:])])
     if origin in (Union, UnionType):
-        return [words for part in arguments if part is not NoneType for words in _alternatives(part, metadata)]
+        return [
+            words
+            for part in arguments
+            if part is not NoneType
+            for words in _alternatives(part, metadata)
+        ]
     if origin is Literal:
         return [value_text(choice) for choice in arguments]
     if origin in (list, tuple):
-        least = max((limit.min_length for limit in metadata if isinstance(limit, MinLen)), default=0)
+        least = max(
+            (limit.min_length for limit in metadata if isinstance(limit, MinLen)), default=0
+        )
         return [f"a list {f'of {least} or more ' if least else ''}(each {kind(arguments[0])})"]
     if origin is dict:
         return [f"a table (each {kind(arguments[1])})"]
@@ -55,10 +66,18 @@ def join(words: Sequence[str], last: str = "or") -> str:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like ``name``, whatever the case and the kind of dash; None where none is like it."""
+    """The known name most like ``name``, whatever the case and the kind of dash; None where none is
+    like it.
+    """
     plain = {_plain(candidate): candidate for candidate in known}
-    begun = [candidate for candidate in plain if len(name) > 2 and candidate.startswith(_plain(name))]
-    found = begun if len(begun) == 1 else difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
+    begun = [
+        candidate for candidate in plain if len(name) > 2 and candidate.startswith(_plain(name))
+    ]
+    found = (
+        begun
+        if len(begun) == 1
+        else difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
+    )
     return plain[found[0]] if found else None
 
 
@@ -67,7 +86,11 @@ def _plain(name: str) -> str:
 
 
 def _flat(metadata: Iterable[Any]) -> list[Any]:
-    return [limit for item in metadata for limit in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    return [
+        limit
+        for item in metadata
+        for limit in (item.metadata if isinstance(item, FieldInfo) else [item])
+    ]
 
 
 def _bounds(metadata: Sequence[Any]) -> str:

@@ -1,4 +1,6 @@
-"""The ``[privacy]`` section of a job: what may be learnt of a client, or of an example, from what leaves."""
+"""The ``[privacy]`` section of a job: what may be learnt of a client, or of an example, from what
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -16,39 +18,47 @@ class PrivacySection(Section):
 
     clip: Above | None = Field(
         None,
-        description="Client level: largest norm of what a client changes in a round, over all that it sends; clipped "
+        description="Client level: largest norm of what a client changes in a round, over all that "
+        "it sends; clipped "
         "at the client. Not set: no limit.",
         examples=[0.5],
     )
     client_noise: float = Field(
         0.0,
         ge=0,
-        description="Client level: standard deviation of the noise that the server adds to the sum of the changes, in "
+        description="Client level: standard deviation of the noise that the server adds to the sum "
+        "of the changes, in "
         "units of clip.",
     )
     example_clip: Above | None = Field(
         None,
-        description="Example level (DP-SGD): largest norm of one example's gradient. Not set: plain training.",
+        description="Example level (DP-SGD): largest norm of one example's gradient. Not set: "
+        "plain training.",
         examples=[1.0],
     )
     example_noise: float = Field(
         0.0,
         ge=0,
-        description="Example level: standard deviation of the noise that a client adds to each step's sum of "
+        description="Example level: standard deviation of the noise that a client adds to each "
+        "step's sum of "
         "gradients, in units of example_clip.",
     )
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="The delta at which epsilon is told. Not set: 1 / N^1.1, of N clients, or N examples of a client.",
+        description="The delta at which epsilon is told. Not set: 1 / N^1.1, of N clients, or N "
+        "examples of a client.",
         examples=[1e-5],
     )
     randomness: Literal["secret", "seed"] = Field(
         "secret",
-        description="Where noise comes from: a key of the system that stays where it was made, or run.seed, so that "
+        description="Where noise comes from: a key of the system that stays where it was made, or "
+        "run.seed, so that "
         "runs repeat and nobody who knows the job is kept from subtracting it.",
     )
     secure_aggregation: bool = Field(
-        False, description="The server gets masked updates, of which only the sum can be read; needs clip."
+        False,
+        description="The server gets masked updates, of which only the sum can be read; needs "
+        "clip.",
     )
 
     @model_validator(mode="after")
@@ -59,12 +69,14 @@ class PrivacySection(Section):
         ):
             if getattr(self, noise) and getattr(self, clip) is None:
                 raise ValueError(
-                    f"privacy.{noise} = {getattr(self, noise):g} is measured in privacy.{clip}, which limits {what}; "
+                    f"privacy.{noise} = {getattr(self, noise):g} is measured in privacy.{clip}, "
+                    f"which limits {what}; "
                     f"set privacy.{clip}."
                 )
         if self.secure_aggregation and self.clip is None:
             raise ValueError(
-                "privacy.secure_aggregation sends numbers in fixed point, which needs a limit on their size; "
+                "privacy.secure_aggregation sends numbers in fixed point, which needs a limit on "
+                "their size; "
                 "set privacy.clip."
             )
         return self

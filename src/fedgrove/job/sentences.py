@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from pydantic import BaseModel, ValidationError
 
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.job.kinds import choices, field_kind, join, nearest
 from fedgrove.job.sections import MethodSection, OptionsError
 from fedgrove.job.toml import key_text, shown, value_text
@@ -36,10 +36,17 @@ ELSEWHERE = {
 
 
 def job_error(
-    error: ValidationError, root: type[BaseModel], values: Mapping[str, Any], where: str, what: str = "the job"
+    error: ValidationError,
+    root: type[BaseModel],
+    values: Mapping[str, Any],
+    where: str,
+    what: str = "the job",
 ) -> JobError:
-    """All mistakes of a job, each one sentence on its own line; ``where`` is the file, or empty; ``what`` it holds."""
-    # pydantic complains once for each member of a union, but the sentence that says them all is the same
+    """All mistakes of a job, each one sentence on its own line; ``where`` is the file, or empty;
+    ``what`` it holds.
+    """
+    # pydantic complains once for each member of a union, but the sentence that says them all is the
+    # same
     sentences = list(dict.fromkeys(_sentences(error, root, (), values, root)))
     prefix = f"{where}: " if where else ""
     if len(sentences) == 1:
@@ -51,7 +58,11 @@ def job_error(
 
 
 def _sentences(
-    error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...], values: Any, root: type[BaseModel]
+    error: ValidationError,
+    model: type[BaseModel],
+    prefix: tuple[str, ...],
+    values: Any,
+    root: type[BaseModel],
 ) -> Iterator[str]:
     for item in error.errors(include_url=False):
         carried = item.get("ctx", {}).get("error")
@@ -70,8 +81,12 @@ def _sentences(
             yield _wrong(key, path, owner, value, item["type"])
 
 
-def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[BaseModel]]:
-    """The key's path down the sections, without pydantic's union tags and indices; and the section that holds it."""
+def _locate(
+    model: type[BaseModel], loc: tuple[int | str, ...]
+) -> tuple[tuple[str, ...], type[BaseModel]]:
+    """The key's path down the sections, without pydantic's union tags and indices; and the section
+    that holds it.
+    """
     path: list[str] = []
     for part in loc:
         path.append(str(part))
@@ -95,7 +110,9 @@ def _lookup(values: Any, path: tuple[str, ...], fallback: Any) -> Any:
     return values
 
 
-def _wrong(key: str, path: tuple[str, ...], owner: type[BaseModel], value: Any, problem: str) -> str:
+def _wrong(
+    key: str, path: tuple[str, ...], owner: type[BaseModel], value: Any, problem: str
+) -> str:
     field = owner.model_fields.get(path[-1]) if path else None
     if field is None:
         return f"the job must be a table of sections, not {shown(value)}."
@@ -113,15 +130,21 @@ def _wrong(key: str, path: tuple[str, ...], owner: type[BaseModel], value: Any, 
     return f"{key} must be {expected}, not {shown(value)}{hint or '.'}"
 
 
-def _own_words(key: str, path: tuple[str, ...], owner: type[BaseModel], value: Any, words: str) -> str:
-    """What a validator said. One of a whole section names its keys itself; one of a key does not."""
+def _own_words(
+    key: str, path: tuple[str, ...], owner: type[BaseModel], value: Any, words: str
+) -> str:
+    """What a validator said. One of a whole section names its keys itself; one of a key does
+    not.
+    """
     field = owner.model_fields.get(path[-1]) if path else None
     if field is None or _is_section(field.annotation):
         return words
     return f"{key} = {shown(value)}: {words}"
 
 
-def _unknown(path: tuple[str, ...], value: Any, owner: type[BaseModel], root: type[BaseModel]) -> str:
+def _unknown(
+    path: tuple[str, ...], value: Any, owner: type[BaseModel], root: type[BaseModel]
+) -> str:
     *above, name = path
     section = ".".join(above)
     dotted = ".".join(map(key_text, path))
@@ -130,7 +153,9 @@ def _unknown(path: tuple[str, ...], value: Any, owner: type[BaseModel], root: ty
     if not above and isinstance(value, dict):
         guess = nearest(name, here)
         meant = (
-            f"did you mean [{guess}]?" if guess else f"the sections are {join([f'[{key}]' for key in here], 'and')}."
+            f"did you mean [{guess}]?"
+            if guess
+            else f"the sections are {join([f'[{key}]' for key in here], 'and')}."
         )
         return f"the section [{key_text(name)}] is unknown; {meant}"
     close = nearest(name, here, 0.75)
@@ -152,7 +177,11 @@ def _keys(owner: type[BaseModel], section: str, root: type[BaseModel]) -> list[s
     if section != "method":
         return list(owner.model_fields)
     # A method's own keys stand beside the keys of every method.
-    return list(dict.fromkeys(key for key in (*MethodSection.model_fields, *owner.model_fields) if key != "options"))
+    return list(
+        dict.fromkeys(
+            key for key in (*MethodSection.model_fields, *owner.model_fields) if key != "options"
+        )
+    )
 
 
 def _everywhere(root: type[BaseModel]) -> list[str]:

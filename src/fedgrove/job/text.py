@@ -39,7 +39,11 @@ class Entry:
 
     def example(self) -> Any:
         """A value for a comment: the default, or an example where the default is to be unset."""
-        return self.default if self.default is not None else next(iter(self.field.examples or []), None)
+        return (
+            self.default
+            if self.default is not None
+            else next(iter(self.field.examples or []), None)
+        )
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,22 @@ def explain(job: Job) -> str:
         for entry in table.entries:
             here = "" if entry.value == entry.default else f"; here: {value_text(entry.value)}"
             head = f"  {table.name}.{entry.key}: {field_kind(entry.field)}; default: {value_text(entry.default)}{here}"
-            body = textwrap.fill(entry.description, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            body = textwrap.fill(
+                entry.description, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
             blocks.append(f"{_wrap(head)}\n{body}")
     return "\n\n".join(blocks) + "\n"
 
 
 def template(job: Job) -> str:
-    """A job file in which what differs from the defaults is set and everything else is a comment."""
+    """A job file in which what differs from the defaults is set and everything else is a
+    comment.
+    """
     blocks = [
-        "# A Fedgrove job. What is commented out is a default (or, where a key is not set by default, an example).\n"
-        "# `fedgrove job FILE` checks it, `fedgrove data FILE` shows who would hold what, `fedgrove run FILE` runs it."
+        "# A Fedgrove job. What is commented out is a default (or, where a key is not set by "
+        "default, an example).\n"
+        "# `fedgrove job FILE` checks it, `fedgrove data FILE` shows who would hold what, "
+        "`fedgrove run FILE` runs it."
     ]
     for table in tables(job):
         lines = ["", *_comment(table.about), f"[{table.name}]"]
@@ -111,12 +121,18 @@ def _values(section: BaseModel) -> dict[str, Any]:
 def _entry(section: BaseModel, key: str) -> Entry:
     field = type(section).model_fields[key]
     default = field.get_default(call_default_factory=True)
-    return Entry(key, field, getattr(section, key), None if default is PydanticUndefined else default)
+    return Entry(
+        key, field, getattr(section, key), None if default is PydanticUndefined else default
+    )
 
 
 def _comment(text: str, later: str = "# ") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent=later, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent="# ", subsequent_indent=later, break_on_hyphens=False
+    )
 
 
 def _wrap(head: str) -> str:
-    return textwrap.fill(head, WIDTH, subsequent_indent=" " * 4, break_on_hyphens=False, break_long_words=False)
+    return textwrap.fill(
+        head, WIDTH, subsequent_indent=" " * 4, break_on_hyphens=False, break_long_words=False
+    )

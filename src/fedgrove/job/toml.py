@@ -1,4 +1,6 @@
-"""TOML in and out: a broken file is named with line and column; values are written the same way every time."""
+"""TOML in and out: a broken file is named with line and column; values are written the same way
+every time.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,15 @@ import tomllib
 from datetime import date, datetime, time
 from typing import Any
 
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The tables of a TOML text as plain data; raises ``JobError`` with the line, the column and the line's text."""
+    """The tables of a TOML text as plain data; raises ``JobError`` with the line, the column and
+    the line's text.
+    """
     try:
         return plain(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -25,13 +29,19 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         there = f" in: {_short(shown)}" if shown else ""
         bare = problem == "invalid value" and re.search(r"=\s*[A-Za-z]", shown)
         hint = "; text needs quotes" if bare else ""
-        raise JobError(f"{where}, line {line}, column {column}: broken TOML ({problem}{hint}){there}") from None
+        raise JobError(
+            f"{where}, line {line}, column {column}: broken TOML ({problem}{hint}){there}"
+        ) from None
     except RecursionError:
-        raise JobError(f"{where}: the TOML is nested too deeply; a job has at most a table in a section.") from None
+        raise JobError(
+            f"{where}: the TOML is nested too deeply; a job has at most a table in a section."
+        ) from None
 
 
 def plain(value: Any) -> Any:
-    """TOML data without its dates, which no key takes: they stand as the text they were written as."""
+    """TOML data without its dates, which no key takes: they stand as the text they were written
+    as.
+    """
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -40,11 +50,15 @@ def plain(value: Any) -> Any:
 
 
 def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
-    """``section.key=value`` as a path and a value. A bare word is a string; nothing after ``=`` is ``None``: unset."""
+    """``section.key=value`` as a path and a value. A bare word is a string; nothing after ``=`` is
+    ``None``: unset.
+    """
     key, equals, value = text.partition("=")
     path = _path(key) if equals else None
     if path is None:
-        raise JobError(f"'{text}' is no setting; write section.key=value, for example train.lr=1e-3.")
+        raise JobError(
+            f"'{text}' is no setting; write section.key=value, for example train.lr=1e-3."
+        )
     return path, None if not value.strip() else parse_value(value.strip())
 
 
@@ -94,7 +108,9 @@ def _short(text: str, limit: int = 60) -> str:
 
 
 def _path(key: str) -> tuple[str, ...] | None:
-    """A dotted key, with TOML's quotes where a part has a dot of its own: ``federation.ranks."clinic.3"``."""
+    """A dotted key, with TOML's quotes where a part has a dot of its own:
+    ``federation.ranks."clinic.3"``.
+    """
     try:
         node: Any = tomllib.loads(f"{key} = 0")
     except (tomllib.TOMLDecodeError, RecursionError):
@@ -109,7 +125,9 @@ def _path(key: str) -> tuple[str, ...] | None:
 
 
 def _position(message: str, text: str) -> tuple[str, int, int]:
-    """What, line and column out of tomllib's message, which is all that it offers before Python 3.14."""
+    """What, line and column out of tomllib's message, which is all that it offers before Python
+    3.14.
+    """
     found = re.search(r"\s*\(at line (\d+), column (\d+)\)$", message)
     if found:
         problem, line, column = message[: found.start()], int(found[1]), int(found[2])

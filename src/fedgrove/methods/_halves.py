@@ -1,7 +1,8 @@
 """What FFA-LoRA, FedSA-LoRA and FedVLM share: one half of each factor pair travels.
 
-The three share one shape: a factor that is averaged, and the other that is frozen at the shared draw or stays with the
-client. Because the shared ``A`` is drawn from the job's seed, a frozen or a starting ``A`` costs no message.
+The three share one shape: a factor that is averaged, and the other that is frozen at the shared
+draw or stays with the client. Because the shared ``A`` is drawn from the job's seed, a frozen or a
+starting ``A`` costs no message.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ class Half(Method):
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         weights = shares(updates, self.options.weights)
         halves = [update.content["half"] for update in updates]
-        return {"half": {site: _weighted([half[site] for half in halves], weights) for site in self.setting.sites}}
+        return {
+            "half": {
+                site: _weighted([half[site] for half in halves], weights)
+                for site in self.setting.sites
+            }
+        }
 
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
         return [Step(self.personal(client, offer, mine))]
@@ -62,7 +68,9 @@ class Half(Method):
 
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         adapter = self._joined(offer["half"], reveal(mine).get("half"))
-        return Assembly((Term("adapter", adapter, train=self.shared + self.private, kept=self.private),))
+        return Assembly(
+            (Term("adapter", adapter, train=self.shared + self.private, kept=self.private),)
+        )
 
     def global_assembly(self, state: State) -> Assembly | None:
         if self.private:

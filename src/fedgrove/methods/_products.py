@@ -1,4 +1,6 @@
-"""What FlexLoRA and raFLoRA share: the server's truncated SVD of an update, handed out by leading directions."""
+"""What FlexLoRA and raFLoRA share: the server's truncated SVD of an update, handed out by leading
+directions.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, Sta
 
 
 class Truncations(Method):
-    """The server keeps the SVD of its update at the largest rank; each client trains the first ``r_i`` directions."""
+    """The server keeps the SVD of its update at the largest rank; each client trains the first
+    ``r_i`` directions.
+    """
 
     trains = "A, B"
     shares = "A, B"
@@ -47,7 +51,9 @@ class Truncations(Method):
 
 
 def leading(adapter: Adapter, rank: int, scale: float) -> Adapter:
-    """The first ``rank`` modules for a recipient of scale ``scale``; both factors take an equal part of the change."""
+    """The first ``rank`` modules for a recipient of scale ``scale``; both factors take an equal
+    part of the change.
+    """
     result: Adapter = {}
     for site, factors in truncate(adapter, rank).items():
         change = math.sqrt(factors.scale / scale)
@@ -57,18 +63,24 @@ def leading(adapter: Adapter, rank: int, scale: float) -> Adapter:
 
 
 def revive(adapter: Adapter, draw: Mapping[str, Factors]) -> Adapter:
-    """Give every zero module the row of A that it was first drawn with; its B becomes zero, so no product changes.
+    """Give every zero module the row of A that it was first drawn with; its B becomes zero, so no
+    product changes.
 
-    A balanced SVD puts the root of a singular value into both factors, so a direction that the update does not have
-    (fewer modules arrived than the recipient holds) would be zero in both, from where no gradient moves it.
+    A balanced SVD puts the root of a singular value into both factors, so a direction that the
+    update does not have (fewer modules arrived than the recipient holds) would be zero in both,
+    from where no gradient moves it.
     """
     result: Adapter = {}
     for site, f in adapter.items():
-        rows = draw[site].rank  # an exact mean may have more modules than anybody holds; those need no new start
+        rows = draw[
+            site
+        ].rank  # an exact mean may have more modules than anybody holds; those need no new start
         size = f.B.double().norm(dim=0) * f.A.double().norm(dim=1)
         noise = size.max() * max(f.B.shape[0], f.A.shape[1]) * torch.finfo(torch.float64).eps
         zero = size <= noise
         start = torch.zeros_like(f.A)
         start[:rows] = draw[site].A[: f.rank].to(f.A)
-        result[site] = replace(f, A=torch.where(zero[:, None], start, f.A), B=torch.where(zero, 0.0, f.B))
+        result[site] = replace(
+            f, A=torch.where(zero[:, None], start, f.A), B=torch.where(zero, 0.0, f.B)
+        )
     return result

@@ -1,4 +1,6 @@
-"""The server's half of Fed-HeLLo and FedRA: clients that can afford some layers of one global LoRA."""
+"""The server's half of Fed-HeLLo and FedRA: clients that can afford some layers of one global
+LoRA.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from fedgrove.adapters.algebra import Indices
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods import contract
 from fedgrove.methods._layers import budgets, layers_of, mean_where_held
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Setting, State, Update, shares
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Method,
+    Mine,
+    Offer,
+    Setting,
+    State,
+    Update,
+    shares,
+)
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -22,12 +33,15 @@ class LayerOptions(contract.WeightedOptions):
 
     layers: Annotated[tuple[Share, ...], Strict(False), Field(min_length=1)] = Field(
         (0.25, 0.5, 0.75),
-        description="Shares of the layers that a client can afford, dealt to the clients in name order, in turn.",
+        description="Shares of the layers that a client can afford, dealt to the clients in name "
+        "order, in turn.",
     )
 
 
 class SomeLayers(Method):
-    """One global LoRA, each layer the mean over those that trained it; ``draw`` says who trains which in a round."""
+    """One global LoRA, each layer the mean over those that trained it; ``draw`` says who trains
+    which in a round.
+    """
 
     averages_factors = True
     Options: ClassVar[type[contract.Options]] = LayerOptions
@@ -35,10 +49,14 @@ class SomeLayers(Method):
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
         self.layers = layers_of(setting.sites)
-        self._drawn: tuple[int, dict[str, list[int]]] | None = None  # a round's rows: every client asks for its own
+        self._drawn: tuple[int, dict[str, list[int]]] | None = (
+            None  # a round's rows: every client asks for its own
+        )
 
     def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
-        """For each client the places (0: the shallowest) of the ``counts[i]`` layers that it trains in this round."""
+        """For each client the places (0: the shallowest) of the ``counts[i]`` layers that it trains
+        in this round.
+        """
         raise NotImplementedError
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
@@ -47,7 +65,10 @@ class SomeLayers(Method):
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         adapters = [update.content["adapter"] for update in updates]
-        return {**state, "global": mean_where_held(state["global"], adapters, self.weights(updates))}
+        return {
+            **state,
+            "global": mean_where_held(state["global"], adapters, self.weights(updates)),
+        }
 
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         return Assembly((Term("global", offer["global"]),))
@@ -66,6 +87,8 @@ class SomeLayers(Method):
         if self._drawn is None or self._drawn[0] != round:
             counts: dict[str, int] = state["counts"]
             rows = self.draw(list(counts.values()), round)
-            named = {name: [self.layers[n] for n in row] for name, row in zip(counts, rows, strict=True)}
+            named = {
+                name: [self.layers[n] for n in row] for name, row in zip(counts, rows, strict=True)
+            }
             self._drawn = (round, named)
         return self._drawn[1][client.name]

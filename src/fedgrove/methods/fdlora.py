@@ -1,13 +1,17 @@
-"""FDLoRA: a global LoRA that is averaged and a personal one that is not, fused by two weights per client at the end.
+"""FDLoRA: a global LoRA that is averaged and a personal one that is not, fused by two weights per
+client at the end.
 
-Source: Qi et al., "FDLoRA: Personalized Federated Learning of Large Language Model via Dual LoRA Tuning", arXiv
-2406.07925. Every ``H`` rounds the personal LoRA starts again from the global one. At the end each client fits the two
-weights of ``w_1 · global + w_2 · personal`` on a few of its own examples.
+Source: Qi et al., "FDLoRA: Personalized Federated Learning of Large Language Model via Dual LoRA
+Tuning", arXiv
+2406.07925. Every ``H`` rounds the personal LoRA starts again from the global one. At the end each
+client fits the two weights of ``w_1 · global + w_2 · personal`` on a few of its own examples.
 
-Where we differ: the server takes FedIT's mean (the paper: an outer optimiser on the mean change); both LoRAs share a
-round's local budget; the weights act on the two updates, not on the factors, and are fitted by gradient on the task's
-loss (the paper: a gradient-free search), the head frozen. The fit needs the final global LoRA, so the last round is
-local: the personal LoRA trains, then the weights, and nothing is sent. A client that misses it keeps 0.5 and 0.5.
+Where we differ: the server takes FedIT's mean (the paper: an outer optimiser on the mean change);
+both LoRAs share a round's local budget; the weights act on the two updates, not on the factors, and
+are fitted by gradient on the task's loss (the paper: a gradient-free search), the head frozen. The
+fit needs the final global LoRA, so the last round is
+local: the personal LoRA trains, then the weights, and nothing is sent. A client that misses it
+keeps 0.5 and 0.5.
 """
 
 from __future__ import annotations
@@ -39,15 +43,28 @@ FUSION = ("fusion.global", "fusion.own")
 
 
 class FDOptions(contract.WeightedOptions):
-    reset_every: int = Field(5, ge=1, description="H: rounds after which the personal LoRA restarts from the global.")
+    reset_every: int = Field(
+        5, ge=1, description="H: rounds after which the personal LoRA restarts from the global."
+    )
     personal_share: float = Field(
-        0.5, gt=0, lt=1, description="Share of a round's local budget that trains the personal LoRA."
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of a round's local budget that trains the personal LoRA.",
     )
-    fusion_examples: int = Field(16, ge=1, description="Local training examples that the two weights are fitted on.")
+    fusion_examples: int = Field(
+        16, ge=1, description="Local training examples that the two weights are fitted on."
+    )
     fusion_share: float = Field(
-        0.5, ge=0, lt=1, description="Share of the last round's local budget that fits the two weights; 0: both 0.5."
+        0.5,
+        ge=0,
+        lt=1,
+        description="Share of the last round's local budget that fits the two weights; 0: both "
+        "0.5.",
     )
-    fusion_lr: float = Field(10.0, gt=0, description="Learning rate of the two weights, in units of train.lr.")
+    fusion_lr: float = Field(
+        10.0, gt=0, description="Learning rate of the two weights, in units of train.lr."
+    )
 
 
 @dataclass(frozen=True)
@@ -87,14 +104,25 @@ class FDLoRA(FedIT):
         if not self._local(round):
             return [
                 Step(personal, share=options.personal_share, stream="personal"),
-                Step(Assembly((Term("global", offer["global"]),)), share=1 - options.personal_share),
+                Step(
+                    Assembly((Term("global", offer["global"]),)), share=1 - options.personal_share
+                ),
             ]
         steps = [Step(personal, share=1 - options.fusion_share, stream="personal")]
         if options.fusion_share:
-            terms = (Term("global", offer["global"], train=""), Term("own", own, train="", home="client"))
+            terms = (
+                Term("global", offer["global"], train=""),
+                Term("own", own, train="", home="client"),
+            )
             both = Assembly(terms, Fused(), self._weights(mine))
             steps.append(
-                Step(both, share=options.fusion_share, head=False, stream="fusion", count=options.fusion_examples)
+                Step(
+                    both,
+                    share=options.fusion_share,
+                    head=False,
+                    stream="fusion",
+                    count=options.fusion_examples,
+                )
             )
         return steps
 

@@ -1,15 +1,19 @@
-"""Fed-HeLLo: clients that can afford different numbers of layers train different layers of one global LoRA.
+"""Fed-HeLLo: clients that can afford different numbers of layers train different layers of one
+global LoRA.
 
-Source: Zhang et al., "Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with Heterogeneous LoRA Allocation",
-arXiv 2506.12213. Everybody runs all layers and trains some; a layer's LoRA is averaged over those that trained it.
-Which ones: by geometry (GD-HLA: the share of clients per layer rises with depth, ``inverted_triangle``; falls,
-``triangle``; is high at both ends, ``bottleneck``; or ``uniform``), the same each round; in that shape but drawn again
-each round (RGD-HLA, ``randomised``); or by Fisher information (FIM-HLA, ``allocation = "fim"``), after a warm start.
+Source: Zhang et al., "Fed-HeLLo: Efficient Federated Foundation Model Fine-Tuning with
+Heterogeneous LoRA Allocation", arXiv 2506.12213. Everybody runs all layers and trains some; a
+layer's LoRA is averaged over those that trained it. Which ones: by geometry (GD-HLA: the share of
+clients per layer rises with depth, ``inverted_triangle``; falls,
+``triangle``; is high at both ends, ``bottleneck``; or ``uniform``), the same each round; in that
+shape but drawn again each round (RGD-HLA, ``randomised``); or by Fisher information (FIM-HLA,
+``allocation = "fim"``), after a warm start.
 
-Where we differ: FIM-HLA scores layers on each client's own training data, once, after its first round beyond the warm
-start (the paper: on the server's proxy data), and a client takes its best-scored layers; the warm start is the uniform
-randomised allocation, and it counts in the budget. Affordable layers are shares dealt to the clients in turn
-(``layers``). With ``layers = [1.0]`` this is FedIT.
+Where we differ: FIM-HLA scores layers on each client's own training data, once, after its first
+round beyond the warm start (the paper: on the server's proxy data), and a client takes its
+best-scored layers; the warm start is the uniform randomised allocation, and it counts in the
+budget. Affordable layers are shares dealt to the clients in turn (``layers``). With ``layers =
+[1.0]`` this is FedIT.
 """
 
 from __future__ import annotations
@@ -29,20 +33,28 @@ from fedgrove.methods.contract import ClientInfo, Mine, Offer, Setting, State, S
 class HeLLoOptions(LayerOptions):
     allocation: Literal["fim", "triangle", "inverted_triangle", "bottleneck", "uniform"] = Field(
         "fim",
-        description="Which layers a client trains: those with the largest Fisher scores on its own data, or by a "
+        description="Which layers a client trains: those with the largest Fisher scores on its own "
+        "data, or by a "
         "geometric shape of the clients per layer.",
     )
     randomised: bool = Field(
-        False, description="Draw anew each round who trains which layer; the shape stays. Not for allocation = fim."
+        False,
+        description="Draw anew each round who trains which layer; the shape stays. Not for "
+        "allocation = fim.",
     )
     warm_rounds: int | None = Field(
         None,
         ge=1,
-        description="Rounds of uniform randomised allocation before Fisher scores are measured. Not set: a fifth of "
+        description="Rounds of uniform randomised allocation before Fisher scores are measured. "
+        "Not set: a fifth of "
         "run.rounds, at least one.",
         examples=[2],
     )
-    batches: int = Field(8, ge=0, description="Batches that Fisher scores are measured on; 0: one pass over the data.")
+    batches: int = Field(
+        8,
+        ge=0,
+        description="Batches that Fisher scores are measured on; 0: one pass over the data.",
+    )
 
 
 class FedHeLLo(SomeLayers):
@@ -68,7 +80,9 @@ class FedHeLLo(SomeLayers):
         return {**offer, "layers": self.allotted(state, round, client)}
 
     def reads(self) -> str:
-        return "the Fisher scores that choose its layers" if self.options.allocation == "fim" else ""
+        return (
+            "the Fisher scores that choose its layers" if self.options.allocation == "fim" else ""
+        )
 
     def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
         fim = self.options.allocation == "fim"
@@ -77,18 +91,25 @@ class FedHeLLo(SomeLayers):
         return shaped_rows(shape, counts, len(self.layers), rng)
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Generator[Step, Trained, None]:
+    def plan(
+        self, client: ClientInfo, offer: Offer, mine: Mine, round: int
+    ) -> Generator[Step, Trained, None]:
         scores = mine.get("scores")
         if "layers" not in offer and scores is None:
-            # Under a name of its own, so that what trains next does not take over all layers from it.
+            # Under a name of its own, so that what trains next does not take over all layers from
+            # it.
             probe = Assembly((Term("probe", offer["global"]),))
-            looked = yield Step(probe, head=False, measure="fisher", stream="fisher", count=self.options.batches)
+            looked = yield Step(
+                probe, head=False, measure="fisher", stream="fisher", count=self.options.batches
+            )
             scores = self._scores(looked)
         chosen = self._chosen(offer, scores)
         sites = self.setting.sites
         terms = [Term("trained", part(offer["global"], sites, chosen))]
         if len(chosen) < len(self.layers):
-            terms.append(Term("frozen", part(offer["global"], sites, chosen, inside=False), train=""))
+            terms.append(
+                Term("frozen", part(offer["global"], sites, chosen, inside=False), train="")
+            )
         yield Step(Assembly(tuple(terms)))
 
     def report(
@@ -99,7 +120,9 @@ class FedHeLLo(SomeLayers):
         return {"adapter": trained[-1].adapter("trained")}, mine
 
     def _chosen(self, offer: Offer, scores: Mapping[str, float] | None) -> list[int]:
-        """The layers to train: as the server allots them, or the best by the client's own scores (ties: shallower)."""
+        """The layers to train: as the server allots them, or the best by the client's own scores
+        (ties: shallower).
+        """
         if scores is None or "layers" in offer:
             allotted: list[int] = offer["layers"]
             return allotted

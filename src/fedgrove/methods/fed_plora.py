@@ -1,15 +1,18 @@
-"""Fed-PLoRA: LoRA as R parallel rank-1 modules; a client trains as many as it can afford and folds the rest.
+"""Fed-PLoRA: LoRA as R parallel rank-1 modules; a client trains as many as it can afford and folds
+the rest.
 
-Source: Zhang et al., "Fed-PLoRA", arXiv 2602.16936, ICLR 2026: select-N-fold and the mean per rank index. Everybody
-gets all R modules. Each round a client draws its ``r_i`` without replacement, adds the others to its frozen base,
-trains the drawn ones from their global values as one dense LoRA of rank ``r_i``, and sends them up tagged by index.
-Each index becomes the uniform mean over the clients that trained it; one that nobody trained keeps its value. With
+Source: Zhang et al., "Fed-PLoRA", arXiv 2602.16936, ICLR 2026: select-N-fold and the mean per rank
+index. Everybody gets all R modules. Each round a client draws its ``r_i`` without replacement, adds
+the others to its frozen base, trains the drawn ones from their global values as one dense LoRA of
+rank ``r_i``, and sends them up tagged by index. Each index becomes the uniform mean over the
+clients that trained it; one that nobody trained keeps its value. With
 ``r_i = R`` for all it is FedIT with uniform weights, bit for bit.
 
-Where we differ: the unselected modules run as a frozen low-rank side path unless ``folding = "dense"``, which writes
-them into a copy of the weights as the paper does; both give the same output, and the side path stays exact where the
-base is held in low precision. ``per_site`` and the selections other than "random" are ours (named as future work).
-Local fine-tuning after the last round trains all R modules, because it trains the personal model.
+Where we differ: the unselected modules run as a frozen low-rank side path unless ``folding =
+"dense"``, which writes them into a copy of the weights as the paper does; both give the same
+output, and the side path stays exact where the base is held in low precision. ``per_site`` and the
+selections other than "random" are ours (named as future work). Local fine-tuning after the last
+round trains all R modules, because it trains the personal model.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import Indices, index_mean, split
 from fedgrove.adapters.assembly import Assembly, Term
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
 from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, State, Step, Trained, Update
 
@@ -36,20 +39,25 @@ class PLoRAOptions(contract.Options):
 
     selection: Literal["random", "magnitude", "gradient", "least_trained"] = Field(
         "random",
-        description="Which modules a client trains in a round: a uniform draw, those with the largest update, those "
-        "with the largest gradient on its own data, or those that it trained least often; ties are drawn.",
+        description="Which modules a client trains in a round: a uniform draw, those with the "
+        "largest update, those "
+        "with the largest gradient on its own data, or those that it trained least often; ties are "
+        "drawn.",
     )
     per_site: bool = Field(
-        False, description="Select for each adapted layer by itself instead of once for all of them."
+        False,
+        description="Select for each adapted layer by itself instead of once for all of them.",
     )
     folding: Literal["side", "dense"] = Field(
         "side",
-        description="How the other modules run: as a frozen low-rank path beside the base, or added to its weights.",
+        description="How the other modules run: as a frozen low-rank path beside the base, or "
+        "added to its weights.",
     )
     batches: int = Field(
         4,
         ge=0,
-        description='Batches that selection = "gradient" looks at before each round; 0: one pass over the data.',
+        description='Batches that selection = "gradient" looks at before each round; 0: one pass '
+        "over the data.",
     )
 
 
@@ -70,8 +78,10 @@ class FedPLoRA(Method):
         for client in clients:
             if setting.scaling == "client" and client.rank != setting.rank:
                 raise JobError(
-                    f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, but Fed-PLoRA needs '
-                    f'alpha / {setting.rank} for every module of every client; set lora.scaling = "global".'
+                    f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, '
+                    f"but Fed-PLoRA needs "
+                    f"alpha / {setting.rank} for every module of every client; set lora.scaling = "
+                    f'"global".'
                 )
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
@@ -81,17 +91,24 @@ class FedPLoRA(Method):
         return {"global": state["global"]}
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        modules, indices = [u.content["modules"] for u in updates], [u.content["indices"] for u in updates]
+        modules, indices = (
+            [u.content["modules"] for u in updates],
+            [u.content["indices"] for u in updates],
+        )
         return {"global": index_mean(modules, indices, state["global"])}
 
     def needs_each(self) -> str:
-        # "magnitude" and "random" are known to the server without being told; the others depend on what stays
+        # "magnitude" and "random" are known to the server without being told; the others depend on
+        # what stays
         if self.options.selection in ("random", "magnitude"):
             return ""
         return f'with method.selection = "{self.options.selection}" only the client knows which modules it trained'
 
     def addend(self, content: dict[str, Any], offer: Offer) -> dict[str, Any]:
-        return {"modules": self._spread(content, offer["global"]), "indices": list(range(self.setting.rank))}
+        return {
+            "modules": self._spread(content, offer["global"]),
+            "indices": list(range(self.setting.rank)),
+        }
 
     def divisors(self, contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """How many clients drew each index; 1 where nobody did, whose sum is 0."""
@@ -103,9 +120,16 @@ class FedPLoRA(Method):
         }
         for content in contents:
             ones = {site: f.map(torch.ones_like) for site, f in content["modules"].items()}
-            held = self._spread({**content, "modules": ones}, {s: f.map(torch.zeros_like) for s, f in total.items()})
-            total = {site: Factors(f.A + held[site].A, f.B + held[site].B, f.scale) for site, f in total.items()}
-        return {"modules": {site: f.map(lambda count: count.clamp_min(1)) for site, f in total.items()}}
+            held = self._spread(
+                {**content, "modules": ones}, {s: f.map(torch.zeros_like) for s, f in total.items()}
+            )
+            total = {
+                site: Factors(f.A + held[site].A, f.B + held[site].B, f.scale)
+                for site, f in total.items()
+            }
+        return {
+            "modules": {site: f.map(lambda count: count.clamp_min(1)) for site, f in total.items()}
+        }
 
     def _spread(self, content: Mapping[str, Any], base: Adapter) -> Adapter:
         """All R modules: those of the content at their places, the others those of ``base``."""
@@ -119,7 +143,9 @@ class FedPLoRA(Method):
         return whole
 
     def reads(self) -> str:
-        return "the gradients that choose its modules" if self.options.selection == "gradient" else ""
+        return (
+            "the gradients that choose its modules" if self.options.selection == "gradient" else ""
+        )
 
     def global_assembly(self, state: State) -> Assembly:
         return Assembly((Term("global", state["global"]),))
@@ -128,12 +154,16 @@ class FedPLoRA(Method):
         return update.content["modules"], update.content["indices"]
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Generator[Step, Trained, None]:
+    def plan(
+        self, client: ClientInfo, offer: Offer, mine: Mine, round: int
+    ) -> Generator[Step, Trained, None]:
         gradients = None
         if self.options.selection == "gradient" and client.rank < self.setting.rank:
             # Under a name of its own: what trains next must not take over all R modules from it.
             probe = Assembly((Term("probe", offer["global"]),))
-            looked = yield Step(probe, head=False, measure="fisher", stream="select", count=self.options.batches)
+            looked = yield Step(
+                probe, head=False, measure="fisher", stream="select", count=self.options.batches
+            )
             gradients = looked.scores
         chosen = self._choose(client, offer, mine, round, gradients)
         yield Step(self._training(offer["global"], chosen))
@@ -155,13 +185,24 @@ class FedPLoRA(Method):
         terms = (Term("selected", selected),)
         if not any(factors.rank for factors in others.values()):
             return Assembly(terms)
-        return Assembly(terms, folded=others) if self.options.folding == "dense" else Assembly(terms, base_delta=others)
+        return (
+            Assembly(terms, folded=others)
+            if self.options.folding == "dense"
+            else Assembly(terms, base_delta=others)
+        )
 
     # --------------------------------------------------------------- selection
     def _choose(
-        self, client: ClientInfo, offer: Offer, mine: Mine, round: int, gradients: Mapping[str, Adapter] | None
+        self,
+        client: ClientInfo,
+        offer: Offer,
+        mine: Mine,
+        round: int,
+        gradients: Mapping[str, Adapter] | None,
     ) -> list[int] | dict[str, list[int]]:
-        """The rank indices that the client trains in this round, ascending; by site with ``per_site``."""
+        """The rank indices that the client trains in this round, ascending; by site with
+        ``per_site``.
+        """
         scores = self._scores(offer["global"], mine, gradients)
         chosen = {
             place: best(score, client.rank, self.setting.rng(round, client.name, "modules", place))
@@ -169,23 +210,42 @@ class FedPLoRA(Method):
         }
         return chosen if self.options.per_site else chosen[ALL]
 
-    def _scores(self, adapter: Adapter, mine: Mine, gradients: Mapping[str, Adapter] | None) -> dict[str, Tensor]:
-        """How much each of the R modules is wanted (float64 [R]), by site or for all sites at once."""
+    def _scores(
+        self, adapter: Adapter, mine: Mine, gradients: Mapping[str, Adapter] | None
+    ) -> dict[str, Tensor]:
+        """How much each of the R modules is wanted (float64 [R]), by site or for all sites at
+        once.
+        """
         selection = self.options.selection
         if selection == "least_trained":
-            return {place: -torch.tensor(counts, dtype=torch.float64) for place, counts in self._counts(mine).items()}
+            return {
+                place: -torch.tensor(counts, dtype=torch.float64)
+                for place, counts in self._counts(mine).items()
+            }
         if selection == "magnitude":
-            by_site = {site: _square(f.A, 1) * _square(f.B, 0) * f.scale**2 for site, f in adapter.items()}
-        elif selection == "gradient" and gradients is not None:  # of squared gradients the mean is there already
-            by_site = {s: f.A.double().sum(1) + f.B.double().sum(0) for s, f in gradients["probe"].items()}
+            by_site = {
+                site: _square(f.A, 1) * _square(f.B, 0) * f.scale**2 for site, f in adapter.items()
+            }
+        elif (
+            selection == "gradient" and gradients is not None
+        ):  # of squared gradients the mean is there already
+            by_site = {
+                s: f.A.double().sum(1) + f.B.double().sum(0) for s, f in gradients["probe"].items()
+            }
         else:
-            by_site = {site: torch.zeros(f.rank, dtype=torch.float64) for site, f in adapter.items()}
-        return by_site if self.options.per_site else {ALL: torch.stack(list(by_site.values())).sum(0)}
+            by_site = {
+                site: torch.zeros(f.rank, dtype=torch.float64) for site, f in adapter.items()
+            }
+        return (
+            by_site if self.options.per_site else {ALL: torch.stack(list(by_site.values())).sum(0)}
+        )
 
     def _counts(self, mine: Mine) -> dict[str, list[int]]:
         """How often this client trained each module."""
         places = list(self.setting.sites) if self.options.per_site else [ALL]
-        counts: dict[str, list[int]] = mine.get("counts") or {place: [0] * self.setting.rank for place in places}
+        counts: dict[str, list[int]] = mine.get("counts") or {
+            place: [0] * self.setting.rank for place in places
+        }
         return counts
 
     def _counted(self, mine: Mine, chosen: Indices) -> dict[str, list[int]]:

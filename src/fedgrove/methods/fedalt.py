@@ -1,13 +1,18 @@
-"""FedALT: a client's own LoRA is never overwritten; a frozen rest-of-world LoRA stands beside it, mixed by a gate.
+"""FedALT: a client's own LoRA is never overwritten; a frozen rest-of-world LoRA stands beside it,
+mixed by a gate.
 
-Source: Bian et al., "FedALT: Federated Fine-Tuning through Adaptive Local Training with Rest-of-World LoRA", arXiv
-2503.11880. Each round a client gets the mean of the *others'* ``A`` and of their ``B``, frozen, and trains its own LoRA
-and, at each site, a gate ``G [2, in]``: ``h = W0 x + α s B A x + (1 − α) s B_rest A_rest x`` with
-``(α, 1 − α) = softmax(G x)`` for each token. A copy of its own LoRA travels up; the gate never does.
+Source: Bian et al., "FedALT: Federated Fine-Tuning through Adaptive Local Training with
+Rest-of-World LoRA", arXiv
+2503.11880. Each round a client gets the mean of the *others'* ``A`` and of their ``B``, frozen, and
+trains its own LoRA and, at each site, a gate ``G [2, in]``: ``h = W0 x + α s B A x + (1 − α) s
+B_rest A_rest x`` with
+``(α, 1 − α) = softmax(G x)`` for each token. A copy of its own LoRA travels up; the gate never
+does.
 
-Where we differ: gates start at zero, so at an even mix; absent clients count with what they sent last; before anybody
-has sent anything the rest of the world is the shared draw, whose update is zero. A newcomer deploys the mean of
-everybody until it trains. ``gate = "even"`` and ``"own"`` are ablations; the latter is Local, bit for bit.
+Where we differ: gates start at zero, so at an even mix; absent clients count with what they sent
+last; before anybody has sent anything the rest of the world is the shared draw, whose update is
+zero. A newcomer deploys the mean of everybody until it trains. ``gate = "even"`` and ``"own"`` are
+ablations; the latter is Local, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,28 +29,46 @@ from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.assembly import Assembly, Extra, Junction, Mix, Term, Weighted
 from fedgrove.adapters.groups import GroupMeans, group_means
 from fedgrove.methods import contract
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, Setting, State, Step, Trained, Update
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Method,
+    Mine,
+    Offer,
+    Plan,
+    Setting,
+    State,
+    Step,
+    Trained,
+    Update,
+)
 
 
 class ALTOptions(contract.Options):
     weights: Literal["uniform", "examples"] = Field(
-        "uniform", description="Weight of each other client in the rest of the world: the same, or its examples."
+        "uniform",
+        description="Weight of each other client in the rest of the world: the same, or its "
+        "examples.",
     )
     gate: Literal["input", "even", "own"] = Field(
         "input",
-        description="What weighs the own LoRA against the rest of the world: the trained gate, one half each, or the "
+        description="What weighs the own LoRA against the rest of the world: the trained gate, one "
+        "half each, or the "
         "own LoRA alone.",
     )
 
 
 @dataclass(frozen=True)
 class Gated(Mix):
-    """``softmax(G x)`` over the terms ``own`` and ``rest``; G [2, in] is the extra ``gate.<site>``."""
+    """``softmax(G x)`` over the terms ``own`` and ``rest``; G [2, in] is the extra
+    ``gate.<site>``.
+    """
 
     linear = False
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
-        weights = torch.softmax(torch.nn.functional.linear(at.x, at.extras[f"gate.{at.site.name}"]), dim=-1)
+        weights = torch.softmax(
+            torch.nn.functional.linear(at.x, at.extras[f"gate.{at.site.name}"]), dim=-1
+        )
         return [weights[..., :1] if term == "own" else weights[..., 1:] for term in at.terms]
 
 
@@ -61,7 +84,9 @@ class FedALT(Method):
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
-        self._means: tuple[Any, GroupMeans] | None = None  # of the last state asked for: each client asks for its rest
+        self._means: tuple[Any, GroupMeans] | None = (
+            None  # of the last state asked for: each client asks for its rest
+        )
 
     # ------------------------------------------------------------------ server
     def needs_each(self) -> str:
@@ -75,7 +100,10 @@ class FedALT(Method):
         return {"rest": rest} if rest and self.options.gate != "own" else {}
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        latest = {**state["latest"], **{u.client: u.content["adapter"] for u in updates if u.content}}
+        latest = {
+            **state["latest"],
+            **{u.client: u.content["adapter"] for u in updates if u.content},
+        }
         examples = {**state["examples"], **{u.client: u.examples for u in updates}}
         return {"latest": dict(sorted(latest.items())), "examples": dict(sorted(examples.items()))}
 
@@ -84,13 +112,18 @@ class FedALT(Method):
         return {"rest": rest} if rest else {}
 
     def _rest(self, state: State, client: str) -> Adapter:
-        """The mean over everybody but the client (over everybody, where it sent nothing yet); {} of nobody."""
+        """The mean over everybody but the client (over everybody, where it sent nothing yet); {} of
+        nobody.
+        """
         latest = state["latest"]
         if not latest:
             return {}
         if self._means is None or self._means[0] is not latest:
             names = list(latest)
-            weights = [float(state["examples"][n]) if self.options.weights == "examples" else 1.0 for n in names]
+            weights = [
+                float(state["examples"][n]) if self.options.weights == "examples" else 1.0
+                for n in names
+            ]
             self._means = (latest, group_means(list(latest.values()), range(len(names)), weights))
         means = self._means[1]
         return means.rest[list(latest).index(client)] if client in latest else means.everyone
@@ -103,7 +136,11 @@ class FedALT(Method):
         self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
     ) -> tuple[dict[str, Any], Mine]:
         own = trained[-1].adapter("own")
-        gates = {name: e.value for name, e in trained[-1].assembly.extras.items() if name.startswith("gate.")}
+        gates = {
+            name: e.value
+            for name, e in trained[-1].assembly.extras.items()
+            if name.startswith("gate.")
+        }
         up = {} if self.options.gate == "own" else {"adapter": own}
         return up, {"own": own, "gates": gates}
 
@@ -116,10 +153,17 @@ class FedALT(Method):
         own = Term("own", mine["own"] if "own" in mine else self.setting.shared_draw(client.rank))
         if self.options.gate == "own":
             return Assembly((own,))
-        rest = Term("rest", offer["rest"] if "rest" in offer else self.setting.shared_draw(client.rank), train="")
+        rest = Term(
+            "rest",
+            offer["rest"] if "rest" in offer else self.setting.shared_draw(client.rank),
+            train="",
+        )
         if self.options.gate == "even":
             return Assembly((own, rest), Weighted({"own": 0.5, "rest": 0.5}))
         gates = mine.get("gates") or {
-            f"gate.{name}": torch.zeros(2, site.in_features) for name, site in self.setting.sites.items()
+            f"gate.{name}": torch.zeros(2, site.in_features)
+            for name, site in self.setting.sites.items()
         }
-        return Assembly((own, rest), Gated(), {name: Extra(gate, lr=1.0) for name, gate in gates.items()})
+        return Assembly(
+            (own, rest), Gated(), {name: Extra(gate, lr=1.0) for name, gate in gates.items()}
+        )

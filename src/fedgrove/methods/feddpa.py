@@ -1,14 +1,19 @@
-"""FedDPA: a global and a local LoRA on every client, weighed for each example when the model is used.
+"""FedDPA: a global and a local LoRA on every client, weighed for each example when the model is
+used.
 
-Source: Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", arXiv 2403.19211. FedDPA-F trains the
-global adapter federatedly and a local one afterwards; FedDPA-T trains both in each round, the local one with the global
-one frozen and their outputs mixed 0.5 / 0.5, then the global one alone. In use, an example whose features have mean
-cosine similarity ``c`` with a few of the client's own training examples gives the *global* adapter the weight
-``w = cap · c`` (not below 0) and the local one ``1 − w``: the direction and the formula of the official code.
+Source: Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", arXiv 2403.19211.
+FedDPA-F trains the global adapter federatedly and a local one afterwards; FedDPA-T trains both in
+each round, the local one with the global one frozen and their outputs mixed 0.5 / 0.5, then the
+global one alone. In use, an example whose features have mean cosine similarity ``c`` with a few of
+the client's own training examples gives the *global* adapter the weight
+``w = cap · c`` (not below 0) and the local one ``1 − w``: the direction and the formula of the
+official code.
 
-Where we differ: features are the masked mean of the base's last hidden states (the official code takes a decoder's last
-token), and the references are drawn once and kept. The last rounds of FedDPA-F count in the budget and also run in the
-0.5 / 0.5 mix; the local adapter starts from the global one. A client without a local adapter deploys the global one.
+Where we differ: features are the masked mean of the base's last hidden states (the official code
+takes a decoder's last token), and the references are drawn once and kept. The last rounds of
+FedDPA-F count in the budget and also run in the
+0.5 / 0.5 mix; the local adapter starts from the global one. A client without a local adapter
+deploys the global one.
 """
 
 from __future__ import annotations
@@ -41,10 +46,17 @@ from fedgrove.methods.contract import (
 
 
 class _DPAOptions(contract.WeightedOptions):
-    references: int = Field(5, ge=1, description="Local training examples that an example is compared with.")
-    cap: float = Field(0.5, ge=0, le=1, description="Largest weight of the global adapter when the model is used.")
+    references: int = Field(
+        5, ge=1, description="Local training examples that an example is compared with."
+    )
+    cap: float = Field(
+        0.5, ge=0, le=1, description="Largest weight of the global adapter when the model is used."
+    )
     training_weight: float = Field(
-        0.5, ge=0, le=1, description="Weight of the frozen global adapter while the local one trains."
+        0.5,
+        ge=0,
+        le=1,
+        description="Weight of the frozen global adapter while the local one trains.",
     )
 
 
@@ -53,20 +65,26 @@ class DPAFOptions(_DPAOptions):
         0.25,
         ge=0,
         lt=1,
-        description="Share of run.rounds, the last ones, that train the local adapter alone and send nothing; at least "
+        description="Share of run.rounds, the last ones, that train the local adapter alone and "
+        "send nothing; at least "
         "one round unless 0.",
     )
 
 
 class DPATOptions(_DPAOptions):
     local_share: float = Field(
-        0.5, gt=0, lt=1, description="Share of a round's local budget that trains the local adapter."
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of a round's local budget that trains the local adapter.",
     )
 
 
 @dataclass(frozen=True)
 class ByExample(Mix):
-    """``w · global + (1 − w) · own`` with ``w = cap · mean cosine`` to the extra ``references`` [count, hidden]."""
+    """``w · global + (1 − w) · own`` with ``w = cap · mean cosine`` to the extra ``references``
+    [count, hidden].
+    """
 
     cap: float
 
@@ -75,7 +93,9 @@ class ByExample(Mix):
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
         assert at.features is not None  # the kernel provides them: needs_features
-        near = torch.nn.functional.cosine_similarity(at.features[:, None, :], at.extras["references"][None], dim=-1)
+        near = torch.nn.functional.cosine_similarity(
+            at.features[:, None, :], at.extras["references"][None], dim=-1
+        )
         weight = (self.cap * near.mean(1)).clamp_min(0.0)[:, None, None]
         return [weight if term == "global" else 1 - weight for term in at.terms]
 
@@ -120,7 +140,10 @@ class _FedDPA(Method):
         weight = self.options.training_weight
         yield Step(
             Assembly(
-                (Term("global", shared, train=""), Term("own", reveal(mine).get("own", shared), home="client")),
+                (
+                    Term("global", shared, train=""),
+                    Term("own", reveal(mine).get("own", shared), home="client"),
+                ),
                 Weighted({"global": weight, "own": 1 - weight}),
             ),
             share=share,
@@ -130,7 +153,11 @@ class _FedDPA(Method):
     def _kept(self, trained: Sequence[Trained], mine: Mine) -> Mine:
         """What stays after ``_local``."""
         features = next((t.features for t in trained if t.features is not None), None)
-        own = next(t.adapter("own") for t in trained if any(term.name == "own" for term in t.assembly.terms))
+        own = next(
+            t.adapter("own")
+            for t in trained
+            if any(term.name == "own" for term in t.assembly.terms)
+        )
         references = mine["references"] if features is None else keep(features)
         return {"own": own, "references": references}
 
@@ -159,11 +186,15 @@ class FedDPAF(_FedDPA):
             return super().aggregate(state, round, updates)
         return {**state, "holds": sorted({*state["holds"], *(update.client for update in updates)})}
 
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Generator[Step, Trained, None]:
+    def plan(
+        self, client: ClientInfo, offer: Offer, mine: Mine, round: int
+    ) -> Generator[Step, Trained, None]:
         if round <= self.federated_rounds:
             yield Step(Assembly((Term("global", offer["global"]),)))
         else:
-            yield from self._local(offer["global"] if "global" in offer else mine["global"], mine, 1.0)
+            yield from self._local(
+                offer["global"] if "global" in offer else mine["global"], mine, 1.0
+            )
 
     def report(
         self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
@@ -182,7 +213,9 @@ class FedDPAT(_FedDPA):
     paper = "arXiv 2403.19211"
     Options: ClassVar[type[contract.Options]] = DPATOptions
 
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Generator[Step, Trained, None]:
+    def plan(
+        self, client: ClientInfo, offer: Offer, mine: Mine, round: int
+    ) -> Generator[Step, Trained, None]:
         yield from self._local(offer["global"], mine, self.options.local_share)
         yield Step(Assembly((Term("global", offer["global"]),)), share=1 - self.options.local_share)
 

@@ -1,11 +1,12 @@
 """FedEx-LoRA: FedIT's means, plus the residual that they lose, added to the frozen base.
 
-Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models",
-arXiv 2410.09432. ``dW_res = s (sum p_i B_i A_i - mean(B) mean(A))`` goes into ``W0``, so base and adapter together
-are the exact mean of the products.
+Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
+Foundation Models", arXiv 2410.09432. ``dW_res = s (sum p_i B_i A_i - mean(B) mean(A))`` goes into
+``W0``, so base and adapter together are the exact mean of the products.
 
-Where we differ: the residual travels and is kept as low-rank factors, compacted by SVD (at most ``(N - 1) r`` modules
-or ``min(out, in)``), never as a dense matrix. A client that was away in the last round gets the sum of all residuals.
+Where we differ: the residual travels and is kept as low-rank factors, compacted by SVD (at most
+``(N - 1) r`` modules or ``min(out, in)``), never as a dense matrix. A client that was away in the
+last round gets the sum of all residuals.
 ``weights = "uniform"`` is the paper's plain mean.
 """
 
@@ -19,7 +20,18 @@ from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.adapters.residual import fedex_residual
 from fedgrove.methods import contract
 from fedgrove.methods._merged import advance, held, merged_part, nothing_merged
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, State, Step, Trained, Update, shares
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Method,
+    Mine,
+    Offer,
+    Plan,
+    State,
+    Step,
+    Trained,
+    Update,
+    shares,
+)
 
 
 class FedExLoRA(Method):

@@ -1,7 +1,8 @@
 """FedIT: federated averaging of A and of B, separately.
 
-Source: Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", arXiv 2305.05644.
-The mean of the factors is not the mean of the products; that difference is what many later methods correct.
+Source: Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", arXiv
+2305.05644. The mean of the factors is not the mean of the products; that difference is what many
+later methods correct.
 """
 
 from __future__ import annotations
@@ -12,7 +13,18 @@ from typing import Any, ClassVar, Literal
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods import contract
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, State, Step, Trained, Update, shares
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Method,
+    Mine,
+    Offer,
+    Plan,
+    State,
+    Step,
+    Trained,
+    Update,
+    shares,
+)
 
 
 class FedIT(Method):

@@ -1,12 +1,15 @@
-"""FedRA: each round a random matrix allots layers to clients; a client's model is built from its layers alone.
+"""FedRA: each round a random matrix allots layers to clients; a client's model is built from its
+layers alone.
 
-Source: Su et al., "FedRA: A Random Allocation Strategy for Federated Tuning to Unleash the Power of Heterogeneous
-Clients", arXiv 2311.11227. A client runs the embeddings, the allotted layers and the head; the layers that it lacks are
-passed by. Each layer's LoRA becomes the mean over the clients that had it; what a client deploys is the whole model.
+Source: Su et al., "FedRA: A Random Allocation Strategy for Federated Tuning to Unleash the Power of
+Heterogeneous Clients", arXiv 2311.11227. A client runs the embeddings, the allotted layers and the
+head; the layers that it lacks are passed by. Each layer's LoRA becomes the mean over the clients
+that had it; what a client deploys is the whole model.
 
-Where we differ: what a client can afford is a share of the layers, dealt to the clients in turn (``layers``), not a
-measured capacity. The matrix is drawn over all clients of the job; with partial participation a layer that none of the
-round's clients had keeps its value. With ``layers = [1.0]`` this is FedIT.
+Where we differ: what a client can afford is a share of the layers, dealt to the clients in turn
+(``layers``), not a measured capacity. The matrix is drawn over all clients of the job; with partial
+participation a layer that none of the round's clients had keeps its value. With ``layers = [1.0]``
+this is FedIT.
 """
 
 from __future__ import annotations
@@ -44,7 +47,14 @@ class FedRA(SomeLayers):
     # ------------------------------------------------------------------ client
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
         some = len(offer["layers"]) < len(self.layers)
-        return [Step(Assembly((Term("global", offer["global"]),), layers=frozenset(offer["layers"]) if some else None))]
+        return [
+            Step(
+                Assembly(
+                    (Term("global", offer["global"]),),
+                    layers=frozenset(offer["layers"]) if some else None,
+                )
+            )
+        ]
 
     def report(
         self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int

@@ -1,13 +1,16 @@
-"""FedRoRA: unit directions with learnable strengths; each client gets the directions that its own update uses most.
+"""FedRoRA: unit directions with learnable strengths; each client gets the directions that its own
+update uses most.
 
-Source: FedRoRA, of which we know the published description and comparison with Fed-PLoRA, and no identifier. ``dW = s
-B~ S A~`` with unit columns of B~, unit rows of A~ and a learnable diagonal S. The server takes the SVD of ``sum p_i
-dW_i`` at ``r_max``, and client i gets the ``r_i`` directions k with the largest ``u_k^T dW_i v_k``.
+Source: FedRoRA, of which we know the published description and comparison with Fed-PLoRA, and no
+identifier. ``dW = s B~ S A~`` with unit columns of B~, unit rows of A~ and a learnable diagonal S.
+The server takes the SVD of ``sum p_i dW_i`` at ``r_max``, and client i gets the ``r_i`` directions
+k with the largest ``u_k^T dW_i v_k``.
 
-Where we differ (what the description leaves open): the start is A's shared draw, a shared draw of B and S = 0, so
-that the update is zero while both directions are alive. ``dW_i`` is the last update that the server has of client i,
-also from an earlier round; a client that never trained gets the directions with the largest singular values.
-Directions are chosen at each site by itself, from the signed score.
+Where we differ (what the description leaves open): the start is A's shared draw, a shared draw of B
+and S = 0, so that the update is zero while both directions are alive. ``dW_i`` is the last update
+that the server has of client i, also from an earlier round; a client that never trained gets the
+directions with the largest singular values. Directions are chosen at each site by itself, from the
+signed score.
 """
 
 from __future__ import annotations
@@ -23,7 +26,18 @@ from fedgrove.adapters.algebra import select
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter, unit_rows
 from fedgrove.adapters.lowrank import product_svd
 from fedgrove.methods import contract
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, State, Step, Trained, Update, shares
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Method,
+    Mine,
+    Offer,
+    Plan,
+    State,
+    Step,
+    Trained,
+    Update,
+    shares,
+)
 
 Diagonal = dict[str, Tensor]
 
@@ -40,12 +54,16 @@ class FedRoRA(Method):
 
     # ------------------------------------------------------------------ server
     def begin(self, clients: Sequence[ClientInfo]) -> State:
-        """``global`` has unit columns and rows, ``diagonal`` their strengths at its scale, ``latest`` is by client."""
+        """``global`` has unit columns and rows, ``diagonal`` their strengths at its scale,
+        ``latest`` is by client.
+        """
         rng = self.setting.rng("shared", "directions of B")
         adapter: Adapter = {}
         for site, f in self.setting.shared_draw(max(client.rank for client in clients)).items():
             columns = torch.randn(f.rank, f.B.shape[0], generator=rng, dtype=torch.float64)
-            adapter[site] = Factors(unit_rows(f.A), unit_rows(columns).T.contiguous().to(f.B.dtype), f.scale)
+            adapter[site] = Factors(
+                unit_rows(f.A), unit_rows(columns).T.contiguous().to(f.B.dtype), f.scale
+            )
         zero = {site: torch.zeros(f.rank, dtype=f.A.dtype) for site, f in adapter.items()}
         return {"global": adapter, "diagonal": zero, "latest": {}}
 
@@ -59,7 +77,9 @@ class FedRoRA(Method):
         return {"adapter": adapter, "diagonal": diagonal}
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        folded = {u.client: self._folded(u.content["adapter"], u.content["diagonal"]) for u in updates}
+        folded = {
+            u.client: self._folded(u.content["adapter"], u.content["diagonal"]) for u in updates
+        }
         rank = next(iter(state["global"].values())).rank
         weights = shares(updates, self.options.weights)
         scale = self.setting.scale(rank)
@@ -93,9 +113,11 @@ class FedRoRA(Method):
 
 
 def best_directions(adapter: Adapter, update: Adapter | None, rank: int) -> dict[str, list[int]]:
-    """Per site the indices, ascending, of the ``rank`` directions k with the largest ``u_k^T dW v_k``.
+    """Per site the indices, ascending, of the ``rank`` directions k with the largest ``u_k^T dW
+    v_k``.
 
-    ``adapter`` holds u_k as columns of B and v_k as rows of A; without an ``update`` dW the first ``rank``.
+    ``adapter`` holds u_k as columns of B and v_k as rows of A; without an ``update`` dW the first
+    ``rank``.
     """
     chosen: dict[str, list[int]] = {}
     for site, f in adapter.items():

@@ -1,10 +1,13 @@
-"""FedRot-LoRA: every client turns its rank space to the last global one before the factors are averaged.
+"""FedRot-LoRA: every client turns its rank space to the last global one before the factors are
+averaged.
 
-Source: Zhang et al., "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA", arXiv 2602.23638. Odd
-rounds align A, even ones B, to the last global factors, by a soft Procrustes rotation R; the client sends ``(R^T A, B
-R)``, whose product is that of ``(A, B)``. The first round is skipped: the global B is still zero.
+Source: Zhang et al., "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA", arXiv
+2602.23638. Odd rounds align A, even ones B, to the last global factors, by a soft Procrustes
+rotation R; the client sends ``(R^T A, B R)``, whose product is that of ``(A, B)``. The first round
+is skipped: the global B is still zero.
 
-Where we differ: ``at = "server"`` runs the same arithmetic at the server, for clients that only know FedIT.
+Where we differ: ``at = "server"`` runs the same arithmetic at the server, for clients that only
+know FedIT.
 """
 
 from __future__ import annotations
@@ -18,15 +21,28 @@ from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.rotation import align
 from fedgrove.methods import contract
-from fedgrove.methods.contract import ClientInfo, Mine, Offer, State, Trained, Update, WeightedOptions, shares
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Mine,
+    Offer,
+    State,
+    Trained,
+    Update,
+    WeightedOptions,
+    shares,
+)
 from fedgrove.methods.fedit import FedIT
 
 
 class RotOptions(WeightedOptions):
     """FedRot-LoRA's keys."""
 
-    lam: float = Field(0.5, ge=0, le=1, description="Strength of the rotation: 0 is FedIT, 1 the full rotation.")
-    at: Literal["client", "server"] = Field("client", description="Who rotates; the result is the same.")
+    lam: float = Field(
+        0.5, ge=0, le=1, description="Strength of the rotation: 0 is FedIT, 1 the full rotation."
+    )
+    at: Literal["client", "server"] = Field(
+        "client", description="Who rotates; the result is the same."
+    )
 
 
 class FedRotLoRA(FedIT):
@@ -57,4 +73,6 @@ class FedRotLoRA(FedIT):
         if round == 1:
             return adapter
         factor: Literal["A", "B"] = "A" if round % 2 else "B"
-        return {site: align(f, reference[site], factor, self.options.lam) for site, f in adapter.items()}
+        return {
+            site: align(f, reference[site], factor, self.options.lam) for site, f in adapter.items()
+        }

@@ -1,6 +1,7 @@
 """FedSA-LoRA: both factors train, A is averaged, B (and the head) stay with the client.
 
-Source: Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", arXiv 2410.01463.
+Source: Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", arXiv
+2410.01463.
 """
 
 from __future__ import annotations

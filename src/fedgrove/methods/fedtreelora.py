@@ -1,22 +1,27 @@
-"""FedTreeLoRA: clients share one trunk in shallow layers and split into branches as layers get deeper.
+"""FedTreeLoRA: clients share one trunk in shallow layers and split into branches as layers get
+deeper.
 
-Source: "FedTreeLoRA", arXiv 2603.13282 (ICML 2026). After a local warm-up from one shared draw, a merge tree of the
-clients is built from the distances between their ``B``; each layer, shallow to deep, cuts that one tree where its own
-distances say, never coarser than the layer before. In every layer a client runs
-``λ · (mean of its group) + (1 − λ) · (mean of everyone else)``, trains the first and λ, and sends the first.
+Source: "FedTreeLoRA", arXiv 2603.13282 (ICML 2026). After a local warm-up from one shared draw, a
+merge tree of the clients is built from the distances between their ``B``; each layer, shallow to
+deep, cuts that one tree where its own distances say, never coarser than the layer before. In every
+layer a client runs
+``λ · (mean of its group) + (1 − λ) · (mean of everyone else)``, trains the first and λ, and sends
+the first.
 
 Where we differ, or choose what the paper leaves open:
 
-* Average linkage; ``tau`` 0.1, ``K`` 3; a warm-up of ``min(5, rounds // 3)`` rounds (at least 1 where a layer may
-  split), counted in the budget. Its adapters travel once, after its last round: before, nobody has a use for them.
-* λ is the sigmoid of a free scalar that starts at 0, one per layer and client, and never leaves it. A layer that is not
-  split has no scalar and no external expert, which pins λ to 1. A scalar needs a larger learning rate than a matrix to
-  get anywhere in a few dozen steps: ``lambda_lr``.
+* Average linkage; ``tau`` 0.1, ``K`` 3; a warm-up of ``min(5, rounds // 3)`` rounds (at least 1
+  where a layer may split), counted in the budget. Its adapters travel once, after its last round:
+  before, nobody has a use for them.
+* λ is the sigmoid of a free scalar that starts at 0, one per layer and client, and never leaves it.
+  A layer that is not split has no scalar and no external expert, which pins λ to 1. A scalar needs
+  a larger learning rate than a matrix to get anywhere in a few dozen steps: ``lambda_lr``.
 * Absent clients: experts are means over *all* members' latest adapters, which the server keeps.
-* Clients that come later, in the run or after it: they train as many rounds as the warm-up had, alone and from the
-  shared draw, send their ``B`` and descend the tree by its average distance to the members' ``B`` *after the members'
-  own warm-up*, since only these have the same history. One path from the root gives one group per layer, still nested.
-  Their warm-up is never averaged into a group that is further on: they count from their first trained expert.
+* Clients that come later, in the run or after it: they train as many rounds as the warm-up had,
+  alone and from the shared draw, send their ``B`` and descend the tree by its average distance to
+  the members' ``B`` *after the members' own warm-up*, since only these have the same history. One
+  path from the root gives one group per layer, still nested. Their warm-up is never averaged into a
+  group that is further on: they count from their first trained expert.
 * One or two clients always share everything (``c ≤ N − 1``).
 """
 
@@ -35,7 +40,7 @@ from fedgrove.adapters.assembly import Assembly, Convex, Extra, Term
 from fedgrove.adapters.distance import Distance, between, layers_of, towards
 from fedgrove.adapters.groups import group_means
 from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree, nearest, untied_cuts
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -59,32 +64,53 @@ class TreeOptions(contract.Options):
     warmup_rounds: int | None = Field(
         None,
         ge=0,
-        description="Rounds of purely local training before the tree is built, part of run.rounds; 0 only with K = 1. "
+        description="Rounds of purely local training before the tree is built, part of run.rounds; "
+        "0 only with K = 1. "
         "Not set: min(5, rounds // 3), at least 1 unless K = 1.",
         examples=[2],
     )
-    tau: float = Field(0.1, description="Score of leaving a layer whole; a split must have a larger silhouette.")
-    K: int = Field(
-        3, ge=1, description="A layer may have up to K - 1 groups more than the layer above it; 1 never splits."
+    tau: float = Field(
+        0.1, description="Score of leaving a layer whole; a split must have a larger silhouette."
     )
-    distance: Distance = Field("frobenius", description="Distance between two clients' B in a layer.")
+    K: int = Field(
+        3,
+        ge=1,
+        description="A layer may have up to K - 1 groups more than the layer above it; 1 never "
+        "splits.",
+    )
+    distance: Distance = Field(
+        "frobenius", description="Distance between two clients' B in a layer."
+    )
     linkage: Literal["average", "complete", "single", "weighted"] = Field(
         "average", description="Linkage of the merge tree."
     )
     weights: Literal["uniform", "examples"] = Field(
-        "uniform", description="Weight of a client in its group's mean: the same for all, or its training examples."
+        "uniform",
+        description="Weight of a client in its group's mean: the same for all, or its training "
+        "examples.",
     )
     external: bool = Field(
-        True, description="Whether a client also runs the frozen mean of everyone outside its group, mixed in by λ."
+        True,
+        description="Whether a client also runs the frozen mean of everyone outside its group, "
+        "mixed in by λ.",
     )
-    lambda_lr: float = Field(10.0, ge=0, description="Learning rate of λ's free scalar, as a multiple of train.lr.")
+    lambda_lr: float = Field(
+        10.0, ge=0, description="Learning rate of λ's free scalar, as a multiple of train.lr."
+    )
     rebuild_every: int = Field(
-        0, ge=0, description="Build tree and cuts anew every so many rounds after the warm-up; 0: never."
+        0,
+        ge=0,
+        description="Build tree and cuts anew every so many rounds after the warm-up; 0: never.",
     )
     fixed_k: int | None = Field(
-        None, ge=1, description="Ablation: so many groups in every layer instead of the search.", examples=[4]
+        None,
+        ge=1,
+        description="Ablation: so many groups in every layer instead of the search.",
+        examples=[4],
     )
-    tree: bool = Field(True, description="false is an ablation: every layer is clustered alone, nothing is nested.")
+    tree: bool = Field(
+        True, description="false is an ablation: every layer is clustered alone, nothing is nested."
+    )
 
 
 class FedTreeLoRA(Method):
@@ -108,8 +134,9 @@ class FedTreeLoRA(Method):
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         """The server's memory.
 
-        ``latest``: each member's newest adapter, ``first``: its B after its own warm-up, ``groups``: its group in each
-        layer, ``experts``: in each layer, the mean of each group and of everyone else, ``common``: the mean of all.
+        ``latest``: each member's newest adapter, ``first``: its B after its own warm-up,
+        ``groups``: its group in each layer, ``experts``: in each layer, the mean of each group and
+        of everyone else, ``common``: the mean of all.
         """
         return {
             "tree": None,
@@ -121,12 +148,20 @@ class FedTreeLoRA(Method):
             "common": self.setting.shared_draw(),
         }
 
-    def select(self, state: State, round: int, available: Sequence[str], fraction: float) -> list[str]:
+    def select(
+        self, state: State, round: int, available: Sequence[str], fraction: float
+    ) -> list[str]:
         """Everyone in the warm-up, then the usual draw."""
-        return list(available) if round <= self.warmup else super().select(state, round, available, fraction)
+        return (
+            list(available)
+            if round <= self.warmup
+            else super().select(state, round, available, fraction)
+        )
 
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        """A member's experts. A client that has to warm up is sent no tensor: the shared draw costs no message."""
+        """A member's experts. A client that has to warm up is sent no tensor: the shared draw costs
+        no message.
+        """
         if client.name in state["groups"]:
             return self._experts(state, state["groups"][client.name])
         if self.warmup and round <= self.setting.rounds:
@@ -134,7 +169,11 @@ class FedTreeLoRA(Method):
         return self.welcome(state, client, None)
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = {update.client: update.content["adapter"] for update in updates if "adapter" in update.content}
+        adapters = {
+            update.client: update.content["adapter"]
+            for update in updates
+            if "adapter" in update.content
+        }
         probes = {update.client: update.content["B"] for update in updates if "B" in update.content}
         if not adapters and not probes:
             return state
@@ -142,17 +181,25 @@ class FedTreeLoRA(Method):
         state = {
             **state,
             "latest": _by_name(state["latest"], adapters),
-            "first": _by_name({name: _bs(adapter) for name, adapter in adapters.items()}, probes, state["first"]),
+            "first": _by_name(
+                {name: _bs(adapter) for name, adapter in adapters.items()}, probes, state["first"]
+            ),
             "examples": _by_name(state["examples"], examples),
         }
         if state["tree"] is None or self._rebuilds(round):
             state |= self._grown(state["latest"])
-        late = {n: self._placed(state, bs) for n, bs in state["first"].items() if n not in state["groups"]}
+        late = {
+            n: self._placed(state, bs)
+            for n, bs in state["first"].items()
+            if n not in state["groups"]
+        }
         state["groups"] = _by_name(state["groups"], late)
         return state | self._averaged(state)
 
     def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
-        """The mean of all; after the probe, the experts of the groups on the newcomer's way down the tree."""
+        """The mean of all; after the probe, the experts of the groups on the newcomer's way down
+        the tree.
+        """
         if probe is not None and state["tree"] is not None:
             groups, deepest = self._placed(state, probe["B"]), state["tree"]["layers"][-1]
             where = f"branch {groups[-1] + 1} of {deepest['count']} in layer {deepest['layer']}, the deepest"
@@ -166,9 +213,11 @@ class FedTreeLoRA(Method):
         return Assembly((Term("cluster", state["common"]),))
 
     def artefacts(self, state: State) -> dict[str, Any]:
-        """``tree.json``. ``joined``: members that came after the tree was built, so that no merge names them.
+        """``tree.json``. ``joined``: members that came after the tree was built, so that no merge
+        names them.
 
-        ``lambda`` holds what everyone may know, the 1 of layers that are not split; the rest is the clients' own.
+        ``lambda`` holds what everyone may know, the 1 of layers that are not split; the rest is the
+        clients' own.
         """
         tree = state["tree"]
         if tree is None:
@@ -178,14 +227,19 @@ class FedTreeLoRA(Method):
             groups: list[list[str]] = [[] for _ in range(layer["count"])]
             for name, labels in state["groups"].items():
                 groups[labels[place]].append(name)
-            layers.append({**{key: layer[key] for key in ("layer", "count", "score")}, "groups": groups})
+            layers.append(
+                {**{key: layer[key] for key in ("layer", "count", "score")}, "groups": groups}
+            )
         whole = {str(layer["layer"]): layer["count"] == 1 for layer in layers}
         content = {
             "merges": tree["merges"],
             "clients": tree["clients"],
             "joined": [name for name in state["groups"] if name not in tree["clients"]],
             "layers": layers,
-            "lambda": {key: dict.fromkeys(state["groups"], 1.0) if one else {} for key, one in whole.items()},
+            "lambda": {
+                key: dict.fromkeys(state["groups"], 1.0) if one else {}
+                for key, one in whole.items()
+            },
         }
         return {"tree.json": content}
 
@@ -196,7 +250,9 @@ class FedTreeLoRA(Method):
     def _grown(self, latest: Mapping[str, Adapter]) -> State:
         """The tree and its cuts from the adapters as uploaded, and the groups of their clients."""
         options = self.options
-        distances = between([_bs(adapter) for adapter in latest.values()], self.setting.sites, options.distance).numpy()
+        distances = between(
+            [_bs(adapter) for adapter in latest.values()], self.setting.sites, options.distance
+        ).numpy()
         merges = merge_tree(distances.mean(0), options.linkage)
         if options.tree:
             cuts = layer_cuts(merges, list(distances), options.tau, options.K, options.fixed_k)
@@ -237,12 +293,17 @@ class FedTreeLoRA(Method):
         for place, (layer, sites) in enumerate(self.layers.items()):
             adapters = [{site: state["latest"][name][site] for site in sites} for name in names]
             means = group_means(adapters, [state["groups"][name][place] for name in names], weights)
-            experts[str(layer)] = {"cluster": means.own, "external": means.rest if self.options.external else []}
+            experts[str(layer)] = {
+                "cluster": means.own,
+                "external": means.rest if self.options.external else [],
+            }
             common |= means.everyone
         return {"experts": experts, "common": self._ordered(common)}
 
     def _experts(self, state: State, groups: Sequence[int]) -> Offer:
-        """What a member of these groups, one per layer, is sent: an external expert only where a layer is split."""
+        """What a member of these groups, one per layer, is sent: an external expert only where a
+        layer is split.
+        """
         cluster: Adapter = {}
         external: Adapter = {}
         for group, experts in zip(groups, state["experts"].values(), strict=True):
@@ -260,7 +321,8 @@ class FedTreeLoRA(Method):
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
         if "cluster" in offer:
             return [Step(self.personal(client, offer, mine))]
-        # A late client makes up for the rounds that it missed, so that its B has the same history as the others'.
+        # A late client makes up for the rounds that it missed, so that its B has the same history
+        # as the others'.
         missed = 1 if round <= self.warmup else max(1, self.warmup - mine.get("warmed", 0))
         return self._alone(missed, mine)
 
@@ -270,17 +332,23 @@ class FedTreeLoRA(Method):
         last = trained[-1]
         if "cluster" in offer:
             logits = {
-                str(layer): last.extra(_key(layer)) for layer in self.layers if _key(layer) in last.assembly.extras
+                str(layer): last.extra(_key(layer))
+                for layer in self.layers
+                if _key(layer) in last.assembly.extras
             }
             return {"adapter": last.adapter("cluster")}, {"lambda": keep(logits)}
         own = last.adapter("own")
-        sent = {"B": _bs(own)} if "join" in offer else {"adapter": own} if round >= self.warmup else {}
+        sent = (
+            {"B": _bs(own)} if "join" in offer else {"adapter": own} if round >= self.warmup else {}
+        )
         return sent, {"own": own, "warmed": mine.get("warmed", 0) + len(trained)}
 
     def probe(self, client: ClientInfo, offer: Offer) -> Plan | None:
         return self._alone(self.warmup, {}) if self.warmup else None
 
-    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Offer) -> dict[str, Any]:
+    def probe_report(
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer
+    ) -> dict[str, Any]:
         return {"B": _bs(trained[-1].adapter("own"))}
 
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
@@ -293,13 +361,17 @@ class FedTreeLoRA(Method):
         known = reveal(mine.get("lambda", {}))
         split = sorted({self.setting.sites[site].layer for site in offer["external"]})
         extras = {
-            _key(layer): Extra(known.get(str(layer), torch.zeros(())), lr=self.options.lambda_lr) for layer in split
+            _key(layer): Extra(known.get(str(layer), torch.zeros(())), lr=self.options.lambda_lr)
+            for layer in split
         }
         return Assembly(tuple(terms), Convex("cluster", "external"), extras)
 
     def client_artefacts(self, client: ClientInfo, offer: Offer, mine: Mine) -> dict[str, Any]:
         logits = reveal(mine.get("lambda", {}))
-        shares = {layer: {client.name: torch.sigmoid(logit.double()).item()} for layer, logit in logits.items()}
+        shares = {
+            layer: {client.name: torch.sigmoid(logit.double()).item()}
+            for layer, logit in logits.items()
+        }
         return {"tree.json": {"lambda": shares}} if shares else {}
 
     def _own(self, mine: Mine) -> Assembly:
@@ -313,22 +385,27 @@ class FedTreeLoRA(Method):
 
 
 def _warmup(options: TreeOptions, rounds: int) -> int:
-    """The rounds of warm-up. Raises JobError where they leave no tree to build, or options exclude each other."""
+    """The rounds of warm-up. Raises JobError where they leave no tree to build, or options exclude
+    each other.
+    """
     if options.fixed_k is not None and not options.tree:
         raise JobError(
-            f"method.fixed_k = {options.fixed_k} cuts the tree, and method.tree = false has none; leave one out."
+            f"method.fixed_k = {options.fixed_k} cuts the tree, and method.tree = false has none; "
+            f"leave one out."
         )
     splits = not options.tree or (options.K > 1 if options.fixed_k is None else options.fixed_k > 1)
     if options.warmup_rounds is None:
         return max(int(splits), min(5, rounds // 3))
     if options.warmup_rounds == 0 and splits:
         raise JobError(
-            "method.warmup_rounds = 0 leaves nothing to build the tree from; set it to 1 or more, or method.K = 1, "
+            "method.warmup_rounds = 0 leaves nothing to build the tree from; set it to 1 or more, "
+            "or method.K = 1, "
             "which never splits."
         )
     if options.warmup_rounds > rounds:
         raise JobError(
-            f"method.warmup_rounds = {options.warmup_rounds} is more than run.rounds = {rounds}, of which they are a "
+            f"method.warmup_rounds = {options.warmup_rounds} is more than run.rounds = {rounds}, "
+            f"of which they are a "
             f"part; set it to {rounds} or less."
         )
     return options.warmup_rounds

@@ -1,4 +1,5 @@
-"""FFA-LoRA: A stays frozen at the shared draw, only B trains and travels. Averaging B is then exact.
+"""FFA-LoRA: A stays frozen at the shared draw, only B trains and travels. Averaging B is then
+exact.
 
 Source: Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", arXiv 2403.12313.
 """

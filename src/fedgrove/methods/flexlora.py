@@ -1,16 +1,18 @@
 """FlexLoRA: the mean of the products, handed out as each client's own truncation of its SVD.
 
-Source: Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
-arXiv 2402.11505. ``dW = sum p_i s_i B_i A_i``; client i gets its best approximation of rank ``r_i`` as ``B = U
-sqrt(S)``, ``A = sqrt(S) V^T``, divided by its scale so that ``s B A`` is right (re-implementations that lose
+Source: Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
+Client Resources", arXiv 2402.11505. ``dW = sum p_i s_i B_i A_i``; client i gets its best
+approximation of rank ``r_i`` as ``B = U sqrt(S)``, ``A = sqrt(S) V^T``, divided by its scale so
+that ``s B A`` is right (re-implementations that lose
 ``sqrt(S)`` are not followed).
 
-The server keeps the whole mean (at most the clients' ranks together, or the layer's smaller side), so nothing is lost
-in aggregation, only in what a client of a smaller rank can hold.
+The server keeps the whole mean (at most the clients' ranks together, or the layer's smaller side),
+so nothing is lost in aggregation, only in what a client of a smaller rank can hold.
 
-Where we differ: the SVD is taken of the factors by QR, never of the dense update. A direction that the mean does not
-have (fewer modules arrived than the recipient holds) starts again from the shared draw of A with B = 0 instead of
-from zero in both factors, where it could never train; the product is the same.
+Where we differ: the SVD is taken of the factors by QR, never of the dense update. A direction that
+the mean does not have (fewer modules arrived than the recipient holds) starts again from the shared
+draw of A with B = 0 instead of from zero in both factors, where it could never train; the product
+is the same.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""FLoRA: the clients' adapters are stacked, so that the server's update is the exact mean of the products.
+"""FLoRA: the clients' adapters are stacked, so that the server's update is the exact mean of the
+products.
 
-Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
-arXiv 2409.05976. ``A = [p_1 A_1; ...]``, ``B = [B_1, ...]``: only A carries the weights, so ``B A = sum p_i B_i
-A_i``. Every client merges the stack into its frozen base and starts a fresh adapter (new A, zero B) in the next
-round.
+Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+Adaptations", arXiv 2409.05976. ``A = [p_1 A_1; ...]``, ``B = [B_1, ...]``: only A carries the
+weights, so ``B A = sum p_i B_i A_i``. Every client merges the stack into its frozen base and starts
+a fresh adapter (new A, zero B) in the next round.
 
-Where we differ: A carries ``p_i s_i / s``, so that the product is right where the clients' scales differ. A client
-that was away gets the whole merged update instead of all the stacks that it missed, and beyond rank ``min(out, in)``
-stack and merged update are compacted by SVD, which changes no product. The fresh A is one draw for all clients, new
-in each round. The public repository's FedIT branch, which keeps the first client only, is not followed.
+Where we differ: A carries ``p_i s_i / s``, so that the product is right where the clients' scales
+differ. A client that was away gets the whole merged update instead of all the stacks that it
+missed, and beyond rank ``min(out, in)`` stack and merged update are compacted by SVD, which changes
+no product. The fresh A is one draw for all clients, new in each round. The public repository's
+FedIT branch, which keeps the first client only, is not followed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,18 @@ from fedgrove.adapters.algebra import check
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods import contract
 from fedgrove.methods._merged import advance, held, merged_part, nothing_merged
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, State, Step, Trained, Update, shares
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Method,
+    Mine,
+    Offer,
+    Plan,
+    State,
+    Step,
+    Trained,
+    Update,
+    shares,
+)
 
 
 class FLoRA(Method):
@@ -65,7 +78,9 @@ class FLoRA(Method):
         return {"adapter": trained[-1].adapter("fresh")}, {"delta": base}
 
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return self._assembly(client, offer, mine, "init")  # B = 0: what local fine-tuning would train
+        return self._assembly(
+            client, offer, mine, "init"
+        )  # B = 0: what local fine-tuning would train
 
     def _assembly(self, client: ClientInfo, offer: Offer, mine: Mine, purpose: str) -> Assembly:
         fresh = self.setting.shared_draw(client.rank, purpose)
@@ -73,11 +88,18 @@ class FLoRA(Method):
 
 
 def stacked(adapters: Sequence[Adapter], weights: Sequence[float], scale: float) -> Adapter:
-    """One adapter of scale ``scale`` > 0 whose product is ``sum_i p_i s_i B_i A_i``; B's are as they are."""
+    """One adapter of scale ``scale`` > 0 whose product is ``sum_i p_i s_i B_i A_i``; B's are as
+    they are.
+    """
     check(adapters)
     return {
         site: Factors(
-            A=torch.cat([a[site].A * (p * a[site].scale / scale) for a, p in zip(adapters, weights, strict=True)]),
+            A=torch.cat(
+                [
+                    a[site].A * (p * a[site].scale / scale)
+                    for a, p in zip(adapters, weights, strict=True)
+                ]
+            ),
             B=torch.cat([adapter[site].B for adapter in adapters], 1),
             scale=scale,
         )

@@ -1,14 +1,17 @@
 """FSLoRA: each client trains a random sketch of the global adapter, drawn anew each round.
 
-Source: Fang et al., "Federated Sketching LoRA: On-Device Collaborative Fine-Tuning of Large Language Models", arXiv
-2501.19389. Client i runs ``W0 + s B S_i A`` with ``S_i = (R / k_i) diag(mask)``, the mask uniform with ``k_i`` ones;
-the server adds the mean over all sampled clients of the changes ``dA_i, dB_i``, which are zero outside the mask.
+Source: Fang et al., "Federated Sketching LoRA: On-Device Collaborative Fine-Tuning of Large
+Language Models", arXiv
+2501.19389. Client i runs ``W0 + s B S_i A`` with ``S_i = (R / k_i) diag(mask)``, the mask uniform
+with ``k_i`` ones; the server adds the mean over all sampled clients of the changes ``dA_i, dB_i``,
+which are zero outside the mask.
 ``k_i`` is the client's rank.
 
-Where we differ: the masked-out modules have no part in the forward pass and no gradient, so a client runs the ``k_i``
-others as one dense adapter of scale ``s R / k_i`` and sends their changes with their indices; weight decay then
-leaves the others alone too. One mask serves all sites. What a client deploys is the whole global adapter. Public code
-finds the adapters by a test of their names that never matches; ours has no such test.
+Where we differ: the masked-out modules have no part in the forward pass and no gradient, so a
+client runs the ``k_i`` others as one dense adapter of scale ``s R / k_i`` and sends their changes
+with their indices; weight decay then leaves the others alone too. One mask serves all sites. What a
+client deploys is the whole global adapter. Public code finds the adapters by a test of their names
+that never matches; ours has no such test.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from pydantic import Field
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import select
 from fedgrove.adapters.assembly import Assembly, Term
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -44,7 +47,9 @@ class SketchOptions(WeightedOptions):
     """FSLoRA's keys."""
 
     weights: Literal["examples", "uniform"] = Field(
-        "uniform", description="Weight of a client in the mean: the same for all (the paper's), or its examples."
+        "uniform",
+        description="Weight of a client in the mean: the same for all (the paper's), or its "
+        "examples.",
     )
 
 
@@ -65,8 +70,10 @@ class FSLoRA(Method):
         for client in clients:
             if setting.scaling == "client" and client.rank != setting.rank:
                 raise JobError(
-                    f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, but the sketch '
-                    f'corrects alpha / {setting.rank} for the smaller rank by itself; set lora.scaling = "global".'
+                    f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, '
+                    f"but the sketch "
+                    f"corrects alpha / {setting.rank} for the smaller rank by itself; set "
+                    f'lora.scaling = "global".'
                 )
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
@@ -91,7 +98,10 @@ class FSLoRA(Method):
         whole: dict[str, dict[str, torch.Tensor]] = {}
         for site, change in content["change"].items():
             a, b = change["A"], change["B"]
-            A, B = a.new_zeros(self.setting.rank, a.shape[1]), b.new_zeros(b.shape[0], self.setting.rank)
+            A, B = (
+                a.new_zeros(self.setting.rank, a.shape[1]),
+                b.new_zeros(b.shape[0], self.setting.rank),
+            )
             A[content["indices"]], B[:, content["indices"]] = a, b
             whole[site] = {"A": A, "B": B}
         return {"change": whole, "indices": list(range(self.setting.rank))}
@@ -109,7 +119,9 @@ class FSLoRA(Method):
     ) -> tuple[dict[str, Any], Mine]:
         chosen = self.mask(client, round)
         start, end = self.sketch(offer["global"], chosen), trained[-1].adapter("sketch")
-        change = {site: {"A": f.A - start[site].A, "B": f.B - start[site].B} for site, f in end.items()}
+        change = {
+            site: {"A": f.A - start[site].A, "B": f.B - start[site].B} for site, f in end.items()
+        }
         return {"change": change, "indices": chosen}, mine
 
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:

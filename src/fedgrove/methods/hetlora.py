@@ -1,14 +1,18 @@
-"""HETLoRA: clients of different rank share the first rows; they prune their own rank, norms weigh the mean.
+"""HETLoRA: clients of different rank share the first rows; they prune their own rank, norms weigh
+the mean.
 
-Source: Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", arXiv 2401.06432.
-Client i trains the first ``r_i`` modules of the global adapter with ``lam ||B[:, g r:]|| ||A[g r:, :]||`` added to
-the loss at each site (g is ``gamma``); if that tail has shrunk over the round, ``r_i`` becomes ``max(r_min, floor(g
-r_i))`` from then on. The server pads with zeros and averages with weights ``||B_i A_i|| / sum ||B_j A_j||``.
+Source: Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
+arXiv 2401.06432. Client i trains the first ``r_i`` modules of the global adapter with ``lam ||B[:,
+g r:]|| ||A[g r:, :]||`` added to the loss at each site (g is ``gamma``); if that tail has shrunk
+over the round, ``r_i`` becomes ``max(r_min, floor(g r_i))`` from then on. The server pads with
+zeros and averages with weights ``||B_i A_i|| / sum ||B_j A_j||``.
 
-Where we differ: the norms are taken over all sites together, the tail is summed over the sites and begins at
-``r_min`` at the earliest (what cannot be pruned is not penalised). A module that no client of the round holds keeps
-its last value; the padding would set both its factors to zero, from where no gradient moves them. ``variant =
-"reduced"`` is what most comparisons run under this name: pad, mean by ``weights``, truncate.
+Where we differ: the norms are taken over all sites together, the tail is summed over the sites and
+begins at
+``r_min`` at the earliest (what cannot be pruned is not penalised). A module that no client of the
+round holds keeps its last value; the padding would set both its factors to zero, from where no
+gradient moves them. ``variant = "reduced"`` is what most comparisons run under this name: pad, mean
+by ``weights``, truncate.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import mean, pad, product_norm, rescale, truncate
 from fedgrove.adapters.assembly import Assembly, Term
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -48,15 +52,19 @@ class HetOptions(WeightedOptions):
 
     variant: Literal["full", "reduced"] = Field(
         "full",
-        description='"full" is the paper\'s; "reduced" has no penalty and no pruning and averages by `weights`, '
+        description='"full" is the paper\'s; "reduced" has no penalty and no pruning and averages '
+        "by `weights`, "
         "which the full one does not read.",
     )
     gamma: float = Field(0.99, gt=0, lt=1, description="Share of the rank that survives a pruning.")
-    lam: float = Field(0.01, ge=0, description="Weight of the penalty on the tail that may be pruned.")
+    lam: float = Field(
+        0.01, ge=0, description="Weight of the penalty on the tail that may be pruned."
+    )
     r_min: int = Field(1, ge=1, description="No client's rank is pruned below this.")
     rescale: Literal["B"] | None = Field(
         None,
-        description='"B" folds different scales (lora.scaling = "client" with different ranks) into B before the mean '
+        description='"B" folds different scales (lora.scaling = "client" with different ranks) '
+        "into B before the mean "
         "of the factors; not set: such a job is refused.",
     )
 
@@ -81,7 +89,10 @@ class HETLoRA(Method):
             )
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw(), "ranks": {client.name: client.rank for client in clients}}
+        return {
+            "global": self.setting.shared_draw(),
+            "ranks": {client.name: client.rank for client in clients},
+        }
 
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
         rank = state["ranks"].get(client.name, client.rank)
@@ -94,7 +105,9 @@ class HETLoRA(Method):
         if self.options.rescale == "B":
             scale = self.setting.scale(self.setting.rank)
             adapters = [rescale(adapter, scale) for adapter in adapters]
-        padded = mean([pad(adapter, self.setting.rank) for adapter in adapters], self.weights(updates))
+        padded = mean(
+            [pad(adapter, self.setting.rank) for adapter in adapters], self.weights(updates)
+        )
         ranks = {update.client: rank_of(update.content["adapter"]) for update in updates}
         most = max(ranks.values())
         return {
@@ -117,7 +130,12 @@ class HETLoRA(Method):
 
     # ------------------------------------------------------------------ client
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        return [Step(self.personal(client, offer, mine), penalty=self.tail_penalty(rank_of(offer["global"])))]
+        return [
+            Step(
+                self.personal(client, offer, mine),
+                penalty=self.tail_penalty(rank_of(offer["global"])),
+            )
+        ]
 
     def report(
         self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
@@ -139,7 +157,9 @@ class HETLoRA(Method):
         return min(rank, max(self.options.r_min, math.floor(self.options.gamma * rank + 1e-7)))
 
     def tail_penalty(self, rank: int) -> Callable[[Live], Tensor] | None:
-        """What is added to the loss of a client of rank ``rank``; None where nothing can be pruned."""
+        """What is added to the loss of a client of rank ``rank``; None where nothing can be
+        pruned.
+        """
         kept, lam = self.kept(rank), self.options.lam
         if self.options.variant == "reduced" or kept == rank or lam == 0:
             return None
@@ -157,4 +177,8 @@ def rank_of(adapter: Adapter) -> int:
 
 def _head_of(new: Factors, old: Factors, most: int) -> Factors:
     """The first ``most`` modules of ``new``, the others of ``old``."""
-    return replace(new, A=torch.cat([new.A[:most], old.A[most:]]), B=torch.cat([new.B[:, :most], old.B[:, most:]], 1))
+    return replace(
+        new,
+        A=torch.cat([new.A[:most], old.A[most:]]),
+        B=torch.cat([new.B[:, :most], old.B[:, most:]], 1),
+    )

@@ -1,15 +1,19 @@
-"""HiLoRA: a cascade of three frozen tiers, root (everyone), cluster (those alike) and leaf (the client alone).
+"""HiLoRA: a cascade of three frozen tiers, root (everyone), cluster (those alike) and leaf (the
+client alone).
 
-Source: "HiLoRA", arXiv 2603.02785 (CVPR 2026); not arXiv 2510.12266, which bears the same name. A client runs
-``W0 + B_r A_r + B_c A_c + B_l A_l``; one tier trains at a time, those above it are frozen. The server averages products
-(``ΔW = Σ p_i s_i B_i A_i``) and factorises them again by a truncated SVD, ``B := U``, ``A := ΣVᵀ / s``; at the end of
-the root tier it groups the clients once, by the subspaces that their ``B`` span.
+Source: "HiLoRA", arXiv 2603.02785 (CVPR 2026); not arXiv 2510.12266, which bears the same name. A
+client runs
+``W0 + B_r A_r + B_c A_c + B_l A_l``; one tier trains at a time, those above it are frozen. The
+server averages products (``ΔW = Σ p_i s_i B_i A_i``) and factorises them again by a truncated SVD,
+``B := U``, ``A := ΣVᵀ / s``; at the end of the root tier it groups the clients once, by the
+subspaces that their ``B`` span.
 
-Where this differs, or the paper leaves it open: the tiers share ``run.rounds`` by ``fractions``, and what an early stop
-saves goes to the tiers below; the moving average of the bases starts from zero; clients of smaller rank run the best
-part of each tier that their rank allows; a client that missed the root tier is placed like a newcomer, by a probe,
-before it joins a cluster. Shared random draws are made from the seed and never sent; a frozen tier is sent once and
-kept by the client; the leaf never leaves it.
+Where this differs, or the paper leaves it open: the tiers share ``run.rounds`` by ``fractions``,
+and what an early stop saves goes to the tiers below; the moving average of the bases starts from
+zero; clients of smaller rank run the best part of each tier that their rank allows; a client that
+missed the root tier is placed like a newcomer, by a probe, before it joins a cluster. Shared random
+draws are made from the seed and never sent; a frozen tier is sent once and kept by the client; the
+leaf never leaves it.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from fedgrove.adapters.subspace import (
     principal_angle_distances,
 )
 from fedgrove.clustering.spectral import match, spectral
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import (
     ClientInfo,
     Live,
@@ -61,33 +65,51 @@ Tensors = dict[str, Tensor]  # site -> [out, r]
 class HiLoRAOptions(WeightedOptions):
     fractions: Annotated[tuple[float, ...], Strict(False)] = Field(
         (0.3, 0.4, 0.3),
-        description="Shares of run.rounds for root, cluster and leaf, by largest remainder, at least one round each. "
+        description="Shares of run.rounds for root, cluster and leaf, by largest remainder, at "
+        "least one round each. "
         "A share of 0 leaves the cluster or the leaf tier out.",
     )
     tier_ranks: Annotated[tuple[int, ...], Strict(False)] | None = Field(
         None,
-        description="Ranks of root, cluster and leaf for a client of the global rank R; a client of rank r has r / R "
+        description="Ranks of root, cluster and leaf for a client of the global rank R; a client "
+        "of rank r has r / R "
         "of them. Not set: the client's own rank in each tier.",
         examples=[[8, 4, 4]],
     )
     balanced: bool = Field(
-        False, description="Split the singular values evenly over B and A, instead of all into A with orthonormal B."
+        False,
+        description="Split the singular values evenly over B and A, instead of all into A with "
+        "orthonormal B.",
     )
     tau_rel: float = Field(
         0.0,
         ge=0,
-        description="Ends the root tier as soon as the relative step of its update is not larger; 0: never early.",
+        description="Ends the root tier as soon as the relative step of its update is not larger; "
+        "0: never early.",
     )
-    ema: float = Field(0.9, ge=0, lt=1, description="Weight of the past in the moving average of each client's B.")
+    ema: float = Field(
+        0.9, ge=0, lt=1, description="Weight of the past in the moving average of each client's B."
+    )
     basis: Literal["B", "B - B_start"] = Field(
-        "B", description="What clients are grouped by: their B after local training, or what training changed in it."
+        "B",
+        description="What clients are grouped by: their B after local training, or what training "
+        "changed in it.",
     )
-    k_min: int = Field(2, ge=1, description="Fewest clusters; 1 lets clients that are alike stay together.")
+    k_min: int = Field(
+        2, ge=1, description="Fewest clusters; 1 lets clients that are alike stay together."
+    )
     k_max: int = Field(10, ge=1, description="Most clusters; never more than the clients less one.")
-    gamma_c: float = Field(0.1, ge=0, description="Penalty that keeps cluster and leaf orthogonal to the root.")
-    gamma_l: float = Field(0.1, ge=0, description="Penalty that keeps the leaf orthogonal to the cluster.")
+    gamma_c: float = Field(
+        0.1, ge=0, description="Penalty that keeps cluster and leaf orthogonal to the root."
+    )
+    gamma_l: float = Field(
+        0.1, ge=0, description="Penalty that keeps the leaf orthogonal to the cluster."
+    )
     probe: float = Field(
-        4.0, gt=0, description="Local work of the probe that places a newcomer, in units of a round's local work."
+        4.0,
+        gt=0,
+        description="Local work of the probe that places a newcomer, in units of a round's local "
+        "work.",
     )
 
     @model_validator(mode="after")
@@ -95,17 +117,20 @@ class HiLoRAOptions(WeightedOptions):
         shares, ranks = self.fractions, self.tier_ranks
         if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or shares[0] == 0:
             raise ValueError(
-                f"method.fractions = {list(shares)} must be three shares of 0 or more, for root, cluster and leaf, and "
+                f"method.fractions = {list(shares)} must be three shares of 0 or more, for root, "
+                f"cluster and leaf, and "
                 "the root's above 0; for example [0.3, 0.4, 0.3]."
             )
         if ranks is not None and (len(ranks) != 3 or min(ranks) < 1):
             raise ValueError(
-                f"method.tier_ranks = {list(ranks)} must be three ranks of 1 or more, for root, cluster and leaf; for "
+                f"method.tier_ranks = {list(ranks)} must be three ranks of 1 or more, for root, "
+                f"cluster and leaf; for "
                 "example [8, 4, 4]."
             )
         if self.k_max < self.k_min:
             raise ValueError(
-                f"method.k_min = {self.k_min} is above method.k_max = {self.k_max}; lower it, or raise the other."
+                f"method.k_min = {self.k_min} is above method.k_max = {self.k_max}; lower it, or "
+                f"raise the other."
             )
         return self
 
@@ -126,10 +151,13 @@ class HiLoRA(Method):
         smallest = min(min(site.in_features, site.out_features) for site in setting.sites.values())
         if options.tier_ranks is not None and max(options.tier_ranks) > smallest:
             raise JobError(
-                f"method.tier_ranks = {list(options.tier_ranks)} has a rank above {smallest}, the smallest side of an "
+                f"method.tier_ranks = {list(options.tier_ranks)} has a rank above {smallest}, the "
+                f"smallest side of an "
                 f"adapted layer; lower it to {smallest} or less."
             )
-        self.lengths = dict(zip(TIERS, tier_lengths(setting.rounds, options.fractions), strict=True))
+        self.lengths = dict(
+            zip(TIERS, tier_lengths(setting.rounds, options.fractions), strict=True)
+        )
 
     # ------------------------------------------------------------------ server
     def needs_each(self) -> str:
@@ -167,8 +195,14 @@ class HiLoRA(Method):
         return offer
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        state = self._root(state, updates) if state["tier"] == "root" else self._below(state, updates)
-        return self._advance(state, round) if round == state["until"] or self._settled(state) else state
+        state = (
+            self._root(state, updates) if state["tier"] == "root" else self._below(state, updates)
+        )
+        return (
+            self._advance(state, round)
+            if round == state["until"] or self._settled(state)
+            else state
+        )
 
     def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
         offer = self.offer(state, self.setting.rounds + 1, client)
@@ -205,21 +239,32 @@ class HiLoRA(Method):
                 "tiers": [dict(part) for part in state["done"]],
                 "steps": list(state["steps"]),
                 "layers": sorted({site.layer for site in sites.values()}),
-                "overlap": {"root-cluster": [None if u is None else overlap_by_layer(root, u, sites) for u in spans]},
-                "chance": {f"{one}-{other}": self._chance(one, other) for one, other in combinations(TIERS, 2)},
+                "overlap": {
+                    "root-cluster": [
+                        None if u is None else overlap_by_layer(root, u, sites) for u in spans
+                    ]
+                },
+                "chance": {
+                    f"{one}-{other}": self._chance(one, other)
+                    for one, other in combinations(TIERS, 2)
+                },
             }
         }
 
     def _chance(self, one: str, other: str) -> float:
         """The overlap that two random tiers would have."""
-        return max(self._full(one), self._full(other)) / mean(site.out_features for site in self.setting.sites.values())
+        return max(self._full(one), self._full(other)) / mean(
+            site.out_features for site in self.setting.sites.values()
+        )
 
     def _root(self, state: State, updates: Sequence[Update]) -> State:
         """The root tier after a round."""
         before, after = state["root"], self._mean(updates, "root")
         ema = dict(state["ema"])
         for update in updates:
-            ema[update.client] = self._follow(ema.get(update.client), update.content["adapter"], before)
+            ema[update.client] = self._follow(
+                ema.get(update.client), update.content["adapter"], before
+            )
         # ‖ΔW' − ΔW‖ / (‖ΔW‖ + ε); the first step is from zero, and never a small one
         step = None
         if before is not None:
@@ -230,21 +275,29 @@ class HiLoRA(Method):
         """Whether the root tier may end early, in favour of the tiers below."""
         step = state["steps"][-1] if state["tier"] == "root" else None
         below = self.lengths["cluster"] + self.lengths["leaf"] > 0
-        return step is not None and below and self.options.tau_rel > 0 and step <= self.options.tau_rel
+        return (
+            step is not None and below and self.options.tau_rel > 0 and step <= self.options.tau_rel
+        )
 
     def _follow(self, past: Tensors | None, adapter: Adapter, start: Adapter | None) -> Tensors:
-        """``B̄ ← λ B̄ + (1 − λ) B / ‖B‖`` per site, from zero; ``B`` or its change since the start of the round."""
+        """``B̄ ← λ B̄ + (1 − λ) B / ‖B‖`` per site, from zero; ``B`` or its change since the start
+        of the round.
+        """
         result: Tensors = {}
         for site, factors in adapter.items():
             B = factors.B.double()
             if self.options.basis == "B - B_start" and start is not None:
                 B = B - self._resize(start[site], factors.rank, factors.scale).B.double()
             now = (1 - self.options.ema) * B / B.norm().clamp_min(torch.finfo(B.dtype).tiny)
-            result[site] = (now if past is None else self.options.ema * past[site].double() + now).to(factors.B.dtype)
+            result[site] = (
+                now if past is None else self.options.ema * past[site].double() + now
+            ).to(factors.B.dtype)
         return result
 
     def _group(self, state: State) -> State:
-        """The clustering, once: principal angles between the clients' bases, averaged over sites; then spectral."""
+        """The clustering, once: principal angles between the clients' bases, averaged over sites;
+        then spectral.
+        """
         names = sorted(state["ema"])
         distances = torch.zeros(len(names), len(names), dtype=torch.float64)
         for site in self.setting.sites:
@@ -263,8 +316,14 @@ class HiLoRA(Method):
         return {**state, "labels": labels, "clusters": clusters, "grouping": grouping}
 
     def _below(self, state: State, updates: Sequence[Update]) -> State:
-        """Cluster tier: the mean within each cluster. Leaf tier: nothing arrives. In both, latecomers are placed."""
-        labels, holds, clusters = dict(state["labels"]), dict(state["holds"]), list(state["clusters"])
+        """Cluster tier: the mean within each cluster. Leaf tier: nothing arrives. In both,
+        latecomers are placed.
+        """
+        labels, holds, clusters = (
+            dict(state["labels"]),
+            dict(state["holds"]),
+            list(state["clusters"]),
+        )
         if state["tier"] == "cluster":
             for number in range(len(clusters)):
                 members = [u for u in updates if labels.get(u.client) == number]
@@ -273,14 +332,18 @@ class HiLoRA(Method):
         late = list(state["late"])
         for update in updates:
             placed = update.client in labels
-            holds[update.client] = ["root", "cluster"] if placed and state["tier"] == "leaf" else ["root"]
+            holds[update.client] = (
+                ["root", "cluster"] if placed and state["tier"] == "leaf" else ["root"]
+            )
             if "probe" in update.content and any(clusters):
                 labels[update.client] = self._closest(clusters, update.content["probe"]["B"])[0]
                 late.append(update.client)
         return {**state, "labels": labels, "holds": holds, "clusters": clusters, "late": late}
 
     def _advance(self, state: State, round: int) -> State:
-        """The next tier, where there is one. Rounds that an early stop saved go to the tiers that are left."""
+        """The next tier, where there is one. Rounds that an early stop saved go to the tiers that
+        are left.
+        """
         tier, lengths = state["tier"], state["lengths"]
         done = [*state["done"], {"tier": tier, "first": state["since"], "last": round}]
         later = [name for name in TIERS[TIERS.index(tier) + 1 :] if lengths[name]]
@@ -305,11 +368,16 @@ class HiLoRA(Method):
             "balanced" if self.options.balanced else "left",
         )
 
-    def _closest(self, clusters: Sequence[Adapter | None], B: Tensors) -> tuple[int, list[float | None]]:
+    def _closest(
+        self, clusters: Sequence[Adapter | None], B: Tensors
+    ) -> tuple[int, list[float | None]]:
         """The trained cluster whose subspace is closest to a probe's, and the score of each."""
         trained = [number for number, adapter in enumerate(clusters) if adapter is not None]
         probe = {site: basis(value.double()).numpy() for site, value in B.items()}
-        spans = [{site: span.numpy() for site, span in bases(clusters[number] or {}).items()} for number in trained]
+        spans = [
+            {site: span.numpy() for site, span in bases(clusters[number] or {}).items()}
+            for number in trained
+        ]
         winner, scores = match(probe, spans)
         listed: list[float | None] = [None] * len(clusters)
         for number, score in zip(trained, scores, strict=True):
@@ -338,7 +406,9 @@ class HiLoRA(Method):
     def probe(self, client: ClientInfo, offer: Offer) -> Plan | None:
         return self._probing(client, offer, {}) if offer.get("place") else None
 
-    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Offer) -> dict[str, Any]:
+    def probe_report(
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer
+    ) -> dict[str, Any]:
         return {"B": {site: factors.B for site, factors in trained[-1].adapter("cluster").items()}}
 
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
@@ -348,9 +418,13 @@ class HiLoRA(Method):
             names.append("cluster")
         if tier == "leaf":
             names.append("leaf")
-        return Assembly(tuple(self._term(name, client, offer, mine, train=name == tier) for name in names))
+        return Assembly(
+            tuple(self._term(name, client, offer, mine, train=name == tier) for name in names)
+        )
 
-    def penalty(self, client: ClientInfo, offer: Offer, mine: Mine) -> Callable[[Live], Tensor] | None:
+    def penalty(
+        self, client: ClientInfo, offer: Offer, mine: Mine
+    ) -> Callable[[Live], Tensor] | None:
         assembly = self.personal(client, offer, mine)
         return self._penalty(assembly, offer["tier"])
 
@@ -359,24 +433,45 @@ class HiLoRA(Method):
             return {}
         spans = {name: bases(reveal(adapter)) for name, adapter in mine.items()}
         found = {
-            f"{above}-leaf": {client.name: overlap_by_layer(spans[above], spans["leaf"], self.setting.sites)}
+            f"{above}-leaf": {
+                client.name: overlap_by_layer(spans[above], spans["leaf"], self.setting.sites)
+            }
             for above in ("root", "cluster")
         }
         return {"clusters.json": {"overlap": found}}
 
     def _probing(self, client: ClientInfo, offer: Offer, mine: Mine) -> list[Step]:
-        """A fresh adapter on ``W0 + root``, as any client trains it in the first round of the cluster tier."""
+        """A fresh adapter on ``W0 + root``, as any client trains it in the first round of the
+        cluster tier.
+        """
         root = self._term("root", client, offer, mine, train=False)
         assembly = Assembly((root, Term("cluster", self._draw("cluster", client))))
-        return [Step(assembly, penalty=self._penalty(assembly, "cluster"), share=self.options.probe)]
+        return [
+            Step(assembly, penalty=self._penalty(assembly, "cluster"), share=self.options.probe)
+        ]
 
-    def _term(self, name: str, client: ClientInfo, offer: Offer, mine: Mine, *, train: bool) -> Term:
+    def _term(
+        self, name: str, client: ClientInfo, offer: Offer, mine: Mine, *, train: bool
+    ) -> Term:
         """A tier as the client holds it, else as it was offered, else as the shared draw."""
-        adapter = mine[name] if name in mine else offer[name] if name in offer else self._draw(name, client)
-        return Term(name, adapter, train="AB" if train else "", home="client" if name == "leaf" else "server")
+        adapter = (
+            mine[name]
+            if name in mine
+            else offer[name]
+            if name in offer
+            else self._draw(name, client)
+        )
+        return Term(
+            name,
+            adapter,
+            train="AB" if train else "",
+            home="client" if name == "leaf" else "server",
+        )
 
     def _penalty(self, assembly: Assembly, tier: str) -> Callable[[Live], Tensor] | None:
-        """``γ ‖B_frozenᵀ B‖²`` over the tiers above, summed over sites; ``B_frozen`` orthonormal."""
+        """``γ ‖B_frozenᵀ B‖²`` over the tiers above, summed over sites; ``B_frozen``
+        orthonormal.
+        """
         gammas = {"root": self.options.gamma_c, "cluster": self.options.gamma_l}
         frozen = {
             term.name: self._orthonormal(term.adapter)
@@ -391,13 +486,17 @@ class HiLoRA(Method):
             for name, frames in frozen.items():
                 for site, factors in live.terms[tier].items():
                     frames[site] = frames[site].to(factors.B)  # moves once, then stays
-                    total = total.to(factors.B) + gammas[name] * orthogonal_projector_penalty(frames[site], factors.B)
+                    total = total.to(factors.B) + gammas[name] * orthogonal_projector_penalty(
+                        frames[site], factors.B
+                    )
             return total
 
         return penalty
 
     def _orthonormal(self, adapter: Adapter) -> Tensors:
-        """The frozen B's: orthonormal as they are, unless the singular values were split; a zero B has no span."""
+        """The frozen B's: orthonormal as they are, unless the singular values were split; a zero B
+        has no span.
+        """
         if not self.options.balanced:
             return {site: factors.B for site, factors in adapter.items()}
         return {site: basis(f.B) if f.B.any() else f.B for site, f in adapter.items()}
@@ -412,17 +511,27 @@ class HiLoRA(Method):
         return max(1, self._full(tier) * client.rank // self.setting.rank)
 
     def _draw(self, tier: str, client: ClientInfo) -> Adapter:
-        """Zero ``B`` and the tier's one random ``A``, the same for all clients; the root's is that of every method."""
+        """Zero ``B`` and the tier's one random ``A``, the same for all clients; the root's is that
+        of every method.
+        """
         purpose = "init" if tier == "root" else tier
-        whole = fresh(self.setting.sites, self._full(tier), 1.0, self.setting.rng("shared", purpose))
+        whole = fresh(
+            self.setting.sites, self._full(tier), 1.0, self.setting.rng("shared", purpose)
+        )
         rank = self._rank(tier, client)
         scale = self.setting.scale(rank)
-        return {site: Factors(f.A[:rank].clone(), f.B[:, :rank].clone(), scale) for site, f in whole.items()}
+        return {
+            site: Factors(f.A[:rank].clone(), f.B[:, :rank].clone(), scale)
+            for site, f in whole.items()
+        }
 
     def _cut(self, adapter: Adapter, tier: str, client: ClientInfo) -> Adapter:
         """The best part of a tier that the client's rank allows, at the client's scale."""
         rank = self._rank(tier, client)
-        return {site: self._resize(factors, rank, self.setting.scale(rank)) for site, factors in adapter.items()}
+        return {
+            site: self._resize(factors, rank, self.setting.scale(rank))
+            for site, factors in adapter.items()
+        }
 
     def _resize(self, factors: Factors, rank: int, scale: float) -> Factors:
         """The first (largest) modules; a difference in scale goes where the singular values are."""
@@ -433,7 +542,8 @@ class HiLoRA(Method):
 
 
 def tier_lengths(rounds: int, fractions: Sequence[float]) -> list[int]:
-    """``rounds`` shared out by largest remainder (ties to the first), at least one for each share above 0.
+    """``rounds`` shared out by largest remainder (ties to the first), at least one for each share
+    above 0.
 
     Raises ``JobError`` where there are fewer rounds than shares above 0.
     """
@@ -441,13 +551,16 @@ def tier_lengths(rounds: int, fractions: Sequence[float]) -> list[int]:
     if rounds < len(wanted):
         names = ", ".join(TIERS[number] for number in wanted)
         raise JobError(
-            f"run.rounds = {rounds} is too few for HiLoRA's tiers ({names}), which need a round each; set run.rounds "
+            f"run.rounds = {rounds} is too few for HiLoRA's tiers ({names}), which need a round "
+            f"each; set run.rounds "
             f"to {len(wanted)} or more."
         )
     total = math.fsum(fractions)
     quotas = [rounds * share / total for share in fractions]
     lengths = [int(quota + 1e-9) for quota in quotas]
-    by_remainder = sorted(wanted, key=lambda number: (-round(quotas[number] - lengths[number], 9), number))
+    by_remainder = sorted(
+        wanted, key=lambda number: (-round(quotas[number] - lengths[number], 9), number)
+    )
     for number in by_remainder[: rounds - sum(lengths)]:
         lengths[number] += 1
     for number in wanted:

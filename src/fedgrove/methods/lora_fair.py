@@ -1,11 +1,14 @@
-"""LoRA-FAIR: the server corrects the mean of B so that its product points where the mean of the products points.
+"""LoRA-FAIR: the server corrects the mean of B so that its product points where the mean of the
+products points.
 
-Source: Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement", arXiv
-2411.14961. Per site, ``dB`` minimises ``1 - cos(dW, (mean(B) + dB) mean(A)) + lam ||dB||`` with ``dW = sum p_i B_i
-A_i``; clients start from ``(mean(A), mean(B) + dB)``.
+Source: Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization
+Refinement", arXiv
+2411.14961. Per site, ``dB`` minimises ``1 - cos(dW, (mean(B) + dB) mean(A)) + lam ||dB||`` with
+``dW = sum p_i B_i A_i``; clients start from ``(mean(A), mean(B) + dB)``.
 
-Where we differ: the paper leaves the solver open. Ours is gradient descent from ``dB = 0`` with step ``lr``, until a
-step gains less than ``tol`` or after ``max_steps``; a step that would make it worse is halved instead of taken.
+Where we differ: the paper leaves the solver open. Ours is gradient descent from ``dB = 0`` with
+step ``lr``, until a step gains less than ``tol`` or after ``max_steps``; a step that would make it
+worse is halved instead of taken.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from fedgrove.methods.fedit import FedIT
 class FairOptions(WeightedOptions):
     """LoRA-FAIR's keys."""
 
-    lam: float = Field(0.01, ge=0, description="Weight of the size of the correction (the paper's value).")
+    lam: float = Field(
+        0.01, ge=0, description="Weight of the size of the correction (the paper's value)."
+    )
     lr: float = Field(0.01, gt=0, description="The server's step size.")
     tol: float = Field(1e-6, ge=0, description="Stop when a step gains less than this.")
     max_steps: int = Field(1000, ge=0, description="Most steps for each adapted layer; 0 is FedIT.")
@@ -49,7 +54,12 @@ class LoRAFair(FedIT):
         result: Adapter = {}
         for site, factors in means.items():
             change = fair_correction(
-                target[site], factors, lam=options.lam, lr=options.lr, tol=options.tol, max_steps=options.max_steps
+                target[site],
+                factors,
+                lam=options.lam,
+                lr=options.lr,
+                tol=options.tol,
+                max_steps=options.max_steps,
             )
             result[site] = replace(factors, B=factors.B + change)
         return {"global": result}

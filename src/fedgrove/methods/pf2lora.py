@@ -1,12 +1,14 @@
-"""PF2LoRA: a shared LoRA that is averaged plus a small private one, trained one after the other in each round.
+"""PF2LoRA: a shared LoRA that is averaged plus a small private one, trained one after the other in
+each round.
 
-Source: Hao et al., "Personalized Federated Fine-tuning for Heterogeneous Data: An Automatic Rank Learning Approach via
-Two-Level LoRA" (PF2LoRA), arXiv 2503.03920: ``W0 + s B A + s D C`` with the shared ``B A`` (rank 8 in the paper) on the
-upper level and the private ``D C`` (rank 2) on the lower. Each round trains ``D C`` with ``B A`` frozen, then ``B A``
-at the ``D C`` that came out.
+Source: Hao et al., "Personalized Federated Fine-tuning for Heterogeneous Data: An Automatic Rank
+Learning Approach via Two-Level LoRA" (PF2LoRA), arXiv 2503.03920: ``W0 + s B A + s D C`` with the
+shared ``B A`` (rank 8 in the paper) on the upper level and the private ``D C`` (rank 2) on the
+lower. Each round trains ``D C`` with ``B A`` frozen, then ``B A`` at the ``D C`` that came out.
 
-Where we differ: the second step ignores how the best ``D C`` depends on ``B A`` (a first-order version of the paper's
-bilevel hypergradient); both steps share the round's local budget; the private module has the global scale α / R. With
+Where we differ: the second step ignores how the best ``D C`` depends on ``B A`` (a first-order
+version of the paper's bilevel hypergradient); both steps share the round's local budget; the
+private module has the global scale α / R. With
 ``private_share = 0`` there is no private module and this is FedIT.
 """
 
@@ -35,7 +37,11 @@ from fedgrove.methods.fedit import FedIT
 class PF2Options(contract.WeightedOptions):
     private_rank: int = Field(2, ge=1, description="Rank of the private module.")
     private_share: float = Field(
-        0.5, ge=0, lt=1, description="Share of a round's local budget that trains the private module; 0: there is none."
+        0.5,
+        ge=0,
+        lt=1,
+        description="Share of a round's local budget that trains the private module; 0: there is "
+        "none.",
     )
 
 
@@ -76,4 +82,9 @@ class PF2LoRA(FedIT):
             own: Adapter = reveal(mine)["own"]
             return own
         setting = self.setting
-        return fresh(setting.sites, self.options.private_rank, setting.scale(setting.rank), setting.rng("private"))
+        return fresh(
+            setting.sites,
+            self.options.private_rank,
+            setting.scale(setting.rank),
+            setting.rng("private"),
+        )

@@ -1,7 +1,10 @@
-"""Methods by name. A file of this package that defines a ``Method`` with a name is a method: nothing to register.
+"""Methods by name. A file of this package that defines a ``Method`` with a name is a method:
+nothing to register.
 
-Methods of other packages come in by an entry point of the group ``fedgrove.methods`` (any installed package), or with
-``register`` (a notebook, a script). In a deployment every site must have the package: methods travel by name alone.
+Methods of other packages come in by an entry point of the group ``fedgrove.methods`` (any installed
+package), or with
+``register`` (a notebook, a script). In a deployment every site must have the package: methods
+travel by name alone.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
 
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -28,18 +31,23 @@ Kind = TypeVar("Kind", bound="type[Method]")
 
 
 def register(kind: Kind) -> Kind:
-    """Make a method known by its name in this process; a decorator. Defined again (a notebook's cell), it is replaced.
+    """Make a method known by its name in this process; a decorator. Defined again (a notebook's
+    cell), it is replaced.
 
     Raises ``JobError`` where the class has no name of its own, or that of a method of Fedgrove.
     """
     name = vars(kind).get("name")
     if not isinstance(name, str) or not name:
         raise JobError(
-            f"{kind.__name__} has no name of its own; give the class an attribute such as name = 'my-method'."
+            f"{kind.__name__} has no name of its own; give the class an attribute such as name = "
+            f"'my-method'."
         )
     known = catalogue().get(name)
     if known is not None and name not in _REGISTERED:
-        raise JobError(f"{kind.__name__} is called '{name}', which is {known.title} already; choose another name.")
+        raise JobError(
+            f"{kind.__name__} is called '{name}', which is {known.title} already; choose another "
+            f"name."
+        )
     _REGISTERED[name] = kind
     catalogue.cache_clear()
     return kind
@@ -62,7 +70,8 @@ def catalogue() -> dict[str, type[Method]]:
             value = entry.load()
         except Exception as error:
             raise JobError(
-                f"the method '{entry.name}' of the package {entry.dist.name if entry.dist else entry.value} cannot be "
+                f"the method '{entry.name}' of the package "
+                f"{entry.dist.name if entry.dist else entry.value} cannot be "
                 f"loaded ({type(error).__name__}: {error}); repair or uninstall it."
             ) from error
         found.setdefault(value.name, value)
@@ -77,7 +86,9 @@ def method_class(name: str) -> type[Method]:
     try:
         return catalogue()[name]
     except KeyError:
-        raise JobError(f"method.name is '{name}', which does not exist; there are {', '.join(names())}.") from None
+        raise JobError(
+            f"method.name is '{name}', which does not exist; there are {', '.join(names())}."
+        ) from None
 
 
 def options_of(name: str) -> type[BaseModel]:

@@ -1,13 +1,17 @@
-"""SDFLoRA: a shared module that is stacked across ranks and recompressed, and a private one trained beside it.
+"""SDFLoRA: a shared module that is stacked across ranks and recompressed, and a private one trained
+beside it.
 
-Source: "SDFLoRA: Selective Dual-Module LoRA for Federated Fine-tuning with Heterogeneous Clients", arXiv 2601.11219.
-``W0 + s B A + s B_own A_own``: the server stacks the clients' shared modules with their weights, so that the product is
-exactly ``Σ p_i s_i B_i A_i`` whatever the ranks, and gives each client the best approximation of its own rank (SVD).
-The private module never travels. Noise for differential privacy, where wanted, falls on the shared module alone.
+Source: "SDFLoRA: Selective Dual-Module LoRA for Federated Fine-tuning with Heterogeneous Clients",
+arXiv 2601.11219.
+``W0 + s B A + s B_own A_own``: the server stacks the clients' shared modules with their weights, so
+that the product is exactly ``Σ p_i s_i B_i A_i`` whatever the ranks, and gives each client the best
+approximation of its own rank (SVD). The private module never travels. Noise for differential
+privacy, where wanted, falls on the shared module alone.
 
-Where we differ: the stack is recompressed to R once and a client gets its first ``r_i`` directions, which is the same.
-``dp_noise`` is drawn from the job's seed, so that runs repeat: it shows what such noise costs, and protects nobody from
-someone who knows the seed; no privacy budget is computed.
+Where we differ: the stack is recompressed to R once and a client gets its first ``r_i`` directions,
+which is the same.
+``dp_noise`` is drawn from the job's seed, so that runs repeat: it shows what such noise costs, and
+protects nobody from someone who knows the seed; no privacy budget is computed.
 """
 
 from __future__ import annotations
@@ -40,19 +44,30 @@ from fedgrove.methods.contract import (
 
 class SDFOptions(contract.WeightedOptions):
     private_rank: int | None = Field(
-        None, ge=1, description="Rank of the private module. Not set: the client's own rank.", examples=[4]
+        None,
+        ge=1,
+        description="Rank of the private module. Not set: the client's own rank.",
+        examples=[4],
     )
     dp_clip: float = Field(
-        0.0, ge=0, description="Largest norm of what a client changes in the shared module in a round; 0: no limit."
+        0.0,
+        ge=0,
+        description="Largest norm of what a client changes in the shared module in a round; 0: no "
+        "limit.",
     )
     dp_noise: float = Field(
-        0.0, ge=0, description="Standard deviation of the noise on each number of the change, in units of dp_clip."
+        0.0,
+        ge=0,
+        description="Standard deviation of the noise on each number of the change, in units of "
+        "dp_clip.",
     )
 
     @model_validator(mode="after")
     def _agree(self) -> SDFOptions:
         if self.dp_noise and not self.dp_clip:
-            raise ValueError("method.dp_noise needs a limit that it is measured in; set method.dp_clip above 0.")
+            raise ValueError(
+                "method.dp_noise needs a limit that it is measured in; set method.dp_clip above 0."
+            )
         return self
 
 
@@ -71,7 +86,11 @@ class SDFLoRA(Method):
         return {"global": self.setting.shared_draw()}
 
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"shared": rescale(truncate(state["global"], client.rank), self.setting.scale(client.rank))}
+        return {
+            "shared": rescale(
+                truncate(state["global"], client.rank), self.setting.scale(client.rank)
+            )
+        }
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         adapters = [update.content["adapter"] for update in updates]
@@ -103,11 +122,17 @@ class SDFLoRA(Method):
     def _fresh(self, client: ClientInfo) -> Adapter:
         rank = self.options.private_rank or client.rank
         # The shared module's scale, whatever the private rank: one learning rate fits both.
-        return fresh(self.setting.sites, rank, self.setting.scale(client.rank), self.setting.rng("private"))
+        return fresh(
+            self.setting.sites, rank, self.setting.scale(client.rank), self.setting.rng("private")
+        )
 
 
-def clipped(before: Adapter, after: Adapter, clip: float, sigma: float, rng: torch.Generator) -> Adapter:
-    """``before`` plus the change of all its numbers, of norm at most ``clip``, plus noise of deviation ``sigma``."""
+def clipped(
+    before: Adapter, after: Adapter, clip: float, sigma: float, rng: torch.Generator
+) -> Adapter:
+    """``before`` plus the change of all its numbers, of norm at most ``clip``, plus noise of
+    deviation ``sigma``.
+    """
     changes = [c for site in after for c in _change(before[site], after[site])]
     norm = float(torch.cat([change.flatten() for change in changes]).norm())
     shrink = min(1.0, clip / norm) if norm else 1.0

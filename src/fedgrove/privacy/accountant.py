@@ -1,8 +1,8 @@
 """How much privacy a run has spent: (ε, δ) by Rényi accounting, with Google's ``dp-accounting``.
 
-A step adds Gaussian noise of ``noise`` times the largest norm that one member (a client, an example) can add to a sum,
-in which each member takes part by its own coin of probability ``rate`` (Poisson sampling). Neighbours differ by adding
-or removing one member.
+A step adds Gaussian noise of ``noise`` times the largest norm that one member (a client, an
+example) can add to a sum, in which each member takes part by its own coin of probability ``rate``
+(Poisson sampling). Neighbours differ by adding or removing one member.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 
-from fedgrove.errors import FedgroveError
+from fedgrove.ground.errors import FedgroveError
 
 _WHOLE = [*range(2, 65), 72, 80, 96, 128, 192, 256, 512, 1024]
 _ALSO = [1.1, 1.25, 1.5, 1.75, 2.5]  # without sampling; with it their series converge badly
@@ -25,12 +25,15 @@ def require() -> None:
     """Raises ``AccountantMissing`` where the accountant is not installed."""
     if importlib.util.find_spec("dp_accounting") is None:
         raise AccountantMissing(
-            'Noise in [privacy] needs the package dp-accounting; install it with pip install "fedgrove[privacy]".'
+            "Noise in [privacy] needs the package dp-accounting; install it with pip install "
+            '"fedgrove[privacy]".'
         )
 
 
 def epsilon(noise: float, spent: Sequence[tuple[float, int]], delta: float) -> float | None:
-    """ε at ``delta`` after ``spent`` = [(rate, steps) ...]; None where there is none (no noise); 0 without a step."""
+    """ε at ``delta`` after ``spent`` = [(rate, steps) ...]; None where there is none (no noise); 0
+    without a step.
+    """
     spent = [(rate, steps) for rate, steps in spent if steps]
     if not spent:
         return 0.0
@@ -39,7 +42,9 @@ def epsilon(noise: float, spent: Sequence[tuple[float, int]], delta: float) -> f
     require()
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, rdp
 
-    accountant = rdp.RdpAccountant(_WHOLE if any(rate < 1 for rate, _ in spent) else sorted([*_ALSO, *_WHOLE]))
+    accountant = rdp.RdpAccountant(
+        _WHOLE if any(rate < 1 for rate, _ in spent) else sorted([*_ALSO, *_WHOLE])
+    )
     for rate, steps in spent:
         step = GaussianDpEvent(noise)
         accountant.compose(PoissonSampledDpEvent(rate, step) if rate < 1 else step, steps)

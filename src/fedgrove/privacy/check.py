@@ -1,20 +1,26 @@
-"""What of ``[privacy]`` a job can have, asked before anything is written: one sentence for each that it cannot."""
+"""What of ``[privacy]`` a job can have, asked before anything is written: one sentence for each
+that it cannot.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedgrove.errors import JobError
+from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import Method
 from fedgrove.privacy import accountant, secure
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
-    from fedgrove.training.head import HeadPolicy
+    from fedgrove.methods.head import HeadPolicy
 
 
-def refuse_unfit(job: Job, method: Method, head: HeadPolicy, *, clients: int, held_out: bool, local: bool) -> None:
-    """Raise ``JobError`` where the job's privacy cannot be had. ``local``: all clients are simulated here."""
+def refuse_unfit(
+    job: Job, method: Method, head: HeadPolicy, *, clients: int, held_out: bool, local: bool
+) -> None:
+    """Raise ``JobError`` where the job's privacy cannot be had. ``local``: all clients are
+    simulated here.
+    """
     wanted = job.privacy
     if wanted.client_level:
         _client_level(job, method, head)
@@ -24,25 +30,31 @@ def refuse_unfit(job: Job, method: Method, head: HeadPolicy, *, clients: int, he
         accountant.require()
     if job.run.noise and (wanted.client_level or wanted.example_level):
         raise JobError(
-            "run.noise = true records what is private to the clients, and [privacy] is there to hide it; leave out one "
+            "run.noise = true records what is private to the clients, and [privacy] is there to "
+            "hide it; leave out one "
             "of them."
         )
     if wanted.secure_aggregation:
         secure.require()
         if not local:
             raise JobError(
-                "privacy.secure_aggregation = true is simulated by the local engine, and clients elsewhere have no "
-                "message yet to exchange keys with; set it to false (docs/privacy.md says what is missing)."
+                "privacy.secure_aggregation = true is simulated by the local engine, and clients "
+                "elsewhere have no "
+                "message yet to exchange keys with; set it to false (docs/privacy.md says what is "
+                "missing)."
             )
         fraction = job.federation.fraction
         if wanted.client_noise and fraction < 1:
             raise JobError(
-                f"privacy.client_noise draws each client by a coin (federation.fraction = {fraction:g}), so that a "
-                "round may have one, whose update is the sum; set federation.fraction = 1 with secure aggregation."
+                f"privacy.client_noise draws each client by a coin (federation.fraction = "
+                f"{fraction:g}), so that a "
+                "round may have one, whose update is the sum; set federation.fraction = 1 with "
+                "secure aggregation."
             )
         if max(1, round(fraction * clients)) < 2:
             raise JobError(
-                "privacy.secure_aggregation needs two clients or more in a round, because the sum of one is its "
+                "privacy.secure_aggregation needs two clients or more in a round, because the sum "
+                "of one is its "
                 "update; raise federation.fraction or federation.clients."
             )
 
@@ -53,38 +65,47 @@ def _client_level(job: Job, method: Method, head: HeadPolicy) -> None:
         raise JobError(f"{key} has no use with {method.title}, which sends nothing; leave it out.")
     if why := method.needs_each():
         raise JobError(
-            f"{key} limits what the server learns to the sum of the clients' changes, but with {method.title} that is "
-            f"not enough: {why}; choose a method such as fedit, ffa-lora, fedsa-lora, or privacy.example_noise instead."
+            f"{key} limits what the server learns to the sum of the clients' changes, but with "
+            f"{method.title} that is "
+            f"not enough: {why}; choose a method such as fedit, ffa-lora, fedsa-lora, or "
+            f"privacy.example_noise instead."
         )
     if getattr(method.options, "weights", "uniform") != "uniform":
         raise JobError(
-            f"{key} needs the same weight for every client, or weights would tell of the data; set method.weights = "
+            f"{key} needs the same weight for every client, or weights would tell of the data; set "
+            f"method.weights = "
             '"uniform".'
         )
     if job.privacy.client_noise and type(method).divisors is not Method.divisors:
         raise JobError(
-            f"privacy.client_noise needs a mean whose divisor is the same whoever takes part, but {method.title} "
-            "divides by the number of clients that drew each index; choose another method, or privacy.example_noise."
+            f"privacy.client_noise needs a mean whose divisor is the same whoever takes part, but "
+            f"{method.title} "
+            "divides by the number of clients that drew each index; choose another method, or "
+            "privacy.example_noise."
         )
     if head.mode == "local" and head.newcomers:
         raise JobError(
-            f"federation.newcomer_head sends up each client's own head, which it did not receive, so {key} has no "
+            f"federation.newcomer_head sends up each client's own head, which it did not receive, "
+            f"so {key} has no "
             "change to limit; set it to false."
         )
     if job.federation.late == "next":
         raise JobError(
-            f'federation.late = "next" lets a client count twice in a round, which {key} must not; set it to "drop".'
+            f'federation.late = "next" lets a client count twice in a round, which {key} must not; '
+            f'set it to "drop".'
         )
 
 
 def _example_level(method: Method, held_out: bool) -> None:
     if what := method.reads():
         raise JobError(
-            f"privacy.example_clip makes every training step private, but {method.title} also reads {what}; "
+            f"privacy.example_clip makes every training step private, but {method.title} also "
+            f"reads {what}; "
             "choose another method, or leave it out."
         )
     if held_out and type(method).probe is not Method.probe:
         raise JobError(
-            f"privacy.example_clip does not count the probe with which {method.title} places a held-out client; "
+            f"privacy.example_clip does not count the probe with which {method.title} places a "
+            f"held-out client; "
             "set federation.held_out = 0."
         )

@@ -1,12 +1,15 @@
-"""Client-level privacy: each client's change is clipped at the client, the server adds noise to the sum.
+"""Client-level privacy: each client's change is clipped at the client, the server adds noise to the
+sum.
 
-McMahan et al., "Learning Differentially Private Recurrent Language Models" (ICLR 2018), fixed-denominator estimator:
-``state + (Σ clip(trained − received, C) + N(0, (z C)²)) / (q N)``, uniform weights, each of the N clients drawn by its
-own coin of probability q. One flat norm over everything that travels, the head included. The server clips again, in
-float64, so that one client that does not clip cannot spoil the others' guarantee.
+McMahan et al., "Learning Differentially Private Recurrent Language Models" (ICLR 2018),
+fixed-denominator estimator:
+``state + (Σ clip(trained − received, C) + N(0, (z C)²)) / (q N)``, uniform weights, each of the N
+clients drawn by its own coin of probability q. One flat norm over everything that travels, the head
+included. The server clips again, in float64, so that one client that does not clip cannot spoil the
+others' guarantee.
 
-What the sum becomes is left to the method: its server half is given one update, the mean, which for a method whose
-server needs no more than sums is the same as all of them.
+What the sum becomes is left to the method: its server half is given one update, the mean, which for
+a method whose server needs no more than sums is the same as all of them.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedgrove.errors import RunError
+from fedgrove.adapters.tree import leaves
+from fedgrove.ground.errors import RunError
 from fedgrove.methods.contract import Method, Update
 from fedgrove.privacy import accountant, randomness, secure
 from fedgrove.privacy.reference import untouched
 from fedgrove.privacy.vector import difference, flat, restore, shortened
-from fedgrove.tree import leaves
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from fedgrove.job import Job
     from fedgrove.job.privacy import PrivacySection
     from fedgrove.methods.contract import ClientInfo
-    from fedgrove.training.head import HeadPolicy
+    from fedgrove.methods.head import HeadPolicy
 
 MEAN = "(mean)"  # the name of the one update that the server half sees
 OfferTo = Callable[[str], Mapping[str, Any]]
@@ -58,7 +61,9 @@ def change(
 
 @dataclass
 class Protection:
-    """The server's side: who is drawn, what the sum becomes, and what it has cost. ``releases`` is its only state."""
+    """The server's side: who is drawn, what the sum becomes, and what it has cost. ``releases`` is
+    its only state.
+    """
 
     section: PrivacySection
     method: Method
@@ -72,8 +77,14 @@ class Protection:
         return self.section.client_noise > 0 and self.rate < 1
 
     def select(self, round: int, available: Sequence[str]) -> list[str]:
-        """Poisson sampling: a coin for each client. May be nobody. The coins are as secret as the noise."""
-        return [name for name in available if float(randomness.uniform(self.key, 1, "coin", round, name)) < self.rate]
+        """Poisson sampling: a coin for each client. May be nobody. The coins are as secret as the
+        noise.
+        """
+        return [
+            name
+            for name in available
+            if float(randomness.uniform(self.key, 1, "coin", round, name)) < self.rate
+        ]
 
     def combine(
         self,
@@ -86,7 +97,8 @@ class Protection:
     ) -> Update:
         """The mean as one update; asked twice it gives the same.
 
-        ``base``: what the server offers; ``received``: what of it arrived at a client; ``expected``: who was asked.
+        ``base``: what the server offers; ``received``: what of it arrived at a client;
+        ``expected``: who was asked.
         """
         section = self.section
         anyone = next(iter(clients.values()))
@@ -102,12 +114,19 @@ class Protection:
             total = torch.zeros_like(before)
             for update in updates:
                 own = change(
-                    self.method, self.head, clients[update.client], update.content, received(update.client), round
+                    self.method,
+                    self.head,
+                    clients[update.client],
+                    update.content,
+                    received(update.client),
+                    round,
                 )
                 total += own if section.clip is None else shortened(own, section.clip)
         divisor = self._divisor(round, clients, updates, received, len(before))
         if section.client_noise and section.clip:
-            draw = randomness.gaussian(self.key, len(total), "noise", round, randomness.digest(total))
+            draw = randomness.gaussian(
+                self.key, len(total), "noise", round, randomness.digest(total)
+            )
             total = total + section.client_noise * section.clip * draw
         return Update(MEAN, 1, restore(start, before + total / divisor))
 
@@ -122,12 +141,17 @@ class Protection:
         if self.section.client_noise:
             return self.rate * len(clients)  # the same whoever took part
         contents = [
-            untouched(self.method, self.head, clients[u.client], received(u.client), round)["method"] for u in updates
+            untouched(self.method, self.head, clients[u.client], received(u.client), round)[
+                "method"
+            ]
+            for u in updates
         ]
         counts = self.method.divisors(contents)
         if counts is None:
             return float(len(updates))
-        found = flat(counts)  # of the method's part, which comes first; the head's numbers have every client's
+        found = flat(
+            counts
+        )  # of the method's part, which comes first; the head's numbers have every client's
         rest = torch.full((length - len(found),), float(len(updates)), dtype=torch.float64)
         return torch.cat([found, rest])
 
@@ -135,14 +159,20 @@ class Protection:
         missing = sorted(set(expected) - {update.client for update in updates})
         if missing:
             raise RunError(
-                f"The sum of the round cannot be read, because {missing[0]} was to take part and sent nothing; "
+                f"The sum of the round cannot be read, because {missing[0]} was to take part and "
+                f"sent nothing; "
                 "go on with --resume, or set privacy.secure_aggregation = false."
             )
         masked = [update.content.get(secure.MASKED) for update in updates]
         whole = [each for each in masked if isinstance(each, Tensor) and each.shape == (length,)]
         if len(whole) != len(updates):
-            raise RunError("A masked update does not have the length of the others; the sites run different versions.")
-        return secure.from_fixed(secure.summed(whole), len(updates), float(self.section.clip or 0.0))
+            raise RunError(
+                "A masked update does not have the length of the others; the sites run different "
+                "versions."
+            )
+        return secure.from_fixed(
+            secure.summed(whole), len(updates), float(self.section.clip or 0.0)
+        )
 
     def released(self, mean: Update) -> None:
         """The mean was used: count it, where there was something in it."""
@@ -170,7 +200,9 @@ class Protection:
 
 
 def protection(job: Job, method: Method, head: HeadPolicy, folder: Path) -> Protection | None:
-    """The server's side of the job's client level, with the run's key; None where the job has none."""
+    """The server's side of the job's client level, with the run's key; None where the job has
+    none.
+    """
     section = job.privacy
     if not section.client_level:
         return None

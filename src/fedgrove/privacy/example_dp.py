@@ -1,9 +1,11 @@
-"""Example-level privacy: DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016) on what trains.
+"""Example-level privacy: DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016)
+on what trains.
 
-Each step draws every training example by its own coin of probability ``rate`` (Poisson sampling, which the accounting
-assumes), clips each drawn example's gradient over all trained numbers together to the norm ``clip``, adds Gauss noise
-of ``noise · clip`` to the sum, and divides by the expected batch. What an optimiser, a method or a server makes of that
-costs no more. Each client counts its own budget from its own number of examples.
+Each step draws every training example by its own coin of probability ``rate`` (Poisson sampling,
+which the accounting assumes), clips each drawn example's gradient over all trained numbers together
+to the norm ``clip``, adds Gauss noise of ``noise · clip`` to the sum, and divides by the expected
+batch. What an optimiser, a method or a server makes of that costs no more. Each client counts its
+own budget from its own number of examples.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ NOTES = "privacy"  # its part of a client's private store
 
 @dataclass
 class ExampleGuard:
-    """One client's guard through one stretch of work; ``notes`` is what its store keeps for the next."""
+    """One client's guard through one stretch of work; ``notes`` is what its store keeps for the
+    next.
+    """
 
     clip: float
     noise: float
@@ -34,13 +38,17 @@ class ExampleGuard:
     spent: list[tuple[float, int]] = field(default_factory=list)  # (rate, steps)
 
     @classmethod
-    def of(cls, section: PrivacySection, store: Mapping[str, Any], seed: int, client: str) -> ExampleGuard | None:
+    def of(
+        cls, section: PrivacySection, store: Mapping[str, Any], seed: int, client: str
+    ) -> ExampleGuard | None:
         """The guard of a client with this store; None where the job asks for none."""
         if section.example_clip is None:
             return None
         notes = store.get(NOTES, {})
         key = notes.get("key") or (
-            randomness.fresh() if section.randomness == "secret" else randomness.of_seed(seed, "client", client)
+            randomness.fresh()
+            if section.randomness == "secret"
+            else randomness.of_seed(seed, "client", client)
         )
         spent = [(float(rate), int(steps)) for rate, steps in notes.get("spent", [])]
         return cls(section.example_clip, section.example_noise, str(key), spent)
@@ -56,7 +64,11 @@ class ExampleGuard:
         return torch.nonzero(coins < rate).flatten().tolist()
 
     def step(
-        self, gradients: Iterable[Sequence[Tensor | None]], leaves: Sequence[Tensor], expected: float, *purpose: object
+        self,
+        gradients: Iterable[Sequence[Tensor | None]],
+        leaves: Sequence[Tensor],
+        expected: float,
+        *purpose: object,
     ) -> list[Tensor]:
         """The step's noisy mean gradient of each leaf, from each example's own."""
         total = [torch.zeros_like(leaf) for leaf in leaves]
@@ -68,7 +80,9 @@ class ExampleGuard:
                     whole.add_(part, alpha=shrink)
         if self.noise:
             flat = torch.cat([each.detach().cpu().double().flatten() for each in total])
-            noise = randomness.gaussian(self.key, len(flat), "step", *purpose, randomness.digest(flat))
+            noise = randomness.gaussian(
+                self.key, len(flat), "step", *purpose, randomness.digest(flat)
+            )
             parts = torch.split(noise * (self.noise * self.clip), [each.numel() for each in total])
             for whole, part in zip(total, parts, strict=True):
                 whole.add_(part.reshape(whole.shape).to(whole.device, whole.dtype))
@@ -81,7 +95,9 @@ class ExampleGuard:
         self.spent = list(counted.items())
 
     def report(self, section: PrivacySection, examples: int) -> dict[str, Any]:
-        """What the client's own card tells: its ε at δ = 1 / n^1.1 of its n examples, or the job's."""
+        """What the client's own card tells: its ε at δ = 1 / n^1.1 of its n examples, or the
+        job's.
+        """
         delta = section.delta or accountant.default_delta(examples)
         return {
             "epsilon": accountant.epsilon(self.noise, self.spent, delta),
@@ -95,4 +111,6 @@ class ExampleGuard:
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
     """Euclidean norm of all numbers together, in float64."""
-    return math.sqrt(math.fsum(float(torch.linalg.vector_norm(each.double())) ** 2 for each in tensors))
+    return math.sqrt(
+        math.fsum(float(torch.linalg.vector_norm(each.double())) ** 2 for each in tensors)
+    )

@@ -1,7 +1,9 @@
-"""What a client would send if it had learnt nothing: what its change is measured from, by it and by the server alike.
+"""What a client would send if it had learnt nothing: what its change is measured from, by it and by
+the server alike.
 
-It is the method's own ``report`` of the steps of its own ``plan`` before they train, so no method has to say it twice.
-It depends on the offer alone, not on what is private to the client: the server can make the same.
+It is the method's own ``report`` of the steps of its own ``plan`` before they train, so no method
+has to say it twice. It depends on the offer alone, not on what is private to the client: the server
+can make the same.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from fedgrove.methods.contract import Trained
 
 if TYPE_CHECKING:
     from fedgrove.methods.contract import ClientInfo, Method
-    from fedgrove.training.head import HeadPolicy
+    from fedgrove.methods.head import HeadPolicy
 
 
 def untouched(
     method: Method, head: HeadPolicy, client: ClientInfo, offer: Mapping[str, Any], round: int
 ) -> dict[str, Any]:
-    """``{"method": …, "head": …}`` as an update holds them, of a client that received ``offer`` and trained nothing."""
+    """``{"method": …, "head": …}`` as an update holds them, of a client that received ``offer`` and
+    trained nothing.
+    """
     content = dict(offer.get("method", {}))
     plan = method.plan(client, content, {}, round)
     done: list[Trained] = []

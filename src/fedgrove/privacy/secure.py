@@ -1,14 +1,16 @@
-"""Secure aggregation: the server gets masked integers of which only the sum over all clients means anything.
+"""Secure aggregation: the server gets masked integers of which only the sum over all clients means
+anything.
 
-Each pair of clients agrees on a secret (X25519, HKDF-SHA256) and turns it into a stream of integers (AES-256 in counter
-mode) that one adds to its vector and the other subtracts, modulo 2^32; in the sum masks cancel. This is the pairwise
-half of Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning" (CCS 2017). Not in it:
-self-masks and shares of keys, so a client that answers nothing leaves a sum that cannot be read, and the round fails.
-The server passes the public keys on; one that hands out keys of its own could read updates (sign the keys, or exchange
-them elsewhere). Keys are new in each round.
+Each pair of clients agrees on a secret (X25519, HKDF-SHA256) and turns it into a stream of integers
+(AES-256 in counter mode) that one adds to its vector and the other subtracts, modulo 2^32; in the
+sum masks cancel. This is the pairwise half of Bonawitz et al., "Practical Secure Aggregation for
+Privacy-Preserving Machine Learning" (CCS 2017). Not in it: self-masks and shares of keys, so a
+client that answers nothing leaves a sum that cannot be read, and the round fails. The server passes
+the public keys on; one that hands out keys of its own could read updates (sign the keys, or
+exchange them elsewhere). Keys are new in each round.
 
-Numbers travel in fixed point: ``round(x · 2^bits)``, with as many bits as ``clients`` numbers up to ``bound`` leave
-below 2^31. The sum is then exact, and the mean is off by at most half a step.
+Numbers travel in fixed point: ``round(x · 2^bits)``, with as many bits as ``clients`` numbers up to
+``bound`` leave below 2^31. The sum is then exact, and the mean is off by at most half a step.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgrove.errors import FedgroveError, RunError
+from fedgrove.ground.errors import FedgroveError, RunError
 
 MODULUS = 1 << 32
 MASKED = "masked"  # the one part of a masked update
@@ -41,16 +43,21 @@ def require() -> None:
 
 
 def fraction_bits(clients: int, bound: float) -> int:
-    """Bits after the point, so that a sum of ``clients`` numbers of size ``bound`` stays below 2^31."""
+    """Bits after the point, so that a sum of ``clients`` numbers of size ``bound`` stays below
+    2^31.
+    """
     return math.floor(math.log2((2**31 - clients) / (clients * bound)))
 
 
 def to_fixed(values: Tensor, clients: int, bound: float, whose: str) -> np.ndarray:
-    """Numbers in fixed point modulo 2^32, uint32. Raises ``RunError`` for one that is larger than ``bound``."""
+    """Numbers in fixed point modulo 2^32, uint32. Raises ``RunError`` for one that is larger than
+    ``bound``.
+    """
     most = float(values.abs().max()) if values.numel() else 0.0
     if not most <= bound * (1 + 1e-9):
         raise RunError(
-            f"The change of {whose} holds the number {most:g}, and secure aggregation was agreed for up to {bound:g}; "
+            f"The change of {whose} holds the number {most:g}, and secure aggregation was agreed "
+            f"for up to {bound:g}; "
             "raise privacy.clip."
         )
     steps = (values.double() * 2.0 ** fraction_bits(clients, bound)).round().to(torch.int64)
@@ -78,10 +85,13 @@ class Party:
         return self._key.public_key().public_bytes_raw()
 
     def mask(self, fixed: np.ndarray, publics: Mapping[str, bytes]) -> Tensor:
-        """The vector with every pair's mask, as int32 (the same bits): all that the server sees of it."""
+        """The vector with every pair's mask, as int32 (the same bits): all that the server sees of
+        it.
+        """
         if len(publics) < 2:
             raise RunError(
-                "Secure aggregation needs two clients or more in a round, because the sum of one is its update."
+                "Secure aggregation needs two clients or more in a round, because the sum of one "
+                "is its update."
             )
         total = fixed.astype(np.uint32).copy()
         for other, public in publics.items():
@@ -99,14 +109,20 @@ class Party:
 
         shared = self._key.exchange(X25519PublicKey.from_public_bytes(public))
         pair = "\x1f".join(["fedgrove mask", str(self.round), *sorted([self.name, other])])
-        key = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=pair.encode()).derive(shared)
+        key = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=pair.encode()).derive(
+            shared
+        )
         # The key serves one vector of one pair in one round, so a counter from zero never repeats.
         cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-        return np.frombuffer(cipher.update(bytes(4 * count)) + cipher.finalize(), dtype="<u4").astype(np.uint32)
+        return np.frombuffer(
+            cipher.update(bytes(4 * count)) + cipher.finalize(), dtype="<u4"
+        ).astype(np.uint32)
 
 
 def summed(masked: Sequence[Tensor]) -> np.ndarray:
-    """The sum of masked vectors modulo 2^32, uint32: that of the plain ones where every party of the round is in it."""
+    """The sum of masked vectors modulo 2^32, uint32: that of the plain ones where every party of
+    the round is in it.
+    """
     total = np.zeros(len(masked[0]), dtype=np.uint32)
     for vector in masked:
         total = total + vector.numpy().view(np.uint32)
@@ -114,7 +130,9 @@ def summed(masked: Sequence[Tensor]) -> np.ndarray:
 
 
 class Room:
-    """All parties of one round in this process, for a simulation. Each masks with its key and the others' public."""
+    """All parties of one round in this process, for a simulation. Each masks with its key and the
+    others' public.
+    """
 
     def __init__(self, round: int, clients: Sequence[str]):
         self.parties = {name: Party(name, round) for name in clients}

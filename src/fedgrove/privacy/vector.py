@@ -8,18 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedgrove.errors import RunError
-from fedgrove.tree import leaves, map_tensors
+from fedgrove.adapters.tree import leaves, map_tensors
+from fedgrove.ground.errors import RunError
 
 
 def flat(tree: Any) -> Tensor:
-    """Every number of the tree's floating-point tensors, in the tree's order, float64 ``[numbers]``."""
-    parts = [tensor.detach().double().flatten() for _, tensor in leaves(tree) if tensor.is_floating_point()]
+    """Every number of the tree's floating-point tensors, in the tree's order, float64
+    ``[numbers]``.
+    """
+    parts = [
+        tensor.detach().double().flatten()
+        for _, tensor in leaves(tree)
+        if tensor.is_floating_point()
+    ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def restore(tree: Any, vector: Tensor) -> Any:
-    """The tree with its floating-point numbers replaced by those of ``vector``, in its own shapes and precisions."""
+    """The tree with its floating-point numbers replaced by those of ``vector``, in its own shapes
+    and precisions.
+    """
     position = 0
 
     def next_part(tensor: Tensor) -> Tensor:
@@ -34,23 +42,32 @@ def restore(tree: Any, vector: Tensor) -> Any:
 
 
 def difference(after: Any, before: Any, whose: str) -> Tensor:
-    """``flat(after) − flat(before)``. Raises ``RunError`` where the two are not of the same shape."""
+    """``flat(after) − flat(before)``. Raises ``RunError`` where the two are not of the same
+    shape.
+    """
     if _shape(after) != _shape(before):
         raise RunError(
-            f"{whose} sends something of another shape than it received, so that the change has no norm; "
+            f"{whose} sends something of another shape than it received, so that the change has no "
+            f"norm; "
             "leave [privacy] out with this method."
         )
     return flat(after) - flat(before)
 
 
 def shortened(vector: Tensor, most: float) -> Tensor:
-    """The vector with a Euclidean norm of at most ``most``; the same object where it is short enough."""
+    """The vector with a Euclidean norm of at most ``most``; the same object where it is short
+    enough.
+    """
     norm = float(torch.linalg.vector_norm(vector))
     return vector if norm <= most else vector * (most / norm)
 
 
-def bounded(after: Mapping[str, Any], before: Mapping[str, Any], most: float, whose: str) -> Mapping[str, Any]:
-    """``after`` with its change from ``before`` shortened to the norm ``most``, over all of its numbers together."""
+def bounded(
+    after: Mapping[str, Any], before: Mapping[str, Any], most: float, whose: str
+) -> Mapping[str, Any]:
+    """``after`` with its change from ``before`` shortened to the norm ``most``, over all of its
+    numbers together.
+    """
     change = difference(after, before, whose)
     short = shortened(change, most)
     if short is change:
@@ -60,4 +77,6 @@ def bounded(after: Mapping[str, Any], before: Mapping[str, Any], most: float, wh
 
 
 def _shape(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
-    return [(path, tuple(tensor.shape)) for path, tensor in leaves(tree) if tensor.is_floating_point()]
+    return [
+        (path, tuple(tensor.shape)) for path, tensor in leaves(tree) if tensor.is_floating_point()
+    ]

@@ -20,7 +20,9 @@ Colour = tuple[float, float, float]
 Floats = NDArray[np.float64]
 
 _WOOD = (0.52, 0.49, 0.46)  # what a trunk of many branches fades to
-_SPREAD = 0.45  # all gaps between branches at the deepest layer, as a share of the clients' own width
+_SPREAD = (
+    0.45  # all gaps between branches at the deepest layer, as a share of the clients' own width
+)
 _WIDEST = 0.13  # one gap, likewise
 
 
@@ -35,7 +37,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tree:
-    """A run's ``tree.json``. ``layers``: shallow to deep; ``shares``: ``{layer: {client: λ}}``, as far as known."""
+    """A run's ``tree.json``. ``layers``: shallow to deep; ``shares``: ``{layer: {client: λ}}``, as
+    far as known.
+    """
 
     clients: list[str]
     merges: list[list[float]]
@@ -49,11 +53,19 @@ class Tree:
             Layer(row["layer"], row["score"], [frozenset(group) for group in row["groups"]])
             for row in content["layers"]
         ]
-        return cls(content["clients"], content["merges"], content.get("joined", []), rows, content.get("lambda") or {})
+        return cls(
+            content["clients"],
+            content["merges"],
+            content.get("joined", []),
+            rows,
+            content.get("lambda") or {},
+        )
 
     @cached_property
     def nested(self) -> bool:
-        """Whether no layer brings clients together that the layer above parted (the ablation without a tree may)."""
+        """Whether no layer brings clients together that the layer above parted (the ablation
+        without a tree may).
+        """
         return all(
             any(fine <= coarse for coarse in above.groups)
             for above, below in pairwise(self.layers)
@@ -66,16 +78,20 @@ class Tree:
         rank = {name: place for place, name in enumerate(self.clients)}
         found = [[name] for name in self.clients]
         for left, right, *_ in self.merges:
-            # The branch with the earliest client stands on the left, whichever of the two scipy names first.
+            # The branch with the earliest client stands on the left, whichever of the two scipy
+            # names first.
             one, other = sorted(
-                (found[int(left)], found[int(right)]), key=lambda names: min(rank[name] for name in names)
+                (found[int(left)], found[int(right)]),
+                key=lambda names: min(rank[name] for name in names),
             )
             found.append(one + other)
         return found
 
     @cached_property
     def columns(self) -> list[str]:
-        """Clients from left to right: as the dendrogram has them, a late one beside its group in the deepest layer."""
+        """Clients from left to right: as the dendrogram has them, a late one beside its group in
+        the deepest layer.
+        """
         order = list(self.nodes[-1])
         for name in self.joined:
             own = next(group for group in self.layers[-1].groups if name in group)
@@ -105,7 +121,11 @@ class Tree:
     # ---------------------------------------------------------------- colours
     @cached_property
     def _twigs(self) -> dict[str, int]:
-        return {name: n for n, group in enumerate(self.ordered(self.layers[-1].groups)) for name in group}
+        return {
+            name: n
+            for n, group in enumerate(self.ordered(self.layers[-1].groups))
+            for name in group
+        }
 
     @cached_property
     def _palette(self) -> list[Colour]:
@@ -115,10 +135,14 @@ class Tree:
         return [to_rgb(colormaps["turbo"](0.05 + 0.9 * n / (count - 1))) for n in range(count)]
 
     def colour(self, group: Sequence[str] | Group) -> Colour:
-        """A group of the deepest layer has a colour of its own; what splits into several is the more wood, the more."""
+        """A group of the deepest layer has a colour of its own; what splits into several is the
+        more wood, the more.
+        """
         twigs = [self._twigs[name] for name in group]
         wood = 0.8 * (1 - 1 / len(set(twigs)))
-        mixed = (1 - wood) * np.mean([self._palette[twig] for twig in twigs], axis=0) + wood * np.array(_WOOD)
+        mixed = (1 - wood) * np.mean(
+            [self._palette[twig] for twig in twigs], axis=0
+        ) + wood * np.array(_WOOD)
         red, green, blue = (float(value) for value in mixed)
         return red, green, blue
 
@@ -130,18 +154,28 @@ class Tree:
             return [None] * (len(self.columns) - 1)
         found: list[int | None] = []
         for one, other in pairwise(self.columns):
-            together = [any(one in group and other in group for group in layer.groups) for layer in self.layers]
+            together = [
+                any(one in group and other in group for group in layer.groups)
+                for layer in self.layers
+            ]
             found.append(together.index(False) if False in together else None)
         return found
 
     @cached_property
     def _gaps(self) -> Floats:
-        """The width of the gap between neighbouring columns at the deepest layer, in columns: the older, the wider."""
+        """The width of the gap between neighbouring columns at the deepest layer, in columns: the
+        older, the wider.
+        """
         depth = len(self.layers)
-        ages = np.array([0.0 if birth is None else 0.35 + (depth - birth) / depth for birth in self.births])
+        ages = np.array(
+            [0.0 if birth is None else 0.35 + (depth - birth) / depth for birth in self.births]
+        )
         if not ages.any():
             return ages
-        return np.minimum(_SPREAD * len(self.columns) * ages / ages.sum(), _WIDEST * len(self.columns) * ages + 0.2)
+        return np.minimum(
+            _SPREAD * len(self.columns) * ages / ages.sum(),
+            _WIDEST * len(self.columns) * ages + 0.2,
+        )
 
     @cached_property
     def width(self) -> float:
@@ -149,9 +183,11 @@ class Tree:
         return len(self.columns) + float(self._gaps.sum())
 
     def centres(self, depth: float | None = None) -> Floats:
-        """The middle of each column at a depth in layers (default: below the deepest), 0 in the middle of the page.
+        """The middle of each column at a depth in layers (default: below the deepest), 0 in the
+        middle of the page.
 
-        Columns keep their width; the gaps between branches open from where they part: the tree spreads downwards.
+        Columns keep their width; the gaps between branches open from where they part: the tree
+        spreads downwards.
         """
         layers = len(self.layers)
         depth = float(layers) if depth is None else depth
@@ -181,6 +217,8 @@ class Tree:
 
 
 def _opening(age: float, whole: float) -> float:
-    """How far a gap is open, 0 to 1: smoothly over the first part of its ``whole`` layers, then it stays as it is."""
+    """How far a gap is open, 0 to 1: smoothly over the first part of its ``whole`` layers, then it
+    stays as it is.
+    """
     part = min(max(age, 0.0) / min(whole, max(1.0, 0.7 * whole)), 1.0)
     return part * part * (3 - 2 * part)

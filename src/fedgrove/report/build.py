@@ -12,16 +12,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fedgrove.errors import RunError
+from fedgrove.ground import files, words
+from fedgrove.ground.errors import RunError
 from fedgrove.report import compare, facts, figures, sections, style
 from fedgrove.report.data import Run, load
 from fedgrove.report.style import Drawing
-from fedgrove.tracking import files, words
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Markup that is safe to print as it is. ``narrow`` is for phones; without it ``wide`` scrolls sideways there."""
+    """Markup that is safe to print as it is. ``narrow`` is for phones; without it ``wide`` scrolls
+    sideways there.
+    """
 
     wide: str
     narrow: str = ""
@@ -30,9 +32,10 @@ class Picture:
 def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
     """Write ``run_dir/report.html`` from the files of the run directory alone and return its path.
 
-    ``baselines``: directories of other finished runs on the same clients; the first of method ``local`` becomes the
-    reference for gains and losses. Raises ``RunError`` where summary.json is missing or nothing can be written; any
-    other part that cannot be read or drawn is left out, with one line in its place.
+    ``baselines``: directories of other finished runs on the same clients; the first of method
+    ``local`` becomes the reference for gains and losses. Raises ``RunError`` where summary.json is
+    missing or nothing can be written; any other part that cannot be read or drawn is left out, with
+    one line in its place.
     """
     run = load(run_dir)
     comparison = compare.compare(run, [load(path) for path in baselines])
@@ -41,7 +44,12 @@ def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
         extra, failed = sections.collect(run_dir, baselines)
     core = _core_pictures(run, comparison, painter)
     plugged = [
-        {"section": each, "picture": painter.paint(f"extra-{number}", each.title, each.figure) if each.figure else None}
+        {
+            "section": each,
+            "picture": painter.paint(f"extra-{number}", each.title, each.figure)
+            if each.figure
+            else None,
+        }
         for number, each in enumerate(extra, start=1)
     ]
     page = _render(
@@ -68,7 +76,9 @@ def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
 
 
 class _Painter:
-    """Draws figures into the page and into ``folder``; one that fails becomes a line in ``failed``."""
+    """Draws figures into the page and into ``folder``; one that fails becomes a line in
+    ``failed``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,9 +89,15 @@ class _Painter:
             with style.applied():
                 wide = figure if isinstance(figure, Figure) else figure(style.WIDE)
                 style.png(wide, self.folder / f"{name}.png")
-                wide.set_layout_engine("none")  # laid out once is enough: that is most of the time of a figure
+                wide.set_layout_engine(
+                    "none"
+                )  # laid out once is enough: that is most of the time of a figure
                 page = style.svg(wide, name, label)
-                narrow = "" if isinstance(figure, Figure) else style.svg(figure(style.NARROW), f"{name}-narrow", label)
+                narrow = (
+                    ""
+                    if isinstance(figure, Figure)
+                    else style.svg(figure(style.NARROW), f"{name}-narrow", label)
+                )
             return Picture(page, narrow)
         except RunError:  # no space, no permission: the page cannot be written either
             raise
@@ -98,26 +114,36 @@ class _Painter:
             target = self.folder / "who-holds-what.png"
             who_holds_what(table, target)
             data = base64.b64encode(target.read_bytes()).decode()
-            return Picture(f'<img class="chart" alt="Who holds what data" src="data:image/png;base64,{data}">')
+            return Picture(
+                f'<img class="chart" alt="Who holds what data" src="data:image/png;base64,{data}">'
+            )
         except Exception as error:
             self.failed.append(sections.failure("The picture of who holds what", error))
             return None
 
 
-def _core_pictures(run: Run, comparison: compare.Comparison, painter: _Painter) -> dict[str, Picture | None]:
-    found: dict[str, Picture | None] = dict.fromkeys(("accuracy", "losses", "clients", "gains", "data"))
+def _core_pictures(
+    run: Run, comparison: compare.Comparison, painter: _Painter
+) -> dict[str, Picture | None]:
+    found: dict[str, Picture | None] = dict.fromkeys(
+        ("accuracy", "losses", "clients", "gains", "data")
+    )
     if len(run.history) > 1:  # one evaluation is no curve
         found["accuracy"] = painter.paint(
             "accuracy", f"{run.metric} over rounds", partial(figures.accuracy, run, comparison)
         )
     if len(run.losses) > 1:
-        found["losses"] = painter.paint("losses", "Training loss over rounds", partial(figures.losses, run))
+        found["losses"] = painter.paint(
+            "losses", "Training loss over rounds", partial(figures.losses, run)
+        )
     if comparison.ours.values:
         found["clients"] = painter.paint(
             "clients", f"{run.metric} of every client", partial(figures.clients, run, comparison)
         )
     if len(comparison.gains()) > 1:
-        found["gains"] = painter.paint("gains", "Who gains and who loses", partial(figures.gains, run, comparison))
+        found["gains"] = painter.paint(
+            "gains", "Who gains and who loses", partial(figures.gains, run, comparison)
+        )
     if run.table:
         found["data"] = painter.who_holds_what(run.table)
     return found

@@ -1,4 +1,6 @@
-"""The run against the untouched base, training alone and other runs: rows, gains and plain sentences."""
+"""The run against the untouched base, training alone and other runs: rows, gains and plain
+sentences.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedgrove.ground import words
 from fedgrove.report.data import Run
-from fedgrove.tracking import words
 from fedgrove.tracking.summary import mean, std, tail10
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison: a label and the values of the clients that trained in this run."""
+    """One line of the comparison: a label and the values of the clients that trained in this
+    run.
+    """
 
     label: str
     values: Mapping[str, float]
@@ -51,28 +55,39 @@ class Comparison:
 
     @property
     def reference(self) -> Row | None:
-        """What gains and losses are measured against: training alone, else another run, else the base, else None."""
+        """What gains and losses are measured against: training alone, else another run, else the
+        base, else None.
+        """
         others = [self.local] if self.local else [row for row in self.rows if row.kind == "other"]
         return next((row for row in [*others, self.base] if row and row.values), None)
 
     def gains(self) -> dict[str, float]:
         """``{client: this run − reference}``, largest first; {} without a reference."""
         other = self.reference.values if self.reference else {}
-        both = {name: value - other[name] for name, value in self.ours.values.items() if name in other}
+        both = {
+            name: value - other[name] for name, value in self.ours.values.items() if name in other
+        }
         return dict(sorted(both.items(), key=lambda item: (-item[1], item[0])))
 
 
 def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
-    """Rows over the clients of ``run``; a baseline without any of them gets a warning in place of a row."""
+    """Rows over the clients of ``run``; a baseline without any of them gets a warning in place of a
+    row.
+    """
     base = Row("Untouched base, head only", run.values("metric_base"), "base")
     is_local = run.method == "local"
     label = "Each client alone" if is_local else f"Together: {run.method}"
     ours = Row(label, run.values("metric"), "ours", "this run")
     rows, warnings, local = [base] if base.values else [], [], None
     for other in baselines:
-        values = {name: value for name, value in other.values("metric").items() if name in run.clients}
+        values = {
+            name: value for name, value in other.values("metric").items() if name in run.clients
+        }
         if not values:
-            warnings.append(f"{other.path.name} has no client in common with this run, so it is not in the table.")
+            warnings.append(
+                f"{other.path.name} has no client in common with this run, so it is not in the "
+                f"table."
+            )
             continue
         warnings += _differences(run, other, len(values))
         alone = other.method == "local"
@@ -89,11 +104,17 @@ def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
 
 
 def unseen(run: Run) -> list[Row]:
-    """The clients that never trained: as they arrive, and after local training where the run did it."""
+    """The clients that never trained: as they arrive, and after local training where the run did
+    it.
+    """
     label = f"{words.count(len(run.newcomers), 'client')} that never trained"
     found = []
     for key, title in (("metric", label), ("metric_tuned", "… then trained on at each of them")):
-        values = {name: row[key] for name, row in run.newcomers.items() if isinstance(row.get(key), int | float)}
+        values = {
+            name: row[key]
+            for name, row in run.newcomers.items()
+            if isinstance(row.get(key), int | float)
+        }
         if values:
             found.append(Row(title, values, "unseen"))
     return found
@@ -103,7 +124,9 @@ def verdict(run: Run, comparison: Comparison) -> list[str]:
     """What came out, in sentences that are true whatever the numbers are."""
     ours, base, local, percent = comparison.ours, comparison.base, comparison.local, run.percent
     if not ours.values:
-        return [f"No client has a {run.metric} at the end of the run, so there is nothing to compare."]
+        return [
+            f"No client has a {run.metric} at the end of the run, so there is nothing to compare."
+        ]
 
     def shown(value: float) -> str:
         return words.typographic(words.score(value, percent=percent))
@@ -111,11 +134,17 @@ def verdict(run: Run, comparison: Comparison) -> list[str]:
     said = []
     whose = "The average client’s" if len(ours.values) > 1 else "The client’s"
     if base.values:
-        said.append(f"{whose} {run.metric} went from {shown(base.mean)} (untouched base) to {shown(ours.mean)}.")
+        said.append(
+            f"{whose} {run.metric} went from {shown(base.mean)} (untouched base) to "
+            f"{shown(ours.mean)}."
+        )
     else:
         said.append(f"{whose} {run.metric} is {shown(ours.mean)} at the end.")
     if local:
-        average, weakest = (_effect(getattr(ours, what) - getattr(local, what), percent) for what in ("mean", "tail"))
+        average, weakest = (
+            _effect(getattr(ours, what) - getattr(local, what), percent)
+            for what in ("mean", "tail")
+        )
         both = f"{average} on average and {weakest} for the weakest clients (tail)"
         if average == weakest:
             both = f"{average}, on average as for the weakest clients (tail)"
@@ -124,19 +153,30 @@ def verdict(run: Run, comparison: Comparison) -> list[str]:
         said.append("Nothing was exchanged: this is the run that others are to be compared with.")
     else:
         said.append(
-            "Without a run of the method local beside it, this does not say whether taking part beats training alone."
+            "Without a run of the method local beside it, this does not say whether taking part "
+            "beats training alone."
         )
     gains = comparison.gains()
     reference = comparison.reference
     if reference and len(gains) > 1:
-        better, worse = sum(gain > 0 for gain in gains.values()), sum(gain < 0 for gain in gains.values())
+        better, worse = (
+            sum(gain > 0 for gain in gains.values()),
+            sum(gain < 0 for gain in gains.values()),
+        )
         same = len(gains) - better - worse
-        than = {"local": "than alone", "base": "than with the base"}.get(reference.kind, f"than in {reference.note}")
+        than = {"local": "than alone", "base": "than with the base"}.get(
+            reference.kind, f"than in {reference.note}"
+        )
         unchanged = f", {same} unchanged" if same else ""
         are = "is" if better == 1 else "are"
-        said.append(f"{better} of {len(gains)} clients {are} better off {than}, {worse} worse{unchanged}.")
+        said.append(
+            f"{better} of {len(gains)} clients {are} better off {than}, {worse} worse{unchanged}."
+        )
     if run.newcomers:
-        said.append(f"{words.count(len(run.newcomers), 'more client')} never trained and only tried the result.")
+        said.append(
+            f"{words.count(len(run.newcomers), 'more client')} never trained and only tried the "
+            f"result."
+        )
     return said
 
 
@@ -161,15 +201,21 @@ def _effect(difference: float, percent: bool) -> str:
 def _differences(run: Run, other: Run, shared: int) -> list[str]:
     found = []
     if shared < len(run.clients):
-        found.append(f"{other.path.name} has only {shared} of the {len(run.clients)} clients; its row is over those.")
+        found.append(
+            f"{other.path.name} has only {shared} of the {len(run.clients)} clients; its row is "
+            f"over those."
+        )
     if run.summary.get("seed") != other.summary.get("seed"):
         found.append(
-            f"{other.path.name} ran with seed {other.summary.get('seed')}, this run with {run.summary.get('seed')}."
+            f"{other.path.name} ran with seed {other.summary.get('seed')}, this run with "
+            f"{run.summary.get('seed')}."
         )
     found += [
         f"{other.path.name} ran with another [{section}] section."
         for section in ("data", "model")
-        if run.job and other.job and _canonical(run.job.get(section)) != _canonical(other.job.get(section))
+        if run.job
+        and other.job
+        and _canonical(run.job.get(section)) != _canonical(other.job.get(section))
     ]
     return found
 

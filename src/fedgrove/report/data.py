@@ -1,4 +1,6 @@
-"""What a run directory says, read once, as plain data for tables and figures. Nothing here imports matplotlib."""
+"""What a run directory says, read once, as plain data for tables and figures. Nothing here imports
+matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedgrove.tracking import metrics, words
+from fedgrove.ground import words
+from fedgrove.tracking import metrics
 from fedgrove.tracking import summary as summaries
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. ``notes`` name files that are missing or cannot be read; the report leaves those parts out."""
+    """A finished run. ``notes`` name files that are missing or cannot be read; the report leaves
+    those parts out.
+    """
 
     path: Path
     summary: Mapping[str, Any]
@@ -35,7 +40,9 @@ class Run:
     @property
     def clients(self) -> dict[str, dict[str, Any]]:
         """The clients that trained, by name."""
-        return {name: row for name, row in self.summary["clients"].items() if not row.get("held_out")}
+        return {
+            name: row for name, row in self.summary["clients"].items() if not row.get("held_out")
+        }
 
     @property
     def newcomers(self) -> dict[str, dict[str, Any]]:
@@ -43,8 +50,12 @@ class Run:
         return {name: row for name, row in self.summary["clients"].items() if row.get("held_out")}
 
     def values(self, key: str) -> dict[str, float]:
-        """``{client: number}`` over the clients that trained and have one: key ``metric``, ``metric_base``, ..."""
-        return {name: float(row[key]) for name, row in self.clients.items() if _is_number(row.get(key))}
+        """``{client: number}`` over the clients that trained and have one: key ``metric``,
+        ``metric_base``, ...
+        """
+        return {
+            name: float(row[key]) for name, row in self.clients.items() if _is_number(row.get(key))
+        }
 
     @cached_property
     def metric(self) -> str:
@@ -57,15 +68,25 @@ class Run:
     @cached_property
     def percent(self) -> bool:
         return words.shares(
-            [value for key in ("metric", "metric_base", "metric_tuned") for value in self.values(key).values()]
+            [
+                value
+                for key in ("metric", "metric_base", "metric_tuned")
+                for value in self.values(key).values()
+            ]
         )
 
     @cached_property
     def history(self) -> dict[int, dict[str, float]]:
-        """``{round: {client: metric}}`` of the clients that trained, rounds ascending; only what is a number."""
+        """``{round: {client: metric}}`` of the clients that trained, rounds ascending; only what is
+        a number.
+        """
         found: dict[int, dict[str, float]] = {}
         for line in self.lines:
-            if line["split"] == "test" and line["client"] in self.clients and _is_number(line.get(self.metric)):
+            if (
+                line["split"] == "test"
+                and line["client"] in self.clients
+                and _is_number(line.get(self.metric))
+            ):
                 found.setdefault(line["round"], {})[line["client"]] = float(line[self.metric])
         return dict(sorted(found.items()))
 
@@ -93,7 +114,9 @@ class Run:
         sizes = {
             line["client"]: line["examples"]
             for line in self.lines
-            if line["split"] == "test" and line["client"] in self.clients and _is_number(line.get("examples"))
+            if line["split"] == "test"
+            and line["client"] in self.clients
+            and _is_number(line.get("examples"))
         }
         return sorted(sizes.values())
 
@@ -107,7 +130,9 @@ class Run:
 
     @property
     def source(self) -> dict[str, str]:
-        """Where the data come from: name, licence, note, checksum, as far as federation.json says."""
+        """Where the data come from: name, licence, note, checksum, as far as federation.json
+        says.
+        """
         source = (self.table or {}).get("source")
         return (
             {key: value for key, value in source.items() if isinstance(value, str) and value}
@@ -117,7 +142,9 @@ class Run:
 
     @property
     def data_name(self) -> str | None:
-        return self.source.get("name") or self.setting("data", "path") or self.setting("data", "name")
+        return (
+            self.source.get("name") or self.setting("data", "path") or self.setting("data", "name")
+        )
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """One value of the resolved job."""
@@ -128,7 +155,9 @@ class Run:
 
 
 def load(run_dir: Path) -> Run:
-    """Read a run directory. Raises ``RunError`` where summary.json is missing or is none; other files may be absent."""
+    """Read a run directory. Raises ``RunError`` where summary.json is missing or is none; other
+    files may be absent.
+    """
     summary = summaries.read(run_dir / "summary.json")
     notes: list[str] = []
     job_text = _text(run_dir / "job.toml", notes)
@@ -141,7 +170,9 @@ def load(run_dir: Path) -> Run:
     if not lines:
         notes.append("metrics.jsonl is missing or empty, so there are no curves.")
     table = _json(run_dir / "federation.json", notes)
-    versions = _json(run_dir / "versions.json", notes if (run_dir / "versions.json").exists() else [])
+    versions = _json(
+        run_dir / "versions.json", notes if (run_dir / "versions.json").exists() else []
+    )
     return Run(run_dir, summary, job, job_text, lines, table, versions or {}, tuple(notes))
 
 

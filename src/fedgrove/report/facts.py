@@ -9,9 +9,9 @@ from pathlib import PurePath
 from statistics import median
 from typing import Any
 
+from fedgrove.ground import words
 from fedgrove.report.compare import Comparison, Row, unseen
 from fedgrove.report.data import Run
-from fedgrove.tracking import words
 
 SHIPPED = ("grove-vit",)  # models that come with the package, under no name of the hub
 
@@ -31,23 +31,35 @@ def headline(run: Run) -> str:
     model, data = PurePath(run.setting("model", "name") or "a model").name, run.data_name
     ranks = sorted({row["rank"] for row in run.clients.values() if row.get("rank")})
     rank = (
-        f" at LoRA rank {ranks[0]}" if len(ranks) == 1 else f" at LoRA ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+        f" at LoRA rank {ranks[0]}"
+        if len(ranks) == 1
+        else f" at LoRA ranks {ranks[0]} to {ranks[-1]}"
+        if ranks
+        else ""
     )
     return (
-        f"{words.count(trained, 'client')}{' together' if trained > 1 and not alone else ''} fine-tuned {model}"
+        f"{words.count(trained, 'client')}{' together' if trained > 1 and not alone else ''} "
+        f"fine-tuned {model}"
         f"{f' on {data}' if data else ''}{', each on its own,' if alone else f' with {run.method}'}"
         f" in {words.count(rounds, 'round')}{rank} (seed {run.summary.get('seed')})"
     )
 
 
 def settings(run: Run) -> list[tuple[str, str]]:
-    """The handful of settings that a reader looks for first; the whole job is at the end of the page."""
+    """The handful of settings that a reader looks for first; the whole job is at the end of the
+    page.
+    """
     found: list[tuple[str, Any]] = [
         ("method", run.method),
         ("model", run.setting("model", "name")),
         ("task", run.summary.get("task")),
         ("data", run.data_name),
-        ("clients", f"{len(run.clients)} + {len(run.newcomers)} held out" if run.newcomers else len(run.clients)),
+        (
+            "clients",
+            f"{len(run.clients)} + {len(run.newcomers)} held out"
+            if run.newcomers
+            else len(run.clients),
+        ),
         (
             "clients in a round",
             None
@@ -68,15 +80,21 @@ def settings(run: Run) -> list[tuple[str, str]]:
 def tiles(run: Run, comparison: Comparison) -> list[Tile]:
     ours, percent = comparison.ours, run.percent
     before = [
-        (name, row) for name, row in (("base", comparison.base), ("alone", comparison.local)) if row and row.values
+        (name, row)
+        for name, row in (("base", comparison.base), ("alone", comparison.local))
+        if row and row.values
     ]
 
     def beside(statistic: str) -> str:
-        return ", ".join(f"{name} {_score(getattr(row, statistic), percent)}" for name, row in before)
+        return ", ".join(
+            f"{name} {_score(getattr(row, statistic), percent)}" for name, row in before
+        )
 
     found = [Tile(_score(ours.mean, percent), f"mean {run.metric}", beside("mean"))]
     if len(run.clients) > 1:
-        found.append(Tile(_score(ours.tail, percent), "tail: the 10th-percentile client", beside("tail")))
+        found.append(
+            Tile(_score(ours.tail, percent), "tail: the 10th-percentile client", beside("tail"))
+        )
     gains, reference = comparison.gains(), comparison.reference
     if gains and reference and len(gains) > 1:
         than = {"local": "than training alone", "base": "than with the base"}.get(
@@ -87,9 +105,18 @@ def tiles(run: Run, comparison: Comparison) -> list[Tile]:
     sent = run.summary.get("bytes", {})
     if sent.get("up") or sent.get("down"):
         found.append(
-            Tile(words.size(sent.get("up", 0)), "sent up in the whole run", f"down {words.size(sent.get('down', 0))}")
+            Tile(
+                words.size(sent.get("up", 0)),
+                "sent up in the whole run",
+                f"down {words.size(sent.get('down', 0))}",
+            )
         )
-    found.append(Tile(words.duration(run.summary.get("seconds", {}).get("total")), "wall time, from start to end"))
+    found.append(
+        Tile(
+            words.duration(run.summary.get("seconds", {}).get("total")),
+            "wall time, from start to end",
+        )
+    )
     return found
 
 
@@ -154,7 +181,13 @@ def cost_rows(run: Run) -> list[tuple[str, str, str]]:
     for key, name in (("bytes_up", "up"), ("bytes_down", "down")):
         each = [line[key] for line in trained if line.get(key) is not None]
         if each:
-            rows.append((f"bytes {name} in a round", words.size(median(each)), "one client, as encoded for the wire"))
+            rows.append(
+                (
+                    f"bytes {name} in a round",
+                    words.size(median(each)),
+                    "one client, as encoded for the wire",
+                )
+            )
     rows += [
         (f"bytes {name} in the run", words.size(total[name]), "all clients and rounds together")
         for name in ("up", "down")
@@ -164,7 +197,9 @@ def cost_rows(run: Run) -> list[tuple[str, str, str]]:
 
 
 def time_rows(run: Run) -> list[tuple[str, str, float]]:
-    """(what, duration, share of the total in percent); what is left over (loading, export) is a row of its own."""
+    """(what, duration, share of the total in percent); what is left over (loading, export) is a row
+    of its own.
+    """
     seconds = run.summary.get("seconds", {})
     total = seconds.get("total") or 0.0
     parts = [
@@ -176,7 +211,10 @@ def time_rows(run: Run) -> list[tuple[str, str, float]]:
     rest = total - sum(value for _, value in known)
     if rest > 0.005 * total:
         known.append(("the rest: loading, writing", rest))
-    rows = [(name, words.duration(value), 100 * value / total if total else 0.0) for name, value in known]
+    rows = [
+        (name, words.duration(value), 100 * value / total if total else 0.0)
+        for name, value in known
+    ]
     return [*rows, ("total", words.duration(total), 100.0)]
 
 
@@ -200,7 +238,9 @@ def usage(run: Run) -> list[tuple[str, str]]:
     except (
         OSError,
         ValueError,
-    ):  # no plain PEFT adapter: this method's model is more than a sum of LoRA terms, or nothing was exported
+        # no plain PEFT adapter: this method's model is more than a sum of LoRA terms, or nothing
+        # was exported
+    ):
         return found
     base = base or run.setting("model", "name") or "BASE MODEL"
     stock = run.setting("model", "head") == "stock" and task != "generate"
@@ -211,7 +251,8 @@ def usage(run: Run) -> list[tuple[str, str]]:
             "AutoImageProcessor",
             [
                 'reader = AutoImageProcessor.from_pretrained(base_name, backend="pil")',
-                f'output = model(**reader(images=Image.open("{asked}").convert("RGB"), return_tensors="pt"))',
+                f'output = model(**reader(images=Image.open("{asked}").convert("RGB"), '
+                f'return_tensors="pt"))',
             ],
         ),
         "generate": (
@@ -220,7 +261,8 @@ def usage(run: Run) -> list[tuple[str, str]]:
             [
                 "reader = AutoTokenizer.from_pretrained(base_name)",
                 f'messages = [{{"role": "user", "content": "{asked}"}}]',
-                "batch = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, "
+                "batch = reader.apply_chat_template(messages, add_generation_prompt=True, "
+                "return_dict=True, "
                 'return_tensors="pt")',
                 "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
             ],
@@ -239,7 +281,9 @@ def usage(run: Run) -> list[tuple[str, str]]:
     if task != "generate":
         lines.append("print(output.logits)" if stock else "hidden = output.last_hidden_state")
     # a base in half precision, which Transformers keeps, does not take the processor's pixels
-    options = ', dtype="float32"' * (task == "classify-images") + f", num_labels={labels}" * bool(stock and labels)
+    options = ', dtype="float32"' * (task == "classify-images") + f", num_labels={labels}" * bool(
+        stock and labels
+    )
     shipped = base in SHIPPED
     code = [
         "from peft import PeftModel",
@@ -247,7 +291,8 @@ def usage(run: Run) -> list[tuple[str, str]]:
         f"from transformers import {kind}, {reader}",
         *(["", "from fedgrove.interop.models import resolve_name"] if shipped else []),
         "",
-        f"base_name = {f'resolve_name({json.dumps(base)})' if shipped else json.dumps(base, ensure_ascii=False)}",
+        f"base_name = "
+        f"{f'resolve_name({json.dumps(base)})' if shipped else json.dumps(base, ensure_ascii=False)}",
         f"base = {kind}.from_pretrained(base_name{options})",
         f"model = PeftModel.from_pretrained(base, {json.dumps(here, ensure_ascii=False)}).eval()",
         *lines,
@@ -256,7 +301,8 @@ def usage(run: Run) -> list[tuple[str, str]]:
     if not stock and task != "generate":
         over = "over all positions" if task == "classify-images" else "over the tokens"
         what = (
-            "With PEFT and Transformers alone. The classifier is head.safetensors beside the adapter: "
+            "With PEFT and Transformers alone. The classifier is head.safetensors beside the "
+            "adapter: "
             f"its weight and bias act on the mean of the hidden states {over}."
         )
     found.append((what, "\n".join(code)))

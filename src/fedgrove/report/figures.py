@@ -1,4 +1,6 @@
-"""The figures that every run has. Each takes a width in inches and is drawn twice, for a page and for a phone."""
+"""The figures that every run has. Each takes a width in inches and is drawn twice, for a page and
+for a phone.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedgrove.ground import words
 from fedgrove.report import style
 from fedgrove.report.compare import Comparison
 from fedgrove.report.data import Run
 from fedgrove.report.style import COLOURS
-from fedgrove.tracking import words
 from fedgrove.tracking.summary import mean, tail10
 
 MANY = 40  # above this, clients have no line of their own: they stand side by side without names
@@ -24,7 +26,9 @@ _ROW = 0.27  # inches a client's line is high
 
 
 def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
-    """Mean, tail and the spread of clients over rounds; the base and training alone as level lines."""
+    """Mean, tail and the spread of clients over rounds; the base and training alone as level
+    lines.
+    """
     figure, axes = style.new_figure(width, 4.2)
     rounds = list(run.history)
     scores = [sorted(each.values()) for each in run.history.values()]
@@ -44,7 +48,10 @@ def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
             axes.axhline(row.mean, color=COLOURS[role], linewidth=1.4, linestyle=(0, (2, 2)))
             named.append(("base" if role == "base" else "alone", row.mean, role))
     axes.margins(x=0.015)
-    bottom, top = min(*low, *(value for _, value, _ in named)), max(*high, *(value for _, value, _ in named))
+    bottom, top = (
+        min(*low, *(value for _, value, _ in named)),
+        max(*high, *(value for _, value, _ in named)),
+    )
     margin = 0.06 * (top - bottom) or 0.05 * (abs(top) or 1)
     axes.set_ylim(bottom - margin, top + margin)
     _end_labels(axes, named, run.percent, (top - bottom + 2 * margin) * 0.062)
@@ -78,7 +85,9 @@ def losses(run: Run, width: float) -> Figure:
 
 
 def clients(run: Run, comparison: Comparison, width: float) -> Figure:
-    """Every client from base to this run (and on to local tuning), best first; the tail in its own colour."""
+    """Every client from base to this run (and on to local tuning), best first; the tail in its own
+    colour.
+    """
     ours = comparison.ours.values
     names = sorted(ours, key=lambda name: (-ours[name], name))
     cut = tail10(ours.values())
@@ -86,7 +95,10 @@ def clients(run: Run, comparison: Comparison, width: float) -> Figure:
     figure, axes = style.new_figure(width, 4.4 if upright else 0.75 + _ROW * max(len(names), 2))
     places = np.arange(len(names))
     values = np.array([ours[name] for name in names])
-    roles = [COLOURS["tail"] if len(names) > 1 and ours[name] <= cut else COLOURS["ours"] for name in names]
+    roles = [
+        COLOURS["tail"] if len(names) > 1 and ours[name] <= cut else COLOURS["ours"]
+        for name in names
+    ]
     tuned = run.values("metric_tuned")
     everything = [
         *values,
@@ -138,7 +150,9 @@ def clients(run: Run, comparison: Comparison, width: float) -> Figure:
     _places(axes, upright, names, width)
     axis = axes.yaxis if upright else axes.xaxis
     _value_axis(axis, run.percent)
-    (axes.set_ylim if upright else axes.set_xlim)(floor, max(everything) + 0.03 * (max(everything) - floor or 1))
+    (axes.set_ylim if upright else axes.set_xlim)(
+        floor, max(everything) + 0.03 * (max(everything) - floor or 1)
+    )
     (axes.set_ylabel if upright else axes.set_xlabel)(run.metric)
     axes.grid(axis="y" if upright else "x")
     return figure
@@ -170,7 +184,10 @@ def gains(run: Run, comparison: Comparison, width: float) -> Figure:
                 color=COLOURS["muted"],
             )
         room = 0.11 * (high - low or reach) * style.WIDE / width  # for the numbers beyond the bars
-        low, high = low - (room if (values < 0).any() else 0), high + (room if (values >= 0).any() else 0)
+        low, high = (
+            low - (room if (values < 0).any() else 0),
+            high + (room if (values >= 0).any() else 0),
+        )
         axes.set_xlim(low, high)
     axis = axes.yaxis if upright else axes.xaxis
     unit = 100 if run.percent else 1
@@ -182,7 +199,9 @@ def gains(run: Run, comparison: Comparison, width: float) -> Figure:
     return figure
 
 
-def _marks(axes: Axes, upright: bool, names: Sequence[str], values: Mapping[str, float], **look: object) -> None:
+def _marks(
+    axes: Axes, upright: bool, names: Sequence[str], values: Mapping[str, float], **look: object
+) -> None:
     """One mark for each client that has a value, at the client's place."""
     there = [place for place, name in enumerate(names) if name in values]
     numbers = [values[names[place]] for place in there]
@@ -193,7 +212,9 @@ def _marks(axes: Axes, upright: bool, names: Sequence[str], values: Mapping[str,
 
 
 def _places(axes: Axes, upright: bool, names: Sequence[str], width: float) -> None:
-    """The clients' axis: names from top to bottom where there is a line for each, else only how many they are."""
+    """The clients' axis: names from top to bottom where there is a line for each, else only how
+    many they are.
+    """
     if upright:
         axes.set_xlim(-1, len(names))
         axes.set_xticks([])
@@ -206,9 +227,13 @@ def _places(axes: Axes, upright: bool, names: Sequence[str], width: float) -> No
         axes.spines["left"].set_visible(False)
 
 
-def _end_labels(axes: Axes, named: Sequence[tuple[str, float, str]], percent: bool, gap: float) -> None:
+def _end_labels(
+    axes: Axes, named: Sequence[tuple[str, float, str]], percent: bool, gap: float
+) -> None:
     """Names and last values right of the lines, moved apart where they would overlap."""
-    for (name, value, role), place in zip(named, style.spread([value for _, value, _ in named], gap), strict=True):
+    for (name, value, role), place in zip(
+        named, style.spread([value for _, value, _ in named], gap), strict=True
+    ):
         axes.text(
             1.015,
             place,
@@ -221,7 +246,9 @@ def _end_labels(axes: Axes, named: Sequence[tuple[str, float, str]], percent: bo
 
 
 def _value_axis(axis: object, percent: bool) -> None:
-    formatter = FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %" if percent else f"{value:g}")
+    formatter = FuncFormatter(
+        lambda value, _: f"{round(100 * value, 6):g} %" if percent else f"{value:g}"
+    )
     axis.set_major_formatter(formatter)  # type: ignore[attr-defined]
     axis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))  # type: ignore[attr-defined]
 

@@ -1,14 +1,17 @@
-"""Plug-in sections: a system that leaves an artefact in the run directory adds its own pictures to the report.
+"""Plug-in sections: a system that leaves an artefact in the run directory adds its own pictures to
+the report.
 
-Put a module into ``fedgrove/report/pictures`` with a function for the artefact's file name; nothing else changes::
+Put a module into ``fedgrove/report/pictures`` with a function for the artefact's file name; nothing
+else changes::
 
     @section("tree.json")
     def tree(run_dir: Path) -> list[Section]:
         ...
         return [Section("Who shares with whom", "Read the trunk from the left ...", draw)]
 
-A picture that sets runs side by side takes what they left with ``@section("tree.json", beside=True)``: its function
-gets the directories of the other runs as a second argument, those that have the artefact alone.
+A picture that sets runs side by side takes what they left with ``@section("tree.json",
+beside=True)``: its function gets the directories of the other runs as a second argument, those that
+have the artefact alone.
 
 A section that fails leaves one line in the report, never a missing report.
 """
@@ -33,10 +36,10 @@ if TYPE_CHECKING:
 class Section:
     """One heading of the report.
 
-    ``text``: plain text, a blank line between paragraphs; it says what to see in the figure. ``figure``: a function of
-    the width in inches (``style.WIDE`` on a page, ``style.NARROW`` on a phone), or a finished figure, which a phone
-    scrolls sideways. ``table``: rows of text, the first of them the header; ``prose``: its cells are sentences, not
-    numbers.
+    ``text``: plain text, a blank line between paragraphs; it says what to see in the figure.
+    ``figure``: a function of the width in inches (``style.WIDE`` on a page, ``style.NARROW`` on a
+    phone), or a finished figure, which a phone scrolls sideways. ``table``: rows of text, the first
+    of them the header; ``prose``: its cells are sentences, not numbers.
     """
 
     title: str
@@ -62,7 +65,9 @@ def section(artefact: str, *, beside: bool = False) -> Callable[[Maker], Maker]:
 
 
 def collect(run_dir: Path, beside: Sequence[Path] = ()) -> tuple[list[Section], list[str]]:
-    """The sections of every artefact in ``run_dir``, by file name, and one line for each that failed."""
+    """The sections of every artefact in ``run_dir``, by file name, and one line for each that
+    failed.
+    """
     found: list[Section] = []
     failed = list(_discover())
     for artefact in sorted(_MAKERS):
@@ -72,7 +77,9 @@ def collect(run_dir: Path, beside: Sequence[Path] = ()) -> tuple[list[Section], 
         for maker, wants_others in _MAKERS[artefact]:
             try:
                 found += maker(run_dir, others) if wants_others else maker(run_dir)
-            except Exception as error:  # whatever a plug-in does wrong, the rest of the report stands
+            except (
+                Exception
+            ) as error:  # whatever a plug-in does wrong, the rest of the report stands
                 failed.append(failure(artefact, error))
     return found, failed
 
@@ -85,7 +92,9 @@ def failure(what: str, error: Exception) -> str:
 
 @cache
 def _discover() -> tuple[str, ...]:
-    """Import every module of ``fedgrove.report.pictures``, once; one line for each that cannot be imported."""
+    """Import every module of ``fedgrove.report.pictures``, once; one line for each that cannot be
+    imported.
+    """
     import fedgrove.report.pictures as package
 
     failed = []

@@ -1,9 +1,10 @@
-"""One look for every figure: size, palette, axes, and the way a matplotlib figure becomes inline SVG.
+"""One look for every figure: size, palette, axes, and the way a matplotlib figure becomes inline
+SVG.
 
-The palette is safe for colour-blind readers (after Okabe & Ito 2008 and Tol 2021), and no figure tells things apart by
-colour alone. In the report the colours are CSS variables (``var(--ours)``), so that one drawing serves light, dark and
-paper. Widths and heights are in inches at 72 units an inch: ``WIDE`` fills the page, ``NARROW`` a phone; text is 11
-units in both.
+The palette is safe for colour-blind readers (after Okabe & Ito 2008 and Tol 2021), and no figure
+tells things apart by colour alone. In the report the colours are CSS variables (``var(--ours)``),
+so that one drawing serves light, dark and paper. Widths and heights are in inches at 72 units an
+inch: ``WIDE`` fills the page, ``NARROW`` a phone; text is 11 units in both.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedgrove.tracking.files import unwritable
+from fedgrove.ground.files import unwritable
 
 #: ``{role: colour on white}``; the report's style sheet holds the colour of each role on dark.
 COLOURS = {
@@ -77,7 +78,9 @@ _RC: Any = {
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """Everything drawn inside has the house style. Glyphs that the bundled font lacks are no reason to complain."""
+    """Everything drawn inside has the house style. Glyphs that the bundled font lacks are no reason
+    to complain.
+    """
     with matplotlib.rc_context(_RC), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -96,10 +99,15 @@ def new_grid(width: float, height: float, rows: int, columns: int) -> tuple[Figu
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-    """``figure`` as an ``<svg>`` element: ids unique by ``name``, colours by role, no reference to any other file."""
+    """``figure`` as an ``<svg>`` element: ids unique by ``name``, colours by role, no reference to
+    any other file.
+    """
     buffer = io.StringIO()
     figure.savefig(
-        buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        buffer,
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
     )
     return inline(buffer.getvalue(), name, label)
 
@@ -108,7 +116,9 @@ def inline(text: str, name: str, label: str) -> str:
     """An SVG document as an element for an HTML page, see ``svg``."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would hold for the whole page; see style.css
+    text = re.sub(
+        r"<style.*?</style>", "", text, flags=re.DOTALL
+    )  # it would hold for the whole page; see style.css
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
     text = text.replace("xlink:href=", "href=")
@@ -134,13 +144,19 @@ def png(figure: Figure, path: Path) -> Path:
 
 
 def spread(places: list[float], gap: float) -> list[float]:
-    """``places`` moved apart, as little as it takes, until neighbours are ``gap`` apart; order and length are kept."""
+    """``places`` moved apart, as little as it takes, until neighbours are ``gap`` apart; order and
+    length are kept.
+    """
     order = sorted(range(len(places)), key=lambda index: places[index])
     # Blocks of labels that touch sit around the mean of where their members want to be.
     blocks: list[tuple[float, list[int]]] = []
     for index in order:
         centre, members = places[index], [index]
-        while blocks and centre - gap * (len(members) - 1) / 2 < blocks[-1][0] + gap * (len(blocks[-1][1]) + 1) / 2:
+        while (
+            blocks
+            and centre - gap * (len(members) - 1) / 2
+            < blocks[-1][0] + gap * (len(blocks[-1][1]) + 1) / 2
+        ):
             _, before = blocks.pop()
             members = before + members
             centre = sum(places[member] for member in members) / len(members)
@@ -153,4 +169,6 @@ def spread(places: list[float], gap: float) -> list[float]:
 
 
 def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+    return (
+        text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+    )

@@ -1,4 +1,6 @@
-"""What each tier of HiLoRA adds, from the files of a run directory, as plain data. Nothing here imports matplotlib."""
+"""What each tier of HiLoRA adds, from the files of a run directory, as plain data. Nothing here
+imports matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedgrove.tracking import metrics, words
+from fedgrove.ground import words
+from fedgrove.tracking import metrics
 from fedgrove.tracking.summary import mean, std, tail10
 
 
 @dataclass(frozen=True)
 class Tiers:
-    """``names``: "root", "+ cluster", ... in order; ``clients``: each one's metric after each of them."""
+    """``names``: "root", "+ cluster", ... in order; ``clients``: each one's metric after each of
+    them.
+    """
 
     names: list[str]
     rounds: list[str]
@@ -29,7 +34,9 @@ class Tiers:
     @classmethod
     def read(cls, run_dir: Path, content: Mapping[str, Any]) -> Tiers:
         """From metrics.jsonl and, for those that never trained, summary.json where it is there."""
-        lines = [line for line in metrics.read(run_dir / "metrics.jsonl") if line["split"] == "test"]
+        lines = [
+            line for line in metrics.read(run_dir / "metrics.jsonl") if line["split"] == "test"
+        ]
         metric = next((name for name in map(metrics.metric_name, lines) if name), "score")
         scores: dict[int, dict[str, float]] = {}
         for line in lines:
@@ -49,7 +56,8 @@ class Tiers:
             names=[("+ " if number else "") + tier for number, tier in enumerate(ends)],
             rounds=[str(round) for round, _ in ends.values()],
             clients={name: [found[name] for _, found in ends.values()] for name in sorted(common)},
-            labels=dict(zip(content["clients"], content["labels"], strict=True)) | content.get("late", {}),
+            labels=dict(zip(content["clients"], content["labels"], strict=True))
+            | content.get("late", {}),
             metric=metric,
             missing=missing,
             **_unseen(run_dir),
@@ -77,14 +85,23 @@ class Tiers:
         for name, round, column in zip(self.names, self.rounds, self.columns, strict=True):
             numbers = (mean(column), std(column), tail10(column))
             rows.append(
-                [name, round, *(words.typographic(words.score(value, percent=self.percent)) for value in numbers)]
+                [
+                    name,
+                    round,
+                    *(
+                        words.typographic(words.score(value, percent=self.percent))
+                        for value in numbers
+                    ),
+                ]
             )
         return rows
 
 
 def _unseen(run_dir: Path) -> dict[str, Any]:
     try:
-        rows = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["clients"].values()
+        rows = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))[
+            "clients"
+        ].values()
     except (OSError, ValueError, KeyError):
         return {"unseen": {}, "newcomers": 0}
     new = [row for row in rows if row.get("held_out")]
@@ -92,4 +109,7 @@ def _unseen(run_dir: Path) -> dict[str, Any]:
         "with root and cluster alone": mean(row.get("metric") for row in new),
         "after training a leaf": mean(row.get("metric_tuned") for row in new),
     }
-    return {"unseen": {when: value for when, value in found.items() if not math.isnan(value)}, "newcomers": len(new)}
+    return {
+        "unseen": {when: value for when, value in found.items() if not math.isnan(value)},
+        "newcomers": len(new),
+    }

@@ -1,8 +1,10 @@
-"""What the round loop tells the outside world. The loop calls these hooks and knows nothing of progress, logs or plots.
+"""What the round loop tells the outside world. The loop calls these hooks and knows nothing of
+progress, logs or plots.
 
-Order inside a round: ``round_started``, ``client_done`` for each client as it finishes (any order), ``evaluated`` where
-the round is evaluated, ``round_done``. Work outside rounds (loading, base heads, export) is a ``phase``.
-A run ends with ``run_finished`` or ``run_stopped``; ``close`` comes last in either case, also after an exception.
+Order inside a round: ``round_started``, ``client_done`` for each client as it finishes (any order),
+``evaluated`` where the round is evaluated, ``round_done``. Work outside rounds (loading, base
+heads, export) is a ``phase``. A run ends with ``run_finished`` or ``run_stopped``; ``close`` comes
+last in either case, also after an exception.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: One line of ``metrics.jsonl``, e.g. ``{"round": 3, "client": "tweets-0", "split": "train", "loss": 0.81, ...}``.
+#: One line of ``metrics.jsonl``, e.g. ``{"round": 3, "client": "tweets-0", "split": "train",
+#: "loss": 0.81, ...}``.
 Line = Mapping[str, Any]
 
 
@@ -23,26 +26,34 @@ class RunInfo:
     method: str  # "fedit"
     title: str  # one line for people, e.g. "fedit · minilm · sentiment"
     rounds: int  # of the whole run
-    clients: tuple[str, ...]  # names of the clients that train; the means in the display are over these
+    clients: tuple[
+        str, ...
+    ]  # names of the clients that train; the means in the display are over these
     out: Path
     job: Mapping[str, Any] = field(default_factory=dict)  # the resolved job
     start_round: int = 1  # first round that will run, 1-based; > 1 after a resume
 
 
 class Callback:
-    """Hooks that do nothing: override those that matter. A hook must not change what it is given."""
+    """Hooks that do nothing: override those that matter. A hook must not change what it is
+    given.
+    """
 
     def run_started(self, info: RunInfo) -> None:
         """Once, before anything else."""
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """Work outside training begins, of ``total`` steps if known; any hook but ``phase_advanced`` ends it."""
+        """Work outside training begins, of ``total`` steps if known; any hook but
+        ``phase_advanced`` ends it.
+        """
 
     def phase_advanced(self) -> None:
         """One step of the present phase is done."""
 
     def remark(self, text: str) -> None:
-        """What a user should know about the run, in one sentence; may come before ``run_started``."""
+        """What a user should know about the run, in one sentence; may come before
+        ``run_started``.
+        """
 
     def round_started(self, round: int, clients: Sequence[str]) -> None:
         """``clients`` are those selected for this round (1-based)."""
@@ -51,26 +62,34 @@ class Callback:
         """``line`` is the client's ``"split": "train"`` line of metrics.jsonl."""
 
     def client_lost(self, round: int, client: str, what: str, reason: str) -> None:
-        """A client is not part of the round: ``what`` became of it ("left out"), and why, as words for people."""
+        """A client is not part of the round: ``what`` became of it ("left out"), and why, as words
+        for people.
+        """
 
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         """One line per client and split, all of ``round`` (0 = before the first round)."""
 
     def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
-        """The round's models are complete; ``summary`` is whatever the loop wants to say about it (may be empty)."""
+        """The round's models are complete; ``summary`` is whatever the loop wants to say about it
+        (may be empty).
+        """
 
     def run_finished(self, summary: Mapping[str, Any], out: Path) -> None:
         """``summary`` is the content of summary.json."""
 
     def run_stopped(self, round: int, reason: str) -> None:
-        """The run ends early; ``round`` is the last complete round, ``reason`` a short clause for people."""
+        """The run ends early; ``round`` is the last complete round, ``reason`` a short clause for
+        people.
+        """
 
     def close(self) -> None:
         """Release the terminal and open files. May be called twice."""
 
 
 class Callbacks(Callback):
-    """Several callbacks as one, called in the order given (metrics before checkpoints, see ``MetricsLog``)."""
+    """Several callbacks as one, called in the order given (metrics before checkpoints, see
+    ``MetricsLog``).
+    """
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         self.callbacks = tuple(callbacks)

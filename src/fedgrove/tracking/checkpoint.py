@@ -1,7 +1,8 @@
 """``RUN/checkpoints/``: full state after a round, atomic, never pickled.
 
-``latest.json`` names the files of the newest complete checkpoint; it is replaced in one rename after everything that it
-names is on disk. A client's store is written again only when it changed, so a round costs what it touched.
+``latest.json`` names the files of the newest complete checkpoint; it is replaced in one rename
+after everything that it names is on disk. A client's store is written again only when it changed,
+so a round costs what it touched.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedgrove.errors import AdapterError, RunError
-from fedgrove.tracking.files import write_bytes
-from fedgrove.tree import Tree, pack, unpack
+from fedgrove.adapters.tree import Tree, pack, unpack
+from fedgrove.ground.errors import AdapterError, RunError
+from fedgrove.ground.files import write_bytes
 
 _LATEST = "latest.json"
 
@@ -30,7 +31,9 @@ class Checkpoints:
         return (self.folder / _LATEST).exists()
 
     def save(self, round: int, server: Tree, changed: Mapping[str, Tree]) -> None:
-        """``server``: everything that is not a client's; ``changed``: the stores that this round touched, by client."""
+        """``server``: everything that is not a client's; ``changed``: the stores that this round
+        touched, by client.
+        """
         (self.folder / "clients").mkdir(parents=True, exist_ok=True)
         server_file = f"server-{round:05d}.safetensors"
         write_bytes(self.folder / server_file, pack(server))
@@ -46,7 +49,10 @@ class Checkpoints:
         with self._readable():
             latest = self._latest()
             self._files = dict(latest["clients"])
-            stores = {name: unpack((self.folder / file).read_bytes()) for name, file in self._files.items()}
+            stores = {
+                name: unpack((self.folder / file).read_bytes())
+                for name, file in self._files.items()
+            }
             return int(latest["round"]), self._server(latest), stores
 
     def load_server(self) -> Tree:
@@ -67,7 +73,8 @@ class Checkpoints:
             yield
         except (OSError, ValueError, KeyError, TypeError, AdapterError) as error:
             raise RunError(
-                f"The checkpoint in {self.folder} cannot be read ({error}); start the run again in a new directory."
+                f"The checkpoint in {self.folder} cannot be read ({error}); start the run again in "
+                f"a new directory."
             ) from error
 
     def _sweep(self, wanted: set[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedgrove.tracking import words
+from fedgrove.ground import words
 from fedgrove.tracking.callback import Callback, Line, RunInfo
 from fedgrove.tracking.scoreboard import Clock, Score, Scoreboard
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class Display(Callback):
-    """Keeps the scoreboard and prints the last line. Hooks before ``run_started`` (loading) find ``board`` None."""
+    """Keeps the scoreboard and prints the last line. Hooks before ``run_started`` (loading) find
+    ``board`` None.
+    """
 
     def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
         self.console, self.clock = console, clock
@@ -48,7 +50,8 @@ class Display(Callback):
     def run_finished(self, summary: Mapping[str, Any], out: Path) -> None:
         self.close()
         self.line(
-            f"finished {words.count(summary['rounds'], 'round')} in {words.duration(self.clock() - self._started)}"
+            f"finished {words.count(summary['rounds'], 'round')} in "
+            f"{words.duration(self.clock() - self._started)}"
         )
 
     def run_stopped(self, round: int, reason: str) -> None:
@@ -57,7 +60,9 @@ class Display(Callback):
         self.line(f"stopped after round {round}{of}: {reason}")
 
     def line(self, text: str) -> None:
-        """One line, never wrapped or coloured, at once; what the stream's encoding lacks becomes a question mark."""
+        """One line, never wrapped or coloured, at once; what the stream's encoding lacks becomes a
+        question mark.
+        """
         encoding = getattr(self.console.file, "encoding", None) or "utf-8"
         self.console.file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         self.console.file.flush()
@@ -69,7 +74,10 @@ class PlainProgress(Display):
     def run_started(self, info: RunInfo) -> None:
         super().run_started(info)
         resumed = f", from round {info.start_round}" if info.start_round > 1 else ""
-        clients, rounds = words.count(len(info.clients), "client"), words.count(info.rounds, "round")
+        clients, rounds = (
+            words.count(len(info.clients), "client"),
+            words.count(info.rounds, "round"),
+        )
         self.line(f"{info.title} | {clients}, {rounds}{resumed} | {info.out}")
 
     def phase(self, name: str, total: int | None = None) -> None:
@@ -109,7 +117,9 @@ class PlainProgress(Display):
 
 
 def score_cells(score: Score) -> list[str]:
-    """``["accuracy 61.2 % (+1.3)", "tail 42.0 % (-0.5)"]``; changes are in points since the evaluation before."""
+    """``["accuracy 61.2 % (+1.3)", "tail 42.0 % (-0.5)"]``; changes are in points since the
+    evaluation before.
+    """
     cells = []
     for name, value, change in (
         (score.metric, score.mean, score.mean_change),

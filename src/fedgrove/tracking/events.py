@@ -1,6 +1,8 @@
-"""``RUN/events.jsonl``: what happened to clients beside training. The file exists only where something did.
+"""``RUN/events.jsonl``: what happened to clients beside training. The file exists only where
+something did.
 
-It is a log of the process, not a part of the run's result: a resume adds to it and takes nothing away.
+It is a log of the process, not a part of the run's result: a resume adds to it and takes nothing
+away.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedgrove.tracking import files
+from fedgrove.ground import files
 
 
 class Events:
@@ -20,7 +22,9 @@ class Events:
         self.path = path
 
     def write(self, round: int, client: str, event: str, reason: str, **more: Any) -> None:
-        """``event``: "left out", "joined", "refused", "late", "not measured", ...; ``reason``: a clause for people."""
+        """``event``: "left out", "joined", "refused", "late", "not measured", ...; ``reason``: a
+        clause for people.
+        """
         line = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "round": round,

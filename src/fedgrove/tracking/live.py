@@ -1,6 +1,7 @@
 """Progress for people: a live view in a terminal, plain lines everywhere else.
 
-Live needs a real terminal that can move its cursor; a pipe, a log file, ``TERM=dumb`` and a notebook get plain lines.
+Live needs a real terminal that can move its cursor; a pipe, a log file, ``TERM=dumb`` and a
+notebook get plain lines.
 ``NO_COLOR`` keeps the live view and drops its colours.
 """
 
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedgrove.tracking import words
+from fedgrove.ground import words
 from fedgrove.tracking.callback import Callback, Line, RunInfo
 from fedgrove.tracking.display import Display, PlainProgress, score_cells
 from fedgrove.tracking.scoreboard import Clock
@@ -32,7 +33,9 @@ def progress(console: Console | None = None) -> Callback:
     from rich.console import Console
 
     console = console or Console(highlight=False)
-    real = getattr(console.file, "isatty", lambda: False)()  # FORCE_COLOR makes rich call a pipe a terminal
+    real = getattr(
+        console.file, "isatty", lambda: False
+    )()  # FORCE_COLOR makes rich call a pipe a terminal
     if real and console.is_terminal and not console.is_dumb_terminal:
         return LiveProgress(console)
     return PlainProgress(console)
@@ -88,7 +91,9 @@ class LiveProgress(Display):
         self._phase, self._last_client = None, str(line["client"])
 
     def client_lost(self, round: int, client: str, what: str, reason: str) -> None:
-        self.console.print(f"round {round}: {client} {what}: {reason}", markup=False, highlight=False)
+        self.console.print(
+            f"round {round}: {client} {what}: {reason}", markup=False, highlight=False
+        )
 
     def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
         super().round_done(round, summary)
@@ -158,7 +163,9 @@ def _title(info: RunInfo, width: int) -> Text:
 
     title = Text(info.title, style="bold", no_wrap=True, overflow="ellipsis")
     out = Text(f"  {info.out}", style="dim not bold")
-    return Text.assemble(title, out, no_wrap=True) if title.cell_len + out.cell_len <= width else title
+    return (
+        Text.assemble(title, out, no_wrap=True) if title.cell_len + out.cell_len <= width else title
+    )
 
 
 def _bars(rows: Sequence[_Row], width: int) -> Table:
@@ -177,8 +184,15 @@ def _bars(rows: Sequence[_Row], width: int) -> Table:
     if remark:
         table.add_column(width=remark, no_wrap=True, overflow="ellipsis")
     for row in rows:
-        drawn = ProgressBar(total=row.total, completed=row.done, width=bar, pulse=row.total is None, **_BAR)
-        cells: list[RenderableType] = [Text(row.label), Text(row.position), drawn, Text(row.remark, style="dim")]
+        drawn = ProgressBar(
+            total=row.total, completed=row.done, width=bar, pulse=row.total is None, **_BAR
+        )
+        cells: list[RenderableType] = [
+            Text(row.label),
+            Text(row.position),
+            drawn,
+            Text(row.remark, style="dim"),
+        ]
         table.add_row(*cells[: 4 if remark else 3])
     return table
 

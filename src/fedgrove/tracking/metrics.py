@@ -1,7 +1,8 @@
 """``RUN/metrics.jsonl``: one JSON object per round, client and split.
 
-The file does not depend on the order in which clients finish (``seconds`` aside): lines are sorted by client inside a
-round, training before evaluation. Numbers that are not finite are written as ``null``: every line is strict JSON.
+The file does not depend on the order in which clients finish (``seconds`` aside): lines are sorted
+by client inside a round, training before evaluation. Numbers that are not finite are written as
+``null``: every line is strict JSON.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgrove.errors import RunError
-from fedgrove.tracking import files
+from fedgrove.ground import files
+from fedgrove.ground.errors import RunError
 from fedgrove.tracking.callback import Callback, Line
 
-#: Keys of a line that are no score of the task. What remains on a "test" line is the metric, e.g. "accuracy".
-_NO_SCORE = frozenset({"round", "client", "split", "loss", "examples", "steps", "bytes_up", "bytes_down", "seconds"})
+#: Keys of a line that are no score of the task. What remains on a "test" line is the metric, e.g.
+#: "accuracy".
+_NO_SCORE = frozenset(
+    {"round", "client", "split", "loss", "examples", "steps", "bytes_up", "bytes_down", "seconds"}
+)
 
 
 def metric_name(line: Line) -> str | None:
@@ -29,8 +33,9 @@ def metric_name(line: Line) -> str | None:
 class MetricsLog(Callback):
     """Appends to ``path``; a round reaches the disk (fsync) in ``round_done``.
 
-    Place it before the checkpoint writer: a checkpoint of round t then implies that the lines of round t are on disk,
-    and ``truncate_after(path, t)`` before a resume drops the lines of rounds that the checkpoint has not seen.
+    Place it before the checkpoint writer: a checkpoint of round t then implies that the lines of
+    round t are on disk, and ``truncate_after(path, t)`` before a resume drops the lines of rounds
+    that the checkpoint has not seen.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +52,9 @@ class MetricsLog(Callback):
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         if round == self._open:
             self._lines.extend(lines)
-        else:  # before the first round or after round_done: a resume repeats it, and the lines may be there already
+        # before the first round or after round_done: a resume repeats it, and the lines may be
+        # there already
+        else:
             there = {_key(line) for line in read(self.path)}
             self._append([line for line in lines if _key(line) not in there])
 
@@ -56,7 +63,10 @@ class MetricsLog(Callback):
         self._append(lines)
 
     def _append(self, lines: Sequence[Line]) -> None:
-        ordered = sorted(lines, key=lambda line: (line["split"] != "train", str(line["client"]), str(line["split"])))
+        ordered = sorted(
+            lines,
+            key=lambda line: (line["split"] != "train", str(line["client"]), str(line["split"])),
+        )
         text = "".join(_dump(line) + "\n" for line in ordered)
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -70,13 +80,16 @@ class MetricsLog(Callback):
 def read(path: Path) -> list[dict[str, Any]]:
     """All lines in file order; [] where the file is missing. A half-written last line is left out.
 
-    Raises ``RunError`` for a line that is no JSON object with a round, a client and a split, unless it is the last.
+    Raises ``RunError`` for a line that is no JSON object with a round, a client and a split, unless
+    it is the last.
     """
     return [line for line, _ in _scan(path)]
 
 
 def truncate_after(path: Path, round: int) -> None:
-    """Drop the lines of rounds later than ``round`` and a half-written last line, in place and atomically."""
+    """Drop the lines of rounds later than ``round`` and a half-written last line, in place and
+    atomically.
+    """
     if not path.exists():
         return
     kept = "".join(text for line, text in _scan(path) if line["round"] <= round)
@@ -90,11 +103,14 @@ def _scan(path: Path) -> list[tuple[dict[str, Any], str]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RunError(f"cannot read {path} ({error.strerror or error}): check its permissions.") from error
+        raise RunError(
+            f"cannot read {path} ({error.strerror or error}): check its permissions."
+        ) from error
     found = []
     for number, row in enumerate(rows, start=1):
         if not row.endswith(b"\n"):
-            break  # the writer was killed here: the line is not complete even if it happens to parse
+            # the writer was killed here: the line is not complete even if it happens to parse
+            break
         try:
             text = row.decode("utf-8")
             line = json.loads(text)
@@ -118,6 +134,7 @@ def _key(line: Line) -> tuple[Any, Any, Any]:
 
 def _dump(line: Line) -> str:
     clean = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
     }
     return json.dumps(clean, ensure_ascii=False, allow_nan=False)

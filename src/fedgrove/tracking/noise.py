@@ -1,20 +1,28 @@
-"""The noise lab (``run.noise = true``): what is lost between the server and its clients, round by round.
+"""The noise lab (``run.noise = true``): what is lost between the server and its clients, round by
+round.
 
-Source: the noise analysis of Fed-PLoRA, arXiv 2602.16936, with its bound corrected. ``G`` is the effective update of
-the global model, ``M_i`` the one client i starts from, ``D_i`` the one it ends with, all against the original base.
+Source: the noise analysis of Fed-PLoRA, arXiv 2602.16936, with its bound corrected. ``G`` is the
+effective update of the global model, ``M_i`` the one client i starts from, ``D_i`` the one it ends
+with, all against the original base.
 
-``RUN/noise.jsonl`` has one line a round: ``round, n_init, n_agg, bound, n_init_adapter, cos_same, cos_other``, and the
-same keys for each site under ``sites``. ``RUN/cosines.jsonl`` has the matrix behind the two cosines, a mean over sites.
+``RUN/noise.jsonl`` has one line a round: ``round, n_init, n_agg, bound, n_init_adapter, cos_same,
+cos_other``, and the same keys for each site under ``sites``. ``RUN/cosines.jsonl`` has the matrix
+behind the two cosines, a mean over sites.
 
-* ``n_init``: ``mean_i ||G_{t-1} - M_i||``. It is 0.0, and no rounding error, where every client holds G's own modules:
-  those that both hold are taken off before anything is subtracted.
-* ``n_init_adapter``: the same without what the server had merged into the base, so FLoRA's is ``||G_{t-1}||``.
-* ``n_agg``: ``||G_t - ideal||``; the ideal is the mean of the clients' products with the method's own weights, for each
-  rank index over those that trained it where the method says so (``Method.modules``).
-* ``bound``: on ``n_agg``, where the server takes means of factors (``Method.averages_factors``); else null.
-* ``cos_same``, ``cos_other``: mean cosine between modules ``b a^T`` of different clients, of equal and of other index.
+* ``n_init``: ``mean_i ||G_{t-1} - M_i||``. It is 0.0, and no rounding error, where every client
+  holds G's own modules: those that both hold are taken off before anything is subtracted.
+* ``n_init_adapter``: the same without what the server had merged into the base, so FLoRA's is
+  ``||G_{t-1}||``.
+* ``n_agg``: ``||G_t - ideal||``; the ideal is the mean of the clients' products with the method's
+  own weights, for each rank index over those that trained it where the method says so
+  (``Method.modules``).
+* ``bound``: on ``n_agg``, where the server takes means of factors (``Method.averages_factors``);
+  else null.
+* ``cos_same``, ``cos_other``: mean cosine between modules ``b a^T`` of different clients, of equal
+  and of other index.
 
-Totals over sites are root-sum-squares, of cosines plain means. Without a global model the first four are null.
+Totals over sites are root-sum-squares, of cosines plain means. Without a global model the first
+four are null.
 """
 
 from __future__ import annotations
@@ -39,8 +47,8 @@ from fedgrove.adapters.noise import (
     initial_noise,
     noise_bound,
 )
+from fedgrove.ground import lines
 from fedgrove.methods.contract import Method, State, Update
-from fedgrove.tracking import lines
 
 FILE, MATRICES = "noise.jsonl", "cosines.jsonl"
 KEYS = ("n_init", "n_agg", "bound", "n_init_adapter", "cos_same", "cos_other")
@@ -62,7 +70,9 @@ class Seen:
     """What one client of the round did."""
 
     weight: float
-    start: Adapter | None  # M_i and D_i; None where no adapter can express them, or nothing was seen of the client
+    start: (
+        Adapter | None
+    )  # M_i and D_i; None where no adapter can express them, or nothing was seen of the client
     end: Adapter | None
     modules: Modules | None  # what it trained, for the cosines and the bound
     by_index: bool  # whether the server averages those by rank index
@@ -83,14 +93,20 @@ class Lab:
 
 
 class NoiseLab(Lab):
-    """Watches the client halves of one process and writes a line a round. It changes nothing that it sees."""
+    """Watches the client halves of one process and writes a line a round. It changes nothing that
+    it sees.
+    """
 
     def __init__(self, method: Method, sites: Mapping[str, Site], folder: Path):
         self.method, self.sites, self.folder = method, sites, folder
         self._round = 0
         self._before: Effective | None = None
-        self._starts: dict[str, Assembly] = {}  # of the first step that runs something of the server's
-        self._ends: dict[str, Assembly] = {}  # of the last step that trains something of the server's
+        self._starts: dict[
+            str, Assembly
+        ] = {}  # of the first step that runs something of the server's
+        self._ends: dict[
+            str, Assembly
+        ] = {}  # of the last step that trains something of the server's
         self._own: dict[str, Assembly] = {}  # of the last step of all
 
     def truncate_after(self, round: int) -> None:
@@ -118,11 +134,17 @@ class NoiseLab(Lab):
         lines.append(self.folder / MATRICES, {"round": self._round, "matrix": matrix})
         lines.append(self.folder / FILE, {"round": self._round, **line})
 
-    def measure(self, state: State, updates: Sequence[Update]) -> tuple[dict[str, Any], list[list[float | None]]]:
-        """The round's line without its number, and the matrix of cosines as a mean over sites (None: no pair)."""
+    def measure(
+        self, state: State, updates: Sequence[Update]
+    ) -> tuple[dict[str, Any], list[list[float | None]]]:
+        """The round's line without its number, and the matrix of cosines as a mean over sites
+        (None: no pair).
+        """
         after = self._effective(state)
         weights = self.method.weights(updates)
-        clients = [self._client(update, weight) for update, weight in zip(updates, weights, strict=True)]
+        clients = [
+            self._client(update, weight) for update, weight in zip(updates, weights, strict=True)
+        ]
         tagged = [index for client in clients if client.modules for index in _all(client.modules)]
         rank = max([self.method.setting.rank, *(index + 1 for index in tagged)])
         sites: dict[str, dict[str, float | None]] = {}
@@ -146,24 +168,35 @@ class NoiseLab(Lab):
         found: dict[str, float | None] = {}
         if starts := [_at(client.start, site) for client in clients if client.start is not None]:
             found["n_init"] = initial_noise(old, starts).total
-            # G - (M_i - merged): a client that starts from the merged base and a fresh adapter has lost all of G.
+            # G - (M_i - merged): a client that starts from the merged base and a fresh adapter has
+            # lost all of G.
             found["n_init_adapter"] = initial_noise(concat([old, merged]), starts).total
         senders = [client for client in clients if client.sends]
         if not senders:  # a round of private work alone: nothing should have changed
             return found | {"n_agg": aggregation_noise(new, [old]).total}
-        trained = [client for client in senders if client.modules is not None and site in client.modules[0]]
+        trained = [
+            client for client in senders if client.modules is not None and site in client.modules[0]
+        ]
         adapters, indices = _modules(site, trained)
         weights = [client.weight for client in trained]
         if all(client.by_index for client in senders):
             found["n_agg"] = (
                 index_aggregation_noise(new, old, adapters, indices, weights).total
                 if trained
-                else aggregation_noise(new, [old]).total  # nobody trained this site: it should be as it was
+                else aggregation_noise(
+                    new, [old]
+                ).total  # nobody trained this site: it should be as it was
             )
         elif all(client.end is not None for client in senders):
-            held = [(client.end, client.weight) for client in senders if client.end and site in client.end]
+            held = [
+                (client.end, client.weight)
+                for client in senders
+                if client.end and site in client.end
+            ]
             ends = [_at(end, site) for end, _ in held]
-            found["n_agg"] = aggregation_noise(new, ends or [old], [weight for _, weight in held] or None).total
+            found["n_agg"] = aggregation_noise(
+                new, ends or [old], [weight for _, weight in held] or None
+            ).total
         if self.method.averages_factors and all(client.modules is not None for client in senders):
             found["bound"] = noise_bound(old, adapters, indices, weights).total if trained else 0.0
         return found
@@ -193,7 +226,8 @@ class NoiseLab(Lab):
 
 
 def shared_part(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter | None:
-    """What of a client's model the server has a hand in, as one adapter; None where the mix depends on the input.
+    """What of a client's model the server has a hand in, as one adapter; None where the mix depends
+    on the input.
 
     Client-home terms are left out, and the weights that mix them with the others.
     """
@@ -206,7 +240,9 @@ def shared_part(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter | None
 
 
 def trained_modules(assembly: Assembly, sites: Mapping[str, Site]) -> Modules | None:
-    """The modules of the one term that trains (of those with home "server", else of all); None where there are more."""
+    """The modules of the one term that trains (of those with home "server", else of all); None
+    where there are more.
+    """
     trained = [term for term in assembly.terms if term.train]
     shared = [term for term in trained if term.home == "server"] or trained
     if len(shared) != 1:
@@ -216,7 +252,11 @@ def trained_modules(assembly: Assembly, sites: Mapping[str, Site]) -> Modules | 
 
 def _present(assembly: Assembly, sites: Mapping[str, Site]) -> dict[str, Site]:
     """The sites in the layers that the client runs."""
-    return {name: s for name, s in sites.items() if assembly.layers is None or s.layer in assembly.layers}
+    return {
+        name: s
+        for name, s in sites.items()
+        if assembly.layers is None or s.layer in assembly.layers
+    }
 
 
 def _at(adapter: Adapter, site: str) -> Adapter:
@@ -241,7 +281,9 @@ def _all(modules: Modules) -> list[int]:
 
 
 def _cosines(site: str, clients: Sequence[Seen], rank: int) -> Cosines | None:
-    there = [client for client in clients if client.modules is not None and site in client.modules[0]]
+    there = [
+        client for client in clients if client.modules is not None and site in client.modules[0]
+    ]
     if not there:
         return None
     adapters, indices = _modules(site, there)
@@ -249,7 +291,9 @@ def _cosines(site: str, clients: Sequence[Seen], rank: int) -> Cosines | None:
 
 
 def _total(key: str, values: Sequence[float | None]) -> float | None:
-    """Root-sum-square of losses, mean of cosines; None where there is nothing (or, of losses, not everything)."""
+    """Root-sum-square of losses, mean of cosines; None where there is nothing (or, of losses, not
+    everything).
+    """
     numbers = [value for value in values if value is not None]
     if key.startswith("cos"):
         return math.fsum(numbers) / len(numbers) if numbers else None
@@ -263,4 +307,6 @@ def _mean_matrix(matrices: Sequence[Tensor], rank: int) -> list[list[float | Non
     if not matrices:
         return [[None] * rank for _ in range(rank)]
     mean = torch.stack(list(matrices)).nanmean(0)
-    return [[None if math.isnan(value) else round(value, 4) for value in row] for row in mean.tolist()]
+    return [
+        [None if math.isnan(value) else round(value, 4) for value in row] for row in mean.tolist()
+    ]

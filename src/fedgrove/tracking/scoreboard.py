@@ -6,17 +6,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from fedgrove.ground.words import shares
 from fedgrove.tracking.callback import Line, RunInfo
 from fedgrove.tracking.metrics import metric_name
 from fedgrove.tracking.summary import mean, tail10
-from fedgrove.tracking.words import shares
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluation: mean and 10th-percentile client, and the changes since the evaluation before (or None)."""
+    """One evaluation: mean and 10th-percentile client, and the changes since the evaluation before
+    (or None).
+    """
 
     round: int
     metric: str
@@ -29,7 +31,9 @@ class Score:
 
 @dataclass
 class Scoreboard:
-    """Fed by the hooks of a ``Callback``. ``clock`` returns seconds; only differences of it are used."""
+    """Fed by the hooks of a ``Callback``. ``clock`` returns seconds; only differences of it are
+    used.
+    """
 
     info: RunInfo
     clock: Clock
@@ -51,7 +55,13 @@ class Scoreboard:
     def start_round(self, round: int, clients: Sequence[str]) -> None:
         self._began = self.clock()
         self._first = self._began if self._first is None else self._first
-        self.round, self.running, self.selected, self.done, self._losses = round, True, len(clients), 0, []
+        self.round, self.running, self.selected, self.done, self._losses = (
+            round,
+            True,
+            len(clients),
+            0,
+            [],
+        )
 
     def client(self, line: Line) -> None:
         self.done += 1
@@ -70,7 +80,9 @@ class Scoreboard:
         values = [line.get(metric) for line in tests]
         now, before = Score(round, metric, mean(values), tail10(values), shares(values)), self.score
         if before is not None and not math.isnan(before.mean + now.mean):
-            now = replace(now, mean_change=now.mean - before.mean, tail_change=now.tail - before.tail)
+            now = replace(
+                now, mean_change=now.mean - before.mean, tail_change=now.tail - before.tail
+            )
         self.score = now
         if not math.isnan(now.mean) and (self.best is None or now.mean > self.best.mean):
             self.best = now
@@ -83,7 +95,9 @@ class Scoreboard:
     @property
     def worked(self) -> float:
         """Rounds done in this session; the present one counts by its clients."""
-        return self.complete + (self.done / self.selected if self.running and self.selected else 0.0)
+        return self.complete + (
+            self.done / self.selected if self.running and self.selected else 0.0
+        )
 
     def seconds_left(self) -> float | None:
         """From the pace so far; None before the first client is done."""

@@ -1,8 +1,10 @@
-"""``RUN/summary.json``: what a run came to, from plain data. What varies between runs is under ``seconds`` alone.
+"""``RUN/summary.json``: what a run came to, from plain data. What varies between runs is under
+``seconds`` alone.
 
-Statistics are over clients. ``tail10`` is the 10th-percentile client, ``numpy.percentile(values, 10)`` with linear
-interpolation between order statistics; ``std`` is over the whole population (``ddof=0``). Missing values (``None``,
-NaN) are left out; with none left the result is NaN, written as ``null``.
+Statistics are over clients. ``tail10`` is the 10th-percentile client, ``numpy.percentile(values,
+10)`` with linear interpolation between order statistics; ``std`` is over the whole population
+(``ddof=0``). Missing values (``None``, NaN) are left out; with none left the result is NaN, written
+as ``null``.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedgrove.errors import RunError
-from fedgrove.tracking import files
+from fedgrove.ground import files
+from fedgrove.ground.errors import RunError
 
 Value = float | int | None
 
@@ -38,7 +40,11 @@ def std(values: Iterable[Value]) -> float:
     """Population standard deviation (``ddof=0``)."""
     numbers = present(values)
     centre = mean(numbers)
-    return math.sqrt(math.fsum((number - centre) ** 2 for number in numbers) / len(numbers)) if numbers else math.nan
+    return (
+        math.sqrt(math.fsum((number - centre) ** 2 for number in numbers) / len(numbers))
+        if numbers
+        else math.nan
+    )
 
 
 def tail10(values: Iterable[Value]) -> float:
@@ -63,11 +69,12 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json, keys in the order of the file.
 
-    ``clients``: ``{name: {examples, rank, metric_base, metric, metric_tuned, loss, held_out}}``; a key that is left
-    out is ``None`` (``held_out``: False). ``parameters``: ``{trained, stored, sent_up, sent_down}``, each a
-    list with a number for each client (or client and round); the file holds the median. ``bytes_up``, ``bytes_down``:
-    the whole run, all clients. ``seconds``: ``{total, training, evaluation, server}``.
-    Clients that never trained carry ``"held_out": true`` and count in ``unseen`` only: as they arrive, and under
+    ``clients``: ``{name: {examples, rank, metric_base, metric, metric_tuned, loss, held_out}}``; a
+    key that is left out is ``None`` (``held_out``: False). ``parameters``: ``{trained, stored,
+    sent_up, sent_down}``, each a list with a number for each client (or client and round); the file
+    holds the median. ``bytes_up``, ``bytes_down``: the whole run, all clients. ``seconds``:
+    ``{total, training, evaluation, server}``. Clients that never trained carry ``"held_out": true``
+    and count in ``unseen`` only: as they arrive, and under
     ``tuned`` after local training.
     """
     rows: dict[str, dict[str, Any]] = {}
@@ -78,7 +85,14 @@ def summarise(
             rows[name]["held_out"] = True
     seen = [row["metric"] for row in rows.values() if "held_out" not in row]
     unseen = [row for row in rows.values() if "held_out" in row]
-    result = {"method": method, "task": task, "seed": seed, "rounds": rounds, "clients": rows, **_spread(seen)}
+    result = {
+        "method": method,
+        "task": task,
+        "seed": seed,
+        "rounds": rounds,
+        "clients": rows,
+        **_spread(seen),
+    }
     if unseen:
         result["unseen"] = {"clients": len(unseen), **_spread([row["metric"] for row in unseen])}
         if present(tuned := [row["metric_tuned"] for row in unseen]):
@@ -90,7 +104,9 @@ def summarise(
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON to a temporary name, fsync, rename: after a crash ``path`` is either the old file or the new one."""
+    """Write JSON to a temporary name, fsync, rename: after a crash ``path`` is either the old file
+    or the new one.
+    """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     files.write_text(path, text)
 
@@ -105,17 +121,23 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise RunError(
-            f"cannot read {path} ({error}): restore the file or run the job again in a new directory."
+            f"cannot read {path} ({error}): restore the file or run the job again in a new "
+            f"directory."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("clients"), dict):
         raise RunError(
-            f"{path} is not the summary of a run (it has no 'clients'): give the directory of a finished run."
+            f"{path} is not the summary of a run (it has no 'clients'): give the directory of a "
+            f"finished run."
         )
     return content
 
 
 def _spread(values: Sequence[Value]) -> dict[str, Any]:
-    return {"mean": _plain(mean(values)), "std": _plain(std(values)), "tail10": _plain(tail10(values))}
+    return {
+        "mean": _plain(mean(values)),
+        "std": _plain(std(values)),
+        "tail10": _plain(tail10(values)),
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,9 @@
-"""Curves elsewhere: TensorBoard and Weights & Biases as callbacks. Both are extras, and off unless asked for.
+"""Curves elsewhere: TensorBoard and Weights & Biases as callbacks. Both are extras, and off unless
+asked for.
 
-What is logged, at each evaluated round: mean, tail (10th percentile) and worst client of the task's metric, the mean
-loss of training and test, and the bytes so far. No text, no weights, and no client's own numbers leave the machine.
+What is logged, at each evaluated round: mean, tail (10th percentile) and worst client of the task's
+metric, the mean loss of training and test, and the bytes so far. No text, no weights, and no
+client's own numbers leave the machine.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.tracking.callback import Callback, Line, RunInfo
 from fedgrove.tracking.summary import mean, tail10
 
@@ -32,7 +34,11 @@ class Tracker(Callback):
         self.write(round, curves(lines))
 
     def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
-        found = {f"traffic/{key}": float(value) for key, value in summary.items() if isinstance(value, int | float)}
+        found = {
+            f"traffic/{key}": float(value)
+            for key, value in summary.items()
+            if isinstance(value, int | float)
+        }
         if self._losses:
             found["train/loss"] = mean(self._losses)
             self._losses.clear()
@@ -43,11 +49,15 @@ class Tracker(Callback):
 
 
 def curves(lines: Iterable[Line]) -> Curves:
-    """``{"test/accuracy": mean, "test/accuracy tail": …, "test/accuracy worst": …, "test/loss": mean, …}``."""
+    """``{"test/accuracy": mean, "test/accuracy tail": …, "test/accuracy worst": …, "test/loss":
+    mean, …}``.
+    """
     found: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line.items():
-            if key not in ("round", "client", "split", "examples") and isinstance(value, int | float):
+            if key not in ("round", "client", "split", "examples") and isinstance(
+                value, int | float
+            ):
                 found.setdefault(f"{line['split']}/{key}", []).append(float(value))
     result: Curves = {}
     for name, values in found.items():
@@ -59,7 +69,9 @@ def curves(lines: Iterable[Line]) -> Curves:
 
 
 class TensorBoard(Tracker):
-    """Event files in ``RUN/tensorboard``: ``tensorboard --logdir runs`` shows all runs beside each other."""
+    """Event files in ``RUN/tensorboard``: ``tensorboard --logdir runs`` shows all runs beside each
+    other.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,14 +98,18 @@ class TensorBoard(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """A run of Weights & Biases, named after the run directory; ``WANDB_MODE=offline`` keeps it on this machine."""
+    """A run of Weights & Biases, named after the run directory; ``WANDB_MODE=offline`` keeps it on
+    this machine.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         try:
             import wandb
         except ImportError:
-            raise RunError("--track wandb needs the package wandb; install fedgrove[wandb].") from None
+            raise RunError(
+                "--track wandb needs the package wandb; install fedgrove[wandb]."
+            ) from None
         self._wandb: Any = wandb
         self._run: Any = None
 
@@ -104,9 +120,12 @@ class WeightsAndBiases(Tracker):
                 id=_identity(info.out), settings=self._wandb.Settings(silent=True),
             )  # fmt: skip
         except Exception as error:  # its own errors: no key, no network
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
             raise RunError(
-                f"--track wandb: Weights & Biases cannot start ({reason}); log in with `wandb login`, or set "
+                f"--track wandb: Weights & Biases cannot start ({reason}); log in with `wandb "
+                f"login`, or set "
                 "WANDB_MODE=offline."
             ) from error
 
@@ -135,7 +154,9 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Weigh
 
 
 def trackers(names: Sequence[str]) -> list[Tracker]:
-    """The trackers by name. Raises ``RunError`` for an unknown name, or one whose package is missing."""
+    """The trackers by name. Raises ``RunError`` for an unknown name, or one whose package is
+    missing.
+    """
     for name in names:
         if name not in TRACKERS:
             raise RunError(f"--track {name} is unknown; there are: {', '.join(TRACKERS)}.")

@@ -1,4 +1,6 @@
-"""``metric_base``: the untouched base with a head trained alone, under the whole run's local budget."""
+"""``metric_base``: the untouched base with a head trained alone, under the whole run's local
+budget.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Extra
 from fedgrove.federation.tasks.base import Example
+from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import Step
-from fedgrove.seeds import generator
-from fedgrove.training.head import PREFIX
+from fedgrove.methods.head import PREFIX
 from fedgrove.training.kernel import Clock, Kernel, batch_order
 
 
@@ -26,9 +28,11 @@ def base_measure(
     client: str,
     seed: int,
 ) -> dict[str, float]:
-    """The task's measures on ``test``. The head gets as many optimiser steps as a client has in ``rounds`` rounds.
+    """The task's measures on ``test``. The head gets as many optimiser steps as a client has in
+    ``rounds`` rounds.
 
-    With the pooled head the base's features are computed once, so this costs two forward passes over the data.
+    With the pooled head the base's features are computed once, so this costs two forward passes
+    over the data.
     """
     if kernel.base.head == "lm":  # there is no head to train
         return kernel.evaluate(Assembly(), test)
@@ -43,18 +47,28 @@ def base_measure(
     features = kernel.features(test)
     batch = kernel.task.collate(test, kernel.base.pad_id)
     with torch.no_grad():
-        return kernel.task.measure(kernel.task.score(kernel.task.head_logits(features, head), batch))
+        return kernel.task.measure(
+            kernel.task.score(kernel.task.head_logits(features, head), batch)
+        )
 
 
 def _train_head(
-    kernel: Kernel, initial: Mapping[str, Tensor], train: Sequence[Example], steps: int, order: torch.Generator
+    kernel: Kernel,
+    initial: Mapping[str, Tensor],
+    train: Sequence[Example],
+    steps: int,
+    order: torch.Generator,
 ) -> dict[str, Tensor]:
     options = kernel.options
     features = kernel.features(train).clone()  # out of inference mode
-    head = {name: value.to(features.dtype).clone().requires_grad_() for name, value in initial.items()}
+    head = {
+        name: value.to(features.dtype).clone().requires_grad_() for name, value in initial.items()
+    }
     rate = options.lr if options.head_lr is None else options.head_lr
     # features and head are on the CPU
-    optimizer = torch.optim.AdamW(head.values(), lr=rate, weight_decay=options.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        head.values(), lr=rate, weight_decay=options.weight_decay, fused=True
+    )
     batches = batch_order(len(train), options.batch_size * options.accumulation, order)
     for _ in range(max(1, math.ceil(steps))):
         chosen = next(batches)

@@ -1,4 +1,6 @@
-"""A client's side of a round, the same in every engine: offer in, update out, private store kept."""
+"""A client's side of a round, the same in every engine: offer in, update out, private store
+kept.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +16,36 @@ from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter, trained_parameters
 from fedgrove.adapters.private import unseal
+from fedgrove.adapters.tree import nbytes
 from fedgrove.federation.tasks.base import Example
 from fedgrove.methods.contract import ClientInfo, Live, Method, Step, Trained, Update
+from fedgrove.methods.head import PREFIX, HeadPolicy
 from fedgrove.privacy.example_dp import NOTES, ExampleGuard
 from fedgrove.privacy.reference import untouched
 from fedgrove.privacy.vector import bounded
 from fedgrove.training.cohort import Work, train_together
-from fedgrove.training.head import PREFIX, HeadPolicy
 from fedgrove.training.kernel import Clock, Kernel, carry
 from fedgrove.training.lanes import Lanes
-from fedgrove.tree import nbytes
 
 if TYPE_CHECKING:
     from fedgrove.job.privacy import PrivacySection
 
-Store = dict[str, Any]  # {"mine": the method's part, "head": the client's own head, "privacy": its key and budget}
-Ask = Callable[[Mapping[str, Any] | None], Mapping[str, Any]]  # a probe's report (or None) -> offer to a newcomer
+Store = dict[
+    str, Any
+]  # {"mine": the method's part, "head": the client's own head, "privacy": its key and budget}
+Ask = Callable[
+    [Mapping[str, Any] | None], Mapping[str, Any]
+]  # a probe's report (or None) -> offer to a newcomer
 
-#: ``(clock keys, assembly before, assembly after)`` of each step that trained: see ``ClientHalf.watch``.
+#: ``(clock keys, assembly before, assembly after)`` of each step that trained: see
+#: ``ClientHalf.watch``.
 Watch = Callable[[tuple[object, ...], Assembly, Assembly], None]
 
 
 EXPORTED = "exported"  # the one term of a model as it is exported
 
-#: Steps to run, one after the other, each answered by what it gave; at the end all that was trained.
+#: Steps to run, one after the other, each answered by what it gave; at the end all that was
+#: trained.
 Course = Generator[Work, Trained, list[Trained]]
 
 
@@ -53,7 +61,9 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one client's round gives: the update for the server, the store for itself, and figures for the log."""
+    """What one client's round gives: the update for the server, the store for itself, and figures
+    for the log.
+    """
 
     update: Update
     store: Store
@@ -64,7 +74,9 @@ class Outcome:
 
 
 class ClientHalf:
-    """Runs the client half of a method on one kernel, or several. It serves any client that is passed in."""
+    """Runs the client half of a method on one kernel, or several. It serves any client that is
+    passed in.
+    """
 
     def __init__(
         self,
@@ -80,11 +92,15 @@ class ClientHalf:
         self.kernel, self.method, self.head = kernel, method, head
         self.lanes = lanes or Lanes([kernel])  # the kernel among them
         self.seed, self.rounds = seed, rounds
-        #: What protects the client's data: it acts here, so that nobody else need be trusted. None: nothing does.
+        #: What protects the client's data: it acts here, so that nobody else need be trusted. None:
+        #: nothing does.
         self.privacy = privacy
-        #: A measuring instrument (``run.noise``). It sees what is private, so only a simulation in one process sets it.
+        #: A measuring instrument (``run.noise``). It sees what is private, so only a simulation in
+        #: one process sets it.
         self.watch: Watch | None = None
-        self._measured: dict[str, tuple[Sequence[Example], bytes, dict[str, float]]] = {}  # each client's last measure
+        self._measured: dict[
+            str, tuple[Sequence[Example], bytes, dict[str, float]]
+        ] = {}  # each client's last measure
 
     def alone(self, kernel: Kernel) -> ClientHalf:
         """The same on one kernel of the lanes, for work in it."""
@@ -93,19 +109,28 @@ class ClientHalf:
         return other
 
     def train(
-        self, client: ClientInfo, examples: Sequence[Example], offer: Mapping[str, Any], store: Store, round: int
+        self,
+        client: ClientInfo,
+        examples: Sequence[Example],
+        offer: Mapping[str, Any],
+        store: Store,
+        round: int,
     ) -> Outcome:
         """One round of local work."""
         return self.train_together([Turn(client, examples, offer, store)], round)[0]
 
     def train_together(self, turns: Sequence[Turn], round: int) -> list[Outcome]:
-        """One round of several clients' local work, what can be in one batch: as alone, up to rounding."""
+        """One round of several clients' local work, what can be in one batch: as alone, up to
+        rounding.
+        """
         started = time.perf_counter()
         guards = [self.guard(turn.client, turn.store) for turn in turns]
         courses = []
         for turn, guard in zip(turns, guards, strict=True):
             name, content = turn.client.name, dict(turn.offer.get("method", {}))
-            clock = Clock(self.seed, (round, name), (round - 1) / self.rounds, min(1.0, round / self.rounds))
+            clock = Clock(
+                self.seed, (round, name), (round - 1) / self.rounds, min(1.0, round / self.rounds)
+            )
             plan = self.method.plan(turn.client, content, turn.store.get("mine", {}), round)
             courses.append(self._course(plan, turn.examples, turn.offer, turn.store, clock, guard))
         worked = follow(self.lanes, courses)
@@ -116,7 +141,12 @@ class ClientHalf:
         ]
 
     def _outcome(
-        self, turn: Turn, trained: list[Trained], guard: ExampleGuard | None, round: int, seconds: float
+        self,
+        turn: Turn,
+        trained: list[Trained],
+        guard: ExampleGuard | None,
+        round: int,
+        seconds: float,
     ) -> Outcome:
         client, offer = turn.client, turn.offer
         started = time.perf_counter()
@@ -135,7 +165,9 @@ class ClientHalf:
             kept[NOTES] = guard.notes()
         if self.privacy is not None and self.privacy.clip is not None:
             start = untouched(self.method, self.head, client, offer, round)
-            sent = dict(bounded(sent, start, self.privacy.clip, f"{self.method.title} at {client.name}"))
+            sent = dict(
+                bounded(sent, start, self.privacy.clip, f"{self.method.title} at {client.name}")
+            )
         steps = sum(t.steps for t in trained)
         loss = sum(t.loss * t.steps for t in trained if t.steps) / steps if steps else float("nan")
         return Outcome(
@@ -148,21 +180,35 @@ class ClientHalf:
         )
 
     def guard(self, client: ClientInfo, store: Store) -> ExampleGuard | None:
-        """What keeps single examples private in the client's next work; its budget so far is in the store."""
-        return None if self.privacy is None else ExampleGuard.of(self.privacy, store, self.seed, client.name)
+        """What keeps single examples private in the client's next work; its budget so far is in the
+        store.
+        """
+        return (
+            None
+            if self.privacy is None
+            else ExampleGuard.of(self.privacy, store, self.seed, client.name)
+        )
 
     def personal(self, client: ClientInfo, offer: Mapping[str, Any], store: Store) -> Assembly:
         """The client's model as it would deploy it, head included."""
-        assembly = self.method.personal(client, dict(offer.get("method", {})), store.get("mine", {}))
+        assembly = self.method.personal(
+            client, dict(offer.get("method", {})), store.get("mine", {})
+        )
         return self.head.attach(assembly, offer, store)
 
-    def arrive(self, client: ClientInfo, examples: Sequence[Example], ask: Ask) -> Mapping[str, Any]:
-        """A newcomer's offer: what the server gives at once, or, where the method has a probe, what it gives then."""
+    def arrive(
+        self, client: ClientInfo, examples: Sequence[Example], ask: Ask
+    ) -> Mapping[str, Any]:
+        """A newcomer's offer: what the server gives at once, or, where the method has a probe, what
+        it gives then.
+        """
         offer = ask(None)
         report = self.probe(client, examples, offer)
         return offer if report is None else ask(report)
 
-    def probe(self, client: ClientInfo, examples: Sequence[Example], offer: Mapping[str, Any]) -> dict[str, Any] | None:
+    def probe(
+        self, client: ClientInfo, examples: Sequence[Example], offer: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
         """What a newcomer's probe of its first offer found; None where the method has no probe."""
         content = dict(offer.get("method", {}))
         plan = self.method.probe(client, content)
@@ -188,7 +234,9 @@ class ClientHalf:
         return self.kernel.train(step, examples, clock, guard).assembly
 
     def deployed(self, assembly: Assembly) -> Assembly:
-        """The assembly as it is exported: its terms as the one adapter that computes the same, where there is one."""
+        """The assembly as it is exported: its terms as the one adapter that computes the same,
+        where there is one.
+        """
         if not assembly.mix.linear or assembly.layers is not None or not assembly.terms:
             return assembly
         head = {name: extra for name, extra in assembly.extras.items() if name.startswith(PREFIX)}
@@ -196,11 +244,17 @@ class ClientHalf:
         return Assembly((Term(EXPORTED, adapter, train=""),), extras=head)
 
     def measure(
-        self, client: str, assembly: Assembly, examples: Sequence[Example], keep: list[dict[str, Any]] | None = None
+        self,
+        client: str,
+        assembly: Assembly,
+        examples: Sequence[Example],
+        keep: list[dict[str, Any]] | None = None,
     ) -> dict[str, float]:
-        """The task's measures of a client's model as it is exported; ``keep`` takes a language model's texts.
+        """The task's measures of a client's model as it is exported; ``keep`` takes a language
+        model's texts.
 
-        A run ends with the models that its last round measured: what is asked again is not computed again.
+        A run ends with the models that its last round measured: what is asked again is not computed
+        again.
         """
         model = self.deployed(assembly)
         mark = _mark(model) if self.kernel.language is None else None
@@ -233,7 +287,9 @@ class ClientHalf:
     ) -> Course:
         """A plan's steps with heads and what earlier steps trained; each waits for its result."""
         done: list[Trained] = []
-        steps: Generator[Step, Any, Any] = plan if isinstance(plan, Generator) else (step for step in plan)
+        steps: Generator[Step, Any, Any] = (
+            plan if isinstance(plan, Generator) else (step for step in plan)
+        )
         step: Step | None = next(steps, None)
         while step is not None:
             prepared = carry(self.head.step(step, offer, store), done)

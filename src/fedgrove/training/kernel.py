@@ -1,7 +1,7 @@
 """The one training kernel: an assembly on the resident frozen base, one client at a time.
 
-The base is never copied and never changes. Forward hooks on its sites add what the live assembly computes; autograd
-stops below the lowest adapted site because nothing there has a gradient.
+The base is never copied and never changes. Forward hooks on its sites add what the live assembly
+computes; autograd stops below the lowest adapted site because nothing there has a gradient.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.assembly import Assembly, trained_parameters
 from fedgrove.adapters.private import unseal
-from fedgrove.errors import JobError
 from fedgrove.federation.tasks.base import Batch, Example, Task
 from fedgrove.federation.tasks.generate import Generate, Template
+from fedgrove.ground.errors import JobError
+from fedgrove.ground.seeds import derive, generator
 from fedgrove.interop.models import Base
 from fedgrove.interop.quantise import foldable
 from fedgrove.methods.contract import Step, Trained
 from fedgrove.privacy.example_dp import ExampleGuard
-from fedgrove.seeds import derive, generator
 from fedgrove.training import packed
 from fedgrove.training.language import LanguageModel, padded_left
 from fedgrove.training.live import LiveAssembly
@@ -86,7 +86,8 @@ class Kernel:
         self._packs = base.head != "stock" and packed.packs(base.model)
         modules = dict(base.model.named_modules())
         self._hooks = [
-            modules[name].register_forward_hook(partial(self._add, site)) for name, site in base.sites.items()
+            modules[name].register_forward_hook(partial(self._add, site))
+            for name, site in base.sites.items()
         ]
         self._layers = transformer_layers(base)
         for layer, module in self._layers.items():
@@ -104,15 +105,21 @@ class Kernel:
 
     # ---------------------------------------------------------------- training
     def train(
-        self, step: Step, examples: Sequence[Example], clock: Clock, guard: ExampleGuard | None = None
+        self,
+        step: Step,
+        examples: Sequence[Example],
+        clock: Clock,
+        guard: ExampleGuard | None = None,
     ) -> Trained:
         """Run one step on one client's examples and give back the trained assembly.
 
-        With a ``guard`` each example's gradient is clipped and noise added (``[privacy] example_clip``).
+        With a ``guard`` each example's gradient is clipped and noise added (``[privacy]
+        example_clip``).
         """
         if guard is not None and step.measure != "train":
             raise JobError(
-                f'A step that measures "{step.measure}" reads examples without noise, so privacy.example_clip cannot '
+                f'A step that measures "{step.measure}" reads examples without noise, so '
+                f"privacy.example_clip cannot "
                 "hold; leave it out with this method."
             )
         if step.measure == "features":
@@ -132,7 +139,12 @@ class Kernel:
             return self._optimise(step, live, examples, order, clock)
 
     def _optimise(
-        self, step: Step, live: LiveAssembly, examples: Sequence[Example], order: torch.Generator, clock: Clock
+        self,
+        step: Step,
+        live: LiveAssembly,
+        examples: Sequence[Example],
+        order: torch.Generator,
+        clock: Clock,
     ) -> Trained:
         count = self.steps(step, len(examples))
         optimizer = self._optimizer(live)
@@ -171,11 +183,15 @@ class Kernel:
     # -------------------------------------------------------------- evaluation
     @torch.inference_mode()
     def evaluate(
-        self, assembly: Assembly, examples: Sequence[Example], keep: list[dict[str, Any]] | None = None
+        self,
+        assembly: Assembly,
+        examples: Sequence[Example],
+        keep: list[dict[str, Any]] | None = None,
     ) -> dict[str, float]:
         """The task's measures of an assembly on some examples.
 
-        Of a language model some are those of texts that it writes here; ``keep`` takes them, one object for each.
+        Of a language model some are those of texts that it writes here; ``keep`` takes them, one
+        object for each.
         """
         sums: dict[str, float] = {}
         with self._opened(assembly, train=False) as live:
@@ -192,14 +208,22 @@ class Kernel:
             sums |= cast(Generate, self.task).judge(outputs, chosen)
             if keep is not None:
                 keep += [
-                    {"prompt": example["prompt"], "reference": example["references"][0], "output": output}
+                    {
+                        "prompt": example["prompt"],
+                        "reference": example["references"][0],
+                        "output": output,
+                    }
                     for example, output in zip(chosen, outputs, strict=True)
                 ]
         return self.task.measure(sums)
 
     @torch.inference_mode()
-    def generate(self, assembly: Assembly, examples: Sequence[Example], most: int | None = None) -> list[str]:
-        """What a language model writes after each prompt, greedily, in the given order; ``most`` new tokens."""
+    def generate(
+        self, assembly: Assembly, examples: Sequence[Example], most: int | None = None
+    ) -> list[str]:
+        """What a language model writes after each prompt, greedily, in the given order; ``most``
+        new tokens.
+        """
         assert self.language is not None
         task, tokenizer = cast(Generate, self.task), self.base.processor
         ends = Template(tokenizer).ends()
@@ -209,9 +233,13 @@ class Kernel:
                 batch = padded_left([examples[i]["prompt_ids"] for i in indices], self.base.pad_id)
                 batch = {key: value.to(self.base.device) for key, value in batch.items()}
                 self._enter(live, batch)
-                # a layer that is left out keeps no cache, and the first one's length is what positions come from
+                # a layer that is left out keeps no cache, and the first one's length is what
+                # positions come from
                 written = self.language.generate(
-                    batch, most=most or task.max_new_tokens, ends=ends, cache=assembly.layers is None
+                    batch,
+                    most=most or task.max_new_tokens,
+                    ends=ends,
+                    cache=assembly.layers is None,
                 )
                 decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
                 texts.update(zip(indices, map(str.strip, decoded), strict=True))
@@ -231,7 +259,9 @@ class Kernel:
 
     @torch.inference_mode()
     def features(self, examples: Sequence[Example]) -> Tensor:
-        """Pooled features ``[examples, hidden]`` of the untouched base, in the given order, on the CPU."""
+        """Pooled features ``[examples, hidden]`` of the untouched base, in the given order, on the
+        CPU.
+        """
         rows: dict[int, Tensor] = {}
         for indices in self._by_length(examples):
             batch = self._batch([examples[i] for i in indices])
@@ -246,7 +276,11 @@ class Kernel:
         """The assembly live on the base; afterwards the base is as it was, whatever happened."""
         dropout = self.options.dropout if train else 0.0
         live = LiveAssembly(
-            assembly, device=self.base.device, dtype=self.base.adapter_dtype, train=train, dropout=dropout
+            assembly,
+            device=self.base.device,
+            dtype=self.base.adapter_dtype,
+            train=train,
+            dropout=dropout,
         )
         kept: dict[str, Tensor] = {}
         try:
@@ -257,14 +291,18 @@ class Kernel:
                 update = factors.map(
                     lambda value: unseal(value).to(self.base.device, self.base.adapter_dtype)
                 ).product()
-                linear.weight.data = (linear.weight.data.to(update.dtype) + update).to(linear.weight.dtype)
+                linear.weight.data = (linear.weight.data.to(update.dtype) + update).to(
+                    linear.weight.dtype
+                )
             yield live
         finally:
             self._live = None
             for name, weight in kept.items():
                 self.base.model.get_submodule(name).weight.data = weight
 
-    def _add(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _add(
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor | None:
         return None if self._live is None else self._live.add(site, args[0], output)
 
     def _layer(self, layer: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -290,7 +328,9 @@ class Kernel:
         return self.task.pool(hidden.to(self.base.adapter_dtype), batch)
 
     def _enter(self, live: LiveAssembly, batch: Batch) -> None:
-        """From here on the hooks add the live assembly, which knows the batch's features where its mix needs them."""
+        """From here on the hooks add the live assembly, which knows the batch's features where its
+        mix needs them.
+        """
         if live.assembly.mix.needs_features:
             self._live = None
             with torch.no_grad():
@@ -303,7 +343,9 @@ class Kernel:
             return self.asked_logits(batch)
         if self.base.head == "pooled":
             return self.task.head_logits(self._features(batch), live.head)
-        return torch.func.functional_call(self.base.model, live.head, kwargs=self.task.inputs(batch)).logits
+        return torch.func.functional_call(
+            self.base.model, live.head, kwargs=self.task.inputs(batch)
+        ).logits
 
     def asked_logits(self, batch: Batch) -> Tensor:
         """A language model's logits [n, vocabulary] where the task asks for them, row by row."""
@@ -332,7 +374,9 @@ class Kernel:
             self._live = None
 
     def _losses(self, live: LiveAssembly, step: Step, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What is minimised, and the task's part of it: the one that is comparable between methods and rounds."""
+        """What is minimised, and the task's part of it: the one that is comparable between methods
+        and rounds.
+        """
         loss = self.task.loss(self._logits(live, batch), batch)
         if step.penalty is None:
             return loss, loss
@@ -345,9 +389,12 @@ class Kernel:
 
     @contextmanager
     def _running(self, batch: Batch, live: LiveAssembly | None = None) -> Iterator[None]:
-        """How the base runs a batch, forward and backward: without its padding where that can be."""
+        """How the base runs a batch, forward and backward: without its padding where that can
+        be.
+        """
         layout = None
-        # weights that depend on the input may be those of an example, which a packed row does not show
+        # weights that depend on the input may be those of an example, which a packed row does not
+        # show
         if self._packs and (live is None or live.assembly.mix.linear):
             layout = packed.Layout.of(batch["attention_mask"])
         if layout is None:
@@ -363,12 +410,16 @@ class Kernel:
 
     @contextmanager
     def _training_attention(self, batch: Batch) -> Iterator[None]:
-        """Plain attention for training in bfloat16 on a CPU, where the fused one's backward pass is five times slower.
+        """Plain attention for training in bfloat16 on a CPU, where the fused one's backward pass is
+        five times slower.
 
-        Evaluation keeps the model's own choice, so that logits are those that a user gets with default settings.
+        Evaluation keeps the model's own choice, so that logits are those that a user gets with
+        default settings.
         """
         config = self.base.model.config
-        tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0  # images: a few hundred at most
+        tokens = (
+            batch["input_ids"].shape[1] if "input_ids" in batch else 0
+        )  # images: a few hundred at most
         chosen = config._attn_implementation
         if (
             self.base.device.type == "cpu"
@@ -386,18 +437,31 @@ class Kernel:
     def _optimizer(self, live: LiveAssembly) -> torch.optim.Optimizer:
         return self.optimizer(list(live.groups.items()))
 
-    def optimizer(self, leaves: Sequence[tuple[float | None, list[Tensor]]]) -> torch.optim.Optimizer:
-        """A fresh optimiser over (learning-rate multiplier, tensors); the multiplier None is the head's own rate."""
+    def optimizer(
+        self, leaves: Sequence[tuple[float | None, list[Tensor]]]
+    ) -> torch.optim.Optimizer:
+        """A fresh optimiser over (learning-rate multiplier, tensors); the multiplier None is the
+        head's own rate.
+        """
         options = self.options
         head_rate = options.lr if options.head_lr is None else options.head_lr
-        groups = [{"params": group, "lr": head_rate if rate is None else options.lr * rate} for rate, group in leaves]
+        groups = [
+            {"params": group, "lr": head_rate if rate is None else options.lr * rate}
+            for rate, group in leaves
+        ]
         if options.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+            return torch.optim.SGD(
+                groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+            )
         fused = self.base.device.type in ("cpu", "cuda")
-        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
+        return torch.optim.AdamW(
+            groups, lr=options.lr, weight_decay=options.weight_decay, fused=fused
+        )
 
     def _factor(self, progress: float) -> float:
-        """The schedule's factor at a share of the whole run: warm-up, then constant, linear or cosine to zero."""
+        """The schedule's factor at a share of the whole run: warm-up, then constant, linear or
+        cosine to zero.
+        """
         warmup = self.options.warmup_fraction
         if progress < warmup:
             return max(progress, 1e-3) / warmup
@@ -410,12 +474,16 @@ class Kernel:
 
     def _by_length(self, examples: Sequence[Example]) -> Iterator[list[int]]:
         """Indices in batches of similar length, so that little is padding."""
-        order = sorted(range(len(examples)), key=lambda index: (self.task.length(examples[index]), index))
+        order = sorted(
+            range(len(examples)), key=lambda index: (self.task.length(examples[index]), index)
+        )
         size = self.options.eval_batch_size
         for start in range(0, len(order), size):
             yield order[start : start + size]
 
-    def _fisher(self, step: Step, live: LiveAssembly, examples: Sequence[Example], order: torch.Generator) -> Trained:
+    def _fisher(
+        self, step: Step, live: LiveAssembly, examples: Sequence[Example], order: torch.Generator
+    ) -> Trained:
         """Mean squared gradient of each trained factor over batches; nothing is updated."""
         batches = batch_order(len(examples), self.options.batch_size, order)
         count = step.count or math.ceil(len(examples) / self.options.batch_size)
@@ -430,13 +498,17 @@ class Kernel:
             for square, gradient in zip(squares, gradients, strict=True):
                 if gradient is not None:
                     square += gradient**2 / count
-        by_leaf = {id(leaf): square.cpu() for leaf, square in zip(live.leaves, squares, strict=True)}
+        by_leaf = {
+            id(leaf): square.cpu() for leaf, square in zip(live.leaves, squares, strict=True)
+        }
 
         def score(leaf: Tensor) -> Tensor:
             return by_leaf.get(id(leaf), torch.zeros(leaf.shape))
 
         scores = {
-            term.term.name: {name: Factors(score(f.A), score(f.B), f.scale) for name, f in term.adapter.items()}
+            term.term.name: {
+                name: Factors(score(f.A), score(f.B), f.scale) for name, f in term.adapter.items()
+            }
             for term in live.terms
         }
         return Trained(step.assembly, total / count, 0, scores=scores)
@@ -454,7 +526,9 @@ def transformer_layers(base: Base) -> dict[int, nn.Module]:
 
 
 def batch_order(examples: int, size: int, rng: torch.Generator) -> Iterator[list[int]]:
-    """Batches of indices without end: a new permutation for each pass, the last batch of a pass may be short."""
+    """Batches of indices without end: a new permutation for each pass, the last batch of a pass may
+    be short.
+    """
     while True:
         order = torch.randperm(examples, generator=rng).tolist()
         for start in range(0, examples, size):
@@ -462,11 +536,16 @@ def batch_order(examples: int, size: int, rng: torch.Generator) -> Iterator[list
 
 
 def some(examples: Sequence[Example], step: Step, clock: Clock) -> Sequence[Example]:
-    """The step's ``count`` examples, a seeded draw in the given order (rows may be sorted by label); 0: all."""
+    """The step's ``count`` examples, a seeded draw in the given order (rows may be sorted by
+    label); 0: all.
+    """
     if not step.count:
         return examples
     rng = generator(clock.seed, *clock.keys, step.stream, "examples")
-    return [examples[index] for index in sorted(torch.randperm(len(examples), generator=rng)[: step.count].tolist())]
+    return [
+        examples[index]
+        for index in sorted(torch.randperm(len(examples), generator=rng)[: step.count].tolist())
+    ]
 
 
 def carry(step: Step, done: Sequence[Trained]) -> Step:
@@ -479,11 +558,14 @@ def carry(step: Step, done: Sequence[Trained]) -> Step:
         assembly=replace(
             assembly,
             terms=tuple(
-                replace(t, adapter=terms[t.name].adapter, diagonal=terms[t.name].diagonal) if t.name in terms else t
+                replace(t, adapter=terms[t.name].adapter, diagonal=terms[t.name].diagonal)
+                if t.name in terms
+                else t
                 for t in assembly.terms
             ),
             extras={
-                n: replace(e, value=unseal(extras[n].value)) if n in extras else e for n, e in assembly.extras.items()
+                n: replace(e, value=unseal(extras[n].value)) if n in extras else e
+                for n, e in assembly.extras.items()
             },
         ),
     )

@@ -1,8 +1,10 @@
-"""Lanes: a CPU's cores each run a batch of their own, where one batch at a time would have them share each product.
+"""Lanes: a CPU's cores each run a batch of their own, where one batch at a time would have them
+share each product.
 
-Small products do not fill several cores, and all wait for the slowest at the end of each. A lane is a kernel on module
-objects of its own around the base's own tensors, so the weights are in memory once however many lanes there are, and
-what one lane's hooks add or fold does not touch another's. A GPU is one lane: it runs large batches instead.
+Small products do not fill several cores, and all wait for the slowest at the end of each. A lane is
+a kernel on module objects of its own around the base's own tensors, so the weights are in memory
+once however many lanes there are, and what one lane's hooks add or fold does not touch another's. A
+GPU is one lane: it runs large batches instead.
 """
 
 from __future__ import annotations
@@ -34,26 +36,35 @@ LANES = 2  # measured on two cores (docs/performance.md)
 
 
 def lane_count(job: Job) -> int:
-    """How many lanes a job with its machine choices made gets; one where clients are to train one by one."""
+    """How many lanes a job with its machine choices made gets; one where clients are to train one
+    by one.
+    """
     train = job.train
-    several = train.device == "cpu" and train.cohort != 1 and not job.lora.dropout  # dropout draws from one source
+    several = (
+        train.device == "cpu" and train.cohort != 1 and not job.lora.dropout
+    )  # dropout draws from one source
     return min(LANES, int(train.threads)) if several else 1
 
 
 class Lanes:
-    """Kernels that work at the same time, each in a thread with an equal share of the process's ``threads``."""
+    """Kernels that work at the same time, each in a thread with an equal share of the process's
+    ``threads``.
+    """
 
     def __init__(self, kernels: Sequence[Kernel], threads: int = 1):
         self.kernels, self.threads = list(kernels), threads
 
     @classmethod
-    def on(cls, base: Base, task: Task, options: TrainOptions, *, count: int, threads: int) -> Lanes:
+    def on(
+        cls, base: Base, task: Task, options: TrainOptions, *, count: int, threads: int
+    ) -> Lanes:
         """``count`` lanes on one base."""
         bases = [base, *(twin(base) for _ in range(count - 1))]  # before hooks are on it
         return cls([Kernel(each, task, options) for each in bases], threads)
 
     def map(self, work: Callable[[Kernel, Item], Found], items: Iterable[Item]) -> Iterator[Found]:
-        """``work`` of each item in the given order, on whichever lane is free; items are drawn as they are needed.
+        """``work`` of each item in the given order, on whichever lane is free; items are drawn as
+        they are needed.
 
         Whoever stops listening, by Ctrl-C for instance, waits for the batches that have begun.
         """
@@ -76,8 +87,12 @@ class Lanes:
                 free.put(kernel)
 
         share = max(1, self.threads // len(self.kernels))
-        torch.set_num_threads(share)  # here too: what makes the next item must not depend on who is at work beside it
-        pool = ThreadPoolExecutor(len(self.kernels), initializer=torch.set_num_threads, initargs=(share,))
+        torch.set_num_threads(
+            share
+        )  # here too: what makes the next item must not depend on who is at work beside it
+        pool = ThreadPoolExecutor(
+            len(self.kernels), initializer=torch.set_num_threads, initargs=(share,)
+        )
         waiting: deque[Future[Found]] = deque()
         try:
             for item in chain(first, rest):
@@ -102,6 +117,8 @@ class Lanes:
 def twin(base: Base) -> Base:
     """The base with module objects of its own around the same tensors."""
     model = base.model
-    known: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    known: dict[int, object] = {
+        id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()
+    }
     known |= {id(buffer): buffer for buffer in model.buffers()}
     return replace(base, model=copy.deepcopy(model, known))

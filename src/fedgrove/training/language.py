@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class LanguageModel:
-    """The base's own forward pass and ``generate``; what the kernel's hooks add is added in both."""
+    """The base's own forward pass and ``generate``; what the kernel's hooks add is added in
+    both.
+    """
 
     def __init__(self, base: Base):
         self.base = base
@@ -29,8 +31,9 @@ class LanguageModel:
     def logits(self, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
         """Logits [n, vocabulary] at the n true positions of ``positions`` [b, t], row by row.
 
-        Only their hidden states reach the output layer: with a vocabulary of 49,000 the others would cost hundreds of
-        megabytes. What a model does to its logits afterwards (scaling, capping) it does to each alone.
+        Only their hidden states reach the output layer: with a vocabulary of 49,000 the others
+        would cost hundreds of megabytes. What a model does to its logits afterwards (scaling,
+        capping) it does to each alone.
         """
         self._asked = positions
         try:
@@ -44,8 +47,12 @@ class LanguageModel:
             return None
         return (args[0][self._asked], *args[1:])
 
-    def generate(self, batch: Batch, *, most: int, ends: Sequence[int], cache: bool) -> list[list[int]]:
-        """Greedy continuations of prompts padded on the left, at most ``most`` tokens each, without their end."""
+    def generate(
+        self, batch: Batch, *, most: int, ends: Sequence[int], cache: bool
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts padded on the left, at most ``most`` tokens each, without
+        their end.
+        """
         from transformers import GenerationConfig
 
         pad = self.base.pad_id
@@ -69,7 +76,9 @@ class LanguageModel:
 
 
 def padded_left(prompts: Sequence[Sequence[int]], pad: int) -> Batch:
-    """``input_ids`` and ``attention_mask`` [b, t], so that every prompt ends where its continuation begins."""
+    """``input_ids`` and ``attention_mask`` [b, t], so that every prompt ends where its continuation
+    begins.
+    """
     longest = max(map(len, prompts))
     ids = [[*[pad] * (longest - len(prompt)), *prompt] for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -35,12 +35,16 @@ class LiveTerm:
         inner = F.linear(x, A)
         if site in self.diagonal:
             inner = inner * self.diagonal[site]
-        factor = self.adapter[site].scale * weight  # on the few numbers between A and B, not on the site's output
+        factor = (
+            self.adapter[site].scale * weight
+        )  # on the few numbers between A and B, not on the site's output
         return F.linear(inner if isinstance(factor, float) and factor == 1.0 else inner * factor, B)
 
 
 class Product(NamedTuple):
-    """What runs at a site, ``B A x``: A [r, in] and B [out, r], in which diagonal, scale and weight are."""
+    """What runs at a site, ``B A x``: A [r, in] and B [out, r], in which diagonal, scale and weight
+    are.
+    """
 
     term: LiveTerm | None  # None: the update of the base
     factor: float | Tensor  # scale and weight
@@ -66,15 +70,25 @@ class LiveAssembly:
     """An assembly on the device. ``leaves`` are what the optimiser sees."""
 
     def __init__(
-        self, assembly: Assembly, *, device: torch.device, dtype: torch.dtype, train: bool, dropout: float = 0.0
+        self,
+        assembly: Assembly,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        train: bool,
+        dropout: float = 0.0,
     ):
         self.assembly = assembly
         self.device, self.dtype = device, dtype
         self.dropout = dropout if train else 0.0
         self.features: Tensor | None = None
-        self._x: Tensor | None = None  # the last site's input, and the same in the adapters' precision
+        self._x: Tensor | None = (
+            None  # the last site's input, and the same in the adapters' precision
+        )
         self._inner: Tensor | None = None
-        self.groups: dict[float | None, list[Tensor]] = {}  # learning-rate multiplier (None: the head's own) -> leaves
+        self.groups: dict[
+            float | None, list[Tensor]
+        ] = {}  # learning-rate multiplier (None: the head's own) -> leaves
         self.terms = [self._term(term, train) for term in assembly.terms]
         self.names = [term.name for term in assembly.terms]
         self.extras = {name: self._extra(extra, train) for name, extra in assembly.extras.items()}
@@ -88,7 +102,11 @@ class LiveAssembly:
     @property
     def head(self) -> dict[str, Tensor]:
         """The head's tensors by their own names."""
-        return {name.removeprefix("head."): value for name, value in self.extras.items() if name.startswith("head.")}
+        return {
+            name.removeprefix("head."): value
+            for name, value in self.extras.items()
+            if name.startswith("head.")
+        }
 
     def seen(self) -> Live:
         """What a penalty sees."""
@@ -104,13 +122,17 @@ class LiveAssembly:
         ]
 
     def products(self, site: Site, x: Tensor) -> Iterator[Product]:
-        """All that a mix with fixed weights adds at a site, but for an update that has become a dense matrix."""
+        """All that a mix with fixed weights adds at a site, but for an update that has become a
+        dense matrix.
+        """
         for live, weight in self.weighed(site, x):
             A, B = live.factors(site.name)
             factor = live.adapter[site.name].scale * weight
             if site.name in live.diagonal:
                 B = B * live.diagonal[site.name]
-            yield Product(live, factor, A, B if isinstance(factor, float) and factor == 1.0 else B * factor)
+            yield Product(
+                live, factor, A, B if isinstance(factor, float) and factor == 1.0 else B * factor
+            )
         if self.delta is not None and site.name in self.delta.adapter:
             update = self.delta.adapter[site.name]
             yield Product(None, update.scale, update.A, update.scale * update.B)
@@ -119,7 +141,12 @@ class LiveAssembly:
         """The site's output with every term added: ``W0 x + Σ mix · scale · B (D ⊙ (A x))``."""
         name = site.name
         dense = self.delta is not None and name in self.delta.dense
-        if self._whole is not None and self.assembly.mix.linear and not dense and not torch.is_grad_enabled():
+        if (
+            self._whole is not None
+            and self.assembly.mix.linear
+            and not dense
+            and not torch.is_grad_enabled()
+        ):
             return self._add_at_once(site, x, output)
         if x is not self._x:  # sites that share an input (query and value) share its conversion
             self._x, self._inner = x, x.to(self.dtype)
@@ -129,11 +156,15 @@ class LiveAssembly:
             result = result + self.delta.output(name, inner)
         dropped = F.dropout(inner, self.dropout, training=True) if self.dropout else inner
         for live, weight in self.weighed(site, inner):
-            result = result + live.output(name, dropped, weight)  # in the wider of the two precisions
+            result = result + live.output(
+                name, dropped, weight
+            )  # in the wider of the two precisions
         return result.to(output.dtype)
 
     def _add_at_once(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
-        """``add`` where nothing trains: all terms in one product, in the base's precision, onto the output in place."""
+        """``add`` where nothing trains: all terms in one product, in the base's precision, onto the
+        output in place.
+        """
         assert self._whole is not None
         if site.name not in self._whole:
             products = list(self.products(site, x))
@@ -161,7 +192,9 @@ class LiveAssembly:
     def _trained_term(self, live: LiveTerm) -> Term:
         term = live.term
         if not term.train:
-            return replace(term, adapter=sealed(term.adapter, term.private)) if term.private else term
+            return (
+                replace(term, adapter=sealed(term.adapter, term.private)) if term.private else term
+            )
         adapter = {
             name: Factors(
                 A=f.A.detach().cpu().clone() if "A" in term.train else term.adapter[name].A,
@@ -188,11 +221,16 @@ class LiveAssembly:
         letters = term.train if train else ""
         adapter = {
             name: Factors(
-                A=self._place(f.A, "A" in letters, term.lr), B=self._place(f.B, "B" in letters, term.lr), scale=f.scale
+                A=self._place(f.A, "A" in letters, term.lr),
+                B=self._place(f.B, "B" in letters, term.lr),
+                scale=f.scale,
             )
             for name, f in term.adapter.items()
         }
-        diagonal = {name: self._place(d, "D" in letters, term.lr) for name, d in (term.diagonal or {}).items()}
+        diagonal = {
+            name: self._place(d, "D" in letters, term.lr)
+            for name, d in (term.diagonal or {}).items()
+        }
         return LiveTerm(term, adapter, diagonal)
 
     def _extra(self, extra: Extra, train: bool) -> Tensor:

@@ -1,4 +1,6 @@
-"""Give memory back to the system. Clients' small tensors that stay are scattered among large ones that went."""
+"""Give memory back to the system. Clients' small tensors that stay are scattered among large ones
+that went.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,8 @@ def _trim() -> Callable[[int], int] | None:
 
 
 def release() -> None:
-    """Free pages that the allocator keeps: a thousand clients' stores otherwise take three times their size."""
+    """Free pages that the allocator keeps: a thousand clients' stores otherwise take three times
+    their size.
+    """
     if trim := _trim():
         trim(0)

@@ -1,10 +1,12 @@
-"""Batches without padding: all texts of a batch one after the other, each attending to itself alone.
+"""Batches without padding: all texts of a batch one after the other, each attending to itself
+alone.
 
-Everything in a transformer but attention treats each token alone, so a batch of texts of mixed length ``[b, t]`` can
-run as one row of its real tokens ``[1, n]``; only attention needs to know where a text begins. transformers lets a
-model run with an attention function of our own, which takes the row apart and puts it together again: texts of similar
-length next to each other, so that attention has little padding either. Padding is often 40 % and more of a batch of 8,
-and of the squares that attention works on far more. The results are those of the padded batch up to rounding.
+Everything in a transformer but attention treats each token alone, so a batch of texts of mixed
+length ``[b, t]`` can run as one row of its real tokens ``[1, n]``; only attention needs to know
+where a text begins. transformers lets a model run with an attention function of our own, which
+takes the row apart and puts it together again: texts of similar length next to each other, so that
+attention has little padding either. Padding is often 40 % and more of a batch of 8, and of the
+squares that attention works on far more. The results are those of the padded batch up to rounding.
 """
 
 from __future__ import annotations
@@ -25,13 +27,23 @@ if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Batch
 
 NAME = "fedgrove_packed"
-_ROWS = 8  # texts of similar length in one product; measured: fewer cost more in calls than they save in padding
-# A CPU's matrix library makes a kernel for each new shape, which takes ten times as long as running it: shapes repeat.
+# texts of similar length in one product; measured: fewer cost more in calls than they save in
+# padding
+_ROWS = 8
+# A CPU's matrix library makes a kernel for each new shape, which takes ten times as long as running
+# it: shapes repeat.
 _TOKENS, _LENGTH = 64, 8
 #: what attention functions of some models are given that this one does not do
 _REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "attention_bias", "bias_mask")
 #: models whose positions start after the padding token's own
-_SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm")
+_SHIFTED = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "roberta-prelayernorm",
+)
 
 
 class Unsupported(Exception):
@@ -40,7 +52,9 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Group:
-    """Texts of similar length in attention: ``rows`` of them, padded to ``longest``; slots ``start`` to ``stop``."""
+    """Texts of similar length in attention: ``rows`` of them, padded to ``longest``; slots
+    ``start`` to ``stop``.
+    """
 
     lengths: tuple[int, ...]
     longest: int
@@ -53,10 +67,11 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the real tokens of a batch ``[b, t]``, padded on the right, stand in its packed row ``[1, n]``.
+    """Where the real tokens of a batch ``[b, t]``, padded on the right, stand in its packed row
+    ``[1, n]``.
 
-    The row ends with ``spare`` tokens of no text, at least one, so that its length is a round number. What they become
-    goes nowhere, and no gradient comes back to them.
+    The row ends with ``spare`` tokens of no text, at least one, so that its length is a round
+    number. What they become goes nowhere, and no gradient comes back to them.
     """
 
     lengths: tuple[int, ...]
@@ -64,30 +79,44 @@ class Layout:
     spare: int
     slots: Tensor  # [n - spare]: the index in the padded batch, flattened, of each token
     groups: tuple[Group, ...]
-    # attention has a row of its own: the padded groups one after the other, and a last place for what is of no text
+    # attention has a row of its own: the padded groups one after the other, and a last place for
+    # what is of no text
     places: Tensor  # [n]: the place in it of each token
-    tokens: Tensor  # [places]: the token in each of its places; a spare one where a group has padding
+    tokens: (
+        Tensor  # [places]: the token in each of its places; a spare one where a group has padding
+    )
     _masks: dict[bool, list[Tensor | None]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mask: Tensor) -> Layout | None:
-        """The layout of an attention mask; None where it is not padding on the right, or where there is none at all."""
+        """The layout of an attention mask; None where it is not padding on the right, or where
+        there is none at all.
+        """
         lengths = mask.sum(1)
         row: list[int] = lengths.tolist()
         longest = mask.shape[1]
         if min(row) == longest or min(row) == 0:
             return None
-        if not bool((mask.bool() == (torch.arange(longest, device=mask.device) < lengths[:, None])).all()):
+        if not bool(
+            (mask.bool() == (torch.arange(longest, device=mask.device) < lengths[:, None])).all()
+        ):
             return None
         groups, starts = _grouped(row)
         unit = _TOKENS if sum(row) > 8 * _TOKENS else _LENGTH
         spare = unit - sum(row) % unit
         last = groups[-1].stop
-        runs = [torch.arange(start, start + length) for start, length in zip(starts, row, strict=True)]
+        runs = [
+            torch.arange(start, start + length) for start, length in zip(starts, row, strict=True)
+        ]
         places = torch.cat([*runs, torch.full((spare,), last)])
         tokens = torch.full((last + 1,), sum(row))
         tokens[places[: sum(row)]] = torch.arange(sum(row))
-        indices = (mask.flatten().nonzero()[:, 0], groups, places.to(mask.device), tokens.to(mask.device))
+        indices = (
+            mask.flatten().nonzero()[:, 0],
+            groups,
+            places.to(mask.device),
+            tokens.to(mask.device),
+        )
         return cls(tuple(row), longest, spare, *indices)
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -99,11 +128,15 @@ class Layout:
         """[1, n, ...] -> [b, t, ...], zeros where there is padding."""
         shape = packed.shape[2:]
         real = packed.squeeze(0)[: len(self.slots)]
-        padded = packed.new_zeros(len(self.lengths) * self.longest, *shape).index_copy(0, self.slots, real)
+        padded = packed.new_zeros(len(self.lengths) * self.longest, *shape).index_copy(
+            0, self.slots, real
+        )
         return padded.view(len(self.lengths), self.longest, *shape)
 
     def apart(self, packed: Tensor) -> list[Tensor]:
-        """[1, heads, n, d] -> for each group [rows, heads, longest, d], anything finite where there is padding."""
+        """[1, heads, n, d] -> for each group [rows, heads, longest, d], anything finite where there
+        is padding.
+        """
         placed = _Moved.apply(packed.squeeze(0).transpose(0, 1), self.tokens, self.places)
         sizes = [group.stop - group.start for group in self.groups]
         return [
@@ -125,12 +158,19 @@ class Layout:
 
     def inputs(self, batch: Batch, shift: int) -> dict[str, Tensor]:
         """The model's inputs for the packed row."""
-        places = torch.cat([*map(torch.arange, self.lengths), torch.zeros(self.spare, dtype=torch.long)])
-        return {"input_ids": self.pack(batch["input_ids"]), "position_ids": places[None].to(self.slots.device) + shift}
+        places = torch.cat(
+            [*map(torch.arange, self.lengths), torch.zeros(self.spare, dtype=torch.long)]
+        )
+        return {
+            "input_ids": self.pack(batch["input_ids"]),
+            "position_ids": places[None].to(self.slots.device) + shift,
+        }
 
 
 class _Moved(torch.autograd.Function):
-    """Rows in other places. The gradient moves back: one pass each way, for rows that are copied get no gradient."""
+    """Rows in other places. The gradient moves back: one pass each way, for rows that are copied
+    get no gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, there: Tensor, back: Tensor) -> Tensor:
@@ -147,7 +187,9 @@ _running: dict[int, Layout] = {}
 
 
 def _layout() -> Layout | None:
-    """The layout of this thread's pass. A GPU's backward pass repeats a forward pass in a thread of its own."""
+    """The layout of this thread's pass. A GPU's backward pass repeats a forward pass in a thread of
+    its own.
+    """
     return _running.get(threading.get_ident()) or next(iter(_running.values()), None)
 
 
@@ -162,9 +204,15 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each text of the running layout. query [1, heads, n, d] -> [1, n, heads, d]."""
+    """Attention within each text of the running layout. query [1, heads, n, d] -> [1, n, heads,
+    d].
+    """
     layout = _layout()
-    if layout is None or attention_mask is not None or any(others.get(name) is not None for name in _REFUSED):
+    if (
+        layout is None
+        or attention_mask is not None
+        or any(others.get(name) is not None for name in _REFUSED)
+    ):
         raise Unsupported
     if key.shape[1] != query.shape[1]:  # grouped-query attention
         repeats = query.shape[1] // key.shape[1]
@@ -173,11 +221,15 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = zip(layout.apart(query), layout.apart(key), layout.apart(value), strict=True)
     masks = layout.masks(causal, query)
-    return layout.join([_attend(q, k, v, mask, scale) for (q, k, v), mask in zip(parts, masks, strict=True)]), None
+    return layout.join(
+        [_attend(q, k, v, mask, scale) for (q, k, v), mask in zip(parts, masks, strict=True)]
+    ), None
 
 
 def _mask(group: Group, causal: bool, like: Tensor) -> Tensor | None:
-    """What is added to scores: -inf after a text's end, and after the query's place where attention is causal."""
+    """What is added to scores: -inf after a text's end, and after the query's place where attention
+    is causal.
+    """
     if not causal and min(group.lengths) == group.longest:
         return None
     lengths = torch.tensor(group.lengths, device=like.device)
@@ -185,11 +237,15 @@ def _mask(group: Group, causal: bool, like: Tensor) -> Tensor | None:
     seen = (place < lengths[:, None])[:, None, None, :]
     if causal:
         seen = seen & (place <= place[:, None])
-    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
+        ~seen, float("-inf")
+    )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Plain attention for training on a CPU, where the fused one's backward pass is several times slower."""
+    """Plain attention for training on a CPU, where the fused one's backward pass is several times
+    slower.
+    """
     if q.device.type == "cpu" and torch.is_grad_enabled():
         scores = torch.matmul(q * scale, k.transpose(-1, -2))
         if mask is not None:
@@ -199,7 +255,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
 
 
 def _grouped(lengths: Sequence[int]) -> tuple[tuple[Group, ...], list[int]]:
-    """Texts in groups of similar length; and the slot at which each text begins, in the given order."""
+    """Texts in groups of similar length; and the slot at which each text begins, in the given
+    order.
+    """
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     rows = max(_ROWS, len(lengths) // _ROWS)
     groups: list[Group] = []
@@ -234,7 +292,9 @@ def position_shift(config: Any) -> int:
 
 @torch.no_grad()
 def packs(model: Any) -> bool:
-    """Whether the model gives the same states for a packed row as for a padded batch: tried on two short texts."""
+    """Whether the model gives the same states for a packed row as for a padded batch: tried on two
+    short texts.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)

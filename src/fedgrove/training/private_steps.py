@@ -1,8 +1,9 @@
-"""The kernel's optimiser steps under example-level privacy (``privacy.example_dp``): one example's gradient at a time.
+"""The kernel's optimiser steps under example-level privacy (``privacy.example_dp``): one example's
+gradient at a time.
 
-A batch of one has no padding and no other example in it, so its gradient is that example's whatever the base model and
-the task do. A penalty reads no data and is added after the noise; ``train.clip``, momentum and AdamW then act on the
-noisy gradient, which costs no privacy.
+A batch of one has no padding and no other example in it, so its gradient is that example's whatever
+the base model and the task do. A penalty reads no data and is added after the noise;
+``train.clip``, momentum and AdamW then act on the noisy gradient, which costs no privacy.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def private_steps(
-    kernel: Kernel, step: Step, live: LiveAssembly, examples: Sequence[Example], clock: Clock, guard: ExampleGuard
+    kernel: Kernel,
+    step: Step,
+    live: LiveAssembly,
+    examples: Sequence[Example],
+    clock: Clock,
+    guard: ExampleGuard,
 ) -> Trained:
     """As ``Kernel``'s own steps, of ``batch_size · accumulation`` examples in the mean."""
     options = kernel.options
@@ -49,7 +55,9 @@ def private_steps(
         for group, rate_of in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate_of * kernel._factor(progress)
         purpose = (*clock.keys, step.stream, index)
-        found = guard.step(gradients(guard.draw(len(examples), rate, *purpose)), leaves, expected, *purpose)
+        found = guard.step(
+            gradients(guard.draw(len(examples), rate, *purpose)), leaves, expected, *purpose
+        )
         for leaf, gradient in zip(leaves, found, strict=True):
             leaf.grad = gradient
         if step.penalty is not None:

@@ -1,7 +1,8 @@
 """Where a run's time and memory went: nested spans, off unless ``profiling`` is on.
 
-``span("forward")`` around a piece of work costs nothing to speak of when no profile is being made. On a GPU the device
-is waited for at the end of each span, so a profiled run is a little slower than others.
+``span("forward")`` around a piece of work costs nothing to speak of when no profile is being made.
+On a GPU the device is waited for at the end of each span, so a profiled run is a little slower than
+others.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Profile:
 
     @contextmanager
     def lane(self, path: Sequence[str], count: int) -> Iterator[None]:
-        """In a thread that is one of ``count`` at the same time: its spans are below ``path``, at their share."""
+        """In a thread that is one of ``count`` at the same time: its spans are below ``path``, at
+        their share.
+        """
         self._threads.path, self._threads.share = list(path), 1 / count
         yield
 
@@ -78,7 +81,9 @@ class Profile:
             self._round = None
 
     def content(self) -> dict[str, Any]:
-        """What ``profile.json`` holds: seconds by path ("rounds/training/forward"), memory in 10^6 bytes."""
+        """What ``profile.json`` holds: seconds by path ("rounds/training/forward"), memory in 10^6
+        bytes.
+        """
         return {
             "seconds": {**self.total, "total": time.perf_counter() - self.began},
             "rounds": self.rounds,
@@ -93,7 +98,9 @@ def span(name: str) -> AbstractContextManager[None]:
 
 
 def lane_spans(count: int) -> Callable[[], AbstractContextManager[None]]:
-    """What makes spans of threads beside this one, ``count`` at a time, part of the span that is open here."""
+    """What makes spans of threads beside this one, ``count`` at a time, part of the span that is
+    open here.
+    """
     return nullcontext if _active is None else partial(_active.lane, list(_active.path), count)
 
 
@@ -126,10 +133,16 @@ def _device() -> dict[str, float]:
 
 
 def rows(seconds: Mapping[str, float]) -> list[tuple[int, str, float]]:
-    """(depth, name, seconds) in the order of a table: the largest first, and below a span what its parts leave."""
+    """(depth, name, seconds) in the order of a table: the largest first, and below a span what its
+    parts leave.
+    """
 
     def below(prefix: str, depth: int) -> list[tuple[int, str, float]]:
-        names = [path for path in seconds if path.startswith(prefix) and "/" not in path.removeprefix(prefix)]
+        names = [
+            path
+            for path in seconds
+            if path.startswith(prefix) and "/" not in path.removeprefix(prefix)
+        ]
         found: list[tuple[int, str, float]] = []
         for path in sorted(names, key=lambda each: -seconds[each]):
             found.append((depth, path.removeprefix(prefix), seconds[path]))
@@ -152,11 +165,17 @@ def save(path: Path, profile: Profile) -> str:
 def table(content: Mapping[str, Any]) -> str:
     """The profile as text: seconds and their share of the run."""
     whole = content["seconds"]["total"]
-    parts: Sequence[tuple[int, str, float]] = rows({k: v for k, v in content["seconds"].items() if k != "total"})
+    parts: Sequence[tuple[int, str, float]] = rows(
+        {k: v for k, v in content["seconds"].items() if k != "total"}
+    )
     rest = whole - sum(seconds for depth, _, seconds in parts if depth == 0)
     lines = [
         f"{'  ' * depth + name:<34}{seconds:>9.2f} s {100 * seconds / whole:>6.1f} %"
-        for depth, name, seconds in [*parts, (0, "everything else", rest), (0, "the whole run", whole)]
+        for depth, name, seconds in [
+            *parts,
+            (0, "everything else", rest),
+            (0, "the whole run", whole),
+        ]
     ]
     memory = f"Peak memory {content['peak_mb']:.0f} MB"
     if "peak_device_mb" in content:

@@ -1,11 +1,13 @@
-"""``run.compress``: fewer bytes for each number that travels, the same function for both directions and every engine.
+"""``run.compress``: fewer bytes for each number that travels, the same function for both directions
+and every engine.
 
-``fp16`` rounds to half precision (relative error 2^-11 above 6e-5). ``int8`` keeps one scale for each index of the
-shorter side of a matrix, which is a rank index of a LoRA factor: ``x = scale · q`` with ``|q| <= 127``, so an error of
-at most half a scale, 0.4 % of that row's largest number. Rounding is to nearest, so equal content is an equal message.
+``fp16`` rounds to half precision (relative error 2^-11 above 6e-5). ``int8`` keeps one scale for
+each index of the shorter side of a matrix, which is a rank index of a LoRA factor: ``x = scale ·
+q`` with ``|q| <= 127``, so an error of at most half a scale, 0.4 % of that row's largest number.
+Rounding is to nearest, so equal content is an equal message.
 
-A compressed tensor is a small table in place of the tensor, so that a message describes itself and ``expand`` needs no
-setting. Integers, single numbers and plain values travel as they are.
+A compressed tensor is a small table in place of the tensor, so that a message describes itself and
+``expand`` needs no setting. Integers, single numbers and plain values travel as they are.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.private import PrivacyError, is_private
-from fedgrove.errors import AdapterError
-from fedgrove.tree import nbytes
+from fedgrove.adapters.tree import nbytes
+from fedgrove.ground.errors import AdapterError
 
 Compression = Literal["none", "fp16", "int8"]
 
@@ -30,12 +32,16 @@ _LARGEST = torch.finfo(torch.float16).max
 
 
 def squeeze(tree: Any, how: Compression) -> Any:
-    """The tree as it travels. Raises ``PrivacyError`` where it holds what is private to a client."""
+    """The tree as it travels. Raises ``PrivacyError`` where it holds what is private to a
+    client.
+    """
     return tree if how == "none" else _squeezed(tree, _half if how == "fp16" else _bytes, "")
 
 
 def expand(tree: Any) -> Any:
-    """The squeezed tree as the other side reads it. Raises ``AdapterError`` for what ``squeeze`` never made."""
+    """The squeezed tree as the other side reads it. Raises ``AdapterError`` for what ``squeeze``
+    never made.
+    """
     if isinstance(tree, dict):
         if _KEY not in tree:
             return {key: expand(value) for key, value in tree.items()}
@@ -43,7 +49,8 @@ def expand(tree: Any) -> Any:
             return _expanded(tree)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise AdapterError(
-                f"A compressed tensor is none ({type(error).__name__}); the message was altered on its way."
+                f"A compressed tensor is none ({type(error).__name__}); the message was altered on "
+                f"its way."
             ) from error
     if isinstance(tree, list):
         return [expand(value) for value in tree]
@@ -69,7 +76,10 @@ def _squeezed(node: Any, change: Callable[[Tensor], dict[str, Any]], path: str) 
         sides = [_squeezed(node.A, change, f"{path}.A"), _squeezed(node.B, change, f"{path}.B")]
         return {_KEY: "factors", "sides": sides, "scale": node.scale}
     if isinstance(node, dict):
-        return {key: _squeezed(value, change, f"{path}/{key}" if path else str(key)) for key, value in node.items()}
+        return {
+            key: _squeezed(value, change, f"{path}/{key}" if path else str(key))
+            for key, value in node.items()
+        }
     if isinstance(node, list):
         return [_squeezed(value, change, f"{path}/{index}") for index, value in enumerate(node)]
     return node
@@ -81,8 +91,9 @@ def _half(value: Tensor) -> dict[str, Any]:
 
 def _bytes(value: Tensor) -> dict[str, Any]:
     table, turned = _rows(value.detach())
-    # bfloat16 has float32's range in two bytes. Its rounding, 2^-9, is a quarter of a step at the largest number, which
-    # so stays at 127: nothing loses more than half a step, and a tensor that came this way goes the same way again.
+    # bfloat16 has float32's range in two bytes. Its rounding, 2^-9, is a quarter of a step at the
+    # largest number, which so stays at 127: nothing loses more than half a step, and a tensor that
+    # came this way goes the same way again.
     short = (table.abs().amax(dim=1) / _LEVELS).bfloat16()
     steps = table.double() / short.double().clamp_min(torch.finfo(torch.float64).tiny)[:, None]
     q = steps.round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
@@ -108,7 +119,9 @@ def _expanded(node: dict[str, Any]) -> Any:
 
 
 def _rows(value: Tensor) -> tuple[Tensor, bool]:
-    """The numbers as a matrix with a row for each index of the shorter side; whether it had to be turned."""
+    """The numbers as a matrix with a row for each index of the shorter side; whether it had to be
+    turned.
+    """
     if value.ndim == 1:
         return value[None], False
     table = value.reshape(value.shape[0], -1)

@@ -11,9 +11,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 
-from fedgrove.errors import DataError
 from fedgrove.federation.tasks import ClassifyText, Task
-from fedgrove.seeds import generator
+from fedgrove.ground.errors import DataError
+from fedgrove.ground.seeds import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,7 +27,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = ["[PAD]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(10))]
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[PAD]"))
     inner.pre_tokenizer = Whitespace()
-    inner.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    inner.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", model_max_length=6)
 
 
@@ -44,14 +46,19 @@ def test_it_is_a_task(task: ClassifyText) -> None:
     assert (as_task.name, as_task.metric) == ("classify-text", "accuracy")
 
 
-def test_encoding_cuts_and_keeps_special_tokens(task: ClassifyText, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_encoding_cuts_and_keeps_special_tokens(
+    task: ClassifyText, tokenizer: PreTrainedTokenizerFast
+) -> None:
     assert task.encode(ROWS, tokenizer) == [
         {"input_ids": array("i", [1, 3, 4, 5, 2]), "label": 2},
         {"input_ids": array("i", [1, 12, 2]), "label": 0},
     ]
     assert task.encode([{"text": "w9"}], tokenizer) == [{"input_ids": array("i", [1, 12, 2])}]
     assert task.encode([], tokenizer) == []
-    with pytest.raises(DataError, match="row 2 has the label 'never', but the model knows only: 'no', 'yes', 'maybe'"):
+    with pytest.raises(
+        DataError,
+        match="row 2 has the label 'never', but the model knows only: 'no', 'yes', 'maybe'",
+    ):
         task.encode([ROWS[0], {"text": "w1", "label": "never"}], tokenizer)
 
 
@@ -61,7 +68,9 @@ def test_the_number_of_cut_texts(task: ClassifyText, tokenizer: PreTrainedTokeni
     assert task.truncated([], tokenizer) == 0
 
 
-def test_a_batch_is_padded_to_its_own_longest(task: ClassifyText, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_batch_is_padded_to_its_own_longest(
+    task: ClassifyText, tokenizer: PreTrainedTokenizerFast
+) -> None:
     examples = task.encode(ROWS, tokenizer)
     batch = task.collate(examples, pad_id=7)
     assert batch["input_ids"].tolist() == [[1, 3, 4, 5, 2], [1, 12, 2, 7, 7]]
@@ -88,7 +97,9 @@ def test_pooling_is_the_mean_without_padding(task: ClassifyText) -> None:
     mask = {"attention_mask": torch.ones(1, 3, dtype=torch.long)}
     assert task.pool(states.bfloat16(), mask).dtype == torch.float32
     assert task.pool(states.double(), mask).dtype == torch.float64
-    assert task.pool(states, {"attention_mask": torch.zeros(1, 3, dtype=torch.long)}).tolist() == [[0.0, 0.0]]
+    assert task.pool(states, {"attention_mask": torch.zeros(1, 3, dtype=torch.long)}).tolist() == [
+        [0.0, 0.0]
+    ]
 
 
 def test_padding_changes_nothing(task: ClassifyText) -> None:
@@ -100,7 +111,10 @@ def test_padding_changes_nothing(task: ClassifyText) -> None:
 
 
 def test_logits_have_the_heads_dtype(task: ClassifyText) -> None:
-    head = {"weight": torch.eye(3, 2, dtype=torch.float64), "bias": torch.tensor([0.0, 0.0, 5.0], dtype=torch.float64)}
+    head = {
+        "weight": torch.eye(3, 2, dtype=torch.float64),
+        "bias": torch.tensor([0.0, 0.0, 5.0], dtype=torch.float64),
+    }
     logits = task.head_logits(torch.tensor([[1.0, 2.0]]), head)
     assert logits.tolist() == [[1.0, 2.0, 5.0]]
     assert logits.dtype == torch.float64
@@ -109,11 +123,18 @@ def test_logits_have_the_heads_dtype(task: ClassifyText) -> None:
 def test_loss_and_scores_agree_and_add_up(task: ClassifyText) -> None:
     logits = torch.randn(7, 3, generator=generator(0, "logits"), dtype=torch.float64)
     batch = {"labels": torch.tensor([0, 1, 2, 0, 1, 2, 0])}
-    sums = [task.score(logits[part], {"labels": batch["labels"][part]}) for part in (slice(0, 3), slice(3, 7))]
+    sums = [
+        task.score(logits[part], {"labels": batch["labels"][part]})
+        for part in (slice(0, 3), slice(3, 7))
+    ]
     measured = task.measure({key: sum(part[key] for part in sums) for key in sums[0]})
     assert measured["loss"] == pytest.approx(task.loss(logits, batch).item(), abs=1e-12)
-    assert measured["loss"] == pytest.approx(F.nll_loss(logits.log_softmax(-1), batch["labels"]).item(), abs=1e-12)
-    assert measured["accuracy"] == pytest.approx((logits.argmax(1) == batch["labels"]).double().mean().item())
+    assert measured["loss"] == pytest.approx(
+        F.nll_loss(logits.log_softmax(-1), batch["labels"]).item(), abs=1e-12
+    )
+    assert measured["accuracy"] == pytest.approx(
+        (logits.argmax(1) == batch["labels"]).double().mean().item()
+    )
     assert measured["examples"] == 7
 
 
@@ -155,4 +176,6 @@ def test_pairs_are_read_encoded_and_batched(pair_tokenizer: PreTrainedTokenizerF
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6]
     assert set(task.inputs(batch)) == {"input_ids", "attention_mask", "token_type_ids"}
     assert set(task.inputs(task.collate([second], pad_id=0))) == {"input_ids", "attention_mask"}
-    assert ClassifyText(("no", "yes"), max_length=5).truncated([with_pair, alone], pair_tokenizer) == 1
+    assert (
+        ClassifyText(("no", "yes"), max_length=5).truncated([with_pair, alone], pair_tokenizer) == 1
+    )

@@ -23,14 +23,26 @@ def test_rouge_is_the_librarys_on_plain_english() -> None:
 
 
 def test_the_best_reference_counts_and_other_scripts_have_words() -> None:
-    assert Overlap()("a cat", ["dogs", "a cat"]) == {"rouge_1": 1.0, "rouge_l": 1.0, "exact_match": 1.0}
+    assert Overlap()("a cat", ["dogs", "a cat"]) == {
+        "rouge_1": 1.0,
+        "rouge_l": 1.0,
+        "exact_match": 1.0,
+    }
     assert words("Über 你好 naïve!") == ["über", "你", "好", "naïve"]
     assert Overlap()("你好", ["你们好"])["rouge_l"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(
     ("output", "reference", "same"),
-    [("Yes.", "yes", 1), ("the  Cat", "The cat!", 1), ("a cat", "cat", 0), ("?!", "?!", 1), ("!", "?!", 0)],
+    [
+        ("Yes.", "yes", 1),
+        ("the  Cat", "The cat!", 1),
+        ("a cat", "cat", 0),
+        ("?!", "?!", 1),
+        ("!", "?!", 0),
+    ],
 )
-def test_exact_match_passes_over_case_punctuation_and_space(output: str, reference: str, same: float) -> None:
+def test_exact_match_passes_over_case_punctuation_and_space(
+    output: str, reference: str, same: float
+) -> None:
     assert Overlap()(output, [reference])["exact_match"] == same

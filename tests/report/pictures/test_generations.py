@@ -8,11 +8,19 @@ from fedgrove.report.pictures.generations import LONGEST, SHOWN, generations, sh
 
 def write(folder: Path, clients: int, each: int, **changes: str) -> Path:
     lines = [
-        {"client": f"site-{c}", "prompt": f"p{c}-{n}", "reference": "right", "output": "written", **changes}
+        {
+            "client": f"site-{c}",
+            "prompt": f"p{c}-{n}",
+            "reference": "right",
+            "output": "written",
+            **changes,
+        }
         for c in range(clients)
         for n in range(each)
     ]
-    (folder / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "generations.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     return folder
 
 

@@ -1,4 +1,6 @@
-"""The noise lab's pictures on lines of every kind: exact zeros, no global model, one round, no pair."""
+"""The noise lab's pictures on lines of every kind: exact zeros, no global model, one round, no
+pair.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedgrove.ground.lines import append
 from fedgrove.report import style
 from fedgrove.report.pictures.noise import cosines, losses, mean_matrix, noise, places, site_name
-from fedgrove.tracking.lines import append
 
-SITES = [f"encoder.layer.{layer}.attention.self.{name}" for layer in range(3) for name in ("query", "value")]
+SITES = [
+    f"encoder.layer.{layer}.attention.self.{name}"
+    for layer in range(3)
+    for name in ("query", "value")
+]
 
 
 def line(round: int, **changes: Any) -> dict[str, Any]:
@@ -54,7 +60,9 @@ def drawn(run_dir: Path) -> list[str]:
     return titles
 
 
-def test_three_sections_say_what_is_lost_where_and_whether_indices_agree(lab: Callable[..., Path]) -> None:
+def test_three_sections_say_what_is_lost_where_and_whether_indices_agree(
+    lab: Callable[..., Path],
+) -> None:
     run_dir = lab(5)
     assert len(drawn(run_dir)) == 3
     texts = [found.text for found in noise(run_dir)]
@@ -68,7 +76,12 @@ def test_three_sections_say_what_is_lost_where_and_whether_indices_agree(lab: Ca
         (1, {}, 2, "exactly 0 in the one round"),
         (3, {"n_agg": 0.0, "bound": 0.0}, 2, "nothing but rounding"),
         (3, {"n_agg": 3e-9, "bound": None, "n_init_adapter": 4.1}, 2, "Its adapter alone"),
-        (3, {"n_init": 0.3, "n_init_adapter": 0.3, "bound": None}, 3, "On the way down a client loses 0.3 on average."),
+        (
+            3,
+            {"n_init": 0.3, "n_init_adapter": 0.3, "bound": None},
+            3,
+            "On the way down a client loses 0.3 on average.",
+        ),
         (60, {"n_agg": 1e3, "bound": 1e9}, 3, "loses 1.0e3 on average"),
     ],
 )
@@ -96,7 +109,10 @@ def test_an_exact_zero_stands_below_every_number_and_is_called_0() -> None:
     at = {text.get_text().split()[0]: text for text in axes.texts}
     start = next(each for each in axes.lines if each.get_color() == style.COLOURS["ours"])
     others = [
-        value for each in axes.lines if each.get_marker() in ("s", "^") for value in np.asarray(each.get_ydata(), float)
+        value
+        for each in axes.lines
+        if each.get_marker() in ("s", "^")
+        for value in np.asarray(each.get_ydata(), float)
     ]
     zero = float(np.asarray(start.get_ydata(), float)[0])
     assert zero < min(others)

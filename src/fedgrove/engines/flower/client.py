@@ -1,9 +1,10 @@
-"""A client at work: a message in, a message out. No Flower here, so that a test or an agent can drive it directly.
+"""A client at work: a message in, a message out. No Flower here, so that a test or an agent can
+drive it directly.
 
-The base model, the method and the encoded data are kept for the life of the process; the private store is on disk.
-An error never leaves as an exception: the server gets a sentence. From a site it gets no more than that and the place
-in the code, because the text of an unforeseen exception may quote data. What is wrong with a site's data is told to the
-site alone.
+The base model, the method and the encoded data are kept for the life of the process; the private
+store is on disk. An error never leaves as an exception: the server gets a sentence. From a site it
+gets no more than that and the place in the code, because the text of an unforeseen exception may
+quote data. What is wrong with a site's data is told to the site alone.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING
 from fedgrove.engines.flower.spending import Spending
 from fedgrove.engines.flower.stores import Stores
 from fedgrove.engines.flower.wire import Note, decode, encode
-from fedgrove.errors import AdapterError, DataError, FedgroveError, RunError
+from fedgrove.ground.errors import AdapterError, DataError, FedgroveError, RunError
+from fedgrove.ground.files import write_text
 from fedgrove.methods.contract import ClientInfo
-from fedgrove.tracking.files import write_text
 
 if TYPE_CHECKING:
     from fedgrove.engines.flower.place import Place
@@ -53,8 +54,8 @@ def workshop(key: str, job: Job, info: ClientInfo) -> Workshop:
     """The process's workshop for a run, built at the first call."""
     import torch
 
-    from fedgrove import prepare
     from fedgrove.methods.registry import method_class
+    from fedgrove.runs import prepare
     from fedgrove.training.client import ClientHalf
     from fedgrove.training.kernel import Kernel
 
@@ -64,7 +65,9 @@ def workshop(key: str, job: Job, info: ClientInfo) -> Workshop:
     if found is None:
         _kept.clear()
         base, task = prepare.base_of(job), prepare.task_of(job)
-        method = method_class(job.method.name)(job.method.options, prepare.setting_of(job, base, {info.name: info}))
+        method = method_class(job.method.name)(
+            job.method.options, prepare.setting_of(job, base, {info.name: info})
+        )
         head = prepare.head_policy(job, base, task)
         kernel = Kernel(base, task, prepare.train_options(job))
         half = ClientHalf(kernel, method, head, job.run.seed, job.run.rounds, job.privacy)
@@ -85,7 +88,9 @@ class Runtime:
             note = self._decoded(blob)
             key = str(note.head.get("run", ""))
             if note.kind not in ("hello", "open", "here"):
-                with suppress(Exception):  # so that the place can check the message against the model's layers
+                with suppress(
+                    Exception
+                ):  # so that the place can check the message against the model's layers
                     self._ready(note)
             self.place.received(note, blob)
             answer = self._answer(note)
@@ -104,7 +109,11 @@ class Runtime:
         except Exception as error:
             with suppress(FedgroveError):
                 self.place.received(Note("unreadable", {}, {}), blob)
-            raise error if isinstance(error, AdapterError) else AdapterError("A message cannot be read.") from error
+            raise (
+                error
+                if isinstance(error, AdapterError)
+                else AdapterError("A message cannot be read.")
+            ) from error
 
     def _sent(self, answer: Note) -> bytes:
         blob = encode(answer)
@@ -133,7 +142,9 @@ class Runtime:
 
         job = self._job(note.head["job"])
         client = self.place.client(job)
-        row = Federation((client,), tuple(job.data.labels or ()), {}, task_class(job.data)).table()["clients"][0]
+        row = Federation((client,), tuple(job.data.labels or ()), {}, task_class(job.data)).table()[
+            "clients"
+        ][0]
         return Note(
             "hello",
             {
@@ -149,9 +160,14 @@ class Runtime:
         job = self._job(note.head["job"])
         affordable = self.place.rank(job)
         if affordable is not None and info.rank > affordable:
-            raise RunError(f"The rank {info.rank} is above what {self.place.name} affords, {affordable}.")
+            raise RunError(
+                f"The rank {info.rank} is above what {self.place.name} affords, {affordable}."
+            )
         if not 1 <= info.rank <= (job.resolved().lora.rank or 1):
-            raise RunError(f"The rank {info.rank} is none that lora.rank = {job.resolved().lora.rank} gives a client.")
+            raise RunError(
+                f"The rank {info.rank} is none that lora.rank = {job.resolved().lora.rank} gives a "
+                f"client."
+            )
         if not self.simulated and info.name != self.place.name:  # it names folders
             raise RunError(f"This is {self.place.name}, and no other client.")
         home = self._home(note)
@@ -159,7 +175,9 @@ class Runtime:
         write_text(home / _OPENED, json.dumps({"job": note.head["job"], "client": vars(info)}))
         data = self._ready(note)[2]
         if info.examples != len(data["train"]):
-            raise RunError(f"{info.name} trains on {len(data['train'])} examples, and not on {info.examples}.")
+            raise RunError(
+                f"{info.name} trains on {len(data['train'])} examples, and not on {info.examples}."
+            )
         return Note("open")
 
     # ------------------------------------------------------------------ work
@@ -173,7 +191,12 @@ class Runtime:
         outcome = shop.half.train(info, data["train"], offer, store, round)
         answer = Note(
             "train",
-            {"loss": outcome.loss, "steps": outcome.steps, "trained": outcome.trained, "seconds": outcome.seconds},
+            {
+                "loss": outcome.loss,
+                "steps": outcome.steps,
+                "trained": outcome.trained,
+                "seconds": outcome.seconds,
+            },
             {"update": dict(outcome.update.content)},
             shop.job.run.compress,
         )
@@ -187,17 +210,21 @@ class Runtime:
         split = str(note.head["split"])
         if split not in ("test", "validation"):
             raise RunError(f"A client is not measured on a split {split[:40]!r}.")
-        assembly = shop.half.personal(info, note.body["offer"], self._stores(note).load(int(note.head["store"])))
+        assembly = shop.half.personal(
+            info, note.body["offer"], self._stores(note).load(int(note.head["store"]))
+        )
         measures = shop.half.measure(info.name, assembly, data[split])
         return Note("evaluate", {"measures": measures})
 
     def _probe(self, note: Note) -> Note:
         shop, info, data = self._ready(note)
         report = shop.half.probe(info, data["train"], note.body["offer"])
-        return Note("probe", {}, {"report": report} if report is not None else {}, shop.job.run.compress)
+        return Note(
+            "probe", {}, {"report": report} if report is not None else {}, shop.job.run.compress
+        )
 
     def _finish(self, note: Note) -> Note:
-        from fedgrove.engines.leave import leave
+        from fedgrove.runs.leave import leave
 
         shop, info, data = self._ready(note)
         folder = self.place.adapters(str(note.head["run"]))
@@ -211,23 +238,29 @@ class Runtime:
         own = json.dumps({"artefacts": left.artefacts, "texts": left.texts})
         if self.simulated:
             return Note("finish", {**head, "own": own})
-        write_text(self._home(note) / "own.json", own)  # what a client knows of itself is for its own eyes
+        write_text(
+            self._home(note) / "own.json", own
+        )  # what a client knows of itself is for its own eyes
         return Note("finish", head)
 
     # ------------------------------------------------------------------ what it works with
     def _ready(self, note: Note) -> tuple[Workshop, ClientInfo, Data]:
-        """The workshop, who the client is, and its data; after a restart from what ``open`` left on disk."""
+        """The workshop, who the client is, and its data; after a restart from what ``open`` left on
+        disk.
+        """
         try:
             opened = json.loads((self._home(note) / _OPENED).read_text(encoding="utf-8"))
         except OSError:
-            raise RunError(f"{self.place.name} does not know this run; it was not opened here.") from None
+            raise RunError(
+                f"{self.place.name} does not know this run; it was not opened here."
+            ) from None
         info = ClientInfo(**opened["client"])
         job = self._job(opened["job"])
         shop = workshop(str(note.head["run"]), job, info)
         kernel = shop.half.kernel
         self.place.sites = kernel.base.sites
         if info.name not in shop.data:
-            from fedgrove.prepare import encode as encode_rows
+            from fedgrove.runs.prepare import encode as encode_rows
 
             client = self.place.client(job)
             if not self.simulated:
@@ -236,17 +269,20 @@ class Runtime:
         return shop, info, shop.data[info.name]
 
     def _same_data(self, mark: Path, client: Client, job: Job) -> None:
-        """A site that comes back to a run has the rows that it had before. Raises ``RunError`` where it has others."""
+        """A site that comes back to a run has the rows that it had before. Raises ``RunError``
+        where it has others.
+        """
         from fedgrove.federation import Federation
         from fedgrove.federation.tasks import task_class
-        from fedgrove.prepare import fingerprint_of
+        from fedgrove.runs.prepare import fingerprint_of
 
         now = fingerprint_of(Federation((client,), (), {}, task_class(job.data)))
         if not mark.exists():
             write_text(mark, now + "\n")
         elif mark.read_text(encoding="utf-8").strip() != now:
             raise RunError(
-                f"The data of {client.name} changed since this run began; bring them back, or start a new run."
+                f"The data of {client.name} changed since this run began; bring them back, or "
+                f"start a new run."
             )
 
     def _job(self, text: str) -> Job:
@@ -264,18 +300,28 @@ class Runtime:
         return Stores(self._home(note))
 
     def _error(self, error: Exception) -> Note:
-        trace = "".join(traceback.format_tb(error.__traceback__)) if self.simulated else _places(error)
+        trace = (
+            "".join(traceback.format_tb(error.__traceback__)) if self.simulated else _places(error)
+        )
         if isinstance(error, DataError) and not self.simulated:  # it names rows, labels and files
             getLogger(__name__).error("%s", error)
             sentence = f"{self.place.name} cannot use its data for this job; it has been told why."
             return Note("error", {"sentence": sentence, "trace": ""})
         if isinstance(error, FedgroveError):
             return Note("error", {"sentence": str(error), "trace": ""})
-        words = " ".join(str(error).split())[:300] if self.simulated else "its text stays with the client"
-        return Note("error", {"sentence": f"Unexpected {type(error).__name__}: {words}.", "trace": trace})
+        words = (
+            " ".join(str(error).split())[:300]
+            if self.simulated
+            else "its text stays with the client"
+        )
+        return Note(
+            "error", {"sentence": f"Unexpected {type(error).__name__}: {words}.", "trace": trace}
+        )
 
 
 def _places(error: BaseException) -> str:
     """Where an exception came from: our files, lines and functions, no values."""
     frames = traceback.extract_tb(error.__traceback__)
-    return "".join(f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}\n" for frame in frames)
+    return "".join(
+        f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}\n" for frame in frames
+    )

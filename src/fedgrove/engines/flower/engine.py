@@ -1,7 +1,7 @@
 """The engine whose clients train at the nodes of a Flower grid. All state of clients is theirs.
 
-Of a client the server keeps its node, and the round of its last update that was used: the client starts from its
-private store of that round, whatever happened since (``stores``).
+Of a client the server keeps its node, and the round of its last update that was used: the client
+starts from its private store of that round, whatever happened since (``stores``).
 """
 
 from __future__ import annotations
@@ -13,24 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedgrove.adapters.tree import numbers
 from fedgrove.engines.base import Absence, Arrival, Ask, Leaving, OfferOf
 from fedgrove.engines.flower.post import Failure, Post
 from fedgrove.engines.flower.wire import Note
-from fedgrove.engines.validate import fault, figures_fault, measures_fault, row_fault
 from fedgrove.methods.contract import ClientInfo, Method, Update
-from fedgrove.tree import numbers
 from fedgrove.wire.compress import sent_bytes
+from fedgrove.wire.validate import fault, figures_fault, measures_fault, row_fault
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
-    from fedgrove.training.head import HeadPolicy
+    from fedgrove.methods.head import HeadPolicy
 
 GREETING = 900.0  # seconds for a node to read its data and to load the model
 FAREWELL = 60.0  # seconds that the end of a run waits for those that are away
 TRIES = 20  # how often a client whose node comes and goes is asked in a round that needs it
 AGAIN = 60.0  # seconds before a node that refused is asked again
 
-_LEAVING = {"metric_base", "metric", "metric_tuned", "loss", "epsilon", "delta"}  # what a client's last line may have
+_LEAVING = {
+    "metric_base",
+    "metric",
+    "metric_tuned",
+    "loss",
+    "epsilon",
+    "delta",
+}  # what a client's last line may have
 
 _Ask = tuple[str, dict[str, Any], dict[str, Any]]  # kind, head, body
 Told = Callable[[int, str, str, str], None]  # (round, client, what, reason): for the log
@@ -59,7 +66,9 @@ class _Sent:
 
 
 class FlowerEngine:
-    """``simulation``: paths for simulated clients, None for real ones; ``names``: whose key each node has, if known."""
+    """``simulation``: paths for simulated clients, None for real ones; ``names``: whose key each
+    node has, if known.
+    """
 
     def __init__(
         self,
@@ -86,13 +95,19 @@ class FlowerEngine:
         self._stores: dict[str, int] = {}  # round of each client's store
         self._before: dict[str, int] = {}
         self._kept: dict[str, int] = {}  # as _stores, at the last checkpoint
-        self._overdue: dict[str, _Sent] = {}  # messages without an answer at the deadline, where late ones count
+        self._overdue: dict[
+            str, _Sent
+        ] = {}  # messages without an answer at the deadline, where late ones count
         self._came: dict[str, Note] = {}  # their answers, where they came between rounds
         self._refused: dict[int, tuple[float, str]] = {}
         self._greeted: dict[str, int] = {}  # nodes that were asked who they are, by message
-        self._opening: dict[str, tuple[ClientInfo, bool]] = {}  # who loads the model now; whether it was here before
+        self._opening: dict[
+            str, tuple[ClientInfo, bool]
+        ] = {}  # who loads the model now; whether it was here before
         self._opened: set[str] = set()  # clients that have loaded the model
-        self._ready: list[tuple[ClientInfo, bool]] = []  # as _opening: done, and not yet told to the loop
+        self._ready: list[
+            tuple[ClientInfo, bool]
+        ] = []  # as _opening: done, and not yet told to the loop
         self._method: Method | None = None
         self._head: HeadPolicy | None = None
 
@@ -107,9 +122,11 @@ class FlowerEngine:
         return bool(self._greeted)
 
     def introduce(self, *, wait: bool = False) -> list[Member]:
-        """Ask every node that is not known who it is; those that have answered with a name of their own.
+        """Ask every node that is not known who it is; those that have answered with a name of their
+        own.
 
-        ``wait``: for all answers. Otherwise a slow node is met at a later call, and keeps nobody waiting.
+        ``wait``: for all answers. Otherwise a slow node is met at a later call, and keeps nobody
+        waiting.
         """
         known = {*(member.node for member in self.members.values()), *self._greeted.values()}
         now = time.monotonic()
@@ -147,7 +164,11 @@ class FlowerEngine:
             self._turn_away(node, called, f"its hello is refused, because {wrong}")
             return None
         if self.names and self.names.get(node) != row["name"]:
-            whose = f"the key of {self.names[node]!r}" if node in self.names else "a key that belongs to no site"
+            whose = (
+                f"the key of {self.names[node]!r}"
+                if node in self.names
+                else "a key that belongs to no site"
+            )
             self._turn_away(node, row["name"], f"its node has {whose}")
             return None
         before = self.members.get(row["name"])
@@ -157,11 +178,16 @@ class FlowerEngine:
         return Member(row["name"], node, row, rank)
 
     def open(self, infos: Sequence[ClientInfo]) -> dict[str, str]:
-        """Tell clients who they are; each loads the model. Those that cannot, with the reason, are forgotten."""
-        asked: dict[int, _Ask] = {self.members[info.name].node: ("open", self._opening_of(info), {}) for info in infos}
+        """Tell clients who they are; each loads the model. Those that cannot, with the reason, are
+        forgotten.
+        """
+        asked: dict[int, _Ask] = {
+            self.members[info.name].node: ("open", self._opening_of(info), {}) for info in infos
+        }
         named = {self.members[info.name].node: info for info in infos}
         answers = {
-            named[node].name: self._has_opened(named[node], each) for node, each in self._ask(asked, seconds=GREETING)
+            named[node].name: self._has_opened(named[node], each)
+            for node, each in self._ask(asked, seconds=GREETING)
         }
         return {name: reason for name, reason in answers.items() if reason}
 
@@ -172,7 +198,9 @@ class FlowerEngine:
         return {"job": self.job.to_toml(), "version": fedgrove.__version__, "client": client}
 
     def _has_opened(self, info: ClientInfo, answer: Note | Failure) -> str:
-        """Nothing where the client can begin, else the reason why it cannot; then it is forgotten."""
+        """Nothing where the client can begin, else the reason why it cannot; then it is
+        forgotten.
+        """
         if isinstance(answer, Failure):
             member = self.members.pop(info.name, None)
             if member is not None:
@@ -183,7 +211,9 @@ class FlowerEngine:
         return ""
 
     def _take_in(self) -> None:
-        """Meet whoever appeared and let them load the model; those who have are ``_ready``. Nobody is waited for."""
+        """Meet whoever appeared and let them load the model; those who have are ``_ready``. Nobody
+        is waited for.
+        """
         self.introduce()
         busy = {info.name for info, _ in self._opening.values()}
         for name, member in sorted(self.members.items()):
@@ -226,7 +256,9 @@ class FlowerEngine:
         self._refused[member.node] = (float("inf"), reason)
 
     def available(self, clients: Sequence[str]) -> list[str]:
-        """Those connected and not still at work; where too few are, it waits for them as long as a round may take."""
+        """Those connected and not still at work; where too few are, it waits for them as long as a
+        round may take.
+        """
         until = None if self.patience is None else time.monotonic() + self.patience
         while True:
             online = set(self.post.nodes())
@@ -239,7 +271,9 @@ class FlowerEngine:
                 and self.members[name].node in online
                 and name not in busy
             ]
-            if len(here) >= min(self.least, len(clients)) or (until is not None and time.monotonic() >= until):
+            if len(here) >= min(self.least, len(clients)) or (
+                until is not None and time.monotonic() >= until
+            ):
                 return here
             if self._overdue:
                 self._late_ones()
@@ -247,7 +281,9 @@ class FlowerEngine:
             self._take_in()
 
     # ------------------------------------------------------------------ rounds
-    def train(self, round: int, clients: Sequence[str], offer: OfferOf) -> Iterator[Arrival | Absence]:
+    def train(
+        self, round: int, clients: Sequence[str], offer: OfferOf
+    ) -> Iterator[Arrival | Absence]:
         waiting, self._overdue = self._overdue, {}
         until = None if self.patience is None else time.monotonic() + self.patience
         came, self._came = self._came, {}
@@ -256,7 +292,8 @@ class FlowerEngine:
         todo, present, tries = list(clients), 0, 0
         while todo:
             tries += 1
-            gone = []  # those whose node went away: asked again where the round has too few without them
+            # those whose node went away: asked again where the round has too few without them
+            gone = []
             needed = set()
             for name in todo:
                 sent, asked = self._ask_to_train(name, round, offer)
@@ -265,7 +302,9 @@ class FlowerEngine:
                     needed.add(sent)
                 else:
                     gone.append(name)
-            for sent, answer in self.post.collect(list(waiting), needed=needed, seconds=_left(until)):
+            for sent, answer in self.post.collect(
+                list(waiting), needed=needed, seconds=_left(until)
+            ):
                 asked = waiting.pop(sent)
                 if isinstance(answer, Failure) and answer.gone and asked.round == round:
                     gone.append(asked.client)
@@ -274,9 +313,19 @@ class FlowerEngine:
                 present += isinstance(arrival, Arrival)
                 yield arrival
             todo = []
-            if gone and present < min(self.least, len(clients)) and tries < TRIES and not self.trusted:
+            if (
+                gone
+                and present < min(self.least, len(clients))
+                and tries < TRIES
+                and not self.trusted
+            ):
                 for name in gone:
-                    self.told(round, name, "away", "its node is not connected any more; the round needs it, and waits")
+                    self.told(
+                        round,
+                        name,
+                        "away",
+                        "its node is not connected any more; the round needs it, and waits",
+                    )
                 if self._wait_for(gone, until):
                     todo = gone
             for name in gone if not todo else ():
@@ -292,7 +341,9 @@ class FlowerEngine:
     def _ask_to_train(self, name: str, round: int, offer: OfferOf) -> tuple[str, _Sent]:
         given = offer(name)
         # A message may be read only as long as its answer can be used.
-        lifetime = None if self.patience is None else self.patience * (3 if self.late == "next" else 1) + 1
+        lifetime = (
+            None if self.patience is None else self.patience * (3 if self.late == "next" else 1) + 1
+        )
         head = {"round": round, "store": self._stores.get(name, 0), "keep": self._kept.get(name, 0)}
         sent = self._send(name, "train", head, {"offer": dict(given)}, seconds=lifetime)
         return sent, _Sent(name, round, numbers(given), sent_bytes(given, self.job.run.compress))
@@ -302,7 +353,9 @@ class FlowerEngine:
         if isinstance(answer, Failure):
             return Absence(name, answer.reason, answer.trace)
         head, content = answer.head, answer.body.get("update")
-        loss, steps, trained, seconds = (head.get(key) for key in ("loss", "steps", "trained", "seconds"))
+        loss, steps, trained, seconds = (
+            head.get(key) for key in ("loss", "steps", "trained", "seconds")
+        )
         if not (
             isinstance(content, dict)
             and isinstance(loss, float)
@@ -318,7 +371,9 @@ class FlowerEngine:
         info = self.infos.get(name)
         if info is None:
             return Absence(name, "it was turned away in the meantime")
-        wrong = fault(content, method=self._method, client=info, round=sent.round, head=self._head.initial)
+        wrong = fault(
+            content, method=self._method, client=info, round=sent.round, head=self._head.initial
+        )
         if wrong:
             return Absence(name, f"its update is refused, because {wrong}")
         self._before[name] = self._stores.get(name, 0)
@@ -340,8 +395,12 @@ class FlowerEngine:
         self._stores[client] = self._before[client]
 
     def _late_ones(self) -> None:
-        """Overdue answers that came in the meantime: for the next round, or never where they are failures."""
-        for sent, answer in self.post.collect([sent for sent in self._overdue if sent not in self._came], seconds=0):
+        """Overdue answers that came in the meantime: for the next round, or never where they are
+        failures.
+        """
+        for sent, answer in self.post.collect(
+            [sent for sent in self._overdue if sent not in self._came], seconds=0
+        ):
             if isinstance(answer, Failure):
                 self._overdue.pop(sent)
             else:
@@ -369,16 +428,23 @@ class FlowerEngine:
                 return ask(answer.body["report"])
         return offer  # usable as it is
 
-    def leave(self, clients: Sequence[str], offer: OfferOf, out: Path) -> Iterator[tuple[str, Leaving] | Absence]:
+    def leave(
+        self, clients: Sequence[str], offer: OfferOf, out: Path
+    ) -> Iterator[tuple[str, Leaving] | Absence]:
         self._wait_for(clients, self._a_while())
-        groups = [name for name in clients if name not in self.held_out], [n for n in clients if n in self.held_out]
+        groups = (
+            [name for name in clients if name not in self.held_out],
+            [n for n in clients if n in self.held_out],
+        )
         for group, held_out in zip(groups, (False, True), strict=True):
             for name, answer in self._ask_clients(group, "finish", {"held_out": held_out}, offer):
                 if isinstance(answer, Failure):
                     yield Absence(name, answer.reason, answer.trace)
                     continue
                 row, stored = answer.head.get("row"), answer.head.get("stored")
-                wrong = measures_fault(row, needed={"metric_base", "metric", "loss"}, known=_LEAVING)
+                wrong = measures_fault(
+                    row, needed={"metric_base", "metric", "loss"}, known=_LEAVING
+                )
                 wrong = wrong or figures_fault(stored=stored)
                 if wrong or not isinstance(row, dict) or not isinstance(stored, int):
                     yield Absence(name, f"its measures are refused, because {wrong}")
@@ -387,7 +453,9 @@ class FlowerEngine:
                 yield name, Leaving(row, stored, own.get("artefacts", {}), own.get("texts", []))
 
     def _wait_for(self, clients: Sequence[str], until: float | None) -> bool:
-        """Whether all of these clients are connected, or are again before ``until`` by the monotonic clock."""
+        """Whether all of these clients are connected, or are again before ``until`` by the
+        monotonic clock.
+        """
         while True:
             online = set(self.post.nodes())
             if all(self.members[name].node in online for name in clients if name in self.members):
@@ -398,7 +466,9 @@ class FlowerEngine:
 
     def _a_while(self) -> float:
         """Until when what a client has only one chance for waits for it."""
-        return time.monotonic() + (FAREWELL if self.patience is None else min(FAREWELL, self.patience))
+        return time.monotonic() + (
+            FAREWELL if self.patience is None else min(FAREWELL, self.patience)
+        )
 
     # ------------------------------------------------------------------ checkpoints
     def changed(self) -> dict[str, dict[str, Any]]:
@@ -406,7 +476,10 @@ class FlowerEngine:
 
     def notes(self) -> dict[str, Any]:
         self._kept = dict(self._stores)
-        clients = {info.name: {"rank": info.rank, "examples": info.examples} for info in self.infos.values()}
+        clients = {
+            info.name: {"rank": info.rank, "examples": info.examples}
+            for info in self.infos.values()
+        }
         return {"stores": dict(self._stores), "clients": clients}
 
     def restore(self, stores: Mapping[str, dict[str, Any]], notes: Mapping[str, Any]) -> None:
@@ -415,12 +488,26 @@ class FlowerEngine:
 
     # ------------------------------------------------------------------ messages
     def _send(
-        self, client: str, kind: str, head: Mapping[str, Any], body: dict[str, Any], *, seconds: float | None
+        self,
+        client: str,
+        kind: str,
+        head: Mapping[str, Any],
+        body: dict[str, Any],
+        *,
+        seconds: float | None,
     ) -> str:
         member = self.members.get(client)
         return self._to(member.node, kind, head, body, seconds=seconds) if member else ""
 
-    def _to(self, node: int, kind: str, head: Mapping[str, Any], body: dict[str, Any], *, seconds: float | None) -> str:
+    def _to(
+        self,
+        node: int,
+        kind: str,
+        head: Mapping[str, Any],
+        body: dict[str, Any],
+        *,
+        seconds: float | None,
+    ) -> str:
         simulation = self.simulation
         if simulation is not None:
             names = {member.node: member.name for member in self.members.values()}
@@ -428,7 +515,9 @@ class FlowerEngine:
         note = Note(kind, {"run": self.key, **head}, body, self.job.run.compress)
         return self.post.send(node, note, seconds=seconds, simulation=simulation)
 
-    def _ask(self, asked: Mapping[int, _Ask], *, seconds: float | None) -> Iterator[tuple[int, Note | Failure]]:
+    def _ask(
+        self, asked: Mapping[int, _Ask], *, seconds: float | None
+    ) -> Iterator[tuple[int, Note | Failure]]:
         """Each node's answer, in any order; one that does not come in time is a failure.
 
         A node that goes away with the message is waited for a while, and asked again.
@@ -445,13 +534,17 @@ class FlowerEngine:
                 return
             until = until or self._a_while()
             time.sleep(min(self.post.slowest, 0.5))
-            while set(gone) - set(self.post.nodes()) and not self.trusted and time.monotonic() < until:
+            while (
+                set(gone) - set(self.post.nodes()) and not self.trusted and time.monotonic() < until
+            ):
                 time.sleep(min(self.post.slowest, 0.5))
             again = not self.trusted and time.monotonic() < until
             todo = {node: asked[node] for node in gone if again and node in self.post.nodes()}
             yield from ((node, answer) for node, answer in gone.items() if node not in todo)
 
-    def _ask_once(self, asked: Mapping[int, _Ask], *, seconds: float | None) -> Iterator[tuple[int, Note | Failure]]:
+    def _ask_once(
+        self, asked: Mapping[int, _Ask], *, seconds: float | None
+    ) -> Iterator[tuple[int, Note | Failure]]:
         waiting = {}
         for node, (kind, head, body) in asked.items():
             sent = self._to(node, kind, head, body, seconds=seconds)
@@ -477,18 +570,24 @@ class FlowerEngine:
                 yield name, Failure("its node is not connected")
                 continue
             names[member.node] = name
-            asked[member.node] = (kind, {**head, "store": self._stores.get(name, 0)}, {"offer": dict(offer(name))})
+            asked[member.node] = (
+                kind,
+                {**head, "store": self._stores.get(name, 0)},
+                {"offer": dict(offer(name))},
+            )
         for node, answer in self._ask(asked, seconds=self.patience):
             yield names[node], answer
 
     @property
     def _metric(self) -> str:
-        from fedgrove.prepare import task_of
+        from fedgrove.runs.prepare import task_of
 
         return task_of(self.job).metric
 
     def _rank(self, member: Member) -> int:
-        """The rank of a client that joins late: the job's word for its name, else the global one; at most its own."""
+        """The rank of a client that joins late: the job's word for its name, else the global one;
+        at most its own.
+        """
         ranks = self.job.federation.ranks
         wanted = ranks.get(member.name) if isinstance(ranks, dict) else None
         rank = wanted or (self._method.setting.rank if self._method else self.job.lora.rank) or 1

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedgrove.errors import RunError
+from fedgrove.ground.errors import RunError
 
 if TYPE_CHECKING:
     from fedgrove.engines.flower.wire import Note
@@ -20,7 +20,8 @@ class Place(Protocol):
     """What ``client.Runtime`` asks of the machine that it runs on."""
 
     name: str  # the client's; "" for a simulated one before ``client``
-    sites: Any  # set by the runtime once the base is loaded: its adapted layers, to check messages against
+    # set by the runtime once the base is loaded: its adapted layers, to check messages against
+    sites: Any
 
     @property
     def folder(self) -> Path:
@@ -30,7 +31,9 @@ class Place(Protocol):
         """The folder in which the client's adapter directory is written at the end."""
 
     def admit(self, job: Job) -> Job:
-        """The job as it runs here (device, threads, model's path). Raises ``FedgroveError`` where it is not allowed."""
+        """The job as it runs here (device, threads, model's path). Raises ``FedgroveError`` where
+        it is not allowed.
+        """
 
     def client(self, job: Job) -> Client:
         """The client's own rows, split as the job says."""
@@ -39,17 +42,23 @@ class Place(Protocol):
         """The largest rank that this place affords; None leaves it to the server."""
 
     def tells(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What of the client's line of ``federation.json`` (sizes, labels, median length) the server may know."""
+        """What of the client's line of ``federation.json`` (sizes, labels, median length) the
+        server may know.
+        """
 
     def received(self, note: Note, blob: bytes) -> None:
-        """A message arrived, and nothing was done with it yet. Raises ``FedgroveError`` to refuse it."""
+        """A message arrived, and nothing was done with it yet. Raises ``FedgroveError`` to refuse
+        it.
+        """
 
     def sending(self, note: Note, blob: bytes) -> None:
         """An answer is about to leave. Raises ``FedgroveError`` to hold it back."""
 
 
 class SimulatedPlace:
-    """One client of a simulation. Its disk is a folder of the run, which the server made and owns."""
+    """One client of a simulation. Its disk is a folder of the run, which the server made and
+    owns.
+    """
 
     def __init__(self, run: Path, partition: int, name: str = ""):
         self.run, self.partition, self.name = run, partition, name
@@ -68,7 +77,9 @@ class SimulatedPlace:
     def client(self, job: Job) -> Client:
         clients = federation(job.to_toml()).clients
         if self.partition >= len(clients):
-            raise RunError(f"The job has {len(clients)} clients, and this is number {self.partition + 1}.")
+            raise RunError(
+                f"The job has {len(clients)} clients, and this is number {self.partition + 1}."
+            )
         found = clients[self.partition]
         self.name = found.name
         return found
@@ -87,12 +98,15 @@ class SimulatedPlace:
 
 
 def simulated(run: str, directory: str, partition: int, name: str = "") -> SimulatedPlace:
-    """A simulated client's place in whichever process works for it. The job's paths start from ``directory``."""
+    """A simulated client's place in whichever process works for it. The job's paths start from
+    ``directory``.
+    """
     try:
         os.chdir(directory)
     except OSError as error:
         raise RunError(
-            f"A simulated client cannot enter {directory} ({error.strerror}); all machines of a cluster need it."
+            f"A simulated client cannot enter {directory} ({error.strerror}); all machines of a "
+            f"cluster need it."
         ) from None
     return SimulatedPlace(Path(run), partition, name)
 

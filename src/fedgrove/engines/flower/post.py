@@ -13,10 +13,13 @@ from flwr.app.message import ConfigRecord
 from flwr.serverapp import Grid
 
 from fedgrove.engines.flower.wire import Note, decode, encode
-from fedgrove.errors import AdapterError
+from fedgrove.ground.errors import AdapterError
 
 RECORD, BLOB, SIMULATION = "fedgrove", "tree", "simulation"
-TYPES = {"train": "train", "evaluate": "evaluate"}  # of Flower; every other kind is a query of its own
+TYPES = {
+    "train": "train",
+    "evaluate": "evaluate",
+}  # of Flower; every other kind is a query of its own
 QUIET = 30.0  # seconds without an answer after which a node is asked whether it is there
 LONGEST_SENTENCE, LONGEST_TRACE = 500, 5000  # characters of what a client says of its error
 
@@ -56,14 +59,18 @@ class _Sent:
 
 def to_content(blob: bytes) -> RecordDict:
     """The one content of all our messages: a blob, as bytes of one array."""
-    return RecordDict({RECORD: ArrayRecord({BLOB: Array("uint8", (len(blob),), "fedgrove.tree", blob)})})
+    return RecordDict(
+        {RECORD: ArrayRecord({BLOB: Array("uint8", (len(blob),), "fedgrove.adapters.tree", blob)})}
+    )
 
 
 def from_content(content: RecordDict) -> bytes:
     """The blob in a message. Raises ``AdapterError`` where there is none."""
     record = content.get(RECORD)
     if not isinstance(record, ArrayRecord) or BLOB not in record:
-        raise AdapterError("A message is none of Fedgrove's; the two sides may run different versions.")
+        raise AdapterError(
+            "A message is none of Fedgrove's; the two sides may run different versions."
+        )
     return record[BLOB].data
 
 
@@ -72,20 +79,26 @@ def message_type(kind: str) -> str:
 
 
 class Post:
-    """Sends and collects. ``bytes_down`` and ``bytes_up`` count the blobs of training, to compare with the theory.
+    """Sends and collects. ``bytes_down`` and ``bytes_up`` count the blobs of training, to compare
+    with the theory.
 
-    ``again``: send a message again where it was lost. Flower hands each message to a SuperNode once; one that is killed
-    with it, or whose line breaks in mid-message, never answers, although it is soon connected again. A site answers
-    one message after the other, so one that answers a later question ("here") has lost the earlier message.
+    ``again``: send a message again where it was lost. Flower hands each message to a SuperNode
+    once; one that is killed with it, or whose line breaks in mid-message, never answers, although
+    it is soon connected again. A site answers one message after the other, so one that answers a
+    later question ("here") has lost the earlier message.
     """
 
     def __init__(self, grid: Grid, *, again: bool = False):
         self.grid, self.again = grid, again
-        self.slowest = float(getattr(grid, "pull_interval", 1.0))  # seconds between two looks at a grid
+        self.slowest = float(
+            getattr(grid, "pull_interval", 1.0)
+        )  # seconds between two looks at a grid
         self.bytes_down = self.bytes_up = self.messages = 0
         self._train: set[str] = set()
         self._sent: dict[str, _Sent] = {}  # by the id that the caller got; only with ``again``
-        self._inbox: queue.SimpleQueue[tuple[str, list[Message] | BaseException]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[str, list[Message] | BaseException]] = (
+            queue.SimpleQueue()
+        )
         self._pulling: set[str] = set()  # ids of answers that are being fetched
         self._fetched: dict[str, list[Message]] = {}  # and those that nobody has asked for since
 
@@ -93,23 +106,40 @@ class Post:
         return sorted(self.grid.get_node_ids())
 
     def send(
-        self, node: int, note: Note, *, seconds: float | None = None, simulation: dict[str, str] | None = None
+        self,
+        node: int,
+        note: Note,
+        *,
+        seconds: float | None = None,
+        simulation: dict[str, str] | None = None,
     ) -> str:
-        """The message's id; "" where the grid would not take it. After ``seconds`` it expires unread."""
+        """The message's id; "" where the grid would not take it. After ``seconds`` it expires
+        unread.
+        """
         name = self._push(node, note, seconds, simulation)
         if name and note.kind == "train":
             self._train.add(name)
         if name and self.again:
             now = time.monotonic()
-            self._sent[name] = _Sent(node, note, None if seconds is None else now + seconds, [name], now)
+            self._sent[name] = _Sent(
+                node, note, None if seconds is None else now + seconds, [name], now
+            )
         return name
 
-    def _push(self, node: int, note: Note, seconds: float | None, simulation: dict[str, str] | None = None) -> str:
+    def _push(
+        self, node: int, note: Note, seconds: float | None, simulation: dict[str, str] | None = None
+    ) -> str:
         blob = encode(note)
         content = to_content(blob)
         if simulation is not None:
             content[SIMULATION] = ConfigRecord(dict(simulation))
-        message = Message(content, node, message_type(note.kind), ttl=seconds, group_id=str(note.head.get("round", "")))
+        message = Message(
+            content,
+            node,
+            message_type(note.kind),
+            ttl=seconds,
+            group_id=str(note.head.get("round", "")),
+        )
         ids = [sent for sent in self.grid.push_messages([message]) if sent]
         if not ids:
             return ""
@@ -127,15 +157,25 @@ class Post:
             self._train.discard(name)
 
     def collect(
-        self, ids: Collection[str], *, needed: Collection[str] | None = None, seconds: float | None = None
+        self,
+        ids: Collection[str],
+        *,
+        needed: Collection[str] | None = None,
+        seconds: float | None = None,
     ) -> Iterator[tuple[str, Note | Failure]]:
-        """Answers as they come, until all of ``needed`` (default: all) are there or ``seconds`` have passed."""
+        """Answers as they come, until all of ``needed`` (default: all) are there or ``seconds``
+        have passed.
+        """
         until = None if seconds is None else time.monotonic() + seconds
         waiting, wanted = set(ids), set(ids if needed is None else needed)
         pause = 0.01
         while True:
             ids = {sent: name for name in waiting for sent in self._ids(name)}
-            calls = {self._sent[name].call: name for name in waiting if name in self._sent and self._sent[name].call}
+            calls = {
+                self._sent[name].call: name
+                for name in waiting
+                if name in self._sent and self._sent[name].call
+            }
             arrived = self._pull({*ids, *calls})
             for message in arrived:
                 sent = message.metadata.reply_to_message_id
@@ -159,8 +199,10 @@ class Post:
 
     # ------------------------------------------------------------------ fetching
     def _pull(self, ids: set[str]) -> list[Message]:
-        """The answers that are there. Each is fetched on its own: Flower waits inside for what a client still uploads,
-        for minutes where its line broke, and the others must not wait with it."""
+        """The answers that are there. Each is fetched on its own: Flower waits inside for what a
+        client still uploads, for minutes where its line broke, and the others must not wait with
+        it.
+        """
         if not self.again:
             return list(self.grid.pull_messages(ids)) if ids else []
         for name in ids - self._pulling - set(self._fetched):
@@ -173,7 +215,9 @@ class Post:
             self._take(0)
         found = [message for name in ids for message in self._fetched.pop(name, [])]
         awaited = {each for sent in self._sent.values() for each in (*sent.ids, sent.call)}
-        self._fetched = {name: messages for name, messages in self._fetched.items() if name in awaited}
+        self._fetched = {
+            name: messages for name, messages in self._fetched.items() if name in awaited
+        }
         return found
 
     def _fetch(self, name: str) -> None:
@@ -205,13 +249,17 @@ class Post:
             if sent is None or now - sent.asked < QUIET:
                 continue
             sent.asked = now
-            if sent.answered:  # a while ago, and the answer to the message itself would have come before
+            if (
+                sent.answered
+            ):  # a while ago, and the answer to the message itself would have come before
                 left = None if sent.until is None else sent.until - now
                 if left is None or left > 0:
                     sent.ids.append(self._push(sent.node, sent.note, left) or sent.ids[0])
                 sent.answered = False
             elif not sent.call:
-                sent.call = self._push(sent.node, Note("here", {"run": sent.note.head.get("run", "")}), None)
+                sent.call = self._push(
+                    sent.node, Note("here", {"run": sent.note.head.get("run", "")}), None
+                )
 
     def _lost(self, name: str, message: Message) -> bool:
         """Whether a broken line lost the message or its answer, and it was sent again."""
@@ -223,7 +271,9 @@ class Post:
             return False
         again = self._push(sent.node, sent.note, left)
         if again:
-            sent.ids = [each for each in sent.ids if each != message.metadata.reply_to_message_id] + [again]
+            sent.ids = [
+                each for each in sent.ids if each != message.metadata.reply_to_message_id
+            ] + [again]
         return bool(again)
 
     def _here(self, sent: _Sent | None, message: Message) -> None:
@@ -237,7 +287,9 @@ class Post:
     def _read(self, name: str, message: Message) -> Note | Failure:
         if message.has_error():
             error = message.error
-            reason = f"Flower reports {plain(str(error.reason), LONGEST_SENTENCE)} (code {error.code})"
+            reason = (
+                f"Flower reports {plain(str(error.reason), LONGEST_SENTENCE)} (code {error.code})"
+            )
             return Failure(_CODES.get(error.code, reason), gone=error.code == _GONE)
         try:
             blob = from_content(message.content)
@@ -250,10 +302,17 @@ class Post:
             self.bytes_up += len(blob)
         if note.kind == "error":
             sentence = plain(str(note.head.get("sentence", "")), LONGEST_SENTENCE)
-            return Failure(sentence or "it reports an error", plain(str(note.head.get("trace", "")), LONGEST_TRACE))
+            return Failure(
+                sentence or "it reports an error",
+                plain(str(note.head.get("trace", "")), LONGEST_TRACE),
+            )
         return note
 
 
 def plain(text: str, most: int) -> str:
-    """At most ``most`` characters of what a client wrote, with nothing in it that a terminal obeys."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text[:most])
+    """At most ``most`` characters of what a client wrote, with nothing in it that a terminal
+    obeys.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else " " for letter in text[:most]
+    )

@@ -16,30 +16,32 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 
-from fedgrove import prepare
 from fedgrove.engines.flower.engine import FlowerEngine, Member
 from fedgrove.engines.flower.post import Post
-from fedgrove.errors import JobError, RunError
 from fedgrove.federation import build
 from fedgrove.federation.tasks import task_class, task_name
+from fedgrove.ground.errors import JobError, RunError
+from fedgrove.ground.files import write_text
 from fedgrove.interop.models import Base
 from fedgrove.methods.contract import ClientInfo, Method
+from fedgrove.methods.head import HeadPolicy
 from fedgrove.methods.registry import method_class
-from fedgrove.rundir import RunDirectory
+from fedgrove.runs import prepare
+from fedgrove.runs.directory import RunDirectory
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.events import Events
-from fedgrove.tracking.files import write_text
-from fedgrove.training.head import HeadPolicy
 
 if TYPE_CHECKING:
     from fedgrove.federation import Federation
     from fedgrove.federation.tasks import Task
     from fedgrove.job import Job
-    from fedgrove.result import Result
     from fedgrove.tracking.callback import Callback
+    from fedgrove.use.result import Result
 
 Lend = Callable[[int, "Job"], AbstractContextManager[Grid]]  # (nodes, job) -> their grid
-OTHERS = 30.0  # seconds that a run which could begin waits for others who are about to say who they are
+OTHERS = (
+    30.0  # seconds that a run which could begin waits for others who are about to say who they are
+)
 MARK = "flower.json"  # in the run's directory: the key under which clients keep their stores
 
 
@@ -89,7 +91,9 @@ class Half:
     def of(cls, job: Job, clients: dict[str, ClientInfo], held_out: dict[str, ClientInfo]) -> Half:
         """Raises ``JobError`` where job, base, method and clients do not fit together."""
         base, task = prepare.base_of(job), prepare.task_of(job)
-        method = method_class(job.method.name)(job.method.options, prepare.setting_of(job, base, clients))
+        method = method_class(job.method.name)(
+            job.method.options, prepare.setting_of(job, base, clients)
+        )
         method.check([*clients.values(), *held_out.values()])
         return cls(job, base, task, method, prepare.head_policy(job, base, task))
 
@@ -107,11 +111,21 @@ def on_grid(
 
     ``names``: the site to which each node's key belongs; a node that says another name is refused.
     """
-    from fedgrove.run import run
+    from fedgrove.start import run
 
-    if type(grid).__name__ == "InMemoryGrid":  # of Flower's simulation; a deployment's goes over the network
-        return run(job, out, resume=resume, callbacks=callbacks, engine=partial(on_virtual_nodes, lent(grid)))
-    return run(job, out, resume=resume, callbacks=callbacks, engine=partial(between_sites, grid, names))
+    if (
+        type(grid).__name__ == "InMemoryGrid"
+    ):  # of Flower's simulation; a deployment's goes over the network
+        return run(
+            job,
+            out,
+            resume=resume,
+            callbacks=callbacks,
+            engine=partial(on_virtual_nodes, lent(grid)),
+        )
+    return run(
+        job, out, resume=resume, callbacks=callbacks, engine=partial(between_sites, grid, names)
+    )
 
 
 def lent(grid: Grid) -> Lend:
@@ -144,12 +158,23 @@ def on_virtual_nodes(
         meet(engine, [*clients.values(), *held_out.values()], watch)
         fingerprint = prepare.fingerprint_of(federation)
         yield Remote(
-            job, federation, half.base, half.task, half.method, half.head, engine, clients, held_out, fingerprint
+            job,
+            federation,
+            half.base,
+            half.task,
+            half.method,
+            half.head,
+            engine,
+            clients,
+            held_out,
+            fingerprint,
         )
 
 
 def meet(engine: FlowerEngine, everyone: Sequence[ClientInfo], watch: Callback) -> None:
-    """Every simulated client loads the model. Raises ``RunError`` with the sentence of one that cannot."""
+    """Every simulated client loads the model. Raises ``RunError`` with the sentence of one that
+    cannot.
+    """
     watch.phase("loading the model in the clients' processes")
     reasons: list[str] = []
     engine.told = lambda round, client, what, reason: reasons.append(reason)
@@ -160,7 +185,8 @@ def meet(engine: FlowerEngine, everyone: Sequence[ClientInfo], watch: Callback) 
         raise RunError(
             reasons[0]
             if reasons
-            else f"The job has {len(everyone)} clients, but Flower runs {len(engine.members)} nodes; run it with "
+            else f"The job has {len(everyone)} clients, but Flower runs {len(engine.members)} "
+            f"nodes; run it with "
             f"--federation-config 'num-supernodes={len(everyone)}'."
         )
     failed = engine.open(everyone)
@@ -170,7 +196,13 @@ def meet(engine: FlowerEngine, everyone: Sequence[ClientInfo], watch: Callback) 
 
 @contextmanager
 def between_sites(
-    grid: Grid, names: Mapping[int, str] | None, job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
+    grid: Grid,
+    names: Mapping[int, str] | None,
+    job: Job,
+    directory: RunDirectory,
+    *,
+    resume: bool,
+    watch: Callback,
 ) -> Iterator[Remote]:
     """The stage of a deployment. Waits until ``federation.min_clients`` sites have said hello."""
     import torch
@@ -185,30 +217,50 @@ def between_sites(
     held_out = {name: info for name, info in clients.items() if name in _named_held_out(job)}
     clients = {name: info for name, info in clients.items() if name not in held_out}
     if not clients:
-        raise RunError("Every site that is here is held out, so nobody would train; see federation.held_out.")
+        raise RunError(
+            "Every site that is here is held out, so nobody would train; see federation.held_out."
+        )
     half = Half.of(job, clients, held_out)
     engine.infos.update({**clients, **held_out})
     engine.settle(half.method, half.head, list(held_out))
-    engine.never, engine.newcomer = _named_held_out(job), lambda info: held_out.update({info.name: info})
+    engine.never, engine.newcomer = (
+        _named_held_out(job),
+        lambda info: held_out.update({info.name: info}),
+    )
     rows = [member.row for member in sorted(members, key=lambda member: member.name)]
     roster = Roster(tuple(job.data.labels or ()), rows, {"name": "the sites' own data"})
     with marked(directory, key):
         watch.phase("waiting for the sites to load the model")
-        failed = engine.open([info for info in engine.infos.values() if info.name in engine.members])
+        failed = engine.open(
+            [info for info in engine.infos.values() if info.name in engine.members]
+        )
         for name in failed if not known else ():  # who cannot begin is not waited for
             engine.infos.pop(name)
             clients.pop(name, None)
             held_out.pop(name, None)
         if len(clients) < job.federation.min_clients:
             why = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
-            raise RunError(f"{len(clients)} of {job.federation.min_clients} sites can take part ({why}).")
+            raise RunError(
+                f"{len(clients)} of {job.federation.min_clients} sites can take part ({why})."
+            )
         yield Remote(
-            job, roster, half.base, half.task, half.method, half.head, engine, clients, held_out, "at the sites"
+            job,
+            roster,
+            half.base,
+            half.task,
+            half.method,
+            half.head,
+            engine,
+            clients,
+            held_out,
+            "at the sites",
         )
 
 
 def settled(post: Post, nodes: int, seconds: float = 30.0) -> None:
-    """Wait for a simulation's nodes, which Flower registers while the server starts: all, or no new ones for 1 s."""
+    """Wait for a simulation's nodes, which Flower registers while the server starts: all, or no new
+    ones for 1 s.
+    """
     began = changed = time.monotonic()
     seen = 0
     while len(post.nodes()) < nodes:
@@ -220,8 +272,12 @@ def settled(post: Post, nodes: int, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-def gather(engine: FlowerEngine, least: int, watch: Callback, among: set[str] | None = None) -> list[Member]:
-    """Wait for ``least`` clients (``among``: of these names) to say hello, and a little for others."""
+def gather(
+    engine: FlowerEngine, least: int, watch: Callback, among: set[str] | None = None
+) -> list[Member]:
+    """Wait for ``least`` clients (``among``: of these names) to say hello, and a little for
+    others.
+    """
     said, until = None, float("inf")
     while True:
         engine.introduce()
@@ -237,7 +293,9 @@ def gather(engine: FlowerEngine, least: int, watch: Callback, among: set[str] | 
 
 
 def ranked(job: Job, members: Sequence[Member]) -> dict[str, ClientInfo]:
-    """Every site's rank: the job's word for it, at most what it affords; one for all where the method needs that."""
+    """Every site's rank: the job's word for it, at most what it affords; one for all where the
+    method needs that.
+    """
     names = sorted(member.name for member in members)
     wanted = job.federation.ranks
     if isinstance(wanted, dict):
@@ -251,19 +309,27 @@ def ranked(job: Job, members: Sequence[Member]) -> dict[str, ClientInfo]:
 
 
 def deployable(job: Job) -> Job:
-    """What only a simulation can do is refused; what a simulation looks up in everybody's data must be in the job."""
+    """What only a simulation can do is refused; what a simulation looks up in everybody's data must
+    be in the job.
+    """
     if task_class(job.data).classifies and not job.data.labels:
-        raise JobError("data.labels is missing: sites do not see each other's data, so the job must name the classes.")
+        raise JobError(
+            "data.labels is missing: sites do not see each other's data, so the job must name the "
+            "classes."
+        )
     if isinstance(job.federation.held_out, float) and job.federation.held_out > 0:
         raise JobError(
-            f"federation.held_out = {job.federation.held_out} draws clients by their data, which stay at the sites; "
+            f"federation.held_out = {job.federation.held_out} draws clients by their data, which "
+            f"stay at the sites; "
             "name the sites to hold out, or leave it out."
         )
     newcomers = job.federation.newcomer_head
     return job.replace(
         data={"task": task_name(job.data)},
         train=alone(job),
-        federation={"newcomer_head": bool(_named_held_out(job)) if newcomers == "auto" else newcomers},
+        federation={
+            "newcomer_head": bool(_named_held_out(job)) if newcomers == "auto" else newcomers
+        },
     )
 
 
@@ -278,24 +344,36 @@ def _named_held_out(job: Job) -> set[str]:
 
 
 def continued(directory: RunDirectory, *, resume: bool) -> tuple[str, dict[str, ClientInfo]]:
-    """(the run's key, the clients that its last checkpoint knows); a new key and nobody where it starts."""
+    """(the run's key, the clients that its last checkpoint knows); a new key and nobody where it
+    starts.
+    """
     mark, checkpoints = directory.path / MARK, Checkpoints(directory.path / "checkpoints")
     if resume and mark.exists():
         try:
             key = str(json.loads(mark.read_text(encoding="utf-8"))["run"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(f"{mark} cannot be read; start the run again in a new directory.") from None
+            raise RunError(
+                f"{mark} cannot be read; start the run again in a new directory."
+            ) from None
         notes = checkpoints.load_server().get("engine", {}) if checkpoints.exists() else {}
-        known = {name: ClientInfo(name, row["rank"], row["examples"]) for name, row in notes.get("clients", {}).items()}
+        known = {
+            name: ClientInfo(name, row["rank"], row["examples"])
+            for name, row in notes.get("clients", {}).items()
+        }
         return key, dict(sorted(known.items()))
     if resume and checkpoints.exists():
-        raise RunError(f"{directory.path} was begun with the local engine; go on with it, or choose another --out.")
+        raise RunError(
+            f"{directory.path} was begun with the local engine; go on with it, or choose another "
+            f"--out."
+        )
     return secrets.token_hex(8), {}
 
 
 @contextmanager
 def marked(directory: RunDirectory, key: str) -> Iterator[None]:
-    """The run's key on disk before a client keeps anything under it; gone again where the run never begins."""
+    """The run's key on disk before a client keeps anything under it; gone again where the run never
+    begins.
+    """
     mark = directory.path / MARK
     existed = mark.exists()
     write_text(mark, json.dumps({"run": key}) + "\n")

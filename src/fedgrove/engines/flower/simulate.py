@@ -1,7 +1,8 @@
-"""``fedgrove run --engine flower``: the clients of a job on virtual nodes of Flower, in Ray's processes.
+"""``fedgrove run --engine flower``: the clients of a job on virtual nodes of Flower, in Ray's
+processes.
 
-The round loop stays in the main thread, so that Ctrl-C, progress and errors are those of a local run; Flower's
-simulation runs beside it, and its ServerApp does no more than lend the loop its grid.
+The round loop stays in the main thread, so that Ctrl-C, progress and errors are those of a local
+run; Flower's simulation runs beside it, and its ServerApp does no more than lend the loop its grid.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fedgrove.errors import FedgroveError, RunError
+from fedgrove.ground.errors import FedgroveError, RunError
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from fedgrove.engines.base import Stage
     from fedgrove.job import Job
-    from fedgrove.rundir import RunDirectory
+    from fedgrove.runs.directory import RunDirectory
     from fedgrove.tracking.callback import Callback
 
 
@@ -31,7 +32,9 @@ class FlowerMissing(FedgroveError):
 
 
 @contextmanager
-def simulated(job: Job, directory: RunDirectory, *, resume: bool, watch: Callback) -> Iterator[Stage]:
+def simulated(
+    job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
+) -> Iterator[Stage]:
     """The stage of a simulation on Ray."""
     require()
     quiet()
@@ -46,7 +49,8 @@ def require() -> None:
     for module in ("flwr", "ray"):
         if importlib.util.find_spec(module) is None:
             raise FlowerMissing(
-                f'The flower engine needs the package {module}; install the extra with pip install "fedgrove[flower]".'
+                f"The flower engine needs the package {module}; install the extra with pip install "
+                f'"fedgrove[flower]".'
             )
 
 
@@ -54,7 +58,9 @@ def quiet() -> None:
     """No telemetry, and no log lines between ours; what the user set in the environment stays."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else ray 2 warns of a default that will change
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # else ray 2 warns of a default that will change
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -62,12 +68,14 @@ def quiet() -> None:
 
 @contextmanager
 def ray_grid(nodes: int, job: Job) -> Iterator[Grid]:
-    """A grid of virtual nodes, for as long as the context lasts. Raises ``RunError`` where Ray does not start."""
+    """A grid of virtual nodes, for as long as the context lasts. Raises ``RunError`` where Ray does
+    not start.
+    """
     from flwr.app import Context
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
-    from fedgrove.engines.flower.app import client
+    from fedgrove.deploy.app import client
 
     lent: queue.Queue[Grid | BaseException] = queue.Queue()
     returned = threading.Event()
@@ -90,7 +98,9 @@ def ray_grid(nodes: int, job: Job) -> Iterator[Grid]:
     try:
         grid = lent.get()
         if isinstance(grid, BaseException):
-            raise RunError(f"Flower's simulation did not start: {' '.join(str(grid).split())[:300]}.") from grid
+            raise RunError(
+                f"Flower's simulation did not start: {' '.join(str(grid).split())[:300]}."
+            ) from grid
         yield grid
     finally:
         returned.set()
@@ -98,11 +108,21 @@ def ray_grid(nodes: int, job: Job) -> Iterator[Grid]:
 
 
 def resources(nodes: int, job: Job) -> dict[str, Any]:
-    """Ray's share: as many processes as fit with the job's threads each; a GPU serves one of them."""
+    """Ray's share: as many processes as fit with the job's threads each; a GPU serves one of
+    them.
+    """
     threads = int(job.train.threads)
-    start: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    start: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "include_dashboard": False,
+    }
     if not os.environ.get("RAY_ADDRESS"):  # a cluster that is there has its own
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         start["num_cpus"] = max(threads, min(cores, nodes * threads))
     share = {"num_cpus": threads, "num_gpus": 1.0 if job.train.device == "cuda" else 0.0}
     return {"init_args": start, "client_resources": share}

@@ -1,8 +1,10 @@
-"""What a client's trainings in one run have spent of its examples' privacy, whatever the server made of them.
+"""What a client's trainings in one run have spent of its examples' privacy, whatever the server
+made of them.
 
-A client's store goes back with the server: a round whose update was lost, refused or asked for again is not in it. What
-was spent on it is spent all the same, and a server could ask for one round again and again with other offers. So every
-training is noted here, once for each answer that it can give: the same key, offer and round give the same noise.
+A client's store goes back with the server: a round whose update was lost, refused or asked for
+again is not in it. What was spent on it is spent all the same, and a server could ask for one round
+again and again with other offers. So every training is noted here, once for each answer that it can
+give: the same key, offer and round give the same noise.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedgrove.errors import RunError
+from fedgrove.adapters.tree import pack
+from fedgrove.ground.errors import RunError
+from fedgrove.ground.files import write_text
 from fedgrove.privacy.example_dp import NOTES
-from fedgrove.tracking.files import write_text
-from fedgrove.tree import pack
 
 
 class Spending:
@@ -25,13 +27,21 @@ class Spending:
     def __init__(self, folder: Path):
         self.path = folder / "spent.json"
 
-    def spend(self, round: int, offer: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    def spend(
+        self,
+        round: int,
+        offer: Mapping[str, Any],
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+    ) -> None:
         """Note a training between two stores. To be called before its answer leaves."""
         if NOTES not in after:
             return
         earlier = _spent(before)
         more = {rate: steps - earlier.get(rate, 0) for rate, steps in _spent(after).items()}
-        answer = hashlib.sha256(f"{after[NOTES]['key']} {round} ".encode() + pack(dict(offer))).hexdigest()
+        answer = hashlib.sha256(
+            f"{after[NOTES]['key']} {round} ".encode() + pack(dict(offer))
+        ).hexdigest()
         noted = self._noted()
         noted[answer] = [[rate, steps] for rate, steps in more.items() if steps]
         write_text(self.path, json.dumps(noted, indent=1) + "\n")
@@ -55,7 +65,8 @@ class Spending:
             return {}
         except (OSError, ValueError) as error:
             raise RunError(
-                f"{self.path} cannot be read, so what this run spent of the examples' privacy is not known; bring the "
+                f"{self.path} cannot be read, so what this run spent of the examples' privacy is "
+                f"not known; bring the "
                 "file back."
             ) from error
 

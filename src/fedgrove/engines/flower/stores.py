@@ -1,8 +1,9 @@
-"""A client's private stores on its own disk, one file a round, so that a server that goes back finds the right one.
+"""A client's private stores on its own disk, one file a round, so that a server that goes back
+finds the right one.
 
-The server names the round whose store to start from: that of the client's last update that it took. A store whose
-update was lost, late or refused is therefore never built upon, and a server that resumes from round k has its clients
-continue from what they were at k.
+The server names the round whose store to start from: that of the client's last update that it took.
+A store whose update was lost, late or refused is therefore never built upon, and a server that
+resumes from round k has its clients continue from what they were at k.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fedgrove.errors import AdapterError, RunError
-from fedgrove.tracking.files import write_bytes
-from fedgrove.tree import pack, unpack
+from fedgrove.adapters.tree import pack, unpack
+from fedgrove.ground.errors import AdapterError, RunError
+from fedgrove.ground.files import write_bytes
 
 _NAME = re.compile(r"store-(\d+)\.safetensors")
 
 
 class Stores:
-    """The stores of one client in one run. Round 0 is the empty store of a client that never trained."""
+    """The stores of one client in one run. Round 0 is the empty store of a client that never
+    trained.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -32,7 +35,8 @@ class Stores:
             return unpack(self._file(round).read_bytes())
         except (OSError, AdapterError):
             raise RunError(
-                f"{self.folder} has no readable store of round {round}: this client did not train in this run from "
+                f"{self.folder} has no readable store of round {round}: this client did not train "
+                f"in this run from "
                 "here, or its folder was changed; bring the folder back, or start the run anew."
             ) from None
 

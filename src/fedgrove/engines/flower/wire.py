@@ -1,8 +1,10 @@
-"""Messages between the server and a client: one blob each, in the encoding of ``tree``, which refuses what is private.
+"""Messages between the server and a client: one blob each, in the encoding of ``tree``, which
+refuses what is private.
 
-A message is its kind, a head of plain values, and a body of tensors. The blob is all that travels, so its length is
-the cost and its hash identifies it (a site's audit log). Beside the tensors it costs about 90 bytes for each of them
-and 200 for the message: 1 % of a rank-8 adapter of a small encoder.
+A message is its kind, a head of plain values, and a body of tensors. The blob is all that travels,
+so its length is the cost and its hash identifies it (a site's audit log). Beside the tensors it
+costs about 90 bytes for each of them and 200 for the message: 1 % of a rank-8 adapter of a small
+encoder.
 
 ``hello``     the job as text -> who the client is, what it holds (counts, no rows), its versions
 ``open``      the resolved job and the client's rank -> the client has loaded the model
@@ -20,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedgrove.errors import AdapterError
-from fedgrove.tree import Tree, pack, unpack
+from fedgrove.adapters.tree import Tree, pack, unpack
+from fedgrove.ground.errors import AdapterError
 from fedgrove.wire.compress import Compression, expand, squeeze
 
 KINDS = ("hello", "open", "train", "evaluate", "probe", "finish", "here")
@@ -29,7 +31,9 @@ KINDS = ("hello", "open", "train", "evaluate", "probe", "finish", "here")
 
 @dataclass(frozen=True, eq=False)
 class Note:
-    """One message. ``head``: plain values, dicts and lists of them; ``body``: a tree, compressed only on the way."""
+    """One message. ``head``: plain values, dicts and lists of them; ``body``: a tree, compressed
+    only on the way.
+    """
 
     kind: str
     head: Mapping[str, Any] = field(default_factory=dict)
@@ -38,14 +42,25 @@ class Note:
 
 
 def encode(note: Note) -> bytes:
-    """The blob of a message. Raises ``PrivacyError`` where the body holds a client's private tensor."""
-    return pack({"kind": note.kind, "head": dict(note.head), "body": squeeze(note.body, note.compress)})
+    """The blob of a message. Raises ``PrivacyError`` where the body holds a client's private
+    tensor.
+    """
+    return pack(
+        {"kind": note.kind, "head": dict(note.head), "body": squeeze(note.body, note.compress)}
+    )
 
 
 def decode(blob: bytes) -> Note:
     """The message in a blob. Raises ``AdapterError`` where it is none."""
     tree = unpack(blob)
     kind, head, body = tree.get("kind"), tree.get("head"), tree.get("body")
-    if not (isinstance(kind, str) and kind in (*KINDS, "error") and isinstance(head, dict) and isinstance(body, dict)):
-        raise AdapterError("A message is none of Fedgrove's; the two sides may run different versions.")
+    if not (
+        isinstance(kind, str)
+        and kind in (*KINDS, "error")
+        and isinstance(head, dict)
+        and isinstance(body, dict)
+    ):
+        raise AdapterError(
+            "A message is none of Fedgrove's; the two sides may run different versions."
+        )
     return Note(kind, head, expand(body))

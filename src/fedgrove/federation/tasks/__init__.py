@@ -13,14 +13,30 @@ from fedgrove.federation.tasks.generate import Generate
 if TYPE_CHECKING:
     from fedgrove.job.sections import DataSection
 
-__all__ = ["TASKS", "Batch", "ClassifyImages", "ClassifyText", "Example", "Generate", "Task", "task_class", "task_name"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "ClassifyImages",
+    "ClassifyText",
+    "Example",
+    "Generate",
+    "Task",
+    "task_class",
+    "task_name",
+]
 
 #: the values of ``data.task``
-TASKS: dict[str, type[Task]] = {"classify-text": ClassifyText, "classify-images": ClassifyImages, "generate": Generate}
+TASKS: dict[str, type[Task]] = {
+    "classify-text": ClassifyText,
+    "classify-images": ClassifyImages,
+    "generate": Generate,
+}
 
 
 def task_name(data: DataSection) -> str:
-    """``data.task``; "auto" is what an embedded data set is for, and text classification for the user's own data."""
+    """``data.task``; "auto" is what an embedded data set is for, and text classification for the
+    user's own data.
+    """
     if data.task != "auto":
         return data.task
     if data.source == "embedded" and data.name in EMBEDDED:

@@ -1,4 +1,6 @@
-"""What a task is: rows out of data, examples out of rows, batches, a head on pooled states, a loss and a score."""
+"""What a task is: rows out of data, examples out of rows, batches, a head on pooled states, a loss
+and a score.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ if TYPE_CHECKING:
     from fedgrove.federation.readers import Place
     from fedgrove.job.sections import DataSection
 
-Example = dict[str, Any]  # as the task needs it; of a text: "input_ids": list[int], and "label": int if it has one
+Example = dict[
+    str, Any
+]  # as the task needs it; of a text: "input_ids": list[int], and "label": int if it has one
 Batch = dict[str, Tensor]
 
 
 class Task(Protocol):
-    """Shapes: b examples, t tokens of the longest in the batch, h hidden size, c outputs of the head.
+    """Shapes: b examples, t tokens of the longest in the batch, h hidden size, c outputs of the
+    head.
 
     A *processor* is the model's own tokenizer or image processor.
     """
@@ -33,7 +38,9 @@ class Task(Protocol):
         """The key of ``measure`` that says how good a model is; higher is better."""
 
     classifies: ClassVar[bool]  # whether rows have classes that a head learns
-    asks: ClassVar[str]  # the part of a row that a trained model is asked about: "text", "image", "prompt"
+    asks: ClassVar[
+        str
+    ]  # the part of a row that a trained model is asked about: "text", "image", "prompt"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -44,7 +51,9 @@ class Task(Protocol):
         """The task with a job's settings."""
 
     def card(self) -> dict[str, Any]:
-        """What an adapter directory says of the task, as JSON: "task" (its name), "labels", and its own settings."""
+        """What an adapter directory says of the task, as JSON: "task" (its name), "labels", and its
+        own settings.
+        """
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> Task:
@@ -56,11 +65,15 @@ class Task(Protocol):
 
     @staticmethod
     def row(values: Mapping[str, Any], data: DataSection, place: Place) -> Row:
-        """A checked row, with a "label" to split by (a class, or "" where there is none). Raises DataError."""
+        """A checked row, with a "label" to split by (a class, or "" where there is none). Raises
+        DataError.
+        """
 
     @staticmethod
     def describe(rows: Sequence[Row]) -> dict[str, Any]:
-        """Plain figures about a client's rows for ``fedgrove data``, for example their median length."""
+        """Plain figures about a client's rows for ``fedgrove data``, for example their median
+        length.
+        """
 
     def encode(self, rows: Sequence[Row], processor: Any) -> list[Example]:
         """The rows as the model reads them. Raises DataError for what it cannot read."""
@@ -78,7 +91,9 @@ class Task(Protocol):
         """The model's inputs and, where the examples have labels, labels."""
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The part of a batch that is the model's input, by the names of its forward's arguments."""
+        """The part of a batch that is the model's input, by the names of its forward's
+        arguments.
+        """
 
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
         """A fresh head's tensors in float32, by name."""

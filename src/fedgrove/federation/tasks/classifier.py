@@ -1,4 +1,6 @@
-"""What every classification shares: a linear head on pooled states, mean cross-entropy and accuracy."""
+"""What every classification shares: a linear head on pooled states, mean cross-entropy and
+accuracy.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgrove.errors import DataError
 from fedgrove.federation.readers import Place, label_of
 from fedgrove.federation.tasks.base import Batch
+from fedgrove.ground.errors import DataError
 
 if TYPE_CHECKING:
     from fedgrove.job.sections import DataSection
 
 
 class Classifier:
-    """The part of a Task that looks at logits and labels alone; ``labels`` in the order of the head's outputs."""
+    """The part of a Task that looks at logits and labels alone; ``labels`` in the order of the
+    head's outputs.
+    """
 
     labels: tuple[str, ...]
 
@@ -47,13 +51,21 @@ class Classifier:
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Mean loss, accuracy, and the number of examples."""
         examples = sums["examples"]
-        return {"loss": sums["loss"] / examples, "accuracy": sums["correct"] / examples, "examples": examples}
+        return {
+            "loss": sums["loss"] / examples,
+            "accuracy": sums["correct"] / examples,
+            "examples": examples,
+        }
 
 
 def class_of(value: object, data: DataSection, place: Place) -> str:
-    """A row's class as a text, one of ``data.labels`` where the job names them. Raises DataError."""
+    """A row's class as a text, one of ``data.labels`` where the job names them. Raises
+    DataError.
+    """
     label = label_of(value, data.label, place)
     if data.labels and label not in data.labels:
         listed = ", ".join(map(repr, data.labels))
-        raise DataError(f"{place}: the label {label!r} is not in data.labels ({listed}); add it or correct it")
+        raise DataError(
+            f"{place}: the label {label!r} is not in data.labels ({listed}); add it or correct it"
+        )
     return label

@@ -1,5 +1,5 @@
-"""Image classification: pixels by the model's own image processor, mean cross-entropy, accuracy, and a linear head on
-the mean of the last hidden states (all of them, [CLS] included)."""
+"""Image classification: pixels by the model's own image processor, mean cross-entropy, accuracy,
+and a linear head on the mean of the last hidden states (all of them, [CLS] included)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgrove.errors import DataError
 from fedgrove.federation.images import Picture, picture_of
 from fedgrove.federation.readers import Place, Row
 from fedgrove.federation.tasks.base import Batch, Example
 from fedgrove.federation.tasks.classifier import Classifier, class_of
+from fedgrove.ground.errors import DataError
 
 if TYPE_CHECKING:
     from fedgrove.job.sections import DataSection
@@ -27,7 +27,9 @@ CHUNK = 64  # images decoded at a time: their full-size pixels are the largest t
 
 @dataclass(frozen=True)
 class Scaling:
-    """What the processor does to 8-bit pixels after resizing: ``(pixel * factor - mean) / std`` by channel."""
+    """What the processor does to 8-bit pixels after resizing: ``(pixel * factor - mean) / std`` by
+    channel.
+    """
 
     factor: float
     mean: Tensor  # [c, 1, 1]
@@ -39,7 +41,10 @@ class Scaling:
         factor = float(processor.rescale_factor) if getattr(processor, "do_rescale", True) else 1.0
         if not getattr(processor, "do_normalize", False):
             return cls(factor, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
-        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        mean, std = (
+            torch.tensor(values)[:, None, None]
+            for values in (processor.image_mean, processor.image_std)
+        )
         return cls(factor, mean, std)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -86,22 +91,30 @@ class ClassifyImages(Classifier):
     @staticmethod
     def describe(rows: Sequence[Row]) -> dict[str, Any]:
         """The median of the longer sides, in pixels."""
-        return {"median_pixels": median(max(row["image"].width, row["image"].height) for row in rows)}
+        return {
+            "median_pixels": median(max(row["image"].width, row["image"].height) for row in rows)
+        }
 
     def encode(self, rows: Sequence[Row], processor: Any) -> list[Example]:
-        """``{"pixels": uint8 [c, h, w], "scaling": Scaling, "label": int}``: resized and cropped, not yet scaled.
+        """``{"pixels": uint8 [c, h, w], "scaling": Scaling, "label": int}``: resized and cropped,
+        not yet scaled.
 
-        A row's image is a Picture, a path, or anything else that ``picture_of`` takes. Scaled pixels would take four
-        times the memory. Raises DataError for a label that the task does not have, and for an image that cannot be
-        opened.
+        A row's image is a Picture, a path, or anything else that ``picture_of`` takes. Scaled
+        pixels would take four times the memory. Raises DataError for a label that the task does not
+        have, and for an image that cannot be opened.
         """
         numbers = {label: number for number, label in enumerate(self.labels)}
         scaling = Scaling.of(processor)
         examples: list[Example] = []
         for start in range(0, len(rows), CHUNK):
             chosen = rows[start : start + CHUNK]
-            opened = [_picture(row["image"], start + number).rgb() for number, row in enumerate(chosen, start=1)]
-            pixels = processor(images=opened, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+            opened = [
+                _picture(row["image"], start + number).rgb()
+                for number, row in enumerate(chosen, start=1)
+            ]
+            pixels = processor(
+                images=opened, do_rescale=False, do_normalize=False, return_tensors="np"
+            )["pixel_values"]
             for number, (row, each) in enumerate(zip(chosen, pixels, strict=True), start=start + 1):
                 # a processor that makes anything but 8-bit pixels is held in half precision
                 values = each if each.dtype == np.uint8 else each.astype(np.float16)
@@ -110,7 +123,8 @@ class ClassifyImages(Classifier):
                     if row["label"] not in numbers:
                         known = ", ".join(map(repr, self.labels))
                         raise DataError(
-                            f"row {number} has the label {row['label']!r}, but the model knows only: {known}"
+                            f"row {number} has the label {row['label']!r}, but the model knows "
+                            f"only: {known}"
                         )
                     example["label"] = numbers[row["label"]]
                 examples.append(example)
@@ -133,7 +147,9 @@ class ClassifyImages(Classifier):
         pixels = torch.stack([example["pixels"] for example in examples])
         batch = {"pixel_values": examples[0]["scaling"](pixels)}
         if all("label" in example for example in examples):
-            batch["labels"] = torch.tensor([example["label"] for example in examples], dtype=torch.long)
+            batch["labels"] = torch.tensor(
+                [example["label"] for example in examples], dtype=torch.long
+            )
         return batch
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:

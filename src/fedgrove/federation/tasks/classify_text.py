@@ -1,4 +1,6 @@
-"""Text classification: mean cross-entropy, accuracy, and a linear head on the masked mean of the last hidden states."""
+"""Text classification: mean cross-entropy, accuracy, and a linear head on the masked mean of the
+last hidden states.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedgrove.errors import DataError
 from fedgrove.federation.readers import Place, Row, text_of
 from fedgrove.federation.tasks.base import Batch, Example
 from fedgrove.federation.tasks.classifier import Classifier, class_of
+from fedgrove.ground.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +56,9 @@ class ClassifyText(Classifier):
 
     @staticmethod
     def row(values: Mapping[str, Any], data: DataSection, place: Place) -> Row:
-        """``{"text": str, "label": str}``, and ``"pair": str`` where the rows are pairs of texts."""
+        """``{"text": str, "label": str}``, and ``"pair": str`` where the rows are pairs of
+        texts.
+        """
         row = {
             "text": text_of(values[data.text], data.text, place),
             "label": class_of(values[data.label], data, place),
@@ -72,28 +76,41 @@ class ClassifyText(Classifier):
         """As in Task. Raises DataError for a label that the task does not have."""
         if not rows:
             return []
-        encoded = [tokenizer(*texts_of(row), truncation=True, max_length=self.max_length) for row in rows]
+        encoded = [
+            tokenizer(*texts_of(row), truncation=True, max_length=self.max_length) for row in rows
+        ]
         numbers = {label: number for number, label in enumerate(self.labels)}
         examples: list[Example] = []
         for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True), start=1):
             ids = tokens["input_ids"]
             example: Example = {"input_ids": array("i", ids)}  # a ninth of a list's memory
-            if "pair" in row and "token_type_ids" in tokens:  # only then does BERT's second kind of token occur
+            if (
+                "pair" in row and "token_type_ids" in tokens
+            ):  # only then does BERT's second kind of token occur
                 example["token_type_ids"] = array("i", tokens["token_type_ids"])
             if "label" in row:
                 if row["label"] not in numbers:
                     known = ", ".join(map(repr, self.labels))
-                    raise DataError(f"row {number} has the label {row['label']!r}, but the model knows only: {known}")
+                    raise DataError(
+                        f"row {number} has the label {row['label']!r}, but the model knows only: "
+                        f"{known}"
+                    )
                 example["label"] = numbers[row["label"]]
             if not ids:
-                raise DataError(f"row {number} has a text that the tokenizer turns into nothing; remove it")
+                raise DataError(
+                    f"row {number} has a text that the tokenizer turns into nothing; remove it"
+                )
             examples.append(example)
         return examples
 
     def lengths(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """As in Task."""
-        # verbose=False: a text longer than the model's own limit is what is being asked about, not a mistake
-        return [len(tokenizer(*texts_of(row), truncation=False, verbose=False)["input_ids"]) for row in rows]
+        # verbose=False: a text longer than the model's own limit is what is being asked about, not
+        # a mistake
+        return [
+            len(tokenizer(*texts_of(row), truncation=False, verbose=False)["input_ids"])
+            for row in rows
+        ]
 
     def truncated(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
         """As in Task."""
@@ -119,7 +136,9 @@ class ClassifyText(Classifier):
             kinds = [example.get("token_type_ids", []) for example in examples]
             batch["token_type_ids"] = padded(kinds, longest, 0)
         if all("label" in example for example in examples):
-            batch["labels"] = torch.tensor([example["label"] for example in examples], dtype=torch.long)
+            batch["labels"] = torch.tensor(
+                [example["label"] for example in examples], dtype=torch.long
+            )
         return batch
 
     def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedgrove.errors import DataError
 from fedgrove.federation.readers import Place, text_of, whole
+from fedgrove.ground.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 
@@ -16,33 +16,42 @@ def text_in(value: Any, column: str, place: Place) -> str:
 
 
 def answers(value: Any, column: str, place: Place) -> list[str]:
-    """The right completions of a row, the one to learn first: a text, or a list of texts. Raises DataError."""
+    """The right completions of a row, the one to learn first: a text, or a list of texts. Raises
+    DataError.
+    """
     if not isinstance(value, list | tuple):
         return [text_of(value, column, place)]
     if not value:
-        raise DataError(f"{place}: the column {column!r} is an empty list; give at least one completion")
+        raise DataError(
+            f"{place}: the column {column!r} is an empty list; give at least one completion"
+        )
     return [text_of(each, column, place) for each in value]
 
 
 def conversation(value: Any, column: str, place: Place) -> list[dict[str, str]]:
-    """``[{"role": "user", "content": "..."}, ..., {"role": "assistant", ...}]``; other keys are dropped.
+    """``[{"role": "user", "content": "..."}, ..., {"role": "assistant", ...}]``; other keys are
+    dropped.
 
-    Raises DataError: no list, an unknown role, an empty message, a system message that is not the first, an end that is
-    not the assistant's, nothing before that end.
+    Raises DataError: no list, an unknown role, an empty message, a system message that is not the
+    first, an end that is not the assistant's, nothing before that end.
     """
 
     def wrong(what: str) -> DataError:
         return DataError(f"{place}: the column {column!r} {what}")
 
     if not isinstance(value, list | tuple):
-        raise wrong(f"is a {type(value).__name__}, not a list of messages with a role and a content")
+        raise wrong(
+            f"is a {type(value).__name__}, not a list of messages with a role and a content"
+        )
     messages = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise wrong(f"has a message {number} that is no object with a role and a content")
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise wrong(f"has a message {number} with the role {role!r}; roles are {', '.join(ROLES)}")
+            raise wrong(
+                f"has a message {number} with the role {role!r}; roles are {', '.join(ROLES)}"
+            )
         if role == "system" and number > 1:
             raise wrong(f"has a system message at place {number}; it can only be the first")
         if not isinstance(content, str) or not content.strip():
@@ -50,7 +59,9 @@ def conversation(value: Any, column: str, place: Place) -> list[dict[str, str]]:
         messages.append({"role": role, "content": whole(content, column, place)})
     if not messages or messages[-1]["role"] != "assistant":
         end = f"a message of the {messages[-1]['role']}" if messages else "nothing"
-        raise wrong(f"ends in {end}; the last message must be the assistant's, because it is what is learnt")
+        raise wrong(
+            f"ends in {end}; the last message must be the assistant's, because it is what is learnt"
+        )
     if len(messages) == 1 or messages[-2]["role"] != "user":
         raise wrong("has no user's message before the last answer, so there is nothing to answer")
     return messages

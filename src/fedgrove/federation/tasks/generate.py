@@ -1,8 +1,10 @@
 """Text generation: a prompt, or a conversation, and the completion that the model learns to write.
 
-The model reads prompt and completion through the chat template of its tokenizer; where the tokenizer has none, as
-``### Instruction:\\n<prompt>\\n\\n### Response:\\n<completion>`` and its end-of-sequence token. The loss is that of the
-completion's tokens alone, the end included; of a conversation, that of its last answer.
+The model reads prompt and completion through the chat template of its tokenizer; where the
+tokenizer has none, as
+``### Instruction:\\n<prompt>\\n\\n### Response:\\n<completion>`` and its end-of-sequence token. The
+loss is that of the completion's tokens alone, the end included; of a conversation, that of its last
+answer.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgrove.errors import DataError
 from fedgrove.federation.readers import Place, Row
 from fedgrove.federation.tasks.base import Batch, Example
 from fedgrove.federation.tasks.conversation import answers, conversation, text_in
 from fedgrove.federation.tasks.overlap import Overlap
+from fedgrove.ground.errors import DataError
 
 if TYPE_CHECKING:
     from fedgrove.job.sections import DataSection
@@ -31,10 +33,11 @@ IGNORED = -100  # the label of a position that is not learnt, as everywhere in P
 
 @dataclass(frozen=True)
 class Generate:
-    """``max_length`` tokens of prompt and completion together are read, ``max_new_tokens`` are written at most.
+    """``max_length`` tokens of prompt and completion together are read, ``max_new_tokens`` are
+    written at most.
 
-    A longer row loses the start of its prompt, down to half of ``max_length``; a completion that still does not fit
-    loses its end, and with it the end-of-sequence token.
+    A longer row loses the start of its prompt, down to half of ``max_length``; a completion that
+    still does not fit loses its end, and with it the end-of-sequence token.
     """
 
     max_length: int = 256
@@ -53,13 +56,17 @@ class Generate:
 
     def card(self) -> dict[str, Any]:
         """As in Task."""
-        settings = {key: getattr(self, key) for key in ("max_length", "max_new_tokens", "generate_examples")}
+        settings = {
+            key: getattr(self, key) for key in ("max_length", "max_new_tokens", "generate_examples")
+        }
         return {"task": self.name, "labels": [], **settings}
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> Generate:
         """As in Task."""
-        return cls(int(card["max_length"]), int(card["max_new_tokens"]), int(card["generate_examples"]))
+        return cls(
+            int(card["max_length"]), int(card["max_new_tokens"]), int(card["generate_examples"])
+        )
 
     # -------------------------------------------------------------------- rows
     @staticmethod
@@ -69,14 +76,23 @@ class Generate:
 
     @staticmethod
     def row(values: Mapping[str, Any], data: DataSection, place: Place) -> Row:
-        """``{"prompt": str, "completion": str}`` or ``{"messages": [{"role", "content"}, ...]}``, and ``"label": ""``.
+        """``{"prompt": str, "completion": str}`` or ``{"messages": [{"role", "content"}, ...]}``,
+        and ``"label": ""``.
 
-        A completion that is a list of texts gives ``"references"`` too: the first is learnt, each counts as right.
+        A completion that is a list of texts gives ``"references"`` too: the first is learnt, each
+        counts as right.
         """
         if data.messages:
-            return {"messages": conversation(values[data.messages], data.messages, place), "label": ""}
+            return {
+                "messages": conversation(values[data.messages], data.messages, place),
+                "label": "",
+            }
         right = answers(values[data.completion], data.completion, place)
-        row = {"prompt": text_in(values[data.prompt], data.prompt, place), "completion": right[0], "label": ""}
+        row = {
+            "prompt": text_in(values[data.prompt], data.prompt, place),
+            "completion": right[0],
+            "label": "",
+        }
         return row | {"references": right} if len(right) > 1 else row
 
     @staticmethod
@@ -89,10 +105,11 @@ class Generate:
     def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Example]:
         """Examples ``{"input_ids", "start", "prompt_ids", "prompt", "references"}``.
 
-        The completion begins at ``start``; ``prompt_ids`` is what a generation starts from; ``prompt`` and
+        The completion begins at ``start``; ``prompt_ids`` is what a generation starts from;
+        ``prompt`` and
         ``references`` are texts. A row without a completion gives the prompt's half alone.
-        Raises DataError for a conversation where the tokenizer has no chat template, and for a completion that the
-        tokenizer turns into nothing.
+        Raises DataError for a conversation where the tokenizer has no chat template, and for a
+        completion that the tokenizer turns into nothing.
         """
         examples: list[Example] = []
         template = Template(tokenizer)
@@ -101,7 +118,9 @@ class Generate:
             example: Example = {"prompt": messages_of(row)[-2 if completion else -1]["content"]}
             example["prompt_ids"] = prompt[-self.max_length :]
             if completion:
-                kept = min(len(prompt), max(self.max_length - len(completion), self.max_length // 2))
+                kept = min(
+                    len(prompt), max(self.max_length - len(completion), self.max_length // 2)
+                )
                 example["start"] = kept
                 example["input_ids"] = (prompt[-kept:] + completion)[: self.max_length]
                 example["references"] = row.get("references") or [messages_of(row)[-1]["content"]]
@@ -113,7 +132,9 @@ class Generate:
     def lengths(self, rows: Sequence[Row], tokenizer: Any) -> list[int]:
         """Tokens of each row before anything is cut."""
         template = Template(tokenizer)
-        return [sum(map(len, template.tokens(row, number))) for number, row in enumerate(rows, start=1)]
+        return [
+            sum(map(len, template.tokens(row, number))) for number, row in enumerate(rows, start=1)
+        ]
 
     def truncated(self, rows: Sequence[Row], tokenizer: Any) -> int:
         """As in Task."""
@@ -124,15 +145,22 @@ class Generate:
         return len(example["input_ids"])
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
-        """``input_ids``, ``attention_mask`` [b, t], padded on the right; ``labels`` [b, t] where there are completions.
+        """``input_ids``, ``attention_mask`` [b, t], padded on the right; ``labels`` [b, t] where
+        there are completions.
 
         A label is the token that stands there, ``IGNORED`` outside the completion.
         """
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         longest = int(lengths.max())
         place = torch.arange(longest)
-        ids = [[*example["input_ids"], *[pad_id] * (longest - len(example["input_ids"]))] for example in examples]
-        batch = {"input_ids": torch.tensor(ids), "attention_mask": (place < lengths[:, None]).long()}
+        ids = [
+            [*example["input_ids"], *[pad_id] * (longest - len(example["input_ids"]))]
+            for example in examples
+        ]
+        batch = {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": (place < lengths[:, None]).long(),
+        }
         if all("start" in example for example in examples):
             starts = torch.tensor([example["start"] for example in examples])
             learnt = (place >= starts[:, None]) & (place < lengths[:, None])
@@ -144,10 +172,14 @@ class Generate:
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
     def positions(self, batch: Batch) -> Tensor:
-        """[b, t], true where the next token is asked for: before each token of a completion, or at a prompt's end."""
+        """[b, t], true where the next token is asked for: before each token of a completion, or at
+        a prompt's end.
+        """
         if "labels" in batch:
             return F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-        place = torch.arange(batch["attention_mask"].shape[1], device=batch["attention_mask"].device)
+        place = torch.arange(
+            batch["attention_mask"].shape[1], device=batch["attention_mask"].device
+        )
         return place == batch["attention_mask"].sum(1, keepdim=True) - 1
 
     # -------------------------------------------------------------------- head
@@ -156,7 +188,9 @@ class Generate:
         return {}
 
     def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """The mean over the prompt's tokens, so that it is the same in training and when the completion is unknown."""
+        """The mean over the prompt's tokens, so that it is the same in training and when the
+        completion is unknown.
+        """
         mask = batch["attention_mask"].bool()
         if "labels" in batch:
             mask = mask & (batch["labels"] == IGNORED)
@@ -176,7 +210,11 @@ class Generate:
         """Sums over completion tokens; of generations see ``judge``."""
         asked = self._asked(batch)
         loss = F.cross_entropy(_wide(logits), asked, reduction="sum")
-        return {"loss": float(loss), "tokens": float(len(asked)), "examples": float(len(batch["labels"]))}
+        return {
+            "loss": float(loss),
+            "tokens": float(len(asked)),
+            "examples": float(len(batch["labels"])),
+        }
 
     def chosen(self, examples: Sequence[Example]) -> list[int]:
         """Which examples get a generation: ``generate_examples``, spread evenly."""
@@ -193,10 +231,16 @@ class Generate:
         return sums | {"generated": float(len(outputs))}
 
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Loss per completion token (nats), ROUGE-L and ROUGE-1 (F1) and exact match of generations, perplexity."""
+        """Loss per completion token (nats), ROUGE-L and ROUGE-1 (F1) and exact match of
+        generations, perplexity.
+        """
         loss = sums["loss"] / sums["tokens"]
         generated = sums.get("generated", 0.0)
-        shared = {key: sums[key] / generated for key in ("rouge_l", "rouge_1", "exact_match")} if generated else {}
+        shared = (
+            {key: sums[key] / generated for key in ("rouge_l", "rouge_1", "exact_match")}
+            if generated
+            else {}
+        )
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"loss": loss, **shared, "perplexity": perplexity, "examples": sums["examples"]}
 
@@ -222,10 +266,13 @@ class Template:
             return self._by_chat(before, messages if answered else None, number)
         if len(before) > 1 or before[-1]["role"] != "user":
             raise DataError(
-                f"row {number} is a conversation, but the model's tokenizer has no chat template; give a prompt and a "
+                f"row {number} is a conversation, but the model's tokenizer has no chat template; "
+                f"give a prompt and a "
                 "completion instead, or choose a model that is made for conversations"
             )
-        prompt = self.tokenizer(f"### Instruction:\n{before[-1]['content']}\n\n### Response:\n", verbose=False)
+        prompt = self.tokenizer(
+            f"### Instruction:\n{before[-1]['content']}\n\n### Response:\n", verbose=False
+        )
         ids = list(prompt["input_ids"])
         while ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
             ids.pop()
@@ -234,11 +281,17 @@ class Template:
     def _by_chat(self, before: Any, whole: Any, number: int) -> tuple[list[int], list[int]]:
         tokenizer = self.tokenizer
         try:
-            start = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+            start = tokenizer.apply_chat_template(
+                before, tokenize=False, add_generation_prompt=True
+            )
             text = tokenizer.apply_chat_template(whole, tokenize=False) if whole else ""
-        except Exception as error:  # a template refuses in its own words: no system message, roles must alternate
+        except (
+            Exception
+        ) as error:  # a template refuses in its own words: no system message, roles must alternate
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"row {number} does not fit the model's chat template: {reason[:200]}") from error
+            raise DataError(
+                f"row {number} does not fit the model's chat template: {reason[:200]}"
+            ) from error
         prompt = tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
         if not whole:
             return list(prompt), []
@@ -247,11 +300,19 @@ class Template:
         return list(prompt), self._closed(text[len(start) :].rstrip(), number)
 
     def _closed(self, text: str, number: int) -> list[int]:
-        """The completion's tokens with an end: the template's own closing token, or the end-of-sequence token."""
+        """The completion's tokens with an end: the template's own closing token, or the
+        end-of-sequence token.
+        """
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        end = ids.pop() if ids and ids[-1] in self.tokenizer.all_special_ids else self.tokenizer.eos_token_id
+        end = (
+            ids.pop()
+            if ids and ids[-1] in self.tokenizer.all_special_ids
+            else self.tokenizer.eos_token_id
+        )
         if not ids:
-            raise DataError(f"row {number} has a completion that the tokenizer turns into nothing; remove it")
+            raise DataError(
+                f"row {number} has a completion that the tokenizer turns into nothing; remove it"
+            )
         return [*ids, end]
 
     def ends(self) -> list[int]:
@@ -267,7 +328,11 @@ def messages_of(row: Row) -> list[dict[str, str]]:
     if not isinstance(row["prompt"], str):  # what a trained model is asked may be a conversation
         return list(row["prompt"])
     prompt = [{"role": "user", "content": row["prompt"]}]
-    return [*prompt, {"role": "assistant", "content": row["completion"]}] if "completion" in row else prompt
+    return (
+        [*prompt, {"role": "assistant", "content": row["completion"]}]
+        if "completion" in row
+        else prompt
+    )
 
 
 def _wide(logits: Tensor) -> Tensor:

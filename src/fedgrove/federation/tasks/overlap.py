@@ -1,4 +1,6 @@
-"""What a generated text shares with its references: ROUGE (the library rouge-score) and exact match."""
+"""What a generated text shares with its references: ROUGE (the library rouge-score) and exact
+match.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ _WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿豈-﫿]|[^\W_぀-ヿ㐀-䶿一-鿿�
 
 
 class Overlap:
-    """``overlap(output, references)``: ROUGE-1 and ROUGE-L (F1, stemmed, best reference of each) and exact match."""
+    """``overlap(output, references)``: ROUGE-1 and ROUGE-L (F1, stemmed, best reference of each)
+    and exact match.
+    """
 
     def __init__(self) -> None:
         from rouge_score.rouge_scorer import RougeScorer
@@ -28,7 +32,9 @@ class Overlap:
 
 
 class _Words:
-    """The library's own tokenizer with its stemmer, which knows a to z and digits alone, for every script."""
+    """The library's own tokenizer with its stemmer, which knows a to z and digits alone, for every
+    script.
+    """
 
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer
@@ -45,6 +51,8 @@ def words(text: str) -> list[str]:
 
 
 def _same(output: str, reference: str) -> bool:
-    """Case, punctuation and white space aside; of a reference that is nothing else, to the letter."""
+    """Case, punctuation and white space aside; of a reference that is nothing else, to the
+    letter.
+    """
     expected = words(reference)
     return words(output) == expected if expected else output.strip() == reference.strip()

@@ -1,1 +1,3 @@
-"""Sections of single systems, one module each, found by themselves; see ``fedgrove.report.sections``."""
+"""Sections of single systems, one module each, found by themselves; see
+``fedgrove.report.sections``.
+"""

@@ -1,4 +1,6 @@
-"""HiLoRA's ``clusters.json``: who is like whom, what each tier adds, and how far the tiers say the same."""
+"""HiLoRA's ``clusters.json``: who is like whom, what each tier adds, and how far the tiers say the
+same.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedgrove.ground import words
 from fedgrove.report import style
 from fedgrove.report.sections import Section, section
 from fedgrove.report.style import COLOURS, CYCLE
 from fedgrove.report.tiers import Tiers
-from fedgrove.tracking import words
 
 _NAMED = 40  # more clients than that have no room for their names beside the map
 _PAIRS = {  # how each pair of tiers is drawn
@@ -32,14 +34,19 @@ _PAIRS = {  # how each pair of tiers is drawn
 @section("clusters.json", beside=True)
 def clusters(run_dir: Path, beside: Sequence[Path]) -> list[Section]:
     content = json.loads((run_dir / "clusters.json").read_text(encoding="utf-8"))
-    picture = partial(heat, content) if len(content["clients"]) > 2 else None  # two have but one distance
+    picture = (
+        partial(heat, content) if len(content["clients"]) > 2 else None
+    )  # two have but one distance
     found = [Section("Who is like whom: the clusters", _who(content), picture, _members(content))]
     tiers = Tiers.read(run_dir, content)
     if len(tiers.names) > 1:
-        found.append(Section("What each tier adds", _adds(tiers), partial(steps, tiers), tiers.table()))
+        found.append(
+            Section("What each tier adds", _adds(tiers), partial(steps, tiers), tiers.table())
+        )
     if any(_curves(content).values()):
         panels = [
-            (_penalties(path), json.loads((path / "clusters.json").read_text("utf-8"))) for path in (run_dir, *beside)
+            (_penalties(path), json.loads((path / "clusters.json").read_text("utf-8")))
+            for path in (run_dir, *beside)
         ]
         text = _overlap_words(run_dir, beside)
         found.append(Section("How far the tiers overlap", text, partial(overlap, panels)))
@@ -48,7 +55,9 @@ def clusters(run_dir: Path, beside: Sequence[Path]) -> list[Section]:
 
 # ---------------------------------------------------------------------- clusters
 def heat(content: Mapping[str, Any], width: float) -> Figure:
-    """The clients' distances, ordered by cluster, with the clusters' frames; beside it the Laplacian's eigenvalues."""
+    """The clients' distances, ordered by cluster, with the clusters' frames; beside it the
+    Laplacian's eigenvalues.
+    """
     names, labels, order = _ordered(content)
     distances = np.array(content["distances"])[np.ix_(order, order)]
     count, wide = len(names), width > style.NARROW
@@ -76,7 +85,9 @@ def heat(content: Mapping[str, Any], width: float) -> Figure:
             fontweight="bold",
         )  # fmt: skip
     axes.set_yticks(range(count) if named else [], names if named else [])
-    axes.tick_params(axis="y", labelcolor=COLOURS["ink"], labelsize=min(10.5, 72 * side / count * 0.9))
+    axes.tick_params(
+        axis="y", labelcolor=COLOURS["ink"], labelsize=min(10.5, 72 * side / count * 0.9)
+    )
     if not named:
         axes.set_ylabel(f"{count} clients, by cluster")
     _scale(figure, axes, low, high, left, side, height, width)
@@ -95,7 +106,9 @@ def heat(content: Mapping[str, Any], width: float) -> Figure:
 
 
 def _tiles(axes: Axes, colours: Any, count: int) -> None:
-    axes.imshow(colours, interpolation="none", extent=(-0.5, count - 0.5, count - 0.5, -0.5), aspect="equal")
+    axes.imshow(
+        colours, interpolation="none", extent=(-0.5, count - 0.5, count - 0.5, -0.5), aspect="equal"
+    )
     axes.set_xticks([])
     axes.set_xlim(-0.5, count - 0.5)
     axes.set_ylim(count - 0.5, -0.5)
@@ -103,7 +116,9 @@ def _tiles(axes: Axes, colours: Any, count: int) -> None:
 
 
 def _shade(values: Any, hidden: Any = False) -> Any:
-    """Blue where near (0), transparent where far (1), so that one image serves light and dark pages."""
+    """Blue where near (0), transparent where far (1), so that one image serves light and dark
+    pages.
+    """
     image = np.empty((*values.shape, 4))
     image[..., :3] = to_rgb(COLOURS["ours"])
     image[..., 3] = np.where(hidden, 0.0, 0.04 + 0.96 * (1 - np.clip(values, 0, 1)) ** 1.3)
@@ -111,11 +126,25 @@ def _shade(values: Any, hidden: Any = False) -> Any:
 
 
 def _scale(
-    figure: Figure, axes: Axes, low: float, high: float, left: float, side: float, height: float, width: float
+    figure: Figure,
+    axes: Axes,
+    low: float,
+    high: float,
+    left: float,
+    side: float,
+    height: float,
+    width: float,
 ) -> None:
     """The key below the map: which shade is which distance."""
-    bar = figure.add_axes((left / width, 1 - (side + 0.15 + 0.32) / height, min(2.2, side) / width, 0.14 / height))
-    bar.imshow(_shade(np.linspace(0, 1, 64)[None, :]), aspect="auto", extent=(0, 1, 0, 1), interpolation="none")
+    bar = figure.add_axes(
+        (left / width, 1 - (side + 0.15 + 0.32) / height, min(2.2, side) / width, 0.14 / height)
+    )
+    bar.imshow(
+        _shade(np.linspace(0, 1, 64)[None, :]),
+        aspect="auto",
+        extent=(0, 1, 0, 1),
+        interpolation="none",
+    )
     bar.set_yticks([])
     bar.set_xticks([0, 1], [f"near {low:.2f}", f"far {high:.2f}"])
     near, far = bar.get_xticklabels()
@@ -131,9 +160,11 @@ def _reach(distances: Any) -> tuple[float, float]:
 
 
 def _eigenvalues(axes: Axes, values: Sequence[float], count: int) -> None:
-    """The smallest eigenvalues; the gap after the last one that counts is as many clusters as there are.
+    """The smallest eigenvalues; the gap after the last one that counts is as many clusters as there
+    are.
 
-    The first is 0 whatever the clients are like: it is shown only where the gap after it was chosen.
+    The first is 0 whatever the clients are like: it is shown only where the gap after it was
+    chosen.
     """
     first = 1 if count > 1 else 0
     last = min(len(values), max(count + 4, 14))
@@ -141,14 +172,20 @@ def _eigenvalues(axes: Axes, values: Sequence[float], count: int) -> None:
     inside = places <= count
     axes.plot(places, shown, color=COLOURS["line"], linewidth=1.5, zorder=1)
     axes.scatter(places[inside], shown[inside], s=46, color=COLOURS["ours"], zorder=3)
-    outside: Any = {"facecolors": COLOURS["paper"], "edgecolors": COLOURS["base"], "linewidths": 1.5}
+    outside: Any = {
+        "facecolors": COLOURS["paper"],
+        "edgecolors": COLOURS["base"],
+        "linewidths": 1.5,
+    }
     axes.scatter(places[~inside], shown[~inside], s=40, zorder=3, **outside)
     reach = float(np.ptp(shown)) or 1.0
     axes.set_ylim(float(shown.min()) - 0.16 * reach, float(shown.max()) + 0.08 * reach)
     axes.set_xlim(first + 0.4, last + 0.6)
     if count < last:
         low, high = values[count - 1], values[count]
-        axes.fill_between([count, count + 1], low, high, color=COLOURS["ours"], alpha=0.13, linewidth=0)
+        axes.fill_between(
+            [count, count + 1], low, high, color=COLOURS["ours"], alpha=0.13, linewidth=0
+        )
         left = count > 0.6 * last  # where there is more room for the words
         axes.annotate(
             f"gap {high - low:.2g}\nafter {count}",
@@ -165,7 +202,9 @@ def _eigenvalues(axes: Axes, values: Sequence[float], count: int) -> None:
 
 
 def _ordered(content: Mapping[str, Any]) -> tuple[list[str], list[int], list[int]]:
-    """Names and labels by cluster, and in it by mean distance to its members, the most typical first."""
+    """Names and labels by cluster, and in it by mean distance to its members, the most typical
+    first.
+    """
     names, labels, distances = content["clients"], content["labels"], np.array(content["distances"])
 
     def key(row: int) -> tuple[int, float, str]:
@@ -186,32 +225,49 @@ def _runs(labels: Sequence[int]) -> list[tuple[int, int, int]]:
 def _who(content: Mapping[str, Any]) -> str:
     count, many = len(set(content["labels"])), len(content["clients"])
     change = content.get("basis") == "B - B_start"
-    what = "the changes that local training made to their B" if change else "their B after local training"
+    what = (
+        "the changes that local training made to their B"
+        if change
+        else "their B after local training"
+    )
     texts = [
         f"At the end of the root tier the server grouped {words.count(many, 'client')} into "
-        f"{words.count(count, 'cluster')}, once. The map shows the distance between any two of them: how far apart the "
-        f"subspaces of {what} are, averaged over layers. Frames are the clusters; dark inside a frame and pale "
+        f"{words.count(count, 'cluster')}, once. The map shows the distance between any two of "
+        f"them: how far apart the "
+        f"subspaces of {what} are, averaged over layers. Frames are the clusters; dark inside a "
+        f"frame and pale "
         "outside it is what a good grouping looks like.",
-        "There are as many clusters as eigenvalues before their largest jump, the eigengap; the first eigenvalue is "
+        "There are as many clusters as eigenvalues before their largest jump, the eigengap; the "
+        "first eigenvalue is "
         "always 0 and not drawn. No clear jump means no clear groups.",
     ]
     if content.get("late"):
-        names = ", ".join(f"{name} (cluster {label})" for name, label in sorted(content["late"].items()))
+        names = ", ".join(
+            f"{name} (cluster {label})" for name, label in sorted(content["late"].items())
+        )
         texts.append(f"Joined later, placed by a probe and so not on the map: {names}.")
     return "\n\n".join(texts)
 
 
 def _members(content: Mapping[str, Any]) -> list[list[str]]:
     labels: dict[int, list[str]] = {}
-    for name, label in [*zip(content["clients"], content["labels"], strict=True), *content.get("late", {}).items()]:
+    for name, label in [
+        *zip(content["clients"], content["labels"], strict=True),
+        *content.get("late", {}).items(),
+    ]:
         labels.setdefault(label, []).append(name)
-    rows = [[str(label), str(len(names)), ", ".join(sorted(names))] for label, names in sorted(labels.items())]
+    rows = [
+        [str(label), str(len(names)), ", ".join(sorted(names))]
+        for label, names in sorted(labels.items())
+    ]
     return [["cluster", "clients", "who"], *rows]
 
 
 # ---------------------------------------------------------------------- tiers
 def steps(tiers: Tiers, width: float) -> Figure:
-    """Every client's metric after each tier, thin; their mean with one standard deviation, thick."""
+    """Every client's metric after each tier, thin; their mean with one standard deviation,
+    thick.
+    """
     figure, axes = style.new_figure(width, 4.3)
     places = list(range(len(tiers.names)))
     for name, values in tiers.clients.items():
@@ -248,9 +304,12 @@ def steps(tiers: Tiers, width: float) -> Figure:
 
 def _adds(tiers: Tiers) -> str:
     texts = [
-        "Thin lines are clients, coloured by cluster; the thick one is their mean with one standard deviation. A "
-        "cascade that works climbs, and its spread shrinks: the root serves everyone somewhat, the cluster and the "
-        "leaf bring back those that it served badly. Each point is the model at the end of that tier’s rounds, head "
+        "Thin lines are clients, coloured by cluster; the thick one is their mean with one "
+        "standard deviation. A "
+        "cascade that works climbs, and its spread shrinks: the root serves everyone somewhat, the "
+        "cluster and the "
+        "leaf bring back those that it served badly. Each point is the model at the end of that "
+        "tier’s rounds, head "
         "included."
     ]
     if tiers.unseen:
@@ -270,7 +329,8 @@ def _number(value: float, percent: bool) -> str:
 def overlap(panels: Sequence[tuple[str, Mapping[str, Any]]], width: float) -> Figure:
     """Mean cos² between the tiers' subspaces, layer by layer, and what random subspaces would have.
 
-    A panel for each run, on one scale: with and without the penalty, where such runs are set side by side.
+    A panel for each run, on one scale: with and without the penalty, where such runs are set side
+    by side.
     """
     panels = [(title, content) for title, content in panels if any(_curves(content).values())]
     columns = len(panels) if width > style.NARROW else 1
@@ -292,15 +352,26 @@ def _overlap_panel(axes: Axes, content: Mapping[str, Any], top: float) -> None:
             continue
         title, colour, dash, marker = _PAIRS[pair]
         values = np.array(rows)
-        axes.fill_between(layers, values.min(0), values.max(0), color=colour, alpha=0.10, linewidth=0)
+        axes.fill_between(
+            layers, values.min(0), values.max(0), color=colour, alpha=0.10, linewidth=0
+        )
         axes.plot(layers, values.mean(0), color=colour, linestyle=dash, marker=marker, markersize=5)
         named.append((title, float(values.mean(0)[-1]), colour))
     for chance in sorted(set(content.get("chance", {}).values())):
         axes.axhline(chance, color=COLOURS["base"], linewidth=1.4, linestyle=(0, (2, 2)))
         named.append((f"chance {chance:.3f}", chance, COLOURS["muted"]))
     axes.set_ylim(0, top * 1.12 or 1.0)
-    for (title, _, colour), place in zip(named, style.spread([y for _, y, _ in named], top * 0.085), strict=True):
-        axes.text(1.015, place, title, transform=axes.get_yaxis_transform(), va="center_baseline", color=colour)
+    for (title, _, colour), place in zip(
+        named, style.spread([y for _, y, _ in named], top * 0.085), strict=True
+    ):
+        axes.text(
+            1.015,
+            place,
+            title,
+            transform=axes.get_yaxis_transform(),
+            va="center_baseline",
+            color=colour,
+        )
     axes.set_xlabel("layer")
     axes.set_ylabel("mean cos²")
     axes.set_xticks(layers if len(layers) <= 16 else layers[:: math.ceil(len(layers) / 12)])
@@ -309,14 +380,21 @@ def _overlap_panel(axes: Axes, content: Mapping[str, Any], top: float) -> None:
 
 
 def _top(content: Mapping[str, Any]) -> float:
-    return max([*(value for rows in _curves(content).values() for row in rows for value in row), *_chances(content)])
+    return max(
+        [
+            *(value for rows in _curves(content).values() for row in rows for value in row),
+            *_chances(content),
+        ]
+    )
 
 
 def _curves(content: Mapping[str, Any]) -> dict[str, list[list[float]]]:
     """By pair of tiers: one row for each cluster or client, one number for each layer."""
     found = content.get("overlap", {})
     return {
-        pair: [row for row in (rows.values() if isinstance(rows, Mapping) else rows) if row is not None]
+        pair: [
+            row for row in (rows.values() if isinstance(rows, Mapping) else rows) if row is not None
+        ]
         for pair in _PAIRS
         for rows in [found.get(pair, [])]
     }
@@ -346,18 +424,22 @@ def _penalties(run_dir: Path) -> str:
 
 def _overlap_words(run_dir: Path, beside: Sequence[Path]) -> str:
     texts = [
-        "Two tiers that span the same directions (1) say the same thing twice; orthogonal ones (0) each add something. "
-        "The dotted line is what random subspaces of these sizes would have; lines at or below it mean tiers that keep "
+        "Two tiers that span the same directions (1) say the same thing twice; orthogonal ones (0) "
+        "each add something. "
+        "The dotted line is what random subspaces of these sizes would have; lines at or below it "
+        "mean tiers that keep "
         "out of each other’s way. Bands hold all clusters or clients."
     ]
     gammas = _gammas(run_dir)
     if gammas is not None:
         texts.append(
-            f"This run’s penalties: γ_c = {gammas[0]:g} towards the root, γ_l = {gammas[1]:g} between leaf and cluster."
+            f"This run’s penalties: γ_c = {gammas[0]:g} towards the root, γ_l = {gammas[1]:g} "
+            f"between leaf and cluster."
             + (
                 ""
                 if beside
-                else " To see what they do, set a run with both at 0 beside it: fedgrove report RUN --beside OTHER."
+                else " To see what they do, set a run with both at 0 beside it: fedgrove report "
+                "RUN --beside OTHER."
             )
         )
     return "\n\n".join(texts)

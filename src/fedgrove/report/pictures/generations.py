@@ -1,4 +1,6 @@
-"""``generations.jsonl``: a few of the texts that the clients' final models wrote, beside what was right."""
+"""``generations.jsonl``: a few of the texts that the clients' final models wrote, beside what was
+right.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,19 @@ def generations(run_dir: Path) -> list[Section]:
     chosen = [written for name in sorted(clients) for written in clients[name][:each]][:SHOWN]
     rows = [("client", "prompt", "written", "right")]
     rows += [
-        (one["client"], short(one["prompt"]), short(one["output"]) or "(nothing)", short(one["reference"]))
+        (
+            one["client"],
+            short(one["prompt"]),
+            short(one["output"]) or "(nothing)",
+            short(one["reference"]),
+        )
         for one in chosen
     ]
     said = (
-        f"Greedy answers of the final personal models to test prompts: {len(chosen)} of the {len(texts)} that "
-        "generations.jsonl holds. ROUGE and exact match are measured on these texts, the loss on all test rows."
+        f"Greedy answers of the final personal models to test prompts: {len(chosen)} of the "
+        f"{len(texts)} that "
+        "generations.jsonl holds. ROUGE and exact match are measured on these texts, the loss on "
+        "all test rows."
     )
     return [Section("What the models write", said, table=rows, prose=True)]
 

@@ -1,4 +1,6 @@
-"""The noise lab's ``noise.jsonl``: what rounds lose on the way down and in the mean, and what an index means."""
+"""The noise lab's ``noise.jsonl``: what rounds lose on the way down and in the mean, and what an
+index means.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,19 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from fedgrove.ground import words
+from fedgrove.ground.lines import read
 from fedgrove.report import style
 from fedgrove.report.sections import Section, section
 from fedgrove.report.style import COLOURS
-from fedgrove.tracking import words
-from fedgrove.tracking.lines import read
 
-_SIGNED = LinearSegmentedColormap.from_list("signed", ["#b35900", "#f2c48d", "#f1f1ee", "#8fc1e3", "#00538a"])
+_SIGNED = LinearSegmentedColormap.from_list(
+    "signed", ["#b35900", "#f2c48d", "#f1f1ee", "#8fc1e3", "#00538a"]
+)
 _AMOUNT = LinearSegmentedColormap.from_list("amount", ["#f1f1ee", "#f2c48d", "#d98032", "#8a3c00"])
-_ROUNDING = 1e-6  # an update has a norm of 0.01 and more: less than this is what float32 cannot hold
+_ROUNDING = (
+    1e-6  # an update has a norm of 0.01 and more: less than this is what float32 cannot hold
+)
 _MOST_CELLS = 24  # above so many rows a matrix has no thin gaps between its cells
 _DASHES: dict[str, Any] = {
     "solid": "-",
@@ -69,13 +75,22 @@ def noise(run_dir: Path) -> list[Section]:
 
 # ---------------------------------------------------------------------- figures
 def losses(rounds: Rounds, width: float) -> Figure:
-    """n_init, n_agg and the bound on a log axis; what is exactly zero stands on a line of its own below it."""
+    """n_init, n_agg and the bound on a log axis; what is exactly zero stands on a line of its own
+    below it.
+    """
     figure, axes = style.new_figure(width, 4.0)
     roomy = width > style.NARROW
     curves = [
         _curve(rounds, "bound", "bound", "muted", "dotted", "^"),
         _curve(rounds, "n_agg", "aggregation", "tail", "dashed", "s"),
-        _curve(rounds, "n_init_adapter", "start, adapter only" if roomy else "adapter only", "local", "dashdot", "D"),
+        _curve(
+            rounds,
+            "n_init_adapter",
+            "start, adapter only" if roomy else "adapter only",
+            "local",
+            "dashdot",
+            "D",
+        ),
         _curve(rounds, "n_init", "start", "ours", "solid", "o"),
     ]
     if curves[2].values == curves[3].values:  # nothing is merged into the base: one reading
@@ -88,19 +103,34 @@ def losses(rounds: Rounds, width: float) -> Figure:
     has_zero = any(value == 0 for curve in curves for value in curve.values)
     axes.set_yscale("log")
     for curve in curves:
-        _draw(axes, rounds, curve, [value if value is None else value or zero for value in curve.values])
+        _draw(
+            axes,
+            rounds,
+            curve,
+            [value if value is None else value or zero for value in curve.values],
+        )
     bottom = zero / 10 ** (0.09 * decades) if has_zero else low / 10 ** (0.08 * decades)
     axes.set_ylim(bottom, high * 10 ** (0.08 * decades))
     _log_ticks(axes, low, high, zero if has_zero else None)
     if has_zero:
-        axes.axhline(low / 10 ** (0.16 * decades), color=COLOURS["line"], linewidth=1.2, linestyle=(0, (3, 3)))
+        axes.axhline(
+            low / 10 ** (0.16 * decades),
+            color=COLOURS["line"],
+            linewidth=1.2,
+            linestyle=(0, (3, 3)),
+        )
     _rounds_axis(axes, rounds, width)
     axes.set_ylabel("norm of what is lost")
     axes.grid(axis="y")
     gap = (0.066 if roomy else 0.125) * math.log10(high * 10 ** (0.08 * decades) / bottom)
     spots = style.spread([math.log10(curve.last or zero) for curve in curves], gap)
     for curve, spot in zip(curves, spots, strict=True):
-        _label(axes, f"{curve.name}{' ' if roomy else chr(10)}{_number(curve.last or 0.0)}", 10**spot, curve.colour)
+        _label(
+            axes,
+            f"{curve.name}{' ' if roomy else chr(10)}{_number(curve.last or 0.0)}",
+            10**spot,
+            curve.colour,
+        )
     return figure
 
 
@@ -111,15 +141,21 @@ def places(rounds: Rounds, width: float) -> Figure:
     row = float(np.clip(6.0 / len(sites), 0.09, 0.27))
     figure, axes = style.new_figure(width, 0.9 + row * len(sites))
     edges = np.array([line["round"] - 0.5 for line in rounds] + [rounds[-1]["round"] + 0.5])
-    image = _cells(axes, edges, np.arange(len(sites) + 1) - 0.5, values, _AMOUNT, 0.0, float(values.max()))
+    image = _cells(
+        axes, edges, np.arange(len(sites) + 1) - 0.5, values, _AMOUNT, 0.0, float(values.max())
+    )
     step = math.ceil(0.2 / row)
     before = "layer " if roomy else ""
-    axes.set_yticks(range(0, len(sites), step), [before + site_name(site) for site in sites[::step]])
+    axes.set_yticks(
+        range(0, len(sites), step), [before + site_name(site) for site in sites[::step]]
+    )
     axes.set_ylim(len(sites) - 0.5, -0.5)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10 if roomy else 6))
-    bar = figure.colorbar(image, ax=axes, fraction=0.03 if roomy else 0.06, pad=0.015, aspect=row * len(sites) / 0.13)
+    bar = figure.colorbar(
+        image, ax=axes, fraction=0.03 if roomy else 0.06, pad=0.015, aspect=row * len(sites) / 0.13
+    )
     bar.outline.set_visible(False)
     bar.locator = MaxNLocator(nbins=4)
     bar.update_ticks()
@@ -133,7 +169,11 @@ def cosines(rounds: Rounds, matrix: np.ndarray | None, width: float) -> Figure:
         figure, axes = style.new_figure(width, 3.4)
     else:
         figure = Figure(figsize=(width, 4.0 if beside else 7.6), layout="constrained")
-        shape: Any = {"ncols": 2, "width_ratios": (1.3, 1)} if beside else {"nrows": 2, "height_ratios": (1, 1.2)}
+        shape: Any = (
+            {"ncols": 2, "width_ratios": (1.3, 1)}
+            if beside
+            else {"nrows": 2, "height_ratios": (1, 1.2)}
+        )
         left, right = figure.subfigures(**shape)
         axes = left.add_subplot()
         _matrix(right, right.add_subplot(), matrix)
@@ -151,7 +191,9 @@ def cosines(rounds: Rounds, matrix: np.ndarray | None, width: float) -> Figure:
     _rounds_axis(axes, rounds, width / 2 if beside and matrix is not None else width)
     axes.set_ylabel("mean cosine between clients")
     axes.grid(axis="y")
-    spots = style.spread([float(curve.last or 0.0) for curve in curves], (0.09 if beside else 0.15) * (high - low))
+    spots = style.spread(
+        [float(curve.last or 0.0) for curve in curves], (0.09 if beside else 0.15) * (high - low)
+    )
     for curve, spot in zip(curves, spots, strict=True):
         text = f"{curve.name}{' ' if beside else chr(10)}{curve.last:.2f}"
         _label(axes, words.typographic(text), spot, curve.colour)
@@ -159,7 +201,8 @@ def cosines(rounds: Rounds, matrix: np.ndarray | None, width: float) -> Figure:
 
 
 def mean_matrix(rounds: Rounds) -> np.ndarray | None:
-    """The cosines by index [R, R] over the later half of the rounds; NaN where there was no pair, None without any.
+    """The cosines by index [R, R] over the later half of the rounds; NaN where there was no pair,
+    None without any.
 
     ``rounds``: the lines of cosines.jsonl.
     """
@@ -185,32 +228,46 @@ def _losses_text(rounds: Rounds) -> str:
     )
     said = []
     if starts and not any(starts):
-        said.append(f"Here nothing is lost on the way down: exactly 0 in {_of_rounds(len(starts))}.")
+        said.append(
+            f"Here nothing is lost on the way down: exactly 0 in {_of_rounds(len(starts))}."
+        )
     elif starts:
         said.append(f"On the way down a client loses {_number(np.mean(starts))} on average.")
     if merged != starts:
-        said.append(f"Its adapter alone, without what is merged into the base, lacks {_number(np.mean(merged))}.")
+        said.append(
+            f"Its adapter alone, without what is merged into the base, lacks "
+            f"{_number(np.mean(merged))}."
+        )
     if means and max(means) <= _ROUNDING:
         said.append("The mean loses nothing but rounding.")
     elif means:
-        said.append(f"The mean loses {_number(np.mean(means))} on average, {_number(means[-1])} in the last round.")
+        said.append(
+            f"The mean loses {_number(np.mean(means))} on average, {_number(means[-1])} in the "
+            f"last round."
+        )
     if bounds:
         said.append(
-            "The bound is the most that it could be: how far the clients' columns are from their mean, times the same "
+            "The bound is the most that it could be: how far the clients' columns are from their "
+            "mean, times the same "
             "of their rows."
         )
     return (
-        "Two things can be lost in a round: a client may start from less than the global update (start), and the new "
-        "global update may differ from the mean of what the clients trained (aggregation). Both are Frobenius norms of "
+        "Two things can be lost in a round: a client may start from less than the global update "
+        "(start), and the new "
+        "global update may differ from the mean of what the clients trained (aggregation). Both "
+        "are Frobenius norms of "
         "updates of the base weights, over all adapted layers.\n\n" + " ".join(said)
     )
 
 
 def _cosine_text(rounds: Rounds, matrix: np.ndarray | None) -> str:
     pairs = [(line["cos_same"], line["cos_other"]) for line in rounds]
-    same, other = next(((a, b) for a, b in reversed(pairs) if a is not None and b is not None), (None, None))
+    same, other = next(
+        ((a, b) for a, b in reversed(pairs) if a is not None and b is not None), (None, None)
+    )
     text = (
-        "A rank index is one column of B with one row of A. To average by index makes sense where the clients' modules "
+        "A rank index is one column of B with one row of A. To average by index makes sense where "
+        "the clients' modules "
         "of one index point the same way."
     )
     if same is not None and other is not None:
@@ -218,8 +275,10 @@ def _cosine_text(rounds: Rounds, matrix: np.ndarray | None) -> str:
         text += f" At the end their mean cosine is {shown}."
     if matrix is not None:
         text += (
-            "\n\nThe matrix shows each pair of indices, as a mean over layers and the later half of the rounds: a blue "
-            "diagonal on pale ground is what one hopes for. An empty cell is a pair that no two clients trained."
+            "\n\nThe matrix shows each pair of indices, as a mean over layers and the later half "
+            "of the rounds: a blue "
+            "diagonal on pale ground is what one hopes for. An empty cell is a pair that no two "
+            "clients trained."
         )
     return text
 
@@ -230,7 +289,11 @@ def _of_rounds(count: int) -> str:
 
 def _number(value: float) -> str:
     """``0.052``, ``3.5e−9``."""
-    return words.typographic(f"{value:.2g}") if value == 0 or 0.01 <= abs(value) < 100 else _power(value, 1)
+    return (
+        words.typographic(f"{value:.2g}")
+        if value == 0 or 0.01 <= abs(value) < 100
+        else _power(value, 1)
+    )
 
 
 def _power(value: float, digits: int) -> str:
@@ -245,7 +308,11 @@ def _curve(rounds: Rounds, key: str, name: str, role: str, dash: str, marker: st
 
 def _draw(axes: Axes, rounds: Rounds, curve: Curve, values: Sequence[float | None]) -> None:
     """The curve's line through ``values``; a round without one is bridged."""
-    there = [(line["round"], value) for line, value in zip(rounds, values, strict=True) if value is not None]
+    there = [
+        (line["round"], value)
+        for line, value in zip(rounds, values, strict=True)
+        if value is not None
+    ]
     dots: dict[str, Any] = {"marker": curve.marker, "markersize": 5.5} if len(rounds) <= 40 else {}
     axes.plot(
         [at for at, _ in there],
@@ -257,7 +324,9 @@ def _draw(axes: Axes, rounds: Rounds, curve: Curve, values: Sequence[float | Non
 
 
 def _log_ticks(axes: Axes, low: float, high: float, zero: float | None) -> None:
-    """Few and plain: powers of ten, with 2 and 5 where there are not many, and a 0 where zeros stand."""
+    """Few and plain: powers of ten, with 2 and 5 where there are not many, and a 0 where zeros
+    stand.
+    """
     many = math.log10(high / low) > 2.2
     within = LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0)).tick_values(low, high)
     lowest = low / (1.05 if zero else 1.3)  # above the line that parts the zeros
@@ -267,7 +336,11 @@ def _log_ticks(axes: Axes, low: float, high: float, zero: float | None) -> None:
     axes.yaxis.set_major_locator(FixedLocator([*([zero] if zero else []), *shown]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda tick, _: "0" if tick == zero else f"{tick:g}" if 1e-3 <= tick < 1e4 else _power(tick, 0))
+        FuncFormatter(
+            lambda tick, _: (
+                "0" if tick == zero else f"{tick:g}" if 1e-3 <= tick < 1e4 else _power(tick, 0)
+            )
+        )
     )
 
 
@@ -283,7 +356,16 @@ def _label(axes: Axes, text: str, place: float, colour: str) -> None:
     """A curve's name and last value right of it."""
     middle = "center" if "\n" in text else "center_baseline"
     at = axes.get_yaxis_transform()
-    axes.text(1.015, place, text, transform=at, va=middle, color=colour, fontweight="bold", linespacing=1.05)
+    axes.text(
+        1.015,
+        place,
+        text,
+        transform=at,
+        va=middle,
+        color=colour,
+        fontweight="bold",
+        linespacing=1.05,
+    )
 
 
 def _matrix(figure: FigureBase, axes: Axes, matrix: np.ndarray) -> None:
@@ -305,5 +387,7 @@ def _matrix(figure: FigureBase, axes: Axes, matrix: np.ndarray) -> None:
 
 def _cells(axes: Axes, x: Any, y: Any, values: Any, colours: Any, low: float, high: float) -> Any:
     few = max(len(x), len(y)) <= _MOST_CELLS
-    gaps: dict[str, Any] = {"edgecolors": COLOURS["paper"], "linewidth": 0.8} if few else {"rasterized": True}
+    gaps: dict[str, Any] = (
+        {"edgecolors": COLOURS["paper"], "linewidth": 0.8} if few else {"rasterized": True}
+    )
     return axes.pcolormesh(x, y, values, cmap=colours, vmin=low, vmax=high or 1.0, **gaps)

@@ -1,4 +1,6 @@
-"""FedTreeLoRA's ``tree.json`` as a tree: one trunk of all clients that splits into branches from layer to layer."""
+"""FedTreeLoRA's ``tree.json`` as a tree: one trunk of all clients that splits into branches from
+layer to layer.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +21,48 @@ from fedgrove.report.sections import Section, section
 from fedgrove.report.style import COLOURS, CYCLE
 
 _STUB = 0.6  # layers' worth of common trunk above the first layer, so that there is a root to see
-_LEFT, _RIGHT = 0.62, {True: 1.15, False: 0.9}  # inches beside the drawing, by whether there is room
+_LEFT, _RIGHT = (
+    0.62,
+    {True: 1.15, False: 0.9},
+)  # inches beside the drawing, by whether there is room
 _NAME = 0.14  # inches that a name needs across
 _LONGEST = 22  # characters of a name
-_SHARES = LinearSegmentedColormap.from_list("shares", ["#b35900", "#f2c48d", "#f1f1ee", "#8fc1e3", "#00538a"])
+_SHARES = LinearSegmentedColormap.from_list(
+    "shares", ["#b35900", "#f2c48d", "#f1f1ee", "#8fc1e3", "#00538a"]
+)
 
 
 @section("tree.json")
 def tree(run_dir: Path) -> list[Section]:
     found = Tree.read(json.loads((run_dir / "tree.json").read_text(encoding="utf-8")))
     sections = [
-        Section("The tree: who shares with whom, layer by layer", _story(found), partial(grown, found), _table(found))
+        Section(
+            "The tree: who shares with whom, layer by layer",
+            _story(found),
+            partial(grown, found),
+            _table(found),
+        )
     ]
     if any(found.shares.get(str(layer.index)) for layer in found.layers if len(layer.groups) > 1):
         text = (
-            "λ weighs a client's own branch against the mean of everyone else: 1 is its branch alone, 0 the others "
-            "alone. Each client learns its own, from 0.5, and never sends it.\n\nClients stand in the order of the "
+            "λ weighs a client's own branch against the mean of everyone else: 1 is its branch "
+            "alone, 0 the others "
+            "alone. Each client learns its own, from 0.5, and never sends it.\n\nClients stand in "
+            "the order of the "
             "tree above. Where a layer is not split there is nothing to weigh."
         )
-        sections.append(Section("How far each client relies on its own branch (λ)", text, partial(reliance, found)))
+        sections.append(
+            Section(
+                "How far each client relies on its own branch (λ)", text, partial(reliance, found)
+            )
+        )
     return sections
 
 
 def grown(tree: Tree, width: float) -> Figure:
-    """The dendrogram with the layers' cuts, and under it the branches: layers downwards, clients across."""
+    """The dendrogram with the layers' cuts, and under it the branches: layers downwards, clients
+    across.
+    """
     depth, roomy = len(tree.layers), width > style.NARROW
     row = float(np.clip(4.6 / depth, 0.17, 0.52))
     top = 1.8 if tree.merges else 0.15
@@ -56,7 +76,13 @@ def grown(tree: Tree, width: float) -> Figure:
         for group, start, end in [(frozenset(tree.columns), -_STUB, 0.0), *tree.lives()]:
             colour = tree.colour(group)
             axes.add_patch(
-                Polygon(tree.outline(group, start, end), closed=True, facecolor=colour, edgecolor=colour, linewidth=0.4)
+                Polygon(
+                    tree.outline(group, start, end),
+                    closed=True,
+                    facecolor=colour,
+                    edgecolor=colour,
+                    linewidth=0.4,
+                )
             )
     else:
         _cells(axes, tree)
@@ -65,7 +91,9 @@ def grown(tree: Tree, width: float) -> Figure:
     _axis(axes, tree, width, row)
     _counts(axes, tree, row)
     if tree.merges:
-        dendrogram = figure.add_axes((across[0], 1 - (top - 0.14) / height, across[1], (top - 0.24) / height))
+        dendrogram = figure.add_axes(
+            (across[0], 1 - (top - 0.14) / height, across[1], (top - 0.24) / height)
+        )
         _dendrogram(dendrogram, tree, top - 0.24, roomy)
     return figure
 
@@ -95,13 +123,28 @@ def reliance(tree: Tree, width: float) -> Figure:
     _axis(axes, tree, width, row)
     for place, end in _whole(tree):
         axes.axhspan(place, end, color=COLOURS["line"], linewidth=0, alpha=0.45)
-        axes.text(0, (place + end) / 2, "shared by all", ha="center", va="center", fontsize=10, color=COLOURS["muted"])
+        axes.text(
+            0,
+            (place + end) / 2,
+            "shared by all",
+            ha="center",
+            va="center",
+            fontsize=10,
+            color=COLOURS["muted"],
+        )
     tall = min(1.4, row * depth)
     bar = figure.add_axes(
-        (1 - (_RIGHT[roomy] - 0.14) / width, (below + row * depth - tall) / height, 0.13 / width, tall / height)
+        (
+            1 - (_RIGHT[roomy] - 0.14) / width,
+            (below + row * depth - tall) / height,
+            0.13 / width,
+            tall / height,
+        )
     )
     if image is not None:
-        figure.colorbar(image, cax=bar, ticks=[0.5 - reach, 0.5, 0.5 + reach]).outline.set_visible(False)
+        figure.colorbar(image, cax=bar, ticks=[0.5 - reach, 0.5, 0.5 + reach]).outline.set_visible(
+            False
+        )
     key = (
         "blue: more of its own branch   ·   orange: more of the others"
         if roomy
@@ -112,7 +155,9 @@ def reliance(tree: Tree, width: float) -> Figure:
 
 
 def _cells(axes: Axes, tree: Tree) -> None:
-    """Without nesting there are no branches: each layer's groups as cells, with colours that mean that row alone."""
+    """Without nesting there are no branches: each layer's groups as cells, with colours that mean
+    that row alone.
+    """
     centres = tree.centres()
     for place, layer in enumerate(tree.layers):
         for number, group in enumerate(tree.ordered(layer.groups)):
@@ -133,9 +178,15 @@ def _dendrogram(axes: Axes, tree: Tree, inches: float, roomy: bool) -> None:
         for child in pair:
             colour = tree.colour(tree.nodes[child]) if tree.nested else COLOURS["base"]
             axes.plot(
-                [centres[child]] * 2, [heights[child], height], color=colour, linewidth=1.8, solid_capstyle="butt"
+                [centres[child]] * 2,
+                [heights[child], height],
+                color=colour,
+                linewidth=1.8,
+                solid_capstyle="butt",
             )
-        colour = tree.colour(tree.nodes[len(tree.clients) + number]) if tree.nested else COLOURS["base"]
+        colour = (
+            tree.colour(tree.nodes[len(tree.clients) + number]) if tree.nested else COLOURS["base"]
+        )
         axes.plot([centres[child] for child in pair], [height] * 2, color=colour, linewidth=1.8)
         centres.append((centres[pair[0]] + centres[pair[1]]) / 2)
         heights.append(height)
@@ -151,10 +202,15 @@ def _dendrogram(axes: Axes, tree: Tree, inches: float, roomy: bool) -> None:
     merged, places, labels = heights[len(tree.clients) :], [], []
     for layers, groups, _ in tree.spans():  # where each run of layers cuts the dendrogram
         kept = len(tree.clients) - len(groups)  # merges below the cut
-        low, high = merged[kept - 1] if kept > 0 else 0.0, merged[kept] if kept < len(merged) else top
+        low, high = (
+            merged[kept - 1] if kept > 0 else 0.0,
+            merged[kept] if kept < len(merged) else top,
+        )
         places.append((low + high) / 2)
         labels.append(_layers(layers) if roomy else _range(layers))
-        axes.axhline(places[-1], color=COLOURS["muted"], linewidth=1.0, linestyle=(0, (4, 2.5)), zorder=0)
+        axes.axhline(
+            places[-1], color=COLOURS["muted"], linewidth=1.0, linestyle=(0, (4, 2.5)), zorder=0
+        )
     for place, label in zip(style.spread(places, 0.17 * top / inches), labels, strict=True):
         axes.annotate(
             label, (1, place), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -167,7 +223,9 @@ def _axis(axes: Axes, tree: Tree, width: float, row: float) -> None:
     axes.spines[:].set_visible(False)
     every = 1 if row >= 0.17 else 2
     places = range(0, len(tree.layers), every)
-    axes.set_yticks([place + 0.5 for place in places], [str(tree.layers[place].index) for place in places])
+    axes.set_yticks(
+        [place + 0.5 for place in places], [str(tree.layers[place].index) for place in places]
+    )
     axes.set_ylabel("layer, shallow to deep", fontsize=10.5)
     if not _named(tree, width):
         axes.set_xticks([])
@@ -205,7 +263,11 @@ def _whole(tree: Tree) -> list[tuple[int, int]]:
 
 def _below(tree: Tree, width: float) -> float:
     """Inches for what stands under the columns."""
-    return 0.18 + 0.088 * min(max(map(len, tree.columns)) + 1, _LONGEST) if _named(tree, width) else 0.4
+    return (
+        0.18 + 0.088 * min(max(map(len, tree.columns)) + 1, _LONGEST)
+        if _named(tree, width)
+        else 0.4
+    )
 
 
 def _named(tree: Tree, width: float) -> bool:
@@ -230,20 +292,28 @@ def _story(tree: Tree) -> str:
     if len(spans) == 1 and trunk:
         found = f"No layer splits: all {count} clients share everything."
     else:
-        found = f"All {count} clients share {_layers(trunk[0])}. " if trunk else "No layer is shared by all clients. "
+        found = (
+            f"All {count} clients share {_layers(trunk[0])}. "
+            if trunk
+            else "No layer is shared by all clients. "
+        )
         found += f"The deepest layer has {len(spans[-1][1])} groups."
     if tree.joined:
         found += f" Joined after the tree was built (*): {', '.join(tree.joined)}."
     if tree.nested:
         how = (
-            "Read it downwards. Every column is a client. A band is a group of clients that share one adapter in that "
-            "layer; where it splits, they part for all deeper layers. Above it is the merge tree of the clients, from "
+            "Read it downwards. Every column is a client. A band is a group of clients that share "
+            "one adapter in that "
+            "layer; where it splits, they part for all deeper layers. Above it is the merge tree "
+            "of the clients, from "
             "the distances between their B, with a dashed line where each layer cuts it."
         )
     else:
         how = (
-            "Every column is a client. In each row, clients of one colour share one adapter; every layer was clustered "
-            "alone here, so that groups may cross from row to row. Above is the merge tree over all layers, unused."
+            "Every column is a client. In each row, clients of one colour share one adapter; every "
+            "layer was clustered "
+            "alone here, so that groups may cross from row to row. Above is the merge tree over "
+            "all layers, unused."
         )
     return f"{found}\n\n{how}"
 
@@ -251,12 +321,20 @@ def _story(tree: Tree) -> str:
 def _table(tree: Tree) -> list[list[str]]:
     rows = [["who shares", "layers", "groups", "score"]]
     for layers, groups, scores in tree.spans():
-        who = "everyone" if len(groups) == 1 else " · ".join(_members(tree, group) for group in tree.ordered(groups))
+        who = (
+            "everyone"
+            if len(groups) == 1
+            else " · ".join(_members(tree, group) for group in tree.ordered(groups))
+        )
         low, high = f"{min(scores):.2f}", f"{max(scores):.2f}"
-        rows.append([who, _range(layers), str(len(groups)), low if low == high else f"{low} to {high}"])
+        rows.append(
+            [who, _range(layers), str(len(groups)), low if low == high else f"{low} to {high}"]
+        )
     return rows
 
 
 def _members(tree: Tree, group: Group) -> str:
     names = sorted(group, key=tree.place.__getitem__)
-    return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+    return (
+        ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+    )

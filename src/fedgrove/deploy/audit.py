@@ -1,0 +1,160 @@
+"""A site's log of every message: what came, what left, how large, with its SHA-256. Never a value,
+never a text.
+
+One JSON object a line, in ``audit.jsonl``. Each line carries the SHA-256 of the line before it, so
+that a line that was changed, removed or put between others is found by ``broken`` (what was cut off
+at the end is not: for that, note the number of lines and the last hash elsewhere).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+_START = "0" * 64
+
+Direction = Literal["received", "sent"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One message, as the log tells it."""
+
+    time: str
+    run: str
+    round: int
+    direction: Direction
+    kind: str
+    bytes: int
+    sha256: str
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]  # path, dtype, shape
+    note: str = ""
+
+
+class AuditLog:
+    """Appends to one site's log. Every line is on disk before the message is used or sent."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(
+        self,
+        *,
+        run: str,
+        round: int,
+        direction: Direction,
+        kind: str,
+        blob: bytes,
+        tree: Any = None,
+        note: str = "",
+    ) -> None:
+        """Log one message: ``blob`` as it travels, ``tree`` what it decodes to (None where it was
+        not decoded).
+        """
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "run": run,
+            "round": round,
+            "direction": direction,
+            "kind": kind,
+            "bytes": len(blob),
+            "sha256": hashlib.sha256(blob).hexdigest(),
+            "tensors": describe(tree),
+            "note": note,
+        }
+        with self.path.open("ab+") as file:
+            os.chmod(self.path, 0o600)
+            _lock(file.fileno())  # released with the file
+            before, whole = _last_line(file)
+            if not whole:
+                file.write(
+                    b"\n"
+                    # a line that was cut short by a crash stays visible, and does not swallow this
+                    # one
+                )
+            line["previous"] = hashlib.sha256(before).hexdigest() if before else _START
+            file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def describe(tree: Any) -> list[list[Any]]:
+    """``[[path, dtype, [shape]], ...]`` of a tree's tensors."""
+    if tree is None:
+        return []
+    from fedgrove.adapters.tree import leaves
+
+    return [
+        [path, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        for path, tensor in leaves(tree)
+    ]
+
+
+def read(path: Path) -> Iterator[Entry]:
+    """The log's entries in order; a line that a crash cut short is passed over (``broken`` names
+    it).
+    """
+    for raw in _lines(path):
+        try:
+            line = json.loads(raw)
+            tensors = tuple(
+                (name, dtype, tuple(shape)) for name, dtype, shape in line.pop("tensors")
+            )
+            line.pop("previous")
+            yield Entry(tensors=tensors, **line)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+
+
+def broken(path: Path) -> list[int]:
+    """The numbers (from 1) of the lines that do not follow from the line before them, or are no
+    entry.
+    """
+    found, before = [], b""
+    for number, raw in enumerate(_lines(path), start=1):
+        try:
+            follows = json.loads(raw)["previous"] == (
+                hashlib.sha256(before).hexdigest() if before else _START
+            )
+        except (ValueError, TypeError, KeyError):
+            follows = False
+        if not follows:
+            found.append(number)
+        before = raw
+    return found
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def _last_line(file: Any) -> tuple[bytes, bool]:
+    """(the last line without its end, whether it has one), read backwards from the end of the
+    file.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return b"", True
+    data, position = b"", size
+    while position > 0 and b"\n" not in data[:-1]:
+        step = min(65536, position)
+        position -= step
+        file.seek(position)
+        data = file.read(step) + data
+    file.seek(0, os.SEEK_END)
+    whole = data.endswith(b"\n")
+    return data.removesuffix(b"\n").rsplit(b"\n", 1)[-1], whole
+
+
+def _lock(handle: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # one agent writes a site's log; elsewhere that is the user's to keep
+        return
+    fcntl.flock(handle, fcntl.LOCK_EX)

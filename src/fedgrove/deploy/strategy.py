@@ -1,0 +1,101 @@
+"""``Rounds``: Fedgrove's round loop as a strategy of Flower.
+
+A strategy of Flower sends one content to all and wants like contents back. Here each client gets an
+offer of its own, and what is aggregated is the method's business; so ``start`` hands the grid to
+the round loop, and the four hooks between which Flower's own loop would run have nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+if TYPE_CHECKING:
+    from fedgrove.job import Job
+    from fedgrove.tracking.callback import Callback
+
+
+class Rounds(Strategy):
+    """Runs a job over a grid into ``out``. ``names``: as in ``serve.on_grid``; progress goes to
+    standard output where there are no ``callbacks``."""
+
+    def __init__(
+        self,
+        job: Job,
+        out: Path,
+        *,
+        resume: bool = False,
+        names: Mapping[int, str] | None = None,
+        callbacks: Sequence[Callback] | None = None,
+    ):
+        self.job, self.out, self.resume, self.names, self.callbacks = (
+            job,
+            out,
+            resume,
+            names,
+            callbacks,
+        )
+
+    def start(self, grid: Grid, *ignored: Any, **also_ignored: Any) -> Result:
+        """The whole run. The job has what Flower's arguments would say; the result has each round's
+        mean measures.
+        """
+        from fedgrove.engines.flower.serve import on_grid
+        from fedgrove.tracking.live import progress
+
+        self.summary()
+        callbacks = [progress()] if self.callbacks is None else self.callbacks
+        found = on_grid(
+            grid, self.job, self.out, resume=self.resume, callbacks=callbacks, names=self.names
+        )
+        result = Result()
+        for split, rounds in (
+            ("train", result.train_metrics_clientapp),
+            ("test", result.evaluate_metrics_clientapp),
+        ):
+            for number, means in _means(found.metrics(), split).items():
+                rounds[number] = MetricRecord({**means})
+        return result
+
+    def summary(self) -> None:
+        """One line on what will run."""
+        print(f"{self.job.method.name}, {self.job.run.rounds} rounds into {self.out}", flush=True)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return ()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        return None, None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return ()
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        return None
+
+
+def _means(lines: Sequence[dict[str, Any]], split: str) -> dict[int, dict[str, float]]:
+    """``{round: {measure: mean over clients}}`` of one split."""
+    rounds: dict[int, dict[str, list[float]]] = {}
+    for line in lines:
+        if line["split"] == split:
+            for key, value in line.items():
+                if isinstance(value, float):
+                    rounds.setdefault(line["round"], {}).setdefault(key, []).append(value)
+    return {
+        number: {key: sum(values) / len(values) for key, values in measures.items()}
+        for number, measures in rounds.items()
+    }

@@ -1,0 +1,67 @@
+"""Files that are whole or absent: written to a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedgrove.ground.errors import RunError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """After a crash ``path`` is the old file or the new one. Raises ``RunError`` (no space, no
+    permission).
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` for UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+@contextmanager
+def whole_directory(folder: Path) -> Iterator[Path]:
+    """A new directory to write into, which takes ``folder``'s place only when all of it is on
+    disk.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in partial.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def unwritable(path: Path, error: OSError) -> RunError:
+    """The one sentence for a file that cannot be written."""
+    reason = error.strerror or str(error)
+    return RunError(
+        f"cannot write {path} ({reason}): check the disk space and the permissions of its folder."
+    )
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself durable, where the system can open a directory (Windows cannot)."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,36 @@
+"""How long a federation's rows are in the model's own tokens, and how many of them would be cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedgrove.federation.tasks import task_class, task_name
+from fedgrove.interop.models import load_processor
+
+if TYPE_CHECKING:
+    from fedgrove.federation.federation import Federation
+    from fedgrove.job import Job
+
+
+def lengths(job: Job, federation: Federation) -> dict[str, dict[str, Any]]:
+    """``{client: {"median", "p95", "longest", "cut"}}`` over all its rows; {} where rows have no
+    length (images).
+
+    Only the tokenizer is loaded, not the model. Raises ``ModelError`` where it cannot be had,
+    ``DataError`` for rows that it cannot write.
+    """
+    task = task_class(job.data).of(job.data)
+    processor = load_processor(job.model.name, job.model.revision, task_name(job.data))
+    found: dict[str, dict[str, Any]] = {}
+    for client in federation.clients:
+        tokens = task.lengths([*client.train, *client.test, *client.validation], processor)
+        if tokens:
+            found[client.name] = {
+                "median": float(np.median(tokens)),
+                "p95": float(np.percentile(tokens, 95)),
+                "longest": max(tokens),
+                "cut": sum(count > job.data.max_length for count in tokens),
+            }
+    return found

@@ -1,0 +1,1 @@
+"""One run from job to report: stage, prepare, loop, finish, leave, and its directory."""

@@ -1,0 +1,183 @@
+"""A run's directory: who may use it, and what is written into it before the first round."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedgrove.ground import versions
+from fedgrove.ground.errors import RunError
+from fedgrove.ground.files import write_bytes
+from fedgrove.job import Job
+from fedgrove.tracking.summary import write as write_json
+
+if TYPE_CHECKING:
+    from fedgrove.engines.base import Stage
+
+#: keys that are decided at the start where the job says "auto"; a resumed run keeps the choices of
+#: its first machine
+_AUTOMATIC = (
+    ("data", "task"),
+    ("train", "device"),
+    ("train", "dtype"),
+    ("train", "threads"),
+    ("train", "eval_batch_size"),
+    ("train", "cohort"),
+    ("federation", "newcomer_head"),
+)
+_UNSET = (("data", "labels"),)
+#: what a run may leave that was killed before it began
+_BEFORE = ("run.lock", "flower.json", "sites", "events.jsonl")
+
+
+class RunDirectory:
+    """``RUN/`` with job.toml, federation.json, metrics.jsonl, checkpoints/, adapters/, summary.json
+    and report.html.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def finished(self) -> bool:
+        return (self.path / "summary.json").exists() and (self.path / "report.html").exists()
+
+    def admit(self, job: Job, *, resume: bool) -> Job:
+        """The job to run here, before anything is written: refuses foreign or used directories.
+
+        With ``resume`` the automatic choices recorded in the directory replace the job's "auto".
+        """
+        recorded = self.path / "job.toml"
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; choose another --out.")
+        if not resume:
+            if self.path.exists() and any(self.path.iterdir()):
+                what = "holds a run" if recorded.exists() else "is not empty"
+                raise RunError(
+                    f"{self.path} {what} already; continue it with --resume, or choose another "
+                    f"--out."
+                )
+            self._writable()
+            return job
+        if not recorded.exists():
+            if self.path.exists() and any(
+                entry.name not in _BEFORE for entry in self.path.iterdir()
+            ):
+                raise RunError(
+                    f"{self.path} is not empty and holds no run (no job.toml); choose another "
+                    f"--out."
+                )
+            self._writable()
+            return job
+        before = Job.load(recorded)
+        now = adopt(job.resolved(), before)
+        different = differences(now, before)
+        if different:
+            raise RunError(
+                f"{self.path} holds another job ({'; '.join(different[:3])}); "
+                "resume it with its own job, or choose another --out."
+            )
+        return now
+
+    def open(self, prepared: Stage, *, resume: bool) -> None:
+        """Write what is known before the first round."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        table = self.path / "federation.json"
+        described = {
+            **prepared.federation.table(),
+            "source": prepared.federation.source,
+            "fingerprint": prepared.fingerprint,
+        }
+        if table.exists() and resume:
+            before = json.loads(table.read_text(encoding="utf-8")).get("fingerprint")
+            if before != prepared.fingerprint:
+                raise RunError(
+                    f"The data changed since {self.path} was begun; restore them, or choose "
+                    f"another --out."
+                )
+        write_json(table, described)
+        versions.write(self.path)
+        write_bytes(self.path / "job.toml", prepared.job.to_toml().encode())
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process at a time works on a run. The lock goes with the process, however it ends."""
+        existed = self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / "run.lock"
+        handle = os.open(file, os.O_CREAT | os.O_RDWR)
+        try:
+            _take(handle, self.path)
+            yield
+        except BaseException:
+            _tidy(self.path, file, existed)
+            raise
+        finally:
+            os.close(handle)
+            file.unlink(missing_ok=True)
+
+    def _writable(self) -> None:
+        """Whether the directory can be made, asked before hours of work."""
+        place = self.path
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise RunError(
+                f"{self.path} cannot be made, because {place} is a file; choose another --out."
+            )
+        if not os.access(place, os.W_OK):
+            raise RunError(
+                f"{place} is not writable, so {self.path} cannot be made; choose another --out."
+            )
+
+
+def adopt(job: Job, recorded: Job) -> Job:
+    """The job with the recorded automatic choices in place of its "auto" and unset keys."""
+    changes: dict[str, dict[str, Any]] = {}
+    for section, key in _AUTOMATIC:
+        if getattr(getattr(job, section), key) == "auto":
+            changes.setdefault(section, {})[key] = getattr(getattr(recorded, section), key)
+    for section, key in _UNSET:
+        value = getattr(getattr(recorded, section), key)
+        if getattr(getattr(job, section), key) is None and value is not None:
+            changes.setdefault(section, {})[key] = list(value)
+    return job.replace(**changes) if changes else job
+
+
+def differences(job: Job, recorded: Job) -> list[str]:
+    """The keys in which two jobs differ, ``run.out`` aside."""
+    mine, theirs = job.to_dict(), recorded.to_dict()
+    found = []
+    for section in mine:
+        for key in sorted(set(mine[section]) | set(theirs[section])):
+            if (section, key) == ("run", "out"):
+                continue
+            if mine[section].get(key) != theirs[section].get(key):
+                found.append(
+                    f"{section}.{key} is {theirs[section].get(key)!r} there, "
+                    f"{mine[section].get(key)!r} here"
+                )
+    return found
+
+
+def _take(handle: int, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system: two processes are the user's to avoid
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(
+            f"Another process is working on {path}; wait for it, or choose another --out."
+        ) from None
+
+
+def _tidy(path: Path, lock: Path, existed: bool) -> None:
+    """Leave no trace of a run that failed before it began."""
+    if not existed and list(path.iterdir()) == [lock]:
+        lock.unlink()
+        path.rmdir()

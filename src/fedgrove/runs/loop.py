@@ -1,0 +1,338 @@
+"""The round loop. It knows nothing of progress bars, logs or plots: those are callbacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedgrove.adapters.tree import Tree
+from fedgrove.engines.base import Absence, Arrival, Stage, not_finite
+from fedgrove.engines.local import LocalEngine
+from fedgrove.ground.errors import FedgroveError, RunError
+from fedgrove.methods.contract import ClientInfo, Update
+from fedgrove.privacy.client_dp import protection
+from fedgrove.runs.directory import RunDirectory
+from fedgrove.tracking.callback import Callback, Callbacks, RunInfo
+from fedgrove.tracking.checkpoint import Checkpoints
+from fedgrove.tracking.events import Events
+from fedgrove.tracking.metrics import MetricsLog, truncate_after
+from fedgrove.tracking.noise import Lab, NoiseLab
+from fedgrove.training.profile import round_span, span
+from fedgrove.wire.compress import passed
+from fedgrove.wire.validate import refuse_loss, sift
+
+
+@dataclass
+class Ledger:
+    """What a run has cost so far; part of every checkpoint."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    trained: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # numbers, by client, one for each of its rounds
+    up: dict[str, list[int]] = field(default_factory=dict)
+    down: dict[str, list[int]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"total": 0.0, "training": 0.0, "evaluation": 0.0, "server": 0.0}
+    )
+
+    def arrived(self, arrival: Arrival) -> None:
+        self.bytes_up += arrival.bytes_up
+        self.bytes_down += arrival.bytes_down
+        name = arrival.update.client
+        self.trained.setdefault(name, []).append(arrival.trained)
+        self.up.setdefault(name, []).append(arrival.up)
+        self.down.setdefault(name, []).append(arrival.down)
+
+    @contextmanager
+    def clock(self, what: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds``."""
+        started = time.perf_counter()
+        try:
+            with span(what):
+                yield
+        finally:
+            self.seconds[what] += time.perf_counter() - started
+
+
+class TooFew(RunError):
+    """A round had fewer clients than the job asks for. The run can be resumed."""
+
+
+class Loop:
+    """One run in progress: the server's state, the ledger, and where it is."""
+
+    def __init__(self, prepared: Stage, directory: RunDirectory, watch: Callback):
+        self.prepared, self.directory = prepared, directory
+        self.events = Events(directory.path / "events.jsonl")
+        self.metrics = MetricsLog(directory.path / "metrics.jsonl")
+        self.watch = Callbacks([self.metrics, watch])
+        self.checkpoints = Checkpoints(directory.path / "checkpoints")
+        self.noise = Lab()
+        if prepared.job.run.noise and isinstance(prepared.engine, LocalEngine):
+            self.noise = lab = NoiseLab(prepared.method, prepared.base.sites, directory.path)
+            prepared.engine.half.watch = lab.seen
+        self.ledger = Ledger()
+        self.new: set[str] = set()  # clients that joined late and of whom no update was used yet
+        self.head: Any = None  # the mean of the clients' heads, where one is kept
+        self.done = 0  # rounds completed
+        self.guard = protection(prepared.job, prepared.method, prepared.head, directory.path)
+        if self.checkpoints.exists():
+            self._restore()
+        else:
+            self.state = prepared.method.begin(list(prepared.clients.values()))
+            truncate_after(self.metrics.path, -1)
+            self.noise.truncate_after(-1)
+        self.started = time.perf_counter() - self.ledger.seconds["total"]
+
+    def rounds(self) -> None:
+        """All the rounds that are left."""
+        prepared, job = self.prepared, self.prepared.job
+        title = f"{prepared.method.title} on {job.model.name}"
+        names = tuple(prepared.clients)
+        info = RunInfo(
+            job.method.name,
+            title,
+            job.run.rounds,
+            names,
+            self.directory.path,
+            job.to_dict(),
+            self.done + 1,
+        )
+        self.watch.run_started(info)
+        for number in range(self.done + 1, job.run.rounds + 1):
+            with round_span(number):
+                self.round(number)
+
+    def round(self, number: int) -> None:
+        """Offer, train, aggregate, evaluate, checkpoint."""
+        prepared, job, ledger = self.prepared, self.prepared.job, self.ledger
+        method, engine = prepared.method, prepared.engine
+        for info in engine.joined(number):
+            self.admit(number, info)
+        available = engine.available(list(prepared.clients))
+        self._enough(number, available, {})
+        if self.guard is not None and self.guard.draws:
+            selected = self.guard.select(number, available)
+        else:
+            selected = method.select(self.state, number, available, job.federation.fraction)
+        self.watch.round_started(number, selected)
+        self.noise.begin(number, self.state)
+        with ledger.clock("training"):
+            updates = self.collect(number, selected) if selected else []
+        with ledger.clock("server"):
+            updates = self.aggregate(number, updates, selected)
+        if job.run.noise:  # else updates may be masked
+            self.noise.end(self.state, [method_part(update) for update in updates])
+        last = number == job.run.rounds
+        if last or number % job.run.eval_every == 0:
+            with ledger.clock("evaluation"):
+                lines = [line for split in prepared.splits for line in self.measured(number, split)]
+            self.watch.evaluated(number, lines)
+        spent = {} if self.guard is None else {"epsilon": self.guard.epsilon(len(prepared.clients))}
+        self.watch.round_done(
+            number, {"bytes_up": ledger.bytes_up, "bytes_down": ledger.bytes_down, **spent}
+        )
+        self.done = number
+        if last or number % job.run.checkpoint_every == 0:
+            self.save()
+
+    def collect(self, number: int, selected: Sequence[str]) -> list[Update]:
+        """The round's updates in name order; who gives none, or one that cannot be used, is left
+        out and logged.
+        """
+        engine, updates = self.prepared.engine, []
+        missing: dict[str, str] = {}
+        for arrival in engine.train(number, selected, lambda name: self.offer(name, number)):
+            if isinstance(arrival, Absence):
+                missing[arrival.client] = arrival.reason
+                if arrival.client in self.new and arrival.trace:  # its half of the method failed
+                    self._refuse(number, arrival.client, arrival.reason)
+                else:
+                    self.lost(number, arrival)
+                continue
+            self.ledger.arrived(arrival)
+            name = arrival.update.client
+            if wrong := not_finite(arrival.update.content):
+                missing[name] = wrong
+                engine.reject(name)
+                self.lost(number, Absence(name, wrong))
+                continue
+            if arrival.round < number:
+                self.events.write(
+                    number, name, "late", f"its update of round {arrival.round} is used in this one"
+                )
+            updates.append(arrival.update)
+            self.watch.client_done(number, train_line(number, arrival))
+        self._enough(number, [update.client for update in updates], missing)
+        return sorted(updates, key=lambda update: update.client)
+
+    def aggregate(
+        self, number: int, updates: list[Update], selected: Sequence[str]
+    ) -> list[Update]:
+        """The next state; the updates that it was made of. From clients elsewhere, one that breaks
+        it is left out.
+        """
+        prepared = self.prepared
+
+        def combine(whole: Sequence[Update]) -> Any:
+            parts = [method_part(update) for update in self.protected(number, whole, selected)]
+            state = prepared.method.aggregate(self.state, number, parts)
+            if not prepared.engine.trusted:
+                refuse_loss(self.state, state, prepared.method.setting.sites)
+            return state
+
+        if prepared.engine.trusted:
+            state = combine(updates)
+        else:
+            state, faults = sift(combine, updates)
+            for client, reason in faults:
+                prepared.engine.reject(client)
+                if client in self.new:
+                    self._refuse(number, client, reason)
+                else:
+                    self.lost(number, Absence(client, reason))
+            updates = [update for update in updates if update.client not in dict(faults)]
+            self.new -= {update.client for update in updates}
+            self._enough(
+                number, [] if state is None else [update.client for update in updates], dict(faults)
+            )
+        used = self.protected(number, updates, selected)
+        if self.guard is not None:
+            self.guard.released(used[0])
+        self.state = state
+        self.head = prepared.head.aggregate(self.head, used)
+        return updates
+
+    def protected(
+        self, number: int, updates: Sequence[Update], selected: Sequence[str]
+    ) -> Sequence[Update]:
+        """What of the updates the server's half sees: all of them, or under ``[privacy] clip``
+        their noisy mean.
+        """
+        if self.guard is None:
+            return updates
+        how = self.prepared.job.run.compress
+        clients = self.prepared.clients
+
+        def base(name: str) -> Tree:
+            return self.offer(name, number)
+
+        mean = self.guard.combine(
+            number, clients, updates, base, lambda name: passed(base(name), how), selected
+        )
+        return [mean]
+
+    def measured(self, number: int, split: str) -> Iterator[dict[str, Any]]:
+        """A line of metrics for each client that answers."""
+        prepared = self.prepared
+        for found in prepared.engine.evaluate(
+            list(prepared.clients), lambda name: self.deployed(name, number), split
+        ):
+            if isinstance(found, Absence):
+                self.lost(number, found, "not evaluated")
+            else:
+                yield {"round": number, "client": found[0], "split": split, **found[1]}
+
+    def lost(self, number: int, absence: Absence, what: str = "left out") -> None:
+        """Tell the log and the watcher that a client is missing."""
+        self.events.write(number, absence.client, what, absence.reason, trace=absence.trace)
+        self.watch.client_lost(number, absence.client, what, absence.reason)
+
+    def admit(self, number: int, info: ClientInfo) -> None:
+        """A client that appeared after the first round trains from now on, if the method can place
+        it.
+        """
+        prepared, method = self.prepared, self.prepared.method
+        try:
+            method.check([*prepared.clients.values(), *prepared.held_out.values(), info])
+            method.offer(self.state, number, info)
+        except Exception as error:  # whatever a method does for a client that it has never seen
+            words = (
+                str(error)
+                if isinstance(error, FedgroveError)
+                else f"the server's half failed on it ({error!r})"
+            )
+            self._refuse(number, info.name, words)
+            return
+        self.new.add(info.name)
+        everyone = sorted([*prepared.clients.values(), info], key=lambda each: each.name)
+        prepared.clients.clear()
+        prepared.clients.update({each.name: each for each in everyone})
+        self.events.write(number, info.name, "joined", f"it trains from round {number} on")
+
+    def _refuse(self, number: int, client: str, words: str) -> None:
+        reason = f"{self.prepared.method.title} cannot take it in after the first round: {words}"
+        self.prepared.clients.pop(client, None)
+        self.prepared.engine.refuse(client, reason)
+        self.lost(number, Absence(client, reason), "refused")
+
+    def _enough(self, number: int, present: Sequence[str], missing: Mapping[str, str]) -> None:
+        least = self.prepared.job.federation.min_clients
+        if len(present) >= least:
+            return
+        why = "; ".join(f"{client}: {reason}" for client, reason in sorted(missing.items()))
+        raise TooFew(
+            f"Round {number} has {len(present)} of the {least} clients that federation.min_clients "
+            f"asks for"
+            f"{f' ({why})' if why else ''}; the run is as it was after round {self.done}, go on "
+            f"with --resume."
+        )
+
+    def offer(self, client: str, round: int) -> Tree:
+        """What goes down to a client: the method's part and the head policy's."""
+        prepared = self.prepared
+        content = prepared.method.offer(self.state, round, prepared.clients[client])
+        return prepared.head.beside(content, self.head, newcomer=False)
+
+    def deployed(self, client: str, round: int) -> Tree:
+        """What a client's personal model is made of after round ``round``."""
+        prepared = self.prepared
+        content = prepared.method.deploy(self.state, round, prepared.clients[client])
+        return prepared.head.beside(content, self.head, newcomer=False)
+
+    def save(self) -> None:
+        """A checkpoint of everything, after the metrics of its rounds are on disk."""
+        self.ledger.seconds["total"] = time.perf_counter() - self.started
+        server = {
+            "state": self.state,
+            "head": dict(self.head) if self.head else None,
+            "ledger": dict(vars(self.ledger)),
+            "engine": self.prepared.engine.notes(),
+            **({} if self.guard is None else {"releases": self.guard.releases}),
+        }
+        with span("checkpoint"):
+            self.checkpoints.save(self.done, server, self.prepared.engine.changed())
+
+    def _restore(self) -> None:
+        self.done, server, stores = self.checkpoints.load()
+        self.state, self.head = server["state"], server["head"]
+        self.ledger = Ledger(**server["ledger"])
+        self.prepared.engine.restore(stores, server.get("engine", {}))
+        if self.guard is not None:
+            self.guard.releases = int(server["releases"])
+        truncate_after(self.metrics.path, self.done)
+        self.noise.truncate_after(self.done)
+
+
+def method_part(update: Update) -> Update:
+    """The update as the method's server half sees it: without the head policy's part."""
+    return replace(update, content=update.content["method"])
+
+
+def train_line(number: int, arrival: Arrival) -> dict[str, Any]:
+    return {
+        "round": number,
+        "client": arrival.update.client,
+        "split": "train",
+        "loss": arrival.loss,
+        "examples": arrival.update.examples,
+        "steps": arrival.steps,
+        "bytes_up": arrival.bytes_up,
+        "bytes_down": arrival.bytes_down,
+        "seconds": round(arrival.seconds, 4),
+    }

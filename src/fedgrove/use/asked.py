@@ -1,0 +1,72 @@
+"""What users hand a finished model, checked: rows out of questions, and rows that have their
+answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedgrove.federation.readers import Row, broken
+from fedgrove.federation.tasks.base import Task
+from fedgrove.federation.tasks.conversation import conversation
+from fedgrove.ground.errors import DataError
+
+_ANSWER = {"role": "assistant", "content": "?"}  # what a conversation that asks still lacks
+
+
+def questions(task: Task, given: Sequence[Any]) -> list[Row]:
+    """A row for each text, image or prompt. Raises ``DataError`` for what cannot be asked, with its
+    number.
+    """
+    what = task.asks
+    single = isinstance(given, str | bytes | Path | Mapping) or hasattr(
+        given, "mode"
+    )  # "mode": a PIL image
+    if single or (what == "prompt" and any(isinstance(each, Mapping) for each in given)):
+        raise DataError(
+            f"what a model is asked is a list, of one {what} or more; put the one {what} into a "
+            f"list"
+        )
+    rows = [
+        {what: _question(value, what, f"{what} {number}")}
+        for number, value in enumerate(given, start=1)
+    ]
+    if not rows:
+        raise DataError(f"the list is empty; ask about one {what} or more")
+    return rows
+
+
+def answered(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows to measure on. Raises ``DataError`` where there are none, or where one lacks its
+    question or answer.
+    """
+    answer = "label" if task.classifies else "completion"
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"row {number} is no object; give rows with {task.asks!r} and {answer!r}"
+            )
+        missing = [key for key in (task.asks, answer) if key not in row]
+        if missing and "messages" not in row:
+            raise DataError(
+                f"row {number} has no {missing[0]!r}; give rows with {task.asks!r} and {answer!r}"
+            )
+    if not rows:
+        raise DataError("there are no rows to measure on; give one or more")
+    return [dict(row) for row in rows]
+
+
+def _question(value: Any, what: str, place: str) -> Any:
+    if what == "image" and not isinstance(value, str):
+        return value  # looked at where it is opened
+    if what == "prompt" and isinstance(value, list | tuple):
+        return conversation([*value, _ANSWER], what, place)[:-1]
+    if not isinstance(value, str):
+        raise DataError(f"{place} is of the type {type(value).__name__}, not a text")
+    if not value.strip():
+        raise DataError(f"{place} is empty; leave it out")
+    if half := broken(value):
+        raise DataError(f"{place} has the broken character {half!a}; give it as UTF-8")
+    return value

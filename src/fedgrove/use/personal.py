@@ -1,0 +1,205 @@
+"""A client's model as its user meets it: loaded from an adapter directory, it predicts."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedgrove.adapters import Adapter, Assembly, Extra, Term
+from fedgrove.federation.tasks import TASKS
+from fedgrove.ground.errors import AdapterError, DataError, RunError
+from fedgrove.interop import assembly_file, peft
+from fedgrove.interop.models import EMBEDDED_MODELS, load_base
+from fedgrove.methods.head import PREFIX
+from fedgrove.methods.registry import method_class
+from fedgrove.training.kernel import Kernel, TrainOptions
+from fedgrove.use.asked import answered, questions
+
+
+class ClientModel:
+    """A base with one client's adapter and head. Made by ``load``."""
+
+    def __init__(self, kernel: Kernel, assembly: Assembly, card: dict[str, Any]):
+        self.kernel, self.assembly, self.card = kernel, assembly, card
+        self.labels: tuple[str, ...] = tuple(card["labels"])
+
+    def logits(self, texts: Sequence[Any]) -> Tensor:
+        """Logits ``[texts, classes]`` in float32, columns in the order of ``labels``.
+
+        Of a language model ``[prompts, vocabulary]``: about the first token of the answer.
+        Where the model reads images, ``texts`` are their files' paths or bytes, or PIL images.
+        """
+        rows = questions(self.kernel.task, texts)
+        return self.kernel.logits(
+            self.assembly, self.kernel.task.encode(rows, self.kernel.base.processor)
+        ).clone()
+
+    def probabilities(self, texts: Sequence[Any]) -> Tensor:
+        return torch.softmax(self.logits(texts).float(), dim=-1)
+
+    def predict(self, texts: Sequence[Any]) -> list[str]:
+        """The most likely label of each text (or image); what a language model writes after each
+        prompt.
+        """
+        if not self.kernel.task.classifies:
+            return self.generate(texts)
+        return [self.labels[index] for index in self.logits(texts).argmax(dim=-1).tolist()]
+
+    def generate(self, prompts: Sequence[Any], *, max_new_tokens: int | None = None) -> list[str]:
+        """What a language model writes after each prompt, greedily; a prompt is a text, or a list
+        of messages.
+
+        ``max_new_tokens`` is the job's ``data.max_new_tokens`` unless given. Raises
+        ``AdapterError`` for a classifier.
+        """
+        task = self.kernel.task
+        if task.classifies:
+            raise AdapterError(
+                f"{self.card['model']} was trained to classify ({task.name}); it cannot generate "
+                f"text."
+            )
+        if max_new_tokens is not None and (
+            not isinstance(max_new_tokens, int) or max_new_tokens < 1
+        ):
+            raise DataError(
+                f"max_new_tokens = {max_new_tokens!r} is no number of tokens; set it to 1 or more"
+            )
+        examples = task.encode(questions(task, prompts), self.kernel.base.processor)
+        return self.kernel.generate(self.assembly, examples, most=max_new_tokens)
+
+    def evaluate(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """The task's measures on rows ``{"text": …, "label": …}``, or with the columns of another
+        task.
+        """
+        task = self.kernel.task
+        return self.kernel.evaluate(
+            self.assembly, task.encode(answered(task, rows), self.kernel.base.processor)
+        )
+
+
+def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -> ClientModel:
+    """A client's model from an adapter directory that a run or ``fedgrove export`` wrote (merged
+    ones too).
+
+    ``dtype`` is the base's precision, by default the one the run used, so that the logits are the
+    run's. Raises ``AdapterError`` where the directory is incomplete, ``ModelError`` where the base
+    cannot be loaded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(
+            f"{folder} does not exist; name an adapter directory such as RUN/adapters/CLIENT."
+        )
+    if (folder / "summary.json").exists() or (folder / "job.toml").exists():
+        raise RunError(
+            f"{folder} is a run; name one of its adapters, such as "
+            f"{folder / 'adapters' / 'CLIENT'}."
+        )
+    card = peft.read_json(folder / peft.CARD)
+    merged = bool(card.get("merged"))
+    adapter: Adapter = {}
+    own: Assembly | None = None
+    if (folder / assembly_file.FILE).exists():
+        own = assembly_file.read_assembly(folder, method_class(card["method"]).mixes)
+        head = {}
+        adapter = {
+            site: factors for term in own.terms for site, factors in term.adapter.items()
+        }  # for their shapes
+    elif merged:
+        head = peft.read_tensors(folder / peft.HEAD) if (folder / peft.HEAD).exists() else {}
+    else:
+        adapter, head, _ = peft.read_adapter(folder)
+    kernel = _kernel(
+        str(folder) if merged else card["model"],
+        None if merged else card.get("revision"),
+        card["head"],
+        json.dumps({key: card.get(key) for key in TASKS[card["task"]].from_card(card).card()}),
+        tuple(sorted(adapter)),
+        dtype or card["dtype"],
+        device,
+    )
+    base = kernel.base
+    if card["head"] == "stock" and merged:
+        head = base.stock_head
+    for site, factors in adapter.items():
+        known = base.sites[site]
+        if (factors.A.shape[1], factors.B.shape[0]) != (known.in_features, known.out_features):
+            raise AdapterError(
+                f"{folder}: '{site}' does not have the shape of that layer in {card['model']}."
+            )
+    if own is not None:
+        return ClientModel(kernel, own, card)
+    extras = {PREFIX + name: Extra(value, train=False) for name, value in head.items()}
+    terms = (Term("adapter", adapter, train=""),) if adapter else ()
+    return ClientModel(kernel, Assembly(terms, extras=extras), card)
+
+
+@lru_cache(maxsize=1)
+def _kernel(
+    name: str,
+    revision: str | None,
+    head: Literal["pooled", "stock", "lm"],
+    card: str,
+    targets: tuple[str, ...],
+    dtype: str,
+    device: str,
+) -> Kernel:
+    """The base that the clients of one run share: loaded once for all of them."""
+    described = json.loads(card)
+    task = TASKS[described["task"]].from_card(described)
+    base = load_base(
+        name,
+        revision=revision,
+        task=task.name,
+        head=head,
+        classes=len(task.labels),
+        targets=list(targets) or "auto",
+        dtype=getattr(torch, dtype),
+        device=device,
+    )
+    return Kernel(base, task, TrainOptions())
+
+
+def merge(source: Path, out: Path) -> None:
+    """Write the base with the adapter folded in as an ordinary model (float32), with its tokenizer
+    and head.
+    """
+    from peft import PeftModel
+
+    from fedgrove.interop.models import from_pretrained, load_processor, model_class
+
+    card = peft.read_json(source / peft.CARD)
+    if "why" in card:
+        raise AdapterError(f"{source} cannot be merged: {card['why']}")
+    revision = card.get("revision")
+    classes = {"num_labels": len(card["labels"])} if card["head"] == "stock" else {}
+    base = from_pretrained(
+        model_class(card["task"], card["head"]), card["model"], revision, **classes
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's calls of names that transformers deprecates
+        whole = PeftModel.from_pretrained(base.to(torch.float32), str(source)).merge_and_unload()
+    if card["labels"]:
+        whole.config.id2label = dict(enumerate(card["labels"]))
+        whole.config.label2id = {label: index for index, label in enumerate(card["labels"])}
+    whole.save_pretrained(str(out))
+    load_processor(card["model"], revision, card["task"]).save_pretrained(str(out))
+    head = peft.read_tensors(source / peft.HEAD) if (source / peft.HEAD).exists() else {}
+    if head:
+        peft.save_file(head, out / peft.HEAD, metadata={"format": "pt"})
+    card = {
+        **card,
+        "merged": True,
+        "dtype": "float32",
+        "upstream": EMBEDDED_MODELS.get(card["model"], card["model"]),
+    }
+    (out / peft.CARD).write_text(
+        peft.json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

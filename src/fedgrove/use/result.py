@@ -1,0 +1,137 @@
+"""A finished run, from Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from fedgrove.ground.errors import RunError
+from fedgrove.tracking import metrics
+from fedgrove.tracking import summary as summaries
+
+if TYPE_CHECKING:
+    from fedgrove.federation.readers import Row
+    from fedgrove.job import Job
+    from fedgrove.use.personal import ClientModel
+
+
+class Result:
+    """What ``fg.run`` gives back; ``Result("runs/fedit")`` opens a finished run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise RunError(f"{self.path} does not exist; name the directory of a finished run.")
+        self.summary: dict[str, Any] = summaries.read(self.path / "summary.json")
+
+    @property
+    def job(self) -> Job:
+        from fedgrove.job import Job
+
+        return Job.load(self.path / "job.toml")
+
+    def names(self) -> list[str]:
+        """The clients, held-out ones included."""
+        return list(self.summary["clients"])
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return metrics.read(self.path / "metrics.jsonl")
+
+    @cached_property
+    def tests(self) -> dict[str, list[Row]]:
+        """Each client's test rows, of the data as they were. Raises ``RunError`` where they have
+        changed since.
+        """
+        from fedgrove.federation import build
+        from fedgrove.runs.prepare import fingerprint_of
+
+        federation = build(self.job)
+        then = json.loads((self.path / "federation.json").read_text(encoding="utf-8")).get(
+            "fingerprint"
+        )
+        if fingerprint_of(federation) != then:
+            raise RunError(
+                f"The data changed since {self.path} was run, and with them who tests on what; "
+                f"restore them, or name "
+                "rows that nobody was trained on (--data FILE)."
+            )
+        return {client.name: client.test for client in federation.clients}
+
+    def client(self, name: str) -> ClientResult:
+        """One client's part of the run. Raises ``RunError`` for a name that the run does not
+        have.
+        """
+        if name not in self.summary["clients"]:
+            raise RunError(f"{self.path} has no client '{name}'; it has {', '.join(self.names())}.")
+        return ClientResult(self, name)
+
+    def __repr__(self) -> str:
+        short = {key: self.summary[key] for key in ("method", "rounds", "mean", "tail10")}
+        return f"Result({str(self.path)!r}, {json.dumps(short)})"
+
+
+class ClientResult:
+    """One client of a finished run."""
+
+    def __init__(self, result: Result, name: str):
+        self.result, self.name = result, name
+        self.summary: dict[str, Any] = result.summary["clients"][name]
+
+    @property
+    def path(self) -> Path:
+        """Its adapter directory."""
+        return self.result.path / "adapters" / self.name
+
+    def predict(self, texts: Sequence[Any]) -> list[str]:
+        """The most likely label of each text, or of each image (path, bytes or PIL image)."""
+        return self.model().predict(texts)
+
+    def evaluate(self, data: str | Path | None = None) -> dict[str, float]:
+        """The measures on the client's own test split, or on a table with the job's columns."""
+        from fedgrove.federation.sources import rows_of
+
+        rows = (
+            self.result.tests[self.name] if data is None else rows_of(Path(data), self.result.job)
+        )
+        return self.model().evaluate(rows)
+
+    def export(self, out: str | Path, *, merge: bool = False, tier: str | None = None) -> Path:
+        """Copy the adapter to a new directory, or write the whole model with the adapter merged
+        into it.
+
+        ``tier``: one tier alone, of a method that has tiers (HiLoRA: root, cluster, leaf).
+        """
+        out = Path(out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"{out} exists already; name a new directory.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            source = self.path
+            if tier is not None:
+                from fedgrove.interop.tiers import write_tier
+
+                source = Path(folder) / self.name
+                write_tier(self.path, source, tier)
+            if merge:
+                from fedgrove.use.personal import merge as write
+
+                write(source, out)
+            else:
+                shutil.copytree(source, out, dirs_exist_ok=True)
+        return out
+
+    def model(self, **options: Any) -> ClientModel:
+        """The client's model, ready to predict; options as of ``fedgrove.load``."""
+        from fedgrove.use.personal import load
+
+        return load(self.path, **options)
