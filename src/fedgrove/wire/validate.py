@@ -239,6 +239,7 @@ def _number(value: Any) -> bool:
 
 # ------------------------------------------------------------------------ the rules
 def _fault(tree: Any, sites: Sites | None, rank: int | None) -> str | None:
+    tree = plain(tree)
     for number, (path, value, site) in enumerate(_walk(tree, sites or {}, "")):
         if number == MOST_LEAVES:
             return f"it has more than {MOST_LEAVES:,} parts"
