@@ -363,8 +363,10 @@ def _lock(path: Path, wanted: Asset) -> Iterator[None]:
 def _disk_trouble(error: OSError, wanted: Asset, root: Path) -> str:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         needed = megabytes(3 * wanted.package.size)
-        return f"the disk of {root} is full: {wanted.name} needs about {needed}; free some, "
-            "or set FEDGROVE_CACHE elsewhere"
+        return (
+            f"the disk of {root} is full: {wanted.name} needs about {needed}; free some or set "
+            "FEDGROVE_CACHE elsewhere"
+        )
     return f"the cache {root} cannot be written ({error.strerror or error}); set FEDGROVE_CACHE to a writable folder"
 
 
