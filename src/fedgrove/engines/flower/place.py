@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,18 +11,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fedgrove.ground.errors import RunError
 
 if TYPE_CHECKING:
+    from fedgrove.adapters.adapter import Site
     from fedgrove.engines.flower.wire import Note
     from fedgrove.federation import Federation
     from fedgrove.federation.federation import Client
     from fedgrove.job import Job
+
+Sites = Mapping[str, "Site"]  # the adapted layers of the base model, by name
 
 
 class Place(Protocol):
     """What ``client.Runtime`` asks of the machine that it runs on."""
 
     name: str  # the client's; "" for a simulated one before ``client``
-    # set by the runtime once the base is loaded: its adapted layers, to check messages against
-    sites: Any
 
     @property
     def folder(self) -> Path:
@@ -46,9 +48,9 @@ class Place(Protocol):
         server may know.
         """
 
-    def received(self, note: Note, blob: bytes) -> None:
+    def received(self, note: Note, blob: bytes, sites: Sites | None) -> None:
         """A message arrived, and nothing was done with it yet. Raises ``FedgroveError`` to refuse
-        it.
+        it. ``sites``: the adapted layers to check it against, None before the model is loaded.
         """
 
     def sending(self, note: Note, blob: bytes) -> None:
@@ -62,7 +64,6 @@ class SimulatedPlace:
 
     def __init__(self, run: Path, partition: int, name: str = ""):
         self.run, self.partition, self.name = run, partition, name
-        self.sites: Any = None
 
     @property
     def folder(self) -> Path:
@@ -90,7 +91,7 @@ class SimulatedPlace:
     def tells(self, row: dict[str, Any]) -> dict[str, Any]:
         return row
 
-    def received(self, note: Note, blob: bytes) -> None:
+    def received(self, note: Note, blob: bytes, sites: Sites | None) -> None:
         pass
 
     def sending(self, note: Note, blob: bytes) -> None:
