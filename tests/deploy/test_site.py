@@ -21,6 +21,8 @@ from fedgrove.engines.flower.wire import Note, encode
 from fedgrove.federation import build
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.job import Job
+from fedgrove.methods.contract import Setting
+from fedgrove.methods.registry import method_class
 from fedgrove.runs.prepare import machine_choices
 
 LABELS = ["negative", "positive"]
@@ -243,6 +245,9 @@ def test_epochs_count_as_the_sites_own_steps(
 # ------------------------------------------------------------ messages
 def test_every_message_is_logged_and_a_bad_one_is_logged_and_refused(place: SitePlace) -> None:
     sites = {"layer.0": Site("layer.0", 0, 6, 5)}
+    fedit = method_class("fedit")
+    setting = Setting(sites=sites, rank=2, alpha=4.0, rounds=4, seed=0)
+    method = fedit(fedit.Options(), setting)
     good = Note(
         "train",
         {"run": "ab12", "round": 3},
@@ -253,12 +258,12 @@ def test_every_message_is_logged_and_a_bad_one_is_logged_and_refused(place: Site
         {"run": "ab12", "round": 4},
         {"offer": {"layer.0": Factors(torch.ones(2, 7), torch.ones(5, 2), 1.0)}},
     )
-    place.received(good, encode(good), sites)
+    place.received(good, encode(good), method)
     place.sending(
         Note("train", {"run": "ab12"}, {}), b"answer"
     )  # an answer belongs to the round of its question
     with pytest.raises(SiteRefusal, match="6 features"):
-        place.received(bad, encode(bad), sites)
+        place.received(bad, encode(bad), method)
     entries = list(read(place.folder / "audit.jsonl"))
     assert [(e.direction, e.round, bool(e.note)) for e in entries] == [
         ("received", 3, False),

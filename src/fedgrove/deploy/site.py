@@ -27,10 +27,10 @@ from fedgrove.tracking.summary import write as write_json
 from fedgrove.wire import validate
 
 if TYPE_CHECKING:
-    from fedgrove.engines.flower.place import Sites
     from fedgrove.engines.flower.wire import Note
     from fedgrove.federation.federation import Client
     from fedgrove.job import Job
+    from fedgrove.methods.contract import Method
 
 FILE = "site.toml"
 MEGABYTE = 1_000_000
@@ -319,11 +319,11 @@ class SitePlace:
         return self.folder / "runs" / key / "adapters"
 
     # ------------------------------------------------------------------ every message
-    def received(self, note: Note, blob: bytes, sites: Sites | None) -> None:
+    def received(self, note: Note, blob: bytes, method: Method | None) -> None:
         """Log a decoded message and validate it before it touches anything. Raises
         ``SiteRefusal``.
         """
-        fault = self._fault(note, blob, sites)
+        fault = self._fault(note, blob, method)
         self._round = note.head.get("round")
         self._log(note, blob, "received", f"refused: {fault}" if fault else "")
         if fault:
@@ -351,7 +351,7 @@ class SitePlace:
         if too_large:
             self._refuse(f"its answer to {note.kind!r} was not sent, because {too_large}")
 
-    def _fault(self, note: Note, blob: bytes, sites: Sites | None) -> str | None:
+    def _fault(self, note: Note, blob: bytes, method: Method | None) -> str | None:
         if too_large := validate.size_fault(blob, self._limit()):
             return too_large
         run = note.head.get("run")
@@ -361,7 +361,7 @@ class SitePlace:
             fault := self._version_fault(str(note.head.get("version", "")))
         ):
             return fault
-        return validate.offer_fault(note.body, sites=sites)
+        return validate.offer_fault(note.body, method=method)
 
     def _version_fault(self, version: str) -> str | None:
         import fedgrove

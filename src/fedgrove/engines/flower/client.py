@@ -26,10 +26,11 @@ from fedgrove.ground.files import write_text
 from fedgrove.methods.contract import ClientInfo
 
 if TYPE_CHECKING:
-    from fedgrove.engines.flower.place import Place, Sites
+    from fedgrove.engines.flower.place import Place
     from fedgrove.federation.federation import Client
     from fedgrove.federation.tasks.base import Example
     from fedgrove.job import Job
+    from fedgrove.methods.contract import Method
     from fedgrove.training.client import ClientHalf
 
 Data = Mapping[str, "list[Example]"]  # split -> encoded examples
@@ -101,7 +102,7 @@ class Runtime:
         try:
             note = self._decoded(blob)
             key = str(note.head.get("run", ""))
-            self.place.received(note, blob, self._sites(note))
+            self.place.received(note, blob, self._method(note))
             answer = self._answer(note)
         except Exception as error:
             answer = self._error(error)
@@ -122,12 +123,12 @@ class Runtime:
                 raise
             raise AdapterError("A message cannot be read.") from error
 
-    def _sites(self, note: Note) -> Sites | None:
-        """The adapted layers, to check a message against; None before the model is loaded."""
+    def _method(self, note: Note) -> Method | None:
+        """The run's method, to check a message against; None before the model is loaded."""
         if note.kind in ("hello", "open", "here"):
             return None
         with suppress(Exception):  # it is told where the message is answered
-            return self._ready(note)[0].half.kernel.base.sites
+            return self._ready(note)[0].half.method
         return None
 
     def _sent(self, answer: Note) -> bytes:

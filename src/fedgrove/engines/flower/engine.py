@@ -19,7 +19,8 @@ from fedgrove.engines.flower.post import Failure, Post
 from fedgrove.engines.flower.wire import Note
 from fedgrove.methods.contract import ClientInfo, Method, Update
 from fedgrove.wire.compress import sent_bytes
-from fedgrove.wire.validate import fault, figures_fault, measures_fault, row_fault
+from fedgrove.wire.figures import figures_fault, measures_fault, row_fault
+from fedgrove.wire.validate import fault
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -403,9 +404,7 @@ class FlowerEngine:
         info = self.infos.get(name)
         if info is None:
             return Absence(name, "it was turned away in the meantime")
-        wrong = fault(
-            content, method=self._method, client=info, round=sent.round, head=self._head.initial
-        )
+        wrong = fault(content, method=self._method, head=self._head.initial)
         if wrong:
             return Absence(name, f"its update is refused, because {wrong}")
         self._before[name] = self._stores.get(name, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,13 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fedgrove.ground.errors import RunError
 
 if TYPE_CHECKING:
-    from fedgrove.adapters.adapter import Site
     from fedgrove.engines.flower.wire import Note
     from fedgrove.federation import Federation
     from fedgrove.federation.federation import Client
     from fedgrove.job import Job
-
-Sites = Mapping[str, "Site"]  # the adapted layers of the base model, by name
+    from fedgrove.methods.contract import Method
 
 
 class Place(Protocol):
@@ -48,9 +45,9 @@ class Place(Protocol):
         server may know.
         """
 
-    def received(self, note: Note, blob: bytes, sites: Sites | None) -> None:
+    def received(self, note: Note, blob: bytes, method: Method | None) -> None:
         """A message arrived, and nothing was done with it yet. Raises ``FedgroveError`` to refuse
-        it. ``sites``: the adapted layers to check it against, None before the model is loaded.
+        it. ``method``: the run's, to check it against; None before the model is loaded.
         """
 
     def sending(self, note: Note, blob: bytes) -> None:
@@ -91,7 +88,7 @@ class SimulatedPlace:
     def tells(self, row: dict[str, Any]) -> dict[str, Any]:
         return row
 
-    def received(self, note: Note, blob: bytes, sites: Sites | None) -> None:
+    def received(self, note: Note, blob: bytes, method: Method | None) -> None:
         pass
 
     def sending(self, note: Note, blob: bytes) -> None:
