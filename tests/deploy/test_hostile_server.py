@@ -19,7 +19,7 @@ from fedgrove.adapters.adapter import Factors
 from fedgrove.deploy.audit import read
 from fedgrove.deploy.site import open_place
 from fedgrove.engines.flower.client import Runtime, Workshops
-from fedgrove.engines.flower.serve import deployable
+from fedgrove.engines.flower.deployable import deployable
 from fedgrove.engines.flower.wire import Note, decode, encode
 from fedgrove.job import Job
 from fedgrove.runs.prepare import machine_choices

@@ -168,7 +168,7 @@ def test_only_named_jobs_where_the_site_names_them(
     here = open_place(str(folder))
     here.admit(mine)
     pytest.importorskip("flwr")
-    from fedgrove.engines.flower.serve import deployable
+    from fedgrove.engines.flower.deployable import deployable
 
     here.admit(deployable(machine_choices(mine.resolved())))  # as the server sends it
     with pytest.raises(SiteRefusal, match="not among the jobs"):

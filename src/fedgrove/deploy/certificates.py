@@ -8,6 +8,7 @@ All of them are elliptic-curve keys on P-384. A site's key never has to leave it
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 from collections.abc import Sequence
@@ -173,6 +174,11 @@ def check_public(public: bytes, where: Path) -> bytes:
     if not isinstance(key, EllipticCurvePublicKey):
         raise DeployError(f"{where} is no elliptic-curve key; a site's node.pub is one.")
     return b" ".join(public.split()[:2])
+
+
+def fingerprint(public: bytes) -> str:
+    """SHA-256 of a public node key (OpenSSH, with or without a comment)."""
+    return hashlib.sha256(b" ".join(public.split()[:2])).hexdigest()
 
 
 def load_certificates(path: Path) -> list[x509.Certificate]:

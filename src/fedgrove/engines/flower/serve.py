@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 
+from fedgrove.engines.flower.deployable import alone, deployable, named_held_out
 from fedgrove.engines.flower.engine import FlowerEngine, Member
 from fedgrove.engines.flower.post import Post
 from fedgrove.federation import build
-from fedgrove.federation.tasks import task_class, task_name
-from fedgrove.ground.errors import JobError, RunError
+from fedgrove.federation.tasks import task_name
+from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_text
 from fedgrove.interop.models import Base
 from fedgrove.methods.contract import ClientInfo, Method
@@ -182,7 +183,7 @@ def between_sites(
     engine = FlowerEngine(Post(grid, again=True), key, job, names=names, told=told)
     members = gather(engine, job.federation.min_clients, watch, among=set(known) if known else None)
     clients = known or ranked(job, members)
-    held_out = {name: info for name, info in clients.items() if name in _named_held_out(job)}
+    held_out = {name: info for name, info in clients.items() if name in named_held_out(job)}
     clients = {name: info for name, info in clients.items() if name not in held_out}
     if not clients:
         raise RunError(
@@ -195,7 +196,7 @@ def between_sites(
         half.head,
         half.task.metric,
         held_out=held_out,
-        never=_named_held_out(job),
+        never=named_held_out(job),
         newcomer=lambda info: held_out.update({info.name: info}),
     )
     rows = [member.row for member in sorted(members, key=lambda member: member.name)]
@@ -276,41 +277,6 @@ def ranked(job: Job, members: Sequence[Member]) -> dict[str, ClientInfo]:
     ranks = {name: min(rank, rows[name].rank or rank) for name, rank in ranks.items()}
     ranks = prepare.fitting_ranks(job, ranks)
     return {name: ClientInfo(name, ranks[name], rows[name].examples) for name in names}
-
-
-def deployable(job: Job) -> Job:
-    """What only a simulation can do is refused; what a simulation looks up in everybody's data must
-    be in the job.
-    """
-    if task_class(job.data).classifies and not job.data.labels:
-        raise JobError(
-            "data.labels is missing: sites do not see each other's data, so the job must name the "
-            "classes."
-        )
-    if isinstance(job.federation.held_out, float) and job.federation.held_out > 0:
-        raise JobError(
-            f"federation.held_out = {job.federation.held_out} draws clients by their data, which "
-            f"stay at the sites; "
-            "name the sites to hold out, or leave it out."
-        )
-    newcomers = job.federation.newcomer_head
-    return job.replace(
-        data={"task": task_name(job.data)},
-        train=alone(job),
-        federation={
-            "newcomer_head": bool(_named_held_out(job)) if newcomers == "auto" else newcomers
-        },
-    )
-
-
-def alone(job: Job) -> dict[str, Any]:
-    """Each client trains in a message of its own, so an automatic cohort is one client."""
-    return {"cohort": 1} if job.train.cohort == "auto" else {}
-
-
-def _named_held_out(job: Job) -> set[str]:
-    held_out = job.federation.held_out
-    return set(held_out) if isinstance(held_out, tuple) else set()
 
 
 def continued(directory: RunDirectory, *, resume: bool) -> tuple[str, dict[str, ClientInfo]]:
