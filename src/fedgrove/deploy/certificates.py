@@ -61,7 +61,8 @@ def address(text: str) -> tuple[str, int]:
     """(host, port) of ``host:port``; an IPv6 host stands in brackets. Raises ``DeployError``."""
     host, colon, port = text.rpartition(":")
     host = host.strip("[]")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    named = bool(colon) and bool(host) and "/" not in host
+    if not named or not port.isdecimal() or not 0 < int(port) < 65536:
         raise DeployError(
             f"{text!r} is no address; write host:port, such as fl.example.org:{PORT}."
         )

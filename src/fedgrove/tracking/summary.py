@@ -107,8 +107,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON to a temporary name, fsync, rename: after a crash ``path`` is either the old file
     or the new one.
     """
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    files.write_text(path, text)
+    files.write_json(path, content)
 
 
 def read(path: Path) -> dict[str, Any]:
