@@ -17,7 +17,7 @@ from fedgrove.compare.campaign import Done, Tuned, fingerprint
 from fedgrove.compare.entries import Entry, trial_name
 from fedgrove.compare.statistics import RESAMPLES, holm, paired
 from fedgrove.ground import words
-from fedgrove.tracking.summary import mean, present, std, tail10
+from fedgrove.ground.statistics import mean, present, std, tail10
 from fedgrove.use.result import Result
 
 MEASURES = ("metric", "metric_tuned")

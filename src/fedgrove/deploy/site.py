@@ -21,9 +21,9 @@ from pydantic import Field, ValidationError, field_validator
 from fedgrove.deploy.audit import AuditLog
 from fedgrove.deploy.certificates import DeployError, address
 from fedgrove.ground.errors import FedgroveError
+from fedgrove.ground.files import write_json
 from fedgrove.job.sections import Section, Text, Texts
 from fedgrove.job.toml import parse_toml
-from fedgrove.tracking.summary import write as write_json
 from fedgrove.wire import validate
 
 if TYPE_CHECKING:
