@@ -35,8 +35,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """``write_bytes`` for strict JSON: a number that is not finite raises ``ValueError``."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """``write_bytes`` for strict JSON, indented."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text)
 
 
 @contextmanager

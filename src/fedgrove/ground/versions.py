@@ -8,7 +8,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fedgrove.ground.files import write_json
+from fedgrove.ground import files
 
 _PACKAGES = (
     "fedgrove",
@@ -40,4 +40,4 @@ def versions() -> dict[str, str]:
 
 
 def write(run_dir: Path) -> None:
-    write_json(run_dir / "versions.json", versions())
+    files.write_json(run_dir / "versions.json", versions())
