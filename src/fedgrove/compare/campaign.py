@@ -15,9 +15,9 @@ from fedgrove.compare.entries import Entry, Trial, trial_name
 from fedgrove.compare.plan import Plan, check, make_plan
 from fedgrove.compare.progress import Overall
 from fedgrove.ground.errors import AdapterError, RunError
+from fedgrove.ground.statistics import mean
 from fedgrove.runs.directory import RunDirectory
 from fedgrove.tracking.metrics import metric_name
-from fedgrove.tracking.summary import mean
 from fedgrove.use.result import Result
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from fedgrove.compare import tables
 from fedgrove.compare.campaign import Done
 from fedgrove.compare.collect import collect
 from fedgrove.ground import files, words
-from fedgrove.tracking import summary
 
 
 def write(done: Done) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def write(done: Done) -> dict[str, Any]:
     ``compare.json``.
     """
     out, content = done.plan.out, finite(collect(done))
-    summary.write(out / "compare.json", content)
+    files.write_json(out / "compare.json", content)
     write_tables(content, out)
     write_page(content, out)
     return content

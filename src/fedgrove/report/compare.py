@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedgrove.ground import words
+from fedgrove.ground.statistics import mean, std, tail10
 from fedgrove.report.data import Run
-from fedgrove.tracking.summary import mean, std, tail10
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedgrove.ground import words
+from fedgrove.ground.statistics import mean, tail10
 from fedgrove.report import style
 from fedgrove.report.compare import Comparison
 from fedgrove.report.data import Run
 from fedgrove.report.style import COLOURS
-from fedgrove.tracking.summary import mean, tail10
 
 MANY = 40  # above this, clients have no line of their own: they stand side by side without names
 _STEPS = [1, 2, 5, 10]  # ticks at round numbers
