@@ -139,6 +139,7 @@ class HiLoRAOptions(WeightedOptions):
 class HiLoRA(Method):
     name = "hilora"
     title = "HiLoRA"
+    pictures = "fedgrove.report.pictures.clusters:clusters"
     paper = "arXiv 2603.02785"
     trains = "A, B of one tier at a time"
     shares = "root and cluster tiers"
