@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.ground import versions
 from fedgrove.ground.errors import RunError
@@ -18,18 +18,6 @@ from fedgrove.tracking.summary import write as write_json
 if TYPE_CHECKING:
     from fedgrove.engines.base import Stage
 
-#: keys that are decided at the start where the job says "auto"; a resumed run keeps the choices of
-#: its first machine
-_AUTOMATIC = (
-    ("data", "task"),
-    ("train", "device"),
-    ("train", "dtype"),
-    ("train", "threads"),
-    ("train", "eval_batch_size"),
-    ("train", "cohort"),
-    ("federation", "newcomer_head"),
-)
-_UNSET = (("data", "labels"),)
 #: what a run may leave that was killed before it began
 _BEFORE = ("run.lock", "flower.json", "sites", "events.jsonl")
 
@@ -73,7 +61,7 @@ class RunDirectory:
             self._writable()
             return job
         before = Job.load(recorded)
-        now = adopt(job.resolved(), before)
+        now = job.resolved().adopting(before)
         different = differences(now, before)
         if different:
             raise RunError(
@@ -132,19 +120,6 @@ class RunDirectory:
             raise RunError(
                 f"{place} is not writable, so {self.path} cannot be made; choose another --out."
             )
-
-
-def adopt(job: Job, recorded: Job) -> Job:
-    """The job with the recorded automatic choices in place of its "auto" and unset keys."""
-    changes: dict[str, dict[str, Any]] = {}
-    for section, key in _AUTOMATIC:
-        if getattr(getattr(job, section), key) == "auto":
-            changes.setdefault(section, {})[key] = getattr(getattr(recorded, section), key)
-    for section, key in _UNSET:
-        value = getattr(getattr(recorded, section), key)
-        if getattr(getattr(job, section), key) is None and value is not None:
-            changes.setdefault(section, {})[key] = list(value)
-    return job.replace(**changes) if changes else job
 
 
 def differences(job: Job, recorded: Job) -> list[str]:
