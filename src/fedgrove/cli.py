@@ -9,10 +9,10 @@ import errno
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -467,7 +467,17 @@ def adapt(
     for when, measures in found.measures.items():
         table.add_row(when, f"{measures[found.metric]:.3f}", f"{measures['loss']:.3f}")
     console.print(table)
+    if found.privacy is not None:
+        console.print(_private_words(found.privacy))
     print(f"Wrote {found.path}.")
+
+
+def _private_words(spent: Mapping[str, Any]) -> str:
+    """What training cost of a client's own example-level budget, as a sentence."""
+    steps = f"{spent['steps']} private steps on its examples"
+    if spent["epsilon"] is None:
+        return f"{steps}, without noise: there is no epsilon."
+    return f"{steps} cost epsilon = {spent['epsilon']:.3g} at delta = {spent['delta']:.2g}."
 
 
 @app.command(

@@ -264,7 +264,7 @@ def test_what_only_one_process_can_do_is_refused(
 
 
 def test_finite_updates_stay(tiny_bert: Path) -> None:
-    from fedgrove.engines.base import not_finite
+    from fedgrove.runs.engine import not_finite
 
     assert not_finite({"a": torch.ones(2), "n": 3}) is None
     assert not_finite({"a": {"b": torch.tensor([1.0, float("inf")])}}) == (

@@ -161,10 +161,11 @@ def test_another_method_has_its_own_keys() -> None:
 
 def test_every_mark_names_a_key_of_its_section() -> None:
     found = dict(sections(Job))
-    for kind in (Of, Only):
-        for path, mark in marked(Job, kind):
-            assert (*path[:-1], mark.chooser) in choosers(Job)
-            assert mark.chooser in found[path[:-1]].model_fields
+    of = [(path, mark.chooser) for path, mark in marked(Job, Of)]
+    only = [(path, mark.chooser) for path, mark in marked(Job, Only)]
+    for path, chooser in [*of, *only]:
+        assert (*path[:-1], chooser) in choosers(Job)
+        assert chooser in found[path[:-1]].model_fields
 
 
 def test_what_is_automatic_is_open_by_default() -> None:

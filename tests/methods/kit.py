@@ -18,10 +18,10 @@ import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.private import PrivacyError, is_private
 from fedgrove.adapters.tree import leaves, numbers, pack
+from fedgrove.engines.local import prepare
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, Method, Setting, Update
 from fedgrove.methods.registry import method_class
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
@@ -230,7 +230,7 @@ class Opened:
         return self.prepared.engine.personal(name, offer)
 
     def logits(self, assembly: Any) -> Tensor:
-        return self.prepared.half.kernel.logits(assembly, self.examples)
+        return self.prepared.engine.half.kernel.logits(assembly, self.examples)
 
 
 def exports(

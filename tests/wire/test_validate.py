@@ -16,9 +16,10 @@ from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.private import seal
+from fedgrove.engines.local import LocalEngine, prepare
 from fedgrove.methods.contract import ClientInfo, Setting, Update
 from fedgrove.methods.registry import method_class, names
-from fedgrove.runs.prepare import Prepared, prepare
+from fedgrove.runs.stage import Stage
 from fedgrove.wire.validate import (
     fault,
     figures_fault,
@@ -210,8 +211,8 @@ def test_size() -> None:
 
 # ------------------------------------------------------------ every method
 @pytest.fixture(scope="module")
-def prepared(tiny_bert: Path, silos: Path) -> Callable[[str], Prepared]:
-    def make(name: str) -> Prepared:
+def prepared(tiny_bert: Path, silos: Path) -> Callable[[str], Stage[LocalEngine]]:
+    def make(name: str) -> Stage[LocalEngine]:
         return prepare(
             tiny_job(
                 tiny_bert, silos, method={"name": name}, train={"local_steps": 1}, run={"rounds": 5}
@@ -223,7 +224,7 @@ def prepared(tiny_bert: Path, silos: Path) -> Callable[[str], Prepared]:
 
 @pytest.mark.parametrize("name", names())
 def test_no_honest_message_of_any_method_is_refused(
-    name: str, prepared: Callable[[str], Prepared]
+    name: str, prepared: Callable[[str], Stage[LocalEngine]]
 ) -> None:
     """Five rounds: warm-ups, clusterings and tiers included; with each update alone, as ``sift``
     may try it.

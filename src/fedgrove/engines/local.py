@@ -3,28 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.tree import numbers
-from fedgrove.engines.base import Arrival, Ask, Leaving, OfferOf
 from fedgrove.federation.tasks.base import Example
+from fedgrove.ground.errors import JobError, RunError
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import change
 from fedgrove.privacy.example_dp import NOTES
 from fedgrove.privacy.secure import Room
+from fedgrove.runs.engine import Arrival, Ask, Leaving, OfferOf
+from fedgrove.runs.fit import refuse_unfit
 from fedgrove.runs.leave import leave
+from fedgrove.runs.parts import Parts
+from fedgrove.runs.prepare import settle
+from fedgrove.runs.stage import Stage
+from fedgrove.tracking.noise import Lab, NoiseLab
 from fedgrove.training.client import ClientHalf, Outcome, Store, Turn
+from fedgrove.training.cohort import cohort_size, row_by_row
+from fedgrove.training.lanes import lane_count
 from fedgrove.training.memory import EVERY, release
+from fedgrove.training.profile import span
 from fedgrove.wire.compress import passed, sent_bytes
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
+    from fedgrove.runs.directory import RunDirectory
+    from fedgrove.tracking.callback import Callback
     from fedgrove.training.kernel import Kernel
 
 Data = Mapping[str, Mapping[str, Sequence[Example]]]  # client -> split -> encoded examples
+
+
+def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
+    """Resolve the job, load what it names, and check that it fits together.
+
+    ``out``: where ``run.noise`` is to be recorded. Raises ``FedgroveError``; nothing is written.
+    """
+    job, people = settle(job)
+    parts = Parts.of(job, people.clients.values())
+    parts = replace(parts, job=with_cohort(parts, len(people.clients)))
+    refuse_unfit(parts, people.clients.values(), people.held_out.values(), local=True)
+    lab, watch = Lab(), None
+    if job.run.noise and out is not None:
+        lab = noise = NoiseLab(parts.method, parts.base.sites, out)
+        watch = noise.seen
+    half = parts.client_half(watch=watch)
+    data = {client.name: parts.encode(client) for client in people.federation.clients}
+    return Stage(
+        parts,
+        people.federation,
+        LocalEngine(parts, half, people.everyone, data, people.held_out),
+        people.clients,
+        people.held_out,
+        people.fingerprint,
+        lab,
+    )
+
+
+@contextmanager
+def in_process(
+    job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
+) -> Iterator[Stage[LocalEngine]]:
+    """The stage of a local run. One that was begun on Flower has its clients' stores elsewhere."""
+    if (directory.path / "flower.json").exists():
+        raise RunError(
+            f"{directory.path} was begun with the flower engine; go on with --engine flower, or "
+            f"choose another --out."
+        )
+    with span("loading model and data"):
+        stage = prepare(job, directory.path)
+    for remark in remarks(job, stage.engine.data):
+        watch.remark(remark)
+    yield stage
+
+
+def remarks(job: Job, data: Data) -> list[str]:
+    """What a user would want to know before the run goes on."""
+    most = job.data.max_length
+    rows = [row for splits in data.values() for split in splits.values() for row in split]
+    full = sum(len(row["input_ids"]) >= most for row in rows if "input_ids" in row)
+    if not full:
+        return []
+    return [
+        f"{full} of {len(rows)} rows fill data.max_length = {most} tokens, and longer ones are cut "
+        f"there "
+        "(`fedgrove data --tokens` counts them)"
+    ]
+
+
+def with_cohort(parts: Parts, clients: int) -> Job:
+    """The job with ``train.cohort`` decided. Raises ``JobError`` where clients cannot share a
+    batch.
+    """
+    job, base = parts.job, parts.base
+    if job.train.cohort == "auto":
+        size = cohort_size(job, base, parts.method.setting, clients, lane_count(job))
+        return job.replace(train={"cohort": size})
+    if job.train.cohort > 1 and not row_by_row(base):
+        raise JobError(
+            f"train.cohort = {job.train.cohort}, but {job.model.name} divides its images into "
+            f"windows, so clients "
+            'cannot share a batch; set it to 1 or "auto".'
+        )
+    return job
 
 
 class LocalEngine:
@@ -34,19 +120,14 @@ class LocalEngine:
 
     def __init__(
         self,
-        job: Job,
+        parts: Parts,
         half: ClientHalf,
         clients: Mapping[str, ClientInfo],
         data: Data,
         held_out: Collection[str] = (),
     ):
-        self.job, self.half, self.clients, self.data, self.held_out = (
-            job,
-            half,
-            clients,
-            data,
-            held_out,
-        )
+        self.parts, self.job, self.half = parts, parts.job, half
+        self.clients, self.data, self.held_out = clients, data, held_out
         self._stores: dict[str, Store] = {}
         self._before: dict[str, Store] = {}  # each client's store before its newest update
         self._changed: set[str] = set()
@@ -92,9 +173,7 @@ class LocalEngine:
         at a time.
         """
         how, lanes = self.job.run.compress, self.half.lanes
-        size = len(lanes.kernels) * (
-            1 if self.job.train.cohort == "auto" else int(self.job.train.cohort)
-        )
+        size = len(lanes.kernels) * int(self.job.train.cohort)
         for start in range(0, len(clients), size):
             names = clients[start : start + size]
             offers = [offer(name) for name in names]
@@ -156,7 +235,7 @@ class LocalEngine:
         def go(kernel: Kernel, item: tuple[str, Mapping[str, Any]]) -> tuple[str, Leaving]:
             name, offered = item
             gone = leave(
-                self.job,
+                self.parts,
                 self.half.alone(kernel),
                 self.clients[name],
                 self.data[name],

@@ -16,15 +16,13 @@ from fedgrove.job import text
 from fedgrove.job.kinds import nearest
 from fedgrove.job.marks import (
     InsteadOf,
+    KeyPath,
     automatic_keys,
     choosers,
     default_of,
     keys_of_another,
     marked,
     sections,
-)
-from fedgrove.job.marks import (
-    Path as KeyPath,
 )
 from fedgrove.job.privacy import PrivacySection
 from fedgrove.job.sections import (

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-Path = tuple[str, ...]  # ("data", "partition", "by")
+KeyPath = tuple[str, ...]  # ("data", "partition", "by")
 Mark = TypeVar("Mark")
 
 
@@ -69,7 +69,9 @@ def marks_of(field: FieldInfo, kind: type[Mark]) -> list[Mark]:
     return [mark for mark in field.metadata if isinstance(mark, kind)]
 
 
-def sections(model: type[BaseModel], path: Path = ()) -> Iterator[tuple[Path, type[BaseModel]]]:
+def sections(
+    model: type[BaseModel], path: KeyPath = ()
+) -> Iterator[tuple[KeyPath, type[BaseModel]]]:
     """Every section below a model by its path, those within sections too."""
     for name, field in model.model_fields.items():
         inner = field.annotation
@@ -78,7 +80,7 @@ def sections(model: type[BaseModel], path: Path = ()) -> Iterator[tuple[Path, ty
             yield from sections(inner, (*path, name))
 
 
-def marked(root: type[BaseModel], kind: type[Mark]) -> Iterator[tuple[Path, Mark]]:
+def marked(root: type[BaseModel], kind: type[Mark]) -> Iterator[tuple[KeyPath, Mark]]:
     """Every mark of a kind with the path of the key that it is on."""
     for path, section in sections(root):
         for name, field in section.model_fields.items():
@@ -86,17 +88,17 @@ def marked(root: type[BaseModel], kind: type[Mark]) -> Iterator[tuple[Path, Mark
                 yield (*path, name), mark
 
 
-def automatic_keys(root: type[BaseModel], by: str | None = None) -> list[Path]:
+def automatic_keys(root: type[BaseModel], by: str | None = None) -> list[KeyPath]:
     """The keys that are decided at the start of a run; ``by``: those that this decides."""
     found = marked(root, Automatic)
     return [path for path, mark in found if by is None or mark.by == by]
 
 
-def choosers(root: type[BaseModel]) -> list[Path]:
+def choosers(root: type[BaseModel]) -> list[KeyPath]:
     return [path for path, _ in marked(root, Chooser)]
 
 
-def default_of(root: type[BaseModel], path: Path) -> Any:
+def default_of(root: type[BaseModel], path: KeyPath) -> Any:
     """A key's default; None where it has none."""
     *above, name = path
     section = root

@@ -209,8 +209,8 @@ class Method:
         return {}
 
     def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
-        """What a client's personal model is made of after round ``round``: what the next round
-        would offer it.
+        """What a client's personal model is made of after round ``round``, measured or taken home:
+        what the next round would offer it.
 
         To override where training gets less than the whole model (FedRA).
         """
@@ -228,7 +228,7 @@ class Method:
         First asked with ``probe = None``: usable at once, and what the client's ``probe`` runs on.
         Where the method has a probe, asked again with what ``probe_report`` sent up.
         """
-        return self.offer(state, self.setting.rounds + 1, client)
+        return self.deploy(state, self.setting.rounds, client)
 
     def global_assembly(self, state: State) -> Assembly | None:
         """The one model of all clients, where the method has one; what is merged in the base is its

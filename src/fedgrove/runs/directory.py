@@ -16,7 +16,8 @@ from fedgrove.job import Job
 from fedgrove.tracking.summary import write as write_json
 
 if TYPE_CHECKING:
-    from fedgrove.engines.base import Stage
+    from fedgrove.runs.engine import Engine
+    from fedgrove.runs.stage import Stage
 
 #: what a run may leave that was killed before it began
 _BEFORE = ("run.lock", "flower.json", "sites", "events.jsonl")
@@ -70,25 +71,25 @@ class RunDirectory:
             )
         return now
 
-    def open(self, prepared: Stage, *, resume: bool) -> None:
+    def open(self, stage: Stage[Engine], *, resume: bool) -> None:
         """Write what is known before the first round."""
         self.path.mkdir(parents=True, exist_ok=True)
         table = self.path / "federation.json"
         described = {
-            **prepared.federation.table(),
-            "source": prepared.federation.source,
-            "fingerprint": prepared.fingerprint,
+            **stage.federation.table(),
+            "source": stage.federation.source,
+            "fingerprint": stage.fingerprint,
         }
         if table.exists() and resume:
             before = json.loads(table.read_text(encoding="utf-8")).get("fingerprint")
-            if before != prepared.fingerprint:
+            if before != stage.fingerprint:
                 raise RunError(
                     f"The data changed since {self.path} was begun; restore them, or choose "
                     f"another --out."
                 )
         write_json(table, described)
         versions.write(self.path)
-        write_bytes(self.path / "job.toml", prepared.job.to_toml().encode())
+        write_bytes(self.path / "job.toml", stage.job.to_toml().encode())
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedgrove.engines.base import Absence, Leaving
 from fedgrove.ground.files import write_text
 from fedgrove.report import write_report
+from fedgrove.runs.engine import Absence, Leaving
 from fedgrove.runs.leave import write_adapter
 from fedgrove.tracking import summary as summaries
 from fedgrove.training.profile import span
@@ -25,7 +25,7 @@ _NOBODY = Leaving({}, 0, {})
 
 def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> dict[str, Any]:
     """Write everything that a finished run has."""
-    prepared, out = loop.prepared, loop.directory.path
+    prepared, out = loop.prepared, loop.out
     with loop.ledger.clock("evaluation"):
         left = farewell(loop)
     everyone = {**prepared.clients, **prepared.held_out}
@@ -106,7 +106,7 @@ def farewell(loop: Loop) -> dict[str, Leaving]:
     everyone = [*prepared.clients, *prepared.held_out]
     loop.watch.phase("measuring models and writing adapters", len(everyone))
     left: dict[str, Leaving] = {}
-    for gone in prepared.engine.leave(everyone, Offers(loop), loop.directory.path):
+    for gone in prepared.engine.leave(everyone, Offers(loop), loop.out):
         if isinstance(gone, Absence):
             loop.lost(prepared.job.run.rounds, gone, "not measured")
         else:
@@ -147,16 +147,10 @@ class Offers:
     def __call__(self, name: str) -> Mapping[str, Any]:
         loop, prepared = self.loop, self.loop.prepared
         if name in prepared.clients:
-            return loop.offer(name, prepared.job.run.rounds + 1)
+            return loop.deployed(name, prepared.job.run.rounds)
         if name not in self._arrived:
-            info = prepared.held_out[name]
-
-            def ask(probe: Mapping[str, Any] | None) -> Mapping[str, Any]:
-                return prepared.head.beside(
-                    prepared.method.welcome(loop.state, info, probe), loop.head, newcomer=True
-                )
-
-            self._arrived[name] = prepared.engine.arrive(name, ask)
+            welcome = prepared.parts.welcome(loop.state, loop.head, prepared.held_out[name])
+            self._arrived[name] = prepared.engine.arrive(name, welcome)
         return self._arrived[name]
 
 
@@ -168,9 +162,8 @@ def write_global(loop: Loop) -> None:
     if assembly is not None:
         head = {"head": dict(loop.head)} if loop.head else {}
         with_head = loop.prepared.head.attach(assembly, head, {})
-        write_adapter(
-            loop.prepared, loop.directory.path / "adapters" / "_global", with_head, client=None
-        )
+        folder = loop.out / "adapters" / "_global"
+        write_adapter(loop.prepared.parts, folder, with_head, client=None)
 
 
 def flat(numbers: dict[str, list[int]]) -> list[int]:

@@ -5,38 +5,26 @@ directory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
 from fedgrove.adapters.private import unseal
-from fedgrove.engines.base import Leaving, Parts
 from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
+from fedgrove.runs.engine import Leaving
 from fedgrove.training.base_line import base_measure
 
 if TYPE_CHECKING:
-    from fedgrove.federation.tasks import Task
     from fedgrove.federation.tasks.base import Example
-    from fedgrove.interop.models import Base
-    from fedgrove.job import Job
-    from fedgrove.methods.contract import ClientInfo, Method
-    from fedgrove.methods.head import HeadPolicy
+    from fedgrove.methods.contract import ClientInfo
+    from fedgrove.privacy.example_dp import ExampleGuard
+    from fedgrove.runs.parts import Parts
     from fedgrove.training.client import ClientHalf, Store
 
 
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    job: Job
-    base: Base
-    task: Task
-    method: Method
-    head: HeadPolicy
-
-
 def leave(
-    job: Job,
+    parts: Parts,
     half: ClientHalf,
     info: ClientInfo,
     data: Mapping[str, Sequence[Example]],
@@ -50,60 +38,78 @@ def leave(
     """Measure the client and write ``adapters/NAME`` (and ``adapters_tuned/NAME`` beside
     ``adapters``).
 
-    ``keep_texts``: also tell what a language model wrote on the client's test rows, which are the
-    client's own texts.
+    Args:
+        half: of these parts, on the kernel that does the work.
+        keep_texts: also tell what a language model wrote on the client's test rows, which are the
+            client's own texts.
+
     ``metric`` of a held-out client is that of the model it is welcomed with, before any training of
     its own.
     """
-    kernel, metric = half.kernel, half.kernel.task.metric
-    parts = _Parts(job, kernel.base, kernel.task, half.method, half.head)
-    mine = store.get("mine", {})
-    base = base_measure(
-        kernel, half.head.initial, data["train"], data["test"],
-        rounds=job.run.rounds, client=info.name, seed=job.run.seed,
-    )  # fmt: skip
+    job, method, metric = parts.job, parts.method, parts.task.metric
+    content, mine = dict(offer["method"]), store.get("mine", {})
+    epochs = job.train.final_local_epochs
+    guard = half.guard(info, store)
+    base = base_metric(parts, half, info, data)
     assembly = half.personal(info, offer, store)
     texts: list[dict[str, Any]] = []
     final = half.measure(info.name, assembly, data["test"], texts if keep_texts else None)
-    tuned = None
-    guard = half.guard(info, store)
-    told = None if guard is None else guard.report(job.privacy, info.examples)
-    if job.train.final_local_epochs:
-        penalty = half.method.penalty(info, dict(offer["method"]), mine)
-        better = half.tune(
-            info, assembly, data["train"], job.train.final_local_epochs, penalty, guard
-        )
-        tuned = kernel.evaluate(half.deployed(better), data["test"])[metric]
-        more = None if guard is None else guard.report(job.privacy, info.examples)
-        write_adapter(
-            parts,
-            adapters.parent / "adapters_tuned" / info.name,
-            better,
-            client=info.name,
-            privacy=more,
-        )
+    told = spending(parts, info, guard)
     write_adapter(parts, adapters / info.name, assembly, client=info.name, privacy=told)
     row = {
-        "metric_base": base[metric],
+        "metric_base": base,
         "metric": final[metric],
-        "metric_tuned": tuned,
+        "metric_tuned": None,
         "loss": final["loss"],
     }
-    if guard is not None:
-        spent = guard.report(job.privacy, info.examples)  # the tuned model's steps are in it
-        row |= {"epsilon": spent["epsilon"], "delta": spent["delta"]}
+    if epochs:
+        penalty = method.penalty(info, content, mine)
+        better = half.tune(info, assembly, data["train"], epochs, penalty, guard)
+        row["metric_tuned"] = half.kernel.evaluate(half.deployed(better), data["test"])[metric]
+        told = spending(parts, info, guard)
+        folder = adapters.parent / "adapters_tuned" / info.name
+        write_adapter(parts, folder, better, client=info.name, privacy=told)
+    if told is not None:  # the tuned model's steps are in it
+        row |= {"epsilon": told["epsilon"], "delta": told["delta"]}
+    artefacts = {} if held_out else method.client_artefacts(info, content, mine)
     return Leaving(
         row=row,
         stored=all_parameters(assembly),
-        artefacts={}
-        if held_out
-        else half.method.client_artefacts(info, dict(offer["method"]), mine),
+        artefacts=artefacts,
         texts=[{"client": info.name, **text} for text in texts],
     )
 
 
+def base_metric(
+    parts: Parts, half: ClientHalf, info: ClientInfo, data: Mapping[str, Sequence[Example]]
+) -> float | None:
+    """The metric of the untouched base with a head trained alone on the client's data.
+
+    None under example-level privacy: to train that head would spend as much as the whole run.
+    """
+    if parts.job.privacy.example_level and parts.head.initial:
+        return None
+    measures = base_measure(
+        half.kernel,
+        parts.head.initial,
+        data["train"],
+        data["test"],
+        rounds=parts.job.run.rounds,
+        client=info.name,
+        seed=parts.job.run.seed,
+    )
+    return measures[parts.task.metric]
+
+
+def spending(parts: Parts, info: ClientInfo, guard: ExampleGuard | None) -> dict[str, Any] | None:
+    """What the work so far cost of the client's example-level budget; None where it has none."""
+    if guard is None:
+        return None
+    return guard.report(parts.job.privacy, info.examples)
+
+
 def write_adapter(
-    prepared: Parts,
+    parts: Parts,
     folder: Path,
     assembly: Assembly,
     *,
@@ -115,13 +121,11 @@ def write_adapter(
     Where the mix depends on the input there is no such adapter: then our own format
     (``interop.assembly_file``).
     """
-    base, job = prepared.base, prepared.job
-    tiers = {
-        term.name: rank_of(term) for term in assembly.terms if term.name in prepared.method.tiers
-    }
+    base, job = parts.base, parts.job
+    tiers = {term.name: rank_of(term) for term in assembly.terms if term.name in parts.method.tiers}
     card: dict[str, Any] = {
         "format": 1,
-        **prepared.task.card(),
+        **parts.task.card(),
         "model": base.name,
         "revision": job.model.revision,
         "head": base.head,
@@ -136,14 +140,14 @@ def write_adapter(
         save_assembly(
             folder,
             assembly,
-            card={**card, "peft": False, "why": why(assembly, prepared.method.title)},
+            card={**card, "peft": False, "why": why(assembly, parts.method.title)},
         )
         return
     save_adapter(
         folder,
         as_one_adapter(assembly, base.sites),
         base=base.upstream,
-        head={name: unseal(value) for name, value in prepared.head.after(assembly).items()},
+        head={name: unseal(value) for name, value in parts.head.after(assembly).items()},
         head_kind=base.head,
         head_modules=base.head_modules,
         card=card,

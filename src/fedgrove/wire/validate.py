@@ -19,8 +19,8 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.private import is_private
 from fedgrove.adapters.tree import numbers
-from fedgrove.engines.base import infinite_at
 from fedgrove.ground.errors import RunError
+from fedgrove.runs.engine import infinite_at
 
 if TYPE_CHECKING:
     from fedgrove.methods.contract import ClientInfo, Method, Update

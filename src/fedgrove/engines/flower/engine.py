@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.adapters.tree import numbers
-from fedgrove.engines.base import Absence, Arrival, Ask, Leaving, OfferOf
 from fedgrove.engines.flower.post import Failure, Post
 from fedgrove.engines.flower.wire import Note
 from fedgrove.methods.contract import ClientInfo, Method, Update
+from fedgrove.runs.engine import Absence, Arrival, Ask, Leaving, OfferOf
 from fedgrove.wire.compress import sent_bytes
 from fedgrove.wire.validate import fault, figures_fault, measures_fault, row_fault
 
@@ -580,7 +580,7 @@ class FlowerEngine:
 
     @property
     def _metric(self) -> str:
-        from fedgrove.runs.prepare import task_of
+        from fedgrove.runs.parts import task_of
 
         return task_of(self.job).metric
 

@@ -18,22 +18,19 @@ from flwr.serverapp import Grid
 
 from fedgrove.engines.flower.engine import FlowerEngine, Member
 from fedgrove.engines.flower.post import Post
-from fedgrove.federation import build
 from fedgrove.federation.tasks import task_class, task_name
 from fedgrove.ground.errors import JobError, RunError
 from fedgrove.ground.files import write_text
-from fedgrove.interop.models import Base
-from fedgrove.methods.contract import ClientInfo, Method
-from fedgrove.methods.head import HeadPolicy
-from fedgrove.methods.registry import method_class
+from fedgrove.methods.contract import ClientInfo
 from fedgrove.runs import prepare
 from fedgrove.runs.directory import RunDirectory
+from fedgrove.runs.fit import refuse_unfit
+from fedgrove.runs.parts import Parts, one_by_one
+from fedgrove.runs.stage import Stage
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.events import Events
 
 if TYPE_CHECKING:
-    from fedgrove.federation import Federation
-    from fedgrove.federation.tasks import Task
     from fedgrove.job import Job
     from fedgrove.tracking.callback import Callback
     from fedgrove.use.result import Result
@@ -55,47 +52,6 @@ class Roster:
 
     def table(self) -> dict[str, Any]:
         return {"labels": list(self.labels), "clients": [dict(row) for row in self.rows]}
-
-
-@dataclass(frozen=True, eq=False)
-class Remote:
-    """A run whose clients are elsewhere (``engines.base.Stage``)."""
-
-    job: Job
-    federation: Roster | Federation
-    base: Base
-    task: Task
-    method: Method
-    head: HeadPolicy
-    engine: FlowerEngine
-    clients: dict[str, ClientInfo]
-    held_out: dict[str, ClientInfo]
-    fingerprint: str
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return ("test", "validation") if self.job.data.validation_fraction else ("test",)
-
-
-@dataclass(frozen=True, eq=False)
-class Half:
-    """The server's half of a job: everything but the clients."""
-
-    job: Job
-    base: Base
-    task: Task
-    method: Method
-    head: HeadPolicy
-
-    @classmethod
-    def of(cls, job: Job, clients: dict[str, ClientInfo], held_out: dict[str, ClientInfo]) -> Half:
-        """Raises ``JobError`` where job, base, method and clients do not fit together."""
-        base, task = prepare.base_of(job), prepare.task_of(job)
-        method = method_class(job.method.name)(
-            job.method.options, prepare.setting_of(job, base, clients)
-        )
-        method.check([*clients.values(), *held_out.values()])
-        return cls(job, base, task, method, prepare.head_policy(job, base, task))
 
 
 def on_grid(
@@ -135,39 +91,26 @@ def lent(grid: Grid) -> Lend:
 @contextmanager
 def on_virtual_nodes(
     lend: Lend, job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
-) -> Iterator[Remote]:
+) -> Iterator[Stage[FlowerEngine]]:
     """The stage of a simulation: job and data are checked here, before ``lend`` starts anything."""
-    import torch
-
     key, _ = continued(directory, resume=resume)
-    job = prepare.machine_choices(job.resolved())
-    torch.set_num_threads(int(job.train.threads))
-    federation = build(job)
-    job = job.replace(
-        data={"task": task_name(job.data), "labels": list(federation.labels) or None},
-        federation={"newcomer_head": prepare.newcomer_head(job, federation)},
-        train=alone(job),
-    )
-    clients, held_out = prepare.client_infos(job, federation)
-    half = Half.of(job, clients, held_out)
+    job, people = prepare.settle(job)
+    job = alone(job)
+    parts = Parts.of(job, people.clients.values())
+    refuse_unfit(parts, people.clients.values(), people.held_out.values(), local=False)
     paths = {"run": str(directory.path.absolute()), "directory": os.getcwd()}
     watch.phase("starting Flower")
-    with marked(directory, key), lend(len(federation.clients), job) as grid:
+    with marked(directory, key), lend(len(people.everyone), job) as grid:
         engine = FlowerEngine(Post(grid), key, job, simulation=paths)
-        engine.settle(half.method, half.head, list(held_out))
-        meet(engine, [*clients.values(), *held_out.values()], watch)
-        fingerprint = prepare.fingerprint_of(federation)
-        yield Remote(
-            job,
-            federation,
-            half.base,
-            half.task,
-            half.method,
-            half.head,
+        engine.settle(parts.method, parts.head, list(people.held_out))
+        meet(engine, list(people.everyone.values()), watch)
+        yield Stage(
+            parts,
+            people.federation,
             engine,
-            clients,
-            held_out,
-            fingerprint,
+            people.clients,
+            people.held_out,
+            people.fingerprint,
         )
 
 
@@ -203,7 +146,7 @@ def between_sites(
     *,
     resume: bool,
     watch: Callback,
-) -> Iterator[Remote]:
+) -> Iterator[Stage[FlowerEngine]]:
     """The stage of a deployment. Waits until ``federation.min_clients`` sites have said hello."""
     import torch
 
@@ -220,9 +163,10 @@ def between_sites(
         raise RunError(
             "Every site that is here is held out, so nobody would train; see federation.held_out."
         )
-    half = Half.of(job, clients, held_out)
+    parts = Parts.of(job, clients.values())
+    refuse_unfit(parts, clients.values(), held_out.values(), local=False)
     engine.infos.update({**clients, **held_out})
-    engine.settle(half.method, half.head, list(held_out))
+    engine.settle(parts.method, parts.head, list(held_out))
     engine.never, engine.newcomer = (
         _named_held_out(job),
         lambda info: held_out.update({info.name: info}),
@@ -243,18 +187,7 @@ def between_sites(
             raise RunError(
                 f"{len(clients)} of {job.federation.min_clients} sites can take part ({why})."
             )
-        yield Remote(
-            job,
-            roster,
-            half.base,
-            half.task,
-            half.method,
-            half.head,
-            engine,
-            clients,
-            held_out,
-            "at the sites",
-        )
+        yield Stage(parts, roster, engine, clients, held_out, "at the sites")
 
 
 def settled(post: Post, nodes: int, seconds: float = 30.0) -> None:
@@ -323,19 +256,15 @@ def deployable(job: Job) -> Job:
             f"stay at the sites; "
             "name the sites to hold out, or leave it out."
         )
-    newcomers = job.federation.newcomer_head
-    return job.replace(
-        data={"task": task_name(job.data)},
-        train=alone(job),
-        federation={
-            "newcomer_head": bool(_named_held_out(job)) if newcomers == "auto" else newcomers
-        },
+    newcomers = prepare.newcomer_head(job, bool(_named_held_out(job)))
+    return alone(
+        job.replace(data={"task": task_name(job.data)}, federation={"newcomer_head": newcomers})
     )
 
 
-def alone(job: Job) -> dict[str, Any]:
+def alone(job: Job) -> Job:
     """Each client trains in a message of its own, so an automatic cohort is one client."""
-    return {"cohort": 1} if job.train.cohort == "auto" else {}
+    return one_by_one(job) if job.train.cohort == "auto" else job
 
 
 def _named_held_out(job: Job) -> set[str]:

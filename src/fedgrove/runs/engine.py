@@ -7,19 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from fedgrove.adapters.tree import leaves
 from fedgrove.methods.contract import ClientInfo, Update
-
-if TYPE_CHECKING:
-    from fedgrove.federation.tasks import Task
-    from fedgrove.interop.models import Base
-    from fedgrove.job import Job
-    from fedgrove.methods.contract import Method
-    from fedgrove.methods.head import HeadPolicy
 
 OfferOf = Callable[[str], Mapping[str, Any]]  # client name -> offer
 Ask = Callable[
@@ -117,48 +110,6 @@ class Engine(Protocol):
 
     def restore(self, stores: Mapping[str, dict[str, Any]], notes: Mapping[str, Any]) -> None:
         """Put back what a checkpoint held."""
-
-
-class Roster(Protocol):
-    """Who takes part, for ``federation.json``."""
-
-    @property
-    def source(self) -> dict[str, Any]: ...
-    def table(self) -> dict[str, Any]: ...
-
-
-class Parts(Protocol):
-    """What of a run an adapter directory tells."""
-
-    @property
-    def job(self) -> Job: ...
-    @property
-    def base(self) -> Base: ...
-    @property
-    def task(self) -> Task: ...
-    @property
-    def method(self) -> Method: ...
-    @property
-    def head(self) -> HeadPolicy: ...
-
-
-class Stage(Parts, Protocol):
-    """What the round loop runs on: a job with every choice made, the server's half, and an
-    engine.
-    """
-
-    @property
-    def federation(self) -> Roster: ...
-    @property
-    def engine(self) -> Engine: ...
-    @property
-    def clients(self) -> dict[str, ClientInfo]: ...
-    @property
-    def held_out(self) -> dict[str, ClientInfo]: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def splits(self) -> tuple[str, ...]: ...
 
 
 def infinite_at(tree: Any) -> str | None:
