@@ -77,15 +77,16 @@ def in_process(
         )
     with span("loading model and data"):
         stage = prepare(job, directory.path)
-    for remark in remarks(job, stage.engine.data):
+    for remark in remarks(stage):
         watch.remark(remark)
     yield stage
 
 
-def remarks(job: Job, data: Data) -> list[str]:
+def remarks(stage: Stage[LocalEngine]) -> list[str]:
     """What a user would want to know before the run goes on."""
-    most = job.data.max_length
-    rows = [row for splits in data.values() for split in splits.values() for row in split]
+    most = stage.job.data.max_length
+    clients = stage.engine.data.values()
+    rows = [row for splits in clients for split in splits.values() for row in split]
     full = sum(len(row["input_ids"]) >= most for row in rows if "input_ids" in row)
     if not full:
         return []
