@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.tree import numbers
 from fedgrove.federation.tasks.base import Example
 from fedgrove.ground.errors import JobError, RunError
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import change
 from fedgrove.privacy.example_dp import NOTES
@@ -169,7 +170,7 @@ class LocalEngine:
 
     def _outcomes(
         self, round: int, clients: Sequence[str], offer: OfferOf
-    ) -> Iterator[tuple[str, Mapping[str, Any], int, Outcome]]:
+    ) -> Iterator[tuple[str, Given, int, Outcome]]:
         """(client, its offer as it arrived, its bytes, what it made of it), ``train.cohort`` a lane
         at a time.
         """
@@ -179,28 +180,26 @@ class LocalEngine:
             names = clients[start : start + size]
             offers = [offer(name) for name in names]
             given = [passed(each, how) for each in offers]
-            turns = [
-                Turn(self.clients[name], self.data[name]["train"], each, self.store(name))
-                for name, each in zip(names, given, strict=True)
-            ]
+            sizes = [sent_bytes(each, how) for each in offers]
+            turns = [self._turn(name, each) for name, each in zip(names, given, strict=True)]
             outcomes = self.half.train_together(turns, round)
             if start // EVERY != (start + size) // EVERY:
                 release()
-            yield from zip(
-                names, given, (sent_bytes(each, how) for each in offers), outcomes, strict=True
-            )
+            yield from zip(names, given, sizes, outcomes, strict=True)
 
-    def _masked(
-        self, room: Room, update: Update, given: Mapping[str, Any], round: int
-    ) -> dict[str, Any]:
+    def _turn(self, client: str, given: Given) -> Turn:
+        train = self.data[client]["train"]
+        return Turn(self.clients[client], train, given, self.store(client))
+
+    def _masked(self, room: Room, update: Update, given: Given, round: int) -> Plain:
         """What the client sends where the server is to learn the sum alone."""
         half, info = self.half, self.clients[update.client]
         own = change(half.method, half.head, info, update.content, given, round)
         return room.conceal(update.client, own, float(self.job.privacy.clip or 0.0))
 
-    def _given(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _given(self, offer: Given) -> Given:
         """An offer as it arrives."""
-        given: Mapping[str, Any] = passed(offer, self.job.run.compress)
+        given: Given = passed(offer, self.job.run.compress)
         return given
 
     def reject(self, client: str) -> None:
@@ -211,16 +210,16 @@ class LocalEngine:
     def evaluate(
         self, clients: Sequence[str], offer: OfferOf, split: str
     ) -> Iterator[tuple[str, dict[str, float]]]:
-        models = (self.personal(name, self._given(offer(name))) for name in clients)
+        models = ((name, self.personal(name, self._given(offer(name)))) for name in clients)
 
         def measure(kernel: Kernel, item: tuple[str, Assembly]) -> tuple[str, dict[str, float]]:
             name, model = item
             return name, self.half.alone(kernel).measure(name, model, self.data[name][split])
 
-        yield from self.half.lanes.map(measure, zip(clients, models, strict=True))
+        yield from self.half.lanes.map(measure, models)
 
-    def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
-        def through(report: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    def arrive(self, client: str, ask: Ask) -> Given:
+        def through(report: Given | None) -> Given:
             return self._given(ask(None if report is None else self._given(report)))
 
         return self.half.arrive(self.clients[client], self.data[client]["train"], through)
@@ -228,12 +227,14 @@ class LocalEngine:
     def leave(
         self, clients: Sequence[str], offer: OfferOf, out: Path
     ) -> Iterator[tuple[str, Leaving]]:
-        arrived = {
-            name: offer(name) for name in clients if name in self.held_out
-        }  # their probes need the kernel
-        offers = ((name, arrived[name] if name in arrived else offer(name)) for name in clients)
+        # their probes need the kernel
+        arrived = {name: offer(name) for name in clients if name in self.held_out}
 
-        def go(kernel: Kernel, item: tuple[str, Mapping[str, Any]]) -> tuple[str, Leaving]:
+        def offers() -> Iterator[tuple[str, Given]]:
+            for name in clients:
+                yield name, arrived[name] if name in arrived else offer(name)
+
+        def go(kernel: Kernel, item: tuple[str, Given]) -> tuple[str, Leaving]:
             name, offered = item
             gone = leave(
                 self.parts,
@@ -248,9 +249,9 @@ class LocalEngine:
             )
             return name, gone
 
-        yield from self.half.lanes.map(go, offers)
+        yield from self.half.lanes.map(go, offers())
 
-    def personal(self, client: str, offer: Mapping[str, Any]) -> Assembly:
+    def personal(self, client: str, offer: Given) -> Assembly:
         """The client's model as it would deploy it, head included."""
         return self.half.personal(self.clients[client], offer, self.store(client))
 
@@ -262,9 +263,9 @@ class LocalEngine:
         self._changed.clear()
         return stores
 
-    def notes(self) -> dict[str, Any]:
+    def notes(self) -> Plain:
         return {}
 
-    def restore(self, stores: Mapping[str, Store], notes: Mapping[str, Any] | None = None) -> None:
+    def restore(self, stores: Mapping[str, Store], notes: Given | None = None) -> None:
         self._stores = dict(stores)
         self._changed.clear()

@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from fedgrove.adapters.tree import leaves
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import ClientInfo, Update
 
-OfferOf = Callable[[str], Mapping[str, Any]]  # client name -> offer
-Ask = Callable[
-    [Mapping[str, Any] | None], Mapping[str, Any]
-]  # a probe's report (or None) -> offer to a newcomer
+OfferOf = Callable[[str], Given]  # client name -> offer
+Ask = Callable[[Given | None], Given]  # a probe's report (or None) -> offer to a newcomer
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +48,12 @@ class Absence:
 class Leaving:
     """What a client tells as it goes home with its adapter."""
 
-    row: dict[str, Any]  # metric_base, metric, metric_tuned, loss
+    row: Plain  # metric_base, metric, metric_tuned, loss
     stored: int  # numbers in its personal model
     artefacts: dict[
         str, Any
     ]  # of ``Method.client_artefacts``; empty where they stay with the client
-    texts: list[dict[str, Any]] = field(
+    texts: list[Plain] = field(
         default_factory=list
     )  # what its language model wrote; of a simulation alone
 
@@ -92,7 +91,7 @@ class Engine(Protocol):
     ) -> Iterator[tuple[str, dict[str, float]] | Absence]:
         """The personal model's measures on a split of each client's own data."""
 
-    def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
+    def arrive(self, client: str, ask: Ask) -> Given:
         """A held-out client's offer: what the server gives at once, or after the method's probe."""
 
     def leave(
@@ -102,13 +101,13 @@ class Engine(Protocol):
         at home.
         """
 
-    def changed(self) -> dict[str, dict[str, Any]]:
+    def changed(self) -> dict[str, Plain]:
         """The private stores touched since the last call, for a checkpoint on the same machine."""
 
-    def notes(self) -> dict[str, Any]:
+    def notes(self) -> Plain:
         """What else of the engine a checkpoint must hold."""
 
-    def restore(self, stores: Mapping[str, dict[str, Any]], notes: Mapping[str, Any]) -> None:
+    def restore(self, stores: Mapping[str, Plain], notes: Given) -> None:
         """Put back what a checkpoint held."""
 
 
@@ -122,7 +121,7 @@ def infinite_at(tree: Any) -> str | None:
     return None
 
 
-def not_finite(content: Mapping[str, Any]) -> str | None:
+def not_finite(content: Given) -> str | None:
     """A clause on the first part of an update that has an infinite number or one that is none, or
     None.
     """

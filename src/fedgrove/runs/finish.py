@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.ground.files import write_text
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.report import write_report
 from fedgrove.runs.engine import Absence, Leaving
 from fedgrove.runs.leave import write_adapter
@@ -20,42 +21,27 @@ if TYPE_CHECKING:
     from fedgrove.runs.loop import Loop
 
 
-_NOBODY = Leaving({}, 0, {})
-
-
-def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> dict[str, Any]:
+def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     """Write everything that a finished run has."""
-    prepared, out = loop.prepared, loop.out
+    stage, out = loop.prepared, loop.out
     with loop.ledger.clock("evaluation"):
         left = farewell(loop)
-    everyone = {**prepared.clients, **prepared.held_out}
-    rows = {
-        name: {
-            "examples": info.examples,
-            "rank": info.rank,
-            **left[name].row,
-            "held_out": name in prepared.held_out,
-        }
-        for name, info in everyone.items()
-        if name in left
-    }
     write_global(loop)
     for file, content in artefacts(loop, left).items():
         summaries.write(out / file, content)
-    if texts := [text for name in sorted(left) for text in left[name].texts]:
-        lines = [json.dumps(text, ensure_ascii=False) for text in texts]
-        write_text(out / "generations.jsonl", "\n".join(lines) + "\n")
+    write_texts(out, left)
     loop.save()  # with the seconds of the work above
-    ledger, job = loop.ledger, prepared.job
+    job, ledger = stage.job, loop.ledger
+    here = [left[name] for name in stage.clients if name in left]
     summary = summaries.summarise(
         method=job.method.name,
-        task=prepared.task.name,
+        task=stage.task.name,
         seed=job.run.seed,
         rounds=job.run.rounds,
-        clients=rows,
+        clients=rows(loop, left),
         parameters={
             "trained": flat(ledger.trained),
-            "stored": [left[name].stored for name in prepared.clients if name in left],
+            "stored": [leaving.stored for leaving in here],
             "sent_up": flat(ledger.up),
             "sent_down": flat(ledger.down),
         },
@@ -63,7 +49,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> dict[str, Any]:
         bytes_down=ledger.bytes_down,
         seconds=ledger.seconds,
     )
-    summary["metric"] = prepared.task.metric
+    summary["metric"] = stage.task.metric
     if spent := privacy(loop, left):
         summary["privacy"] = spent
     summaries.write(out / "summary.json", summary)
@@ -74,25 +60,42 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> dict[str, Any]:
     return summary
 
 
-def privacy(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Any]:
+def rows(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Plain]:
+    """A row of the summary for each client that told its measures."""
+    stage = loop.prepared
+    found = {}
+    for name, info in {**stage.clients, **stage.held_out}.items():
+        if name in left:
+            size = {"examples": info.examples, "rank": info.rank}
+            found[name] = {**size, **left[name].row, "held_out": name in stage.held_out}
+    return found
+
+
+def write_texts(out: Path, left: Mapping[str, Leaving]) -> None:
+    """``generations.jsonl``, where a simulation's language models wrote something."""
+    texts = [text for name in sorted(left) for text in left[name].texts]
+    if texts:
+        lines = [json.dumps(text, ensure_ascii=False) for text in texts]
+        write_text(out / "generations.jsonl", "\n".join(lines) + "\n")
+
+
+def privacy(loop: Loop, left: Mapping[str, Leaving]) -> Plain:
     """What the run's protection came to; {} where it had none. At the example level the largest ε
     of the clients'.
     """
     section = loop.prepared.job.privacy
-    found: dict[str, Any] = {}
+    found: Plain = {}
     if loop.guard is not None:
         found["client"] = loop.guard.summary(len(loop.prepared.clients))
         found["secure_aggregation"] = section.secure_aggregation
     if section.example_level:
-        spent = [
-            left[name].row["epsilon"]
-            for name in loop.prepared.clients
-            if "epsilon" in left.get(name, _NOBODY).row
-        ]
+        told = [left[name].row for name in loop.prepared.clients if name in left]
+        spent = [row["epsilon"] for row in told if "epsilon" in row]
+        bounded = bool(spent) and None not in spent
         found["example"] = {
             "noise": section.example_noise,
             "clip": section.example_clip,
-            "epsilon": None if not spent or None in spent else max(spent),
+            "epsilon": max(spent) if bounded else None,
             "randomness": section.randomness,
         }
     return found
@@ -115,7 +118,7 @@ def farewell(loop: Loop) -> dict[str, Leaving]:
     return left
 
 
-def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Any]:
+def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> Plain:
     """The method's files: what the server knows, and merged into it what each client told of
     itself.
     """
@@ -126,7 +129,7 @@ def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Any]:
     return content
 
 
-def merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+def merge(into: Plain, more: Given) -> None:
     """Add ``more`` to ``into``, dictionary by dictionary; anything else replaces what is there."""
     for key, value in more.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
@@ -142,9 +145,9 @@ class Offers:
 
     def __init__(self, loop: Loop):
         self.loop = loop
-        self._arrived: dict[str, Mapping[str, Any]] = {}
+        self._arrived: dict[str, Given] = {}
 
-    def __call__(self, name: str) -> Mapping[str, Any]:
+    def __call__(self, name: str) -> Given:
         loop, prepared = self.loop, self.loop.prepared
         if name in prepared.clients:
             return loop.deployed(name, prepared.job.run.rounds)

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
 from fedgrove.adapters.private import unseal
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
 from fedgrove.runs.engine import Leaving
@@ -28,7 +29,7 @@ def leave(
     half: ClientHalf,
     info: ClientInfo,
     data: Mapping[str, Sequence[Example]],
-    offer: Mapping[str, Any],
+    offer: Given,
     store: Store,
     adapters: Path,
     *,
@@ -52,7 +53,7 @@ def leave(
     guard = half.guard(info, store)
     base = base_metric(parts, half, info, data)
     assembly = half.personal(info, offer, store)
-    texts: list[dict[str, Any]] = []
+    texts: list[Plain] = []
     final = half.measure(info.name, assembly, data["test"], texts if keep_texts else None)
     told = spending(parts, info, guard)
     write_adapter(parts, adapters / info.name, assembly, client=info.name, privacy=told)
@@ -101,7 +102,7 @@ def base_metric(
     return measures[parts.task.metric]
 
 
-def spending(parts: Parts, info: ClientInfo, guard: ExampleGuard | None) -> dict[str, Any] | None:
+def spending(parts: Parts, info: ClientInfo, guard: ExampleGuard | None) -> Plain | None:
     """What the work so far cost of the client's example-level budget; None where it has none."""
     if guard is None:
         return None
@@ -114,7 +115,7 @@ def write_adapter(
     assembly: Assembly,
     *,
     client: str | None,
-    privacy: Mapping[str, Any] | None = None,
+    privacy: Given | None = None,
 ) -> None:
     """One standard PEFT directory; several terms become one adapter by exact concatenation.
 
@@ -123,7 +124,7 @@ def write_adapter(
     """
     base, job = parts.base, parts.job
     tiers = {term.name: rank_of(term) for term in assembly.terms if term.name in parts.method.tiers}
-    card: dict[str, Any] = {
+    card: Plain = {
         "format": 1,
         **parts.task.card(),
         "model": base.name,

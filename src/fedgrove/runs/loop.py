@@ -11,6 +11,7 @@ from typing import Any
 
 from fedgrove.adapters.tree import Tree
 from fedgrove.ground.errors import FedgroveError, RunError
+from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import protection
 from fedgrove.runs.engine import Absence, Arrival, Engine, not_finite
@@ -46,12 +47,12 @@ class Loop:
 
     def rounds(self) -> None:
         """All the rounds that are left."""
-        prepared, job = self.prepared, self.prepared.job
+        stage, job = self.prepared, self.prepared.job
         info = RunInfo(
             method=job.method.name,
-            title=f"{prepared.method.title} on {job.model.name}",
+            title=f"{stage.method.title} on {job.model.name}",
             rounds=job.run.rounds,
-            clients=tuple(prepared.clients),
+            clients=tuple(stage.clients),
             out=self.out,
             job=job.to_dict(),
             start_round=self.done + 1,
@@ -64,36 +65,48 @@ class Loop:
 
     def round(self, number: int) -> None:
         """Offer, train, aggregate, evaluate, checkpoint."""
-        prepared, job, ledger = self.prepared, self.prepared.job, self.ledger
-        method, engine = prepared.method, prepared.engine
-        for info in engine.joined(number):
+        stage, schedule = self.prepared, self.prepared.job.run
+        last = number == schedule.rounds
+        for info in stage.engine.joined(number):
             self.admit(number, info)
-        available = engine.available(list(prepared.clients))
-        self._enough(number, available, {})
-        if self.guard is not None and self.guard.draws:
-            selected = self.guard.select(number, available)
-        else:
-            selected = method.select(self.state, number, available, job.federation.fraction)
+        selected = self.select(number)
         self.watch.round_started(number, selected)
         self.lab.begin(number, self.state)
-        with ledger.clock("training"):
-            updates = self.collect(number, selected) if selected else []
-        with ledger.clock("server"):
+        updates: list[Update] = []
+        with self.ledger.clock("training"):
+            if selected:
+                updates = self.collect(number, selected)
+        with self.ledger.clock("server"):
             updates = self.aggregate(number, updates, selected)
-        if job.run.noise:  # else updates may be masked
+        if schedule.noise:  # else updates may be masked
             self.lab.end(self.state, [method_part(update) for update in updates])
-        last = number == job.run.rounds
-        if last or number % job.run.eval_every == 0:
-            with ledger.clock("evaluation"):
-                lines = [line for split in prepared.splits for line in self.measured(number, split)]
+        if last or number % schedule.eval_every == 0:
+            with self.ledger.clock("evaluation"):
+                lines = [line for split in stage.splits for line in self.measured(number, split)]
             self.watch.evaluated(number, lines)
-        spent = {} if self.guard is None else {"epsilon": self.guard.epsilon(len(prepared.clients))}
-        self.watch.round_done(
-            number, {"bytes_up": ledger.bytes_up, "bytes_down": ledger.bytes_down, **spent}
-        )
+        self.watch.round_done(number, self.cost())
         self.done = number
-        if last or number % job.run.checkpoint_every == 0:
+        if last or number % schedule.checkpoint_every == 0:
             self.save()
+
+    def select(self, number: int) -> list[str]:
+        """Who is asked to train: by the guard's coins where privacy counts on them, else as the
+        method draws.
+        """
+        stage = self.prepared
+        available = stage.engine.available(list(stage.clients))
+        self._enough(number, available, {})
+        if self.guard is not None and self.guard.draws:
+            return self.guard.select(number, available)
+        fraction = stage.job.federation.fraction
+        return stage.method.select(self.state, number, available, fraction)
+
+    def cost(self) -> Plain:
+        """What the run has cost so far, as ``round_done`` is told."""
+        told: Plain = {"bytes_up": self.ledger.bytes_up, "bytes_down": self.ledger.bytes_down}
+        if self.guard is not None:
+            told["epsilon"] = self.guard.epsilon(len(self.prepared.clients))
+        return told
 
     def collect(self, number: int, selected: Sequence[str]) -> list[Update]:
         """The round's updates in name order; who gives none, or one that cannot be used, is left
@@ -180,7 +193,7 @@ class Loop:
         )
         return [mean]
 
-    def measured(self, number: int, split: str) -> Iterator[dict[str, Any]]:
+    def measured(self, number: int, split: str) -> Iterator[Plain]:
         """A line of metrics for each client that answers."""
         prepared = self.prepared
         for found in prepared.engine.evaluate(
@@ -205,13 +218,11 @@ class Loop:
         try:
             method.check([*prepared.clients.values(), *prepared.held_out.values(), info])
             method.offer(self.state, number, info)
+        except FedgroveError as error:
+            self._refuse(number, info.name, str(error))
+            return
         except Exception as error:  # whatever a method does for a client that it has never seen
-            words = (
-                str(error)
-                if isinstance(error, FedgroveError)
-                else f"the server's half failed on it ({error!r})"
-            )
-            self._refuse(number, info.name, words)
+            self._refuse(number, info.name, f"the server's half failed on it ({error!r})")
             return
         self.new.add(info.name)
         everyone = sorted([*prepared.clients.values(), info], key=lambda each: each.name)
@@ -230,12 +241,11 @@ class Loop:
         least = self.prepared.job.federation.min_clients
         if len(present) >= least:
             return
-        why = "; ".join(f"{client}: {reason}" for client, reason in sorted(missing.items()))
+        reasons = [f"{client}: {reason}" for client, reason in sorted(missing.items())]
+        why = f" ({'; '.join(reasons)})" if reasons else ""
         raise TooFew(
             f"Round {number} has {len(present)} of the {least} clients that federation.min_clients "
-            f"asks for"
-            f"{f' ({why})' if why else ''}; the run is as it was after round {self.done}, go on "
-            f"with --resume."
+            f"asks for{why}; the run is as it was after round {self.done}, go on with --resume."
         )
 
     def offer(self, client: str, round: int) -> Tree:
@@ -255,13 +265,14 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of everything, after the metrics of its rounds are on disk."""
         self.ledger.seconds["total"] = time.perf_counter() - self.started
-        server = {
+        server: Tree = {
             "state": self.state,
             "head": dict(self.head) if self.head else None,
             "ledger": dict(vars(self.ledger)),
             "engine": self.prepared.engine.notes(),
-            **({} if self.guard is None else {"releases": self.guard.releases}),
         }
+        if self.guard is not None:
+            server["releases"] = self.guard.releases
         with span("checkpoint"):
             self.checkpoints.save(self.done, server, self.prepared.engine.changed())
 
@@ -279,7 +290,7 @@ def method_part(update: Update) -> Update:
     return replace(update, content=update.content["method"])
 
 
-def train_line(number: int, arrival: Arrival) -> dict[str, Any]:
+def train_line(number: int, arrival: Arrival) -> Plain:
     return {
         "round": number,
         "client": arrival.update.client,

@@ -15,6 +15,7 @@ import torch
 
 from fedgrove.federation.tasks import task_class, task_name
 from fedgrove.ground.errors import DataError, JobError
+from fedgrove.ground.plain import Given
 from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base, load_config, longest_input
 from fedgrove.methods.contract import Setting
@@ -93,7 +94,7 @@ class Parts:
             head: the mean of the clients' heads, where one is kept.
         """
 
-        def ask(probe: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        def ask(probe: Given | None) -> Given:
             content = self.method.welcome(state, info, probe)
             return self.head.beside(content, head, newcomer=True)
 

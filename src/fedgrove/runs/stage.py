@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.runs.engine import Engine
 from fedgrove.tracking.noise import Lab
 
@@ -24,8 +24,8 @@ class Roster(Protocol):
     """Who takes part, for ``federation.json``."""
 
     @property
-    def source(self) -> Mapping[str, Any]: ...
-    def table(self) -> dict[str, Any]: ...
+    def source(self) -> Given: ...
+    def table(self) -> Plain: ...
 
 
 @dataclass(frozen=True, eq=False)

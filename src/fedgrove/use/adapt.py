@@ -18,6 +18,7 @@ from fedgrove.federation.federation import Client
 from fedgrove.federation.sources import NAME, rows_of
 from fedgrove.federation.split import split
 from fedgrove.ground.errors import DataError, RunError
+from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import ClientInfo
 from fedgrove.runs.leave import spending, write_adapter
 from fedgrove.runs.parts import Parts, one_by_one
@@ -44,7 +45,7 @@ class Adapted:
     placed: str  # where the server put it, in words; "" where the method has no groups
     head: str  # what its classifier started from, in words; "" where the task has none
     measures: dict[str, dict[str, float]]
-    privacy: dict[str, Any] | None = None  # what its training cost of its examples' budget
+    privacy: Plain | None = None  # what its training cost of its examples' budget
 
 
 @dataclass(frozen=True, eq=False)
