@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class Opener(Protocol):
-    """Makes everything that a run needs, for as long as it lasts."""
+    """Makes everything that a run needs, for as long as it lasts, and refuses a job that cannot be
+    run (``runs.fit``) before it starts anything.
+    """
 
     def __call__(
         self, job: Job, directory: RunDirectory, *, resume: bool, watch: Callback

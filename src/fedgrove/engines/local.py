@@ -147,21 +147,21 @@ class LocalEngine:
         how = self.job.run.compress
         room = Room(round, clients) if self.job.privacy.secure_aggregation else None
         for name, given, bytes_down, outcome in self._outcomes(round, clients, offer):
-            update = outcome.update
+            content = outcome.update.content
             if room is not None:
-                update = replace(update, content=self._masked(room, update, given, round))
-            bytes_up = sent_bytes(update.content, how)  # refuses what is private
-            update = replace(update, content=passed(update.content, how))
+                content = self._masked(room, outcome.update, given, round)
+            bytes_up = sent_bytes(content, how)  # refuses what is private
+            content = passed(content, how)
             self._before[name] = self.store(name)
             self._stores[name] = outcome.store
             self._changed.add(name)
             yield Arrival(
-                update=update,
+                update=replace(outcome.update, content=content),
                 round=round,
                 loss=outcome.loss,
                 steps=outcome.steps,
                 trained=outcome.trained,
-                up=numbers(update.content),
+                up=numbers(content),
                 down=numbers(given),
                 bytes_up=bytes_up,
                 bytes_down=bytes_down,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from fedgrove.methods.contract import ClientInfo
 from fedgrove.methods.registry import method_class
 
 if TYPE_CHECKING:
+    from fedgrove.federation.federation import Client
     from fedgrove.job import Job
 
 
@@ -131,31 +133,34 @@ def client_infos(
     job: Job, federation: Federation
 ) -> tuple[dict[str, ClientInfo], dict[str, ClientInfo]]:
     """(those that train, those held out), with ranks as the job and the method want them."""
-    ranks = fitting_ranks(job, job.ranks([client.name for client in federation.clients]))
-    infos = {c.name: ClientInfo(c.name, ranks[c.name], len(c.train)) for c in federation.clients}
-    return (
-        {c.name: infos[c.name] for c in federation.training},
-        {c.name: infos[c.name] for c in federation.held_out},
-    )
+    names = [client.name for client in federation.clients]
+    ranks = fitting_ranks(job, job.ranks(names))
+
+    def infos(clients: Iterable[Client]) -> dict[str, ClientInfo]:
+        found = {}
+        for client in clients:
+            found[client.name] = ClientInfo(client.name, ranks[client.name], len(client.train))
+        return found
+
+    return infos(federation.training), infos(federation.held_out)
 
 
 def fitting_ranks(job: Job, ranks: dict[str, int]) -> dict[str, int]:
     """The ranks as the method wants them: as they are, or one for all. Raises ``JobError`` where
     the job must say.
     """
-    chosen = method_class(job.method.name)
-    if chosen.ranks == "equal" and len(set(ranks.values())) > 1:
-        how = job.method.uniform_rank
-        if how is None:
-            raise JobError(
-                f"federation.ranks gives different ranks "
-                f"({', '.join(map(str, sorted(set(ranks.values()))))}), but "
-                f'{chosen.title} needs equal ones; set method.uniform_rank = "min" or "max", or '
-                f"choose another method."
-            )
-        rank = min(ranks.values()) if how == "min" else max(ranks.values())
-        return dict.fromkeys(ranks, rank)
-    return ranks
+    chosen, how = method_class(job.method.name), job.method.uniform_rank
+    different = sorted(set(ranks.values()))
+    if chosen.ranks != "equal" or len(different) <= 1:
+        return ranks
+    if how is None:
+        raise JobError(
+            f"federation.ranks gives different ranks ({', '.join(map(str, different))}), but "
+            f'{chosen.title} needs equal ones; set method.uniform_rank = "min" or "max", or '
+            f"choose another method."
+        )
+    rank = different[0] if how == "min" else different[-1]
+    return dict.fromkeys(ranks, rank)
 
 
 def fingerprint_of(federation: Federation) -> str:
