@@ -171,7 +171,7 @@ def check_export(job: Any, out: Path) -> None:
         [{"text": text, "label": "positive"} for text in TEXTS], prepared.base.processor
     )
     for name in prepared.clients:
-        assembly = prepared.engine.personal(name, loop.offer(name, loop.done + 1))
+        assembly = prepared.engine.personal(name, loop.deployed(name, loop.done))
         bare = Assembly(extras=assembly.extras)
         ours, without = kernel.logits(assembly, examples), kernel.logits(bare, examples)
         assert (ours - without).abs().max() > 1e-4  # there is something to export

@@ -49,9 +49,6 @@ class SomeLayers(Method):
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
         self.layers = layers_of(setting.sites)
-        self._drawn: tuple[int, dict[str, list[int]]] | None = (
-            None  # a round's rows: every client asks for its own
-        )
 
     def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
         """For each client the places (0: the shallowest) of the ``counts[i]`` layers that it trains
@@ -70,6 +67,10 @@ class SomeLayers(Method):
             "global": mean_where_held(state["global"], adapters, self.weights(updates)),
         }
 
+    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+        """All layers, whichever the client would train next."""
+        return {"global": state["global"]}
+
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         return Assembly((Term("global", offer["global"]),))
 
@@ -82,13 +83,11 @@ class SomeLayers(Method):
     def weights(self, updates: Sequence[Update]) -> list[float]:
         return shares(updates, self.options.weights)
 
-    def allotted(self, state: State, round: int, client: ClientInfo) -> list[int]:
-        """The layers that a client trains in this round."""
-        if self._drawn is None or self._drawn[0] != round:
-            counts: dict[str, int] = state["counts"]
-            rows = self.draw(list(counts.values()), round)
-            named = {
-                name: [self.layers[n] for n in row] for name, row in zip(counts, rows, strict=True)
-            }
-            self._drawn = (round, named)
-        return self._drawn[1][client.name]
+    def open(self, state: State, round: int) -> State:
+        """With ``rows``: the layers that each client trains in this round."""
+        counts: dict[str, int] = state["counts"]
+        drawn = self.draw(list(counts.values()), round)
+        rows = {
+            name: [self.layers[n] for n in row] for name, row in zip(counts, drawn, strict=True)
+        }
+        return {**state, "rows": rows}

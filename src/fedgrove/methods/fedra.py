@@ -33,13 +33,10 @@ class FedRA(SomeLayers):
 
     # ------------------------------------------------------------------ server
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        if round > self.setting.rounds or client.name not in state["counts"]:
+        row = state["rows"].get(client.name)
+        if row is None:  # a newcomer
             return self.deploy(state, round, client)
-        row = self.allotted(state, round, client)
         return {"global": part(state["global"], self.setting.sites, row), "layers": row}
-
-    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"global": state["global"]}
 
     def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
         return random_rows(counts, len(self.layers), self.setting.rng(round, "allocation"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedgrove.ground.files import write_text
 from fedgrove.ground.plain import Given, Plain
+from fedgrove.methods.protocols import ServerArtefacts, global_assembly
 from fedgrove.report import write_report
 from fedgrove.runs.engine import Absence, Leaving
 from fedgrove.runs.leave import write_adapter
@@ -122,7 +123,8 @@ def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> Plain:
     """The method's files: what the server knows, and merged into it what each client told of
     itself.
     """
-    content = loop.prepared.method.artefacts(loop.state)
+    method = loop.prepared.method
+    content = method.artefacts(loop.state) if isinstance(method, ServerArtefacts) else {}
     for name in loop.prepared.clients:
         if name in left:
             merge(content, left[name].artefacts)
@@ -152,7 +154,8 @@ class Offers:
         if name in prepared.clients:
             return loop.deployed(name, prepared.job.run.rounds)
         if name not in self._arrived:
-            welcome = prepared.parts.welcome(loop.state, loop.head, prepared.held_out[name])
+            state = loop.opened(prepared.job.run.rounds + 1)
+            welcome = prepared.parts.welcome(state, loop.head, prepared.held_out[name])
             self._arrived[name] = prepared.engine.arrive(name, welcome)
         return self._arrived[name]
 
@@ -161,7 +164,7 @@ def write_global(loop: Loop) -> None:
     """``adapters/_global``, where the method has one model of all clients; its head is the mean, or
     the first draw.
     """
-    assembly = loop.prepared.method.global_assembly(loop.state)
+    assembly = global_assembly(loop.prepared.method, loop.state)
     if assembly is not None:
         head = {"head": dict(loop.head)} if loop.head else {}
         with_head = loop.prepared.head.attach(assembly, head, {})

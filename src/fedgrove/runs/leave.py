@@ -13,6 +13,7 @@ from fedgrove.adapters.private import unseal
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
+from fedgrove.methods.protocols import tiers as tiers_of
 from fedgrove.runs.engine import Leaving
 from fedgrove.training.base_line import base_measure
 
@@ -47,8 +48,7 @@ def leave(
     ``metric`` of a held-out client is that of the model it is welcomed with, before any training of
     its own.
     """
-    job, method, metric = parts.job, parts.method, parts.task.metric
-    content, mine = dict(offer["method"]), store.get("mine", {})
+    job, metric = parts.job, parts.task.metric
     epochs = job.train.final_local_epochs
     guard = half.guard(info, store)
     base = base_metric(parts, half, info, data)
@@ -64,7 +64,7 @@ def leave(
         "loss": final["loss"],
     }
     if epochs:
-        penalty = method.penalty(info, content, mine)
+        penalty = half.penalty(info, offer, store)
         better = half.tune(info, assembly, data["train"], epochs, penalty, guard)
         row["metric_tuned"] = half.kernel.evaluate(half.deployed(better), data["test"])[metric]
         told = spending(parts, info, guard)
@@ -72,11 +72,10 @@ def leave(
         write_adapter(parts, folder, better, client=info.name, privacy=told)
     if told is not None:  # the tuned model's steps are in it
         row |= {"epsilon": told["epsilon"], "delta": told["delta"]}
-    artefacts = {} if held_out else method.client_artefacts(info, content, mine)
     return Leaving(
         row=row,
         stored=all_parameters(assembly),
-        artefacts=artefacts,
+        artefacts={} if held_out else half.artefacts(info, offer, store),
         texts=[{"client": info.name, **text} for text in texts],
     )
 
@@ -123,7 +122,8 @@ def write_adapter(
     (``interop.assembly_file``).
     """
     base, job = parts.base, parts.job
-    tiers = {term.name: rank_of(term) for term in assembly.terms if term.name in parts.method.tiers}
+    named = tiers_of(parts.method)
+    tiers = {term.name: rank_of(term) for term in assembly.terms if term.name in named}
     card: Plain = {
         "format": 1,
         **parts.task.card(),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedgrove.adapters.tree import typed
 from fedgrove.federation.tasks import task_class, task_name
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.plain import Given
@@ -90,12 +91,13 @@ class Parts:
         """The server's answers to a client that never trained: without a probe, and after one.
 
         Args:
-            state: the method's, at the server.
+            state: the method's, at the server, as ``Method.open`` gives it after the last round.
             head: the mean of the clients' heads, where one is kept.
         """
 
         def ask(probe: Given | None) -> Given:
-            content = self.method.welcome(state, info, probe)
+            found = None if probe is None else typed(self.method.Probed, probe)
+            content = self.method.welcome(state, info, found)
             return self.head.beside(content, head, newcomer=True)
 
         return ask

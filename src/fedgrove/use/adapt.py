@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedgrove.adapters.tree import typed
 from fedgrove.federation.federation import Client
 from fedgrove.federation.sources import NAME, rows_of
 from fedgrove.federation.split import split
 from fedgrove.ground.errors import DataError, RunError
 from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import ClientInfo
+from fedgrove.methods.protocols import placed
 from fedgrove.runs.leave import spending, write_adapter
 from fedgrove.runs.parts import Parts, one_by_one
 from fedgrove.runs.prepare import has_device
@@ -94,12 +96,13 @@ def adapt(
     info = ClientInfo(name, parts.method.setting.rank, len(client.train))
     guard = half.guard(info, {})  # of the job's example level: probe and training count
 
-    welcome = parts.welcome(finished.state, finished.mean_head, info)
+    state = parts.method.open(finished.state, job.run.rounds + 1)
+    welcome = parts.welcome(state, finished.mean_head, info)
     offer = half.arrive(info, examples["train"], welcome, guard)
     assembly = half.personal(info, offer, {})
     measures = {"zero-shot": half.kernel.evaluate(half.deployed(assembly), examples["test"])}
     if epochs:
-        penalty = parts.method.penalty(info, dict(offer["method"]), {})
+        penalty = half.penalty(info, offer, {})
         assembly = half.tune(info, assembly, examples["train"], epochs, penalty, guard)
         after = f"after {epochs} epoch{'s' * (epochs > 1)}"
         measures[after] = half.kernel.evaluate(half.deployed(assembly), examples["test"])
@@ -112,7 +115,7 @@ def adapt(
         metric=parts.task.metric,
         train=len(client.train),
         test=len(client.test),
-        placed=str(offer["method"].get("placed", "")),
+        placed=placed(offer["method"]),
         head=_head_words(parts, "head" in offer),
         measures=measures,
         privacy=spent,
@@ -172,7 +175,8 @@ def _open(result: Result, job: Job) -> Finished:
         if not row.get("held_out")
     ]
     parts = Parts.of(one_by_one(job), trained)
-    return Finished(parts, server["state"], server["head"])
+    state = typed(parts.method.State, server["state"])
+    return Finished(parts, state, server["head"])
 
 
 def _head_words(parts: Parts, offered: bool) -> str:
