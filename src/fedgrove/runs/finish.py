@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedgrove.ground.files import write_text
+from fedgrove.ground.files import write_json, write_text
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.protocols import ServerArtefacts, global_assembly
 from fedgrove.report import write_report
@@ -29,7 +29,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
         left = farewell(loop)
     write_global(loop)
     for file, content in artefacts(loop, left).items():
-        summaries.write(out / file, content)
+        write_json(out / file, content)
     write_texts(out, left)
     loop.save()  # with the seconds of the work above
     job, ledger = stage.job, loop.ledger
@@ -53,7 +53,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     summary["metric"] = stage.task.metric
     if spent := privacy(loop, left):
         summary["privacy"] = spent
-    summaries.write(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     loop.watch.phase("writing the report")
     with span("report"):
         write_report(out, baselines)  # the last file: a run is finished when it has both

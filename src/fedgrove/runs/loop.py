@@ -14,14 +14,14 @@ from fedgrove.ground.errors import AdapterError, FedgroveError, RunError
 from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import protection
-from fedgrove.runs.engine import Absence, Arrival, Engine, not_finite
+from fedgrove.runs.engine import Absence, Arrival, Engine
 from fedgrove.runs.ledger import Ledger
 from fedgrove.runs.records import Records
 from fedgrove.runs.stage import Stage
 from fedgrove.tracking.callback import RunInfo
 from fedgrove.training.profile import round_span, span
 from fedgrove.wire.compress import passed
-from fedgrove.wire.validate import refuse_loss, sift
+from fedgrove.wire.sift import not_finite, refuse_loss, sift
 
 
 class TooFew(RunError):
