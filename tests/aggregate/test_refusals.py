@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.aggregate.made import PREFIX, SITES, draw, many, write
 
-from fedgrove.aggregate import RULES, aggregate
-from fedgrove.aggregate.options import NO_RULE
+from fedgrove.aggregate import aggregate
 from fedgrove.cli import main
 from fedgrove.ground.errors import AdapterError
-from fedgrove.methods.registry import names
+from fedgrove.methods.fedit import MeanOfFactors
+from fedgrove.methods.registry import catalogue
+from fedgrove.methods.rule import Arrived, Outcome, stated
 
 QUERY = "encoder.layer.1.attention.self.query"
 A, B = f"{PREFIX}{QUERY}.lora_A.weight", f"{PREFIX}{QUERY}.lora_B.weight"
@@ -286,14 +287,14 @@ def test_an_interrupted_aggregation_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders, _ = many(tmp_path / "in", [3, 3], [6.0] * 2)
-    site = RULES["fedit"].site
+    site = MeanOfFactors.site
 
-    def stop(self: Any, name: str, factors: Any) -> Any:
-        if name == QUERY:
+    def stop(self: MeanOfFactors, given: Arrived) -> Outcome:
+        if given.name == QUERY:
             raise KeyboardInterrupt
-        return site(self, name, factors)
+        return site(self, given)
 
-    monkeypatch.setattr(RULES["fedit"], "site", stop)
+    monkeypatch.setattr(MeanOfFactors, "site", stop)
     with pytest.raises(KeyboardInterrupt):
         aggregate("fedit", folders, tmp_path / "deep" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -313,5 +314,6 @@ def test_a_result_that_overflows_float32_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_method_has_a_rule_or_a_reason() -> None:
-    assert not set(RULES) & set(NO_RULE)
-    assert set(names()) <= set(RULES) | set(NO_RULE)
+    for kind in catalogue().values():
+        found = stated(kind)
+        assert "Rule)" not in str(found), kind.name  # neither a rule nor a reason of its own

@@ -24,7 +24,7 @@ from tests.aggregate.made import (
     write,
 )
 
-from fedgrove.aggregate import RULES, aggregate
+from fedgrove.aggregate import aggregate, rules
 from fedgrove.ground.errors import AdapterError
 
 WEIGHTS = [120.0, 80.0, 45.5]
@@ -449,7 +449,7 @@ def test_fed_plora_refuses_wrong_tags(card: Any, words: str, tmp_path: Path) -> 
 
 def test_a_single_client_gets_itself_from_every_rule(tmp_path: Path) -> None:
     folders, _ = many(tmp_path, [3], [6.0])
-    for method in RULES:
+    for method in rules():
         done = aggregate(method, folders, tmp_path / method)
         for name in done.adapters:
             for site, matrix in dense(folders[0]).items():

@@ -8,8 +8,8 @@ starting ``A`` costs no message.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -29,19 +29,64 @@ from fedgrove.methods.contract import (
     reveal,
     shares,
 )
+from fedgrove.methods.rule import Arrived, Needs, Outcome, Round
+
+
+@dataclass
+class SharedHalf:
+    """The mean of one factor; the other stays as each client has it."""
+
+    options: contract.Options
+    round: Round
+    shared: ClassVar[Literal["A", "B"]]
+    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True)
+
+    @staticmethod
+    def mean(halves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The weighted sum of one factor of all clients, all [rank, in] or all [out, rank]."""
+        total = halves[0] * weights[0]
+        for half, weight in zip(halves[1:], weights[1:], strict=True):
+            total = total + half * weight
+        return total
+
+    def site(self, given: Arrived) -> Outcome:
+        common = self.mean([getattr(f, self.shared) for f in given.factors], given.weights)
+        return Outcome(own=[_with(each, self.shared, common) for each in given.factors])
+
+
+@dataclass
+class SharedA(SharedHalf):
+    shared = "A"
+
+
+@dataclass
+class SharedB(SharedHalf):
+    shared = "B"
+
+
+@dataclass
+class FrozenA(SharedHalf):
+    """A is the same everywhere, so that the mean of B is everything."""
+
+    shared = "B"
+    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True, frozen="A")
+
+    def site(self, given: Arrived) -> Outcome:
+        common = self.mean([each.B for each in given.factors], given.weights)
+        return Outcome(whole=replace(given.factors[0], B=common))
 
 
 class Half(Method):
-    """Shares one factor (``shared``); the other is frozen or private."""
+    """Shares the factor that its rule averages; the other is frozen or private."""
 
     reduce = "sum"
     stale = True
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
-    shared: ClassVar[str]
+    Rule: ClassVar[type[SharedHalf]]
     private: ClassVar[str] = ""  # the factor that trains but stays
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"half": _half(self.setting.shared_draw(), self.shared)}
+        return {"half": _half(self.setting.shared_draw(), self.Rule.shared)}
 
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
         return {"half": state["half"]}
@@ -49,12 +94,10 @@ class Half(Method):
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         weights = shares(updates, self.options.weights)
         halves = [update.content["half"] for update in updates]
-        return {
-            "half": {
-                site: _weighted([half[site] for half in halves], weights)
-                for site in self.setting.sites
-            }
-        }
+        common = {}
+        for site in self.setting.sites:
+            common[site] = self.Rule.mean([half[site] for half in halves], weights)
+        return {"half": common}
 
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
         return [Step(self.personal(client, offer, mine))]
@@ -64,12 +107,12 @@ class Half(Method):
     ) -> tuple[dict[str, Any], Mine]:
         adapter = trained[-1].adapter("adapter")
         stays = {"half": _half(adapter, self.private)} if self.private else mine
-        return {"half": _half(adapter, self.shared)}, stays
+        return {"half": _half(adapter, self.Rule.shared)}, stays
 
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         adapter = self._joined(offer["half"], reveal(mine).get("half"))
         return Assembly(
-            (Term("adapter", adapter, train=self.shared + self.private, kept=self.private),)
+            (Term("adapter", adapter, train=self.Rule.shared + self.private, kept=self.private),)
         )
 
     def global_assembly(self, state: State) -> Assembly | None:
@@ -79,9 +122,9 @@ class Half(Method):
 
     def _joined(self, shared: Mapping[str, Tensor], own: Mapping[str, Tensor] | None) -> Adapter:
         adapter = self.setting.shared_draw()
-        other = "B" if self.shared == "A" else "A"
+        other = "B" if self.Rule.shared == "A" else "A"
         for site, factors in adapter.items():
-            adapter[site] = _with(factors, self.shared, shared[site])
+            adapter[site] = _with(factors, self.Rule.shared, shared[site])
             if own is not None:
                 adapter[site] = _with(adapter[site], other, own[site])
         return adapter
@@ -93,10 +136,3 @@ def _half(adapter: Adapter, factor: str) -> dict[str, Tensor]:
 
 def _with(factors: Factors, factor: str, value: Tensor) -> Factors:
     return replace(factors, A=value) if factor == "A" else replace(factors, B=value)
-
-
-def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total = total + tensor * weight
-    return total

@@ -81,6 +81,10 @@ class FedALT(Method):
     keeps = "own A, B; gates"
     mixes = (Gated,)
     Options: ClassVar[type[contract.Options]] = ALTOptions
+    no_rule = (
+        "a client keeps two adapters and a gate that depends on the input, which is no single "
+        "PEFT adapter"
+    )
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)

@@ -8,6 +8,7 @@ later methods correct.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fedgrove.adapters.algebra import mean
@@ -25,6 +26,19 @@ from fedgrove.methods.contract import (
     Update,
     shares,
 )
+from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
+
+
+@dataclass
+class MeanOfFactors:
+    """The mean of the A's and, separately, of the B's."""
+
+    options: contract.Options
+    round: Round
+    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True)
+
+    def site(self, given: Arrived) -> Outcome:
+        return Outcome(whole=mean(given.adapters, given.weights)[given.name])
 
 
 class FedIT(Method):
@@ -38,6 +52,7 @@ class FedIT(Method):
     stale = True
     averages_factors = True
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
+    Rule: ClassVar[type[ServerRule]] = MeanOfFactors
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {"global": self.setting.shared_draw()}
@@ -47,7 +62,9 @@ class FedIT(Method):
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         adapters = [update.content["adapter"] for update in updates]
-        return {"global": mean(adapters, shares(updates, self.options.weights))}
+        rule = self.Rule(self.options, Round(self.setting.sites, round))
+        weights = shares(updates, self.options.weights)
+        return {"global": combine(rule, Arrivals(self.setting, adapters, weights)).whole}
 
     def global_assembly(self, state: State) -> Assembly:
         return Assembly((Term("global", state["global"]),))

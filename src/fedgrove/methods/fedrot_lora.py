@@ -13,11 +13,12 @@ know FedIT.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.rotation import align
 from fedgrove.methods import contract
@@ -31,7 +32,8 @@ from fedgrove.methods.contract import (
     WeightedOptions,
     shares,
 )
-from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.fedit import FedIT, MeanOfFactors
+from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
 
 class RotOptions(WeightedOptions):
@@ -45,6 +47,42 @@ class RotOptions(WeightedOptions):
     )
 
 
+@dataclass
+class RotatedMean:
+    """FedIT's means of factors that were turned to the last global ones."""
+
+    options: RotOptions
+    round: Round
+    needs: ClassVar[Needs] = Needs(
+        equal_ranks=True, equal_scales=True, previous=True, rounds=True, options=("lam",)
+    )
+
+    @property
+    def factor(self) -> Literal["", "A", "B"]:
+        """What is aligned in this round; "" in the first."""
+        if self.round.number == 1:
+            return ""
+        return "A" if self.round.number % 2 else "B"
+
+    def turned(self, factors: Factors, previous: Factors | None) -> Factors:
+        """A client's factors with their rank space turned to that of the last global ones."""
+        if previous is None or self.factor == "":
+            return factors
+        return align(factors, previous, self.factor, self.options.lam)
+
+    def site(self, given: Arrived) -> Outcome:
+        turned = [{given.name: self.turned(each, given.previous)} for each in given.factors]
+        return Outcome(whole=mean(turned, given.weights)[given.name])
+
+    def notes(self) -> list[str]:
+        if self.factor == "":
+            return ["This is the first round: nothing was rotated, as fedit."]
+        return [f"Round {self.round.number}: aligned {self.factor} to the last global adapter."]
+
+    def artefacts(self, clients: Sequence[str]) -> dict[str, Any]:
+        return {}
+
+
 class FedRotLoRA(FedIT):
     name = "fedrot-lora"
     title = "FedRot-LoRA"
@@ -53,26 +91,27 @@ class FedRotLoRA(FedIT):
     reduce = "each"
     averages_factors = False  # of the rotated ones, which no client runs
     Options: ClassVar[type[contract.Options]] = RotOptions
+    Rule: ClassVar[type[ServerRule]] = RotatedMean
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
-        if self.options.at == "server":
-            adapters = [self._rotated(adapter, state["global"], round) for adapter in adapters]
-        return {"global": mean(adapters, shares(updates, self.options.weights))}
+        kind = self.Rule if self.options.at == "server" else MeanOfFactors
+        arrivals = Arrivals(
+            self.setting,
+            [update.content["adapter"] for update in updates],
+            shares(updates, self.options.weights),
+            previous=state["global"],
+        )
+        rule = kind(self.options, Round(self.setting.sites, round))
+        return {"global": combine(rule, arrivals).whole}
 
     def report(
         self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
     ) -> tuple[dict[str, Any], Mine]:
         adapter = trained[-1].adapter("global")
         if self.options.at == "client":
-            adapter = self._rotated(adapter, offer["global"], round)
+            rule = RotatedMean(self.options, Round(self.setting.sites, round))
+            adapter = {
+                site: rule.turned(factors, offer["global"][site])
+                for site, factors in adapter.items()
+            }
         return {"adapter": adapter}, mine
-
-    def _rotated(self, adapter: Adapter, reference: Adapter, round: int) -> Adapter:
-        """The adapter with its rank space turned to that of the round's global one."""
-        if round == 1:
-            return adapter
-        factor: Literal["A", "B"] = "A" if round % 2 else "B"
-        return {
-            site: align(f, reference[site], factor, self.options.lam) for site, f in adapter.items()
-        }

@@ -18,10 +18,33 @@ is the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fedgrove.adapters.lowrank import product_mean
-from fedgrove.methods._products import Truncations, revive
+from fedgrove.adapters.lowrank import leading, truncated
+from fedgrove.methods import contract
+from fedgrove.methods._products import Truncations
 from fedgrove.methods.contract import ClientInfo, State, Update, shares
+from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
+
+
+@dataclass
+class TruncatedMean:
+    """The mean of the products; each client's truncation of it at the client's own rank."""
+
+    options: contract.Options
+    round: Round
+    needs: ClassVar[Needs] = Needs(rank=True)
+
+    def site(self, given: Arrived) -> Outcome:
+        most = max(given.rank, *(each.rank for each in given.factors))
+        best = truncated(
+            given.factors, given.weights, most, given.scale, start=given.start, site=given.name
+        )
+        return Outcome(
+            whole=leading(best, given.rank, given.scale),
+            own=[leading(best, each.rank, each.scale) for each in given.factors],
+        )
 
 
 class FlexLoRA(Truncations):
@@ -29,6 +52,7 @@ class FlexLoRA(Truncations):
     title = "FlexLoRA"
     paper = "arXiv 2402.11505"
     stale = True
+    Rule: ClassVar[type[ServerRule]] = TruncatedMean
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {**super().begin(clients), "largest": max(client.rank for client in clients)}
@@ -36,8 +60,17 @@ class FlexLoRA(Truncations):
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         adapters = [update.content["adapter"] for update in updates]
         largest = state["largest"]
-        weights = shares(updates, self.options.weights)
         arrived = sum(next(iter(adapter.values())).rank for adapter in adapters)
-        rank = largest if arrived < largest else None  # None: every direction of the mean
-        exact = product_mean(adapters, weights, rank, self.setting.scale(largest), "balanced")
-        return {"global": revive(exact, self.setting.shared_draw(largest)), "largest": largest}
+        ranks = {}  # every direction of the mean, and never fewer than anybody holds
+        for name, site in self.setting.sites.items():
+            ranks[name] = max(largest, min(arrived, site.in_features, site.out_features))
+        arrivals = Arrivals(
+            self.setting,
+            adapters,
+            shares(updates, self.options.weights),
+            rank=ranks,
+            scale=self.setting.scale(largest),
+            start=self.setting.shared_draw(largest),
+        )
+        rule = self.Rule(self.options, Round(self.setting.sites, round))
+        return {"global": combine(rule, arrivals).whole, "largest": largest}

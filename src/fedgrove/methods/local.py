@@ -21,6 +21,7 @@ class Local(Method):
     keeps = "A, B"
     ranks = "mixed"
     federated = False
+    no_rule = "its clients share nothing"
 
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
         return [Step(self.personal(client, offer, mine))]
