@@ -212,7 +212,7 @@ def test_a_bad_previous_output_is_refused(tmp_path: Path) -> None:
 
 ASKED: dict[str, tuple[list[str], str]] = {
     "fedti": (["fedti"], "The method 'fedti' is unknown; did you mean fedit?"),
-    "nothing like it": (["xyz"], "unknown; the rules are fedit"),
+    "nothing like it": (["xyz"], "unknown; the rules are fed-plora"),
     "no rule": (["fedlease"], "fedlease has no offline rule: it averages routers"),
     "count": (["fedit", "--weights", "1,2"], "--weights has 2 numbers for 3 adapters"),
     "words": (["fedit", "--weights", "1,2,x"], "must be numbers with commas"),
@@ -221,7 +221,7 @@ ASKED: dict[str, tuple[list[str], str]] = {
     "nan": (["fedit", "--weights", "nan,1,1"], "must be finite"),
     "rank": (
         ["fedit", "--rank", "4"],
-        "--rank has no meaning for fedit; it is the global rank of flexlora, raflora",
+        "--rank has no meaning for fedit; it is the global rank of flexlora, hilora, raflora",
     ),
     "rank 0": (["flexlora", "--rank", "0"], "--rank is 0"),
     "key": (

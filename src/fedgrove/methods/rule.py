@@ -216,8 +216,8 @@ def combine(rule: ServerRule, arrivals: Arrivals) -> Combined:
 def stated(kind: type) -> type[ServerRule] | str:
     """The rule that a method class states, or, as a clause, why it has none.
 
-    The nearest class of its ancestry that says anything decides: one that aggregates in a way of
-    its own does not inherit a rule that it may not follow.
+    The nearest class of its ancestry that says either decides. A rule is not inherited by a class
+    that aggregates in a way of its own, which may not be the rule's.
     """
     for each in kind.__mro__:
         own = vars(each)
@@ -226,7 +226,7 @@ def stated(kind: type) -> type[ServerRule] | str:
             return rule
         if "no_rule" in own:
             return str(own["no_rule"])
-        if "aggregate" in own:
+        if "aggregate" in own and not hasattr(kind, "no_rule"):
             break
     return "it states none for directories (a class attribute Rule)"
 
