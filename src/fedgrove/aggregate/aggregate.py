@@ -8,15 +8,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+
+import torch
 
 from fedgrove.adapters.algebra import shares
 from fedgrove.aggregate.directories import Directories
 from fedgrove.aggregate.inputs import Source, check_alike, open_clients, open_source, sites_of
-from fedgrove.aggregate.options import parse_options, parse_weights, rule_of, rules
+from fedgrove.aggregate.options import Chosen, parse_options, parse_weights, rule_of, rules
 from fedgrove.aggregate.progress import Phase, silent
 from fedgrove.aggregate.tags import read_tags
-from fedgrove.aggregate.writer import AdapterWriter, appearing, shared_config, write_json
+from fedgrove.aggregate.writer import (
+    AdapterWriter,
+    appearing,
+    refuse_existing,
+    shared_config,
+    write_json,
+)
 from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import read_json
 from fedgrove.methods.rule import Finds, FirstPass, Needs, Round, ServerRule, Weighs, prepared
@@ -73,13 +81,48 @@ def aggregate(
     written.
     """
     kind, rule_class = rule_of(method)
-    needs = rule_class.needs
-    chosen = parse_options(options, kind, needs)
-    if out.exists() or out.is_symlink():
-        raise AdapterError(
-            f"{out} exists already; name another directory with --out, or remove it first."
-        )
-    _check_rank(rank, method, needs)
+    chosen = parse_options(options, kind, rule_class.needs)
+    refuse_existing(out)
+    _check_rank(rank, method, rule_class.needs)
+    directories = _opened(method, rule_class.needs, clients, weights, rank, previous, chosen)
+    directories.check()
+    _check_values(directories, phase)
+    seed = chosen.directories.seed
+    rule = rule_class(chosen.method, Round(directories.sites, directories.round, seed))
+    used = _compared(rule, directories, phase)
+    with appearing(out) as partial:
+        tick = phase("Aggregating sites", len(directories.sites))
+        adapters, noise = _write(rule, directories, used, partial, tick)
+        total = _total(list(noise.values()))
+        sites = {site: {"n_agg": value} for site, value in noise.items()}
+        write_json(partial / "noise.json", {"method": method, "n_agg": total, "sites": sites})
+        if isinstance(rule, Finds):
+            for name, content in rule.artefacts(directories.names).items():
+                write_json(partial / name, content)
+        notes = _notes(rule, directories)
+        record = {
+            "method": method,
+            "round": directories.round,
+            "clients": directories.names,
+            "weights": list(used),
+            "rank": rank,
+            "options": dict(chosen.record),
+            "notes": notes,
+        }
+        write_json(partial / RECORD, record)
+    return Done(out, adapters, total, tuple(notes))
+
+
+def _opened(
+    method: str,
+    needs: Needs,
+    clients: Sequence[Path],
+    weights: str | None,
+    rank: int | None,
+    previous: Path | None,
+    chosen: Chosen,
+) -> Directories:
+    """The clients' directories and the last round's, opened and in agreement."""
     numbers = parse_weights(weights, len(clients))
     sources = open_clients(clients)
     if numbers and needs.every_weight and not all(numbers):
@@ -93,50 +136,32 @@ def aggregate(
         raise AdapterError(
             f"{method} refers to the last global adapter in round {number}: give --previous."
         )
-    directories = Directories(
+    tags = None
+    if needs.by_index == "tagged":
+        tags = read_tags(sources, last, method)
+    return Directories(
         method,
         needs,
         sources,
         sites_of(sources[0]),
         shares(numbers, len(sources)),
-        rank,
-        last,
-        chosen.directories.rescale == "B",
-        read_tags(sources, last, method) if needs.by_index == "tagged" else None,
+        weighed=numbers is not None,
+        round=number,
+        rank=rank,
+        previous=last,
+        fold=chosen.directories.rescale == "B",
+        tags=tags,
     )
-    directories.check()
-    tick = phase("Checking adapters", len(sources) + bool(last))
-    for source in [*sources, *([last] if last else [])]:
+
+
+def _check_values(directories: Directories, phase: Phase) -> None:
+    sources = list(directories.sources)
+    if directories.previous is not None:
+        sources.append(directories.previous)
+    tick = phase("Checking adapters", len(sources))
+    for source in sources:
         source.check_values()
         tick()
-    rule = rule_class(chosen.method, Round(directories.sites, number, chosen.directories.seed))
-    used = _compared(rule, directories, phase)
-    notes = []
-    if numbers and isinstance(rule, Weighs) and rule.measure:
-        notes.append(f"{method} weighs clients by {rule.measure}; --weights was not used.")
-    with appearing(out) as partial:
-        tick = phase("Aggregating sites", len(directories.sites))
-        adapters, noise = _write(rule, directories, used, partial, tick)
-        total = _total(list(noise.values()))
-        sites = {site: {"n_agg": value} for site, value in noise.items()}
-        write_json(partial / "noise.json", {"method": method, "n_agg": total, "sites": sites})
-        if isinstance(rule, Finds):
-            names = [source.name for source in sources]
-            for name, content in rule.artefacts(names).items():
-                write_json(partial / name, content)
-            notes += rule.notes()
-        notes += _notes(directories)
-        record = {
-            "method": method,
-            "round": number,
-            "clients": [source.name for source in sources],
-            "weights": list(used),
-            "rank": rank,
-            "options": dict(chosen.record),
-            "notes": notes,
-        }
-        write_json(partial / RECORD, record)
-    return Done(out, adapters, total, tuple(notes))
 
 
 def _compared(rule: ServerRule, directories: Directories, phase: Phase) -> Sequence[float]:
@@ -209,7 +234,9 @@ def _previous(folder: Path, first: Source) -> Source:
         raise AdapterError(
             f"{folder} has no {GLOBAL}; give --previous the output directory of the last round."
         )
-    source = open_source(inner if inner.is_dir() else folder, GLOBAL)
+    if not inner.is_dir():
+        inner = folder
+    source = open_source(inner, GLOBAL)
     check_alike(first, source)
     return source
 
@@ -219,7 +246,9 @@ def _last_round(previous: Path | None) -> int:
     if previous is None:
         return 0
     record = previous / RECORD
-    number = read_json(record).get("round") if record.exists() else 1
+    if not record.exists():
+        return 1
+    number = read_json(record).get("round")
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise AdapterError(
             f"{record}: round is {number!r}; it must be a whole number of at least 1."
@@ -227,28 +256,29 @@ def _last_round(previous: Path | None) -> int:
     return number
 
 
-def _dtype(sources: Sequence[Source]) -> Any:
+def _dtype(sources: Sequence[Source]) -> torch.dtype:
     """float32, or float64 where a client has it: means of half-precision factors are not rounded to
     half precision.
     """
-    import torch
-
     wide = any(source.dtype == torch.float64 for source in sources)
     return torch.float64 if wide else torch.float32
 
 
-def _notes(directories: Directories) -> list[str]:
+def _notes(rule: ServerRule, directories: Directories) -> list[str]:
+    method, last = directories.method, directories.previous
     notes = []
-    sources, last = directories.sources, directories.previous
+    if directories.weighed and isinstance(rule, Weighs) and rule.measure:
+        notes.append(f"{method} weighs clients by {rule.measure}; --weights was not used.")
+    if isinstance(rule, Finds):
+        notes += rule.notes()
     if directories.tags is not None:
         notes += directories.tags.notes(last)
     if last is not None and not directories.needs.previous:
-        method = directories.method
         notes.append(f"{method} does not refer to the last round; --previous was not used.")
-    heads = [source.name for source in sources if source.has_head]
+    heads = [source.name for source in directories.sources if source.has_head]
     if heads:
         who = "every client"
-        if len(heads) < len(sources):
+        if len(heads) < len(directories.sources):
             who = ", ".join(heads[:5]) + ("..." if heads[5:] else "")
         notes.append(
             f"Heads and other saved modules ({who}) were left alone: only LoRA factors are "

@@ -32,10 +32,16 @@ class Directories:
     sources: Sequence[Source]
     sites: Mapping[str, Site]  # shallow to deep
     weights: Sequence[float]  # they add up to 1
+    weighed: bool = False  # whether they were given
+    round: int = 1
     rank: int | None = None  # as asked for
     previous: Source | None = None
     fold: bool = False  # unequal scales into B
     tags: Tags | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [source.name for source in self.sources]
 
     # ------------------------------------------------------------------ checks
     def check(self) -> None:
