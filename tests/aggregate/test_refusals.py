@@ -228,7 +228,7 @@ ASKED: dict[str, tuple[list[str], str]] = {
         ["fedtreelora", "--option", "taw=0.1"],
         "--option taw: fedtreelora has no such key; did you mean tau?",
     ),
-    "no keys": (["flexlora", "--option", "K=2"], "it takes none"),
+    "no keys": (["flora", "--option", "K=2"], "it takes none"),
     "value": (
         ["fedtreelora", "--option", "K=two"],
         'K must be an integer of at least 1, not "two"',

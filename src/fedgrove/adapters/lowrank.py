@@ -101,7 +101,8 @@ def truncated(
 def leading(factors: Factors, rank: int, scale: float, split: Split = "balanced") -> Factors:
     """The first ``rank`` modules of an SVD in factors, for a recipient of scale ``scale``.
 
-    The change of scale goes where the singular values are.
+    The change of scale goes where the singular values are; of a module whose B is zero, A stays as
+    it is, since that is what it starts from.
     """
     A, B = factors.A[:rank].clone(), factors.B[:, :rank].clone()
     change = factors.scale / scale
@@ -112,7 +113,8 @@ def leading(factors: Factors, rank: int, scale: float, split: Split = "balanced"
     if split == "right":
         return Factors(A, B * change, scale)
     root = math.sqrt(change)
-    return Factors(A * root, B * root, scale)
+    begun = B.any(0)
+    return Factors(torch.where(begun[:, None], A * root, A), B * root, scale)
 
 
 def compact(adapter: Adapter, rank: int | None = None) -> Adapter:

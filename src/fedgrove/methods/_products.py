@@ -5,12 +5,39 @@ directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from fedgrove.adapters.assembly import Assembly, Term
-from fedgrove.adapters.lowrank import leading
+from fedgrove.adapters.lowrank import Split, leading
 from fedgrove.methods import contract
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, State, Step, Trained
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Method,
+    Mine,
+    Offer,
+    Plan,
+    State,
+    Step,
+    Trained,
+    WeightedOptions,
+)
+
+
+class SplitOptions(WeightedOptions):
+    """The keys of a method that hands out an SVD."""
+
+    split: Literal["authors", "balanced"] = Field(
+        "authors",
+        description='Where the singular values go: "authors" all into B, with unit rows of A, as '
+        'in FlexLoRA\'s published code; "balanced" their roots into both.',
+    )
+
+    @property
+    def side(self) -> Split:
+        """The split in the words of ``adapters.lowrank``."""
+        return "right" if self.split == "authors" else "balanced"
 
 
 class Truncations(Method):
@@ -22,7 +49,7 @@ class Truncations(Method):
     shares = "A, B"
     keeps = "nothing"
     ranks = "mixed"
-    Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
+    Options: ClassVar[type[contract.Options]] = SplitOptions
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {"global": self.setting.shared_draw(max(client.rank for client in clients))}
@@ -30,7 +57,8 @@ class Truncations(Method):
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
         scale = self.setting.scale(client.rank)
         adapter = {
-            site: leading(factors, client.rank, scale) for site, factors in state["global"].items()
+            site: leading(factors, client.rank, scale, self.options.side)
+            for site, factors in state["global"].items()
         }
         return {"adapter": adapter}
 

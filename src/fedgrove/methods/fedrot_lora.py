@@ -2,9 +2,10 @@
 averaged.
 
 Source: Zhang et al., "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA", arXiv
-2602.23638. Odd rounds align A, even ones B, to the last global factors, by a soft Procrustes
-rotation R; the client sends ``(R^T A, B R)``, whose product is that of ``(A, B)``. The first round
-is skipped: the global B is still zero.
+2602.23638. Rounds align A and B in turn to the last global factors, by a soft Procrustes rotation R;
+the client sends ``(R^T A, B R)``, whose product is that of ``(A, B)``. The first round is skipped,
+since the global B is still zero; the second aligns A, as the authors' code does
+(github.com/haoran-zh/FedRot-LoRA at 36a67ef counts rounds from 0 and aligns A in odd ones).
 
 Where we differ: ``at = "server"`` runs the same arithmetic at the server, for clients that only
 know FedIT.
@@ -62,7 +63,7 @@ class RotatedMean:
         """What is aligned in this round; "" in the first."""
         if self.round.number == 1:
             return ""
-        return "A" if self.round.number % 2 else "B"
+        return "B" if self.round.number % 2 else "A"
 
     def turned(self, factors: Factors, previous: Factors | None) -> Factors:
         """A client's factors with their rank space turned to that of the last global ones."""

@@ -6,7 +6,8 @@ Heterogeneity", arXiv
 2602.13486. Between two neighbouring client ranks lies a partition of rank indices; its part of the
 update is the mean of ``s_i B_i A_i`` restricted to it over those clients whose rank reaches it. The
 sum of the partitions is decomposed by SVD and client i gets the first ``r_i`` directions, as in
-FlexLoRA, which this is where all ranks are equal.
+FlexLoRA, which this is where all ranks are equal; ``split`` is FlexLoRA's (no code of the authors
+is public).
 
 Where we differ: a partition that nobody of the round owns keeps the directions of the last global
 update; dropping them would make a round without the large clients erase what those learnt.
@@ -24,8 +25,7 @@ import torch
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import Indices, check, concat, index_shares, widen
 from fedgrove.adapters.lowrank import leading, truncated
-from fedgrove.methods import contract
-from fedgrove.methods._products import Truncations
+from fedgrove.methods._products import SplitOptions, Truncations
 from fedgrove.methods.contract import State, Update, shares
 from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
@@ -34,19 +34,20 @@ from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, Serv
 class TruncatedPartitions:
     """The sum of the partitions' means; each client's truncation of it at the client's own rank."""
 
-    options: contract.Options
+    options: SplitOptions
     round: Round
-    needs: ClassVar[Needs] = Needs(rank=True, previous=True, by_index="first")
+    needs: ClassVar[Needs] = Needs(rank=True, previous=True, by_index="first", options=("split",))
 
     def site(self, given: Arrived) -> Outcome:
         old = given.old(max(each.rank for each in given.factors))
         ideal = partition_mean(given.adapters, given.weights, {given.name: old})[given.name]
         most = max(given.rank, *(each.rank for each in given.factors))
-        best = truncated([ideal], None, most, given.scale, start=given.start, site=given.name)
+        side = self.options.side
+        best = truncated([ideal], None, most, given.scale, side, given.start, given.name)
         best = best.map(lambda value: value.to(old.A.dtype))
         return Outcome(
-            whole=leading(best, given.rank, given.scale),
-            own=[leading(best, each.rank, each.scale) for each in given.factors],
+            whole=leading(best, given.rank, given.scale, side),
+            own=[leading(best, each.rank, each.scale, side) for each in given.factors],
         )
 
 
