@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from tests.aggregate.made import Array, dense, write
+from tests.methods.kit import aggregated, offered
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.assembly import as_one_adapter
+from fedgrove.adapters.tree import map_tensors
 from fedgrove.aggregate import aggregate
 from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import ClientInfo, Setting, Update
+from fedgrove.methods.records import Whole
 from fedgrove.methods.registry import method_class
 
 LAYERS = {"encoder.layer.0.query": (10, 7), "encoder.layer.1.query": (9, 8)}  # out, in
@@ -91,7 +94,7 @@ def test_the_global_adapter(case: str, tmp_path: Path) -> None:
     name, ranks, scaling, options, keys = CASES[case]
     both = Both(name, tmp_path, ranks, scaling, **options)
     state = both.method.begin(both.clients)
-    state = both.method.aggregate(state, 1, [both.update(n) for n in range(3)])
+    state = aggregated(both.method, state, 1, [both.update(n) for n in range(3)])
     wanted = as_one_adapter(both.method.global_assembly(state), SITES)
     found = dense(both.offline(options=keys) / "_global")
     for site in SITES:
@@ -102,12 +105,11 @@ def test_the_global_adapter(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scaling", ["global", "client"])
 def test_each_clients_own(name: str, scaling: str, tmp_path: Path) -> None:
     both = Both(name, tmp_path, [2, 4, 3], scaling)
-    state = both.method.begin(both.clients)
-    state["global"] = {site: f.map(Tensor.double) for site, f in state["global"].items()}
-    state = both.method.aggregate(state, 1, [both.update(n) for n in range(3)])
+    state = map_tensors(both.method.begin(both.clients), Tensor.double)
+    state = aggregated(both.method, state, 1, [both.update(n) for n in range(3)])
     out = both.offline()
     for client in both.clients:
-        offer = both.method.offer(state, 2, client)
+        offer = offered(both.method, state, 2, client)
         wanted = as_one_adapter(both.method.personal(client, offer, {}), SITES)
         found = dense(out / client.name)
         for site in SITES:
@@ -120,12 +122,12 @@ def test_a_shared_half(name: str, half: str, tmp_path: Path) -> None:
     updates = []
     for n, adapter in enumerate(both.adapters):
         updates.append(both.update(n, half={site: getattr(f, half) for site, f in adapter.items()}))
-    state = both.method.aggregate(both.method.begin(both.clients), 1, updates)
+    state = aggregated(both.method, both.method.begin(both.clients), 1, updates)
     out = both.offline()
     for n, adapter in enumerate(both.adapters):
         found = dense(out / f"c{n}")
         for site, f in adapter.items():
-            common = state["half"][site]
+            common = state.half[site]
             product = f.B @ common if half == "A" else common @ f.A
             near(found[site], f.scale * product)
 
@@ -134,8 +136,8 @@ def test_a_rotation_in_the_second_round(tmp_path: Path) -> None:
     both = Both("fedrot-lora", tmp_path, [3, 3, 3], "global", at="server")
     previous = draw(50, 3, ALPHA / 3)
     updates = [both.update(n) for n in range(3)]
-    state = both.method.aggregate({"global": previous}, 2, updates)
+    state = aggregated(both.method, Whole(previous), 2, updates)
     last = saved(tmp_path / "previous", previous)
     found = dense(both.offline(previous=last, options=["round=2"]) / "_global")
     for site in SITES:
-        near(found[site], state["global"][site].product())
+        near(found[site], state.whole[site].product())

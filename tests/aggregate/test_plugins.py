@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from tests.aggregate.made import SITES, close, many, read
+from tests.methods.kit import aggregated
 from tests.methods.rules import CLIENTS, client_draws, method, sent
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.aggregate import aggregate
 from fedgrove.ground.errors import AdapterError
 from fedgrove.methods import registry
-from fedgrove.methods.contract import State, Update, WeightedOptions
+from fedgrove.methods.contract import Update, WeightedOptions
 from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.local import Local
+from fedgrove.methods.records import OneAdapter, Whole
 from fedgrove.methods.rule import Arrived, Needs, Outcome, Round
 
 
@@ -62,7 +64,6 @@ class Median:
 class FedMedian(FedIT):
     name = "fedmedian"
     title = "FedMedian"
-    reduce = "each"
     Options = MedianOptions
     Rule = Median
 
@@ -73,8 +74,8 @@ class Stubborn(FedIT):
     name = "stubborn"
     title = "Stubborn"
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        return {"global": updates[0].content["adapter"]}
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+        return Whole(updates[0].content.adapter)
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +125,8 @@ def test_what_a_foreign_rule_needs_is_asked_for(tmp_path: Path) -> None:
 def test_a_run_applies_the_same_rule() -> None:
     chosen = method("fedmedian", rank=3, spread=3.0)
     adapters = client_draws(chosen, 1.0, (3, 3, 3))
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
-    for site, factors in state["global"].items():
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters))
+    for site, factors in state.whole.items():
         middle = torch.stack([each[site].B for each in adapters]).median(0).values
         torch.testing.assert_close(factors.B, 3.0 * middle)
 

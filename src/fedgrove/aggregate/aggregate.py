@@ -27,7 +27,7 @@ from fedgrove.aggregate.writer import (
 )
 from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import read_json
-from fedgrove.methods.rule import Finds, FirstPass, Needs, Round, ServerRule, Weighs, prepared
+from fedgrove.methods.rule import Finds, FirstPass, Needs, OwnWeights, Round, ServerRule, prepared
 
 GLOBAL, RECORD = "_global", "aggregate.json"
 Item = TypeVar("Item")
@@ -267,7 +267,7 @@ def _dtype(sources: Sequence[Source]) -> torch.dtype:
 def _notes(rule: ServerRule, directories: Directories) -> list[str]:
     method, last = directories.method, directories.previous
     notes = []
-    if directories.weighed and isinstance(rule, Weighs) and rule.measure:
+    if directories.weighed and isinstance(rule, OwnWeights) and rule.measure:
         notes.append(f"{method} weighs clients by {rule.measure}; --weights was not used.")
     if isinstance(rule, Finds):
         notes += rule.notes()

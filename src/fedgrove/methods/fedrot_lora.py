@@ -26,14 +26,14 @@ from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
     Mine,
-    Offer,
-    State,
     Trained,
     Update,
     WeightedOptions,
     shares,
 )
 from fedgrove.methods.fedit import FedIT, MeanOfFactors
+from fedgrove.methods.protocols import EACH
+from fedgrove.methods.records import OneAdapter, Whole
 from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
 
@@ -89,30 +89,30 @@ class FedRotLoRA(FedIT):
     title = "FedRot-LoRA"
     paper = "arXiv 2602.23638"
     stale = False
-    reduce = "each"
     averages_factors = False  # of the rotated ones, which no client runs
     Options: ClassVar[type[contract.Options]] = RotOptions
     Rule: ClassVar[type[ServerRule]] = RotatedMean
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+    def needs_each(self) -> str:
+        return EACH
+
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
         kind = self.Rule if self.options.at == "server" else MeanOfFactors
         arrivals = Arrivals(
             self.setting,
-            [update.content["adapter"] for update in updates],
+            [update.content.adapter for update in updates],
             shares(updates, self.options.weights),
-            previous=state["global"],
+            previous=state.whole,
         )
         rule = kind(self.options, Round(self.setting.sites, round))
-        return {"global": combine(rule, arrivals).whole}
+        return Whole(combine(rule, arrivals).whole)
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+    ) -> tuple[OneAdapter, Mine]:
         adapter = trained[-1].adapter("global")
         if self.options.at == "client":
             rule = RotatedMean(self.options, Round(self.setting.sites, round))
-            adapter = {
-                site: rule.turned(factors, offer["global"][site])
-                for site, factors in adapter.items()
-            }
-        return {"adapter": adapter}, mine
+            whole = offer.whole
+            adapter = {site: rule.turned(f, whole[site]) for site, f in adapter.items()}
+        return OneAdapter(adapter), mine

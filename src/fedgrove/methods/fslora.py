@@ -61,7 +61,6 @@ class FSLoRA(Method):
     shares = "their changes"
     keeps = "nothing"
     ranks = "mixed"
-    reduce = "sum"
     Options: ClassVar[type[contract.Options]] = SketchOptions
     no_rule = (
         "it averages changes since the start of the round under random masks, which a "

@@ -23,6 +23,7 @@ from fedgrove.adapters.residual import fair_correction
 from fedgrove.methods import contract
 from fedgrove.methods.contract import WeightedOptions
 from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.protocols import EACH
 from fedgrove.methods.rule import Arrived, Needs, Outcome, Round, ServerRule
 
 
@@ -66,7 +67,9 @@ class LoRAFair(FedIT):
     title = "LoRA-FAIR"
     paper = "arXiv 2411.14961"
     stale = False
-    reduce = "each"
     averages_factors = False
     Options: ClassVar[type[contract.Options]] = FairOptions
     Rule: ClassVar[type[ServerRule]] = CorrectedMean
+
+    def needs_each(self) -> str:
+        return EACH

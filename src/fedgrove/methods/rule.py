@@ -6,7 +6,7 @@ site at a time. A method without one says why in ``no_rule``.
 
 A rule is any class that satisfies ``ServerRule``. What only some rules have are protocols of their
 own: a pass over all sites before the last (``FirstPass``), weights that it finds by itself
-(``Weighs``), what it found out (``Finds``).
+(``OwnWeights``), what it found out (``Finds``).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class FirstPass(Protocol):
 
 
 @runtime_checkable
-class Weighs(Protocol):
+class OwnWeights(Protocol):
     """A rule that does not take the weights as they are."""
 
     @property
@@ -190,7 +190,7 @@ def prepared(
     if isinstance(rule, FirstPass):
         for given in arrivals:
             rule.look(given)
-    if isinstance(rule, Weighs):
+    if isinstance(rule, OwnWeights):
         return rule.weights(weights)
     return weights
 
