@@ -28,6 +28,8 @@ Where we differ, or choose what the paper leaves open:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -35,7 +37,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.adapter import Adapter, Site
 from fedgrove.adapters.assembly import Assembly, Convex, Extra, Term
 from fedgrove.adapters.distance import Distance, between, layers_of, towards
 from fedgrove.adapters.groups import group_means
@@ -56,6 +58,7 @@ from fedgrove.methods.contract import (
     keep,
     reveal,
 )
+from fedgrove.methods.rule import Arrived, Needs, Outcome, Round, ServerRule
 
 
 class TreeOptions(contract.Options):
@@ -113,6 +116,77 @@ class TreeOptions(contract.Options):
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Grown:
+    """The merge tree of the clients (rows as SciPy's linkage), and where each layer cuts it."""
+
+    merges: np.ndarray
+    cuts: dict[int, LayerCut]
+
+
+class GroupMeans:
+    """One merge tree, cut deeper from layer to layer; in each, a client gets its group's mean."""
+
+    needs: ClassVar[Needs] = Needs(
+        equal_ranks=True,
+        equal_scales=True,
+        every_weight=True,
+        options=("tau", "K", "distance", "linkage", "fixed_k"),
+    )
+
+    def __init__(self, options: TreeOptions, round: Round):
+        self.options = options
+        self.sites = layers_of(round.sites)
+        self.distances: dict[int, Tensor] = {}  # of the layers seen to their end, float64 [N, N]
+        self._waiting: list[Tensor] = []  # of the sites of the layer that is being seen
+
+    def look(self, given: Arrived) -> None:
+        self.see(given.site, [each.B for each in given.factors])
+
+    def see(self, site: Site, clients: Sequence[Tensor]) -> None:
+        """Compare the clients' B, all [out, rank], at one site; sites come layer by layer."""
+        only = {site.name: site}
+        apart = between([{site.name: B} for B in clients], only, self.options.distance)[0]
+        self._waiting.append(apart)
+        if len(self._waiting) == len(self.sites[site.layer]):
+            self.distances[site.layer] = torch.stack(self._waiting).mean(0)
+            self._waiting = []
+
+    @cached_property
+    def grown(self) -> Grown:
+        """The tree of all clients seen, and its cuts."""
+        options = self.options
+        distances = torch.stack(list(self.distances.values())).numpy()
+        merges = merge_tree(distances.mean(0), options.linkage)
+        if options.tree:
+            cuts = layer_cuts(merges, list(distances), options.tau, options.K, options.fixed_k)
+        else:
+            cuts = untied_cuts(list(distances), options.tau, options.linkage)
+        return Grown(merges, dict(zip(self.distances, cuts, strict=True)))
+
+    def site(self, given: Arrived) -> Outcome:
+        labels = self.grown.cuts[given.site.layer].labels.tolist()
+        means = group_means(given.adapters, labels, given.weights)
+        own = [means.own[label][given.name] for label in labels]
+        return Outcome(whole=means.everyone[given.name], own=own)
+
+    def notes(self) -> list[str]:
+        counts = ", ".join(str(cut.count) for cut in self.grown.cuts.values())
+        return [f"Groups from the first layer to the last: {counts}."]
+
+    def artefacts(self, clients: Sequence[str]) -> dict[str, Any]:
+        layers = []
+        for layer, cut in self.grown.cuts.items():
+            groups: list[list[str]] = [[] for _ in range(cut.count)]
+            for name, label in zip(clients, cut.labels.tolist(), strict=True):
+                groups[label].append(name)
+            layers.append(
+                {"layer": layer, "count": cut.count, "score": cut.score, "groups": groups}
+            )
+        merges = self.grown.merges.tolist()
+        return {"tree.json": {"clients": list(clients), "layers": layers, "merges": merges}}
+
+
 class FedTreeLoRA(Method):
     name = "fedtreelora"
     title = "FedTreeLoRA"
@@ -122,6 +196,7 @@ class FedTreeLoRA(Method):
     shares = "A, B"
     keeps = "λ"
     Options: ClassVar[type[contract.Options]] = TreeOptions
+    Rule: ClassVar[type[ServerRule]] = GroupMeans
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
@@ -250,15 +325,12 @@ class FedTreeLoRA(Method):
 
     def _grown(self, latest: Mapping[str, Adapter]) -> State:
         """The tree and its cuts from the adapters as uploaded, and the groups of their clients."""
-        options = self.options
-        distances = between(
-            [_bs(adapter) for adapter in latest.values()], self.setting.sites, options.distance
-        ).numpy()
-        merges = merge_tree(distances.mean(0), options.linkage)
-        if options.tree:
-            cuts = layer_cuts(merges, list(distances), options.tau, options.K, options.fixed_k)
-        else:
-            cuts = untied_cuts(list(distances), options.tau, options.linkage)
+        rule = GroupMeans(self.options, Round(self.setting.sites))
+        for names in self.layers.values():
+            for name in names:
+                site = self.setting.sites[name]
+                rule.see(site, [adapter[name].B for adapter in latest.values()])
+        merges, cuts = rule.grown.merges, list(rule.grown.cuts.values())
         labels = [cut.labels.tolist() for cut in cuts]
         layers = [
             {"layer": layer, "count": cut.count, "score": cut.score, "labels": own}
