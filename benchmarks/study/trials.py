@@ -23,60 +23,91 @@ import fedgrove as fg
 from fedgrove.compare.entries import Entry, parse_methods
 from fedgrove.ground.files import write_text
 from fedgrove.ground.versions import versions
+from study.fields import Field
 
-HERE = Path(__file__).resolve().parent
-JOBS = HERE.parent.parent / "jobs"
-RUNS = HERE.parent / "results" / "evidence" / "runs"
 #: raise it when the study's own code changes what a run means; all runs are then made anew
 PROTOCOL = 1
 #: of the machine, not of the run
 UNCOUNTED = {"run": {"out", "checkpoint_every"}, "train": {"threads", "device", "memory"}}
 #: artefacts of a method that the study reads
-ARTEFACTS = ("tree.json", "tiers.json", "clusters.json", "hilora.json", "grove.json")
+ARTEFACTS = ("tree.json", "clusters.json", "grove.json")
+#: "base" is local training that leaves the adapters where they are: the frozen base, with a head
+#: where the task has one
+BASE = "base"
+POOLED = "pooled"
 
 
 @dataclass(frozen=True)
 class Trial:
     """One method on one field with one seed. ``changes`` are further ``key=value`` settings."""
 
-    field: str
-    file: str
+    field: Field
     entry: Entry
     seed: int
     changes: tuple[str, ...] = ()
 
     @cached_property
     def settings(self) -> list[str]:
-        return [*self.changes, *self.entry.settings, f"run.seed={self.seed}"]
+        """What is set on top of the field's job."""
+        own = [*self.field.changes, *self.changes]
+        if self.entry.method == POOLED:
+            return [*own, "method.name=fedit", f"run.seed={self.seed}"]
+        if self.entry.method != BASE:
+            return [*own, *self.entry.settings, f"run.seed={self.seed}"]
+        return [*own, "method.name=local", *_frozen(self.written), f"run.seed={self.seed}"]
+
+    @cached_property
+    def written(self) -> dict[str, Any]:
+        """The job's file."""
+        return tomllib.loads(self.field.file.read_text(encoding="utf-8"))
 
     @cached_property
     def digest(self) -> str:
-        written = tomllib.loads((JOBS / self.file).read_text(encoding="utf-8"))
+        """Of all that the run depends on."""
+        written = {section: dict(keys) for section, keys in self.written.items()}
         for section, keys in UNCOUNTED.items():
             for key in keys & set(written.get(section, {})):
                 del written[section][key]
         written.pop("method", None)
-        content = [PROTOCOL, written, self.settings]
+        content: list[Any] = [PROTOCOL, written, self.settings]
+        if self.field.source is not None:
+            content.append(self.field.source.version)
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
-    def path(self) -> Path:
-        return RUNS / self.field / f"{self.entry.slug}-seed{self.seed}-{self.digest}.json"
+    def file(self) -> str:
+        """Of its record, in a cache."""
+        return f"{self.field.name}/{self.entry.slug}-seed{self.seed}-{self.digest}.json"
 
     @property
     def label(self) -> str:
-        return f"{self.field}: {self.entry.label}, seed {self.seed}"
+        tried = f" ({', '.join(self.changes)})" if self.changes else ""
+        return f"{self.field.name}: {self.entry.label}, seed {self.seed}{tried}"
 
-    def job(self) -> fg.Job:
-        machine = ["train.threads=1", f"run.checkpoint_every={10**6}"]
-        return fg.Job.load(JOBS / self.file).override([*self.settings, *machine])
+    def job(self, folder: Path) -> fg.Job:
+        """The job, on one thread; ``folder`` holds what the field's source made."""
+        machine = ["train.threads=1", "run.checkpoint_every=3"]
+        made = self.field.settings(folder)
+        return fg.Job.load(self.field.file).override([*made, *self.settings, *machine])
 
 
-def trial(name: str, file: str, method: str, seed: int, changes: Sequence[str] = ()) -> Trial:
+def _frozen(written: dict[str, Any]) -> list[str]:
+    """Adapters stay at zero; a head learns as in every other run."""
+    train = written.get("train", {})
+    settings = ["train.lr=1e-30"]
+    if (
+        written.get("data", {}).get("task") != "generate"
+        and "max_new_tokens" not in written["data"]
+    ):
+        settings.append(f"train.head_lr={train.get('head_lr', train.get('lr', 1e-3))}")
+    return settings
+
+
+def trial(field: Field, method: str, seed: int, changes: Sequence[str] = ()) -> Trial:
     """A trial from a method as written on the command line: ``fedtreelora[fixed_k=4]``."""
     (entry,) = parse_methods([method])
-    return Trial(name, file, entry, seed, tuple(changes))
+    return Trial(field, entry, seed, tuple(changes))
 
 
 @dataclass
@@ -100,29 +131,90 @@ class Record:
     machine: str = ""
 
 
-def known(wanted: Trial) -> Record | None:
+def known(wanted: Trial, cache: Path) -> Record | None:
     """The cached run, or None."""
-    if not wanted.path.is_file():
+    path = cache / wanted.file
+    if not path.is_file():
         return None
-    return Record(**json.loads(wanted.path.read_text(encoding="utf-8")))
+    return Record(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def made(wanted: Trial, scratch: Path) -> Record:
+def made(wanted: Trial, cache: Path, scratch: Path) -> Record:
     """The run, from the cache or made now in ``scratch`` (resumed where it was stopped)."""
-    if (found := known(wanted)) is not None:
+    if (found := known(wanted, cache)) is not None:
         return found
-    folder = scratch / wanted.field / wanted.path.stem
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = scratch / Path(wanted.file).with_suffix("")
+    job = wanted.job(_source(wanted, scratch))
     began, cpu = time.monotonic(), time.process_time()
-    result = fg.run(wanted.job(), folder)
-    record = _record(wanted, result, time.monotonic() - began, time.process_time() - cpu)
-    wanted.path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(wanted.path, json.dumps(vars(record), indent=0, sort_keys=True) + "\n")
+    if wanted.entry.method == POOLED:
+        record = pooled(wanted, job, folder)
+    else:
+        record = _record(wanted, fg.run(job, folder, resume=folder.exists()))
+    record.seconds = round(time.monotonic() - began, 1)
+    record.cpu_seconds = round(time.process_time() - cpu, 1)
+    path = cache / wanted.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(vars(record), indent=0, sort_keys=True) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     return record
 
 
-def _record(wanted: Trial, result: fg.Result, seconds: float, cpu: float) -> Record:
+def pooled(wanted: Trial, job: fg.Job, folder: Path) -> Record:
+    """One adapter trained on everybody's rows in one place, with as many steps as all clients have
+    together; measured on each client's own test rows. Texts only: rows of pictures have no table.
+    """
+    from fedgrove.federation import build
+
+    federation = build(job)
+    rows = [row for client in federation.training for row in client.train]
+    silos = folder / "silos"
+    silos.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_text(silos / "everyone.jsonl", lines)
+    steps = len(federation.training) * (job.train.local_steps or 1)
+    one = job.override(
+        [
+            "data.source=silos",
+            f"data.path={silos}",
+            f"data.task={federation.task.name}",
+            "data.test_fraction=1e-9",  # one row, which is not looked at
+            f"train.local_steps={steps}",
+            "federation.ranks=[]",
+            f"run.eval_every={job.run.rounds}",
+        ]
+    )
+    result = fg.run(one, folder / "run", resume=(folder / "run").exists())
+    model = result.client("everyone").model()
+    last = {
+        client.name: {
+            key: round(value, 6)
+            for key, value in model.evaluate(client.test).items()
+            if key not in ("examples", "perplexity")
+        }
+        for client in federation.training
+    }
+    record = _record(wanted, result)
+    record.clients = {name: {"metric": score.get(record.metric)} for name, score in last.items()}
+    record.rounds = {str(job.run.rounds): last}
+    return record
+
+
+def _source(wanted: Trial, scratch: Path) -> Path:
+    """The folder with what the field's source makes for the trial's seed, made once."""
+    source = wanted.field.source
+    if source is None:
+        return scratch
+    folder = scratch / "sources" / f"{wanted.field.name}-{source.version}-seed{wanted.seed}"
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        source.make(partial, wanted.seed)
+        partial.rename(folder)
+    return folder
+
+
+def _record(wanted: Trial, result: fg.Result) -> Record:
     rounds: dict[str, dict[str, dict[str, float]]] = {}
     losses: dict[str, list[float]] = {}
     up: dict[str, int] = {}
@@ -148,7 +240,7 @@ def _record(wanted: Trial, result: fg.Result, seconds: float, cpu: float) -> Rec
         if path.name in ARTEFACTS
     }
     return Record(
-        field=wanted.field,
+        field=wanted.field.name,
         method=wanted.entry.label,
         seed=wanted.seed,
         settings=wanted.settings,
@@ -159,8 +251,8 @@ def _record(wanted: Trial, result: fg.Result, seconds: float, cpu: float) -> Rec
         bytes=up,
         steps=steps,
         artefacts=artefacts,
-        seconds=round(seconds, 1),
-        cpu_seconds=round(cpu, 1),
+        seconds=0.0,
+        cpu_seconds=0.0,
         versions=versions(),
         machine=f"{os.cpu_count()} cores",
     )
