@@ -45,6 +45,7 @@ QUICK_MINUTES = 10.0
 
 def main() -> None:
     given = _arguments()
+    registry.register(oracle.Oracle)
     fields = _fields(given.only, quick=given.quick)
     cache = given.out / "quick" if given.quick else RESULTS / "runs"
     study = Study(cache, tuple(parse_seeds(given.seeds)), given.quick)

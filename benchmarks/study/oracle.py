@@ -8,11 +8,11 @@ another; all run in one job, so that rows, splits, order and budget are those of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fedgrove.methods import contract
-from fedgrove.methods.contract import ClientInfo, Offer, State, Update
+from fedgrove.methods.contract import Assembly, ClientInfo, Method, Mine, Trained, Update
 from fedgrove.methods.fedit import FedIT
-from fedgrove.methods.registry import register
+from fedgrove.methods.records import OneAdapter, Whole
 
 
 def group_of(client: str) -> str:
@@ -20,28 +20,49 @@ def group_of(client: str) -> str:
     return client.rpartition("-")[0] or client
 
 
-@register
-class Oracle(FedIT):
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Each group's adapter."""
+
+    groups: dict[str, Whole]
+
+
+class Oracle(Method):
+    """FedIT, group by group. ``registry.register`` makes it known to a study."""
+
     name = "oracle"
     title = "Oracle groups"
     paper = "the ceiling of a study: FedIT (arXiv 2305.05644) in each true group"
-    reduce = "each"
-    averages_factors = False
+    trains = "A, B"
+    shares = "A, B"
+    keeps = "nothing"
+    State, Offer, Sent = Groups, Whole, OneAdapter
+    Options = FedIT.Options
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        groups = sorted({group_of(client.name) for client in clients})
-        return {group: super(Oracle, self).begin(clients) for group in groups}
+    @property
+    def fedit(self) -> FedIT:
+        """What each group runs."""
+        return FedIT(self.options, self.setting)
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return super().offer(state[group_of(client.name)], round, client)
+    def begin(self, clients: Sequence[ClientInfo]) -> Groups:
+        names = sorted({group_of(client.name) for client in clients})
+        return Groups({name: self.fedit.begin(clients) for name in names})
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        changed = dict(state)
-        for group in state:
-            members = [update for update in updates if group_of(update.client) == group]
+    def offer(self, state: Groups, round: int, client: ClientInfo) -> Whole:
+        return self.fedit.offer(state.groups[group_of(client.name)], round, client)
+
+    def aggregate(self, state: Groups, round: int, updates: Sequence[Update[OneAdapter]]) -> Groups:
+        groups = dict(state.groups)
+        for name, last in state.groups.items():
+            members = [update for update in updates if group_of(update.client) == name]
             if members:
-                changed[group] = super().aggregate(state[group], round, members)
-        return changed
+                groups[name] = self.fedit.aggregate(last, round, members)
+        return Groups(groups)
 
-    def global_assembly(self, state: State) -> contract.Assembly | None:
-        return None
+    def report(
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+    ) -> tuple[OneAdapter, Mine]:
+        return self.fedit.report(client, trained, offer, mine, round)
+
+    def personal(self, client: ClientInfo, offer: Whole, mine: Mine) -> Assembly:
+        return self.fedit.personal(client, offer, mine)
