@@ -22,8 +22,7 @@ from fedgrove.methods.contract import ClientInfo, Method, Setting
 from fedgrove.methods.head import HeadPolicy
 from fedgrove.methods.registry import method_class
 from fedgrove.training.client import ClientHalf
-from fedgrove.training.cohort import cohort_size, row_by_row
-from fedgrove.training.kernel import TrainOptions
+from fedgrove.training.cohort_size import cohort_size, row_by_row
 from fedgrove.training.lanes import Lanes, lane_count
 
 if TYPE_CHECKING:
@@ -85,7 +84,12 @@ def prepare(job: Job) -> Prepared:
     method.check([*clients.values(), *held_out.values()])
     head = head_policy(job, base, task)
     kernels = Lanes.on(
-        base, task, train_options(job), count=lane_count(job), threads=int(job.train.threads)
+        base,
+        task,
+        job.train,
+        dropout=job.lora.dropout,
+        count=lane_count(job),
+        threads=int(job.train.threads),
     )
     half = ClientHalf(
         kernels.kernels[0], method, head, job.run.seed, job.run.rounds, job.privacy, lanes=kernels
@@ -261,12 +265,6 @@ def head_policy(job: Job, base: Base, task: Task) -> HeadPolicy:
     """
     initial = base.stock_head or task.new_head(base.hidden, generator(job.run.seed, "head"))
     return HeadPolicy(job.federation.head, initial, newcomers=job.federation.newcomer_head is True)
-
-
-def train_options(job: Job) -> TrainOptions:
-    names = TrainOptions.__dataclass_fields__
-    values = {name: getattr(job.train, name) for name in names if hasattr(job.train, name)}
-    return TrainOptions(**values, dropout=job.lora.dropout)
 
 
 def encode(client: Client, task: Task, base: Base) -> dict[str, list[dict[str, Any]]]:

@@ -17,9 +17,10 @@ from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import AdapterError, DataError, RunError
 from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.models import EMBEDDED_MODELS, load_base
+from fedgrove.job.sections import TrainSection
 from fedgrove.methods.head import PREFIX
 from fedgrove.methods.registry import method_class
-from fedgrove.training.kernel import Kernel, TrainOptions
+from fedgrove.training.kernel import Kernel
 from fedgrove.use.asked import answered, questions
 
 
@@ -164,7 +165,7 @@ def _kernel(
         dtype=getattr(torch, dtype),
         device=device,
     )
-    return Kernel(base, task, TrainOptions())
+    return Kernel(base, task, TrainSection())
 
 
 def merge(source: Path, out: Path) -> None:
