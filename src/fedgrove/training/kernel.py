@@ -30,6 +30,7 @@ from fedgrove.training.hooked import HookedBase
 from fedgrove.training.live import LiveAssembly, Running
 from fedgrove.training.loop import (
     Clock,
+    Gradients,
     Member,
     OfBatches,
     PerExample,
@@ -125,16 +126,21 @@ class Kernel:
         differ), folded updates and left-out layers (they change the base for everyone), weights
         that depend on the input, a head inside the model.
         """
-        assembly = work.step.assembly
         return (
             work.guard is None
             and work.step.measure == "train"
-            and self.reader.joins
+            and trained_parameters(work.step.assembly) > 0
+            and self._shares(work.step.assembly)
+        )
+
+    def _shares(self, assembly: Assembly) -> bool:
+        """Whether an assembly can run on a part of a batch."""
+        return (
+            self.reader.joins
             and not self.dropout
             and not assembly.folded
             and assembly.layers is None
             and assembly.mix.linear
-            and trained_parameters(assembly) > 0
         )
 
     def train_together(self, works: Sequence[Work]) -> list[Trained]:
@@ -154,18 +160,25 @@ class Kernel:
             for work in works:
                 live = stack.enter_context(self.opened(work.step.assembly, train=True))
                 members.append(self._member(work, live))
-            losses = partial(self.losses, together=len(members) > 1)
-            guard = works[0].guard
-            gradients: OfBatches | PerExample
-            if guard is None:
-                gradients = OfBatches(losses, options.accumulation)
-            else:
-                drawn = options.batch_size * options.accumulation
-                expected = min(len(members[0].examples), drawn)
-                purpose = (*works[0].clock.keys, works[0].step.stream)
-                gradients = PerExample(losses, guard, expected, purpose)
+            gradients = self._gradients(members, works[0])
             fit(members, gradients, optimizer_of(members, options, self.base.device), options)
             return [Trained(m.live.trained(), m.loss, m.stretch.count) for m in members]
+
+    def _gradients(self, members: Sequence[Member], work: Work) -> Gradients:
+        """The source of gradients; under a guard of the one member, whose work this is."""
+        size, accumulation = self.options.batch_size, self.options.accumulation
+        if work.guard is None:
+            losses = partial(self.losses, together=len(members) > 1)
+            return OfBatches(losses, accumulation)
+        (member,) = members
+        expected = min(len(member.examples), size * accumulation)
+        purpose = (*work.clock.keys, work.step.stream)
+        copies: list[LiveAssembly] = []
+        # that no row of a batch touches another was tried on this model: see packed.packs
+        if self.hooked.packs and self._shares(work.step.assembly):
+            copies = [member.live.copy() for _ in range(size)]
+        losses = partial(self.losses, together=bool(copies))
+        return PerExample(losses, work.guard, expected, purpose, copies)
 
     def _fisher(self, work: Work) -> Trained:
         """Mean squared gradient of each trained factor over batches; nothing is updated."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -171,6 +172,25 @@ class LiveAssembly:
         up = torch.cat([B for _, B in pairs], 1)
         return down.to(x.dtype), up.T.to(output.dtype).contiguous()
 
+    def copy(self) -> LiveAssembly:
+        """The same numbers in the same place, with gradients of their own."""
+        other = copy.copy(self)
+        own: dict[Tensor, Tensor] = {}
+
+        def leaf(value: Tensor) -> Tensor:
+            """[any shape] -> the copy's leaf; what is frozen is shared."""
+            if not value.requires_grad:
+                return value
+            own[value] = value.detach().requires_grad_()
+            return own[value]
+
+        other.terms = [_mapped(term, leaf) for term in self.terms]
+        other.extras = {name: leaf(value) for name, value in self.extras.items()}
+        other.groups = {
+            rate: [own[value] for value in leaves] for rate, leaves in self.groups.items()
+        }
+        return other
+
     # -------------------------------------------------------------------- results
     def trained(self) -> Assembly:
         """The assembly with the values as they are now, on the CPU; client-home ones sealed."""
@@ -216,6 +236,13 @@ class LiveAssembly:
             if placed.rank * (rows + columns) > rows * columns:
                 dense[name] = placed.product()
         return Delta(factored, dense)
+
+
+def _mapped(term: Term, change: Callable[[Tensor], Tensor]) -> Term:
+    """The term with ``change`` applied to every tensor [any shape]."""
+    adapter = {site: factors.map(change) for site, factors in term.adapter.items()}
+    diagonal = {site: change(values) for site, values in (term.diagonal or {}).items()}
+    return replace(term, adapter=adapter, diagonal=diagonal)
 
 
 def _trained(before: Term, after: Term) -> Term:

@@ -140,17 +140,27 @@ class OfBatches:
 class PerExample:
     """The noisy mean of one member's clipped gradients, an example each (``privacy.example_dp``).
 
-    A step draws every example by a coin, ``expected`` of them in the mean. A batch of one has no
-    padding and no other example in it, so its gradient is that example's whatever the base model
-    and the task do. A penalty reads no data and is added after the noise; ``train.clip``, momentum
-    and AdamW then act on the noisy gradient, which costs no privacy.
+    A step draws every example by a coin, ``expected`` of them in the mean. An example is to the
+    member's leaves what a member is to the base: with ``copies`` (``LiveAssembly.copy``) so many
+    examples run in one pass as a cohort, each on leaves of its own, whose gradients are then that
+    example's whatever stands beside it; without, each runs alone. (Measured, eight examples: half
+    the time of one at a time on MiniLM in bfloat16, where ``torch.func.vmap`` takes nine tenths.)
+
+    A penalty reads no data and is added after the noise; ``train.clip``, momentum and AdamW then
+    act on the noisy gradient, which costs no privacy.
     """
 
     def __init__(
-        self, losses: Losses, guard: ExampleGuard, expected: int, purpose: Sequence[object]
+        self,
+        losses: Losses,
+        guard: ExampleGuard,
+        expected: int,
+        purpose: Sequence[object],
+        copies: Sequence[LiveAssembly] = (),
     ):
         self.losses, self.guard = losses, guard
         self.expected, self.purpose = expected, tuple(purpose)
+        self.copies = copies
 
     def __call__(self, members: Sequence[Member], index: int) -> None:
         """As in Gradients."""
@@ -159,20 +169,28 @@ class PerExample:
         rate = self.expected / len(member.examples)
         purpose = (*self.purpose, index)
         drawn = self.guard.draw(len(member.examples), rate, *purpose)
-        each = (self._gradient(member, member.examples[place]) for place in drawn)
-        found = self.guard.step(each, leaves, self.expected, *purpose)
+        found = self.guard.step(self._each(member, drawn), leaves, self.expected, *purpose)
         self.guard.count(rate, 1)
         for leaf, gradient in zip(leaves, found, strict=True):
             leaf.grad = gradient
         if member.step.penalty is not None:
             member.step.penalty(member.live.seen()).backward()
 
-    def _gradient(self, member: Member, example: Example) -> Sequence[Tensor | None]:
-        with self.losses([member.live], [[example]]) as (loss,), span("backward"):
-            found = torch.autograd.grad(loss, member.live.leaves, allow_unused=True)
-        member.total += loss.item()
-        member.seen += 1
-        return found
+    def _each(self, member: Member, drawn: Sequence[int]) -> Iterator[Sequence[Tensor | None]]:
+        """Each drawn example's gradient of every leaf, None where it does not reach it."""
+        lives = self.copies or [member.live]
+        for start in range(0, len(drawn), len(lives)):
+            chosen = drawn[start : start + len(lives)]
+            examples = [[member.examples[place]] for place in chosen]
+            running = lives[: len(chosen)]
+            leaves = [leaf for live in running for leaf in live.leaves]
+            with self.losses(running, examples) as losses, span("backward"):
+                whole = torch.stack(losses)
+                found = torch.autograd.grad(whole.sum(), leaves, allow_unused=True)
+            member.total += math.fsum(whole.tolist())
+            member.seen += len(chosen)
+            each = len(member.live.leaves)
+            yield from (found[first : first + each] for first in range(0, len(found), each))
 
 
 # ------------------------------------------------------------------------------ optimisers
