@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fedgrove.adapters.adapter import Factors, Site
@@ -118,7 +118,7 @@ class HookedBase:
             hidden = self._layout.unpack(hidden)
         return hidden.to(self.base.adapter_dtype)
 
-    def places(self, positions: Int[Tensor, "b t"]) -> Int[Tensor, "_ _"]:
+    def places(self, positions: Bool[Tensor, "b t"]) -> Bool[Tensor, "_ _"]:
         """Marks of a padded batch's tokens as marks of what runs."""
         return positions if self._layout is None else self._layout.pack(positions)
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Assembly, trained_parameters
-from fedgrove.adapters.private import unseal
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.seeds import derive, generator
 from fedgrove.methods.contract import Step, Trained
@@ -344,26 +343,3 @@ class Kernel:
 def _keys(work: Work) -> tuple[Any, ...]:
     """What the randomness of a client's work comes from."""
     return (work.clock.seed, *work.clock.keys, work.step.stream)
-
-
-def carry(step: Step, done: Sequence[Trained]) -> Step:
-    """The step with the terms and extras that earlier steps trained, by name."""
-    terms = {t.name: t for trained in done for t in trained.assembly.terms if t.train}
-    extras = {n: e for trained in done for n, e in trained.assembly.extras.items() if e.train}
-    assembly = step.assembly
-    return replace(
-        step,
-        assembly=replace(
-            assembly,
-            terms=tuple(
-                replace(t, adapter=terms[t.name].adapter, diagonal=terms[t.name].diagonal)
-                if t.name in terms
-                else t
-                for t in assembly.terms
-            ),
-            extras={
-                n: replace(e, value=unseal(extras[n].value)) if n in extras else e
-                for n, e in assembly.extras.items()
-            },
-        ),
-    )
