@@ -25,7 +25,7 @@ from fedgrove.runs.prepare import settle
 from fedgrove.runs.stage import Stage
 from fedgrove.tracking.noise import Lab, NoiseLab
 from fedgrove.training.client import ClientHalf, Outcome, Store, Turn
-from fedgrove.training.cohort import cohort_size, row_by_row
+from fedgrove.training.cohort_size import cohort_size, row_by_row
 from fedgrove.training.lanes import lane_count
 from fedgrove.training.memory import EVERY, release
 from fedgrove.training.profile import span
