@@ -55,8 +55,8 @@ class HookedBase:
         site: Site,
         module: nn.Module,
         args: tuple[Any, ...],
-        output: Float[Tensor, "b t out"],
-    ) -> Float[Tensor, "b t out"] | None:
+        output: Float[Tensor, "*rows out"],
+    ) -> Float[Tensor, "*rows out"] | None:
         return None if self._running is None else self._running.add(site, args[0], output)
 
     # -------------------------------------------------------------------- contexts

@@ -30,8 +30,8 @@ class Running(Protocol):
         """A batch begins; with a layout it runs as one packed row."""
 
     def add(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
-    ) -> Float[Tensor, "b t out"]:
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+    ) -> Float[Tensor, "*rows out"]:
         """The site's output with what runs there added to it."""
 
 
@@ -97,7 +97,7 @@ class LiveAssembly:
         """As in Running. An assembly alone adds the same to every row."""
 
     # -------------------------------------------------------------------- forward
-    def products(self, site: Site, x: Float[Tensor, "b t in"]) -> list[Product]:
+    def products(self, site: Site, x: Float[Tensor, "*rows in"]) -> list[Product]:
         """What runs at a site whose input is x, but for an update that has become a dense
         matrix.
         """
@@ -112,8 +112,8 @@ class LiveAssembly:
         )
 
     def add(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
-    ) -> Float[Tensor, "b t out"]:
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+    ) -> Float[Tensor, "*rows out"]:
         """The site's output with every product added, in the wider of the base's and the adapters'
         precision.
         """
@@ -138,14 +138,14 @@ class LiveAssembly:
     def _foldable(self) -> bool:
         return self.assembly.mix.linear and not torch.is_grad_enabled()
 
-    def _in_adapters_precision(self, x: Float[Tensor, "b t in"]) -> Float[Tensor, "b t in"]:
+    def _in_adapters_precision(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
         if x is not self._x or self._converted is None:
             self._x, self._converted = x, x.to(self.dtype)
         return self._converted
 
     def _add_at_once(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
-    ) -> Float[Tensor, "b t out"]:
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+    ) -> Float[Tensor, "*rows out"]:
         """``add`` where nothing trains: all products as one, in the base's precision, onto the
         output in place.
         """
@@ -162,7 +162,7 @@ class LiveAssembly:
         return output
 
     def _joined(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
     ) -> tuple[Float[Tensor, "ranks in"], Float[Tensor, "ranks out"]] | None:
         """All products side by side in the base's precision; None where there are none."""
         pairs = [product.folded() for product in self.products(site, x)]
