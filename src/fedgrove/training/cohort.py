@@ -47,8 +47,9 @@ class Cohort:
 
     def enter(self, layout: Layout | None) -> None:
         """As in Running: how much of a batch, or of a packed row, each member has."""
-        self._axis = 0 if layout is None else 1
-        self._sizes = list(self.rows) if layout is None else _tokens(layout, self.rows)
+        self._axis, self._sizes = 0, list(self.rows)
+        if layout is not None:
+            self._axis, self._sizes = 1, _tokens(layout, self.rows)
         self._x: Tensor | None = None  # the last site's input, and its members' parts
         self._parts: Sequence[Tensor] = ()
         self._masks: dict[Belongs, Tensor] = {}
