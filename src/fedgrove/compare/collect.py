@@ -17,7 +17,7 @@ from fedgrove.compare.campaign import Done, Tuned, fingerprint
 from fedgrove.compare.entries import Entry, trial_name
 from fedgrove.compare.statistics import RESAMPLES, holm, paired
 from fedgrove.ground import words
-from fedgrove.tracking.summary import mean, present, std, tail10
+from fedgrove.ground.statistics import mean, present, std, tail10
 from fedgrove.use.result import Result
 
 MEASURES = ("metric", "metric_tuned")
@@ -33,6 +33,7 @@ def collect(done: Done) -> dict[str, Any]:
         for entry in plan.entries
     ]
     job = first[0].job
+    trained = _values(first, plan.seeds, "metric", held_out=False)
     base_values = _values(first, plan.seeds, "metric_base", held_out=False)
     values = [
         value
@@ -53,7 +54,7 @@ def collect(done: Done) -> dict[str, Any]:
         "data": job.data.path or job.data.name,
         "rounds": job.run.rounds,
         "final_local_epochs": job.train.final_local_epochs,
-        "clients": len(next(iter(base_values.values()), {})),
+        "clients": len(next(iter(trained.values()), {})),
         "held_out": first[0].summary.get("unseen", {}).get("clients", 0),
         "seeds": list(plan.seeds),
         "fingerprints": {
@@ -93,8 +94,8 @@ def tests(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
     return {
         "best": best["label"],
         "test": "two-sided Wilcoxon signed-rank, Holm-adjusted",
-        "interval": f"95 % percentile bootstrap of the mean difference, {RESAMPLES} resamples of "
-        f"pairs",
+        "interval": "95 % percentile bootstrap of the mean difference, "
+        f"up to {RESAMPLES} resamples of pairs",
         "against_best": found,
     }
 

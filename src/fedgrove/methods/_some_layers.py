@@ -35,6 +35,7 @@ class LayerOptions(contract.WeightedOptions):
         (0.25, 0.5, 0.75),
         description="Shares of the layers that a client can afford, dealt to the clients in name "
         "order, in turn.",
+        examples=[[0.5, 1.0]],
     )
 
 
@@ -71,6 +72,10 @@ class SomeLayers(Method):
             "global": mean_where_held(state["global"], adapters, self.weights(updates)),
         }
 
+    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+        """All layers, whichever the client would train next."""
+        return {"global": state["global"]}
+
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         return Assembly((Term("global", offer["global"]),))
 
@@ -85,8 +90,6 @@ class SomeLayers(Method):
 
     def open(self, state: State, round: int) -> State:
         """With ``rows``: the layers that each client trains in this round."""
-        if round > self.setting.rounds:
-            return {**state, "rows": {}}
         counts: dict[str, int] = state["counts"]
         drawn = self.draw(list(counts.values()), round)
         rows = {

@@ -23,6 +23,9 @@ Where we differ, or choose what the paper leaves open:
   path from the root gives one group per layer, still nested. Their warm-up is never averaged into a
   group that is further on: they count from their first trained expert.
 * One or two clients always share everything (``c ≤ N − 1``).
+* Cluster and external expert are renewed at the same time, as published, so what a client deploys
+  is not what it trained: with two groups and λ = ½ both deploy ``(C_1 + C_2) / 2`` (docs/results.md
+  has the arithmetic). ``external_update`` and ``external_damping`` are the repairs.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Site
+from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Convex, Extra, Term
 from fedgrove.adapters.distance import Distance, between, layers_of, towards
 from fedgrove.adapters.groups import group_means
@@ -96,6 +100,18 @@ class TreeOptions(contract.Options):
         True,
         description="Whether a client also runs the frozen mean of everyone outside its group, "
         "mixed in by λ.",
+    )
+    external_update: Literal["published", "previous"] = Field(
+        "published",
+        description="The external expert that a client deploys: the one renewed at the same time "
+        "as its cluster expert, or the one that its cluster expert was trained against.",
+    )
+    external_damping: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the old external expert that the new one keeps; 0 as published.",
+        examples=[0.5],
     )
     lambda_lr: float = Field(
         10.0, ge=0, description="Learning rate of λ's free scalar, as a multiple of train.lr."
@@ -190,6 +206,7 @@ class GroupMeans:
 class FedTreeLoRA(Method):
     name = "fedtreelora"
     title = "FedTreeLoRA"
+    pictures = "fedgrove.report.pictures.tree:tree"
     paper = "arXiv 2603.13282"
     trains = "A, B, λ"
     shares = "A, B"
@@ -211,7 +228,9 @@ class FedTreeLoRA(Method):
 
         ``latest``: each member's newest adapter, ``first``: its B after its own warm-up,
         ``groups``: its group in each layer, ``experts``: in each layer, the mean of each group and
-        of everyone else, ``common``: the mean of all.
+        of everyone else, ``trained_against``: in each layer, what each group's clients had for
+        everyone else while they trained (with ``external_update = "previous"``), ``common``: the
+        mean of all.
         """
         return {
             "tree": None,
@@ -220,6 +239,7 @@ class FedTreeLoRA(Method):
             "examples": {},
             "groups": {},
             "experts": {},
+            "trained_against": {},
             "common": self.setting.shared_draw(),
         }
 
@@ -238,10 +258,18 @@ class FedTreeLoRA(Method):
         no message.
         """
         if client.name in state["groups"]:
+            if round > self.setting.rounds:
+                return self.deploy(state, self.setting.rounds, client)
             return self._experts(state, state["groups"][client.name])
         if self.warmup and round <= self.setting.rounds:
             return {"join": True} if state["tree"] else {}
         return self.welcome(state, client, None)
+
+    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+        """A member's experts, the external one as ``external_update`` says."""
+        if client.name not in state["groups"]:
+            return self.offer(state, round + 1, client)
+        return self._experts(state, state["groups"][client.name], state["trained_against"])
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         adapters = {
@@ -262,14 +290,14 @@ class FedTreeLoRA(Method):
             "examples": _by_name(state["examples"], examples),
         }
         if state["tree"] is None or self._rebuilds(round):
-            state |= self._grown(state["latest"])
+            state |= self._grown(state["latest"]) | {"experts": {}}
         late = {
             n: self._placed(state, bs)
             for n, bs in state["first"].items()
             if n not in state["groups"]
         }
         state["groups"] = _by_name(state["groups"], late)
-        return state | self._averaged(state)
+        return state | self._renewed(state)
 
     def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
         """The mean of all; after the probe, the experts of the groups on the newcomer's way down
@@ -355,6 +383,22 @@ class FedTreeLoRA(Method):
         merges = np.array(tree["merges"], dtype=np.float64).reshape(-1, 4)
         return descend(merges, cuts, distances.mean(0))
 
+    def _renewed(self, state: State) -> State:
+        """New experts, the external ones damped towards the last ones."""
+        old = {layer: each["external"] for layer, each in state["experts"].items()}
+        new = self._averaged(state)
+        damping = self.options.external_damping
+        if damping:
+            for layer, externals in old.items():
+                means = new["experts"][layer]["external"]
+                new["experts"][layer]["external"] = [
+                    mean(pair, [damping, 1 - damping])
+                    for pair in zip(externals, means, strict=True)
+                ]
+        if self.options.external_update == "previous":
+            new["trained_against"] = old
+        return new
+
     def _averaged(self, state: State) -> State:
         """Experts of every group in every layer, and the mean of all."""
         names = list(state["latest"])
@@ -372,16 +416,19 @@ class FedTreeLoRA(Method):
             common |= means.everyone
         return {"experts": experts, "common": self._ordered(common)}
 
-    def _experts(self, state: State, groups: Sequence[int]) -> Offer:
+    def _experts(
+        self, state: State, groups: Sequence[int], externals: Mapping[str, Any] | None = None
+    ) -> Offer:
         """What a member of these groups, one per layer, is sent: an external expert only where a
-        layer is split.
+        layer is split. ``externals`` by layer stand in for the newest ones.
         """
         cluster: Adapter = {}
         external: Adapter = {}
-        for group, experts in zip(groups, state["experts"].values(), strict=True):
+        for group, (layer, experts) in zip(groups, state["experts"].items(), strict=True):
             cluster |= experts["cluster"][group]
-            if experts["external"]:
-                external |= experts["external"][group]
+            rest = (externals or {}).get(layer, experts["external"])
+            if rest:
+                external |= rest[group]
         offer = {"cluster": self._ordered(cluster)}
         return offer | {"external": self._ordered(external)} if external else offer
 

@@ -7,19 +7,24 @@ away.
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedgrove.ground import files
+from fedgrove.ground import lines
+from fedgrove.tracking.callback import Callback
 
 
-class Events:
+class Events(Callback):
     """Appends one JSON object a line."""
 
     def __init__(self, path: Path):
         self.path = path
+
+    def client_event(
+        self, round: int, client: str, what: str, reason: str, trace: str = ""
+    ) -> None:
+        self.write(round, client, what, reason, trace=trace)
 
     def write(self, round: int, client: str, event: str, reason: str, **more: Any) -> None:
         """``event``: "left out", "joined", "refused", "late", "not measured", ...; ``reason``: a
@@ -33,8 +38,4 @@ class Events:
             "reason": reason,
             **{key: value for key, value in more.items() if value},
         }
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise files.unwritable(self.path, error) from error
+        lines.append(self.path, line)

@@ -21,9 +21,10 @@ from fedgrove.ground.errors import FedgroveError, RunError
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-    from fedgrove.engines.base import Stage
+    from fedgrove.engines.flower.engine import FlowerEngine
     from fedgrove.job import Job
     from fedgrove.runs.directory import RunDirectory
+    from fedgrove.runs.stage import Stage
     from fedgrove.tracking.callback import Callback
 
 
@@ -34,7 +35,7 @@ class FlowerMissing(FedgroveError):
 @contextmanager
 def simulated(
     job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
-) -> Iterator[Stage]:
+) -> Iterator[Stage[FlowerEngine]]:
     """The stage of a simulation on Ray."""
     require()
     quiet()
@@ -75,7 +76,7 @@ def ray_grid(nodes: int, job: Job) -> Iterator[Grid]:
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
-    from fedgrove.deploy.app import client
+    from fedgrove.engines.flower.client_app import virtual
 
     lent: queue.Queue[Grid | BaseException] = queue.Queue()
     returned = threading.Event()
@@ -88,7 +89,7 @@ def ray_grid(nodes: int, job: Job) -> Iterator[Grid]:
 
     def simulate() -> None:
         try:
-            run_simulation(lender, client, nodes, backend_config=resources(nodes, job))
+            run_simulation(lender, virtual, nodes, backend_config=resources(nodes, job))
         except BaseException as error:
             lent.put(error)
 
