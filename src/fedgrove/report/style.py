@@ -33,7 +33,7 @@ COLOURS = {
     "base": "#8a949e",  # the untouched base model
     "local": "#aa3377",  # each client alone
     "ours": "#0072b2",  # this run
-    "tail": "#d55e00",  # the clients that fare worst, and losses
+    "tail": "#c24f00",  # the clients that fare worst, and losses
     "tuned": "#009e73",  # after final local training
 }
 #: For groups and classes, in this order; the last ones repeat after eight.
