@@ -36,9 +36,10 @@ $(READY): pyproject.toml
 demo: setup  ## a federation of 16 clients fine-tunes a real model on real text (about 2 minutes on 2 cores, after the set-up)
 	@$(BIN)/fedgrove demo
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and who imports whom
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
+	@said=$$($(BIN)/lint-imports --no-cache --no-logo 2>&1) || { echo "$$said"; exit 1; }
 	@$(BIN)/mypy
 
 test: lint  ## lint, then every test but the slow ones
