@@ -15,11 +15,11 @@ from fedgrove.ground.errors import AdapterError, FedgroveError, RunError
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import protection
 from fedgrove.runs.directory import RunDirectory
+from fedgrove.runs.noise import Lab, NoiseLab
 from fedgrove.tracking.callback import Callback, Callbacks, RunInfo
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.events import Events
 from fedgrove.tracking.metrics import MetricsLog, truncate_after
-from fedgrove.tracking.noise import Lab, NoiseLab
 from fedgrove.training.profile import round_span, span
 from fedgrove.wire.compress import passed
 from fedgrove.wire.sift import not_finite, refuse_loss, sift
