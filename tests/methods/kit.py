@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stops import StopAfter
 from tests.tiny import sentences, tiny_job
 from torch import Tensor
 
@@ -38,7 +39,6 @@ from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
-from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
 from fedgrove.training.client import ClientHalf, Turn, carry
@@ -129,16 +129,6 @@ def same(one: Adapter, other: Adapter) -> bool:
 
 
 # ------------------------------------------------------------ runs
-class StopAfter(Callback):
-    def __init__(self, round: int, clients: int):
-        self.round, self.clients, self.seen = round, clients, 0
-
-    def client_done(self, round: int, line: Any) -> None:
-        self.seen += round == self.round
-        if self.seen == self.clients:
-            raise KeyboardInterrupt
-
-
 def files(path: Path) -> dict[str, bytes]:
     found = sorted(
         f for f in path.rglob("*") if f.is_file() and "adapters" in str(f.relative_to(path))
