@@ -22,6 +22,7 @@ from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.assembly import Assembly, Mix, sealed, unsealed
 from fedgrove.adapters.private import PrivacyError, is_private, seal, unseal
 from fedgrove.adapters.tree import leaves, numbers, pack, typed, unpack
+from fedgrove.engines.local import prepare
 from fedgrove.job import Job
 from fedgrove.methods import protocols
 from fedgrove.methods.contract import (
@@ -37,7 +38,6 @@ from fedgrove.methods.contract import (
 )
 from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.registry import method_class
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
@@ -110,7 +110,11 @@ def welcomed(method: Method, state: Any, client: ClientInfo, probe: Any = None) 
 def fedit_mean(updates: Sequence[Update], weights: str = "examples") -> Adapter:
     """FedIT's mean of the updates' adapters, which many rules are in a special case."""
     options = WeightedOptions.model_validate({"weights": weights})
-    found: Adapter = aggregated(FedIT(options, setting()), {"whole": {}}, 1, updates).whole
+    sites = {}
+    for name, f in updates[0].content["adapter"].items():
+        sites[name] = Site(name, 0, f.A.shape[1], f.B.shape[0])
+    method = FedIT(options, setting(sites=sites))
+    found: Adapter = aggregated(method, {"whole": {}}, 1, updates).whole
     return found
 
 
@@ -257,11 +261,12 @@ class Opened:
     def assembly(self, name: str) -> Any:
         rounds = self.prepared.job.run.rounds
         client = self.prepared.clients[name]
-        offer = {"method": offered(self.method, self.state, rounds + 1, client)}
+        state = self.method.open(self.state, rounds + 1)
+        offer = {"method": self.method.deploy(state, rounds, client)}
         return self.prepared.engine.personal(name, offer)
 
     def logits(self, assembly: Any) -> Tensor:
-        return self.prepared.half.kernel.logits(assembly, self.examples)
+        return self.prepared.engine.half.kernel.logits(assembly, self.examples)
 
 
 def exports(

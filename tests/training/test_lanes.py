@@ -11,15 +11,15 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tests.tiny import sentences, tiny_job
+from tests.tiny import sentences, tiny_job, unclipped
 
 from fedgrove.adapters import Assembly, Factors
+from fedgrove.engines.local import prepare
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.interop.models import Base, load_base
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.training import profile
-from fedgrove.training.kernel import Kernel, TrainOptions
+from fedgrove.training.kernel import Kernel
 from fedgrove.training.lanes import Lanes, lane_count, twin
 
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
@@ -41,7 +41,7 @@ def base(tiny_bert: Path) -> Base:
 @pytest.fixture
 def lanes(tiny_bert: Path, threads: None) -> Lanes:
     torch.set_num_threads(2)
-    return Lanes.on(load_base(str(tiny_bert)), TASK, TrainOptions(), count=2, threads=2)
+    return Lanes.on(load_base(str(tiny_bert)), TASK, unclipped(), count=2, threads=2)
 
 
 def written(folder: Path) -> dict[str, bytes]:
@@ -136,8 +136,8 @@ def test_a_resumed_run_has_the_lanes_of_its_beginning(
     job = tiny_job(tiny_bert, silos, train={"threads": 2, **train}, federation=held_out)
     first = prepare(job)
     again = prepare(first.job)  # job.toml has every choice written out
-    assert (first.job.train.cohort, len(first.half.lanes.kernels)) == (cohort, count)
-    assert (again.job.train.cohort, len(again.half.lanes.kernels)) == (cohort, count)
+    assert (first.job.train.cohort, len(first.engine.half.lanes.kernels)) == (cohort, count)
+    assert (again.job.train.cohort, len(again.engine.half.lanes.kernels)) == (cohort, count)
 
 
 def test_the_weights_are_there_once(lanes: Lanes) -> None:
@@ -157,7 +157,7 @@ def test_what_a_lane_folds_is_its_own(lanes: Lanes, base: Base) -> None:
     factors = Factors(torch.ones(1, site.in_features), torch.ones(site.out_features, 1), 1.0)
     examples = TASK.encode(sentences(4, seed=0), base.processor)
     first, second = lanes.kernels
-    with first._opened(Assembly(folded={name: factors}), train=False):
+    with first.opened(Assembly(folded={name: factors}), train=False):
         assert not torch.equal(
             first.base.model.get_submodule(name).weight, base.model.get_submodule(name).weight
         )
@@ -165,7 +165,7 @@ def test_what_a_lane_folds_is_its_own(lanes: Lanes, base: Base) -> None:
             second.base.model.get_submodule(name).weight, base.model.get_submodule(name).weight
         )
         assert torch.equal(
-            second.features(examples), Kernel(base, TASK, TrainOptions()).features(examples)
+            second.features(examples), Kernel(base, TASK, unclipped()).features(examples)
         )
 
 
@@ -245,7 +245,7 @@ def test_whoever_stops_listening_waits_for_a_batch_and_no_more(lanes: Lanes, bas
     next(found)
     with pytest.raises(KeyboardInterrupt):
         cast("Generator[int]", found).throw(KeyboardInterrupt)
-    assert not any(kernel.halted for kernel in lanes.kernels)
+    assert not any(kernel.halt.is_set() for kernel in lanes.kernels)
     assert lanes.kernels[0].features(examples).shape == (4, base.hidden)
 
 
@@ -264,9 +264,11 @@ def test_a_profile_counts_lanes_as_their_share(lanes: Lanes) -> None:
 
 def test_a_prepared_job_has_its_lanes(tiny_bert: Path, silos: Path, threads: None) -> None:
     prepared = prepare(tiny_job(tiny_bert, silos, train={"threads": 2}))
-    assert len(prepared.half.lanes.kernels) == 2
-    assert prepared.half.kernel is prepared.half.lanes.kernels[0]
-    alone = prepared.half.alone(prepared.half.lanes.kernels[1])
-    assert alone.kernel is prepared.half.lanes.kernels[1]
+    assert len(prepared.engine.half.lanes.kernels) == 2
+    assert prepared.engine.half.kernel is prepared.engine.half.lanes.kernels[0]
+    alone = prepared.engine.half.alone(prepared.engine.half.lanes.kernels[1])
+    assert alone.kernel is prepared.engine.half.lanes.kernels[1]
     assert alone.lanes.kernels == [alone.kernel]
-    assert alone._measured is prepared.half._measured, "what one lane measured another need not"
+    assert alone._measured is prepared.engine.half._measured, (
+        "what one lane measured another need not"
+    )

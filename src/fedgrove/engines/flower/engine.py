@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.adapters.tree import numbers
-from fedgrove.engines.base import Absence, Arrival, Ask, Leaving, OfferOf
 from fedgrove.engines.flower.post import Failure, Post
 from fedgrove.engines.flower.wire import Note
 from fedgrove.methods.contract import ClientInfo, Method, Update
 from fedgrove.methods.protocols import Probes
+from fedgrove.runs.engine import Absence, Arrival, Ask, Leaving, OfferOf
 from fedgrove.wire.compress import sent_bytes
 from fedgrove.wire.figures import figures_fault, measures_fault, row_fault
 from fedgrove.wire.validate import fault
