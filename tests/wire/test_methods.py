@@ -123,7 +123,8 @@ def go_through(here: Prepared, *, alone: bool) -> int:
     state = here.method.begin(list(here.clients.values()))
 
     def offer(client: str) -> Any:
-        content = here.method.offer(state, round, here.clients[client])
+        opened = here.method.open(state, round)
+        content = here.method.offer(opened, round, here.clients[client])
         content = here.head.beside(content, None, newcomer=False)
         came = unpack(pack({"offer": content}))
         assert offer_fault(came, method=here.method) is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.methods import kit
 from tests.wire.test_validate import SITES, Q, method
 
 from fedgrove.adapters.adapter import Factors
@@ -26,7 +27,7 @@ def updates(**broken: Any) -> list[Update]:
 
 def aggregated(given: Any) -> Any:
     whole = method()
-    return whole.aggregate(whole.begin([]), 1, given)
+    return kit.aggregated(whole, whole.begin([]), 1, given)
 
 
 def test_sift_gives_what_aggregation_gives() -> None:
@@ -34,8 +35,8 @@ def test_sift_gives_what_aggregation_gives() -> None:
     state: Any
     state, out = sift(aggregated, given)
     assert out == []
-    for site, factors in aggregated(given)["global"].items():
-        assert torch.equal(state["global"][site].A, factors.A)
+    for site, factors in aggregated(given).whole.items():
+        assert torch.equal(state.whole[site].A, factors.A)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,8 @@ def test_the_one_that_spoils_the_aggregate_is_left_out_and_the_others_count(brok
     state, out = sift(aggregated, given)
     assert [name for name, _ in out] == ["c"]
     expected = aggregated([update for update in given if update.client != "c"])
-    for site, factors in expected["global"].items():
-        assert torch.equal(state["global"][site].A, factors.A)
+    for site, factors in expected.whole.items():
+        assert torch.equal(state.whole[site].A, factors.A)
 
 
 def test_an_update_that_makes_the_state_infinite_is_left_out() -> None:
@@ -87,7 +88,7 @@ def test_nobody_is_blamed_where_no_single_one_explains_it() -> None:
 def test_an_update_without_a_layer_takes_it_from_nobody(honest_first: bool) -> None:
     fedit = method()
     state = fedit.begin([CLIENT])
-    whole = dict(state["global"])
+    whole = dict(state.whole)
     layer = next(iter(whole))
     given = [
         Update("honest", 10, {"adapter": whole}),
@@ -99,7 +100,7 @@ def test_an_update_without_a_layer_takes_it_from_nobody(honest_first: bool) -> N
     ]
 
     def combine(updates: Sequence[Update]) -> Any:
-        after = fedit.aggregate(state, 1, updates)
+        after = kit.aggregated(fedit, state, 1, updates)
         refuse_loss(state, after, fedit.setting.sites)
         return after
 
@@ -107,7 +108,7 @@ def test_an_update_without_a_layer_takes_it_from_nobody(honest_first: bool) -> N
     assert [name for name, _ in out] == ["hostile"]
     assert f"would lack the layer {layer}" in out[0][1]
     assert after is not None
-    assert set(after["global"]) == set(whole)
+    assert set(after.whole) == set(whole)
 
 
 def test_finite_updates_stay() -> None:
