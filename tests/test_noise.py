@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Convex, Extra, Factors, Mix, Site, Term
 from fedgrove.adapters.algebra import concat, mean, pad, truncate
+from fedgrove.engines.local import prepare
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.lines import append, read, truncate_after
 from fedgrove.ground.seeds import generator
@@ -29,7 +30,7 @@ from fedgrove.methods.records import OneAdapter, Whole
 from fedgrove.methods.registry import names
 from fedgrove.runs.directory import RunDirectory
 from fedgrove.runs.loop import Loop
-from fedgrove.runs.prepare import prepare
+from fedgrove.runs.records import Records
 from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.noise import KEYS, NoiseLab, shared_part
@@ -390,10 +391,10 @@ def test_every_method_records_a_line_a_round(
     job = tiny_job(
         tiny_bert, two, method={"name": method}, run={"noise": True}, train={"local_steps": 1}
     )
-    prepared = prepare(job)
-    directory = RunDirectory(tmp_path / "out")
-    directory.open(prepared, resume=False)
-    loop = Loop(prepared, directory, Callback())
+    out = tmp_path / "out"
+    prepared = prepare(job, out)
+    RunDirectory(out).open(prepared, resume=False)
+    loop = Loop(prepared, Records.at(out, Callback(), prepared.lab))
     loop.rounds()
     lines = read(tmp_path / "out" / "noise.jsonl")
     assert [line["round"] for line in lines] == [1, 2, 3]

@@ -71,7 +71,8 @@ def test_holm_is_the_closure_of_bonferroni() -> None:
 
 def test_one_pair_and_many_pairs_have_an_interval() -> None:
     one = paired([0.7], [0.5])
-    assert (one.n, one.low, one.high) == (1, pytest.approx(0.2), pytest.approx(0.2))
+    assert one.n == 1
+    assert [one.low, one.high] == pytest.approx([0.2, 0.2])
     rng = np.random.default_rng(0)
     ours = rng.normal(0.01, 0.1, 30_000)
     many = paired(list(ours), [0.0] * len(ours))

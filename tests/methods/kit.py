@@ -19,11 +19,11 @@ import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.private import PrivacyError, is_private
 from fedgrove.adapters.tree import leaves, numbers, pack, typed
+from fedgrove.engines.local import prepare
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, Method, Setting, Update, WeightedOptions
 from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.registry import method_class
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
@@ -254,11 +254,12 @@ class Opened:
     def assembly(self, name: str) -> Any:
         rounds = self.prepared.job.run.rounds
         client = self.prepared.clients[name]
-        offer = {"method": offered(self.method, self.state, rounds + 1, client)}
+        state = self.method.open(self.state, rounds + 1)
+        offer = {"method": self.method.deploy(state, rounds, client)}
         return self.prepared.engine.personal(name, offer)
 
     def logits(self, assembly: Any) -> Tensor:
-        return self.prepared.half.kernel.logits(assembly, self.examples)
+        return self.prepared.engine.half.kernel.logits(assembly, self.examples)
 
 
 def exports(

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import fedgrove as fg
 from fedgrove.adapters import Adapter, Assembly, Factors, Site, as_one_adapter
+from fedgrove.engines.local import prepare
 from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import ClientInfo, Method, Setting, Update
 from fedgrove.methods.registry import method_class
-from fedgrove.runs.directory import RunDirectory
 from fedgrove.runs.loop import Loop
-from fedgrove.runs.prepare import prepare
+from fedgrove.runs.records import Records
 from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.metrics import read
@@ -164,14 +164,14 @@ def check_export(job: Any, out: Path) -> None:
     term.
     """
     prepared = prepare(job)
-    loop = Loop(prepared, RunDirectory(out), Callback())
+    loop = Loop(prepared, Records.at(out, Callback()))
     assert loop.done == job.run.rounds
-    kernel = prepared.half.kernel
+    kernel = prepared.engine.half.kernel
     examples = prepared.task.encode(
         [{"text": text, "label": "positive"} for text in TEXTS], prepared.base.processor
     )
     for name in prepared.clients:
-        assembly = prepared.engine.personal(name, loop.offer(name, loop.done + 1))
+        assembly = prepared.engine.personal(name, loop.deployed(name, loop.done))
         bare = Assembly(extras=assembly.extras)
         ours, without = kernel.logits(assembly, examples), kernel.logits(bare, examples)
         assert (ours - without).abs().max() > 1e-4  # there is something to export

@@ -532,7 +532,7 @@ def test_an_index_that_nobody_trained_keeps_its_bits(tiny_bert: Path, tmp_path: 
     )
     from safetensors.torch import load_file
 
-    from fedgrove.runs.prepare import prepare
+    from fedgrove.engines.local import prepare
 
     run(job, tmp_path / "out")
     start = prepare(job).method.setting.shared_draw()

@@ -17,10 +17,10 @@ from tests.tiny import save_bert, save_silos, sentences, tiny_job
 import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.tree import pack
+from fedgrove.engines.local import prepare
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, reveal
 from fedgrove.methods.fedtreelora import FedTreeLoRA
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
@@ -273,7 +273,7 @@ def test_the_exported_adapter_is_the_personal_model(bert: Path, five: Path, tmp_
         offer = {"method": prepared.method.offer(server["state"], 5, prepared.clients[name])}
         assembly = prepared.engine.personal(name, offer)
         assert [term.name for term in assembly.terms] == ["cluster", "external"]
-        want = prepared.half.kernel.logits(assembly, examples)
+        want = prepared.engine.half.kernel.logits(assembly, examples)
         got = fg.load(found.client(name).path).logits([row["text"] for row in rows])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
@@ -297,7 +297,9 @@ def test_an_unseen_client_is_placed_by_a_probe_on_its_own_data(
         def ask(probe: Any, newcomer: ClientInfo = newcomer) -> dict[str, Any]:
             return {"method": method.welcome(state, newcomer, probe)}
 
-        placed = prepared.half.arrive(newcomer, prepared.engine.data[name]["train"], ask)["method"]
+        placed = prepared.engine.half.arrive(newcomer, prepared.engine.data[name]["train"], ask)[
+            "method"
+        ]
         assert same(placed["cluster"], method.offer(state, 7, prepared.clients[twin])["cluster"])
         assert not same(placed["cluster"], at_once["cluster"])
 

@@ -13,12 +13,12 @@ from tests.tiny import save_exchanges, save_llama, save_pictures, save_vit, sent
 from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Convex, Extra, Factors, Term, Weighted, fresh
+from fedgrove.engines.local import prepare
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base, load_config
 from fedgrove.job import Job
 from fedgrove.methods.contract import Live, Step
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.training.cohort import Cohort, Work, joins, size_for, train_together
 from fedgrove.training.kernel import Clock, Kernel, TrainOptions

@@ -429,17 +429,9 @@ def job_digest(job: Job) -> str:
     """
     from fedgrove.federation.tasks import task_name
 
-    return (
-        job.resolved()
-        .replace(
-            data={"task": task_name(job.data)},
-            train=dict.fromkeys(
-                ("device", "dtype", "threads", "eval_batch_size", "cohort"), "auto"
-            ),
-            federation={"newcomer_head": "auto"},
-        )
-        .digest()
-    )
+    asked = job.resolved().opened("machine")
+    task = {"task": task_name(job.data)}
+    return asked.replace(data=task, federation={"newcomer_head": "auto"}).digest()
 
 
 def _allowed(name: str, patterns: tuple[str, ...]) -> bool:

@@ -81,7 +81,7 @@ def _scaled(tensors: Mapping[str, TensorProto], name: str) -> Matrix:
     stem = name.removesuffix("_quantized")
     whole = _array(tensors[name]).astype(np.float32)
     zero = _array(tensors[f"{stem}_zero_point"]).astype(np.float32)
-    scaled: Matrix = (whole - zero) * _array(tensors[f"{stem}_scale"])
+    scaled: Matrix = (whole - zero) * _array(tensors[f"{stem}_scale"]).astype(np.float32)
     return scaled
 
 

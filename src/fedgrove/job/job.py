@@ -14,6 +14,16 @@ from pydantic import Field, ValidationError, model_validator
 from fedgrove.ground.errors import JobError
 from fedgrove.job import text
 from fedgrove.job.kinds import nearest
+from fedgrove.job.marks import (
+    InsteadOf,
+    KeyPath,
+    automatic_keys,
+    choosers,
+    default_of,
+    keys_of_another,
+    marked,
+    sections,
+)
 from fedgrove.job.privacy import PrivacySection
 from fedgrove.job.sections import (
     DataSection,
@@ -29,33 +39,6 @@ from fedgrove.job.sentences import job_error
 from fedgrove.job.toml import parse_assignment, parse_toml, shown, value_text
 
 DEFAULT_RANK = 8
-
-#: Choosing another one of these drops the keys that belonged to the old choice: (chooser, dropped
-#: keys).
-CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
-    (
-        ("data", "source"),
-        (
-            "name",
-            "config",
-            "path",
-            "text",
-            "label",
-            "group",
-            "labels",
-            "train_examples",
-            "test_examples",
-            "partition",
-        ),
-    ),
-    (("data", "partition", "by"), ("options",)),
-    (("method", "name"), None),  # None: all but those that every method has
-)
-#: Setting one of these unsets the other.
-EITHER = (
-    (("train", "local_steps"), ("train", "local_epochs")),
-    (("train", "local_epochs"), ("train", "local_steps")),
-)
 
 Assignment = tuple[tuple[str, ...], Any]
 
@@ -161,22 +144,50 @@ class Job(Section):
             ((*path, "name"), v) if _is_short(path, v) else (path, v) for path, v in assignments
         ]
         given = dict(assignments)
-        for chooser, dropped in CHOICES:
-            before = _get(values, chooser)
-            if chooser in given and given[chooser] != before:
-                files = chooser == ("data", "source") and {before, given[chooser]} == {
-                    "silos",
-                    "table",
-                }
-                _drop(
-                    values, chooser, ("partition",) if files else dropped
-                )  # one's own files stay where they are
-        for key, other in EITHER:
-            if given.get(key) is not None and given.get(other) is None:
+        for chooser in choosers(type(self)):
+            if chooser in given:
+                self._choose(values, chooser, given[chooser])
+        for path, mark in marked(type(self), InsteadOf):
+            other = (*path[:-1], mark.other)
+            if given.get(path) is not None and given.get(other) is None:
                 _set(values, other, None)
         for path, value in assignments:
             _set(values, path, value)
         return type(self).build(values, where)
+
+    def _choose(self, values: dict[str, Any], chooser: KeyPath, after: Any) -> None:
+        """Drop from nested ``values`` what belongs to the old choice of ``chooser``."""
+        *above, name = chooser
+        table = _get(values, tuple(above))
+        before = table[name]
+        if after is None:
+            after = default_of(type(self), chooser)
+        if after == before:
+            return
+        section = dict(sections(type(self)))[tuple(above)]
+        dropped = keys_of_another(section, name, before, after)
+        own = [key for key in table if key not in section.model_fields]
+        for key in [*dropped, *own]:
+            if key in table and (*above, key) in choosers(type(self)):
+                self._choose(values, (*above, key), None)
+            table.pop(key, None)
+
+    def opened(self, by: str) -> Self:
+        """A copy in which what ``by`` decides at the start (``marks.Automatic``) is open again."""
+        changes: dict[str, dict[str, Any]] = {}
+        for section, key in automatic_keys(type(self), by):
+            changes.setdefault(section, {})[key] = None
+        return self.replace(**changes)
+
+    def adopting(self, recorded: Self) -> Self:
+        """A copy that takes over what another job has decided and this one leaves open."""
+        changes: dict[str, dict[str, Any]] = {}
+        for section, key in automatic_keys(type(self)):
+            default = default_of(type(self), (section, key))
+            decided = getattr(getattr(recorded, section), key)
+            if getattr(getattr(self, section), key) == default and decided != default:
+                changes.setdefault(section, {})[key] = decided
+        return self.replace(**changes)
 
     def resolved(self) -> Self:
         """A copy in which what follows from the job alone is written out: lora.rank, lora.alpha,
@@ -336,12 +347,3 @@ def _set(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         values.pop(last, None)
     else:
         values[last] = value
-
-
-def _drop(
-    values: dict[str, Any], chooser: tuple[str, ...], dropped: tuple[str, ...] | None
-) -> None:
-    table = _get(values, chooser[:-1]) or {}
-    common = MethodSection.model_fields
-    for key in [key for key in table if (key not in common if dropped is None else key in dropped)]:
-        del table[key]

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from fedgrove.job.kinds import join, nearest
+from fedgrove.job.marks import Automatic, Chooser, InsteadOf, Of, Only, useless_keys
 from fedgrove.job.toml import shown, value_text
 
 
@@ -38,6 +39,7 @@ Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(min_length=1), Strict(False)]
 Rank = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 
 #: models that Fedgrove fetches by itself, or brings along; they have one version
@@ -122,7 +124,7 @@ class PartitionSection(Section):
     none).
     """
 
-    by: Text = Field(
+    by: Annotated[Text, Chooser()] = Field(
         "dirichlet",
         description='"iid", "dirichlet" (label skew), "sc-dirichlet" (skew over the column '
         '"superclass"), '
@@ -130,7 +132,7 @@ class PartitionSection(Section):
         "any other partitioner "
         "of flwr-datasets by its class name.",
     )
-    options: dict[str, JsonValue] = Field(
+    options: Annotated[dict[str, JsonValue], Of("by")] = Field(
         {},
         description="The partitioner's own arguments, for example { alpha = 0.5 } for dirichlet, "
         '{ num_classes_per_partition = 2 } for pathological, { partition_by = "author" } for '
@@ -156,6 +158,8 @@ class PartSection(Section):
 
 
 EMBEDDED = "sentiment"
+TASKS = ("classify-text", "classify-images", "generate")
+CLASSIFIES = Only("task", "classify-text", "classify-images")
 
 
 class DataSection(Section):
@@ -163,7 +167,10 @@ class DataSection(Section):
     split.
     """
 
-    source: Literal["embedded", "silos", "table", "hub"] = Field(
+    source: Annotated[
+        Literal["embedded", "silos", "table", "hub"],
+        Chooser(alike=(("silos", "table"),)),  # one's own files stay where they are
+    ] = Field(
         "embedded",
         description="embedded: a data set that Fedgrove fetches and checks by itself; silos: a "
         "folder with one file "
@@ -171,80 +178,106 @@ class DataSection(Section):
         "file, or a folder of "
         "images, LABEL/*.png, to be split; hub: a Hugging Face data set.",
     )
-    task: Literal["auto", "classify-text", "classify-images", "generate"] = Field(
+    task: Annotated[
+        Literal["auto", "classify-text", "classify-images", "generate"],
+        Chooser(alike=(TASKS,), open="auto"),
+        Automatic("data"),
+        Only("source", "silos", "table", "hub"),  # an embedded set is for one task
+    ] = Field(
         "auto",
         description="What is learnt. auto: what an embedded data set is for; else classify-text.",
     )
-    name: Text = Field(EMBEDDED, description="Name of the embedded or hub data set.")
-    config: Text | None = Field(
+    name: Annotated[Text, Of("source"), Only("source", "embedded", "hub")] = Field(
+        EMBEDDED, description="Name of the embedded or hub data set."
+    )
+    config: Annotated[Text | None, Of("source"), Only("source", "hub")] = Field(
         None, description="Configuration of a hub data set.", examples=["default"]
     )
-    path: Text | None = Field(
+    path: Annotated[Text | None, Of("source"), Only("source", "silos", "table")] = Field(
         None,
         description="The folder of silos, or the table; from the working directory.",
         examples=["silos"],
     )
-    parts: Annotated[tuple[PartSection, ...], Strict(False)] = Field(
+    parts: Annotated[
+        tuple[PartSection, ...],
+        Strict(False),
+        Of("source"),
+        Only("source", "hub"),
+        Only("task", "classify-text"),
+    ] = Field(
         (),
         description="Several hub data sets (`[[data.parts]]`), each with columns of its own and a "
         "group of clients: "
         "tasks as groups, as in FedTreeLoRA's GLUE setting.",
     )
-    text: Text = Field("text", description="Column of the text.")
-    pair: Text | None = Field(
+    text: Annotated[Text, Of("source"), Only("task", "classify-text")] = Field(
+        "text", description="Column of the text."
+    )
+    pair: Annotated[Text | None, Of("source"), Only("task", "classify-text")] = Field(
         None,
         description="Column of a second text, where each row is a pair (a claim and its evidence, "
         "two questions); "
         "a row may leave it empty.",
         examples=["pair"],
     )
-    image: Text = Field(
+    image: Annotated[Text, Of("source"), Only("task", "classify-images")] = Field(
         "image", description="Of classify-images: column of the image, the bytes of its file."
     )
-    label: Text = Field("label", description="Column of the label.")
-    prompt: Text = Field("prompt", description="Of generation: column of the prompt.")
-    completion: Text = Field(
+    label: Annotated[Text, Of("source"), CLASSIFIES] = Field(
+        "label", description="Column of the label."
+    )
+    prompt: Annotated[Text, Of("source"), Only("task", "generate")] = Field(
+        "prompt", description="Of generation: column of the prompt."
+    )
+    completion: Annotated[Text, Of("source"), Only("task", "generate")] = Field(
         "completion",
         description="Of generation: column of the text to learn; a list of texts: the first is "
         "learnt, each is right.",
     )
-    messages: Text | None = Field(
+    messages: Annotated[Text | None, Of("source"), Only("task", "generate")] = Field(
         None,
         description="Of generation: column of a conversation, a list of { role, content } that "
         "ends with the "
         "assistant, instead of prompt and completion.",
         examples=["messages"],
     )
-    group: str | None = Field(
+    group: Annotated[str | None, Of("source")] = Field(
         None,
         description="Column of natural groups (domain, site, region): the data set is split within "
         "each group, and "
         "clients carry its name. Not set, or empty: no groups.",
         examples=["domain"],
     )
-    groups: Texts | None = Field(
-        None,
-        description="Only the rows of these groups, by name or pattern with * and ?. Not set: all.",
-        examples=[["amazon", "tweets"]],
+    groups: Annotated[Texts | None, Of("source"), Only("source", "embedded", "table", "hub")] = (
+        Field(
+            None,
+            description="Only the rows of these groups, by name or pattern with * and ?. Not set: all.",
+            examples=[["amazon", "tweets"]],
+        )
     )
-    labels: Annotated[tuple[Text, ...], Field(min_length=2), Strict(False)] | None = Field(
+    labels: Annotated[
+        Annotated[tuple[Text, ...], Field(min_length=2), Strict(False)] | None,
+        Automatic("data"),
+        Of("source"),
+        CLASSIFIES,
+    ] = Field(
         None,
         description="The classes in their order, which all sites must agree on. Not set: those in "
         "the training data, "
         "sorted.",
         examples=[["negative", "positive"]],
     )
-    max_length: int = Field(
+    max_length: Annotated[int, Only("task", "classify-text", "generate")] = Field(
         128,
         ge=4,
         description="Tokens of a text, special ones included; the rest is cut off. Of generation: "
         "of prompt and "
         "completion together; a longer row loses the start of its prompt.",
     )
-    max_new_tokens: int = Field(
+    max_new_tokens: Annotated[int, Only("task", "generate")] = Field(
         48, ge=1, description="Of generation: the most tokens that the model writes."
     )
-    generate_examples: int = Field(
+    generate_examples: Annotated[int, Only("task", "generate")] = Field(
         16,
         ge=1,
         description="Of generation: how many test rows of a client are generated for ROUGE and "
@@ -257,19 +290,19 @@ class DataSection(Section):
         description="Share of each client's examples that is held out for its test, drawn once.",
     )
     validation_fraction: Share = Field(0.0, description="Share that is held out for tuning.")
-    train_examples: Annotated[int, Field(ge=1)] | None = Field(
+    train_examples: Annotated[Annotated[int, Field(ge=1)] | None, Of("source")] = Field(
         None,
         description="At most so many training examples for each client. Not set: all.",
         examples=[60],
     )
-    test_examples: Annotated[int, Field(ge=1)] | None = Field(
+    test_examples: Annotated[Annotated[int, Field(ge=1)] | None, Of("source")] = Field(
         None,
         description="At most so many test examples for each client. Not set: all.",
         examples=[100],
     )
-    partition: PartitionSection = Field(
-        default_factory=PartitionSection, description="How it is split into clients."
-    )
+    partition: Annotated[
+        PartitionSection, Of("source"), Only("source", "embedded", "table", "hub")
+    ] = Field(default_factory=PartitionSection, description="How it is split into clients.")
 
     @field_validator("group")
     @classmethod
@@ -355,33 +388,23 @@ class DataSection(Section):
 
     def _of_the_task(self) -> None:
         """Keys of another task than the one named are mistakes."""
-        unused: tuple[str, ...] = ()
+        unused = useless_keys(type(self), vars(self), "task")
+        beside = dict.fromkeys(unused, "task")
         if self.task == "generate":
-            unused = ("text", "pair", "image", "label", "labels", "parts")
             if self.messages is not None:
-                unused += ("prompt", "completion")
+                beside |= {"prompt": "messages", "completion": "messages"}
             elif self.prompt == self.completion:
                 raise ValueError(
                     f"data.prompt and data.completion are both {shown(self.prompt)}, so a model "
                     f"would learn to repeat; "
                     "name two columns."
                 )
-        elif self.task != "auto":
-            unused = ("prompt", "completion", "messages", "max_new_tokens", "generate_examples")
-            unused += (
-                ("text", "pair", "max_length", "parts")
-                if self.task == "classify-images"
-                else ("image",)
-            )
-        for key in unused:
+        for key, chosen in beside.items():
             if getattr(self, key) != type(self).model_fields[key].default:
-                beside = (
-                    "data.messages"
-                    if key in ("prompt", "completion") and self.messages
-                    else "data.task"
+                value = shown(getattr(self, chosen))
+                raise ValueError(
+                    f"data.{key} has no use with data.{chosen} = {value}; leave it out."
                 )
-                value = shown(getattr(self, beside.removeprefix("data.")))
-                raise ValueError(f"data.{key} has no use with {beside} = {value}; leave it out.")
 
 
 class FederationSection(Section):
@@ -413,7 +436,7 @@ class FederationSection(Section):
         description="The classifier's head: each client's own, averaged by the server, or left as "
         "it was drawn.",
     )
-    newcomer_head: Literal["auto"] | bool = Field(
+    newcomer_head: Annotated[Literal["auto"] | bool, Automatic("data")] = Field(
         "auto",
         description="Whether clients also send their own heads, whose mean a held-out client "
         "starts from; "
@@ -452,7 +475,7 @@ class FederationSection(Section):
 class MethodSection(Section):
     """The federated method and its own keys (`fedgrove methods` lists them all)."""
 
-    name: Text = Field("fedit", description="Name of the method.")
+    name: Annotated[Text, Chooser()] = Field("fedit", description="Name of the method.")
     uniform_rank: Literal["min", "max"] | None = Field(
         None,
         description="Where a method needs equal ranks and federation.ranks differ: give every "
@@ -536,12 +559,12 @@ class TrainSection(Section):
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
     batch_size: int = Field(8, ge=1, description="Examples in a batch.")
     accumulation: int = Field(1, ge=1, description="Batches whose gradients make one step.")
-    local_steps: Annotated[int, Field(ge=1)] | None = Field(
+    local_steps: Annotated[Annotated[int, Field(ge=1)] | None, InsteadOf("local_epochs")] = Field(
         8,
         description="Optimiser steps of a client in a round; or local_epochs, not both.",
         examples=[8],
     )
-    local_epochs: Annotated[int, Field(ge=1)] | None = Field(
+    local_epochs: Annotated[Annotated[int, Field(ge=1)] | None, InsteadOf("local_steps")] = Field(
         None,
         description="Passes over the client's data in a round, instead of local_steps.",
         examples=[1],
@@ -554,22 +577,22 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations: less memory, more time."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Automatic("machine")] = Field(
         "auto", description="auto: the best that there is."
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Automatic("machine")] = Field(
         "auto",
         description="Precision of the frozen base; adapters are float32. auto: bfloat16 where that "
         "is faster.",
     )
-    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    threads: Annotated[AutoCount, Automatic("machine")] = Field(
         "auto", description="CPU threads; auto: one for each core that the process may use."
     )
-    eval_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    eval_batch_size: Annotated[AutoCount, Automatic("machine")] = Field(
         "auto",
         description="Examples in a batch of the evaluation; auto: 128, of a language model 64.",
     )
-    cohort: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    cohort: Annotated[AutoCount, Automatic("machine")] = Field(
         "auto",
         description="Clients that train in one batch; auto: what keeps the device busy and fits "
         "train.memory.",

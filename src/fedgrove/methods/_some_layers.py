@@ -68,6 +68,10 @@ class SomeLayers(Method):
             "global": mean_where_held(state["global"], adapters, self.weights(updates)),
         }
 
+    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+        """All layers, whichever the client would train next."""
+        return {"global": state["global"]}
+
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         return Assembly((Term("global", offer["global"]),))
 
@@ -82,8 +86,6 @@ class SomeLayers(Method):
 
     def open(self, state: State, round: int) -> State:
         """With ``rows``: the layers that each client trains in this round."""
-        if round > self.setting.rounds:
-            return {**state, "rows": {}}
         counts: dict[str, int] = state["counts"]
         drawn = self.draw(list(counts.values()), round)
         rows = {
