@@ -30,10 +30,10 @@ from fedgrove.methods.records import OneAdapter, Whole
 from fedgrove.methods.registry import names
 from fedgrove.runs.directory import RunDirectory
 from fedgrove.runs.loop import Loop
+from fedgrove.runs.noise import KEYS, NoiseLab, shared_part
 from fedgrove.runs.records import Records
 from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
-from fedgrove.tracking.noise import KEYS, NoiseLab, shared_part
 
 SITES = {"q": Site("q", 0, 5, 7), "v": Site("v", 1, 8, 6)}  # in, out
 S, RANK = 4 / 3, 4

@@ -97,7 +97,11 @@ def welcomed(method: Method, state: Any, client: ClientInfo, probe: Any = None) 
 def fedit_mean(updates: Sequence[Update], weights: str = "examples") -> Adapter:
     """FedIT's mean of the updates' adapters, which many rules are in a special case."""
     options = WeightedOptions.model_validate({"weights": weights})
-    found: Adapter = aggregated(FedIT(options, setting()), {"whole": {}}, 1, updates).whole
+    sites = {}
+    for name, f in updates[0].content["adapter"].items():
+        sites[name] = Site(name, 0, f.A.shape[1], f.B.shape[0])
+    method = FedIT(options, setting(sites=sites))
+    found: Adapter = aggregated(method, {"whole": {}}, 1, updates).whole
     return found
 
 

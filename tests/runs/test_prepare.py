@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import tiny_job
 
 from fedgrove.compare.plan import check, make_plan
-from fedgrove.engines.flower.serve import deployable
+from fedgrove.engines.flower.deployable import deployable
 from fedgrove.engines.local import prepare
 from fedgrove.ground.errors import JobError
 from fedgrove.job import Job

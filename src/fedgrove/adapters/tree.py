@@ -75,6 +75,8 @@ def walk(tree: Any) -> Iterator[tuple[Keys, Any]]:
         below = [((*keys, key), value) for key, value in parts]
         if below:
             todo.extend(reversed(below))
+        elif found is not None:
+            yield keys, {}  # of a record without fields too
         else:
             yield keys, node
 

@@ -151,7 +151,7 @@ def compare(
     done again.
     """
     chosen = job_of(job, None)
-    from fedgrove.compare.campaign import compare as start
+    from fedgrove.compare.comparison import compare as start
     from fedgrove.compare.tables import costs, results, terminal
 
     try:

@@ -145,7 +145,8 @@ def caption(content: Mapping[str, Any]) -> tuple[str, ...]:
             f"Unseen: {words.count(content['held_out'], 'client')} in each seed that never trained."
         )
     base = "the frozen model" + " with a head trained alone" * (not writes)
-    said.append(f"Base is {base}; local is each client training alone.")
+    alone = content["methods"][0]["label"]  # the reference comes first
+    said.append(f"Base is {base}; {alone} is each client training alone.")
     if content["tuning"]:
         count = len(next(iter(content["tuning"]["methods"].values()))["trials"])
         said.append(

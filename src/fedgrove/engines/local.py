@@ -20,12 +20,12 @@ from fedgrove.privacy.secure import Room
 from fedgrove.runs.engine import Arrival, Ask, Leaving, OfferOf
 from fedgrove.runs.fit import refuse_unfit
 from fedgrove.runs.leave import leave
+from fedgrove.runs.noise import Lab, NoiseLab
 from fedgrove.runs.parts import Parts
 from fedgrove.runs.prepare import settle
 from fedgrove.runs.stage import Stage
-from fedgrove.tracking.noise import Lab, NoiseLab
 from fedgrove.training.client import ClientHalf, Outcome, Store, Turn
-from fedgrove.training.cohort import cohort_size, row_by_row
+from fedgrove.training.cohort_size import cohort_size, row_by_row
 from fedgrove.training.lanes import lane_count
 from fedgrove.training.memory import EVERY, release
 from fedgrove.training.profile import span

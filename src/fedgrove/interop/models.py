@@ -24,6 +24,7 @@ SHIPPED_MODELS = ("grove-vit",)
 #: embedded models and the hub names of the same weights
 EMBEDDED_MODELS = {
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "mpnet-base": "sentence-transformers/all-mpnet-base-v2",
     **{name: known.upstream for name, known in CONVERTED.items()},
 }
 
@@ -32,6 +33,12 @@ _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout", "activation_dropout",
     "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "attn_pdrop", "seq_classif_dropout", "classifier_dropout",
     "pooler_dropout", "layerdrop", "embedding_dropout", "mlp_dropout", "classifier_pdrop", "ffn_dropout",
+)  # fmt: skip
+
+#: models whose positions start after the padding token's own
+SHIFTED = (
+    "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
 
 
@@ -294,15 +301,16 @@ def load_config(name: str, revision: str | None = None) -> Any:
     return from_pretrained(AutoConfig, name, revision)
 
 
+def first_position(config: Any) -> int:
+    """What a model calls its first position: RoBERTa and its kin count on from the padding
+    token's.
+    """
+    if getattr(config, "model_type", "") not in SHIFTED:
+        return 0
+    return int(getattr(config, "pad_token_id", None) or 0) + 1
+
+
 def longest_input(config: Any) -> int | None:
     """The most tokens that the model's positions allow, if it says so."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        return None
-    offset = (
-        2
-        if getattr(config, "model_type", "")
-        in ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl")
-        else 0
-    )
-    return int(limit) - offset
+    return None if limit is None else int(limit) - first_position(config)

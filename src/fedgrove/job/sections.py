@@ -43,7 +43,7 @@ AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 
 #: models that Fedgrove fetches by itself, or brings along; they have one version
-EMBEDDED_MODELS = ("minilm", "minimind2-small", "smollm2-135m", "grove-vit")
+EMBEDDED_MODELS = ("minilm", "mpnet-base", "minimind2-small", "smollm2-135m", "grove-vit")
 
 
 class ModelSection(Section):
@@ -53,7 +53,7 @@ class ModelSection(Section):
 
     name: Text = Field(
         "minilm",
-        description='The embedded encoder "minilm", the embedded decoders "minimind2-small" and '
+        description='The embedded encoders "minilm" and "mpnet-base", the embedded decoders "minimind2-small" and '
         '"smollm2-135m", '
         'the embedded image encoder "grove-vit", a Hugging Face model name, or a folder with a '
         "model in it.",

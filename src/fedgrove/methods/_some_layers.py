@@ -46,6 +46,10 @@ class SomeLayers(Method):
 
     averages_factors = True
     Options: ClassVar[type[contract.Options]] = LayerOptions
+    no_rule = (
+        "each client trains other layers, and a directory does not say which of its layers "
+        "were trained"
+    )
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)

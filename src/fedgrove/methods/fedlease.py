@@ -114,6 +114,7 @@ class FedLEASE(Method):
     keeps = "nothing"
     mixes = (TopExperts,)
     Options: ClassVar[type[contract.Options]] = LEASEOptions
+    no_rule = "it averages routers beside the adapters, and a PEFT adapter directory holds none"
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)

@@ -6,23 +6,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from fedgrove.ground import words
-from fedgrove.ground.statistics import mean, tail10
+from fedgrove.ground.statistics import mean, percentiles, tail10
 from fedgrove.report import style
 from fedgrove.report.compare import Comparison
 from fedgrove.report.data import Run
 from fedgrove.report.style import COLOURS
 
 MANY = 40  # above this, clients have no line of their own: they stand side by side without names
+SHARED, BARS = 300, 100  # above the first, that many bars share the clients
 _STEPS = [1, 2, 5, 10]  # ticks at round numbers
 _ROW = 0.27  # inches a client's line is high
+
+Floats = NDArray[np.float64]
+Look = dict[str, Any]  # keywords of a drawing
 
 
 def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
@@ -31,56 +38,50 @@ def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
     """
     figure, axes = style.new_figure(width, 4.2)
     rounds = list(run.history)
-    scores = [sorted(each.values()) for each in run.history.values()]
-    means, tails = [mean(each) for each in scores], [tail10(each) for each in scores]
-    low, high = [each[0] for each in scores], [each[-1] for each in scores]
-    quarter, three = ([float(np.percentile(each, q)) for each in scores] for q in (25, 75))
+    scores = [list(each.values()) for each in run.history.values()]
+    quantiles = [percentiles(each, [0, 25, 75, 100]) for each in scores]
+    low, quarter, three, high = zip(*quantiles, strict=True)
     axes.fill_between(rounds, low, high, color=COLOURS["ours"], alpha=0.10, linewidth=0)
     axes.fill_between(rounds, quarter, three, color=COLOURS["ours"], alpha=0.18, linewidth=0)
-    dots: Any = {"marker": "o", "markersize": 5} if len(rounds) <= 30 else {}
+    means, tails, dots = (
+        [mean(each) for each in scores],
+        [tail10(each) for each in scores],
+        _dots(rounds),
+    )
     axes.plot(rounds, means, color=COLOURS["ours"], **dots)
     named = [("mean", means[-1], "ours")]
     if len(run.clients) > 1:
         axes.plot(rounds, tails, color=COLOURS["tail"], linestyle=(0, (5, 1.5)), **dots)
         named.append(("tail", tails[-1], "tail"))
-    for row, role in ((comparison.base, "base"), (comparison.local, "local")):
+    for name, row, role in (
+        ("base", comparison.base, "base"),
+        ("alone", comparison.local, "local"),
+    ):
         if row is not None and row.values:
             axes.axhline(row.mean, color=COLOURS[role], linewidth=1.4, linestyle=(0, (2, 2)))
-            named.append(("base" if role == "base" else "alone", row.mean, role))
+            named.append((name, row.mean, role))
     axes.margins(x=0.015)
-    bottom, top = (
-        min(*low, *(value for _, value, _ in named)),
-        max(*high, *(value for _, value, _ in named)),
-    )
+    ends = [value for _, value, _ in named]
+    bottom, top = min(*low, *ends), max(*high, *ends)
     margin = 0.06 * (top - bottom) or 0.05 * (abs(top) or 1)
     axes.set_ylim(bottom - margin, top + margin)
     _end_labels(axes, named, run.percent, (top - bottom + 2 * margin) * 0.062)
-    axes.set_xlabel("round")
+    _rounds_axis(axes, width)
     axes.set_ylabel(f"{run.metric} of a client")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10 if width > style.NARROW else 6))
     _value_axis(axes.yaxis, run.percent)
-    axes.grid(axis="y")
     return figure
 
 
-def losses(run: Run, width: float) -> Figure:
+def losses(run: Run, comparison: Comparison, width: float) -> Figure:
     """The mean training loss of each round with the range of its clients."""
     figure, axes = style.new_figure(width, 2.9)
     rounds, values = list(run.losses), list(run.losses.values())
-    axes.fill_between(
-        rounds,
-        [min(each) for each in values],
-        [max(each) for each in values],
-        color=COLOURS["ours"],
-        alpha=0.12,
-        linewidth=0,
-    )
-    dots: Any = {"marker": "o", "markersize": 5} if len(rounds) <= 30 else {}
-    axes.plot(rounds, [mean(each) for each in values], color=COLOURS["ours"], **dots)
-    axes.set_xlabel("round")
+    low, high = [min(each) for each in values], [max(each) for each in values]
+    axes.fill_between(rounds, low, high, color=COLOURS["ours"], alpha=0.12, linewidth=0)
+    means = [mean(each) for each in values]
+    axes.plot(rounds, means, color=COLOURS["ours"], **_dots(rounds))
+    _rounds_axis(axes, width)
     axes.set_ylabel("training loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10 if width > style.NARROW else 6))
-    axes.grid(axis="y")
     return figure
 
 
@@ -88,143 +89,207 @@ def clients(run: Run, comparison: Comparison, width: float) -> Figure:
     """Every client from base to this run (and on to local tuning), best first; the tail in its own
     colour.
     """
-    ours = comparison.ours.values
-    names = sorted(ours, key=lambda name: (-ours[name], name))
-    cut = tail10(ours.values())
-    upright = len(names) > MANY
-    figure, axes = style.new_figure(width, 4.4 if upright else 0.75 + _ROW * max(len(names), 2))
-    places = np.arange(len(names))
-    values = np.array([ours[name] for name in names])
-    roles = [
-        COLOURS["tail"] if len(names) > 1 and ours[name] <= cut else COLOURS["ours"]
-        for name in names
-    ]
-    tuned = run.values("metric_tuned")
-    everything = [
-        *values,
-        *comparison.base.values.values(),
-        *tuned.values(),
-        *(comparison.local.values.values() if comparison.local else []),
-    ]
-    floor = _floor(everything)
-    bar = axes.bar if upright else axes.barh
-    bar(places, values - floor, 0.66, floor, color=roles, alpha=0.22, linewidth=0)
-    size = 34 if not upright else max(5.0, 34 * MANY / len(names))
-    _marks(
-        axes,
-        upright,
-        names,
-        comparison.base.values,
-        marker="o",
-        s=size,
-        facecolors=COLOURS["paper"],
-        edgecolors=COLOURS["base"],
-        linewidths=1.6,
-    )
-    if comparison.local:
-        _marks(
-            axes,
-            upright,
-            names,
-            comparison.local.values,
-            marker="_" if upright else "|",
-            s=size * 3,
-            color=COLOURS["local"],
-            linewidths=2.2,
-        )
-    _marks(axes, upright, names, ours, marker="o", s=size * 1.3, color=roles)
-    _marks(
-        axes,
-        upright,
-        names,
-        tuned,
-        marker="D",
-        s=size * 0.9,
-        facecolors="none",
-        edgecolors=COLOURS["tuned"],
-        linewidths=1.8,
-    )
-    if len(names) > 1:
-        line = axes.axhline if upright else axes.axvline
-        line(cut, color=COLOURS["tail"], linewidth=1.3, linestyle=(0, (5, 1.5)))
-    _places(axes, upright, names, width)
-    axis = axes.yaxis if upright else axes.xaxis
-    _value_axis(axis, run.percent)
-    (axes.set_ylim if upright else axes.set_xlim)(
-        floor, max(everything) + 0.03 * (max(everything) - floor or 1)
-    )
-    (axes.set_ylabel if upright else axes.set_xlabel)(run.metric)
-    axes.grid(axis="y" if upright else "x")
+    crowd = Crowd.of(comparison.ours.values)
+    figure, axes = style.new_figure(width, crowd.height(4.4))
+    chart = Chart(axes, crowd, width)
+    ours = crowd.gathered(comparison.ours.values)
+    base = crowd.gathered(comparison.base.values)
+    local = crowd.gathered(comparison.local.values) if comparison.local else {}
+    tuned = crowd.gathered(run.values("metric_tuned"))
+    everything = [value for each in (ours, base, local, tuned) for value in each.values()]
+    floor, top = _floor(everything), max(everything)
+    cut = tail10(comparison.ours.values.values())
+    several = len(crowd) > 1
+    roles = [COLOURS["tail" if several and value <= cut else "ours"] for value in ours.values()]
+    chart.bars(list(ours.values()), roles, floor=floor, alpha=0.22)
+    size = min(34.0, max(5.0, 34 * MANY / len(crowd)))
+    ring: Look = {"facecolors": COLOURS["paper"], "edgecolors": COLOURS["base"], "linewidths": 1.6}
+    dash: Look = {"color": COLOURS["local"], "linewidths": 2.2}
+    diamond: Look = {"facecolors": "none", "edgecolors": COLOURS["tuned"], "linewidths": 1.8}
+    chart.marks(base, marker="o", s=size, **ring)
+    chart.marks(local, marker=chart.dash, s=size * 3, **dash)
+    chart.marks(ours, marker="o", s=size * 1.3, color=roles)
+    chart.marks(tuned, marker="D", s=size * 0.9, **diamond)
+    if several:
+        chart.level(cut, color=COLOURS["tail"], linewidth=1.3, linestyle=(0, (5, 1.5)))
+    chart.names()
+    _value_axis(chart.values, run.percent)
+    chart.limits(floor, top + 0.03 * (top - floor or 1))
+    chart.label(run.metric)
     return figure
 
 
 def gains(run: Run, comparison: Comparison, width: float) -> Figure:
     """What each client wins or loses against the reference, largest gain first."""
     found = comparison.gains()
-    names, values = list(found), np.array(list(found.values()))
-    upright = len(names) > MANY
-    figure, axes = style.new_figure(width, 3.8 if upright else 0.75 + _ROW * max(len(names), 2))
-    colours = [COLOURS["ours"] if value >= 0 else COLOURS["tail"] for value in values]
-    bar = axes.bar if upright else axes.barh
-    bar(np.arange(len(names)), values, 0.66, color=colours, linewidth=0)
-    (axes.axhline if upright else axes.axvline)(0, color=COLOURS["muted"], linewidth=1)
-    _places(axes, upright, names, width)
-    reach = max(float(np.abs(values).max()), 1e-9)
-    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    if not upright:
-        for place, value in enumerate(values):
-            axes.annotate(
-                words.typographic(words.change(value, percent=run.percent)),
-                (value, place),
-                xytext=(4 if value >= 0 else -4, 0),
-                textcoords="offset points",
-                ha="left" if value >= 0 else "right",
-                va="center_baseline",
-                fontsize=9.5,
-                color=COLOURS["muted"],
-            )
-        room = 0.11 * (high - low or reach) * style.WIDE / width  # for the numbers beyond the bars
-        low, high = (
-            low - (room if (values < 0).any() else 0),
-            high + (room if (values >= 0).any() else 0),
-        )
-        axes.set_xlim(low, high)
-    axis = axes.yaxis if upright else axes.xaxis
-    unit = 100 if run.percent else 1
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(unit * value)))
-    axis.set_major_locator(MaxNLocator(nbins=7 if width > style.NARROW else 5, steps=_STEPS))
-    label = "points" if run.percent else run.metric
-    (axes.set_ylabel if upright else axes.set_xlabel)(f"gain in {label}")
-    axes.grid(axis="y" if upright else "x")
+    crowd = Crowd.of(found)
+    figure, axes = style.new_figure(width, crowd.height(3.8))
+    chart = Chart(axes, crowd, width)
+    values = list(crowd.gathered(found).values())
+    chart.bars(values, [COLOURS["ours" if value >= 0 else "tail"] for value in values])
+    chart.level(0, color=COLOURS["muted"], linewidth=1)
+    chart.names()
+    if not crowd.upright:
+        _numbers(axes, np.array(values), run.percent, width)
+    unit, what = (100, "points") if run.percent else (1, run.metric)
+    chart.values.set_major_formatter(FuncFormatter(lambda value, _: _tick(unit * value)))
+    ticks = MaxNLocator(nbins=style.fitting(width, 7, 5), steps=_STEPS)
+    chart.values.set_major_locator(ticks)
+    chart.label(f"gain in {what}")
     return figure
 
 
-def _marks(
-    axes: Axes, upright: bool, names: Sequence[str], values: Mapping[str, float], **look: object
-) -> None:
-    """One mark for each client that has a value, at the client's place."""
-    there = [place for place, name in enumerate(names) if name in values]
-    numbers = [values[names[place]] for place in there]
-    colour = look.get("color")
-    if isinstance(colour, list):
-        look = {**look, "color": [colour[place] for place in there]}
-    axes.scatter(*((there, numbers) if upright else (numbers, there)), zorder=3, **look)  # type: ignore[arg-type]
+def _numbers(axes: Axes, values: Floats, percent: bool, width: float) -> None:
+    """Each bar's value beyond its end, and room for it."""
+    for place, value in enumerate(values):
+        away, side = (4, "left") if value >= 0 else (-4, "right")
+        axes.annotate(
+            words.typographic(words.change(value, percent=percent)),
+            (value, place),
+            xytext=(away, 0),
+            textcoords="offset points",
+            ha=side,
+            va="center_baseline",
+            fontsize=9.5,
+            color=COLOURS["muted"],
+        )
+    reach = max(float(np.abs(values).max()), 1e-9)
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    room = 0.11 * (high - low or reach) * style.WIDE / width
+    if (values < 0).any():
+        low -= room
+    if (values >= 0).any():
+        high += room
+    axes.set_xlim(low, high)
 
 
-def _places(axes: Axes, upright: bool, names: Sequence[str], width: float) -> None:
-    """The clients' axis: names from top to bottom where there is a line for each, else only how
-    many they are.
+@dataclass(frozen=True)
+class Crowd:
+    """The clients of a figure, best first. Each has a line of its own, then a bar without a name;
+    of very many, neighbours share a bar, which is their mean.
     """
-    if upright:
-        axes.set_xlim(-1, len(names))
-        axes.set_xticks([])
-        axes.set_xlabel(f"{len(names)} clients, best first")
-    else:
-        longest = 26 if width > style.NARROW else 15
-        axes.set_yticks(range(len(names)), [words.shorten(name, longest) for name in names])
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
-        axes.spines["left"].set_visible(False)
+
+    members: tuple[tuple[str, ...], ...]  # of each bar
+    clients: int
+
+    @classmethod
+    def of(cls, values: Mapping[str, float]) -> Crowd:
+        names = sorted(values, key=lambda name: (-values[name], name))
+        if len(names) <= SHARED:
+            return cls(tuple((name,) for name in names), len(names))
+        shares = np.array_split(np.arange(len(names)), BARS)
+        members = tuple(tuple(names[place] for place in share) for share in shares)
+        return cls(members, len(names))
+
+    def __len__(self) -> int:
+        """How many bars there are."""
+        return len(self.members)
+
+    @property
+    def upright(self) -> bool:
+        return len(self) > MANY
+
+    def height(self, upright: float) -> float:
+        """Of the figure, in inches: ``upright``, or a line for each client."""
+        return upright if self.upright else 0.75 + _ROW * max(len(self), 2)
+
+    def gathered(self, values: Mapping[str, float]) -> dict[int, float]:
+        """``{place of the bar: mean of its members that have a value}``."""
+        means = {
+            at: mean(values[name] for name in names if name in values)
+            for at, names in enumerate(self.members)
+        }
+        return {at: value for at, value in means.items() if not math.isnan(value)}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Bars of clients: they lie, with a name each, or stand side by side without."""
+
+    axes: Axes
+    crowd: Crowd
+    width: float
+
+    @property
+    def values(self) -> Axis:
+        """The axis along the bars."""
+        return self.axes.yaxis if self.crowd.upright else self.axes.xaxis
+
+    @property
+    def dash(self) -> str:
+        """The mark that lies across a bar."""
+        return "_" if self.crowd.upright else "|"
+
+    def bars(
+        self, values: Sequence[float], colours: Sequence[str], *, floor: float = 0, alpha: float = 1
+    ) -> None:
+        """From ``floor`` to each value."""
+        places, lengths = np.arange(len(values)), np.array(values) - floor
+        look: Look = {"color": colours, "alpha": alpha, "linewidth": 0}
+        if self.crowd.upright:
+            self.axes.bar(places, lengths, 0.66, floor, **look)
+        else:
+            self.axes.barh(places, lengths, 0.66, floor, **look)
+
+    def marks(self, values: Mapping[int, float], **look: Any) -> None:
+        """One mark for each bar that has a value."""
+        places, numbers = list(values), list(values.values())
+        if self.crowd.upright:
+            self.axes.scatter(places, numbers, zorder=3, **look)
+        else:
+            self.axes.scatter(numbers, places, zorder=3, **look)
+
+    def level(self, value: float, **look: Any) -> None:
+        """A line across all bars."""
+        if self.crowd.upright:
+            self.axes.axhline(value, **look)
+        else:
+            self.axes.axvline(value, **look)
+
+    def limits(self, low: float, high: float) -> None:
+        if self.crowd.upright:
+            self.axes.set_ylim(low, high)
+        else:
+            self.axes.set_xlim(low, high)
+
+    def label(self, text: str) -> None:
+        """What the values are, and lines to read them by."""
+        self.values.set_label_text(text)
+        self.axes.grid(axis="y" if self.crowd.upright else "x")
+
+    def names(self) -> None:
+        """Who the bars are: by name, or only how many."""
+        if self.crowd.upright:
+            self._count()
+            return
+        longest = style.fitting(self.width, 26, 15)
+        names = [words.shorten(members[0], longest) for members in self.crowd.members]
+        self.axes.set_yticks(range(len(names)), names)
+        self.axes.set_ylim(len(names) - 0.4, -0.6)
+        self.axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
+        self.axes.spines["left"].set_visible(False)
+
+    def _count(self) -> None:
+        self.axes.set_xlim(-1, len(self.crowd))
+        self.axes.set_xticks([])
+        text = f"{self.crowd.clients:,} clients, best first"
+        shared = self.crowd.clients / len(self.crowd)
+        if shared > 1:
+            text += f"; a bar is the mean of {shared:,.0f}"
+        self.axes.set_xlabel(text)
+
+
+def _rounds_axis(axes: Axes, width: float) -> None:
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=style.fitting(width, 10, 6)))
+    axes.grid(axis="y")
+
+
+def _dots(rounds: Sequence[int]) -> dict[str, Any]:
+    """Marks at the rounds, while there is room."""
+    if len(rounds) > 30:
+        return {}
+    return {"marker": "o", "markersize": 5}
 
 
 def _end_labels(
@@ -245,12 +310,11 @@ def _end_labels(
         )
 
 
-def _value_axis(axis: object, percent: bool) -> None:
-    formatter = FuncFormatter(
-        lambda value, _: f"{round(100 * value, 6):g} %" if percent else f"{value:g}"
-    )
-    axis.set_major_formatter(formatter)  # type: ignore[attr-defined]
-    axis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))  # type: ignore[attr-defined]
+def _value_axis(axis: Axis, percent: bool) -> None:
+    unit, sign = (100, " %") if percent else (1, "")
+    written = FuncFormatter(lambda value, _: f"{round(unit * value, 6):g}{sign}")
+    axis.set_major_formatter(written)
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))
 
 
 def _tick(value: float) -> str:

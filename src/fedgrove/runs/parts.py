@@ -19,11 +19,12 @@ from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.plain import Given
 from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base, load_config, longest_input
+from fedgrove.job.sections import TrainSection
 from fedgrove.methods.contract import Setting
 from fedgrove.methods.head import HeadPolicy
 from fedgrove.methods.registry import method_class
 from fedgrove.training.client import ClientHalf
-from fedgrove.training.kernel import Kernel, TrainOptions
+from fedgrove.training.kernel import Kernel
 from fedgrove.training.lanes import Lanes, lane_count
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class Parts:
         lanes = Lanes.on(
             self.base,
             self.task,
-            train_options(job),
+            job.train,
+            dropout=job.lora.dropout,
             count=lane_count(job),
             threads=int(job.train.threads),
         )
@@ -115,7 +117,7 @@ class Parts:
 
 def evaluator(base: Base, task: Task) -> Kernel:
     """A kernel that is there to read and to measure, not to train."""
-    return Kernel(base, task, TrainOptions())
+    return Kernel(base, task, TrainSection())
 
 
 def one_by_one(job: Job) -> Job:
@@ -192,9 +194,3 @@ def head_policy(job: Job, base: Base, task: Task) -> HeadPolicy:
     """
     initial = base.stock_head or task.new_head(base.hidden, generator(job.run.seed, "head"))
     return HeadPolicy(job.federation.head, initial, newcomers=job.federation.newcomer_head is True)
-
-
-def train_options(job: Job) -> TrainOptions:
-    names = TrainOptions.__dataclass_fields__
-    values = {name: getattr(job.train, name) for name in names if hasattr(job.train, name)}
-    return TrainOptions(**values, dropout=job.lora.dropout)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedgrove.runs.noise import Lab
 from fedgrove.tracking.callback import Callback, Callbacks
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.events import Events
 from fedgrove.tracking.metrics import MetricsLog
-from fedgrove.tracking.noise import Lab
 
 
 @dataclass(frozen=True, eq=False)

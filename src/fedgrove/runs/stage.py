@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.runs.engine import Engine
-from fedgrove.tracking.noise import Lab
+from fedgrove.runs.noise import Lab
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks import Task

@@ -5,9 +5,10 @@ and a score.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fedgrove.federation.readers import Row
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
     from fedgrove.federation.readers import Place
     from fedgrove.job.sections import DataSection
 
-Example = dict[
-    str, Any
-]  # as the task needs it; of a text: "input_ids": list[int], and "label": int if it has one
+#: as the task needs it; of a text: "input_ids": list[int], and "label": int if it has one
+Example = dict[str, Any]
 Batch = dict[str, Tensor]
 
 
@@ -38,9 +38,10 @@ class Task(Protocol):
         """The key of ``measure`` that says how good a model is; higher is better."""
 
     classifies: ClassVar[bool]  # whether rows have classes that a head learns
-    asks: ClassVar[
-        str
-    ]  # the part of a row that a trained model is asked about: "text", "image", "prompt"
+    #: the part of a row that a trained model is asked about: "text", "image", "prompt"
+    asks: ClassVar[str]
+    #: what it can be read with: keys of ``training.readers.READERS``
+    heads: ClassVar[tuple[str, ...]]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -88,7 +89,9 @@ class Task(Protocol):
         """Examples of similar length make a batch with little padding (0 where all are alike)."""
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
-        """The model's inputs and, where the examples have labels, labels."""
+        """The model's inputs and, where the examples have labels, any number of label tensors; every
+        tensor has a row for each example.
+        """
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The part of a batch that is the model's input, by the names of its forward's
@@ -96,19 +99,57 @@ class Task(Protocol):
         """
 
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """A fresh head's tensors in float32, by name."""
+        """A fresh head's tensors in float32, by name; none where the model has its own."""
 
-    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """[b, t, h] -> [b, h]."""
+    def pool(self, hidden_states: Float[Tensor, "b *t h"], batch: Batch) -> Float[Tensor, "b h"]:
+        """What stands for each example as a whole."""
 
-    def head_logits(self, pooled: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-        """[b, h] -> [b, c], in the head's dtype."""
+    def loss(self, logits: Float[Tensor, "_ *t c"], batch: Batch) -> Float[Tensor, ""]:
+        """The batch's mean loss."""
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The batch's mean loss, a scalar."""
-
-    def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+    def score(self, logits: Float[Tensor, "_ *t c"], batch: Batch) -> dict[str, float]:
         """Sums over the batch, to be added up over batches and given to ``measure``."""
 
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Means out of sums: "loss", the task's metric, and "examples"."""
+
+
+class HeadedTask(Task, Protocol):
+    """A task that our own head on an encoder can learn (``training.readers.Pooled``)."""
+
+    #: what the head sees and gives logits for: an "example" [b, h] -> [b, c] as ``pool`` sums it
+    #: up, or each "token" [b, t, h] -> [b, t, c]
+    level: ClassVar[Literal["example", "token"]]
+
+    def head_logits(
+        self, states: Float[Tensor, "b *t h"], head: Mapping[str, Tensor]
+    ) -> Float[Tensor, "b *t c"]:
+        """In the head's dtype."""
+
+
+class WritingTask(Task, Protocol):
+    """A task of a language model (``training.readers.Writer``)."""
+
+    max_new_tokens: int
+
+    def positions(self, batch: Batch) -> Bool[Tensor, "b t"]:
+        """True where the next token is asked for; ``loss`` and ``score`` get their logits [n,
+        vocabulary], row by row.
+        """
+
+    def chosen(self, examples: Sequence[Example]) -> list[int]:
+        """Which examples of an evaluation get a text written."""
+
+    def prompts(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """What a generation starts from: ``input_ids`` and ``attention_mask`` [b, t], padded on the
+        left.
+        """
+
+    def ends(self, processor: Any) -> list[int]:
+        """The tokens that end a text."""
+
+    def judge(self, outputs: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        """Sums over written texts, beside those of ``score``."""
+
+    def shown(self, outputs: Sequence[str], examples: Sequence[Example]) -> list[dict[str, str]]:
+        """Written texts beside what was asked, as plain data."""

@@ -5,9 +5,10 @@ accuracy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,21 +26,25 @@ class Classifier:
     """
 
     labels: tuple[str, ...]
+    heads: ClassVar[tuple[str, ...]] = ("pooled", "stock")
+    level: ClassVar[Literal["example", "token"]] = "example"
 
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
         """weight [classes, hidden] from N(0, 0.02²), bias [classes] of zeros."""
         weight = torch.randn(len(self.labels), hidden, generator=generator) * 0.02
         return {"weight": weight, "bias": torch.zeros(len(self.labels))}
 
-    def head_logits(self, pooled: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-        """As in Task."""
-        return F.linear(pooled.to(head["weight"].dtype), head["weight"], head["bias"])
+    def head_logits(
+        self, states: Float[Tensor, "b h"], head: Mapping[str, Tensor]
+    ) -> Float[Tensor, "b c"]:
+        """As in HeadedTask."""
+        return F.linear(states.to(head["weight"].dtype), head["weight"], head["bias"])
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, logits: Float[Tensor, "b c"], batch: Batch) -> Float[Tensor, ""]:
         """As in Task."""
         return F.cross_entropy(logits, batch["labels"])
 
-    def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+    def score(self, logits: Float[Tensor, "b c"], batch: Batch) -> dict[str, float]:
         """Sums: the loss, how many are correct, how many there are."""
         labels = batch["labels"]
         return {

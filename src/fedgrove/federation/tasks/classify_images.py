@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.federation.images import Picture, picture_of
@@ -156,7 +157,7 @@ class ClassifyImages(Classifier):
         """As in Task."""
         return {"pixel_values": batch["pixel_values"]}
 
-    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+    def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
         """The mean of all states, summed in at least float32."""
         return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).mean(1)
 

@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.federation.readers import Place, Row, text_of
@@ -141,7 +142,7 @@ class ClassifyText(Classifier):
             )
         return batch
 
-    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+    def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
         """The mean over the tokens that are not padding, summed in at least float32."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         mask = batch["attention_mask"][..., None].to(dtype)

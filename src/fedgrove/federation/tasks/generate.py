@@ -16,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,6 +48,7 @@ class Generate:
     metric: str = "rouge_l"
     classifies: ClassVar[bool] = False
     asks: ClassVar[str] = "prompt"
+    heads: ClassVar[tuple[str, ...]] = ("lm",)
     labels: tuple[str, ...] = ()
 
     @classmethod
@@ -171,23 +173,32 @@ class Generate:
         """As in Task."""
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
-    def positions(self, batch: Batch) -> Tensor:
-        """[b, t], true where the next token is asked for: before each token of a completion, or at
-        a prompt's end.
-        """
+    def prompts(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """As in WritingTask: every prompt ends where its continuation begins."""
+        prompts = [example["prompt_ids"] for example in examples]
+        longest = max(map(len, prompts))
+        ids = [[*[pad_id] * (longest - len(prompt)), *prompt] for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    def ends(self, tokenizer: Any) -> list[int]:
+        """As in WritingTask."""
+        return Template(tokenizer).ends()
+
+    def positions(self, batch: Batch) -> Bool[Tensor, "b t"]:
+        """As in WritingTask: before each token of a completion, or at a prompt's end."""
         if "labels" in batch:
             return F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-        place = torch.arange(
-            batch["attention_mask"].shape[1], device=batch["attention_mask"].device
-        )
-        return place == batch["attention_mask"].sum(1, keepdim=True) - 1
+        mask = batch["attention_mask"]
+        place = torch.arange(mask.shape[1], device=mask.device)
+        return place == mask.sum(1, keepdim=True) - 1
 
     # -------------------------------------------------------------------- head
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
         """None: the language model's own output layer is used as it is."""
         return {}
 
-    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+    def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
         """The mean over the prompt's tokens, so that it is the same in training and when the
         completion is unknown.
         """
@@ -197,16 +208,12 @@ class Generate:
         weights = mask[..., None].to(torch.promote_types(hidden_states.dtype, torch.float32))
         return (hidden_states.to(weights.dtype) * weights).sum(1) / weights.sum(1).clamp(min=1)
 
-    def head_logits(self, pooled: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-        """There is no head on pooled states."""
-        raise NotImplementedError
-
     # ---------------------------------------------------------------- measures
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, logits: Float[Tensor, "n vocabulary"], batch: Batch) -> Float[Tensor, ""]:
         """The mean over the batch's completion tokens; logits [n, vocabulary] at ``positions``."""
         return F.cross_entropy(_wide(logits), self._asked(batch))
 
-    def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+    def score(self, logits: Float[Tensor, "n vocabulary"], batch: Batch) -> dict[str, float]:
         """Sums over completion tokens; of generations see ``judge``."""
         asked = self._asked(batch)
         loss = F.cross_entropy(_wide(logits), asked, reduction="sum")
@@ -230,6 +237,17 @@ class Generate:
                 sums[key] += value
         return sums | {"generated": float(len(outputs))}
 
+    def shown(self, outputs: Sequence[str], examples: Sequence[Example]) -> list[dict[str, str]]:
+        """As in WritingTask: prompt, reference and output."""
+        return [
+            {
+                "prompt": example["prompt"],
+                "reference": example["references"][0],
+                "output": output,
+            }
+            for output, example in zip(outputs, examples, strict=True)
+        ]
+
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Loss per completion token (nats), ROUGE-L and ROUGE-1 (F1) and exact match of
         generations, perplexity.
@@ -244,8 +262,8 @@ class Generate:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"loss": loss, **shared, "perplexity": perplexity, "examples": sums["examples"]}
 
-    def _asked(self, batch: Batch) -> Tensor:
-        """[n]: the tokens that the logits are about, in their order."""
+    def _asked(self, batch: Batch) -> Int[Tensor, " n"]:
+        """The tokens that the logits are about, in their order."""
         following = batch["labels"][:, 1:]
         return following[following != IGNORED]
 
@@ -335,5 +353,5 @@ def messages_of(row: Row) -> list[dict[str, str]]:
     )
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _wide(logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -4,10 +4,8 @@ layer to layer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,9 +13,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 
+from fedgrove.ground import words
 from fedgrove.report import style
 from fedgrove.report.branches import Group, Tree
-from fedgrove.report.sections import Section, section
+from fedgrove.report.sections import Left, Section
 from fedgrove.report.style import COLOURS, CYCLE
 
 _STUB = 0.6  # layers' worth of common trunk above the first layer, so that there is a root to see
@@ -32,9 +31,11 @@ _SHARES = LinearSegmentedColormap.from_list(
 )
 
 
-@section("tree.json")
-def tree(run_dir: Path) -> list[Section]:
-    found = Tree.read(json.loads((run_dir / "tree.json").read_text(encoding="utf-8")))
+def tree(left: Left) -> list[Section]:
+    """The tree, and how far each client relies on its own branch; nothing before there is a tree."""
+    if not left.has("tree.json"):
+        return []
+    found = Tree.read(left.read("tree.json"))
     sections = [
         Section(
             "The tree: who shares with whom, layer by layer",
@@ -275,7 +276,7 @@ def _named(tree: Tree, width: float) -> bool:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+    return words.shorten(name, _LONGEST)
 
 
 def _range(layers: Sequence[int]) -> str:
@@ -299,7 +300,7 @@ def _story(tree: Tree) -> str:
         )
         found += f"The deepest layer has {len(spans[-1][1])} groups."
     if tree.joined:
-        found += f" Joined after the tree was built (*): {', '.join(tree.joined)}."
+        found += f" Joined after the tree was built (*): {words.some(tree.joined, 12)}."
     if tree.nested:
         how = (
             "Read it downwards. Every column is a client. A band is a group of clients that share "
@@ -335,6 +336,6 @@ def _table(tree: Tree) -> list[list[str]]:
 
 def _members(tree: Tree, group: Group) -> str:
     names = sorted(group, key=tree.place.__getitem__)
-    return (
-        ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
-    )
+    if len(names) <= 5:
+        return ", ".join(names)
+    return words.some(names, 3)
