@@ -239,7 +239,7 @@ class HiLoRA(Method):
         return "its clusters are built from each client's own B"
 
     def most_rank(self) -> int:
-        return max(self.setting.rank, *(self._full(tier) for tier in TIERS))
+        return max(self._full(tier) for tier in TIERS)
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {
