@@ -99,7 +99,7 @@ def in_process(
 
 def remarks(prepared: Prepared) -> list[str]:
     """What a user would want to know before the run goes on."""
-    most = prepared.job.data.max_length
+    most = prepared.task.tokens.get("max_length", 0)
     rows = [
         row for parts in prepared.engine.data.values() for part in parts.values() for row in part
     ]

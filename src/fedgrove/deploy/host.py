@@ -239,7 +239,7 @@ def checked_job(path: Path) -> Job:
     from fedgrove.job import Job
 
     job = Job.load(path)
-    if not job.data.labels:
+    if job.data.task_class.classifies and not job.data.classes:
         raise DeployError(
             f"{path}: data.labels is not set; in a deployment the server sees no data, so list the "
             f"classes there."

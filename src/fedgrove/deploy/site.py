@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from fedgrove.deploy.audit import AuditLog
 from fedgrove.deploy.certificates import DeployError, address
 from fedgrove.ground.errors import FedgroveError
-from fedgrove.job.sections import Section, Text, Texts
+from fedgrove.ground.options import COLUMN, Text, Texts
+from fedgrove.job.data import DataSection
+from fedgrove.job.sections import Section
 from fedgrove.job.toml import parse_toml
 from fedgrove.tracking.summary import write as write_json
 from fedgrove.wire import validate
@@ -34,15 +37,6 @@ if TYPE_CHECKING:
 FILE = "site.toml"
 MEGABYTE = 1_000_000
 _logger = getLogger(__name__)
-COLUMNS = (
-    "text",
-    "pair",
-    "label",
-    "image",
-    "prompt",
-    "completion",
-    "messages",
-)  # keys of a job's [data]
 SIZES = (
     "name",
     "group",
@@ -67,9 +61,9 @@ class SitePart(Section):
     @field_validator("name")
     @classmethod
     def _usable(cls, name: str) -> str:
-        from fedgrove.federation.sources import NAME
+        from fedgrove.ground.names import PLAIN
 
-        if not NAME.fullmatch(name):
+        if not PLAIN.fullmatch(name):
             raise ValueError(
                 "use at most 64 letters, digits, '.', '_' and '-', with a letter or digit first."
             )
@@ -98,10 +92,11 @@ class DataPart(Section):
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: dict[str, str]) -> dict[str, str]:
+        known = column_keys(DataSection.offered())
         for key in columns:
-            if key not in COLUMNS:
+            if key not in known:
                 raise ValueError(
-                    f"{key} is no column of a job; the columns are {', '.join(COLUMNS)}."
+                    f"{key} is no column of a job; the columns are {', '.join(known)}."
                 )
         return columns
 
@@ -245,7 +240,7 @@ class SitePlace:
                 "the job sends the classifier's head to the server, which is not allowed here "
                 "(share_head)"
             )
-        if task_class(job.data).classifies and not job.data.labels:
+        if task_class(job.data).classifies and not job.data.classes:
             self._refuse(
                 "the job does not name the classes; set data.labels, which all sites must agree on"
             )
@@ -271,7 +266,9 @@ class SitePlace:
         if budget.device is not None:
             train["device"] = budget.device
         model = {"name": self.file.allow.models[model_of(job)]}
-        return job.replace(model=model, data=self.file.data.columns, train=train)
+        read = column_keys(type(job.data).model_fields)
+        columns = {key: name for key, name in self.file.data.columns.items() if key in read}
+        return job.replace(model=model, data=columns, train=train)
 
     # ------------------------------------------------------------------ its data
     def data_path(self) -> Path:
@@ -282,7 +279,7 @@ class SitePlace:
         returned it.
         """
         from fedgrove.federation.federation import Client
-        from fedgrove.federation.sources import rows_of
+        from fedgrove.federation.load import rows_of
         from fedgrove.federation.split import split
 
         parts = split(
@@ -440,6 +437,11 @@ def job_digest(job: Job) -> str:
         )
         .digest()
     )
+
+
+def column_keys(fields: Mapping[str, FieldInfo]) -> list[str]:
+    """The keys of ``[data]`` that name a column."""
+    return [key for key, field in fields.items() if COLUMN.on(field)]
 
 
 def _allowed(name: str, patterns: tuple[str, ...]) -> bool:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from fedgrove.federation.load import Silos, Table, load
 from fedgrove.federation.partition import partition
 from fedgrove.federation.readers import Row
-from fedgrove.federation.sources import Silos, Table, load
 from fedgrove.federation.split import split
 from fedgrove.federation.tasks import ClassifyText, Task, task_class
 from fedgrove.ground.errors import DataError, JobError
@@ -190,8 +190,8 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
     """The classes in the order of the head's outputs: all that the data have, also those of rows
     that nobody uses.
     """
-    if job.data.labels:  # the user's word that these are the classes, trained or not
-        return tuple(job.data.labels)
+    if job.data.classes:  # the user's word that these are the classes, trained or not
+        return job.data.classes
     trained = {row["label"] for client in clients if not client.held_out for row in client.train}
     for client in clients:
         for row in (*client.test, *client.validation, *client.train):

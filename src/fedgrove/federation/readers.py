@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from fedgrove.ground.errors import DataError
 
 Row = dict[str, Any]
 Place = str  # where a row stands, for messages: "clinic-1.jsonl, line 3"
+Values = dict[str, Any]  # one row as a source has it, by column
+Found = Iterable[tuple[Place, Values]]
 
 
 def records(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -128,6 +130,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[s
 
 
 READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+KINDS = ", ".join(READERS)
 
 
 def _need(columns: Sequence[str], present: Any, place: Place) -> None:

@@ -9,14 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from fedgrove.ground.errors import JobError
 from fedgrove.job import text
+from fedgrove.job.data import DataSection
 from fedgrove.job.kinds import nearest
 from fedgrove.job.privacy import PrivacySection
 from fedgrove.job.sections import (
-    DataSection,
     FederationSection,
     LoraSection,
     MethodSection,
@@ -31,23 +31,8 @@ from fedgrove.job.toml import parse_assignment, parse_toml, shown, value_text
 DEFAULT_RANK = 8
 
 #: Choosing another one of these drops the keys that belonged to the old choice: (chooser, dropped
-#: keys).
+#: keys); those of [data] are known by their own section.
 CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
-    (
-        ("data", "source"),
-        (
-            "name",
-            "config",
-            "path",
-            "text",
-            "label",
-            "group",
-            "labels",
-            "train_examples",
-            "test_examples",
-            "partition",
-        ),
-    ),
     (("data", "partition", "by"), ("options",)),
     (("method", "name"), None),  # None: all but those that every method has
 )
@@ -71,7 +56,10 @@ class Job(Section):
 
     model: ModelSection = Field(default_factory=ModelSection, description="The frozen base model.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapters.")
-    data: DataSection = Field(default_factory=DataSection, description="The texts and labels.")
+    data: SerializeAsAny[DataSection] = Field(
+        default_factory=lambda: DataSection.model_validate({}),
+        description="The rows and what is learnt of them.",
+    )
     federation: FederationSection = Field(
         default_factory=FederationSection, description="The clients."
     )
@@ -161,16 +149,12 @@ class Job(Section):
             ((*path, "name"), v) if _is_short(path, v) else (path, v) for path, v in assignments
         ]
         given = dict(assignments)
+        for choice in (("data", "source"), ("data", "task")):
+            if choice in given and given[choice] != _get(values, choice):
+                _drop_of_the_data(values["data"], choice[1], given[choice])
         for chooser, dropped in CHOICES:
-            before = _get(values, chooser)
-            if chooser in given and given[chooser] != before:
-                files = chooser == ("data", "source") and {before, given[chooser]} == {
-                    "silos",
-                    "table",
-                }
-                _drop(
-                    values, chooser, ("partition",) if files else dropped
-                )  # one's own files stay where they are
+            if chooser in given and given[chooser] != _get(values, chooser):
+                _drop(values, chooser, dropped)
         for key, other in EITHER:
             if given.get(key) is not None and given.get(other) is None:
                 _set(values, other, None)
@@ -289,7 +273,7 @@ class Job(Section):
                     f"= {most}; "
                     "lower it, or raise or leave out lora.rank."
                 )
-        if self.data.task == "generate":
+        if self.data.task_class.reader == "writer":
             self._without_head()
         return self
 
@@ -302,7 +286,8 @@ class Job(Section):
             if section.head != type(section).model_fields["head"].default:
                 value = shown(section.head)
                 raise ValueError(
-                    f'{name}.head = {value} has no use with data.task = "generate"; leave it out.'
+                    f"{name}.head = {value} has no use with data.task = "
+                    f"{value_text(self.data.task_class.name)}; leave it out."
                 )
 
 
@@ -345,3 +330,13 @@ def _drop(
     common = MethodSection.model_fields
     for key in [key for key in table if (key not in common if dropped is None else key in dropped)]:
         del table[key]
+
+
+def _drop_of_the_data(table: dict[str, Any], key: str, after: Any) -> None:
+    default = DataSection.model_fields[key].default
+    try:
+        gone = DataSection.dropped(table, key, default if after is None else after)
+    except ValueError:  # no such source or task: the check of the whole job says so
+        return
+    for name in gone:
+        del table[name]

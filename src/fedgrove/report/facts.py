@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from fedgrove.ground import words
+from fedgrove.ground.names import folder_of
 from fedgrove.report.compare import Comparison, Row, unseen
 from fedgrove.report.data import Run
 
@@ -221,7 +222,7 @@ def time_rows(run: Run) -> list[tuple[str, str, float]]:
 def usage(run: Run) -> list[tuple[str, str]]:
     """(what it does, code) for one client, with paths relative to the run directory."""
     name = next(iter(sorted(run.clients)), next(iter(run.newcomers), "CLIENT"))
-    here = f"adapters/{name}"
+    here = f"adapters/{folder_of(name)}"
     task: str = str(run.summary.get("task"))
     asked = {"classify-images": "photo.png", "generate": "What is the capital of France?"}.get(
         task, "a text to classify"

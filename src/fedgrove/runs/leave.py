@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
 from fedgrove.adapters.private import unseal
 from fedgrove.engines.base import Leaving, Parts
+from fedgrove.ground.names import folder_of
 from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
 from fedgrove.training.base_line import base_measure
@@ -77,12 +78,12 @@ def leave(
         more = None if guard is None else guard.report(job.privacy, info.examples)
         write_adapter(
             parts,
-            adapters.parent / "adapters_tuned" / info.name,
+            adapters.parent / "adapters_tuned" / folder_of(info.name),
             better,
             client=info.name,
             privacy=more,
         )
-    write_adapter(parts, adapters / info.name, assembly, client=info.name, privacy=told)
+    write_adapter(parts, adapters / folder_of(info.name), assembly, client=info.name, privacy=told)
     row = {
         "metric_base": base[metric],
         "metric": final[metric],

@@ -63,7 +63,7 @@ def prepare(job: Job) -> Prepared:
     torch.set_num_threads(int(job.train.threads))
     federation = build(job)
     job = job.replace(
-        data={"task": task_name(job.data), "labels": list(federation.labels) or None},
+        data=decided(job, federation),
         federation={"newcomer_head": newcomer_head(job, federation)},
     )
     clients, held_out = client_infos(job, federation)
@@ -143,7 +143,7 @@ def machine_choices(job: Job) -> Job:
         train["threads"] = min(cores, 16)  # more threads than that slow small models down
     if job.train.eval_batch_size == "auto":
         # logits of a large vocabulary take the memory that vectors of a hidden size do not
-        train["eval_batch_size"] = 128 if task_class(job.data).classifies else 64
+        train["eval_batch_size"] = 64 if task_class(job.data).reader == "writer" else 128
     return job.replace(train=train) if train else job
 
 
@@ -220,28 +220,16 @@ def setting_of(job: Job, base: Base, clients: dict[str, ClientInfo]) -> Setting:
 
 def base_of(job: Job) -> Base:
     limit = longest_input(load_config(job.model.name, job.model.revision))
-    if limit is not None and job.data.max_length > limit:
-        raise JobError(
-            f"data.max_length = {job.data.max_length} is more than {job.model.name} reads; set it "
-            f"to {limit} or less."
-        )
-    if (
-        limit is not None
-        and task_name(job.data) == "generate"
-        and job.data.max_length + job.data.max_new_tokens > limit
-    ):
-        raise JobError(
-            f"data.max_length = {job.data.max_length} and data.max_new_tokens = "
-            f"{job.data.max_new_tokens} are together "
-            f"more than the {limit} tokens that {job.model.name} can hold; lower one of them."
-        )
+    task = task_of(job)
+    if limit is not None:
+        _check_length(task, job.model.name, limit)
     targets = job.lora.targets
     return load_base(
         job.model.name,
         revision=job.model.revision,
-        task=task_name(job.data),
-        head=job.model.head if task_class(job.data).classifies else "lm",
-        classes=len(job.data.labels or ()),
+        task=task.name,
+        head="lm" if task.reader == "writer" else job.model.head,
+        classes=task.outputs,
         targets=targets if targets == "auto" else list(targets),
         dtype=getattr(torch, job.train.dtype),
         device=job.train.device,
@@ -251,7 +239,28 @@ def base_of(job: Job) -> Base:
     )
 
 
-def task_of(job: Job) -> Task:
+def _check_length(task: Task[Any], model: str, limit: int) -> None:
+    """Whether the model can hold what the job lets it read and write."""
+    for key, count in task.tokens.items():
+        if count > limit:
+            raise JobError(
+                f"data.{key} = {count} is more than {model} reads; set it to {limit} or less."
+            )
+    if sum(task.tokens.values()) > limit:
+        said = " and ".join(f"data.{key} = {count}" for key, count in task.tokens.items())
+        raise JobError(
+            f"{said} are together more than the {limit} tokens that {model} can hold; lower one of "
+            "them."
+        )
+
+
+def decided(job: Job, federation: Federation) -> dict[str, Any]:
+    """The keys of ``[data]`` that its rows decide: the task, and the classes where it has any."""
+    task = {"task": task_name(job.data)}
+    return task | {"labels": list(federation.labels)} if federation.labels else task
+
+
+def task_of(job: Job) -> Task[Any]:
     return task_class(job.data).of(job.data)
 
 

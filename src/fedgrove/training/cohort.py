@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from fedgrove.adapters.adapter import Site
 from fedgrove.adapters.assembly import Assembly, trained_parameters
 from fedgrove.adapters.private import unseal
+from fedgrove.federation.tasks import task_of
 from fedgrove.federation.tasks.generate import Generate
 from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import Step, Trained
@@ -313,7 +314,7 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int, lanes: int
     heads = getattr(config, "num_attention_heads", 1)
     if not row_by_row(base):
         return 1
-    longest = _patches(config) or job.data.max_length
+    longest = _patches(config) or max(task_of(job.data).tokens.values(), default=1)
     # kept for the backward pass at each layer: about 16 vectors of the hidden size, and scores and
     # weights of attention
     token = layers * (16 * base.hidden + 2 * heads * longest) * base.dtype.itemsize

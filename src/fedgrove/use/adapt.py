@@ -7,6 +7,7 @@ answer a held-out client; the newcomer's half, its probe and its training run he
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedgrove.federation.federation import Client
-from fedgrove.federation.sources import NAME, rows_of
+from fedgrove.federation.load import rows_of
 from fedgrove.federation.split import split
 from fedgrove.ground.errors import DataError, RunError
+from fedgrove.ground.names import RULE, client_name, folder_of
 from fedgrove.methods.contract import ClientInfo
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.finish import write_adapter
@@ -91,7 +93,7 @@ def adapt(
     """
     result = Result(run)
     name = _name(result, Path(data), name)
-    folder = _folder(Path(out) if out is not None else result.path / "adapted" / name)
+    folder = _folder(Path(out) if out is not None else result.path / "adapted" / folder_of(name))
     job = result.job
     seed = job.run.seed if seed is None else seed
     client = _client(name, Path(data), job, seed)
@@ -131,14 +133,10 @@ def adapt(
 
 
 def _name(result: Result, data: Path, name: str | None) -> str:
-    chosen = data.stem if name is None else name
-    if not NAME.fullmatch(chosen):
+    chosen = unicodedata.normalize("NFC", data.stem if name is None else name)
+    if client_name(chosen) != chosen:
         where = f"The file name of {data}" if name is None else f"--name {chosen!r}"
-        raise DataError(
-            f"{where} cannot name a client: use at most 64 letters, digits, '.', '_' and '-', a "
-            f"letter or digit first; "
-            "give another --name."
-        )
+        raise DataError(f"{where} cannot name a client: use {RULE}; give another --name.")
     row = result.summary["clients"].get(chosen)
     if row is not None and not row.get("held_out"):
         raise RunError(
@@ -193,7 +191,7 @@ def _open(result: Result, job: Job) -> Finished:
 
 
 def _head_words(finished: Finished, offered: bool) -> str:
-    if not finished.task.classifies:
+    if finished.task.reader == "writer":
         return ""
     if finished.head.mode == "frozen":
         return "the frozen head that all clients share"

@@ -42,7 +42,7 @@ def answered(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Rows to measure on. Raises ``DataError`` where there are none, or where one lacks its
     question or answer.
     """
-    answer = "label" if task.classifies else "completion"
+    answer = task.learns
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DataError(

@@ -158,12 +158,12 @@ def row_fault(row: Any, rank: Any, labels: Sequence[str], *, strict: bool = True
     Its number of examples becomes a weight, its name a key, and all of it a line of
     ``federation.json``. ``strict``: nothing but what a site may tell.
     """
-    from fedgrove.federation.sources import NAME
+    from fedgrove.ground.names import client_name
 
     if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
         return "it does not say who it is"
-    if not NAME.fullmatch(row["name"]):
-        return "its name has other letters than a site's"
+    if client_name(row["name"]) != row["name"]:
+        return "its name is none for a client"
     if not _count(row.get("train")) or row["train"] < 1:
         return f"it says that it has {str(row.get('train'))[:20]} examples to train on"
     if rank is not None and (not _count(rank) or rank < 1):

@@ -462,15 +462,15 @@ def test_only_the_groups_asked_for(
     [
         (
             ["data.task=generate", "data.label=y"],
-            r'data.label has no use with data.task = "generate"',
+            r'data.label = "y" has no use with data.task = "generate"; set data.task to "classify-images"',
         ),
         (
             ["data.task=classify-text", "data.prompt=q"],
-            r'data.prompt has no use with data.task = "classify-text"',
+            r'data.prompt = "q" has no use with data.task = "classify-text"; set data.task to "generate"',
         ),
         (
             ["data.task=generate", "data.messages=m", "data.prompt=q"],
-            r'data.prompt has no use with data.messages = "m"; leave it out',
+            r'data.prompt = "q" has no use with data.messages = "m"; leave it out',
         ),
     ],
 )

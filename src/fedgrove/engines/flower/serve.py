@@ -144,7 +144,7 @@ def on_virtual_nodes(
     torch.set_num_threads(int(job.train.threads))
     federation = build(job)
     job = job.replace(
-        data={"task": task_name(job.data), "labels": list(federation.labels) or None},
+        data=prepare.decided(job, federation),
         federation={"newcomer_head": prepare.newcomer_head(job, federation)},
         train=alone(job),
     )
@@ -228,7 +228,7 @@ def between_sites(
         lambda info: held_out.update({info.name: info}),
     )
     rows = [member.row for member in sorted(members, key=lambda member: member.name)]
-    roster = Roster(tuple(job.data.labels or ()), rows, {"name": "the sites' own data"})
+    roster = Roster(job.data.classes, rows, {"name": "the sites' own data"})
     with marked(directory, key):
         watch.phase("waiting for the sites to load the model")
         failed = engine.open(
@@ -312,7 +312,7 @@ def deployable(job: Job) -> Job:
     """What only a simulation can do is refused; what a simulation looks up in everybody's data must
     be in the job.
     """
-    if task_class(job.data).classifies and not job.data.labels:
+    if task_class(job.data).classifies and not job.data.classes:
         raise JobError(
             "data.labels is missing: sites do not see each other's data, so the job must name the "
             "classes."

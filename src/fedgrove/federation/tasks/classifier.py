@@ -1,46 +1,89 @@
-"""What every classification shares: a linear head on pooled states, mean cross-entropy and
-accuracy.
+"""What every classification shares: classes out of rows, a linear head on pooled states, mean
+cross-entropy and accuracy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, Strict, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgrove.federation.readers import Place, label_of
-from fedgrove.federation.tasks.base import Batch
+from fedgrove.federation.metrics.base import Answers
+from fedgrove.federation.readers import Place, Row, label_of
+from fedgrove.federation.tasks.base import Batch, Example, LinearHead
 from fedgrove.ground.errors import DataError
+from fedgrove.ground.options import OF_THE_DATA, Column, Options, Text, distinct
 
-if TYPE_CHECKING:
-    from fedgrove.job.sections import DataSection
+Classes = Annotated[tuple[Text, ...], Field(min_length=2), Strict(False)]
 
 
-class Classifier:
+class ClassOptions(Options):
+    """The keys of rows that have a class."""
+
+    label: Column = Field("label", description="Column of the label.")
+    labels: Annotated[Classes | None, OF_THE_DATA] = Field(
+        None,
+        description="The classes in their order, which all sites must agree on. Not set: those in "
+        "the training data, sorted.",
+        examples=[["negative", "positive"]],
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _each_class_once(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        distinct("data.labels", labels or ())
+        return labels
+
+
+class Classifier(LinearHead):
     """The part of a Task that looks at logits and labels alone; ``labels`` in the order of the
     head's outputs.
     """
 
+    classifies: ClassVar[bool] = True
+    metric: ClassVar[str] = "accuracy"
+    gives: ClassVar[tuple[str, ...]] = ("truth", "predicted", "scores")
+    metrics: ClassVar[tuple[str, ...]] = (
+        "f1_macro",
+        "f1",
+        "mcc",
+        "balanced_accuracy",
+        "auroc",
+        "ece",
+    )
     labels: tuple[str, ...]
 
-    def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """weight [classes, hidden] from N(0, 0.02²), bias [classes] of zeros."""
-        weight = torch.randn(len(self.labels), hidden, generator=generator) * 0.02
-        return {"weight": weight, "bias": torch.zeros(len(self.labels))}
+    @property
+    def outputs(self) -> int:
+        """One for each class."""
+        return len(self.labels)
 
-    def head_logits(self, pooled: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-        """As in Task."""
-        return F.linear(pooled.to(head["weight"].dtype), head["weight"], head["bias"])
+    def target(self, row: Row, number: int) -> int:
+        """The class's number; ``number`` is the row's. Raises DataError for a label that the task
+        does not have.
+        """
+        try:
+            return self.labels.index(row["label"])
+        except ValueError:
+            known = ", ".join(map(repr, self.labels))
+            raise DataError(
+                f"row {number} has the label {row['label']!r}, but the model knows only: {known}"
+            ) from None
+
+    def targets(self, examples: Sequence[Example]) -> Tensor:
+        """[b] int64."""
+        return torch.tensor([example["label"] for example in examples], dtype=torch.long)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """As in Task."""
+        """The mean cross-entropy; logits [b, c]."""
         return F.cross_entropy(logits, batch["labels"])
 
     def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Sums: the loss, how many are correct, how many there are."""
+        """Sums: the loss, how many are correct, how many there are; logits [b, c]."""
         labels = batch["labels"]
         return {
             "loss": float(F.cross_entropy(logits, labels, reduction="sum")),
@@ -57,8 +100,22 @@ class Classifier:
             "examples": examples,
         }
 
+    def answers(self, found: Tensor, examples: Sequence[Example]) -> Answers:
+        """Classes and their probabilities, out of logits [n, c]."""
+        scores = torch.softmax(found.double(), dim=-1).numpy()
+        return Answers(
+            labels=self.labels,
+            truth=self.targets(examples).numpy(),
+            predicted=scores.argmax(-1),
+            scores=scores,
+        )
 
-def class_of(value: object, data: DataSection, place: Place) -> str:
+    def told(self, logits: Tensor) -> list[Any]:
+        """The most likely class of each; logits [n, c]."""
+        return [self.labels[index] for index in logits.argmax(dim=-1).tolist()]
+
+
+def class_of(value: object, data: ClassOptions, place: Place) -> str:
     """A row's class as a text, one of ``data.labels`` where the job names them. Raises
     DataError.
     """

@@ -13,26 +13,67 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedgrove.federation.metrics.base import Answers
+from fedgrove.federation.metrics.overlap import Overlap
 from fedgrove.federation.readers import Place, Row
-from fedgrove.federation.tasks.base import Batch, Example
+from fedgrove.federation.tasks.base import Batch, Example, Task
 from fedgrove.federation.tasks.conversation import answers, conversation, text_in
-from fedgrove.federation.tasks.overlap import Overlap
+from fedgrove.federation.tasks.texts import LengthOptions
 from fedgrove.ground.errors import DataError
-
-if TYPE_CHECKING:
-    from fedgrove.job.sections import DataSection
+from fedgrove.ground.options import COLUMN, OF_THE_DATA, Column, Text
+from fedgrove.ground.toml import shown
 
 IGNORED = -100  # the label of a position that is not learnt, as everywhere in PyTorch
 
 
+class GenerateOptions(LengthOptions):
+    """The keys of generation."""
+
+    prompt: Column = Field("prompt", description="Column of the prompt.")
+    completion: Column = Field(
+        "completion",
+        description="Column of the text to learn; a list of texts: the first is learnt, each is "
+        "right.",
+    )
+    messages: Annotated[Text | None, COLUMN, OF_THE_DATA] = Field(
+        None,
+        description="Column of a conversation, a list of { role, content } that ends with the "
+        "assistant, instead of prompt and completion.",
+        examples=["messages"],
+    )
+    max_new_tokens: int = Field(48, ge=1, description="The most tokens that the model writes.")
+    generate_examples: int = Field(
+        16,
+        ge=1,
+        description="How many test rows of a client are generated for ROUGE and exact match.",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if self.messages is None and self.prompt == self.completion:
+            raise ValueError(
+                f"data.prompt and data.completion are both {shown(self.prompt)}, so a model would "
+                "learn to repeat; name two columns."
+            )
+        for key in ("prompt", "completion"):
+            value = getattr(self, key)
+            if self.messages is not None and value != GenerateOptions.model_fields[key].default:
+                raise ValueError(
+                    f"data.{key} = {shown(value)} has no use with data.messages = "
+                    f"{shown(self.messages)}; leave it out."
+                )
+        return self
+
+
 @dataclass(frozen=True)
-class Generate:
+class Generate(Task[GenerateOptions]):
     """``max_length`` tokens of prompt and completion together are read, ``max_new_tokens`` are
     written at most.
 
@@ -40,42 +81,32 @@ class Generate:
     still does not fit loses its end, and with it the end-of-sequence token.
     """
 
+    name: ClassVar[str] = "generate"
+    about: ClassVar[str] = "to write a completion"
+    metric: ClassVar[str] = "rouge_l"
+    gives: ClassVar[tuple[str, ...]] = ("outputs", "references")
+    Options: ClassVar[type[GenerateOptions]] = GenerateOptions
+    reader: ClassVar[Literal["head", "writer"]] = "writer"
+    asks: ClassVar[str] = "prompt"
+    learns: ClassVar[str] = "completion"
+
     max_length: int = 256
     max_new_tokens: int = 48
     generate_examples: int = 16
-    name: str = "generate"
-    metric: str = "rouge_l"
-    classifies: ClassVar[bool] = False
-    asks: ClassVar[str] = "prompt"
-    labels: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, data: DataSection) -> Generate:
+    @property
+    def tokens(self) -> dict[str, int]:
         """As in Task."""
-        return cls(data.max_length, data.max_new_tokens, data.generate_examples)
-
-    def card(self) -> dict[str, Any]:
-        """As in Task."""
-        settings = {
-            key: getattr(self, key) for key in ("max_length", "max_new_tokens", "generate_examples")
-        }
-        return {"task": self.name, "labels": [], **settings}
-
-    @classmethod
-    def from_card(cls, card: Mapping[str, Any]) -> Generate:
-        """As in Task."""
-        return cls(
-            int(card["max_length"]), int(card["max_new_tokens"]), int(card["generate_examples"])
-        )
+        return {"max_length": self.max_length, "max_new_tokens": self.max_new_tokens}
 
     # -------------------------------------------------------------------- rows
-    @staticmethod
-    def columns(data: DataSection) -> list[str]:
+    @classmethod
+    def columns(cls, data: GenerateOptions) -> list[str]:
         """As in Task."""
         return [data.messages] if data.messages else [data.prompt, data.completion]
 
-    @staticmethod
-    def row(values: Mapping[str, Any], data: DataSection, place: Place) -> Row:
+    @classmethod
+    def row(cls, values: Mapping[str, Any], data: GenerateOptions, place: Place) -> Row:
         """``{"prompt": str, "completion": str}`` or ``{"messages": [{"role", "content"}, ...]}``,
         and ``"label": ""``.
 
@@ -83,10 +114,8 @@ class Generate:
         counts as right.
         """
         if data.messages:
-            return {
-                "messages": conversation(values[data.messages], data.messages, place),
-                "label": "",
-            }
+            said = conversation(values[data.messages], data.messages, place)
+            return {"messages": said, "label": ""}
         right = answers(values[data.completion], data.completion, place)
         row = {
             "prompt": text_in(values[data.prompt], data.prompt, place),
@@ -95,11 +124,10 @@ class Generate:
         }
         return row | {"references": right} if len(right) > 1 else row
 
-    @staticmethod
-    def describe(rows: Sequence[Row]) -> dict[str, Any]:
+    @classmethod
+    def describe(cls, rows: Sequence[Row]) -> dict[str, Any]:
         """The median number of words of prompt and completion together."""
-        texts = ([message["content"] for message in messages_of(row)] for row in rows)
-        return {"median_words": median(sum(len(text.split()) for text in each) for each in texts)}
+        return {"median_words": median(map(_words, rows))}
 
     # ---------------------------------------------------------------- examples
     def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Example]:
@@ -183,12 +211,8 @@ class Generate:
         return place == batch["attention_mask"].sum(1, keepdim=True) - 1
 
     # -------------------------------------------------------------------- head
-    def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """None: the language model's own output layer is used as it is."""
-        return {}
-
     def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """The mean over the prompt's tokens, so that it is the same in training and when the
+        """[b, t, h] -> [b, h]: the mean over the prompt's tokens, so that it is the same in training and when the
         completion is unknown.
         """
         mask = batch["attention_mask"].bool()
@@ -196,10 +220,6 @@ class Generate:
             mask = mask & (batch["labels"] == IGNORED)
         weights = mask[..., None].to(torch.promote_types(hidden_states.dtype, torch.float32))
         return (hidden_states.to(weights.dtype) * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-    def head_logits(self, pooled: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-        """There is no head on pooled states."""
-        raise NotImplementedError
 
     # ---------------------------------------------------------------- measures
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -243,6 +263,10 @@ class Generate:
         )
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"loss": loss, **shared, "perplexity": perplexity, "examples": sums["examples"]}
+
+    def answers(self, found: Sequence[str], examples: Sequence[Example]) -> Answers:
+        """The written texts beside their references."""
+        return Answers(outputs=list(found), references=[each["references"] for each in examples])
 
     def _asked(self, batch: Batch) -> Tensor:
         """[n]: the tokens that the logits are about, in their order."""
@@ -333,6 +357,10 @@ def messages_of(row: Row) -> list[dict[str, str]]:
         if "completion" in row
         else prompt
     )
+
+
+def _words(row: Row) -> int:
+    return sum(len(message["content"].split()) for message in messages_of(row))
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -1,0 +1,197 @@
+"""One's own files: one table, or a folder with one of them for each client; or folders of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from fedgrove.federation import images
+from fedgrove.federation.readers import KINDS, READERS, Found, Row, fingerprint, records
+from fedgrove.federation.sources.base import Clients, Origin, Rows, origin
+from fedgrove.ground.errors import DataError, JobError
+from fedgrove.ground.names import RULE, client_name
+from fedgrove.ground.options import Options, Text
+
+
+class FileOptions(Options):
+    """The key of files."""
+
+    path: Text | None = Field(
+        None,
+        description="The folder of silos, or the table; from the working directory.",
+        examples=["silos"],
+    )
+
+
+class TableOptions(FileOptions):
+    """The keys of one table."""
+
+    @model_validator(mode="after")
+    def _table_is_named(self) -> Self:
+        return _named(self, "table", "the table's file")
+
+
+class SilosOptions(FileOptions):
+    """The keys of a folder of silos."""
+
+    @model_validator(mode="after")
+    def _folder_is_named(self) -> Self:
+        return _named(self, "silos", "the folder with one file for each client")
+
+
+Given = TypeVar("Given", bound=FileOptions)
+
+
+def _named(options: Given, source: str, what: str) -> Given:
+    if options.path is None:
+        raise ValueError(
+            f'data.path is missing: with data.source = "{source}" it must name {what}.'
+        )
+    return options
+
+
+def _path(options: FileOptions) -> Path:
+    return Path(options.path or "").expanduser()
+
+
+class TableSource(Rows[TableOptions]):
+    """One file of rows, or a folder of images, ``LABEL/*.png``."""
+
+    name: ClassVar[str] = "table"
+    about: ClassVar[str] = f"one file ({KINDS}), or a folder of images, LABEL/*.png, to be split"
+    Options: ClassVar[type[TableOptions]] = TableOptions
+
+    def read(self, columns: Sequence[str]) -> Found:
+        """As in Rows."""
+        path = _path(self.data)
+        if self._in_folders():
+            _needs_no_other(self, columns)
+            return self.task.in_folder(path, self.data, self.name)
+        if not path.is_file():
+            raise DataError(
+                f"the table {path} does not exist or is a folder; data.path names one file "
+                f"({KINDS})"
+            )
+        return records(path, columns)
+
+    def origin(self, rows: Sequence[Row]) -> Origin:
+        """As in Source."""
+        path = _path(self.data)
+        if self._in_folders():
+            sha256 = images.tree_fingerprint(path, [row["image"] for row in rows])
+            return origin(path.name, f"the folder {path}", sha256)
+        return origin(path.name, f"the file {path}", fingerprint([path]))
+
+    def _in_folders(self) -> bool:
+        return self.task.folders and _path(self.data).is_dir()
+
+
+class SilosSource(Clients[SilosOptions]):
+    """A folder with one file for each client, or one folder of images, ``CLIENT/LABEL/*.png``."""
+
+    name: ClassVar[str] = "silos"
+    about: ClassVar[str] = (
+        f"a folder with one file ({KINDS}) for each client, or of images, CLIENT/LABEL/*.png"
+    )
+    Options: ClassVar[type[SilosOptions]] = SilosOptions
+
+    def read(self, columns: Sequence[str]) -> Iterable[tuple[str, Found]]:
+        """As in Clients."""
+        folder = self._folder()
+        if self._in_folders():
+            _needs_no_other(self, columns)
+            for name, path in _unique(images.clients(folder)):
+                yield name, self.task.in_folder(path, self.data, self.name)
+        else:
+            for name, path in self._files():
+                yield name, records(path, columns)
+
+    def origin(self, rows: Sequence[Row]) -> Origin:
+        """As in Source."""
+        folder = _path(self.data)
+        if self._in_folders():
+            sha256 = images.tree_fingerprint(folder, [row["image"] for row in rows])
+        else:
+            sha256 = fingerprint([path for _, path in self._files()])
+        return origin(folder.name, f"the folder {folder}", sha256)
+
+    def place(self, client: str) -> str:
+        """As in Clients."""
+        if self._in_folders():
+            return super().place(client)
+        return str(dict(self._files())[client])
+
+    def _folder(self) -> Path:
+        folder = _path(self.data)
+        if not folder.is_dir():
+            raise DataError(
+                f"the folder of silos {folder} does not exist or is a file; data.path names a "
+                "folder"
+            )
+        return folder
+
+    def _in_folders(self) -> bool:
+        return self.task.folders and images.is_tree(_path(self.data))
+
+    def _files(self) -> list[tuple[str, Path]]:
+        """The clients' files by name; hidden files and notes (``.md``, ``.toml``) are passed over,
+        all else must be data.
+        """
+        folder = _path(self.data)
+        found = sorted(folder.iterdir(), key=lambda path: path.name)
+        files = [path for path in found if not _passed_over(path)]
+        for path in files:
+            _check_file(path)
+        if not files:
+            raise DataError(
+                f"the folder of silos {folder} has no data files ({KINDS}); put one file per "
+                "client there"
+            )
+        return list(_unique(files))
+
+
+def _passed_over(path: Path) -> bool:
+    return path.name.startswith(".") or path.suffix.lower() in (".md", ".toml")
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise DataError(
+            f"{path} is not a client's data file ({KINDS}) but a folder; folders of images need "
+            'data.task = "classify-images"'
+        )
+    if path.suffix.lower() not in READERS or not path.is_file():
+        raise DataError(f"{path} is not a client's data file ({KINDS}); convert it or move it away")
+
+
+def _unique(paths: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Each file or folder with its client's name. Raises DataError for one that cannot name a
+    client, and for two that name the same.
+    """
+    named: dict[str, Path] = {}  # by what a case-blind file system sees
+    for path in paths:
+        spelt = path.name if path.is_dir() else path.stem
+        name = client_name(spelt)
+        if name is None:
+            where = "" if path.is_dir() else " before the ending"
+            raise DataError(f"{path} cannot name a client: use{where} {RULE}")
+        other = named.setdefault(name.casefold(), path)
+        if other != path:
+            raise DataError(
+                f"{other} and {path} name the same client {name!r}; rename or merge one of them"
+            )
+        yield name, path
+
+
+def _needs_no_other(source: TableSource | SilosSource, columns: Sequence[str]) -> None:
+    """Folders of images have labels and nothing else."""
+    own = source.task.columns(source.data)
+    for column in columns:
+        if column not in own:
+            raise JobError(
+                f"{column!r} needs a table with that column (data.group, or "
+                "data.partition.options.partition_by); folders of images have labels alone"
+            )
