@@ -36,8 +36,8 @@ def result(out: Path) -> dict[str, Any]:
     return {"files": files, "summary": summary}
 
 
-def write_job(path: Path, bert: Path, silos: Path) -> Path:
-    job = tiny_job(bert, silos, method={"name": "fedsa-lora"}, run={"rounds": 12})
+def write_job(path: Path, bert: Path, silos: Path, rounds: int = 12) -> Path:
+    job = tiny_job(bert, silos, method={"name": "fedsa-lora"}, run={"rounds": rounds})
     path.write_text(job.to_toml(), encoding="utf-8")
     return path
 
@@ -66,7 +66,7 @@ def test_sigkill_at_random_moments(tiny_bert: Path, silos: Path, tmp_path: Path)
 def test_ctrl_c_ends_cleanly_with_a_resumable_run(
     tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
-    job = write_job(tmp_path / "job.toml", tiny_bert, silos)
+    job = write_job(tmp_path / "job.toml", tiny_bert, silos, rounds=100)  # 3 s: time to stop it
     process = start(job, tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoints" / "latest.json"
     deadline = time.monotonic() + 90

@@ -24,6 +24,8 @@ from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import Method, Options, Setting, State, Update, WeightedOptions
 from fedgrove.methods.fed_plora import FedPLoRA, PLoRAOptions
 from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.protocols import global_assembly
+from fedgrove.methods.records import OneAdapter, Whole
 from fedgrove.methods.registry import names
 from fedgrove.runs.directory import RunDirectory
 from fedgrove.runs.loop import Loop
@@ -101,9 +103,7 @@ def test_fedit_loses_nothing_down_and_the_cross_terms_up() -> None:
     method = FedIT(WeightedOptions(weights="examples"), SETTING)
     p = [1 / 6, 2 / 6, 3 / 6]
     after = mean(ends, p)
-    line = measured(
-        method, {"global": before}, {"global": after}, [(one(before), one(end)) for end in ends]
-    )
+    line = measured(method, Whole(before), Whole(after), [(one(before), one(end)) for end in ends])
     lost = {
         s: dense(after, s) - sum(w * dense(e, s) for w, e in zip(p, ends, strict=True))
         for s in SITES
@@ -257,7 +257,7 @@ def test_cosines_are_means_over_pairs_of_clients_and_over_sites() -> None:
     toy = Toy(Options(), SETTING)
     lab = NoiseLab(toy, SITES, Path())
     lab.begin(2, {"assembly": None})
-    updates = [Update(f"c{n}", 1, {}) for n in range(3)]
+    updates: list[Update] = [Update(f"c{n}", 1, {}) for n in range(3)]
     for update, end in zip(updates, ends, strict=True):
         lab.seen((2, update.client), one(before), one(end))
     line, matrix = lab.measure({"assembly": None}, updates)
@@ -316,13 +316,13 @@ def test_a_step_of_private_work_alone_is_no_start_and_no_end() -> None:
         (one(after), 0.0, 0.0),
         (None, norm({s: dense(after, s) for s in SITES})[1], None),
     ):
-        lab.begin(2, {"global": before})
+        lab.begin(2, Whole(before))
         lab.seen((2, "c"), own, own)
         if ends_with:
             lab.seen((2, "c"), one(before), ends_with)
         lab.seen(("tune", "c"), one(after), one(draw(3)))  # another phase of the run
         line, _ = lab.measure(
-            {"global": after if ends_with else concat([before, after])}, [Update("c", 1, {})]
+            Whole(after if ends_with else concat([before, after])), [Update("c", 1, OneAdapter())]
         )
         assert line["n_init"] == (0.0 if ends_with else None)
         assert line["n_agg"] == pytest.approx(n_agg)
@@ -397,7 +397,7 @@ def test_every_method_records_a_line_a_round(
     loop.rounds()
     lines = read(tmp_path / "out" / "noise.jsonl")
     assert [line["round"] for line in lines] == [1, 2, 3]
-    has_global = prepared.method.global_assembly(loop.state) is not None
+    has_global = global_assembly(prepared.method, loop.state) is not None
     if method in ("fedit", "ffa-lora", "fed-plora"):
         assert all(line["n_init"] == 0.0 and line["n_agg"] is not None for line in lines)
     for line in lines:

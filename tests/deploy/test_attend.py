@@ -144,7 +144,7 @@ def test_a_supernode_looks_for_messages_each_second(monkeypatch: pytest.MonkeyPa
 def test_a_child_ends_with_its_parent_whatever_becomes_of_it(tmp_path: Path) -> None:
     """The parent starts a SuperLink and gets SIGKILL, of which nobody is told."""
     code = (
-        "import sys, time; from pathlib import Path; from fedgrove.engines.flower import launch\n"
+        "import sys, time; from pathlib import Path; from fedgrove.deploy import launch\n"
         f"home = Path({str(tmp_path)!r})\n"
         "command = ['flower-superlink', '--insecure', '--port', str(launch.free_port()), "
         "'--isolation', 'process']\n"

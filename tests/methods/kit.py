@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.private import PrivacyError, is_private
-from fedgrove.adapters.tree import leaves, numbers, pack
+from fedgrove.adapters.tree import leaves, numbers, pack, typed
 from fedgrove.job import Job
-from fedgrove.methods.contract import ClientInfo, Method, Setting, Update
+from fedgrove.methods.contract import ClientInfo, Method, Setting, Update, WeightedOptions
+from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
@@ -72,6 +74,31 @@ def info(name: str, rank: int = 3, examples: int = 10) -> ClientInfo:
 
 def update(name: str, examples: int, **content: Any) -> Update:
     return Update(name, examples, content)
+
+
+def aggregated(method: Method, state: Any, round: int, updates: Sequence[Update]) -> Any:
+    """The next state, with state and contents as the loop hands them over: of the method's kinds."""
+    known = typed(method.State, state)
+    arrived = [replace(each, content=typed(method.Sent, each.content)) for each in updates]
+    return method.aggregate(known, round, arrived)
+
+
+def offered(method: Method, state: Any, round: int, client: ClientInfo) -> Any:
+    """A client's offer, from the state as the loop opens it for the round."""
+    return method.offer(method.open(typed(method.State, state), round), round, client)
+
+
+def welcomed(method: Method, state: Any, client: ClientInfo, probe: Any = None) -> Any:
+    """A newcomer's offer after the last round."""
+    opened = method.open(typed(method.State, state), method.setting.rounds + 1)
+    return method.welcome(opened, client, probe)
+
+
+def fedit_mean(updates: Sequence[Update], weights: str = "examples") -> Adapter:
+    """FedIT's mean of the updates' adapters, which many rules are in a special case."""
+    options = WeightedOptions.model_validate({"weights": weights})
+    found: Adapter = aggregated(FedIT(options, setting()), {"whole": {}}, 1, updates).whole
+    return found
 
 
 def near(one: Adapter, other: Adapter) -> None:
@@ -215,7 +242,7 @@ class Opened:
     def __init__(self, job: Job, path: Path):
         self.prepared = prepare(job)
         _, server, stores = Checkpoints(path / "checkpoints").load()
-        self.state, self.stores = server["state"], stores
+        self.state, self.stores = typed(self.prepared.method.State, server["state"]), stores
         self.prepared.engine.restore(stores)
         self.rows = sentences(9, seed=5)
         self.examples = self.prepared.task.encode(self.rows, self.prepared.base.processor)
@@ -226,7 +253,8 @@ class Opened:
 
     def assembly(self, name: str) -> Any:
         rounds = self.prepared.job.run.rounds
-        offer = {"method": self.method.offer(self.state, rounds + 1, self.prepared.clients[name])}
+        client = self.prepared.clients[name]
+        offer = {"method": offered(self.method, self.state, rounds + 1, client)}
         return self.prepared.engine.personal(name, offer)
 
     def logits(self, assembly: Any) -> Tensor:

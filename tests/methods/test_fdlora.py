@@ -14,6 +14,7 @@ from tests.methods.kit import (
     PER_RANK,
     Opened,
     adapter,
+    aggregated,
     exports,
     info,
     lines,
@@ -32,6 +33,7 @@ from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter
 from fedgrove.methods.contract import Step, Trained, keep, reveal
 from fedgrove.methods.fdlora import FUSION, Fused
+from fedgrove.methods.records import Whole
 from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.training.kernel import Clock, some
@@ -42,8 +44,8 @@ JOB: dict[str, Any] = {"method": {"name": "fdlora", "reset_every": 2}, "run": {"
 def test_the_server_takes_the_mean_and_leaves_the_local_round_alone() -> None:
     ours = method("fdlora", weights="uniform")
     adapters = [adapter(n, size=10.0**n) for n in range(3)]
-    state = ours.aggregate(
-        {}, 5, [update(f"c{n}", n + 1, adapter=a) for n, a in enumerate(adapters)]
+    state = aggregated(
+        ours, {"whole": {}}, 5, [update(f"c{n}", n + 1, adapter=a) for n, a in enumerate(adapters)]
     )
     want = {
         s: Factors(
@@ -53,8 +55,8 @@ def test_the_server_takes_the_mean_and_leaves_the_local_round_alone() -> None:
         )
         for s in adapters[0]
     }
-    near(state["global"], want)
-    assert ours.aggregate(state, 6, [update("c0", 1)]) is state
+    near(state.whole, want)
+    assert aggregated(ours, state, 6, [update("c0", 1)]) is state
 
 
 def played(ours: Any, offer: Any, mine: Any, round: int, size: float) -> tuple[Any, Any]:
@@ -86,28 +88,26 @@ def test_the_personal_module_restarts_from_the_global_one_every_h_rounds() -> No
         9,
         10,
     ):  # absent in 6, 7 and 8: the reset of round 7 is made up for in round 9
-        offer = {"global": adapter(100 + round)}
+        offer = Whole(adapter(100 + round))
         before = mine
         start, mine = played(ours, offer, mine, round, 1.0)
         if round in (1, 4, 9, 10):
-            assert same(start, offer["global"]), round
+            assert same(start, offer.whole), round
         else:
             assert same(start, reveal(before)["own"]), round
-            assert not same(start, offer["global"])
+            assert not same(start, offer.whole)
 
 
 def test_the_fit_uses_a_few_examples_and_moves_nothing_but_the_two_weights() -> None:
     ours = method("fdlora", fusion_share=0.25, fusion_examples=5)
-    steps = ours.plan(info("a"), {"global": adapter(1)}, {}, 6)
+    steps = ours.plan(info("a"), Whole(adapter(1)), {}, 6)
     assert [(s.share, s.count, s.head) for s in steps] == [(0.75, 0, True), (0.25, 5, False)]
     assert all(not term.train for term in steps[1].assembly.terms)
     assert {n: (e.train, e.home) for n, e in steps[1].assembly.extras.items()} == dict.fromkeys(
         FUSION, (True, "client")
     )
     assert [
-        t.name
-        for s in ours.plan(info("a"), {"global": adapter(1)}, {}, 5)
-        for t in s.assembly.terms
+        t.name for s in ours.plan(info("a"), Whole(adapter(1)), {}, 5) for t in s.assembly.terms
     ] == [
         "own",
         "global",
@@ -122,7 +122,7 @@ def test_the_fused_model_is_the_weighted_sum_of_both_updates() -> None:
         FUSION[1]: torch.tensor(-1.2, dtype=torch.float64),
     }
     assembly = ours.personal(
-        info("a"), {"global": one}, keep({"own": two, "period": 1, "fusion": weights})
+        info("a"), Whole(one), keep({"own": two, "period": 1, "fusion": weights})
     )
     assert isinstance(assembly.mix, Fused)
     whole = as_one_adapter(assembly, ours.setting.sites)
@@ -157,7 +157,7 @@ def test_the_export_is_the_fused_model_and_the_weights_were_fitted(
     fitted = [reveal(store["mine"])["fusion"] for store in opened.stores.values()]
     assert len(fitted) == 3
     assert all(abs(float(each[name]) - 0.5) > 1e-3 for each in fitted for name in FUSION)
-    newcomer = opened.method.personal(info("new"), {"global": opened.state["global"]}, {})
+    newcomer = opened.method.personal(info("new"), opened.state, {})
     assert [term.name for term in newcomer.terms] == ["global"]
 
 

@@ -19,6 +19,7 @@ from tests.methods.kit import (
     info,
     method,
     near,
+    offered,
     resumes,
     same,
     sent,
@@ -73,7 +74,7 @@ def test_a_randomised_allocation_changes_from_round_to_round_and_a_geometric_one
             "fed-hello", allocation="uniform", randomised=randomised, layers=(0.5,), rounds=30
         )
         state = ours.begin(clients)
-        drawn = {str([ours.offer(state, r, c)["layers"] for c in clients]) for r in range(1, 20)}
+        drawn = {str([offered(ours, state, r, c)["layers"] for c in clients]) for r in range(1, 20)}
         assert (len(drawn) > 10) if randomised else (len(drawn) == 1)
 
 
@@ -113,24 +114,24 @@ def test_after_the_warm_start_a_client_trains_its_best_scored_layers() -> None:
     ours = method("fed-hello", layers=(0.5,), warm_rounds=2, batches=3)
     client = info("a")
     state = ours.begin([client])
-    assert len(ours.offer(state, 2, client)["layers"]) == 2
-    offer = ours.offer(state, 3, client)
+    assert len(offered(ours, state, 2, client)["layers"]) == 2
+    offer = offered(ours, state, 3, client)
     assert offer["count"] == 2
     plan = ours.plan(client, offer, {}, 3)
     look = next(plan)
     assert (look.measure, look.count, look.head) == ("fisher", 3, False)
     looked = Trained(
-        look.assembly, 0.0, 0, scores={"probe": squares({0: 1.0, 1: 5.0, 2: 0.1, 3: 4.0})}
+        look.assembly, 0.0, 0, scores={"global": squares({0: 1.0, 1: 5.0, 2: 0.1, 3: 4.0})}
     )
     step = plan.send(looked)
-    assert {SITES[name].layer for name in step.assembly.adapter("trained")} == {1, 3}
+    assert {SITES[name].layer for name in step.assembly.adapter("global")} == {1, 3}
     assert {SITES[name].layer for name in step.assembly.adapter("frozen")} == {0, 2}
     assert step.assembly.term("frozen").train == ""
     up, mine = ours.report(client, [looked, Trained(step.assembly, 0.1, 2)], offer, {}, 3)
     assert set(up) == {"adapter"}
     assert list(up["adapter"]) == list(part(offer["global"], SITES, [1, 3]))
     (again,) = ours.plan(client, offer, mine, 4)  # measured once
-    assert list(again.assembly.adapter("trained")) == list(up["adapter"])
+    assert list(again.assembly.adapter("global")) == list(up["adapter"])
     width = sum(f.A.numel() for name, f in adapter(0).items() if SITES[name].layer == 1)
     assert mine["scores"]["1"] == pytest.approx(5.0 * width)
 

@@ -19,12 +19,14 @@ from tests.methods.kit import (
     lines,
     method,
     near,
+    offered,
     refuses_to_send,
     resumes,
     sent,
     update,
     watched,
     weights,
+    welcomed,
 )
 from tests.tiny import tiny_job
 
@@ -59,21 +61,21 @@ def test_the_rest_of_the_world_is_the_mean_of_the_others(kind: str) -> None:
     examples = {name: 5.0 * (n + 1) for n, name in enumerate(adapters)}
     weight = examples if kind == "examples" else dict.fromkeys(adapters, 1.0)
     state = ours.begin([info(n) for n in adapters])
-    assert ours.offer(state, 1, info("c0")) == {}
+    assert offered(ours, state, 1, info("c0")) == {}
     state = ours.aggregate(
         state, 1, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c1", "c3")]
     )
-    near(ours.offer(state, 2, info("c1"))["rest"], adapters["c3"])
+    near(offered(ours, state, 2, info("c1"))["rest"], adapters["c3"])
     state = ours.aggregate(
         state, 2, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c0", "c2")]
     )
     for name in adapters:
-        near(ours.offer(state, 3, info(name))["rest"], others(adapters, weight, name))
-    near(ours.welcome(state, info("c0"), None)["rest"], others(adapters, weight, "nobody"))
+        near(offered(ours, state, 3, info(name))["rest"], others(adapters, weight, name))
+    near(welcomed(ours, state, info("c0"))["rest"], others(adapters, weight, "nobody"))
     # an absent client keeps counting with what it sent last
     newer = {**adapters, "c1": adapter(9)}
     state = ours.aggregate(state, 3, [update("c1", int(examples["c1"]), adapter=newer["c1"])])
-    near(ours.offer(state, 4, info("c3"))["rest"], others(newer, weight, "c3"))
+    near(offered(ours, state, 4, info("c3"))["rest"], others(newer, weight, "c3"))
 
 
 def test_the_gate_weighs_each_token_by_a_softmax_over_its_input() -> None:
@@ -160,9 +162,7 @@ def test_the_written_model_gives_the_logits_of_the_run(
 
     opened = exports(tiny_bert, silos, tmp_path, gated, **JOB)
     newcomer = opened.prepared.clients["site-0"]
-    assembly = opened.method.personal(
-        newcomer, opened.method.welcome(opened.state, newcomer, None), {}
-    )
+    assembly = opened.method.personal(newcomer, welcomed(opened.method, opened.state, newcomer), {})
     assert [term.name for term in assembly.terms] == ["rest"]
     assert assembly.mix.linear
 

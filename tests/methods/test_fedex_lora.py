@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.methods.kit import fedit_mean
 from tests.methods.rules import (
     CLIENTS,
     ONE,
@@ -24,8 +25,6 @@ from tests.methods.rules import (
     small_job,
 )
 
-from fedgrove.methods.fedit import FedIT
-
 EQUAL = (4, 4, 4, 4)
 
 
@@ -38,7 +37,7 @@ def test_mean_and_residual_are_the_exact_mean(stretch: float, weights: str) -> N
     for round in (1, 2, 3):
         adapters = client_draws(chosen, stretch + round, EQUAL)
         state = chosen.aggregate(state, round, sent(adapters))
-        plain = FedIT(chosen.options, chosen.setting).aggregate({}, round, sent(adapters))["global"]
+        plain = fedit_mean(sent(adapters), weights)
         for site, place in SITES.items():
             assert torch.equal(state["global"][site].A, plain[site].A)
             assert torch.equal(state["global"][site].B, plain[site].B)

@@ -19,6 +19,7 @@ from tests.methods.kit import (
     lines,
     method,
     near,
+    offered,
     resumes,
     same,
     sent,
@@ -107,14 +108,14 @@ def test_a_client_gets_and_runs_its_layers_alone_and_deploys_all() -> None:
     clients = [info("a"), info("b")]
     state = ours.begin(clients)
     for round in (1, 2):
-        offer = ours.offer(state, round, clients[0])
+        offer = offered(ours, state, round, clients[0])
         assert len(offer["layers"]) == 2
         assert {SITES[name].layer for name in offer["global"]} == set(offer["layers"])
         (step,) = ours.plan(clients[0], offer, {}, round)
         assert step.assembly.layers == frozenset(offer["layers"])
         assert list(ours.deploy(state, round, clients[0])["global"]) == list(SITES)
-    assert list(ours.offer(state, 7, clients[0])) == ["global"]
-    assert ours.personal(clients[0], ours.offer(state, 7, clients[0]), {}).layers is None
+    assert list(offered(ours, state, 7, clients[0])) == ["global"]
+    assert ours.personal(clients[0], offered(ours, state, 7, clients[0]), {}).layers is None
 
 
 def test_with_all_layers_for_everybody_it_is_fedit(

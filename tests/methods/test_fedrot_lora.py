@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.methods.kit import aggregated, fedit_mean
 from tests.methods.rules import (
     CLIENTS,
     ONE,
@@ -27,7 +28,8 @@ from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Factors, Term
 from fedgrove.methods.contract import Trained
-from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.fedrot_lora import FedRotLoRA
+from fedgrove.methods.records import Whole
 from fedgrove.start import run
 
 EQUAL = (3, 3, 3, 3)
@@ -47,11 +49,10 @@ def soft(m: Tensor, lam: float) -> Tensor:
     return p @ special(p, qh) @ qh
 
 
-def uploaded(chosen: object, adapter: Adapter, reference: Adapter, round: int) -> Adapter:
+def uploaded(chosen: FedRotLoRA, adapter: Adapter, reference: Adapter, round: int) -> Adapter:
     done = Trained(Assembly((Term("global", adapter),)), 0.0, 1)
-    content, _ = chosen.report(CLIENTS[0], [done], {"global": reference}, {}, round)  # type: ignore[attr-defined]
-    found: Adapter = content["adapter"]
-    return found
+    content, _ = chosen.report(CLIENTS[0], [done], Whole(reference), {}, round)
+    return content.adapter
 
 
 @pytest.mark.parametrize("stretch", [1.0, 30.0])
@@ -61,7 +62,7 @@ def test_the_mean_is_of_rotated_factors_and_no_product_changes(lam: float, stret
     adapters = client_draws(chosen, stretch, EQUAL)
     for round in (2, 3, 4):
         mine = [uploaded(chosen, adapter, reference, round) for adapter in adapters]
-        after = chosen.aggregate({"global": reference}, round, sent(mine))["global"]
+        after = aggregated(chosen, Whole(reference), round, sent(mine)).whole
         for site in SITES:
             ref = reference[site]
             a, b = torch.zeros_like(ref.A), torch.zeros_like(ref.B)
@@ -84,8 +85,8 @@ def test_the_full_rotation_undoes_a_rotation() -> None:
         )
         turned = {s: Factors(turn.T @ f.A, f.B @ turn, f.scale) for s, f in reference.items()}
         mine.append(uploaded(chosen, turned, reference, 3))
-    after = chosen.aggregate({"global": reference}, 3, sent(mine))["global"]
-    plain = FedIT(chosen.options, chosen.setting).aggregate({}, 3, sent(mine))["global"]
+    after = aggregated(chosen, Whole(reference), 3, sent(mine)).whole
+    plain = fedit_mean(sent(mine))
     for site in SITES:
         close(after[site].A, reference[site].A)
         close(after[site].B, reference[site].B)
@@ -98,8 +99,8 @@ def test_the_first_round_and_strength_zero_are_fedit() -> None:
         chosen = method("fedrot-lora", rank=3, lam=lam)
         adapters = client_draws(chosen, 30.0, EQUAL)
         mine = [uploaded(chosen, adapter, reference, round) for adapter in adapters]
-        plain = FedIT(chosen.options, chosen.setting).aggregate({}, round, sent(adapters))["global"]
-        for site, f in chosen.aggregate({"global": reference}, round, sent(mine))["global"].items():
+        plain = fedit_mean(sent(adapters))
+        for site, f in aggregated(chosen, Whole(reference), round, sent(mine)).whole.items():
             close(f.A, plain[site].A)
             close(f.B, plain[site].B)
 

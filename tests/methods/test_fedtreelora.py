@@ -25,7 +25,7 @@ from fedgrove.ground.errors import JobError
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, Setting, Step, Trained, Update, reveal
 from fedgrove.methods.fedtreelora import FedTreeLoRA, TreeOptions
-from fedgrove.training.kernel import carry
+from fedgrove.training.client import carry
 
 LAYERS = 4
 SITES = {

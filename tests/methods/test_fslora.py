@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.methods.kit import fedit_mean
 from tests.methods.rules import (
     CLIENTS,
     EXAMPLES,
@@ -30,7 +31,6 @@ from tests.methods.rules import (
 from fedgrove.adapters import Adapter, Assembly, Term
 from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import ClientInfo, Trained
-from fedgrove.methods.fedit import FedIT
 
 
 def work(
@@ -107,7 +107,7 @@ def test_at_full_budget_it_is_fedit() -> None:
         {s: type(f)(start[s].A + f.A, start[s].B + f.B, f.scale) for s, f in moved.items()}
         for _, moved in arrived
     ]
-    plain = FedIT(chosen.options, chosen.setting).aggregate({}, 1, sent(ends))["global"]
+    plain = fedit_mean(sent(ends))
     after = chosen.aggregate({"global": start}, 1, updates([content for content, _ in arrived]))[
         "global"
     ]

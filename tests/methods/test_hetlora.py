@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.methods.kit import fedit_mean
 from tests.methods.rules import (
     CLIENTS,
     ONE,
@@ -29,7 +30,6 @@ from tests.methods.rules import (
 from fedgrove.adapters import Adapter, Assembly, Factors, Term
 from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import ClientInfo, Live, Trained
-from fedgrove.methods.fedit import FedIT
 
 
 def norms(adapters: list[Adapter]) -> list[float]:
@@ -83,8 +83,7 @@ def test_with_equal_ranks_and_norms_it_is_fedit() -> None:
         {s: Factors(f.A, f.B / size[n], f.scale) for s, f in a.items()}
         for n, a in enumerate(adapters)
     ]
-    uniform = FedIT.Options(weights="uniform")  # type: ignore[call-arg]
-    plain = FedIT(uniform, chosen.setting).aggregate({}, 1, sent(even))["global"]
+    plain = fedit_mean(sent(even), "uniform")
     after = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(even))["global"]
     for site in SITES:
         close(after[site].A, plain[site].A)

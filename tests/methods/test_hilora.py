@@ -25,7 +25,7 @@ from fedgrove.ground.seeds import generator
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, Live, Setting, Trained, Update
 from fedgrove.methods.hilora import HiLoRA, HiLoRAOptions, tier_lengths
-from fedgrove.training.kernel import carry
+from fedgrove.training.client import carry
 
 SITES = {
     "0.query": Site("0.query", 0, 14, 12),  # in, out
@@ -401,6 +401,7 @@ def test_penalties_are_the_formula_with_orthonormal_frozen_factors(balanced: boo
         terms[tier] = draw(("penalised", tier), dtype=torch.float32)
         B = {site: f.B.clone().requires_grad_() for site, f in terms[tier].items()}
         live = {**terms, tier: {site: replace(f, B=B[site]) for site, f in terms[tier].items()}}
+        assert step.penalty is not None
         value = step.penalty(Live(live, {}))
         expected, gradient = (
             0.0,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.methods.kit import aggregated, fedit_mean
 from tests.methods.rules import (
     CLIENTS,
     ONE,
@@ -25,8 +26,6 @@ from tests.methods.rules import (
 )
 from torch import Tensor
 
-from fedgrove.methods.fedit import FedIT
-
 EQUAL = (3, 3, 3, 3)
 
 
@@ -37,15 +36,15 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def test_as_lambda_vanishes_the_cosine_reaches_the_projection() -> None:
     chosen = method("lora-fair", rank=3, lam=0.0, lr=0.5, tol=0.0, max_steps=20000)
     adapters = client_draws(chosen, 1.5, EQUAL)
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
-    plain = FedIT(chosen.options, chosen.setting).aggregate({}, 1, sent(adapters))["global"]
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters))
+    plain = fedit_mean(sent(adapters))
     for site in SITES:
         whole, a = dense(adapters, WEIGHTS, site), plain[site].A
         projected = whole @ torch.linalg.pinv(a) @ a
         reached = cosine(model(chosen.global_assembly(state), site), whole)
         assert reached == pytest.approx(float(projected.norm() / whole.norm()), abs=1e-4)
         assert cosine(plain[site].product(), whole) < reached - 0.01
-        assert torch.equal(state["global"][site].A, a)
+        assert torch.equal(state.whole[site].A, a)
 
 
 def test_the_correction_lowers_the_papers_objective_and_more_weight_means_less_of_it() -> None:
@@ -53,8 +52,8 @@ def test_the_correction_lowers_the_papers_objective_and_more_weight_means_less_o
     for lam in (0.001, 0.01, 10.0):
         chosen = method("lora-fair", rank=3, lam=lam)
         adapters = client_draws(chosen, 1.0, EQUAL)
-        state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))["global"]
-        plain = FedIT(chosen.options, chosen.setting).aggregate({}, 1, sent(adapters))["global"]
+        state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters)).whole
+        plain = fedit_mean(sent(adapters))
         total = 0.0
         for site in SITES:
             whole, change = dense(adapters, WEIGHTS, site), (state[site].B - plain[site].B).norm()
@@ -68,8 +67,8 @@ def test_the_correction_lowers_the_papers_objective_and_more_weight_means_less_o
 def test_without_steps_it_is_fedit() -> None:
     chosen = method("lora-fair", rank=3, max_steps=0)
     adapters = client_draws(chosen, 30.0, EQUAL)
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))["global"]
-    plain = FedIT(chosen.options, chosen.setting).aggregate({}, 1, sent(adapters))["global"]
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters)).whole
+    plain = fedit_mean(sent(adapters))
     for site in SITES:
         close(state[site].A, plain[site].A)
         close(state[site].B, plain[site].B)

@@ -12,6 +12,7 @@ import torch
 from tests.methods.kit import (
     PER_RANK,
     adapter,
+    aggregated,
     equal_runs,
     exports,
     info,
@@ -26,6 +27,7 @@ from tests.methods.kit import (
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Factors
+from fedgrove.methods.records import Own
 from fedgrove.start import run
 
 JOB: dict[str, Any] = {"method": {"name": "pf2lora"}, "run": {"rounds": 2}}
@@ -34,8 +36,11 @@ JOB: dict[str, Any] = {"method": {"name": "pf2lora"}, "run": {"rounds": 2}}
 def test_the_server_takes_the_mean_of_each_factor() -> None:
     ours = method("pf2lora")
     adapters = [adapter(n, size=10.0**n) for n in range(3)]
-    state = ours.aggregate(
-        {}, 1, [update(f"c{n}", 10 * (n + 1), adapter=a) for n, a in enumerate(adapters)]
+    state = aggregated(
+        ours,
+        {"whole": {}},
+        1,
+        [update(f"c{n}", 10 * (n + 1), adapter=a) for n, a in enumerate(adapters)],
     )
     shares = [1 / 6, 2 / 6, 3 / 6]
     want = {
@@ -46,19 +51,20 @@ def test_the_server_takes_the_mean_of_each_factor() -> None:
         )
         for site in adapters[0]
     }
-    near(state["global"], want)
+    near(state.whole, want)
 
 
 def test_the_private_steps_come_first_and_train_the_private_module_alone() -> None:
     ours = method("pf2lora", private_rank=2, private_share=0.25)
     client = info("a")
-    first, second = ours.plan(client, ours.offer(ours.begin([client]), 1, client), {}, 1)
+    first, second = ours.plan(client, ours.offer(ours.begin([client]), 1, client), Own(), 1)
     assert {t.name: (t.train, t.home) for t in first.assembly.terms} == {
         "global": ("", "server"),
         "own": ("AB", "client"),
     }
     assert {t.name: t.train for t in second.assembly.terms} == {"global": "AB", "own": ""}
     assert (first.share, second.share) == (0.25, 0.75)
+    assert (first.carries, second.carries) == ((), ("own",))
     own = first.assembly.adapter("own")
     assert {(f.rank, f.scale) for f in own.values()} == {(2, 2.0)}
     assert all(not f.B.any() and f.A.any() for f in own.values())
@@ -98,8 +104,6 @@ def test_the_export_is_the_sum_of_both_modules(
     opened = exports(tiny_bert, silos, tmp_path, **JOB)
     assembly = opened.assembly("site-1")
     assert [t.name for t in assembly.terms] == ["global", "own"]
-    other = opened.method.personal(
-        opened.prepared.clients["site-1"], {"global": opened.state["global"]}, {}
-    )
+    other = opened.method.personal(opened.prepared.clients["site-1"], opened.state, Own())
     head = {name: e for name, e in assembly.extras.items() if name.startswith("head.")}
     assert (opened.logits(assembly) - opened.logits(other.with_extras(head))).abs().max() > 1e-6

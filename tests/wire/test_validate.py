@@ -233,9 +233,9 @@ def test_no_honest_message_of_any_method_is_refused(
     for round in range(1, 6):
 
         def offer(client: str, round: int = round, state: Any = state) -> Any:
-            content = here.head.beside(
-                here.method.offer(state, round, here.clients[client]), None, newcomer=False
-            )
+            opened = here.method.open(state, round)
+            content = here.method.offer(opened, round, here.clients[client])
+            content = here.head.beside(content, None, newcomer=False)
             assert offer_fault({"offer": content}, sites=here.base.sites) is None
             return content
 

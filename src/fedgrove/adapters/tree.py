@@ -1,17 +1,22 @@
 """Trees of tensors and plain values: what travels, what is kept, what a checkpoint holds.
 
 A tree is a nesting of ``dict`` (string keys) and ``list`` with leaves: tensor, ``Factors``, str,
-int, float, bool, None. One encoding serves the wire and the checkpoints: a safetensors blob whose
-single metadata key holds the structure as JSON. Nothing is ever pickled, and reading a blob cannot
-run code.
+int, float, bool, None. A dataclass instance, a *record*, stands for the ``dict`` of its fields.
+
+One encoding serves the wire and the checkpoints: a safetensors blob whose single metadata key holds
+the structure as JSON. Nothing is ever pickled, and reading a blob cannot run code: it gives plain
+dicts, of which ``typed`` makes the record that the reader expects.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +29,34 @@ from fedgrove.adapters.private import PrivacyError, is_private, seal, unseal
 from fedgrove.ground.errors import AdapterError
 
 Tree = dict[str, Any]
+Kind = TypeVar("Kind")
 _KEY = "fedgrove"
+
+
+def is_record(node: object) -> bool:
+    """Whether the node is a dataclass instance that stands for the ``dict`` of its fields."""
+    if isinstance(node, type | Factors):
+        return False
+    return dataclasses.is_dataclass(node)
+
+
+def table(node: object) -> dict[str, Any] | None:
+    """A dict as it is, a record as the dict of its fields, None for anything else."""
+    if isinstance(node, dict):
+        return node
+    if not is_record(node):
+        return None
+    names = [field.name for field in dataclasses.fields(cast(Any, node))]
+    return {name: getattr(node, name) for name in names}
+
+
+def plain(tree: Any) -> Any:
+    """The same tree with dicts in place of its records: what decoding its bytes would give."""
+    if (parts := table(tree)) is not None:
+        return {key: plain(value) for key, value in parts.items()}
+    if isinstance(tree, list):
+        return [plain(value) for value in tree]
+    return tree
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -34,8 +66,8 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(tree, Factors):
         yield f"{path}.A", tree.A
         yield f"{path}.B", tree.B
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
+    elif (parts := table(tree)) is not None:
+        for key, value in parts.items():
             yield from leaves(value, f"{path}/{key}" if path else str(key))
     elif isinstance(tree, list):
         for index, value in enumerate(tree):
@@ -43,13 +75,17 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree with ``change`` applied to each tensor."""
+    """The same tree with ``change`` applied to each tensor; a record stays one of its class."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, Factors):
         return tree.map(change)
     if isinstance(tree, dict):
         return {key: map_tensors(value, change) for key, value in tree.items()}
+    if is_record(tree):
+        parts = table(tree) or {}
+        changed = {key: map_tensors(value, change) for key, value in parts.items()}
+        return dataclasses.replace(tree, **changed)
     if isinstance(tree, list):
         return [map_tensors(value, change) for value in tree]
     return tree
@@ -70,7 +106,7 @@ def nbytes(tree: Any) -> int:
     return total
 
 
-def pack(tree: Tree, *, private: bool = False) -> bytes:
+def pack(tree: object, *, private: bool = False) -> bytes:
     """Encode a tree. Private tensors are refused unless ``private`` (a client's own store)."""
     tensors: dict[str, Tensor] = {}
     structure = _encode(tree, tensors, private, "")
@@ -119,16 +155,13 @@ def _encode(node: Any, tensors: dict[str, Tensor], private: bool, path: str) -> 
             ],
             "s": _plain(node.scale, path),
         }
-    if isinstance(node, dict):
-        for key in node:
+    if (parts := table(node)) is not None:
+        encoded = {}
+        for key, value in parts.items():
             if not isinstance(key, str):
                 raise TypeError(f"'{path}' has the key {key!r}; a tree's keys are strings.")
-        return {
-            "d": {
-                key: _encode(value, tensors, private, f"{path}/{key}" if path else key)
-                for key, value in node.items()
-            }
-        }
+            encoded[key] = _encode(value, tensors, private, f"{path}/{key}" if path else key)
+        return {"d": encoded}
     if isinstance(node, list):
         return {
             "l": [
@@ -167,3 +200,128 @@ def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _value(value: Any) -> Any:
     return float(value["float"]) if isinstance(value, dict) else value
+
+
+# --------------------------------------------------------------------------------------- records
+def typed(kind: type[Kind], value: object) -> Kind:
+    """The ``kind`` that a decoded dict stands for; one that is a ``kind`` already is given back.
+
+    Fields become what their annotations say: dataclasses, ``X | None``, ``list[…]``, ``dict[str,
+    …]``, tensors, factors and plain values. A field with a default may be missing. ``dict`` as the
+    kind lets everything pass. Classes come from the caller alone, never from a name in the data.
+
+    Raises:
+        AdapterError: a field is unknown, missing or of another kind; it names the field.
+        TypeError: an annotation is none that a tree can hold.
+    """
+    if kind is dict:
+        return cast(Kind, value)
+    return cast(Kind, _fit(kind, value, ""))
+
+
+def _fit(hint: Any, value: Any, path: str) -> Any:
+    """The value as its annotation has it."""
+    if hint is Any or hint is object:
+        return value
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _fit_union(hint, value, path)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise _misfit(hint, value, path)
+        return value
+    if origin in (list, Sequence):
+        return _fit_list(hint, value, path)
+    if origin in (dict, Mapping):
+        return _fit_dict(hint, value, path)
+    if not isinstance(hint, type) or origin is not None:
+        raise TypeError(f"'{path}' is annotated as {_words(hint)}, which no tree holds.")
+    if dataclasses.is_dataclass(hint) and hint is not Factors:
+        return _fit_record(hint, value, path)
+    number = hint is float and isinstance(value, int)
+    right = number or isinstance(value, hint)
+    truth = isinstance(value, bool) and hint in (int, float)
+    if not right or truth:
+        raise _misfit(hint, value, path)
+    return value
+
+
+def _fit_record(kind: type, value: Any, path: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        raise _misfit(kind, value, path)
+    hints = _hints(kind)
+    known = {field.name: field for field in dataclasses.fields(cast(Any, kind)) if field.init}
+    for key in value:
+        if key not in known:
+            has = ", ".join(known) or "no fields"
+            raise AdapterError(
+                f"'{_below(path, key)}' is no field of {kind.__name__}, which has {has}."
+            )
+    parts = {}
+    for name, field in known.items():
+        where = _below(path, name)
+        if name in value:
+            parts[name] = _fit(hints[name], value[name], where)
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise AdapterError(f"'{where}' is missing, which {kind.__name__} needs.")
+    return kind(**parts)
+
+
+def _fit_list(hint: Any, value: Any, path: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _misfit(hint, value, path)
+    (inner,) = get_args(hint)
+    return [_fit(inner, each, f"{path}/{index}") for index, each in enumerate(value)]
+
+
+def _fit_dict(hint: Any, value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _misfit(hint, value, path)
+    _, inner = get_args(hint)
+    return {key: _fit(inner, each, _below(path, key)) for key, each in value.items()}
+
+
+def _fit_union(hint: Any, value: Any, path: str) -> Any:
+    """The value as the first alternative that it fits."""
+    others = [each for each in get_args(hint) if each is not types.NoneType]
+    if value is None and len(others) < len(get_args(hint)):
+        return None
+    if len(others) == 1:
+        return _fit(others[0], value, path)  # its own words, where it does not fit
+    for each in others:
+        try:
+            return _fit(each, value, path)
+        except AdapterError:
+            continue
+    raise _misfit(hint, value, path)
+
+
+def _misfit(hint: Any, value: Any, path: str) -> AdapterError:
+    where = f"'{path}'" if path else "The data"
+    found = "None" if value is None else f"a {type(value).__name__}"
+    return AdapterError(f"{where} is {found}, where {_words(hint)} is expected.")
+
+
+def _words(hint: Any) -> str:
+    if isinstance(hint, type) and get_origin(hint) is None:
+        return hint.__name__
+    return str(hint).replace("fedgrove.adapters.adapter.", "").replace("torch.", "")
+
+
+def _below(path: str, key: object) -> str:
+    name = str(key)[:80]
+    return f"{path}/{name}" if path else name
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """A record's annotations, looked up in the module that defines it."""
+    try:
+        return get_type_hints(kind)
+    except NameError as error:
+        raise TypeError(
+            f"{kind.__module__}.{kind.__name__} has an annotation that cannot be read ({error}); "
+            f"import what it names at run time."
+        ) from error

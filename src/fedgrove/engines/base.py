@@ -60,7 +60,7 @@ class Leaving:
     stored: int  # numbers in its personal model
     artefacts: dict[
         str, Any
-    ]  # of ``Method.client_artefacts``; empty where they stay with the client
+    ]  # of ``ClientArtefacts.client_artefacts``; empty where they stay with the client
     texts: list[dict[str, Any]] = field(
         default_factory=list
     )  # what its language model wrote; of a simulation alone

@@ -8,8 +8,8 @@ starting ``A`` costs no message.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -19,67 +19,80 @@ from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
-    Mine,
-    Offer,
-    Plan,
-    State,
-    Step,
     Trained,
     Update,
     reveal,
     shares,
 )
+from fedgrove.methods.protocols import Summable
+
+Letter = Literal["A", "B"]
 
 
-class Half(Method):
+@dataclass(frozen=True, eq=False)
+class OneFactor:
+    """One factor of each site: A [rank, in] or B [out, rank]."""
+
+    half: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class OwnFactor:
+    """The other one, where it trains and stays with the client; None before it has trained."""
+
+    half: dict[str, Tensor] | None = None
+
+
+class Half(Method, Summable):
     """Shares one factor (``shared``); the other is frozen or private."""
 
-    reduce = "sum"
     stale = True
+    State, Offer, Mine, Sent = OneFactor, OneFactor, OwnFactor, OneFactor
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
-    shared: ClassVar[str]
-    private: ClassVar[str] = ""  # the factor that trains but stays
+    shared: ClassVar[Letter]
+    private: ClassVar[Letter | None] = None  # the factor that trains but stays
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"half": _half(self.setting.shared_draw(), self.shared)}
+    def begin(self, clients: Sequence[ClientInfo]) -> OneFactor:
+        return OneFactor(_half(self.setting.shared_draw(), self.shared))
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"half": state["half"]}
+    def offer(self, state: OneFactor, round: int, client: ClientInfo) -> OneFactor:
+        return state
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+    def aggregate(
+        self, state: OneFactor, round: int, updates: Sequence[Update[OneFactor]]
+    ) -> OneFactor:
         weights = shares(updates, self.options.weights)
-        halves = [update.content["half"] for update in updates]
-        return {
-            "half": {
-                site: _weighted([half[site] for half in halves], weights)
-                for site in self.setting.sites
-            }
+        halves = [update.content.half for update in updates]
+        means = {
+            site: _weighted([half[site] for half in halves], weights) for site in self.setting.sites
         }
-
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        return [Step(self.personal(client, offer, mine))]
+        return OneFactor(means)
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: OneFactor,
+        mine: OwnFactor,
+        round: int,
+    ) -> tuple[OneFactor, OwnFactor]:
         adapter = trained[-1].adapter("adapter")
-        stays = {"half": _half(adapter, self.private)} if self.private else mine
-        return {"half": _half(adapter, self.shared)}, stays
+        stays = OwnFactor(_half(adapter, self.private)) if self.private else mine
+        return OneFactor(_half(adapter, self.shared)), stays
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        adapter = self._joined(offer["half"], reveal(mine).get("half"))
-        return Assembly(
-            (Term("adapter", adapter, train=self.shared + self.private, kept=self.private),)
-        )
+    def personal(self, client: ClientInfo, offer: OneFactor, mine: OwnFactor) -> Assembly:
+        adapter = self._joined(offer.half, reveal(mine.half))
+        kept = self.private or ""
+        return Assembly((Term("adapter", adapter, train=self.shared + kept, kept=kept),))
 
-    def global_assembly(self, state: State) -> Assembly | None:
+    def global_assembly(self, state: OneFactor) -> Assembly | None:
         if self.private:
             return None
-        return Assembly((Term("adapter", self._joined(state["half"], None)),))
+        return Assembly((Term("adapter", self._joined(state.half, None)),))
 
     def _joined(self, shared: Mapping[str, Tensor], own: Mapping[str, Tensor] | None) -> Adapter:
         adapter = self.setting.shared_draw()
-        other = "B" if self.shared == "A" else "A"
+        other: Letter = "B" if self.shared == "A" else "A"
         for site, factors in adapter.items():
             adapter[site] = _with(factors, self.shared, shared[site])
             if own is not None:
@@ -87,15 +100,17 @@ class Half(Method):
         return adapter
 
 
-def _half(adapter: Adapter, factor: str) -> dict[str, Tensor]:
-    return {site: getattr(factors, factor) for site, factors in adapter.items()}
+def _half(adapter: Adapter, letter: Letter) -> dict[str, Tensor]:
+    return {site: f.A if letter == "A" else f.B for site, f in adapter.items()}
 
 
-def _with(factors: Factors, factor: str, value: Tensor) -> Factors:
-    return replace(factors, A=value) if factor == "A" else replace(factors, B=value)
+def _with(factors: Factors, letter: Letter, value: Tensor) -> Factors:
+    """The factors with A [rank, in] or B [out, rank] replaced."""
+    return replace(factors, A=value) if letter == "A" else replace(factors, B=value)
 
 
 def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum of tensors of one shape."""
     total = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total = total + tensor * weight

@@ -49,9 +49,6 @@ class SomeLayers(Method):
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
         self.layers = layers_of(setting.sites)
-        self._drawn: tuple[int, dict[str, list[int]]] | None = (
-            None  # a round's rows: every client asks for its own
-        )
 
     def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
         """For each client the places (0: the shallowest) of the ``counts[i]`` layers that it trains
@@ -82,13 +79,13 @@ class SomeLayers(Method):
     def weights(self, updates: Sequence[Update]) -> list[float]:
         return shares(updates, self.options.weights)
 
-    def allotted(self, state: State, round: int, client: ClientInfo) -> list[int]:
-        """The layers that a client trains in this round."""
-        if self._drawn is None or self._drawn[0] != round:
-            counts: dict[str, int] = state["counts"]
-            rows = self.draw(list(counts.values()), round)
-            named = {
-                name: [self.layers[n] for n in row] for name, row in zip(counts, rows, strict=True)
-            }
-            self._drawn = (round, named)
-        return self._drawn[1][client.name]
+    def open(self, state: State, round: int) -> State:
+        """With ``rows``: the layers that each client trains in this round."""
+        if round > self.setting.rounds:
+            return {**state, "rows": {}}
+        counts: dict[str, int] = state["counts"]
+        drawn = self.draw(list(counts.values()), round)
+        rows = {
+            name: [self.layers[n] for n in row] for name, row in zip(counts, drawn, strict=True)
+        }
+        return {**state, "rows": rows}

@@ -2,31 +2,38 @@
 
 The server half turns what arrived into what goes down next; the client half says what trains and
 what leaves. In a deployment the two halves run in different organisations, so they share nothing
-but the method's options and the
-``Setting``. See ``docs/architecture.md`` for the table of every method against this contract.
+but the method's options and the ``Setting``. What else a method may be asked, by privacy, the noise
+lab, newcomers or the report, is in ``protocols``. See ``docs/architecture.md`` for the table of
+every method against this contract.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site, fresh
-from fedgrove.adapters.algebra import Indices
-from fedgrove.adapters.assembly import Assembly, Mix
+from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.adapters.tree import map_tensors
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.seeds import derive, generator
 
-State = dict[str, Any]
-Offer = dict[str, Any]
-Mine = dict[str, Any]
+#: What only a method itself knows the kind of. Its own hooks say it: ``state: FedITState``.
+State = Any
+Offer = Any
+Mine = Any
+Sent = Any
+Probed = Any
+
+Tree = TypeVar("Tree")
+Content = TypeVar("Content", default=Any)
 
 
 class Options(BaseModel):
@@ -79,36 +86,63 @@ class Setting:
         return derive(self.seed, *keys)
 
     def shared_draw(self, rank: int | None = None, purpose: str = "init") -> Adapter:
-        """The one random ``A`` (and zero ``B``) that every client starts from; smaller ranks get
-        its first rows.
+        """The one random ``A`` (and zero ``B``) that every client starts from, at any rank: of two
+        ranks the smaller has the first rows of the larger.
 
         Drawn from the seed alone, so it costs no message.
         """
-        whole = fresh(self.sites, self.rank, 1.0, generator(self.seed, "shared", purpose))
         rank = self.rank if rank is None else rank
-        return {
-            name: Factors(A=f.A[:rank].clone(), B=f.B[:, :rank].clone(), scale=self.scale(rank))
-            for name, f in whole.items()
-        }
+        drawn: Adapter = {}
+        for name, first in self._first_rows(purpose).items():
+            A = first[:rank].clone()
+            if rank > self.rank:
+                A = torch.cat([A, self._more_rows(name, rank - self.rank, purpose)])
+            B = torch.zeros(self.sites[name].out_features, rank, dtype=A.dtype)
+            drawn[name] = Factors(A, B, self.scale(rank))
+        return drawn
+
+    def _first_rows(self, purpose: str) -> dict[str, Tensor]:
+        """The drawn ``A [R, in]`` of every site."""
+        whole = fresh(self.sites, self.rank, 1.0, generator(self.seed, "shared", purpose))
+        return {name: factors.A for name, factors in whole.items()}
+
+    def _more_rows(self, name: str, count: int, purpose: str) -> Tensor:
+        """A site's rows ``[count, in]`` beyond R: a draw of their own, so that R's stay what they
+        are.
+        """
+        rng = generator(self.seed, "shared", purpose, "beyond", name)
+        return fresh({name: self.sites[name]}, count, 1.0, rng)[name].A
 
 
 @dataclass(frozen=True)
-class Update:
-    """What arrived from one client in one round."""
+class Update(Generic[Content]):
+    """What arrived from one client in one round; ``content`` is the method's ``Sent``."""
 
     client: str
     examples: int
-    content: Mapping[str, Any]
+    content: Content
+    rank: int = 0  # the client's; 0: of no one client, as the mean of several
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """What a penalty sees: the tensors as they train now."""
+
+    terms: Mapping[str, Adapter]
+    extras: Mapping[str, Tensor]
+
+
+Penalty = Callable[[Live], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One stretch of local work. Terms and extras of a later step take over what an earlier one
-    trained, by name.
-    """
+    """One stretch of local work."""
 
     assembly: Assembly
-    penalty: Any = None  # Callable[[Live], Tensor]: added to the task's loss on every batch
+    penalty: Penalty | None = None  # added to the task's loss on every batch
+    carries: tuple[str, ...] = ()
+    # terms and extras that begin where the last earlier step of the plan that trained them ended
     share: float = 1.0  # share of the round's local budget (steps or epochs)
     epochs: float | None = None  # instead of the share: so many passes over the client's data
     head: bool = True  # whether the head trains too, where the head policy lets it
@@ -123,14 +157,6 @@ class Step:
     count: int = (
         0  # how many examples, for "train" and "features" (for "fisher": batches); 0 is all
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Live:
-    """What a penalty sees: the tensors as they train now."""
-
-    terms: Mapping[str, Adapter]
-    extras: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +179,26 @@ class Trained:
 Plan = Iterable[Step] | Generator[Step, Trained, None]
 
 
-class Method:
-    """Base class. A method states its identity, then overrides what differs from these defaults."""
+class Kinds:
+    """What a method's trees are: plain dicts, or frozen dataclasses of its own.
+
+    A dataclass travels and is stored as the dict of its fields, and is made of it again where it
+    enters a half (``adapters.tree.typed``). Those of what may be empty need a default for every
+    field: ``Mine`` of a client that has trained nothing yet, ``Sent`` where nothing may be sent.
+    """
+
+    State: ClassVar[type[Any]] = dict  # of the server
+    Offer: ClassVar[type[Any]] = dict  # goes down
+    Mine: ClassVar[type[Any]] = dict  # stays with the client
+    Sent: ClassVar[type[Any]] = dict  # goes up
+    Probed: ClassVar[type[Any]] = dict  # goes up from a newcomer's probe
+
+
+class Method(Kinds):
+    """Base class. A method states its identity, then overrides what differs from these defaults.
+
+    ``aggregate``, ``report`` and ``personal`` have none.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -162,22 +206,11 @@ class Method:
     trains: ClassVar[str]
     shares: ClassVar[str]
     keeps: ClassVar[str]
-    #: "sum" where adding the clients' updates is all that the server needs (secure aggregation),
-    #: else "each"
-    reduce: ClassVar[Literal["sum", "each"]] = "each"
     #: "mixed" where clients may have different ranks
     ranks: ClassVar[Literal["equal", "mixed"]] = "equal"
     #: True where an update means the same in a later round than the one it was trained in
     #: (``federation.late``)
     stale: ClassVar[bool] = False
-    #: True where the server takes the mean of A and of B for each rank index: then the bound on its
-    #: noise holds
-    averages_factors: ClassVar[bool] = False
-    #: names of terms that are tiers of their own: `fedgrove export --tier` writes one alone
-    tiers: ClassVar[tuple[str, ...]] = ()
-    #: mixes whose weights depend on the input: by these names a client's model is read back
-    #: (``interop.assembly_file``)
-    mixes: ClassVar[tuple[type[Mix], ...]] = ()
     #: False where nothing is averaged, so that clients learn nothing from each other
     federated: ClassVar[bool] = True
     Options: ClassVar[type[Options]] = Options
@@ -194,7 +227,15 @@ class Method:
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         """The server's state before the first round."""
-        return {}
+        return self.State()
+
+    def open(self, state: State, round: int) -> State:
+        """The state as the offers of round ``round`` are made from it: with what all clients have
+        in common worked out once. It is asked once a round and never kept.
+
+        Offers of ``rounds + 1``, ``deploy`` after the round before and ``welcome`` see it too.
+        """
+        return state
 
     def select(
         self, state: State, round: int, available: Sequence[str], fraction: float
@@ -206,7 +247,13 @@ class Method:
 
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
         """What goes down to ``client`` before round ``round`` (``rounds + 1``: after the last)."""
-        return {}
+        return self.Offer()
+
+    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+        """The state after the round. Absent clients are normal; ``updates`` is in name order and
+        not empty.
+        """
+        return state
 
     def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
         """What a client's personal model is made of after round ``round``: what the next round
@@ -216,122 +263,32 @@ class Method:
         """
         return self.offer(state, round + 1, client)
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        """The state after the round. Absent clients are normal; ``updates`` is in name order and
-        not empty.
-        """
-        return state
-
-    def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
+    def welcome(self, state: State, client: ClientInfo, probe: Probed | None) -> Offer:
         """What a client that never trained starts from.
 
         First asked with ``probe = None``: usable at once, and what the client's ``probe`` runs on.
-        Where the method has a probe, asked again with what ``probe_report`` sent up.
+        Where the method ``Probes``, asked again with what ``probe_report`` sent up.
         """
         return self.offer(state, self.setting.rounds + 1, client)
 
-    def global_assembly(self, state: State) -> Assembly | None:
-        """The one model of all clients, where the method has one; what is merged in the base is its
-        ``base_delta``.
-        """
-        return None
-
-    def needs_each(self) -> str:
-        """Why the server needs each client's own update and not only a sum, as a clause; "" where a
-        sum is enough.
-
-        Where it is, ``aggregate`` of the one update that is the mean of the clients' ``addend``
-        gives the same state.
-        """
-        return (
-            ""
-            if self.reduce == "sum"
-            else "its server works on each client's own update, not on their sum"
-        )
-
-    def addend(self, content: dict[str, Any], offer: Offer) -> dict[str, Any]:
-        """An update's content in the shape in which all clients' add up: where it has no number,
-        what was offered.
-        """
-        return content
-
-    def divisors(self, contents: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-        """What the sum is divided by, a number for each number of ``addend``; None: by the number
-        of clients.
-        """
-        return None
-
-    def reads(self) -> str:
-        """What the client half reads of its data beside training steps, as words; "" for nothing
-        (``[privacy]``).
-        """
-        return ""
-
-    def weights(self, updates: Sequence[Update]) -> list[float]:
-        """``p_i`` of the method's own mean over this round's clients, for the noise lab
-        (``run.noise``).
-        """
-        return shares(updates, getattr(self.options, "weights", "uniform"))
-
-    def modules(self, update: Update) -> tuple[Adapter, Indices | None] | None:
-        """For the noise lab: the rank-1 modules that a client trained and their global rank indices
-        (None: the first).
-
-        Only where the server averages by rank index, so that each index has holders and weights of
-        its own.
-        """
-        return None
-
-    def artefacts(self, state: State) -> dict[str, Any]:
-        """Plain data by file name, written into the run directory at the end."""
-        return {}
-
     # ------------------------------------------------------------------ client
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        """The local work of a round. A generator may look at each step's ``Trained`` before it
-        yields the next.
+        """The local work of a round: one step on the personal model. A generator may look at each
+        step's ``Trained`` before it yields the next.
         """
-        raise NotImplementedError
+        return [Step(self.personal(client, offer, mine))]
 
     def report(
         self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+    ) -> tuple[Sent, Mine]:
         """What travels up, and what stays."""
         raise NotImplementedError
-
-    def probe(self, client: ClientInfo, offer: Offer) -> Plan | None:
-        """A newcomer's few local steps before the server places it; None where the method needs no
-        placing.
-        """
-        return None
-
-    def probe_report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer
-    ) -> dict[str, Any]:
-        """What the probe sends up."""
-        return {}
 
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         """What the client deploys. What its terms' ``train`` flags say is what local fine-tuning
         trains.
         """
         raise NotImplementedError
-
-    def penalty(self, client: ClientInfo, offer: Offer, mine: Mine) -> Any:
-        """What local fine-tuning of ``personal`` adds to the loss: ``Callable[[Live], Tensor]``, or
-        None.
-        """
-        return None
-
-    def client_artefacts(self, client: ClientInfo, offer: Offer, mine: Mine) -> dict[str, Any]:
-        """Plain data by file name on what is private to the client, for its own eyes.
-
-        The local engine, which simulates all clients, merges it into the artefact of that name,
-        dictionary by
-        dictionary: name the client in it, e.g. ``{"tree.json": {"lambda": {"3": {client.name:
-            0.7}}}}``.
-        """
-        return {}
 
 
 def draw(available: Sequence[str], fraction: float, rng: torch.Generator) -> list[str]:
@@ -351,14 +308,20 @@ def shares(updates: Sequence[Update], weights: str) -> list[float]:
     return [update.examples / total for update in updates]
 
 
-def reveal(mine: Any) -> Any:
-    """A client's own sealed tensors as plain ones, for arithmetic on its own machine."""
-    return map_tensors(mine, unseal)
+def reveal(tree: Tree) -> Tree:
+    """A client's own sealed tensors as plain ones, for arithmetic on its own machine.
+
+    The kernel needs none: it trains sealed tensors as they are, and seals what a term or an extra
+    of the home "client" trained.
+    """
+    revealed: Tree = map_tensors(tree, unseal)
+    return revealed
 
 
-def keep(tree: Any) -> Any:
-    """Seal every tensor of what stays with the client."""
-    return map_tensors(tree, seal)
+def keep(tree: Tree) -> Tree:
+    """Seal every tensor of what stays with the client and was not trained by a term of its home."""
+    kept: Tree = map_tensors(tree, seal)
+    return kept
 
 
 def refuse_unequal_scales(adapters: Sequence[Adapter], method: str) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -29,15 +29,14 @@ from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
     Mine,
-    Offer,
     Plan,
-    State,
     Step,
     Trained,
     Update,
     reveal,
 )
 from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.records import OneAdapter, Whole
 
 FUSION = ("fusion.global", "fusion.own")
 
@@ -86,7 +85,7 @@ class FDLoRA(FedIT):
     Options: ClassVar[type[contract.Options]] = FDOptions
 
     # ------------------------------------------------------------------ server
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
         if self._local(round):
             return state
         return super().aggregate(state, round, updates)
@@ -96,28 +95,27 @@ class FDLoRA(FedIT):
         return round == self.setting.rounds > 1
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
+    def plan(self, client: ClientInfo, offer: Whole, mine: Mine, round: int) -> Plan:
         options, period = self.options, self._period(round)
         # Counted in periods, so that a client absent in the round of a reset makes up for it.
-        own = reveal(mine)["own"] if mine.get("period") == period else offer["global"]
+        own = reveal(mine)["own"] if mine.get("period") == period else offer.whole
         personal = Assembly((Term("own", own, home="client"),))
         if not self._local(round):
             return [
                 Step(personal, share=options.personal_share, stream="personal"),
-                Step(
-                    Assembly((Term("global", offer["global"]),)), share=1 - options.personal_share
-                ),
+                Step(Assembly((Term("global", offer.whole),)), share=1 - options.personal_share),
             ]
         steps = [Step(personal, share=1 - options.fusion_share, stream="personal")]
         if options.fusion_share:
             terms = (
-                Term("global", offer["global"], train=""),
+                Term("global", offer.whole, train=""),
                 Term("own", own, train="", home="client"),
             )
             both = Assembly(terms, Fused(), self._weights(mine))
             steps.append(
                 Step(
                     both,
+                    carries=("own",),
                     share=options.fusion_share,
                     head=False,
                     stream="fusion",
@@ -127,19 +125,19 @@ class FDLoRA(FedIT):
         return steps
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+    ) -> tuple[OneAdapter, Mine]:
         kept = {**mine, "own": trained[0].adapter("own"), "period": self._period(round)}
         if not self._local(round):
-            return {"adapter": trained[1].adapter("global")}, kept
+            return OneAdapter(trained[1].adapter("global")), kept
         if self.options.fusion_share:
             kept["fusion"] = {name: trained[-1].extra(name) for name in FUSION}
-        return {}, kept
+        return OneAdapter(), kept
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
+    def personal(self, client: ClientInfo, offer: Whole, mine: Mine) -> Assembly:
         if "own" not in mine:
-            return Assembly((Term("global", offer["global"]),))
-        terms = (Term("global", offer["global"], train=""), Term("own", mine["own"], home="client"))
+            return Assembly((Term("global", offer.whole),))
+        terms = (Term("global", offer.whole, train=""), Term("own", mine["own"], home="client"))
         return Assembly(terms, Fused(), self._weights(mine))
 
     def _period(self, round: int) -> int:

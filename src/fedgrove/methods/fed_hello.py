@@ -73,11 +73,11 @@ class FedHeLLo(SomeLayers):
     # ------------------------------------------------------------------ server
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
         offer: Offer = {"global": state["global"]}
-        if round > self.setting.rounds or client.name not in state["counts"]:
+        if client.name not in state["rows"]:  # after the last round, or a newcomer
             return offer
         if self.options.allocation == "fim" and round > self.warm:
             return {**offer, "count": state["counts"][client.name]}
-        return {**offer, "layers": self.allotted(state, round, client)}
+        return {**offer, "layers": state["rows"][client.name]}
 
     def reads(self) -> str:
         return (
@@ -96,16 +96,14 @@ class FedHeLLo(SomeLayers):
     ) -> Generator[Step, Trained, None]:
         scores = mine.get("scores")
         if "layers" not in offer and scores is None:
-            # Under a name of its own, so that what trains next does not take over all layers from
-            # it.
-            probe = Assembly((Term("probe", offer["global"]),))
+            probe = Assembly((Term("global", offer["global"]),))
             looked = yield Step(
                 probe, head=False, measure="fisher", stream="fisher", count=self.options.batches
             )
             scores = self._scores(looked)
         chosen = self._chosen(offer, scores)
         sites = self.setting.sites
-        terms = [Term("trained", part(offer["global"], sites, chosen))]
+        terms = [Term("global", part(offer["global"], sites, chosen))]
         if len(chosen) < len(self.layers):
             terms.append(
                 Term("frozen", part(offer["global"], sites, chosen, inside=False), train="")
@@ -117,7 +115,7 @@ class FedHeLLo(SomeLayers):
     ) -> tuple[dict[str, Any], Mine]:
         if trained[0].scores is not None:
             mine = {**mine, "scores": self._scores(trained[0])}
-        return {"adapter": trained[-1].adapter("trained")}, mine
+        return {"adapter": trained[-1].adapter("global")}, mine
 
     def _chosen(self, offer: Offer, scores: Mapping[str, float] | None) -> list[int]:
         """The layers to train: as the server allots them, or the best by the client's own scores
@@ -132,7 +130,7 @@ class FedHeLLo(SomeLayers):
     def _scores(self, looked: Trained) -> dict[str, float]:
         """The trace of the empirical Fisher matrix of each layer's A and B."""
         result = {str(layer): 0.0 for layer in self.layers}
-        for name, squares in (looked.scores or {})["probe"].items():
+        for name, squares in (looked.scores or {})["global"].items():
             total = float(squares.A.double().sum() + squares.B.double().sum())
             result[str(self.setting.sites[name].layer)] += total
         return result

@@ -159,8 +159,7 @@ class FedPLoRA(Method):
     ) -> Generator[Step, Trained, None]:
         gradients = None
         if self.options.selection == "gradient" and client.rank < self.setting.rank:
-            # Under a name of its own: what trains next must not take over all R modules from it.
-            probe = Assembly((Term("probe", offer["global"]),))
+            probe = Assembly((Term("global", offer["global"]),))
             looked = yield Step(
                 probe, head=False, measure="fisher", stream="select", count=self.options.batches
             )
@@ -230,7 +229,7 @@ class FedPLoRA(Method):
             selection == "gradient" and gradients is not None
         ):  # of squared gradients the mean is there already
             by_site = {
-                s: f.A.double().sum(1) + f.B.double().sum(0) for s, f in gradients["probe"].items()
+                s: f.A.double().sum(1) + f.B.double().sum(0) for s, f in gradients["global"].items()
             }
         else:
             by_site = {

@@ -25,9 +25,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.assembly import Assembly, Extra, Junction, Mix, Term, Weighted
-from fedgrove.adapters.groups import GroupMeans, group_means
+from fedgrove.adapters.groups import group_means
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -35,7 +34,6 @@ from fedgrove.methods.contract import (
     Mine,
     Offer,
     Plan,
-    Setting,
     State,
     Step,
     Trained,
@@ -82,12 +80,6 @@ class FedALT(Method):
     mixes = (Gated,)
     Options: ClassVar[type[contract.Options]] = ALTOptions
 
-    def __init__(self, options: Any, setting: Setting):
-        super().__init__(options, setting)
-        self._means: tuple[Any, GroupMeans] | None = (
-            None  # of the last state asked for: each client asks for its rest
-        )
-
     # ------------------------------------------------------------------ server
     def needs_each(self) -> str:
         return "each client gets the mean of all the others"
@@ -95,8 +87,25 @@ class FedALT(Method):
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {"latest": {}, "examples": {}}
 
+    def open(self, state: State, round: int) -> State:
+        """With ``rest``, the mean of the others for each client that has sent something, and
+        ``everyone``, the mean of all; both empty before anybody has.
+        """
+        names = list(state["latest"])
+        if not names:
+            return {**state, "rest": {}, "everyone": {}}
+        weights = [1.0] * len(names)
+        if self.options.weights == "examples":
+            weights = [float(state["examples"][name]) for name in names]
+        means = group_means(list(state["latest"].values()), range(len(names)), weights)
+        return {
+            **state,
+            "rest": dict(zip(names, means.rest, strict=True)),
+            "everyone": means.everyone,
+        }
+
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        rest = self._rest(state, client.name)
+        rest = state["rest"].get(client.name, state["everyone"])
         return {"rest": rest} if rest and self.options.gate != "own" else {}
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
@@ -108,25 +117,7 @@ class FedALT(Method):
         return {"latest": dict(sorted(latest.items())), "examples": dict(sorted(examples.items()))}
 
     def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
-        rest = self._rest(state, "")
-        return {"rest": rest} if rest else {}
-
-    def _rest(self, state: State, client: str) -> Adapter:
-        """The mean over everybody but the client (over everybody, where it sent nothing yet); {} of
-        nobody.
-        """
-        latest = state["latest"]
-        if not latest:
-            return {}
-        if self._means is None or self._means[0] is not latest:
-            names = list(latest)
-            weights = [
-                float(state["examples"][n]) if self.options.weights == "examples" else 1.0
-                for n in names
-            ]
-            self._means = (latest, group_means(list(latest.values()), range(len(names)), weights))
-        means = self._means[1]
-        return means.rest[list(latest).index(client)] if client in latest else means.everyone
+        return {"rest": state["everyone"]} if state["everyone"] else {}
 
     # ------------------------------------------------------------------ client
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:

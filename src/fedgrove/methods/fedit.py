@@ -8,7 +8,7 @@ later methods correct.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Term
@@ -17,48 +17,43 @@ from fedgrove.methods.contract import (
     ClientInfo,
     Method,
     Mine,
-    Offer,
-    Plan,
-    State,
-    Step,
     Trained,
     Update,
     shares,
 )
+from fedgrove.methods.protocols import Summable
+from fedgrove.methods.records import OneAdapter, Whole
 
 
-class FedIT(Method):
+class FedIT(Method, Summable):
     name = "fedit"
     title = "FedIT"
     paper = "arXiv 2305.05644"
     trains = "A, B"
     shares = "A, B"
     keeps = "nothing"
-    reduce: ClassVar[Literal["sum", "each"]] = "sum"
     stale = True
     averages_factors = True
+    State, Offer, Sent = Whole, Whole, OneAdapter
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw()}
+    def begin(self, clients: Sequence[ClientInfo]) -> Whole:
+        return Whole(self.setting.shared_draw())
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"global": state["global"]}
+    def offer(self, state: Whole, round: int, client: ClientInfo) -> Whole:
+        return state
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
-        return {"global": mean(adapters, shares(updates, self.options.weights))}
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+        adapters = [update.content.adapter for update in updates]
+        return Whole(mean(adapters, shares(updates, self.options.weights)))
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),))
-
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        return [Step(self.personal(client, offer, mine))]
+    def global_assembly(self, state: Whole) -> Assembly:
+        return Assembly((Term("global", state.whole),))
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        return {"adapter": trained[-1].adapter("global")}, mine
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+    ) -> tuple[OneAdapter, Mine]:
+        return OneAdapter(trained[-1].adapter("global")), mine
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return Assembly((Term("global", offer["global"]),))
+    def personal(self, client: ClientInfo, offer: Whole, mine: Mine) -> Assembly:
+        return Assembly((Term("global", offer.whole),))

@@ -44,6 +44,7 @@ from fedgrove.methods.contract import (
     Trained,
     Update,
     draw,
+    shares,
 )
 
 
@@ -173,7 +174,7 @@ class FedLEASE(Method):
             members = [u for u in updates if state["labels"][u.client] == number]
             if not members:
                 continue
-            weights = self.weights(members)
+            weights = shares(members, self.options.weights)
             experts[number] = mean([u.content["expert"] for u in members], weights)
             if routers:
                 routers[number] = _mean_tensors([u.content["router"] for u in members], weights)
@@ -225,7 +226,11 @@ class FedLEASE(Method):
             [n for n, label in enumerate(labels) if label == number] for number in range(count)
         ]
         experts = [
-            mean([adapters[n] for n in g], self.weights([updates[n] for n in g])) for g in groups
+            mean(
+                [adapters[n] for n in group],
+                shares([updates[n] for n in group], self.options.weights),
+            )
+            for group in groups
         ]
         return {
             "labels": {

@@ -33,9 +33,9 @@ class FedRA(SomeLayers):
 
     # ------------------------------------------------------------------ server
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        if round > self.setting.rounds or client.name not in state["counts"]:
+        row = state["rows"].get(client.name)
+        if row is None:  # after the last round, or a newcomer
             return self.deploy(state, round, client)
-        row = self.allotted(state, round, client)
         return {"global": part(state["global"], self.setting.sites, row), "layers": row}
 
     def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:

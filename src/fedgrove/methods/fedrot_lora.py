@@ -13,7 +13,7 @@ know FedIT.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,14 +24,14 @@ from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
     Mine,
-    Offer,
-    State,
     Trained,
     Update,
     WeightedOptions,
     shares,
 )
 from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.protocols import EACH
+from fedgrove.methods.records import OneAdapter, Whole
 
 
 class RotOptions(WeightedOptions):
@@ -50,23 +50,25 @@ class FedRotLoRA(FedIT):
     title = "FedRot-LoRA"
     paper = "arXiv 2602.23638"
     stale = False
-    reduce = "each"
     averages_factors = False  # of the rotated ones, which no client runs
     Options: ClassVar[type[contract.Options]] = RotOptions
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
+    def needs_each(self) -> str:
+        return EACH
+
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+        adapters = [update.content.adapter for update in updates]
         if self.options.at == "server":
-            adapters = [self._rotated(adapter, state["global"], round) for adapter in adapters]
-        return {"global": mean(adapters, shares(updates, self.options.weights))}
+            adapters = [self._rotated(adapter, state.whole, round) for adapter in adapters]
+        return Whole(mean(adapters, shares(updates, self.options.weights)))
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+    ) -> tuple[OneAdapter, Mine]:
         adapter = trained[-1].adapter("global")
         if self.options.at == "client":
-            adapter = self._rotated(adapter, offer["global"], round)
-        return {"adapter": adapter}, mine
+            adapter = self._rotated(adapter, offer.whole, round)
+        return OneAdapter(adapter), mine
 
     def _rotated(self, adapter: Adapter, reference: Adapter, round: int) -> Adapter:
         """The adapter with its rank space turned to that of the round's global one."""

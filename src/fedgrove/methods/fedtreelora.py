@@ -380,8 +380,9 @@ class FedTreeLoRA(Method):
 
     def _alone(self, rounds: int, mine: Mine) -> list[Step]:
         """So many rounds of local training in a row, each on its own order of the data."""
-        streams = ["train", *(f"train {number}" for number in range(2, rounds + 1))]
-        return [Step(self._own(mine), stream=stream) for stream in streams]
+        own = self._own(mine)
+        later = [f"train {number}" for number in range(2, rounds + 1)]
+        return [Step(own), *(Step(own, carries=("own",), stream=stream) for stream in later)]
 
 
 def _warmup(options: TreeOptions, rounds: int) -> int:

@@ -61,7 +61,6 @@ class FSLoRA(Method):
     shares = "their changes"
     keeps = "nothing"
     ranks = "mixed"
-    reduce = "sum"
     Options: ClassVar[type[contract.Options]] = SketchOptions
 
     # ------------------------------------------------------------------ server

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Extra
-from fedgrove.methods.contract import Step, Update
+from fedgrove.methods.contract import Offer, Step, Update
 
 PREFIX = "head."
 
@@ -79,7 +79,7 @@ class HeadPolicy:
         return None
 
     def beside(
-        self, content: Mapping[str, Any], head: Mapping[str, Tensor] | None, *, newcomer: bool
+        self, content: Offer, head: Mapping[str, Tensor] | None, *, newcomer: bool
     ) -> dict[str, Any]:
         """A whole offer: the method's part, and the head where one goes down."""
         offered = self.offer(head, newcomer)

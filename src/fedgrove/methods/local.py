@@ -6,10 +6,10 @@ Nothing travels. Each client trains one LoRA with its own rank from the shared d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fedgrove.adapters.assembly import Assembly, Term
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, Step, Trained
+from fedgrove.methods.contract import ClientInfo, Method, Trained
+from fedgrove.methods.records import Nothing, Own
 
 
 class Local(Method):
@@ -21,15 +21,13 @@ class Local(Method):
     keeps = "A, B"
     ranks = "mixed"
     federated = False
-
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        return [Step(self.personal(client, offer, mine))]
+    State, Offer, Mine, Sent = Nothing, Nothing, Own, Nothing
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        return {}, {"own": trained[-1].adapter("own")}
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Nothing, mine: Own, round: int
+    ) -> tuple[Nothing, Own]:
+        return Nothing(), Own(trained[-1].adapter("own"))
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        own = mine["own"] if "own" in mine else self.setting.shared_draw(client.rank)
+    def personal(self, client: ClientInfo, offer: Nothing, mine: Own) -> Assembly:
+        own = self.setting.shared_draw(client.rank) if mine.own is None else mine.own
         return Assembly((Term("own", own, home="client"),))

@@ -23,8 +23,10 @@ from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.algebra import concat, mean, widen
 from fedgrove.adapters.residual import fair_correction
 from fedgrove.methods import contract
-from fedgrove.methods.contract import State, Update, WeightedOptions, shares
+from fedgrove.methods.contract import Update, WeightedOptions, shares
 from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.protocols import EACH
+from fedgrove.methods.records import OneAdapter, Whole
 
 
 class FairOptions(WeightedOptions):
@@ -43,12 +45,14 @@ class LoRAFair(FedIT):
     title = "LoRA-FAIR"
     paper = "arXiv 2411.14961"
     stale = False
-    reduce = "each"
     averages_factors = False
     Options: ClassVar[type[contract.Options]] = FairOptions
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
+    def needs_each(self) -> str:
+        return EACH
+
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+        adapters = [update.content.adapter for update in updates]
         weights, options = shares(updates, self.options.weights), self.options
         target, means = concat([widen(each) for each in adapters], weights), mean(adapters, weights)
         result: Adapter = {}
@@ -62,4 +66,4 @@ class LoRAFair(FedIT):
                 max_steps=options.max_steps,
             )
             result[site] = replace(factors, B=factors.B + change)
-        return {"global": result}
+        return Whole(result)

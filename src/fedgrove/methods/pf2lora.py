@@ -15,7 +15,7 @@ private module has the global scale α / R. With
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -24,14 +24,13 @@ from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
-    Mine,
-    Offer,
     Plan,
     Step,
     Trained,
     reveal,
 )
 from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.records import OneAdapter, Own, Whole
 
 
 class PF2Options(contract.WeightedOptions):
@@ -52,35 +51,35 @@ class PF2LoRA(FedIT):
     trains = "A, B; private C, D"
     shares = "A, B"
     keeps = "C, D"
+    Mine = Own
     Options: ClassVar[type[contract.Options]] = PF2Options
 
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
+    def plan(self, client: ClientInfo, offer: Whole, mine: Own, round: int) -> Plan:
         share = self.options.private_share
-        shared = Term("global", offer["global"])
+        shared = Term("global", offer.whole)
         if not share:
             return [Step(Assembly((shared,)))]
         private = Term("own", self._private(mine), home="client")
         return [
             Step(Assembly((shared.frozen(), private)), share=share, stream="private"),
-            Step(Assembly((shared, private.frozen())), share=1 - share),
+            Step(Assembly((shared, private.frozen())), carries=("own",), share=1 - share),
         ]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        kept = {"own": trained[0].adapter("own")} if self.options.private_share else mine
-        return {"adapter": trained[-1].adapter("global")}, kept
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Own, round: int
+    ) -> tuple[OneAdapter, Own]:
+        kept = Own(trained[0].adapter("own")) if self.options.private_share else mine
+        return OneAdapter(trained[-1].adapter("global")), kept
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        shared = Term("global", offer["global"])
+    def personal(self, client: ClientInfo, offer: Whole, mine: Own) -> Assembly:
+        shared = Term("global", offer.whole)
         if not self.options.private_share:
             return Assembly((shared,))
         return Assembly((shared, Term("own", self._private(mine), home="client")))
 
-    def _private(self, mine: Mine) -> Adapter:
-        if "own" in mine:
-            own: Adapter = reveal(mine)["own"]
-            return own
+    def _private(self, mine: Own) -> Adapter:
+        if mine.own is not None:
+            return reveal(mine.own)
         setting = self.setting
         return fresh(
             setting.sites,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import Method
+from fedgrove.methods.protocols import Counted, Probes, needs_each, reads
 from fedgrove.privacy import accountant, secure
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _client_level(job: Job, method: Method, head: HeadPolicy) -> None:
     key = "privacy.secure_aggregation" if job.privacy.secure_aggregation else "privacy.clip"
     if not method.federated:
         raise JobError(f"{key} has no use with {method.title}, which sends nothing; leave it out.")
-    if why := method.needs_each():
+    if why := needs_each(method):
         raise JobError(
             f"{key} limits what the server learns to the sum of the clients' changes, but with "
             f"{method.title} that is "
@@ -76,7 +77,7 @@ def _client_level(job: Job, method: Method, head: HeadPolicy) -> None:
             f"method.weights = "
             '"uniform".'
         )
-    if job.privacy.client_noise and type(method).divisors is not Method.divisors:
+    if job.privacy.client_noise and isinstance(method, Counted):
         raise JobError(
             f"privacy.client_noise needs a mean whose divisor is the same whoever takes part, but "
             f"{method.title} "
@@ -97,13 +98,13 @@ def _client_level(job: Job, method: Method, head: HeadPolicy) -> None:
 
 
 def _example_level(method: Method, held_out: bool) -> None:
-    if what := method.reads():
+    if what := reads(method):
         raise JobError(
             f"privacy.example_clip makes every training step private, but {method.title} also "
             f"reads {what}; "
             "choose another method, or leave it out."
         )
-    if held_out and type(method).probe is not Method.probe:
+    if held_out and isinstance(method, Probes):
         raise JobError(
             f"privacy.example_clip does not count the probe with which {method.title} places a "
             f"held-out client; "

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedgrove.adapters.tree import leaves
+from fedgrove.adapters.tree import leaves, typed
 from fedgrove.ground.errors import RunError
+from fedgrove.methods import protocols
 from fedgrove.methods.contract import Method, Update
+from fedgrove.methods.protocols import Counted
 from fedgrove.privacy import accountant, randomness, secure
 from fedgrove.privacy.reference import untouched
 from fedgrove.privacy.vector import difference, flat, restore, shortened
@@ -42,7 +44,9 @@ OfferTo = Callable[[str], Mapping[str, Any]]
 
 def addend(method: Method, sent: Mapping[str, Any], offer: Mapping[str, Any]) -> dict[str, Any]:
     """An update in the shape in which all clients' add up."""
-    return {**sent, "method": method.addend(dict(sent["method"]), dict(offer.get("method", {})))}
+    content = typed(method.Sent, sent["method"])
+    offered = typed(method.Offer, offer.get("method", {}))
+    return {**sent, "method": protocols.addend(method, content, offered)}
 
 
 def change(
@@ -140,18 +144,14 @@ class Protection:
     ) -> float | Tensor:
         if self.section.client_noise:
             return self.rate * len(clients)  # the same whoever took part
-        contents = [
-            untouched(self.method, self.head, clients[u.client], received(u.client), round)[
-                "method"
-            ]
-            for u in updates
-        ]
-        counts = self.method.divisors(contents)
-        if counts is None:
+        if not isinstance(self.method, Counted):
             return float(len(updates))
-        found = flat(
-            counts
-        )  # of the method's part, which comes first; the head's numbers have every client's
+        contents = []
+        for update in updates:
+            info, offer = clients[update.client], received(update.client)
+            contents.append(untouched(self.method, self.head, info, offer, round)["method"])
+        # of the method's part, which comes first; the head's numbers have every client's
+        found = flat(self.method.divisors(contents))
         rest = torch.full((length - len(found),), float(len(updates)), dtype=torch.float64)
         return torch.cat([found, rest])
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fedgrove.adapters.tree import typed
 from fedgrove.methods.contract import Trained
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ def untouched(
     """``{"method": …, "head": …}`` as an update holds them, of a client that received ``offer`` and
     trained nothing.
     """
-    content = dict(offer.get("method", {}))
-    plan = method.plan(client, content, {}, round)
+    content, mine = typed(method.Offer, offer.get("method", {})), typed(method.Mine, {})
+    plan = method.plan(client, content, mine, round)
     done: list[Trained] = []
     if isinstance(plan, Generator):
         try:
@@ -38,7 +39,7 @@ def untouched(
             pass
     else:
         done = [Trained(step.assembly, math.nan, 0) for step in plan]
-    update, _ = method.report(client, done, content, {}, round)
+    update, _ = method.report(client, done, content, mine, round)
     sent: dict[str, Any] = {"method": update}
     start = dict(offer.get("head") or head.initial)
     if head.travels and start:

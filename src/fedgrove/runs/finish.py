@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedgrove.adapters.tree import typed
 from fedgrove.engines.base import Absence, Leaving
 from fedgrove.ground.files import write_text
+from fedgrove.methods.protocols import ServerArtefacts, global_assembly
 from fedgrove.report import write_report
 from fedgrove.runs.leave import write_adapter
 from fedgrove.tracking import summary as summaries
@@ -119,7 +121,8 @@ def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Any]:
     """The method's files: what the server knows, and merged into it what each client told of
     itself.
     """
-    content = loop.prepared.method.artefacts(loop.state)
+    method = loop.prepared.method
+    content = method.artefacts(loop.state) if isinstance(method, ServerArtefacts) else {}
     for name in loop.prepared.clients:
         if name in left:
             merge(content, left[name].artefacts)
@@ -152,9 +155,10 @@ class Offers:
             info = prepared.held_out[name]
 
             def ask(probe: Mapping[str, Any] | None) -> Mapping[str, Any]:
-                return prepared.head.beside(
-                    prepared.method.welcome(loop.state, info, probe), loop.head, newcomer=True
-                )
+                method, state = prepared.method, loop.opened(prepared.job.run.rounds + 1)
+                found = None if probe is None else typed(method.Probed, probe)
+                content = method.welcome(state, info, found)
+                return prepared.head.beside(content, loop.head, newcomer=True)
 
             self._arrived[name] = prepared.engine.arrive(name, ask)
         return self._arrived[name]
@@ -164,7 +168,7 @@ def write_global(loop: Loop) -> None:
     """``adapters/_global``, where the method has one model of all clients; its head is the mean, or
     the first draw.
     """
-    assembly = loop.prepared.method.global_assembly(loop.state)
+    assembly = global_assembly(loop.prepared.method, loop.state)
     if assembly is not None:
         head = {"head": dict(loop.head)} if loop.head else {}
         with_head = loop.prepared.head.attach(assembly, head, {})

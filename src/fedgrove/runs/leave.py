@@ -15,6 +15,7 @@ from fedgrove.engines.base import Leaving, Parts
 from fedgrove.ground.names import folder_of
 from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
+from fedgrove.methods.protocols import tiers as tiers_of
 from fedgrove.training.base_line import base_measure
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ def leave(
     """
     kernel, metric = half.kernel, half.kernel.task.metric
     parts = _Parts(job, kernel.base, kernel.task, half.method, half.head)
-    mine = store.get("mine", {})
     base = base_measure(
         kernel, half.head.initial, data["train"], data["test"],
         rounds=job.run.rounds, client=info.name, seed=job.run.seed,
@@ -70,7 +70,7 @@ def leave(
     guard = half.guard(info, store)
     told = None if guard is None else guard.report(job.privacy, info.examples)
     if job.train.final_local_epochs:
-        penalty = half.method.penalty(info, dict(offer["method"]), mine)
+        penalty = half.penalty(info, offer, store)
         better = half.tune(
             info, assembly, data["train"], job.train.final_local_epochs, penalty, guard
         )
@@ -96,9 +96,7 @@ def leave(
     return Leaving(
         row=row,
         stored=all_parameters(assembly),
-        artefacts={}
-        if held_out
-        else half.method.client_artefacts(info, dict(offer["method"]), mine),
+        artefacts={} if held_out else half.artefacts(info, offer, store),
         texts=[{"client": info.name, **text} for text in texts],
     )
 
@@ -117,9 +115,8 @@ def write_adapter(
     (``interop.assembly_file``).
     """
     base, job = prepared.base, prepared.job
-    tiers = {
-        term.name: rank_of(term) for term in assembly.terms if term.name in prepared.method.tiers
-    }
+    named = tiers_of(prepared.method)
+    tiers = {term.name: rank_of(term) for term in assembly.terms if term.name in named}
     card: dict[str, Any] = {
         "format": 1,
         **prepared.task.card(),

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedgrove.adapters.tree import Tree
+from fedgrove.adapters.tree import Tree, typed
 from fedgrove.engines.base import Absence, Arrival, Stage, not_finite
 from fedgrove.engines.local import LocalEngine
-from fedgrove.ground.errors import FedgroveError, RunError
+from fedgrove.ground.errors import AdapterError, FedgroveError, RunError
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import protection
 from fedgrove.runs.directory import RunDirectory
@@ -79,6 +79,7 @@ class Loop:
         self.ledger = Ledger()
         self.new: set[str] = set()  # clients that joined late and of whom no update was used yet
         self.head: Any = None  # the mean of the clients' heads, where one is kept
+        self._opened: tuple[Any, int, Any] | None = None  # (state, round, ``Method.open`` of them)
         self.done = 0  # rounds completed
         self.guard = protection(prepared.job, prepared.method, prepared.head, directory.path)
         if self.checkpoints.exists():
@@ -157,7 +158,8 @@ class Loop:
                 continue
             self.ledger.arrived(arrival)
             name = arrival.update.client
-            if wrong := not_finite(arrival.update.content):
+            update, wrong = self._typed(arrival.update)
+            if wrong := wrong or not_finite(update.content):
                 missing[name] = wrong
                 engine.reject(name)
                 self.lost(number, Absence(name, wrong))
@@ -166,10 +168,23 @@ class Loop:
                 self.events.write(
                     number, name, "late", f"its update of round {arrival.round} is used in this one"
                 )
-            updates.append(arrival.update)
+            updates.append(update)
             self.watch.client_done(number, train_line(number, arrival))
         self._enough(number, [update.client for update in updates], missing)
         return sorted(updates, key=lambda update: update.client)
+
+    def _typed(self, update: Update) -> tuple[Update, str | None]:
+        """The update with the method's part as its ``Sent``, or a clause on why it is none."""
+        if "method" not in update.content:  # masked: the sum is what the method sees
+            return update, None
+        prepared = self.prepared
+        try:
+            content = typed(prepared.method.Sent, update.content["method"])
+        except AdapterError as error:
+            if prepared.engine.trusted:
+                raise
+            return update, f"its update is not the method's: {error}"
+        return replace(update, content={**update.content, "method": content}), None
 
     def aggregate(
         self, number: int, updates: list[Update], selected: Sequence[str]
@@ -178,9 +193,12 @@ class Loop:
         it is left out.
         """
         prepared = self.prepared
+        seen: Sequence[Update] = ()  # what of the updates the state was made of, at the last try
 
         def combine(whole: Sequence[Update]) -> Any:
-            parts = [method_part(update) for update in self.protected(number, whole, selected)]
+            nonlocal seen
+            seen = self.protected(number, whole, selected)
+            parts = [method_part(update) for update in seen]
             state = prepared.method.aggregate(self.state, number, parts)
             if not prepared.engine.trusted:
                 refuse_loss(self.state, state, prepared.method.setting.sites)
@@ -201,11 +219,10 @@ class Loop:
             self._enough(
                 number, [] if state is None else [update.client for update in updates], dict(faults)
             )
-        used = self.protected(number, updates, selected)
         if self.guard is not None:
-            self.guard.released(used[0])
+            self.guard.released(seen[0])
         self.state = state
-        self.head = prepared.head.aggregate(self.head, used)
+        self.head = prepared.head.aggregate(self.head, seen)
         return updates
 
     def protected(
@@ -250,7 +267,7 @@ class Loop:
         prepared, method = self.prepared, self.prepared.method
         try:
             method.check([*prepared.clients.values(), *prepared.held_out.values(), info])
-            method.offer(self.state, number, info)
+            method.offer(self.opened(number), number, info)
         except Exception as error:  # whatever a method does for a client that it has never seen
             words = (
                 str(error)
@@ -283,16 +300,26 @@ class Loop:
             f"with --resume."
         )
 
+    def opened(self, round: int) -> Any:
+        """The state as the offers of a round see it, made once for all clients."""
+        known = self._opened
+        if known is None or known[0] is not self.state or known[1] != round:
+            found = self.prepared.method.open(self.state, round)
+            self._opened = known = (self.state, round, found)
+        return known[2]
+
     def offer(self, client: str, round: int) -> Tree:
         """What goes down to a client: the method's part and the head policy's."""
         prepared = self.prepared
-        content = prepared.method.offer(self.state, round, prepared.clients[client])
+        state = self.opened(round)
+        content = prepared.method.offer(state, round, prepared.clients[client])
         return prepared.head.beside(content, self.head, newcomer=False)
 
     def deployed(self, client: str, round: int) -> Tree:
         """What a client's personal model is made of after round ``round``."""
         prepared = self.prepared
-        content = prepared.method.deploy(self.state, round, prepared.clients[client])
+        state = self.opened(round + 1)
+        content = prepared.method.deploy(state, round, prepared.clients[client])
         return prepared.head.beside(content, self.head, newcomer=False)
 
     def save(self) -> None:
@@ -310,7 +337,8 @@ class Loop:
 
     def _restore(self) -> None:
         self.done, server, stores = self.checkpoints.load()
-        self.state, self.head = server["state"], server["head"]
+        self.state = typed(self.prepared.method.State, server["state"])
+        self.head = server["head"]
         self.ledger = Ledger(**server["ledger"])
         self.prepared.engine.restore(stores, server.get("engine", {}))
         if self.guard is not None:

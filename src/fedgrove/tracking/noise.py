@@ -15,8 +15,8 @@ behind the two cosines, a mean over sites.
   ``||G_{t-1}||``.
 * ``n_agg``: ``||G_t - ideal||``; the ideal is the mean of the clients' products with the method's
   own weights, for each rank index over those that trained it where the method says so
-  (``Method.modules``).
-* ``bound``: on ``n_agg``, where the server takes means of factors (``Method.averages_factors``);
+  (``protocols.Modular``).
+* ``bound``: on ``n_agg``, where the server takes means of factors (``protocols.AveragesFactors``);
   else null.
 * ``cos_same``, ``cos_other``: mean cosine between modules ``b a^T`` of different clients, of equal
   and of other index.
@@ -49,11 +49,12 @@ from fedgrove.adapters.noise import (
 )
 from fedgrove.ground import lines
 from fedgrove.methods.contract import Method, State, Update
+from fedgrove.methods.protocols import Modular, averages_factors, global_assembly, weights
 
 FILE, MATRICES = "noise.jsonl", "cosines.jsonl"
 KEYS = ("n_init", "n_agg", "bound", "n_init_adapter", "cos_same", "cos_other")
 
-#: A client's rank-1 modules and their global indices, as ``Method.modules`` gives them.
+#: A client's rank-1 modules and their global indices, as ``Modular.modules`` gives them.
 Modules = tuple[Adapter, Indices | None]
 
 
@@ -141,9 +142,9 @@ class NoiseLab(Lab):
         (None: no pair).
         """
         after = self._effective(state)
-        weights = self.method.weights(updates)
+        shares = weights(self.method, updates)
         clients = [
-            self._client(update, weight) for update, weight in zip(updates, weights, strict=True)
+            self._client(update, share) for update, share in zip(updates, shares, strict=True)
         ]
         tagged = [index for client in clients if client.modules for index in _all(client.modules)]
         rank = max([self.method.setting.rank, *(index + 1 for index in tagged)])
@@ -178,10 +179,10 @@ class NoiseLab(Lab):
             client for client in senders if client.modules is not None and site in client.modules[0]
         ]
         adapters, indices = _modules(site, trained)
-        weights = [client.weight for client in trained]
+        shares = [client.weight for client in trained]
         if all(client.by_index for client in senders):
             found["n_agg"] = (
-                index_aggregation_noise(new, old, adapters, indices, weights).total
+                index_aggregation_noise(new, old, adapters, indices, shares).total
                 if trained
                 else aggregation_noise(
                     new, [old]
@@ -197,12 +198,13 @@ class NoiseLab(Lab):
             found["n_agg"] = aggregation_noise(
                 new, ends or [old], [weight for _, weight in held] or None
             ).total
-        if self.method.averages_factors and all(client.modules is not None for client in senders):
-            found["bound"] = noise_bound(old, adapters, indices, weights).total if trained else 0.0
+        if averages_factors(self.method) and all(client.modules is not None for client in senders):
+            found["bound"] = noise_bound(old, adapters, indices, shares).total if trained else 0.0
         return found
 
     def _client(self, update: Update, weight: float) -> Seen:
-        name, modules = update.client, self.method.modules(update)
+        name = update.client
+        modules = self.method.modules(update) if isinstance(self.method, Modular) else None
         start, end, own = self._starts.get(name), self._ends.get(name), self._own.get(name)
         found = modules
         if modules is None and own is not None:
@@ -217,7 +219,7 @@ class NoiseLab(Lab):
         )
 
     def _effective(self, state: State) -> Effective | None:
-        assembly = self.method.global_assembly(state)
+        assembly = global_assembly(self.method, state)
         whole = None if assembly is None else shared_part(assembly, self.sites)
         if assembly is None or whole is None:
             return None

@@ -8,23 +8,34 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter, trained_parameters
 from fedgrove.adapters.private import unseal
-from fedgrove.adapters.tree import nbytes
+from fedgrove.adapters.tree import nbytes, typed
 from fedgrove.federation.tasks.base import Example
-from fedgrove.methods.contract import ClientInfo, Live, Method, Step, Trained, Update
+from fedgrove.ground.errors import RunError
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Method,
+    Mine,
+    Offer,
+    Penalty,
+    Plan,
+    Step,
+    Trained,
+    Update,
+)
 from fedgrove.methods.head import PREFIX, HeadPolicy
+from fedgrove.methods.protocols import ClientArtefacts, Penalised, Probes
 from fedgrove.privacy.example_dp import NOTES, ExampleGuard
 from fedgrove.privacy.reference import untouched
 from fedgrove.privacy.vector import bounded
 from fedgrove.training.cohort import Work, train_together
-from fedgrove.training.kernel import Clock, Kernel, carry
+from fedgrove.training.kernel import Clock, Kernel
 from fedgrove.training.lanes import Lanes
 
 if TYPE_CHECKING:
@@ -71,6 +82,14 @@ class Outcome:
     steps: int
     trained: int  # numbers that got a gradient
     seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a method's client half works from, each of the kind that the method says."""
+
+    offer: Offer
+    mine: Mine
 
 
 class ClientHalf:
@@ -125,24 +144,33 @@ class ClientHalf:
         """
         started = time.perf_counter()
         guards = [self.guard(turn.client, turn.store) for turn in turns]
+        givens = [self.given(turn.offer, turn.store) for turn in turns]
         courses = []
-        for turn, guard in zip(turns, guards, strict=True):
-            name, content = turn.client.name, dict(turn.offer.get("method", {}))
-            clock = Clock(
-                self.seed, (round, name), (round - 1) / self.rounds, min(1.0, round / self.rounds)
-            )
-            plan = self.method.plan(turn.client, content, turn.store.get("mine", {}), round)
+        for turn, given, guard in zip(turns, givens, guards, strict=True):
+            start, end = (round - 1) / self.rounds, min(1.0, round / self.rounds)
+            clock = Clock(self.seed, (round, turn.client.name), start, end)
+            plan = self.method.plan(turn.client, given.offer, given.mine, round)
             courses.append(self._course(plan, turn.examples, turn.offer, turn.store, clock, guard))
         worked = follow(self.lanes, courses)
         seconds = (time.perf_counter() - started) / len(turns)
         return [
-            self._outcome(turn, trained, guard, round, seconds)
-            for turn, trained, guard in zip(turns, worked, guards, strict=True)
+            self._outcome(turn, given, trained, guard, round, seconds)
+            for turn, given, trained, guard in zip(turns, givens, worked, guards, strict=True)
         ]
+
+    def given(self, offer: Mapping[str, Any], store: Store) -> Given:
+        """The method's parts of an offer and of a store. Raises ``AdapterError`` for what is none
+        of the method's.
+        """
+        return Given(
+            typed(self.method.Offer, offer.get("method", {})),
+            typed(self.method.Mine, store.get("mine", {})),
+        )
 
     def _outcome(
         self,
         turn: Turn,
+        given: Given,
         trained: list[Trained],
         guard: ExampleGuard | None,
         round: int,
@@ -150,9 +178,7 @@ class ClientHalf:
     ) -> Outcome:
         client, offer = turn.client, turn.offer
         started = time.perf_counter()
-        mine = turn.store.get("mine", {})
-        content = dict(offer.get("method", {}))
-        update, mine = self.method.report(client, trained, content, mine, round)
+        update, mine = self.method.report(client, trained, given.offer, given.mine, round)
         kept: Store = {"mine": mine}
         sent: dict[str, Any] = {"method": update}
         head = self.head.after(_last(trained))
@@ -171,7 +197,7 @@ class ClientHalf:
         steps = sum(t.steps for t in trained)
         loss = sum(t.loss * t.steps for t in trained if t.steps) / steps if steps else float("nan")
         return Outcome(
-            update=Update(client.name, client.examples, sent),
+            update=Update(client.name, client.examples, sent, client.rank),
             store=kept,
             loss=loss,
             steps=steps,
@@ -191,10 +217,25 @@ class ClientHalf:
 
     def personal(self, client: ClientInfo, offer: Mapping[str, Any], store: Store) -> Assembly:
         """The client's model as it would deploy it, head included."""
-        assembly = self.method.personal(
-            client, dict(offer.get("method", {})), store.get("mine", {})
-        )
+        given = self.given(offer, store)
+        assembly = self.method.personal(client, given.offer, given.mine)
         return self.head.attach(assembly, offer, store)
+
+    def penalty(self, client: ClientInfo, offer: Mapping[str, Any], store: Store) -> Penalty | None:
+        """What local fine-tuning of the personal model adds to the loss; None for nothing."""
+        if not isinstance(self.method, Penalised):
+            return None
+        given = self.given(offer, store)
+        return self.method.penalty(client, given.offer, given.mine)
+
+    def artefacts(
+        self, client: ClientInfo, offer: Mapping[str, Any], store: Store
+    ) -> dict[str, Any]:
+        """Plain data by file name on what is private to the client."""
+        if not isinstance(self.method, ClientArtefacts):
+            return {}
+        given = self.given(offer, store)
+        return self.method.client_artefacts(client, given.offer, given.mine)
 
     def arrive(
         self, client: ClientInfo, examples: Sequence[Example], ask: Ask
@@ -208,9 +249,11 @@ class ClientHalf:
 
     def probe(
         self, client: ClientInfo, examples: Sequence[Example], offer: Mapping[str, Any]
-    ) -> dict[str, Any] | None:
+    ) -> Any | None:
         """What a newcomer's probe of its first offer found; None where the method has no probe."""
-        content = dict(offer.get("method", {}))
+        if not isinstance(self.method, Probes):
+            return None
+        content = typed(self.method.Offer, offer.get("method", {}))
         plan = self.method.probe(client, content)
         if plan is None:
             return None
@@ -225,7 +268,7 @@ class ClientHalf:
         assembly: Assembly,
         examples: Sequence[Example],
         epochs: float,
-        penalty: Callable[[Live], Tensor] | None = None,
+        penalty: Penalty | None = None,
         guard: ExampleGuard | None = None,
     ) -> Assembly:
         """Local fine-tuning of the personal model: the same for every method."""
@@ -267,7 +310,7 @@ class ClientHalf:
 
     def _work(
         self,
-        plan: Any,
+        plan: Plan,
         examples: Sequence[Example],
         offer: Mapping[str, Any],
         store: Store,
@@ -278,16 +321,16 @@ class ClientHalf:
 
     def _course(
         self,
-        plan: Any,
+        plan: Plan,
         examples: Sequence[Example],
         offer: Mapping[str, Any],
         store: Store,
         clock: Clock,
         guard: ExampleGuard | None,
     ) -> Course:
-        """A plan's steps with heads and what earlier steps trained; each waits for its result."""
+        """A plan's steps with heads and what they carry over; each waits for its result."""
         done: list[Trained] = []
-        steps: Generator[Step, Any, Any] = (
+        steps: Generator[Step, Any, None] = (
             plan if isinstance(plan, Generator) else (step for step in plan)
         )
         step: Step | None = next(steps, None)
@@ -321,6 +364,40 @@ def follow(lanes: Lanes, courses: Sequence[Course]) -> list[list[Trained]]:
         for index, found in zip(works, train_together(lanes, list(works.values())), strict=True):
             resume(index, found)
     return [ends[index] for index in range(len(courses))]
+
+
+def carry(step: Step, done: Sequence[Trained]) -> Step:
+    """The step with what earlier steps trained of the terms and extras that it names, and of the
+    head, which is carried for every method.
+
+    Raises ``RunError`` where it names what it has not, or what no earlier step trained.
+    """
+    terms = {term.name: term for each in done for term in each.assembly.terms if term.train}
+    extras = {n: e for each in done for n, e in each.assembly.extras.items() if e.train}
+    assembly = step.assembly
+    own = {*(term.name for term in assembly.terms), *assembly.extras}
+    for name in step.carries:
+        if name not in own or name not in {*terms, *extras}:
+            lacks = "that no step before it trained" if name in own else "that it does not have"
+            raise RunError(f"A step of the method's plan carries over '{name}', {lacks}.")
+    heads = {name for name in assembly.extras if name.startswith(PREFIX)}
+    carried = (heads | set(step.carries)) & set(extras)
+    return replace(
+        step,
+        assembly=replace(
+            assembly,
+            terms=tuple(
+                replace(term, adapter=terms[term.name].adapter, diagonal=terms[term.name].diagonal)
+                if term.name in step.carries
+                else term
+                for term in assembly.terms
+            ),
+            extras={
+                name: replace(extra, value=unseal(extras[name].value)) if name in carried else extra
+                for name, extra in assembly.extras.items()
+            },
+        ),
+    )
 
 
 def _last(trained: Sequence[Trained]) -> Assembly:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -546,26 +546,3 @@ def some(examples: Sequence[Example], step: Step, clock: Clock) -> Sequence[Exam
         examples[index]
         for index in sorted(torch.randperm(len(examples), generator=rng)[: step.count].tolist())
     ]
-
-
-def carry(step: Step, done: Sequence[Trained]) -> Step:
-    """The step with the terms and extras that earlier steps trained, by name."""
-    terms = {t.name: t for trained in done for t in trained.assembly.terms if t.train}
-    extras = {n: e for trained in done for n, e in trained.assembly.extras.items() if e.train}
-    assembly = step.assembly
-    return replace(
-        step,
-        assembly=replace(
-            assembly,
-            terms=tuple(
-                replace(t, adapter=terms[t.name].adapter, diagonal=terms[t.name].diagonal)
-                if t.name in terms
-                else t
-                for t in assembly.terms
-            ),
-            extras={
-                n: replace(e, value=unseal(extras[n].value)) if n in extras else e
-                for n, e in assembly.extras.items()
-            },
-        ),
-    )

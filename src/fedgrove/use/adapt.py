@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedgrove.adapters.tree import typed
 from fedgrove.federation.federation import Client
 from fedgrove.federation.load import rows_of
 from fedgrove.federation.split import split
 from fedgrove.ground.errors import DataError, RunError
 from fedgrove.ground.names import RULE, client_name, folder_of
 from fedgrove.methods.contract import ClientInfo
+from fedgrove.methods.protocols import placed
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.finish import write_adapter
 from fedgrove.runs.prepare import base_of, encode, head_policy, setting_of, task_of, train_options
@@ -105,16 +107,17 @@ def adapt(
     examples = encode(client, task, base)
     info = ClientInfo(name, method.setting.rank, len(client.train))
 
+    state = method.open(finished.state, job.run.rounds + 1)
+
     def ask(probe: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        return head.beside(
-            method.welcome(finished.state, info, probe), finished.mean_head, newcomer=True
-        )
+        found = None if probe is None else typed(method.Probed, probe)
+        return head.beside(method.welcome(state, info, found), finished.mean_head, newcomer=True)
 
     offer = half.arrive(info, examples["train"], ask)
     assembly = half.personal(info, offer, {})
     measures = {"zero-shot": half.kernel.evaluate(half.deployed(assembly), examples["test"])}
     if epochs:
-        penalty = method.penalty(info, dict(offer["method"]), {})
+        penalty = half.penalty(info, offer, {})
         assembly = half.tune(info, assembly, examples["train"], epochs, penalty)
         after = f"after {epochs} epoch{'s' * (epochs > 1)}"
         measures[after] = half.kernel.evaluate(half.deployed(assembly), examples["test"])
@@ -126,7 +129,7 @@ def adapt(
         metric=task.metric,
         train=len(client.train),
         test=len(client.test),
-        placed=str(offer["method"].get("placed", "")),
+        placed=placed(offer["method"]),
         head=_head_words(finished, "head" in offer),
         measures=measures,
     )
@@ -185,9 +188,9 @@ def _open(result: Result, job: Job) -> Finished:
     }
     base, task = base_of(job), task_of(job)
     method = method_class(job.method.name)(job.method.options, setting_of(job, base, trained))
-    return Finished(
-        job, base, task, method, head_policy(job, base, task), server["state"], server["head"]
-    )
+    state = typed(method.State, server["state"])
+    head = head_policy(job, base, task)
+    return Finished(job, base, task, method, head, state, server["head"])
 
 
 def _head_words(finished: Finished, offered: bool) -> str:

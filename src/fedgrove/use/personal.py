@@ -18,6 +18,7 @@ from fedgrove.ground.errors import AdapterError, DataError, RunError
 from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.models import EMBEDDED_MODELS, load_base
 from fedgrove.methods.head import PREFIX
+from fedgrove.methods.protocols import mixes
 from fedgrove.methods.registry import method_class
 from fedgrove.training.kernel import Kernel, TrainOptions
 from fedgrove.use.asked import answered, questions
@@ -106,7 +107,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -
     adapter: Adapter = {}
     own: Assembly | None = None
     if (folder / assembly_file.FILE).exists():
-        own = assembly_file.read_assembly(folder, method_class(card["method"]).mixes)
+        own = assembly_file.read_assembly(folder, mixes(method_class(card["method"])))
         head = {}
         adapter = {
             site: factors for term in own.terms for site, factors in term.adapter.items()

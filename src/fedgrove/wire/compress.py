@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.private import PrivacyError, is_private
-from fedgrove.adapters.tree import nbytes
+from fedgrove.adapters.tree import nbytes, plain
 from fedgrove.ground.errors import AdapterError
 
 Compression = Literal["none", "fp16", "int8"]
@@ -35,7 +35,7 @@ def squeeze(tree: Any, how: Compression) -> Any:
     """The tree as it travels. Raises ``PrivacyError`` where it holds what is private to a
     client.
     """
-    return tree if how == "none" else _squeezed(tree, _half if how == "fp16" else _bytes, "")
+    return tree if how == "none" else _squeezed(plain(tree), _half if how == "fp16" else _bytes, "")
 
 
 def expand(tree: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.private import is_private
-from fedgrove.adapters.tree import numbers
+from fedgrove.adapters.tree import numbers, plain
 from fedgrove.engines.base import infinite_at
 from fedgrove.ground.errors import RunError
 
@@ -87,7 +87,7 @@ def refuse_loss(before: Any, after: Any, sites: Sites) -> None:
 
     Otherwise one update without a layer could take it from everybody: alone it aggregates well.
     """
-    gone = sorted(_named(before, sites) - _named(after, sites))
+    gone = sorted(_named(plain(before), sites) - _named(plain(after), sites))
     if gone:
         raise RunError(f"the next state would lack the layer {gone[0]}")
 
@@ -239,6 +239,7 @@ def _number(value: Any) -> bool:
 
 # ------------------------------------------------------------------------ the rules
 def _fault(tree: Any, sites: Sites | None, rank: int | None) -> str | None:
+    tree = plain(tree)
     for number, (path, value, site) in enumerate(_walk(tree, sites or {}, "")):
         if number == MOST_LEAVES:
             return f"it has more than {MOST_LEAVES:,} parts"

@@ -18,6 +18,7 @@ from fedgrove.engines.base import Absence, Arrival, Ask, Leaving, OfferOf
 from fedgrove.engines.flower.post import Failure, Post
 from fedgrove.engines.flower.wire import Note
 from fedgrove.methods.contract import ClientInfo, Method, Update
+from fedgrove.methods.protocols import Probes
 from fedgrove.wire.compress import sent_bytes
 from fedgrove.wire.validate import fault, figures_fault, measures_fault, row_fault
 
@@ -379,7 +380,7 @@ class FlowerEngine:
         self._before[name] = self._stores.get(name, 0)
         self._stores[name] = sent.round
         return Arrival(
-            update=Update(name, info.examples, content),
+            update=Update(name, info.examples, content, info.rank),
             round=sent.round,
             loss=loss,
             steps=steps,
@@ -421,7 +422,8 @@ class FlowerEngine:
 
     def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
         offer = ask(None)
-        if self._method is None or type(self._method).probe is Method.probe:
+        method = self._method
+        if method is None or not isinstance(method, Probes):
             return offer
         for _, answer in self._ask_clients([client], "probe", {}, lambda name: offer):
             if isinstance(answer, Note) and isinstance(answer.body.get("report"), dict):
