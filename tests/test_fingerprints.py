@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from tests.fingerprints import make
 
 KNOWN = json.loads((Path(__file__).parent / "fingerprints" / "main.json").read_text("utf-8"))

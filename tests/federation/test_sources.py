@@ -90,8 +90,8 @@ def test_a_silo_belongs_to_one_group(
         ("köln*.csv", r"köln\*\.csv cannot name a client"),
         ("x" * 65 + ".csv", r"x\.csv cannot name a client"),
         (
-            "notes.tsv",
-            r"silos.notes\.tsv is not a client's data file \(\.jsonl, \.csv, \.parquet\)",
+            "notes.xlsx",
+            r"silos.notes\.xlsx is not a client's data file \(\.jsonl, \.json, \.csv, \.tsv, \.parquet\)",
         ),
         ("a.csv.gz", r"a\.csv\.gz is not a client's data file"),
     ],
@@ -128,7 +128,7 @@ def test_missing_and_empty_folders_and_files(
         load(make_job("data.source=silos", f"data.path='{tmp_path / 'nowhere'}'"))
     with pytest.raises(
         DataError,
-        match=r"silos has no data files \(\.jsonl, \.csv, \.parquet\); put one file per client",
+        match=r"silos has no data files \(\.jsonl, \.json, \.csv, \.tsv, \.parquet\); put one file per client",
     ):
         load(silos())
     (tmp_path / "silos" / "a.csv").write_text("text,label\n")

@@ -82,7 +82,10 @@ class SitePart(Section):
 class DataPart(Section):
     """The site's own examples; they are read here and never leave."""
 
-    path: Text = Field(description="The table (jsonl, csv, parquet), from this folder.")
+    path: Text = Field(
+        description="The table (jsonl, json, csv, tsv, parquet), or a folder with a file train and "
+        "a file test; from this folder."
+    )
     columns: dict[str, str] = Field(
         {},
         description="The columns that may be read, by the job's key of [data], such as "
@@ -246,8 +249,9 @@ class SitePlace:
             )
         own = self._own(job)
         named = set(self.file.data.columns.values())
-        for column in task_class(own.data).columns(own.data) if named else ():
-            if column not in named:
+        read = [*task_class(own.data).columns(own.data), own.data.split]
+        for column in read if named else ():
+            if column is not None and column not in named:
                 self._refuse(
                     f"the job reads the column {column!r}; data.columns names only "
                     f"{_listed(sorted(named))}"
@@ -279,18 +283,11 @@ class SitePlace:
         returned it.
         """
         from fedgrove.federation.federation import Client
-        from fedgrove.federation.load import rows_of
-        from fedgrove.federation.split import split
+        from fedgrove.federation.load import holding_of
+        from fedgrove.federation.split import divided
 
-        parts = split(
-            self.name,
-            rows_of(self.data_path(), job),
-            seed=job.run.seed,
-            test_fraction=job.data.test_fraction,
-            validation_fraction=job.data.validation_fraction,
-            train_examples=job.data.train_examples,
-            test_examples=job.data.test_examples,
-        )
+        holding = holding_of(self.data_path(), job)
+        parts = divided(self.name, holding, job.data, job.run.seed)
         allow = self.file.allow
         batch = job.train.batch_size * job.train.accumulation
         for key in ("local_epochs", "final_local_epochs"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedgrove.federation.readers import KINDS, Found, Place, Row, Values, label_of, records
+from fedgrove.federation.labels import classes_of, merged
+from fedgrove.federation.purposes import purpose_of
+from fedgrove.federation.readers import KINDS, Found, Place, Row, Values, label_of
 from fedgrove.federation.sources.base import Clients, Origin, Rows, Source
+from fedgrove.federation.tables import files_of, rows_at
 from fedgrove.federation.tasks import Task, task_class
 from fedgrove.ground.errors import DataError, JobError
 
@@ -29,6 +33,11 @@ class Table:
     columns: dict[str, list[Any]]
     group: str | None  # the column of the natural groups
     source: Origin
+    purposes: list[str] | None = None  # what each row is for, where the data say so
+    remarks: list[str] = field(default_factory=list)
+
+    def every_row(self) -> Iterable[Row]:
+        return self.rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,20 @@ class Silos:
     clients: dict[str, list[Row]]
     groups: dict[str, str | None]
     source: Origin
+    purposes: dict[str, list[str] | None] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def every_row(self) -> Iterable[Row]:
+        return chain.from_iterable(self.clients.values())
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The rows of one holder, each with what it is for, where the data say so."""
+
+    rows: list[Row]
+    purposes: list[str] | None
+    group: str | None = None
 
 
 def load(job: Job) -> Table | Silos:
@@ -48,61 +71,82 @@ def load(job: Job) -> Table | Silos:
     """
     source = job.data.source_class(job.data, task_class(job.data))
     if isinstance(source, Clients):
-        return _silos(job.data, source)
-    assert isinstance(source, Rows)
-    return _table(job.data, source)
+        loaded: Table | Silos = _silos(job.data, source)
+    else:
+        assert isinstance(source, Rows)
+        loaded = _table(job.data, source)
+    loaded.remarks.extend(source.remarks.sentences())
+    if source.task.classifies and not job.data.classes:
+        _merge_spellings(loaded, getattr(job.data, "label", ""))
+    return loaded
 
 
 def rows_of(path: Path, job: Job) -> list[Row]:
     """The checked rows of one more table (or a folder of images, ``LABEL/*.png``) with the job's
     columns.
     """
-    task = task_class(job.data)
+    return _of_a_path(path, job, None).rows
+
+
+def holding_of(path: Path, job: Job) -> Holding:
+    """As ``rows_of``, with what each row is for, where files of a folder, or the job's column, say
+    so.
+    """
+    return _of_a_path(path, job, job.data.split)
+
+
+def _of_a_path(path: Path, job: Job, split: str | None) -> Holding:
+    task, data = task_class(job.data), job.data
     if task.folders and path.is_dir():
-        return [row for row, _, _ in _checked(task, job.data, task.in_folder(path, job.data, ""))]
-    if not path.is_file():
+        return _holding(task, data, task.in_folder(path, data, ""), split)
+    if not files_of(path):
         if task.folders:
             raise DataError(
                 f"{path} does not exist; name a folder with one folder for each label, or a "
                 f"parquet file"
             )
         raise DataError(f"the table {path} does not exist or is a folder; name one file ({KINDS})")
-    found = records(path, task.columns(job.data))
-    rows = [row for row, _, _ in _checked(task, job.data, found)]
-    if not rows:
+    columns = _unique([*task.columns(data), split])
+    found = rows_at(path, columns, getattr(data, "encoding", None))
+    holding = _holding(task, data, found, split)
+    if not holding.rows:
         raise DataError(f"the table {path} has no rows; give a file with rows")
-    return rows
+    return holding
 
 
 # ------------------------------------------------------------------ by client
 def _silos(data: DataSection, source: Clients[Any]) -> Silos:
-    column = data.group
-    wanted = _unique([*source.task.columns(data), column])
-    clients: dict[str, list[Row]] = {}
-    groups: dict[str, str | None] = {}
+    wanted = _unique([*source.task.columns(data), data.group, data.split])
+    held: dict[str, Holding] = {}
     for name, found in source.read(wanted):
-        clients[name], groups[name] = _of_one_client(source.task, data, found)
-        if not clients[name]:
+        held[name] = _holding(source.task, data, found, data.split)
+        if not held[name].rows:
             raise DataError(f"{source.place(name)} has no rows; remove it or fill it")
-    rows = [row for own in clients.values() for row in own]
-    return Silos(clients, groups, _told(source, rows))
+    clients = {name: holding.rows for name, holding in held.items()}
+    return Silos(
+        clients,
+        {name: holding.group for name, holding in held.items()},
+        _told(source, list(chain.from_iterable(clients.values()))),
+        {name: holding.purposes for name, holding in held.items()},
+    )
 
 
-def _of_one_client(
-    task: type[Task[Any]], data: DataSection, found: Found
-) -> tuple[list[Row], str | None]:
+def _holding(task: type[Task[Any]], data: DataSection, found: Found, split: str | None) -> Holding:
     column = data.group
     rows: list[Row] = []
+    purposes: list[str] = []
     group: str | None = None
     for row, place, values in _checked(task, data, found):
-        value = label_of(values[column], column, place) if column else None
+        value = label_of(values[column], column, place) if column and column in values else None
         if rows and value != group:
             raise DataError(
                 f"{place}: a silo belongs to one group, but {column!r} is {value!r} after {group!r}"
             )
         group = value
         rows.append(row)
-    return rows, group
+        purpose = purpose_of(values, split, place)
+        purposes += [purpose] if purpose else []
+    return Holding(rows, purposes or None, group)
 
 
 # ------------------------------------------------------------------ one table
@@ -115,16 +159,19 @@ def _table(data: DataSection, source: Rows[Any]) -> Table:
     names = [name for name in _unique([*own, *beside]) if name in beside or name == label]
     columns: dict[str, list[Any]] = {name: [] for name in names}
     rows: list[Row] = []
-    found = _of_groups(data, source.read(_unique([*own, *beside])), group)
-    for row, place, values in _checked(source.task, seen, found):
+    purposes: list[str] = []
+    found = source.read(_unique([*own, *beside, data.split]))
+    for row, place, values in _checked(source.task, seen, _of_groups(data, found, group)):
         rows.append(row)
+        purpose = purpose_of(values, data.split, place)
+        purposes += [purpose] if purpose else []
         for name, column in columns.items():
             named = name in (group, label)
             column.append(_what_to_go_by(values[name], name, place, named))
     origin = _told(source, rows)
     if not rows:
         raise DataError(f"{origin['name']} has no rows; give a file or data set with rows")
-    return Table(rows, columns, group, origin)
+    return Table(rows, columns, group, origin, purposes or None)
 
 
 def partition_column(data: DataSection) -> str | None:
@@ -167,6 +214,22 @@ def _of_groups(data: DataSection, found: Found, group: str | None) -> Found:
 
 
 # ------------------------------------------------------------------ both
+def _merge_spellings(loaded: Table | Silos, column: str) -> None:
+    """Give rows that spell one label in several ways the same one, and say so."""
+    rows = list(loaded.every_row())
+    classes = classes_of(row["label"] for row in rows)
+    several = merged(classes)
+    if not several:
+        return
+    for row in rows:
+        row["label"] = classes[row["label"]]
+    if isinstance(loaded, Table) and column in loaded.columns:
+        loaded.columns[column] = [classes.get(label, label) for label in loaded.columns[column]]
+    for name, spellings in several.items():
+        listed = ", ".join(map(repr, spellings))
+        loaded.remarks.append(f"The labels {listed} are taken for one, {name!r}.")
+
+
 def _checked(
     task: type[Task[Any]], data: DataSection, found: Found
 ) -> Iterator[tuple[Row, Place, Values]]:

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from fedgrove.ground.errors import JobError
-from fedgrove.ground.options import OF_THE_DATA, Options, Share, Text, Texts, marked
+from fedgrove.ground.options import COLUMN, OF_THE_DATA, Options, Share, Text, Texts, marked
 from fedgrove.job.kinds import join, nearest
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import shown, value_text
@@ -84,6 +84,12 @@ class DataSection(Section):
         None,
         description="Only the rows of these groups, by name or pattern with * and ?. Not set: all.",
         examples=[["amazon", "tweets"]],
+    )
+    split: Annotated[Text | None, COLUMN, OF_THE_DATA] = Field(
+        None,
+        description="Column that says what each row is for, by the words train, test and "
+        "validation. Not set: drawn, unless the data come in files or folders of these names.",
+        examples=["split"],
     )
     test_fraction: float = Field(
         0.25,

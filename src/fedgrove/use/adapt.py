@@ -17,8 +17,8 @@ import torch
 
 from fedgrove.adapters.tree import typed
 from fedgrove.federation.federation import Client
-from fedgrove.federation.load import rows_of
-from fedgrove.federation.split import split
+from fedgrove.federation.load import holding_of
+from fedgrove.federation.split import divided
 from fedgrove.ground.errors import DataError, RunError
 from fedgrove.ground.names import RULE, client_name, folder_of
 from fedgrove.methods.contract import ClientInfo
@@ -158,15 +158,7 @@ def _folder(folder: Path) -> Path:
 
 
 def _client(name: str, data: Path, job: Job, seed: int) -> Client:
-    parts = split(
-        name,
-        rows_of(data, job),
-        seed=seed,
-        test_fraction=job.data.test_fraction,
-        validation_fraction=job.data.validation_fraction,
-        train_examples=job.data.train_examples,
-        test_examples=job.data.test_examples,
-    )
+    parts = divided(name, holding_of(data, job), job.data, seed)
     return Client(name, parts.train, parts.test, parts.validation, group=None, held_out=True)
 
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from fedgrove.federation.readers import Found, Row
+from fedgrove.federation.readers import Found, Remarks, Row
 from fedgrove.ground import options
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Source(ABC, Generic[Keys]):
 
     def __init__(self, data: Keys, task: type[Task[Any]]):
         self.data, self.task = data, task
+        self.remarks = Remarks()  # what was found out while reading
 
     @classmethod
     def meant_for(cls, values: Mapping[str, Any]) -> str | None:

@@ -9,20 +9,29 @@ from typing import ClassVar, Self, TypeVar
 from pydantic import Field, model_validator
 
 from fedgrove.federation import images
-from fedgrove.federation.readers import KINDS, READERS, Found, Row, fingerprint, records
+from fedgrove.federation.purposes import purposes_of
+from fedgrove.federation.readers import KINDS, READERS, Found, Row, fingerprint
 from fedgrove.federation.sources.base import Clients, Origin, Rows, origin
+from fedgrove.federation.tables import files_of, passed_over, rows_at
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.names import RULE, client_name
 from fedgrove.ground.options import Options, Text
 
 
 class FileOptions(Options):
-    """The key of files."""
+    """The keys of files."""
 
     path: Text | None = Field(
         None,
-        description="The folder of silos, or the table; from the working directory.",
+        description="The folder of silos, or the table; from the working directory. For a file "
+        "there may stand a folder with files of the names train and test (and validation).",
         examples=["silos"],
+    )
+    encoding: Text | None = Field(
+        None,
+        description="How text files are encoded where no mark at their start says so. Not set: "
+        "UTF-8.",
+        examples=["cp1252"],
     )
 
 
@@ -58,7 +67,7 @@ def _path(options: FileOptions) -> Path:
 
 
 class TableSource(Rows[TableOptions]):
-    """One file of rows, or a folder of images, ``LABEL/*.png``."""
+    """One file of rows, or a folder of images, ``LABEL/*.png``; or of both for training and test."""
 
     name: ClassVar[str] = "table"
     about: ClassVar[str] = f"one file ({KINDS}), or a folder of images, LABEL/*.png, to be split"
@@ -70,12 +79,12 @@ class TableSource(Rows[TableOptions]):
         if self._in_folders():
             _needs_no_other(self, columns)
             return self.task.in_folder(path, self.data, self.name)
-        if not path.is_file():
+        if not files_of(path):
             raise DataError(
                 f"the table {path} does not exist or is a folder; data.path names one file "
-                f"({KINDS})"
+                f"({KINDS}), or a folder with a file train and a file test"
             )
-        return records(path, columns)
+        return rows_at(path, columns, self.data.encoding, self.remarks)
 
     def origin(self, rows: Sequence[Row]) -> Origin:
         """As in Source."""
@@ -83,10 +92,16 @@ class TableSource(Rows[TableOptions]):
         if self._in_folders():
             sha256 = images.tree_fingerprint(path, [row["image"] for row in rows])
             return origin(path.name, f"the folder {path}", sha256)
-        return origin(path.name, f"the file {path}", fingerprint([path]))
+        what = "file" if path.is_file() else "folder"
+        return origin(path.name, f"the {what} {path}", fingerprint(list(files_of(path).values())))
 
     def _in_folders(self) -> bool:
-        return self.task.folders and _path(self.data).is_dir()
+        path = _path(self.data)
+        return self.task.folders and path.is_dir() and not _are_files(files_of(path))
+
+
+def _are_files(found: dict[str, Path]) -> bool:
+    return bool(found) and all(path.is_file() for path in found.values())
 
 
 class SilosSource(Clients[SilosOptions]):
@@ -106,8 +121,8 @@ class SilosSource(Clients[SilosOptions]):
             for name, path in _unique(images.clients(folder)):
                 yield name, self.task.in_folder(path, self.data, self.name)
         else:
-            for name, path in self._files():
-                yield name, records(path, columns)
+            for name, path in self._holders():
+                yield name, rows_at(path, columns, self.data.encoding, self.remarks)
 
     def origin(self, rows: Sequence[Row]) -> Origin:
         """As in Source."""
@@ -115,14 +130,15 @@ class SilosSource(Clients[SilosOptions]):
         if self._in_folders():
             sha256 = images.tree_fingerprint(folder, [row["image"] for row in rows])
         else:
-            sha256 = fingerprint([path for _, path in self._files()])
+            paths = [file for _, path in self._holders() for file in files_of(path).values()]
+            sha256 = fingerprint(paths, folder)
         return origin(folder.name, f"the folder {folder}", sha256)
 
     def place(self, client: str) -> str:
         """As in Clients."""
         if self._in_folders():
             return super().place(client)
-        return str(dict(self._files())[client])
+        return str(dict(self._holders())[client])
 
     def _folder(self) -> Path:
         folder = _path(self.data)
@@ -131,40 +147,50 @@ class SilosSource(Clients[SilosOptions]):
                 f"the folder of silos {folder} does not exist or is a file; data.path names a "
                 "folder"
             )
+        if purposes_of([path for path in folder.iterdir() if not passed_over(path)]):
+            raise DataError(
+                f"{folder} holds what is for training and for the test, not one client each; put "
+                'them into a folder for each client, or set data.source = "table"'
+            )
         return folder
 
     def _in_folders(self) -> bool:
-        return self.task.folders and images.is_tree(_path(self.data))
+        folder = _path(self.data)
+        if not (self.task.folders and images.is_tree(folder)):
+            return False
+        return not any(_are_files(files_of(path)) for path in folder.iterdir() if path.is_dir())
 
-    def _files(self) -> list[tuple[str, Path]]:
-        """The clients' files by name; hidden files and notes (``.md``, ``.toml``) are passed over,
-        all else must be data.
+    def _holders(self) -> list[tuple[str, Path]]:
+        """The clients' files by name, or their folders with files for training and the test; hidden
+        files and notes (``.md``, ``.toml``) are passed over, all else must be data.
         """
         folder = _path(self.data)
         found = sorted(folder.iterdir(), key=lambda path: path.name)
-        files = [path for path in found if not _passed_over(path)]
-        for path in files:
-            _check_file(path)
-        if not files:
+        holders = [path for path in found if not passed_over(path)]
+        for path in holders:
+            _check_holder(path)
+        if not holders:
             raise DataError(
                 f"the folder of silos {folder} has no data files ({KINDS}); put one file per "
                 "client there"
             )
-        return list(_unique(files))
+        return list(_unique(holders))
 
 
-def _passed_over(path: Path) -> bool:
-    return path.name.startswith(".") or path.suffix.lower() in (".md", ".toml")
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
+def _check_holder(path: Path) -> None:
+    files = files_of(path)
+    if path.is_dir() and not files:
         raise DataError(
-            f"{path} is not a client's data file ({KINDS}) but a folder; folders of images need "
-            'data.task = "classify-images"'
+            f"{path} is not a client's data file ({KINDS}) but a folder without files for training "
+            'and the test (train, test); folders of images need data.task = "classify-images"'
         )
-    if path.suffix.lower() not in READERS or not path.is_file():
-        raise DataError(f"{path} is not a client's data file ({KINDS}); convert it or move it away")
+    for file in files.values():
+        if file.suffix.lower() not in READERS or not file.is_file():
+            raise DataError(
+                f"{file} is not a client's data file ({KINDS}); convert it or move it away"
+            )
+    if not files:
+        raise DataError(f"{path} is a link that leads nowhere; repair or remove it")
 
 
 def _unique(paths: Sequence[Path]) -> Iterator[tuple[str, Path]]:
@@ -192,6 +218,6 @@ def _needs_no_other(source: TableSource | SilosSource, columns: Sequence[str]) -
     for column in columns:
         if column not in own:
             raise JobError(
-                f"{column!r} needs a table with that column (data.group, or "
+                f"{column!r} needs a table with that column (data.group, data.split, or "
                 "data.partition.options.partition_by); folders of images have labels alone"
             )

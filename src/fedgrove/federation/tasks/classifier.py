@@ -12,6 +12,7 @@ from pydantic import Field, Strict, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedgrove.federation.labels import class_among
 from fedgrove.federation.metrics.base import Answers
 from fedgrove.federation.readers import Place, Row, label_of
 from fedgrove.federation.tasks.base import Batch, Example, LinearHead
@@ -120,9 +121,12 @@ def class_of(value: object, data: ClassOptions, place: Place) -> str:
     DataError.
     """
     label = label_of(value, data.label, place)
-    if data.labels and label not in data.labels:
+    if not data.labels:
+        return label
+    known = class_among(label, data.labels)
+    if known is None:
         listed = ", ".join(map(repr, data.labels))
         raise DataError(
             f"{place}: the label {label!r} is not in data.labels ({listed}); add it or correct it"
         )
-    return label
+    return known

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.federation.images import Picture, labelled, picture_of
+from fedgrove.federation.images import Picture, labelled, picture_of, purposes
+from fedgrove.federation.purposes import marked
 from fedgrove.federation.readers import Found, Place, Row
 from fedgrove.federation.tasks.base import Batch, Example, Task
 from fedgrove.federation.tasks.classifier import Classifier, ClassOptions, class_of
@@ -83,9 +84,14 @@ class ClassifyImages(Classifier, Task[ImageOptions]):
 
     @classmethod
     def in_folder(cls, folder: Path, data: ImageOptions, source: str) -> Found:
-        """The images of ``folder/LABEL/*.png``."""
-        for place, path, label in labelled(folder, source):
-            yield place, {data.image: path, data.label: label}
+        """The images of ``folder/LABEL/*.png``, or of ``folder/train/LABEL/*.png`` and
+        ``folder/test/LABEL/*.png``.
+        """
+        divided = purposes(folder) if folder.is_dir() else {}
+        if not divided:
+            yield from _labelled(folder, data, source)
+        for purpose, part in divided.items():
+            yield from marked(_labelled(part, data, source), purpose)
 
     @classmethod
     def describe(cls, rows: Sequence[Row]) -> dict[str, Any]:
@@ -134,6 +140,11 @@ class ClassifyImages(Classifier, Task[ImageOptions]):
     def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
         """[b, t, h] -> [b, h]: the mean of all states, summed in at least float32."""
         return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).mean(1)
+
+
+def _labelled(folder: Path, data: ImageOptions, source: str) -> Found:
+    for place, path, label in labelled(folder, source):
+        yield place, {data.image: path, data.label: label}
 
 
 def _small(pixels: np.ndarray[Any, Any]) -> Tensor:
