@@ -1,0 +1,498 @@
+"""grove: who shares (groups), how deep (layer by layer) and how much (rank-1 modules), as one method.
+
+Source: ours. It composes HiLoRA's tiers (arXiv 2603.02785), FedTreeLoRA's nested cuts by layer
+(arXiv 2603.13282) and Fed-PLoRA's rank-1 modules with select-N-fold (arXiv 2602.16936). At a site
+of layer l client i runs
+
+    W0 + s Σ_{j < R_root} B_j A_j + s Σ_{R_root <= j < R} B_(g,j) A_(g,j),    g = group of i in l
+
+with one scale ``s = alpha / R``: the first modules of its path are everybody's, the others those of
+its group in that layer, and the groups of a deeper layer only split those of the layer above.
+
+1. Root: everybody trains the root's modules. From what training changed in B (never from B as it
+   stands), summed over odd and over even rounds apart, the groups grow (``clustering.growth``).
+2. Branches: each group's modules start from ``B = 0`` and the one shared draw, so no client's
+   function changes when they appear. Root and branches train together, or in cascade.
+
+A client of budget r_i draws r_i modules of its path each round, trains them from their values as
+one dense LoRA, folds the rest, and sends what it trained, tagged by index. The server takes the
+uniform mean of each index over those of the node that trained it; what nobody trained stays.
+A client that the growth never saw, late or new, descends the tree by what a first training changed.
+
+With one node and full budgets it is FedIT with uniform weights, with mixed budgets Fed-PLoRA, both
+bit for bit. In cascade and with the same groups in all layers it is HiLoRA's root and cluster with
+means of factors; without root modules FedTreeLoRA's experts without the external one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.adapters.algebra import index_mean, select, split
+from fedgrove.adapters.assembly import Assembly, Term
+from fedgrove.adapters.distance import Bs, between, layers_of
+from fedgrove.adapters.subspace import basis, principal_angle_distances
+from fedgrove.clustering.growth import grow
+from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree
+from fedgrove.ground.errors import JobError
+from fedgrove.methods import contract
+from fedgrove.methods.contract import ClientInfo, Method, Plan, Setting, Step, Trained, Update
+from fedgrove.methods.fed_plora import best
+from fedgrove.methods.records import Nothing
+
+
+class GroveOptions(contract.Options):
+    """The keys of ``[method]`` for grove."""
+
+    root_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the R modules that the root owns; the branches own the others. 1: one "
+        "node for all, nothing grows.",
+    )
+    root_rounds: int | None = Field(
+        None,
+        ge=2,
+        description="Rounds of the root before the groups grow, part of run.rounds. Not set: a fifth "
+        "of them, at least 2.",
+        examples=[2],
+    )
+    together: bool = Field(
+        True,
+        description="Whether root and branches train together; false freezes the root once it has "
+        "branches, as a cascade.",
+    )
+    evidence: Literal["subspace", "change"] = Field(
+        "subspace",
+        description="Distance between two clients: principal angles of what training changed in "
+        "their B, or one minus the cosine of those changes after their common part is taken out.",
+    )
+    level: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="Level of the permutation test that a layer's split must pass.",
+    )
+    tau: float | None = Field(
+        None,
+        description="Instead of the test: FedTreeLoRA's score of leaving a layer whole.",
+        examples=[0.1],
+    )
+    most: int = Field(
+        3, ge=1, description="A layer may have up to most - 1 groups more than the one above it."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What training changed in a client's B, summed over its odd and its even trainings."""
+
+    odd: dict[str, Tensor] = field(default_factory=dict)  # site -> [out, R]
+    even: dict[str, Tensor] = field(default_factory=dict)
+    trainings: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The groups of a layer: of the grown clients, in their order, and each group's modules."""
+
+    layer: int
+    count: int
+    score: float
+    labels: list[int]
+    branches: list[Adapter]  # one for each group, of the layer's sites
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """What the growth found."""
+
+    clients: list[str]  # the rows of labels and merges
+    merges: list[list[float]]
+    round: int
+    layers: list[Layer]
+
+
+@dataclass(frozen=True, eq=False)
+class GroveState:
+    """The server's memory."""
+
+    root: Adapter
+    tree: Tree | None = None
+    groups: dict[str, list[int]] = field(default_factory=dict)  # client -> its group in each layer
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+    trained: dict[str, list[int]] = field(default_factory=dict)  # client -> trainings of each index
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """A client's modules from the root to its groups; ``first``: the first index that may train."""
+
+    path: Adapter
+    first: int = 0
+    placed: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Modules:
+    """The modules that a client trained, at their indices of the path."""
+
+    modules: Adapter
+    indices: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """What a newcomer's probe changed in B."""
+
+    change: dict[str, Tensor]
+
+
+class Grove(Method):
+    name = "grove"
+    title = "Grove"
+    paper = "ours"
+    trains = "r_i modules of the path"
+    shares = "those modules"
+    keeps = "nothing"
+    ranks = "mixed"
+    averages_factors = True
+    State, Offer, Mine, Sent, Probed = GroveState, Path, Nothing, Modules, Changed
+    Options: ClassVar[type[contract.Options]] = GroveOptions
+
+    def __init__(self, options: Any, setting: Setting):
+        super().__init__(options, setting)
+        self.layers = layers_of(setting.sites)
+        self.root_rank = round(setting.rank * options.root_share)
+        if 0 < options.root_share < 1:  # both have at least one module, where there are two
+            self.root_rank = min(max(self.root_rank, 1), max(1, setting.rank - 1))
+        self.root_rounds = _root_rounds(options, setting, self.root_rank)
+
+    # ------------------------------------------------------------------ server
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        for client in clients:
+            if self.setting.scaling == "client" and client.rank != self.setting.rank:
+                raise JobError(
+                    f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, '
+                    f"but grove needs alpha / {self.setting.rank} for every module of every client; "
+                    'set lora.scaling = "global".'
+                )
+
+    def needs_each(self) -> str:
+        if self.root_rounds == self.setting.rounds:
+            return "only a client knows which modules it trained"
+        return "its groups grow from what each client's own training changed"
+
+    def begin(self, clients: Sequence[ClientInfo]) -> GroveState:
+        return GroveState(_some(self.setting.shared_draw(), 0, self._nodes_rank))
+
+    @property
+    def _nodes_rank(self) -> int:
+        """Modules of everybody's node before the growth: the root's, or all where it has none."""
+        return self.root_rank or self.setting.rank
+
+    def offer(self, state: GroveState, round: int, client: ClientInfo) -> Path:
+        groups = state.groups.get(client.name)
+        if state.tree is None or groups is None:
+            return Path(state.root)
+        return self._path(state, groups)
+
+    def aggregate(
+        self, state: GroveState, round: int, updates: Sequence[Update[Modules]]
+    ) -> GroveState:
+        evidence, trained = dict(state.evidence), dict(state.trained)
+        for update in updates:
+            name, content = update.client, update.content
+            if name not in state.groups:
+                evidence[name] = self._seen(evidence.get(name, Evidence()), content, state.root)
+            trained[name] = _counted(trained.get(name), content.indices, self.setting.rank)
+        after = replace(
+            state, root=self._rooted(state, updates), evidence=evidence, trained=trained
+        )
+        if state.tree is not None:
+            after = replace(after, tree=self._branched(state, state.tree, updates))
+            return self._joined(after, [u.client for u in updates])
+        if round == self.root_rounds < self.setting.rounds:
+            return self._grown(after, round)
+        return after
+
+    def welcome(self, state: GroveState, client: ClientInfo, probe: Changed | None) -> Path:
+        if probe is None or state.tree is None:
+            return Path(state.root)
+        groups = self._placed(state, Evidence(probe.change, probe.change, 2))
+        deepest = state.tree.layers[-1]
+        where = f"branch {groups[-1] + 1} of {deepest.count} in layer {deepest.layer}, the deepest"
+        return replace(self._path(state, groups), placed=where)
+
+    def global_assembly(self, state: GroveState) -> Assembly | None:
+        """The root, as long as it is what everyone runs."""
+        if state.tree is not None:
+            return None
+        return Assembly((Term("path", state.root),))
+
+    def artefacts(self, state: GroveState) -> dict[str, Any]:
+        """``grove.json``: the paths and who trained what of them."""
+        if state.tree is None:
+            return {}
+        layers = []
+        for place, layer in enumerate(state.tree.layers):
+            groups: list[list[str]] = [[] for _ in range(layer.count)]
+            for name, labels in sorted(state.groups.items()):
+                groups[labels[place]].append(name)
+            row = {"layer": layer.layer, "count": layer.count, "score": layer.score}
+            layers.append({**row, "groups": groups})
+        return {
+            "grove.json": {
+                "clients": state.tree.clients,
+                "joined": sorted(set(state.groups) - set(state.tree.clients)),
+                "merges": state.tree.merges,
+                "grown": state.tree.round,
+                "modules": {"root": self.root_rank, "branch": self.setting.rank - self.root_rank},
+                "layers": layers,
+                "trained": dict(sorted(state.trained.items())),
+            }
+        }
+
+    # ----------------------------------------------------------------- means of nodes
+    def _rooted(self, state: GroveState, updates: Sequence[Update[Modules]]) -> Adapter:
+        """The root after a round: the mean of each of its indices over everybody."""
+        if state.tree is not None and self.root_rank == 0:
+            return state.root
+        return _mean([_within(u.content, 0, self._nodes_rank) for u in updates], state.root)
+
+    def _branched(self, state: GroveState, tree: Tree, updates: Sequence[Update[Modules]]) -> Tree:
+        """The branches after a round: the mean of each index over those of the group."""
+        layers = []
+        for place, layer in enumerate(tree.layers):
+            branches = list(layer.branches)
+            for group in range(layer.count):
+                members = [u for u in updates if _in(state.groups.get(u.client), place, group)]
+                if members:
+                    branches[group] = self._group_mean(branches[group], members)
+            layers.append(replace(layer, branches=branches))
+        return replace(tree, layers=layers)
+
+    def _group_mean(self, old: Adapter, members: Sequence[Update[Modules]]) -> Adapter:
+        """The mean over a group's members of the sites of one layer."""
+        parts = [_within(u.content, self.root_rank, self.setting.rank) for u in members]
+        own = [Modules({site: p.modules[site] for site in old}, p.indices) for p in parts]
+        return _mean(own, old)
+
+    # ------------------------------------------------------------------------ growth
+    def _seen(self, past: Evidence, content: Modules, start: Adapter) -> Evidence:
+        """The evidence with one more training: what it changed, in the odd or in the even sum."""
+        change: dict[str, Tensor] = {}
+        for site, factors in content.modules.items():
+            B = torch.zeros_like(start[site].B)
+            B[:, content.indices] = factors.B - start[site].B[:, content.indices]
+            change[site] = B
+        if past.trainings % 2 == 0:
+            return replace(past, odd=_sum(past.odd, change), trainings=past.trainings + 1)
+        return replace(past, even=_sum(past.even, change), trainings=past.trainings + 1)
+
+    def _grown(self, state: GroveState, round: int) -> GroveState:
+        """The tree and its groups, from the clients that trained at least once."""
+        names = sorted(state.evidence)
+        halves = [[_half(state.evidence[name], odd) for name in names] for odd in (True, False)]
+        first, second = (self._apart(half) for half in halves)
+        merges = merge_tree(np.mean([*first, *second], axis=0))
+        cuts = self._cuts(first, second, merges)
+        layers = [
+            self._layer(layer, cut, state.root)
+            for layer, cut in zip(self.layers, cuts, strict=True)
+        ]
+        tree = Tree(names, merges.tolist(), round, layers)
+        groups = {name: [each.labels[row] for each in layers] for row, name in enumerate(names)}
+        return replace(state, tree=tree, groups=groups)
+
+    def _cuts(
+        self, first: list[Any], second: list[Any], merges: np.ndarray[Any, np.dtype[np.float64]]
+    ) -> list[LayerCut]:
+        options = self.options
+        if options.tau is not None:
+            both = [(one + other) / 2 for one, other in zip(first, second, strict=True)]
+            return layer_cuts(merges, both, options.tau, options.most)
+        seed = self.setting.integer("grove", "growth")
+        return grow(first, second, level=options.level, most=options.most, seed=seed)
+
+    def _layer(self, layer: int, cut: LayerCut, root: Adapter) -> Layer:
+        """A layer's groups, their modules as yet without effect.
+
+        Where the root owns no module, groups go on from what everybody's node holds.
+        """
+        if self.root_rank == 0:
+            start = root
+        else:
+            start = _some(self.setting.shared_draw(), self.root_rank, self.setting.rank)
+        own = {site: start[site] for site in self.layers[layer]}
+        return Layer(layer, cut.count, cut.score, cut.labels.tolist(), [own] * cut.count)
+
+    def _apart(self, clients: Sequence[Bs]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+        """Distances between the clients, for each layer [N, N]."""
+        if self.options.evidence == "change":
+            common = {s: torch.stack([each[s] for each in clients]).mean(0) for s in clients[0]}
+            own = [{site: B - common[site] for site, B in each.items()} for each in clients]
+            return list(between(own, self.setting.sites, "cosine").numpy())
+        found = []
+        for sites in self.layers.values():
+            each = [principal_angle_distances([_span(c[s]) for c in clients]) for s in sites]
+            found.append(torch.stack(each).mean(0).numpy())
+        return found
+
+    def _placed(self, state: GroveState, evidence: Evidence) -> list[int]:
+        """The groups of a client that the growth did not see, down the tree."""
+        assert state.tree is not None
+        known = [_both(state.evidence[name]) for name in state.tree.clients]
+        rows = self._apart([_both(evidence), *known])
+        cuts = [
+            LayerCut(each.layer, each.count, each.score, np.array(each.labels, dtype=np.int64))
+            for each in state.tree.layers
+        ]
+        merges = np.array(state.tree.merges, dtype=np.float64).reshape(-1, 4)
+        return descend(merges, cuts, np.mean([row[0, 1:] for row in rows], axis=0))
+
+    def _joined(self, state: GroveState, names: Sequence[str]) -> GroveState:
+        """The groups with those that trained without any."""
+        late = [name for name in names if name not in state.groups]
+        places = {name: self._placed(state, state.evidence[name]) for name in late}
+        return replace(state, groups=dict(sorted({**state.groups, **places}.items())))
+
+    def _path(self, state: GroveState, groups: Sequence[int]) -> Path:
+        """The modules from the root down to the groups, one group for each layer."""
+        assert state.tree is not None
+        path: Adapter = {}
+        for group, layer in zip(groups, state.tree.layers, strict=True):
+            for site, branch in layer.branches[group].items():
+                path[site] = branch
+                if self.root_rank:
+                    path[site] = _joint(state.root[site], branch)
+        ordered = {site: path[site] for site in self.setting.sites}
+        if self.options.together:
+            return Path(ordered)
+        return Path(ordered, first=self.root_rank)
+
+    # ------------------------------------------------------------------ client
+    def plan(self, client: ClientInfo, offer: Path, mine: Nothing, round: int) -> Plan:
+        chosen, others = split(offer.path, self._choose(client, offer, round))
+        terms = (Term("selected", chosen),)
+        if any(factors.rank for factors in others.values()):
+            return [Step(Assembly(terms, base_delta=others))]
+        return [Step(Assembly(terms))]
+
+    def report(
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Path,
+        mine: Nothing,
+        round: int,
+    ) -> tuple[Modules, Nothing]:
+        chosen = self._choose(client, offer, round)
+        return Modules(trained[-1].adapter("selected"), chosen), mine
+
+    def probe(self, client: ClientInfo, offer: Path) -> Plan | None:
+        """One round's training of the whole root."""
+        if self.root_rounds == self.setting.rounds:
+            return None
+        return [Step(Assembly((Term("path", offer.path),)))]
+
+    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Path) -> Changed:
+        after = trained[-1].adapter("path")
+        return Changed({site: after[site].B - f.B for site, f in offer.path.items()})
+
+    def personal(self, client: ClientInfo, offer: Path, mine: Nothing) -> Assembly:
+        return Assembly((Term("path", offer.path),))
+
+    def _choose(self, client: ClientInfo, offer: Path, round: int) -> list[int]:
+        """The indices that the client trains in this round: a uniform draw of its budget."""
+        rank = next(iter(offer.path.values())).rank
+        rng = self.setting.rng(round, client.name, "modules", "")  # Fed-PLoRA's draw
+        score = torch.zeros(rank - offer.first, dtype=torch.float64)
+        return [offer.first + index for index in best(score, client.rank, rng)]
+
+
+def _root_rounds(options: GroveOptions, setting: Setting, root_rank: int) -> int:
+    """Rounds of the root alone; all of them where nothing can grow. JobError where they are too
+    many.
+    """
+    if root_rank == setting.rank:
+        return setting.rounds
+    if options.root_rounds is None:
+        return min(setting.rounds, max(2, round(setting.rounds / 5)))
+    if options.root_rounds > setting.rounds:
+        raise JobError(
+            f"method.root_rounds = {options.root_rounds} is more than run.rounds = {setting.rounds}, "
+            f"of which they are a part; set it to {setting.rounds} or less."
+        )
+    return options.root_rounds
+
+
+def _some(adapter: Adapter, first: int, last: int) -> Adapter:
+    """The modules first .. last - 1."""
+    return select(adapter, list(range(first, last)))
+
+
+def _joint(root: Factors, branch: Factors) -> Factors:
+    """Two nodes' modules of one site as one: A [R, in], B [out, R]."""
+    return Factors(torch.cat([root.A, branch.A]), torch.cat([root.B, branch.B], 1), root.scale)
+
+
+def _within(content: Modules, first: int, last: int) -> Modules:
+    """Of what a client trained the indices first .. last - 1, counted from ``first``."""
+    rows = [row for row, index in enumerate(content.indices) if first <= index < last]
+    indices = [content.indices[row] - first for row in rows]
+    return Modules(select(content.modules, rows), indices)
+
+
+def _mean(parts: Sequence[Modules], old: Adapter) -> Adapter:
+    """The uniform mean of each index over those that trained it; ``old`` where nobody did."""
+    held = [part for part in parts if part.indices]
+    if not held:
+        return old
+    return index_mean([part.modules for part in held], [part.indices for part in held], old)
+
+
+def _in(groups: Sequence[int] | None, place: int, group: int) -> bool:
+    return groups is not None and groups[place] == group
+
+
+def _counted(past: Sequence[int] | None, indices: Sequence[int], rank: int) -> list[int]:
+    """How often each index was trained, one training more."""
+    counts = list(past or [0] * rank)
+    for index in indices:
+        counts[index] += 1
+    return counts
+
+
+def _sum(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not one:
+        return dict(other)
+    return {site: B + other[site] for site, B in one.items()}
+
+
+def _half(evidence: Evidence, odd: bool) -> Bs:
+    """One of the two measurements; of a client that trained once, the only one."""
+    if odd or not evidence.even:
+        return evidence.odd
+    return evidence.even
+
+
+def _both(evidence: Evidence) -> Bs:
+    return _sum(evidence.odd, evidence.even) if evidence.even else evidence.odd
+
+
+def _span(change: Tensor) -> Tensor:
+    """An orthonormal basis [out, r] of a change of B [out, R], of the r modules that trained."""
+    moved = change[:, change.any(0)]
+    if moved.shape[1] == 0:
+        return basis(change, 1)
+    return basis(moved.double())
