@@ -14,7 +14,11 @@ from typing import Literal
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 from pydantic import BaseModel, ConfigDict, Field
+from tests.shapes import WATCHED
+
+install_import_hook(WATCHED, "tests.shapes.checked")  # before anything imports what is watched
 
 # The same examples in every run: a change breaks a test, not a draw. HYPOTHESIS_PROFILE=explore
 # draws new ones.

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from fedgrove.job.sections import TrainSection
+
 GOOD = ["good", "fine", "happy", "great", "bright"]
 BAD = ["bad", "poor", "sad", "awful", "dark"]
 FILLER = ["the", "a", "day", "film", "was", "and", "very", "it", "felt", "book"]
@@ -231,3 +233,8 @@ def without_reports() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedgrove.runs.finish.write_report", blank)
         yield
+
+
+def unclipped(**changes: Any) -> TrainSection:
+    """A ``[train]`` section that clips no gradient unless told to."""
+    return TrainSection(**{"clip": 0.0, **changes})

@@ -25,7 +25,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     from fedgrove.interop.models import resolve_name
     from fedgrove.methods.contract import Step
     from fedgrove.runs.prepare import prepare
-    from fedgrove.training.kernel import batch_order
+    from fedgrove.training.loop import batch_order
 
     prepared = prepare(job)
     job, train = prepared.job, prepared.job.train

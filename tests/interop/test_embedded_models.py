@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.interop.onnx_made import save_onnx
-from tests.tiny import save_llama
+from tests.tiny import save_llama, unclipped
 
 from fedgrove.ground.errors import ModelError
 from fedgrove.interop import embedded_models
@@ -136,7 +136,7 @@ def test_the_real_ones_answer(name: str) -> None:
         pytest.importorskip("gguf")
     from fedgrove.adapters.assembly import Assembly
     from fedgrove.federation.tasks.generate import Generate
-    from fedgrove.training.kernel import Kernel, TrainOptions
+    from fedgrove.training.kernel import Kernel
 
     base = load_base(name, task="generate", head="lm")
     task = Generate(max_new_tokens=24)
@@ -144,7 +144,7 @@ def test_the_real_ones_answer(name: str) -> None:
         {"prompt": "What is the capital of France?"},
         {"prompt": "Who wrote Hamlet, and when was that, roughly?"},
     ]
-    answer = Kernel(base, task, TrainOptions()).generate(
+    answer = Kernel(base, task, unclipped()).generate(
         Assembly(), task.encode(rows, base.processor)
     )[0]
     assert "Paris" in answer
@@ -166,7 +166,7 @@ def test_peft_computes_what_the_hooks_compute_on_minimind(tmp_path: Path) -> Non
     from fedgrove.adapters.assembly import Assembly, Term
     from fedgrove.federation.tasks.generate import Generate
     from fedgrove.interop.peft import save_adapter
-    from fedgrove.training.kernel import Kernel, TrainOptions
+    from fedgrove.training.kernel import Kernel
 
     base = load_base("minimind2-small", task="generate", head="lm", dtype=torch.float64)
     draw = torch.Generator().manual_seed(0)
@@ -183,7 +183,7 @@ def test_peft_computes_what_the_hooks_compute_on_minimind(tmp_path: Path) -> Non
     examples = task.encode(
         [{"prompt": "What is the capital of France?"}, {"prompt": "Hi"}], base.processor
     )
-    mine = Kernel(base, task, TrainOptions()).logits(
+    mine = Kernel(base, task, unclipped()).logits(
         Assembly((Term("own", adapter, train=""),)), examples
     )
     save_adapter(

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.methods.kit import aggregated
-from tests.tiny import save_silos, sentences, tiny_job
+from tests.tiny import save_silos, sentences, tiny_job, unclipped
 from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Factors, Site, as_one_adapter
@@ -23,13 +23,15 @@ from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base
+from fedgrove.job.sections import TrainSection
 from fedgrove.methods.contract import ClientInfo, Setting, Step, Trained, Update, WeightedOptions
 from fedgrove.methods.fed_plora import FedPLoRA, PLoRAOptions, best
 from fedgrove.methods.fedit import FedIT
 from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.metrics import read
-from fedgrove.training.kernel import Clock, Kernel, TrainOptions
+from fedgrove.training.kernel import Kernel
+from fedgrove.training.loop import Clock
 
 RANK = 4
 SITES = {"q": Site("q", 0, 5, 7), "v": Site("v", 1, 8, 6)}  # in, out
@@ -157,7 +159,7 @@ def with_head(base: Base, assembly: Assembly) -> Assembly:
     )
 
 
-def trained_by(base: Base, examples: Any, step: Step, options: TrainOptions) -> Trained:
+def trained_by(base: Base, examples: Any, step: Step, options: TrainSection) -> Trained:
     from dataclasses import replace
 
     kernel = Kernel(base, TASK, options)
@@ -173,7 +175,7 @@ def test_a_client_starts_from_exactly_the_global_model(
 ) -> None:
     chosen = method(sites=base.sites, folding=folding)
     offer = {"global": draw(1, RANK, base.sites, stretch=0.3)}
-    kernel = Kernel(base, TASK, TrainOptions())
+    kernel = Kernel(base, TASK, unclipped())
     try:
         whole = kernel.logits(
             with_head(base, chosen.personal(ClientInfo("c", 2, 9), offer, {})), examples
@@ -196,8 +198,8 @@ def test_a_client_starts_from_exactly_the_global_model(
 @pytest.mark.parametrize(
     "options",
     [
-        TrainOptions(lr=1e-2, weight_decay=0.5, batch_size=4, local_steps=5),
-        TrainOptions(
+        unclipped(lr=1e-2, weight_decay=0.5, batch_size=4, local_steps=5),
+        unclipped(
             optimizer="sgd", lr=0.3, momentum=0.9, weight_decay=0.1, batch_size=4, local_steps=5
         ),
     ],
@@ -354,7 +356,7 @@ def test_gradient_takes_the_largest_gradients_and_magnitude_does_not(
     look = next(plan)
     assert (look.measure, look.count, look.head) == ("fisher", 3, False)
     assert look.assembly.base_delta is None
-    looked = trained_by(base, examples, look, TrainOptions(batch_size=4))
+    looked = trained_by(base, examples, look, unclipped(batch_size=4))
     step = plan.send(looked)
     sent, _ = chosen.report(client, [looked, Trained(step.assembly, 0.0, 1)], offer, {}, 1)
     assert sent["indices"] == [1]

@@ -226,7 +226,7 @@ def test_each_tier_exported_gives_the_kernels_logits(
             ).last_hidden_state
             pooled = prepared.task.pool(hidden, batch)
         head = load(folder).assembly.extras
-        logits = prepared.task.head_logits(
+        logits = prepared.half.kernel.reader.task.head_logits(
             pooled, {n.removeprefix("head."): e.value for n, e in head.items()}
         )
         assert torch.allclose(logits, expected, atol=1e-5)

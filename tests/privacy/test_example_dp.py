@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 import torch
 from tests.test_run import StopAfter, adapters, summary
-from tests.tiny import sentences, tiny_job
+from tests.tiny import sentences, tiny_job, unclipped
 from tests.training.test_kernel import CLOCK, TASK, head, start
 
 from fedgrove.adapters import Assembly, Term
 from fedgrove.adapters.private import unseal
 from fedgrove.ground.errors import JobError
 from fedgrove.interop.models import Base, load_base
+from fedgrove.job.sections import TrainSection
 from fedgrove.methods.contract import Step
 from fedgrove.privacy import accountant
 from fedgrove.privacy.example_dp import ExampleGuard, norm_of
 from fedgrove.privacy.randomness import of_seed
 from fedgrove.start import run
-from fedgrove.training.kernel import Kernel, TrainOptions
+from fedgrove.training.kernel import Kernel
 
 KEY = of_seed(1, "test")
 
@@ -42,7 +43,7 @@ def examples(base: Base) -> list[dict[str, Any]]:
 def trained(
     base: Base,
     examples: Any,
-    options: TrainOptions,
+    options: TrainSection,
     guard: ExampleGuard | None,
     penalty: Any = None,
 ) -> Any:
@@ -70,13 +71,13 @@ def test_without_noise_and_clip_it_is_plain_training(
     def tail(live: Any) -> torch.Tensor:
         return 0.3 * torch.stack([f.B.square().sum() for f in live.terms["own"].values()]).sum()
 
-    options = TrainOptions(
+    options = unclipped(
         optimizer=name, lr=0.05 if name == "sgd" else 1e-2, batch_size=12, local_steps=4, clip=0.7
     )
     penalty = tail if penalised else None
     guard = ExampleGuard(math.inf, 0.0, KEY)
     before = numbers(
-        trained(base, examples, TrainOptions(lr=1e-12, batch_size=12, local_steps=1), None)
+        trained(base, examples, unclipped(lr=1e-12, batch_size=12, local_steps=1), None)
     )
     plain = numbers(trained(base, examples, options, None, penalty))
     private = numbers(trained(base, examples, options, guard, penalty))
@@ -90,10 +91,10 @@ def test_the_clipped_sum_is_that_of_a_loop_over_examples(base: Base, examples: A
     leaves together.
     """
     rate, clip = 0.5, 0.2
-    options = TrainOptions(optimizer="sgd", lr=rate, batch_size=12, local_steps=1, clip=0.0)
-    nowhere = TrainOptions(optimizer="sgd", lr=1e-300, batch_size=12, local_steps=1)
+    options = unclipped(optimizer="sgd", lr=rate, batch_size=12, local_steps=1, clip=0.0)
+    nowhere = unclipped(optimizer="sgd", lr=1e-300, batch_size=12, local_steps=1)
     still = numbers(trained(base, examples, nowhere, None))
-    single = TrainOptions(optimizer="sgd", lr=rate, batch_size=1, local_steps=1, clip=0.0)
+    single = unclipped(optimizer="sgd", lr=rate, batch_size=1, local_steps=1, clip=0.0)
     total, lengths = torch.zeros_like(still), []
     for example in examples:
         gradient = (still - numbers(trained(base, [example], single, None))) / rate
@@ -230,7 +231,7 @@ def test_what_reads_examples_beside_its_steps_is_refused(
 
 
 def test_a_measuring_step_is_refused_by_the_kernel_too(base: Base, examples: Any) -> None:
-    kernel = Kernel(base, TASK, TrainOptions())
+    kernel = Kernel(base, TASK, unclipped())
     try:
         for measure in ("fisher", "features"):
             step = Step(Assembly((Term("own", start(base)),)), measure=measure)

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import save_exchanges, save_llama, save_pictures, save_vit, sentences, tiny_job
+from tests.tiny import (
+    save_exchanges,
+    save_llama,
+    save_pictures,
+    save_vit,
+    sentences,
+    tiny_job,
+    unclipped,
+)
 from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Convex, Extra, Factors, Term, Weighted, fresh
@@ -18,12 +26,15 @@ from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base, load_config
 from fedgrove.job import Job
 from fedgrove.methods.contract import Live, Step
+from fedgrove.privacy.example_dp import ExampleGuard
 from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
-from fedgrove.training.cohort import Cohort, Work, joins, size_for, train_together
-from fedgrove.training.kernel import Clock, Kernel, TrainOptions
+from fedgrove.training.cohort import Cohort
+from fedgrove.training.cohort_size import size_for
+from fedgrove.training.kernel import Kernel, Work
 from fedgrove.training.lanes import Lanes
 from fedgrove.training.live import LiveAssembly
+from fedgrove.training.loop import Clock
 
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
 
@@ -101,11 +112,11 @@ def kernel(base: Base, request: pytest.FixtureRequest) -> Iterator[Kernel]:
 
 
 SETTINGS = [
-    TrainOptions(lr=1e-2, batch_size=3, local_steps=4, clip=0.05),
-    TrainOptions(
+    unclipped(lr=1e-2, batch_size=3, local_steps=4, clip=0.05),
+    unclipped(
         lr=1e-2, batch_size=4, local_steps=3, accumulation=2, schedule="cosine", weight_decay=0.1
     ),
-    TrainOptions(
+    unclipped(
         lr=0.2,
         optimizer="sgd",
         momentum=0.9,
@@ -114,7 +125,7 @@ SETTINGS = [
         head_lr=0.05,
         warmup_fraction=0.3,
     ),
-    TrainOptions(lr=1e-2, batch_size=5, local_steps=None, local_epochs=1.0, clip=1.0),
+    unclipped(lr=1e-2, batch_size=5, local_steps=None, local_epochs=1, clip=1.0),
 ]
 
 
@@ -124,7 +135,7 @@ SETTINGS = [
 @pytest.mark.parametrize("deltas", [False, True], ids=["terms", "deltas"])
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
 def test_together_is_as_alone(base: Base, kernel: Kernel, deltas: bool, packs: bool) -> None:
-    kernel._packs = packs
+    kernel.hooked.packs = packs
     draw = random.Random(f"{deltas}{packs}")
     for trial in range(5):
         count = draw.randint(2, 4)
@@ -139,7 +150,7 @@ def test_together_is_as_alone(base: Base, kernel: Kernel, deltas: bool, packs: b
             )
             for number in range(count)
         ]
-        together = train_together(Lanes([kernel]), works)
+        together = Lanes([kernel]).train(works)
         for each, ours in zip(works, together, strict=True):
             alone = kernel.train(each.step, each.examples, each.clock)
             assert ours.steps == alone.steps
@@ -179,11 +190,13 @@ def test_steps_that_do_not_fit_run_alone(base: Base, kernel: Kernel) -> None:
         works[0].examples,
         works[0].clock,
     )
-    assert joins(kernel, first)
-    assert not joins(kernel, odd.step)
-    assert not joins(kernel, Step(first.assembly, measure="fisher"))
-    assert not joins(kernel, Step(first.assembly.frozen()))
-    done = train_together(Lanes([kernel]), [odd, *works[1:]])
+    examples, clock = works[0].examples, works[0].clock
+    assert kernel.joins(works[0])
+    assert not kernel.joins(odd)
+    assert not kernel.joins(Work(first, examples, clock, guard=ExampleGuard(1.0, 1.0, "key")))
+    assert not kernel.joins(Work(Step(first.assembly, measure="fisher"), examples, clock))
+    assert not kernel.joins(Work(Step(first.assembly.frozen()), examples, clock))
+    done = Lanes([kernel]).train([odd, *works[1:]])
     alone = kernel.train(odd.step, odd.examples, odd.clock)
     for ours, theirs in zip(tensors(done[0].assembly), tensors(alone.assembly), strict=True):
         assert torch.equal(ours, theirs)
@@ -208,8 +221,7 @@ def test_frozen_factors_in_common_are_multiplied_once(base: Base, kernel: Kernel
     site = next(iter(base.sites.values()))
     x = torch.randn(7, 4, site.in_features, dtype=torch.float64, generator=generator(0, "x"))
     output = torch.zeros(7, 4, site.out_features, dtype=torch.float64)
-    cohort = Cohort()
-    cohort.enter(lives, [2, 1, 3, 1], packed=False)
+    cohort = Cohort(lives, [2, 1, 3, 1])
     found = cohort.add(site, x, output)
     (blocks,) = cohort._masks
     assert sorted(blocks) == sorted(
@@ -252,13 +264,14 @@ def test_a_run_with_cohorts_is_the_run_without(
     lockstep.
     """
     results, sizes = {}, []
-    together = Kernel.together
+    losses = Kernel.losses
 
-    def counted(kernel: Kernel, cohort: Any, lives: Any, *rest: Any) -> Any:
-        sizes.append(len(lives))
-        return together(kernel, cohort, lives, *rest)
+    def counted(kernel: Kernel, lives: Any, *rest: Any, together: bool) -> Any:
+        if together:
+            sizes.append(len(lives))
+        return losses(kernel, lives, *rest, together=together)
 
-    monkeypatch.setattr(Kernel, "together", counted)
+    monkeypatch.setattr(Kernel, "losses", counted)
     for size in (1, 3):
         sizes.clear()
         job = tiny_job(

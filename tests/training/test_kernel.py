@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import sentences
+from tests.tiny import sentences, unclipped
 from torch import Tensor, nn
 
 from fedgrove.adapters import (
@@ -27,8 +27,10 @@ from fedgrove.adapters.tree import pack
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base
+from fedgrove.job.sections import TrainSection
 from fedgrove.methods.contract import Step
-from fedgrove.training.kernel import Clock, Kernel, TrainOptions, batch_order
+from fedgrove.training.kernel import Kernel
+from fedgrove.training.loop import Clock, batch_order
 
 CLOCK = Clock(7, (1, "client"))
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
@@ -62,7 +64,7 @@ def head(base: Base) -> dict[str, Extra]:
 
 
 def peft_train(
-    folder: Path, adapter: Any, head_values: dict[str, Tensor], examples: Any, options: TrainOptions
+    folder: Path, adapter: Any, head_values: dict[str, Tensor], examples: Any, options: TrainSection
 ) -> Any:
     """The same work in PEFT and a plain loop: the reference."""
     from peft import LoraConfig, get_peft_model
@@ -120,16 +122,16 @@ def peft_train(
 @pytest.mark.parametrize(
     "options",
     [
-        TrainOptions(lr=1e-2, weight_decay=0.1, batch_size=4, local_steps=7),
-        TrainOptions(optimizer="sgd", lr=0.5, momentum=0.9, batch_size=5, local_steps=7),
-        TrainOptions(
+        unclipped(lr=1e-2, weight_decay=0.1, batch_size=4, local_steps=7),
+        unclipped(optimizer="sgd", lr=0.5, momentum=0.9, batch_size=5, local_steps=7),
+        unclipped(
             lr=1e-2, clip=0.05, accumulation=2, schedule="cosine", batch_size=3, local_steps=5
         ),
     ],
     ids=["adamw", "sgd", "clip-accumulate-cosine"],
 )
 def test_training_equals_plain_peft(
-    tiny_bert: Path, base: Base, examples: Any, options: TrainOptions
+    tiny_bert: Path, base: Base, examples: Any, options: TrainSection
 ) -> None:
     adapter, extras = start(base), head(base)
     kernel = Kernel(base, TASK, options)
@@ -172,7 +174,7 @@ def test_every_mix_equals_the_dense_formula(base: Base, examples: Any) -> None:
         extras=extras,
         base_delta=delta,
     )
-    kernel = Kernel(base, TASK, TrainOptions())
+    kernel = Kernel(base, TASK, unclipped())
     got = kernel.logits(assembly, examples)
     one = as_one_adapter(assembly, base.sites)
     again = kernel.logits(Assembly((Term("one", one),), extras=head(base)), examples)
@@ -190,7 +192,7 @@ def test_every_mix_equals_the_dense_formula(base: Base, examples: Any) -> None:
     originals = {name: modules[name].weight.data.clone() for name in weights}
     for name, update in weights.items():
         modules[name].weight.data += update
-    plain = Kernel(base, TASK, TrainOptions())
+    plain = Kernel(base, TASK, unclipped())
     expected = plain.logits(Assembly(extras=head(base)), examples)
     plain.close()
     for name, original in originals.items():
@@ -202,7 +204,7 @@ def test_every_mix_equals_the_dense_formula(base: Base, examples: Any) -> None:
 def test_only_what_trains_moves_and_private_terms_come_back_sealed(
     base: Base, examples: Any
 ) -> None:
-    kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, local_steps=2, batch_size=4))
+    kernel = Kernel(base, TASK, unclipped(lr=1e-2, local_steps=2, batch_size=4))
     terms = (
         Term("frozen", start(base, 2, 1), train=""),
         Term("half", start(base, 2, 2), train="B", kept="B"),
@@ -227,7 +229,7 @@ def test_only_what_trains_moves_and_private_terms_come_back_sealed(
 
 def test_the_base_never_changes(base: Base, examples: Any) -> None:
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
-    kernel = Kernel(base, TASK, TrainOptions(lr=0.1, local_steps=2))
+    kernel = Kernel(base, TASK, unclipped(lr=0.1, local_steps=2))
     kernel.train(Step(Assembly((Term("own", start(base)),), extras=head(base))), examples, CLOCK)
     kernel.close()
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
@@ -235,7 +237,7 @@ def test_the_base_never_changes(base: Base, examples: Any) -> None:
 
 def test_fixed_weights_scale_a_term(base: Base, examples: Any) -> None:
     adapter = start(base)
-    kernel = Kernel(base, TASK, TrainOptions())
+    kernel = Kernel(base, TASK, unclipped())
     half = kernel.logits(
         Assembly((Term("t", adapter),), mix=Weighted({"t": 0.5}), extras=head(base)), examples
     )
@@ -249,7 +251,7 @@ def test_fixed_weights_scale_a_term(base: Base, examples: Any) -> None:
 
 def test_a_penalty_adds_to_the_loss(base: Base, examples: Any) -> None:
     """A strong penalty on ‖B‖² shrinks B; without it B grows."""
-    kernel = Kernel(base, TASK, TrainOptions(optimizer="sgd", lr=0.05, local_steps=6, batch_size=4))
+    kernel = Kernel(base, TASK, unclipped(optimizer="sgd", lr=0.05, local_steps=6, batch_size=4))
     assembly = Assembly((Term("own", start(base)),), extras=head(base))
 
     def norm(penalty: Any) -> float:
@@ -263,7 +265,7 @@ def test_a_penalty_adds_to_the_loss(base: Base, examples: Any) -> None:
 
 
 def test_the_reported_loss_is_the_tasks_without_the_penalty(base: Base, examples: Any) -> None:
-    kernel = Kernel(base, TASK, TrainOptions(local_steps=2, batch_size=4))
+    kernel = Kernel(base, TASK, unclipped(local_steps=2, batch_size=4))
     assembly = Assembly((Term("own", start(base)),), extras=head(base))
     plain = kernel.train(Step(assembly), examples, CLOCK)
     constant = kernel.train(Step(assembly, penalty=lambda live: torch.tensor(7.0)), examples, CLOCK)
@@ -273,12 +275,12 @@ def test_the_reported_loss_is_the_tasks_without_the_penalty(base: Base, examples
 
 def test_fisher_scores_are_the_mean_squared_gradients(base: Base, examples: Any) -> None:
     adapter = start(base)
-    kernel = Kernel(base, TASK, TrainOptions(batch_size=len(examples)))
+    kernel = Kernel(base, TASK, unclipped(batch_size=len(examples)))
     assembly = Assembly((Term("own", adapter, train="B"),), extras=head(base))
     trained = kernel.train(Step(assembly, measure="fisher"), examples, CLOCK)
     # one batch: one SGD step of rate 1 moves B by exactly minus the gradient
     moved = Kernel(
-        base, TASK, TrainOptions(optimizer="sgd", lr=1.0, local_steps=1, batch_size=len(examples))
+        base, TASK, unclipped(optimizer="sgd", lr=1.0, local_steps=1, batch_size=len(examples))
     )
     after = moved.train(Step(assembly), examples, CLOCK).adapter("own")
     kernel.close()
@@ -291,12 +293,12 @@ def test_fisher_scores_are_the_mean_squared_gradients(base: Base, examples: Any)
 
 
 def test_steps_follow_epochs_accumulation_and_share(base: Base) -> None:
-    kernel = Kernel(base, TASK, TrainOptions(batch_size=4, local_steps=None, local_epochs=2))
+    kernel = Kernel(base, TASK, unclipped(batch_size=4, local_steps=None, local_epochs=2))
     assert kernel.steps(Step(Assembly()), 22) == 12
     assert kernel.steps(Step(Assembly(), epochs=1), 22) == 6
-    kernel.options = TrainOptions(batch_size=4, accumulation=3, local_steps=None, local_epochs=2)
+    kernel.options = unclipped(batch_size=4, accumulation=3, local_steps=None, local_epochs=2)
     assert kernel.steps(Step(Assembly()), 22) == 4
-    kernel.options = TrainOptions(batch_size=4, local_steps=8)
+    kernel.options = unclipped(batch_size=4, local_steps=8)
     assert kernel.steps(Step(Assembly(), share=0.25), 22) == 2
     kernel.close()
 
@@ -316,7 +318,7 @@ def test_folding_equals_the_side_path(base: Base, examples: Any) -> None:
     """
     frozen, own = start(base, 3, 1), start(base, 2, 2)
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
-    kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, local_steps=4, batch_size=4))
+    kernel = Kernel(base, TASK, unclipped(lr=1e-2, local_steps=4, batch_size=4))
     assemblies = [
         Assembly((Term("own", own),), extras=head(base), folded=frozen),
         Assembly((Term("own", own),), extras=head(base), base_delta=frozen),
@@ -342,7 +344,7 @@ def test_a_sub_network_leaves_layers_out(base: Base, examples: Any) -> None:
     trains.
     """
     own = start(base)
-    kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, local_steps=2, batch_size=4))
+    kernel = Kernel(base, TASK, unclipped(lr=1e-2, local_steps=2, batch_size=4))
     part = Assembly((Term("own", own),), extras=head(base), layers=frozenset({1}))
     cut = kernel.logits(part, examples)
     whole = kernel.logits(Assembly((Term("own", own),), extras=head(base)), examples)
@@ -358,7 +360,7 @@ def test_a_sub_network_leaves_layers_out(base: Base, examples: Any) -> None:
     from dataclasses import replace
 
     alone = replace(base, sites={n: replace(s, name=n, layer=0) for n, s in sites.items()})
-    small = Kernel(alone, TASK, TrainOptions())
+    small = Kernel(alone, TASK, unclipped())
     expected = small.logits(Assembly((Term("own", shifted),), extras=head(base)), examples)
     small.close()
     base.model.encoder.layer = layers

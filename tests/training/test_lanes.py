@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tests.tiny import sentences, tiny_job
+from tests.tiny import sentences, tiny_job, unclipped
 
 from fedgrove.adapters import Assembly, Factors
 from fedgrove.federation.tasks.classify_text import ClassifyText
@@ -19,7 +19,7 @@ from fedgrove.interop.models import Base, load_base
 from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.training import profile
-from fedgrove.training.kernel import Kernel, TrainOptions
+from fedgrove.training.kernel import Kernel
 from fedgrove.training.lanes import Lanes, lane_count, twin
 
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
@@ -41,7 +41,7 @@ def base(tiny_bert: Path) -> Base:
 @pytest.fixture
 def lanes(tiny_bert: Path, threads: None) -> Lanes:
     torch.set_num_threads(2)
-    return Lanes.on(load_base(str(tiny_bert)), TASK, TrainOptions(), count=2, threads=2)
+    return Lanes.on(load_base(str(tiny_bert)), TASK, unclipped(), count=2, threads=2)
 
 
 def written(folder: Path) -> dict[str, bytes]:
@@ -157,7 +157,7 @@ def test_what_a_lane_folds_is_its_own(lanes: Lanes, base: Base) -> None:
     factors = Factors(torch.ones(1, site.in_features), torch.ones(site.out_features, 1), 1.0)
     examples = TASK.encode(sentences(4, seed=0), base.processor)
     first, second = lanes.kernels
-    with first._opened(Assembly(folded={name: factors}), train=False):
+    with first.opened(Assembly(folded={name: factors}), train=False):
         assert not torch.equal(
             first.base.model.get_submodule(name).weight, base.model.get_submodule(name).weight
         )
@@ -165,7 +165,7 @@ def test_what_a_lane_folds_is_its_own(lanes: Lanes, base: Base) -> None:
             second.base.model.get_submodule(name).weight, base.model.get_submodule(name).weight
         )
         assert torch.equal(
-            second.features(examples), Kernel(base, TASK, TrainOptions()).features(examples)
+            second.features(examples), Kernel(base, TASK, unclipped()).features(examples)
         )
 
 
@@ -245,7 +245,7 @@ def test_whoever_stops_listening_waits_for_a_batch_and_no_more(lanes: Lanes, bas
     next(found)
     with pytest.raises(KeyboardInterrupt):
         cast("Generator[int]", found).throw(KeyboardInterrupt)
-    assert not any(kernel.halted for kernel in lanes.kernels)
+    assert not any(kernel.halt.is_set() for kernel in lanes.kernels)
     assert lanes.kernels[0].features(examples).shape == (4, base.hidden)
 
 

@@ -4,12 +4,14 @@ precision.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny import exchanges, save_llama
+from tests.tiny import exchanges, save_llama, unclipped
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors
@@ -17,7 +19,9 @@ from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.federation.tasks.generate import Generate, Template
 from fedgrove.interop.models import Base, load_base
 from fedgrove.methods.contract import Step
-from fedgrove.training.kernel import Clock, Kernel, TrainOptions
+from fedgrove.training.kernel import Kernel
+from fedgrove.training.live import LiveAssembly
+from fedgrove.training.loop import Clock
 
 TASK = Generate(max_length=40, max_new_tokens=12, generate_examples=4)
 
@@ -55,9 +59,17 @@ def plain_logits(base: Base, adapter: dict[str, Factors], ids: Tensor) -> Tensor
             base.model.get_submodule(name).weight.data = weight
 
 
+@contextmanager
+def running(
+    kernel: Kernel, assembly: Assembly, batch: Any, train: bool = False
+) -> Iterator[LiveAssembly]:
+    with kernel.opened(assembly, train=train) as live, kernel.hooked.running(batch, live):
+        yield live
+
+
 @pytest.fixture
 def kernel(tiny_llama: Path) -> Kernel:
-    return Kernel(base_of(tiny_llama), TASK, TrainOptions(lr=1e-2, batch_size=4, local_steps=4))
+    return Kernel(base_of(tiny_llama), TASK, unclipped(lr=1e-2, batch_size=4, local_steps=4))
 
 
 def test_logits_at_the_completion_are_those_of_the_plain_model(kernel: Kernel) -> None:
@@ -73,8 +85,8 @@ def test_logits_at_the_completion_are_those_of_the_plain_model(kernel: Kernel) -
     hook = base.model.get_output_embeddings().register_forward_hook(
         lambda m, a, out: sizes.append(out.shape)
     )
-    with torch.inference_mode(), kernel._opened(assembly, train=False) as live:
-        logits = kernel._logits(live, batch)
+    with torch.inference_mode(), running(kernel, assembly, batch) as live:
+        logits = kernel.reader.logits(live.head, batch)
     hook.remove()
     assert torch.allclose(logits, torch.cat(expected), atol=1e-11)
     assert sizes == [logits.shape]  # nothing else reached the output layer
@@ -86,10 +98,11 @@ def test_logits_at_the_completion_are_those_of_the_plain_model(kernel: Kernel) -
 
 def test_an_adapted_output_layer_keeps_its_adapter(tmp_path: Path) -> None:
     base = base_of(save_llama(tmp_path / "untied", tied=False), targets=["q_proj", "lm_head"])
-    kernel = Kernel(base, TASK, TrainOptions())
+    kernel = Kernel(base, TASK, unclipped())
     example = TASK.encode(exchanges(1, seed=2), base.processor)[0]
-    with torch.inference_mode(), kernel._opened(assembly_of(base), train=False) as live:
-        logits = kernel._logits(live, kernel._batch([example]))
+    batch = kernel._batch([example])
+    with torch.inference_mode(), running(kernel, assembly_of(base), batch) as live:
+        logits = kernel.reader.logits(live.head, batch)
     expected = plain_logits(base, adapter_of(base), torch.tensor(example["input_ids"]))[
         example["start"] - 1 : -1
     ]
@@ -99,10 +112,10 @@ def test_an_adapted_output_layer_keeps_its_adapter(tmp_path: Path) -> None:
 def test_gradients_are_those_of_the_plain_loss(kernel: Kernel) -> None:
     base = kernel.base
     batch = kernel._batch(TASK.encode(exchanges(5, seed=3), base.processor))
-    with kernel._opened(assembly_of(base), train=True) as live:
-        TASK.loss(kernel._logits(live, batch), batch).backward()
+    kernel.hooked.packs = False
+    with running(kernel, assembly_of(base), batch, train=True) as live:
+        TASK.loss(kernel.reader.logits(live.head, batch), batch).backward()
         found = [leaf.grad for leaf in live.leaves]
-        kernel._live = live
         whole = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         shifted = whole.logits[:, :-1].flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(
@@ -131,7 +144,7 @@ def greedy(
 @pytest.mark.parametrize("batch", [1, 5])
 def test_texts_are_those_of_a_plain_loop_in_any_batch(tiny_llama: Path, batch: int) -> None:
     base = base_of(tiny_llama)
-    kernel = Kernel(base, TASK, TrainOptions(eval_batch_size=batch))
+    kernel = Kernel(base, TASK, unclipped(eval_batch_size=batch))
     rows = [{"prompt": row["prompt"]} for row in exchanges(5, seed=4)]
     examples = TASK.encode(rows, base.processor)
     assert len({len(example["prompt_ids"]) for example in examples}) > 1  # there is padding
@@ -179,7 +192,7 @@ def test_checkpointed_activations_change_nothing(tiny_llama: Path) -> None:
     found = []
     for checkpointing in (False, True):
         base = base_of(tiny_llama, gradient_checkpointing=checkpointing)
-        kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, batch_size=4, local_steps=3))
+        kernel = Kernel(base, TASK, unclipped(lr=1e-2, batch_size=4, local_steps=3))
         examples = TASK.encode(rows, base.processor)
         trained = kernel.train(Step(assembly_of(base, size=0.05)), examples, Clock(0, (1, "a")))
         found.append((trained.loss, kernel.generate(trained.assembly, examples)))
@@ -197,7 +210,7 @@ def test_in_bfloat16_plain_attention_looks_back_only(tiny_llama: Path) -> None:
     rows = exchanges(8, seed=7)
     losses = []
     for each in (base, exact):
-        kernel = Kernel(each, TASK, TrainOptions(lr=1e-6, batch_size=8, local_steps=1))
+        kernel = Kernel(each, TASK, unclipped(lr=1e-6, batch_size=8, local_steps=1))
         examples = TASK.encode(rows, each.processor)
         losses.append(kernel.train(Step(assembly_of(each)), examples, Clock(0, (1, "a"))).loss)
         losses.append(kernel.evaluate(assembly_of(each), examples)["loss"])
@@ -222,7 +235,7 @@ def test_features_are_of_the_prompt_and_reach_every_token(tiny_llama: Path) -> N
             return [at.features.mean(1)[:, None, None] for _ in at.terms]
 
     base = base_of(tiny_llama)
-    kernel = Kernel(base, TASK, TrainOptions())
+    kernel = Kernel(base, TASK, unclipped())
     rows = exchanges(3, seed=8)
     examples = TASK.encode(rows, base.processor)
     assembly = Assembly((Term("own", adapter_of(base), train="AB"),), mix=Watching())

@@ -4,20 +4,23 @@ out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny import sentences
+from tests.tiny import sentences, unclipped
 
 from fedgrove.adapters import Assembly, Convex, Extra, Factors, Term, fresh
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.ground.seeds import generator
-from fedgrove.interop.models import load_base
+from fedgrove.interop.models import first_position, load_base
 from fedgrove.methods.contract import Step
-from fedgrove.training.kernel import Clock, Kernel, TrainOptions
-from fedgrove.training.packed import Layout, packs, position_shift, running
+from fedgrove.training.kernel import Kernel
+from fedgrove.training.loop import Clock
+from fedgrove.training.packed import NAME, Layout, packs
 
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
 SMALL = {
@@ -46,6 +49,15 @@ MODELS = {
 }
 
 
+@contextmanager
+def attending(built: Any) -> Iterator[None]:
+    """Inside, the model attends as packed rows want it."""
+    before = built.config._attn_implementation
+    built.set_attn_implementation(NAME)
+    yield
+    built.set_attn_implementation(before)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_packed_row_equals_the_padded_batch(name: str) -> None:
     built = MODELS[name]()
@@ -56,12 +68,12 @@ def test_a_packed_row_equals_the_padded_batch(name: str) -> None:
     assert layout is not None
     assert layout.lengths == (4, 9, 2)
     padded = built(input_ids=ids, attention_mask=mask)[0]
-    with running(built.config, layout):
-        packed = built(**layout.inputs({"input_ids": ids}, position_shift(built.config)))[0]
+    with attending(built):
+        packed = built(**layout.inputs({"input_ids": ids}, first_position(built.config)))[0]
     assert packed.shape[:2] == (1, 16), "15 tokens, and one to a round number"
     assert torch.allclose(layout.unpack(packed), padded * mask[..., None], atol=1e-10)
     assert torch.equal(layout.pack(layout.unpack(packed))[:, :15], packed[:, :15])
-    assert built.config._attn_implementation != "fedgrove_packed", "the model is left as it was"
+    assert built.config._attn_implementation != NAME, "packs() leaves the model as it was"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -95,16 +107,13 @@ def test_texts_of_many_lengths_are_attended_in_groups_to_the_same_states_and_gra
     for packing in (False, True):
         states = words.clone().requires_grad_()
         if packing:
-            with running(built.config, layout):
-                places = layout.inputs({"input_ids": mask}, position_shift(built.config))[
-                    "position_ids"
-                ]
-                out = layout.unpack(
-                    built(inputs_embeds=layout.pack(states), position_ids=places)[0]
-                )
+            with attending(built):
+                inputs = layout.inputs({"input_ids": mask}, first_position(built.config))
+                del inputs["input_ids"]
+                out = layout.unpack(built(inputs_embeds=layout.pack(states), **inputs)[0])
                 slope(out)
         else:
-            places = (torch.arange(mask.shape[1]) + position_shift(built.config))[None].expand_as(
+            places = (torch.arange(mask.shape[1]) + first_position(built.config))[None].expand_as(
                 mask
             )
             out = (
@@ -182,7 +191,7 @@ def test_training_and_evaluation_are_the_same_with_and_without_padding(
     }
     terms = (Term("one", start), Term("two", start, train=""))
     step = Step(Assembly(terms, mix=Convex("one", "two"), extras=head | gates))
-    kernel = Kernel(base, TASK, TrainOptions(lr=1e-2, batch_size=4, local_steps=5, clip=0.1))
+    kernel = Kernel(base, TASK, unclipped(lr=1e-2, batch_size=4, local_steps=5, clip=0.1))
     widths: list[int] = []
     base.model.embeddings.register_forward_hook(
         lambda module, args, out: widths.append(out.shape[0])
@@ -192,7 +201,7 @@ def test_training_and_evaluation_are_the_same_with_and_without_padding(
         assert 1 in widths, "no batch ran as one row"
         scores = kernel.evaluate(packed.assembly, examples)
         features = kernel.features(examples)
-        kernel._packs = False
+        kernel.hooked.packs = False
         padded = kernel.train(step, examples, Clock(7, (1, "client")))
         assert kernel.evaluate(padded.assembly, examples)["loss"] == pytest.approx(
             scores["loss"], abs=1e-10

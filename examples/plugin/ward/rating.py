@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedgrove.federation.metrics import Answers
 from fedgrove.federation.readers import Place, Row
-from fedgrove.federation.tasks.base import Batch, Example, LinearHead
+from fedgrove.federation.tasks.base import Batch, Example
 from fedgrove.federation.tasks.texts import ReadsText, TextOptions
 from fedgrove.ground.errors import DataError
 from fedgrove.ground.options import Column
@@ -26,7 +26,7 @@ class RatingOptions(TextOptions):
 
 
 @dataclass(frozen=True)
-class RateText(LinearHead, ReadsText[RatingOptions]):
+class RateText(ReadsText[RatingOptions]):
     """Reading, cutting and pooling are those of every text, the head is a linear one: what is left
     is the number.
     """

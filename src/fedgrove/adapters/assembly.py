@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.private import seal, unseal
@@ -234,22 +236,15 @@ def as_one_adapter(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter:
             "The client runs a part of the base's layers only, which a LoRA adapter cannot express."
         )
     extras = {name: unseal(extra.value) for name, extra in assembly.extras.items()}
-    names = [term.name for term in assembly.terms]
+    updates = _frozen_updates(assembly)
     result: Adapter = {}
-    for name, site in sites.items():
-        parts: list[Factors] = []
-        weights = assembly.mix.weigh(Junction(site, torch.empty(0), names, extras))
-        for term, weight in zip(assembly.terms, weights, strict=True):
-            if name not in term.adapter or (isinstance(weight, float) and weight == 0.0):
-                continue
-            parts.append(_plain(term, name, weight))
-        parts += [
-            update[name].map(unseal) for update in _frozen_updates(assembly) if name in update
-        ]
+    for site in sites.values():
+        found = products(site, torch.empty(0), assembly.terms, assembly.mix, extras, updates)
+        parts = [product.factors() for product in found]
         if len(parts) == 1:
-            result[name] = parts[0]
+            result[site.name] = parts[0]
         elif parts:
-            result[name] = Factors(
+            result[site.name] = Factors(
                 A=torch.cat([part.A for part in parts]),
                 B=torch.cat([part.scale * part.B for part in parts], dim=1),
                 scale=1.0,
@@ -257,19 +252,88 @@ def as_one_adapter(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter:
     return result
 
 
-def _plain(term: Term, site: str, weight: float | Tensor) -> Factors:
-    """One term at one site as plain factors, its diagonal, norms and weight folded in."""
+class Product(NamedTuple):
+    """One summand of a site's forward, ``weight · scale · B (D ⊙ (A x))``: the formula of this
+    package. Whoever computes or exports an assembly goes through one of its three readings.
+    """
+
+    term: str | None  # the term's name; None: a frozen update of the base
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
+    D: Float[Tensor, " rank"] | None
+    scale: float
+    weight: float | Tensor  # the mix's; a tensor broadcasts over [batch, tokens, 1]
+
+    @property
+    def factor(self) -> float | Tensor:
+        return self.scale * self.weight
+
+    def output(self, x: Float[Tensor, " *batch in"]) -> Float[Tensor, " *batch out"]:
+        """The summand. All factors act on the few numbers between A and B, not on the output."""
+        inner = F.linear(x, self.A)
+        if self.D is not None:
+            inner = inner * self.D
+        if not _is_one(self.factor):
+            inner = inner * self.factor
+        return F.linear(inner, self.B)
+
+    def folded(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+        """(A, B) with everything else folded into B; for weights that do not depend on x."""
+        return self.A, self._up(self.factor)
+
+    def factors(self) -> Factors:
+        """The summand as plain factors that keep their scale; for weights that do not depend on
+        x.
+        """
+        return Factors(A=self.A, B=self._up(self.weight).contiguous(), scale=self.scale)
+
+    def _up(self, factor: float | Tensor) -> Float[Tensor, "out rank"]:
+        B = self.B if self.D is None else self.B * self.D
+        if _is_one(factor):
+            return B
+        return B * factor
+
+
+def products(
+    site: Site,
+    x: Float[Tensor, " *batch in"],
+    terms: Sequence[Term],
+    mix: Mix,
+    extras: Mapping[str, Tensor],
+    updates: Sequence[Adapter] = (),
+    features: Float[Tensor, "b hidden"] | None = None,
+) -> list[Product]:
+    """All that runs at a site beside the base's own weight: the terms in their order, then the
+    frozen updates. ``x`` is the site's input; empty where a linear mix is asked outside a pass.
+    """
+    names = [term.name for term in terms]
+    weights = mix.weigh(Junction(site, x, names, extras, features))
+    found: list[Product] = []
+    for term, weight in zip(terms, weights, strict=True):
+        idle = isinstance(weight, float) and weight == 0.0
+        if site.name in term.adapter and not idle:
+            found.append(_product(term, site.name, weight))
+    for update in updates:
+        if site.name in update:
+            factors = update[site.name].map(unseal)
+            found.append(Product(None, factors.A, factors.B, None, factors.scale, 1.0))
+    return found
+
+
+def _product(term: Term, site: str, weight: float | Tensor) -> Product:
     factors = term.adapter[site].map(unseal)
     A, B = factors.A, factors.B
     if term.unit:
         A, B = unit_rows(A), unit_rows(B.T).T
-    if term.diagonal is not None and site in term.diagonal:
-        B = B * unseal(term.diagonal[site])
-    if not (isinstance(weight, float) and weight == 1.0):
-        B = B * weight
-    return Factors(A=A, B=B.contiguous(), scale=factors.scale)
+    diagonal = (term.diagonal or {}).get(site)
+    D = None if diagonal is None else unseal(diagonal)
+    return Product(term.name, A, B, D, factors.scale, weight)
 
 
-def unit_rows(matrix: Tensor) -> Tensor:
+def _is_one(factor: float | Tensor) -> bool:
+    return isinstance(factor, float) and factor == 1.0
+
+
+def unit_rows(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     """Rows divided by their Euclidean norm; a zero row stays zero."""
     return matrix / matrix.norm(dim=1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)

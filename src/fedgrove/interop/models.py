@@ -35,6 +35,12 @@ _DROPOUTS = (
     "pooler_dropout", "layerdrop", "embedding_dropout", "mlp_dropout", "classifier_pdrop", "ffn_dropout",
 )  # fmt: skip
 
+#: models whose positions start after the padding token's own
+SHIFTED = (
+    "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+
 
 @dataclass(eq=False)
 class Base:
@@ -290,18 +296,19 @@ def load_config(name: str, revision: str | None = None) -> Any:
     return from_pretrained(AutoConfig, name, revision)
 
 
+def first_position(config: Any) -> int:
+    """What a model calls its first position: RoBERTa and its kin count on from the padding
+    token's.
+    """
+    if getattr(config, "model_type", "") not in SHIFTED:
+        return 0
+    return int(getattr(config, "pad_token_id", None) or 0) + 1
+
+
 def longest_input(config: Any) -> int | None:
     """The most tokens that the model's positions allow, if it says so."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        return None
-    offset = (
-        2
-        if getattr(config, "model_type", "")
-        in ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl")
-        else 0
-    )
-    return int(limit) - offset
+    return None if limit is None else int(limit) - first_position(config)
 
 
 def from_pretrained(factory: Any, name: str, revision: str | None, **options: Any) -> Any:

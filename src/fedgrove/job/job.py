@@ -273,7 +273,7 @@ class Job(Section):
                     f"= {most}; "
                     "lower it, or raise or leave out lora.rank."
                 )
-        if self.data.task_class.reader == "writer":
+        if self.data.task_class.writes:
             self._without_head()
         return self
 

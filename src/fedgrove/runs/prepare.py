@@ -22,8 +22,7 @@ from fedgrove.methods.contract import ClientInfo, Method, Setting
 from fedgrove.methods.head import HeadPolicy
 from fedgrove.methods.registry import method_class
 from fedgrove.training.client import ClientHalf
-from fedgrove.training.cohort import cohort_size, row_by_row
-from fedgrove.training.kernel import TrainOptions
+from fedgrove.training.cohort_size import cohort_size, row_by_row
 from fedgrove.training.lanes import Lanes, lane_count
 
 if TYPE_CHECKING:
@@ -85,7 +84,12 @@ def prepare(job: Job) -> Prepared:
     method.check([*clients.values(), *held_out.values()])
     head = head_policy(job, base, task)
     kernels = Lanes.on(
-        base, task, train_options(job), count=lane_count(job), threads=int(job.train.threads)
+        base,
+        task,
+        job.train,
+        dropout=job.lora.dropout,
+        count=lane_count(job),
+        threads=int(job.train.threads),
     )
     half = ClientHalf(
         kernels.kernels[0], method, head, job.run.seed, job.run.rounds, job.privacy, lanes=kernels
@@ -143,7 +147,7 @@ def machine_choices(job: Job) -> Job:
         train["threads"] = min(cores, 16)  # more threads than that slow small models down
     if job.train.eval_batch_size == "auto":
         # logits of a large vocabulary take the memory that vectors of a hidden size do not
-        train["eval_batch_size"] = 64 if task_class(job.data).reader == "writer" else 128
+        train["eval_batch_size"] = 64 if task_class(job.data).writes else 128
     return job.replace(train=train) if train else job
 
 
@@ -228,7 +232,7 @@ def base_of(job: Job) -> Base:
         job.model.name,
         revision=job.model.revision,
         task=task.name,
-        head="lm" if task.reader == "writer" else job.model.head,
+        head="lm" if task.writes else job.model.head,
         classes=task.outputs,
         targets=targets if targets == "auto" else list(targets),
         dtype=getattr(torch, job.train.dtype),
@@ -270,12 +274,6 @@ def head_policy(job: Job, base: Base, task: Task) -> HeadPolicy:
     """
     initial = base.stock_head or task.new_head(base.hidden, generator(job.run.seed, "head"))
     return HeadPolicy(job.federation.head, initial, newcomers=job.federation.newcomer_head is True)
-
-
-def train_options(job: Job) -> TrainOptions:
-    names = TrainOptions.__dataclass_fields__
-    values = {name: getattr(job.train, name) for name in names if hasattr(job.train, name)}
-    return TrainOptions(**values, dropout=job.lora.dropout)
 
 
 def encode(client: Client, task: Task, base: Base) -> dict[str, list[dict[str, Any]]]:

@@ -5,17 +5,34 @@ budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Extra
-from fedgrove.federation.tasks.base import Example
 from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import Step
 from fedgrove.methods.head import PREFIX
-from fedgrove.training.kernel import Clock, Kernel, batch_order
+from fedgrove.training.kernel import Kernel
+from fedgrove.training.live import LiveAssembly
+from fedgrove.training.loop import (
+    Clock,
+    Member,
+    OfBatches,
+    Stretch,
+    batch_order,
+    fit,
+    optimizer_of,
+)
+
+if TYPE_CHECKING:
+    from fedgrove.federation.tasks.base import Example, HeadedTask
+
+_FEATURES = "features"  # an example's, beside what its task put into it
 
 
 def base_measure(
@@ -31,50 +48,73 @@ def base_measure(
     """The task's measures on ``test``. The head gets as many optimiser steps as a client has in
     ``rounds`` rounds.
 
-    With the pooled head the base's features are computed once, so this costs two forward passes
-    over the data.
+    Where the head sees pooled features alone, the base's are computed once, so this costs two
+    forward passes over the data.
     """
-    if kernel.base.head == "lm":  # there is no head to train
+    if not kernel.reader.has_head:
         return kernel.evaluate(Assembly(), test)
     steps = kernel.steps(Step(Assembly()), len(train)) * rounds
-    if kernel.base.head == "stock":
-        extras = {PREFIX + name: Extra(value, lr=None) for name, value in initial.items()}
-        epochs = steps * kernel.options.batch_size * kernel.options.accumulation / len(train)
-        step = Step(Assembly(extras=extras), epochs=epochs, stream="base")
-        trained = kernel.train(step, train, Clock(seed, ("base", client)))
-        return kernel.evaluate(trained.assembly, test)
-    head = _train_head(kernel, initial, train, steps, generator(seed, "base", client, "order"))
-    features = kernel.features(test)
-    batch = kernel.task.collate(test, kernel.base.pad_id)
-    with torch.no_grad():
-        return kernel.task.measure(
-            kernel.task.score(kernel.task.head_logits(features, head), batch)
-        )
-
-
-def _train_head(
-    kernel: Kernel,
-    initial: Mapping[str, Tensor],
-    train: Sequence[Example],
-    steps: int,
-    order: torch.Generator,
-) -> dict[str, Tensor]:
-    options = kernel.options
-    features = kernel.features(train).clone()  # out of inference mode
-    head = {
-        name: value.to(features.dtype).clone().requires_grad_() for name, value in initial.items()
-    }
-    rate = options.lr if options.head_lr is None else options.head_lr
-    # features and head are on the CPU
-    optimizer = torch.optim.AdamW(
-        head.values(), lr=rate, weight_decay=options.weight_decay, fused=True
+    head = Assembly(
+        extras={PREFIX + name: Extra(value, lr=None) for name, value in initial.items()}
     )
-    batches = batch_order(len(train), options.batch_size * options.accumulation, order)
-    for _ in range(max(1, math.ceil(steps))):
-        chosen = next(batches)
-        batch = kernel.task.collate([train[i] for i in chosen], kernel.base.pad_id)
-        loss = kernel.task.loss(kernel.task.head_logits(features[chosen], head), batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return {name: value.detach() for name, value in head.items()}
+    if kernel.reader.head_sees_features:
+        order = generator(seed, "base", client, "order")
+        return OnFeatures(kernel).measure(head, train, test, steps, order)
+    epochs = steps * kernel.options.batch_size * kernel.options.accumulation / len(train)
+    step = Step(head, epochs=epochs, stream="base")
+    trained = kernel.train(step, train, Clock(seed, ("base", client)))
+    return kernel.evaluate(trained.assembly, test)
+
+
+class OnFeatures:
+    """A head alone on features that are there already; on the CPU, by AdamW at a constant rate."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self.task: HeadedTask = kernel.reader.task
+        self.pad_id = kernel.base.pad_id
+
+    def measure(
+        self,
+        head: Assembly,
+        train: Sequence[Example],
+        test: Sequence[Example],
+        steps: int,
+        order: torch.Generator,
+    ) -> dict[str, float]:
+        """The task's measures on ``test`` of the head after so many steps on ``train``."""
+        options = self.kernel.options
+        size = options.batch_size * options.accumulation
+        plain = {"optimizer": "adamw", "schedule": "constant", "warmup_fraction": 0.0, "clip": 0.0}
+        options = options.model_copy(update=plain)
+        device = torch.device("cpu")
+        live = LiveAssembly(head, device=device, dtype=self.kernel.base.adapter_dtype, train=True)
+        member = Member(
+            live=live,
+            step=Step(head),
+            examples=self._with_features(train),
+            batches=batch_order(len(train), size, order),
+            stretch=Stretch(max(1, math.ceil(steps)), 0.0, 1.0),
+        )
+        gradients = OfBatches(self.losses, accumulation=1)
+        fit([member], gradients, optimizer_of([member], options, device), options)
+        with torch.no_grad():
+            logits = self.task.head_logits(self.kernel.features(test), live.head)
+            batch = self.task.collate(test, self.pad_id)
+            return self.task.measure(self.task.score(logits, batch))
+
+    @contextmanager
+    def losses(
+        self, lives: Sequence[LiveAssembly], examples: Sequence[Sequence[Example]]
+    ) -> Iterator[list[Float[Tensor, ""]]]:
+        """As in ``loop.Losses``, of one head."""
+        (live,), (own,) = lives, examples
+        features = torch.stack([example[_FEATURES] for example in own])
+        batch = self.task.collate(own, self.pad_id)
+        yield [self.task.loss(self.task.head_logits(features, live.head), batch)]
+
+    def _with_features(self, examples: Sequence[Example]) -> list[Example]:
+        features = self.kernel.features(examples).clone()  # out of inference mode
+        return [
+            {**example, _FEATURES: own} for example, own in zip(examples, features, strict=True)
+        ]

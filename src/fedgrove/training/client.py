@@ -34,9 +34,9 @@ from fedgrove.methods.protocols import ClientArtefacts, Penalised, Probes
 from fedgrove.privacy.example_dp import NOTES, ExampleGuard
 from fedgrove.privacy.reference import untouched
 from fedgrove.privacy.vector import bounded
-from fedgrove.training.cohort import Work, train_together
-from fedgrove.training.kernel import Clock, Kernel
+from fedgrove.training.kernel import Kernel, Work
 from fedgrove.training.lanes import Lanes
+from fedgrove.training.loop import Clock
 
 if TYPE_CHECKING:
     from fedgrove.job.privacy import PrivacySection
@@ -300,7 +300,7 @@ class ClientHalf:
         again.
         """
         model = self.deployed(assembly)
-        mark = _mark(model) if self.kernel.language is None else None
+        mark = None if self.kernel.writes else _mark(model)
         known, told, measures = self._measured.get(client, (None, None, {}))
         if mark is None or known is not examples or told != mark:
             measures = self.kernel.evaluate(model, examples, keep)
@@ -361,7 +361,7 @@ def follow(lanes: Lanes, courses: Sequence[Course]) -> list[list[Trained]]:
         resume(index, None)
     while waiting:
         works, waiting = waiting, {}
-        for index, found in zip(works, train_together(lanes, list(works.values())), strict=True):
+        for index, found in zip(works, lanes.train(list(works.values())), strict=True):
             resume(index, found)
     return [ends[index] for index in range(len(courses))]
 

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
-from fedgrove.training.kernel import Kernel
+from fedgrove.training.kernel import Kernel, Work
 from fedgrove.training.profile import lane_spans
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Task
     from fedgrove.interop.models import Base
     from fedgrove.job import Job
-    from fedgrove.training.kernel import TrainOptions
+    from fedgrove.job.sections import TrainSection
+    from fedgrove.methods.contract import Trained
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -40,9 +41,8 @@ def lane_count(job: Job) -> int:
     by one.
     """
     train = job.train
-    several = (
-        train.device == "cpu" and train.cohort != 1 and not job.lora.dropout
-    )  # dropout draws from one source
+    # dropout draws from one source
+    several = train.device == "cpu" and train.cohort != 1 and not job.lora.dropout
     return min(LANES, int(train.threads)) if several else 1
 
 
@@ -56,11 +56,36 @@ class Lanes:
 
     @classmethod
     def on(
-        cls, base: Base, task: Task, options: TrainOptions, *, count: int, threads: int
+        cls,
+        base: Base,
+        task: Task,
+        options: TrainSection,
+        *,
+        dropout: float = 0.0,
+        count: int,
+        threads: int,
     ) -> Lanes:
         """``count`` lanes on one base."""
         bases = [base, *(twin(base) for _ in range(count - 1))]  # before hooks are on it
-        return cls([Kernel(each, task, options) for each in bases], threads)
+        kernels = [Kernel(each, task, options, dropout=dropout) for each in bases]
+        return cls(kernels, threads)
+
+    def train(self, works: Sequence[Work]) -> list[Trained]:
+        """What ``Kernel.work`` gives for each; those that can share a batch, one in each lane."""
+        count = len(self.kernels)
+        joined = [index for index, work in enumerate(works) if self.kernels[0].joins(work)]
+        # dealt in turn: neighbours are often of one group, with texts of one length
+        dealt = [joined[lane::count] for lane in range(count)]
+        parts = [part for part in dealt if part]
+        parts += [[index] for index in sorted(set(range(len(works))) - set(joined))]
+
+        def train(kernel: Kernel, part: list[int]) -> list[Trained]:
+            return kernel.train_together([works[index] for index in part])
+
+        done: dict[int, Trained] = {}
+        for part, found in zip(parts, self.map(train, parts), strict=True):
+            done.update(zip(part, found, strict=True))
+        return [done[index] for index in range(len(works))]
 
     def map(self, work: Callable[[Kernel, Item], Found], items: Iterable[Item]) -> Iterator[Found]:
         """``work`` of each item in the given order, on whichever lane is free; items are drawn as
@@ -87,9 +112,8 @@ class Lanes:
                 free.put(kernel)
 
         share = max(1, self.threads // len(self.kernels))
-        torch.set_num_threads(
-            share
-        )  # here too: what makes the next item must not depend on who is at work beside it
+        # here too: what makes the next item must not depend on who is at work beside it
+        torch.set_num_threads(share)
         pool = ThreadPoolExecutor(
             len(self.kernels), initializer=torch.set_num_threads, initargs=(share,)
         )
@@ -111,7 +135,10 @@ class Lanes:
 
     def _halt(self, halted: bool) -> None:
         for kernel in self.kernels:
-            kernel.halted = halted
+            if halted:
+                kernel.halt.set()
+            else:
+                kernel.halt.clear()
 
 
 def twin(base: Base) -> Base:

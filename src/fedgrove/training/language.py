@@ -1,22 +1,19 @@
-"""A language model under the kernel's hooks: logits where they matter, and greedy generation."""
+"""A language model's own passes: logits where they matter, and greedy generation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from fedgrove.federation.tasks.base import Batch
-    from fedgrove.interop.models import Base
+from fedgrove.interop.models import Base
 
 
 class LanguageModel:
-    """The base's own forward pass and ``generate``; what the kernel's hooks add is added in
-    both.
-    """
+    """The base's own forward pass and ``generate``; what hooks on its sites add is added in both."""
 
     def __init__(self, base: Base):
         self.base = base
@@ -28,8 +25,10 @@ class LanguageModel:
         """Take the hook off the base."""
         self._hook.remove()
 
-    def logits(self, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """Logits [n, vocabulary] at the n true positions of ``positions`` [b, t], row by row.
+    def logits(
+        self, inputs: Mapping[str, Any], positions: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "n vocabulary"]:
+        """Logits at the n true positions, row by row.
 
         Only their hidden states reach the output layer: with a vocabulary of 49,000 the others
         would cost hundreds of megabytes. What a model does to its logits afterwards (scaling,
@@ -43,43 +42,42 @@ class LanguageModel:
         return logits if logits.ndim == 2 else logits[positions]
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._asked is None or args[0].shape[:2] != self._asked.shape:
+        states = args[0]
+        if self._asked is None or states.shape[:2] != self._asked.shape:
             return None
-        return (args[0][self._asked], *args[1:])
+        return (states[self._asked], *args[1:])
 
     def generate(
-        self, batch: Batch, *, most: int, ends: Sequence[int], cache: bool
+        self,
+        prompts: Mapping[str, Shaped[Tensor, "b t"]],
+        *,
+        most: int,
+        ends: Sequence[int],
+        cache: bool,
     ) -> list[list[int]]:
         """Greedy continuations of prompts padded on the left, at most ``most`` tokens each, without
         their end.
         """
         from transformers import GenerationConfig
 
-        pad = self.base.pad_id
         plain = GenerationConfig(
             do_sample=False,
             max_new_tokens=most,
             eos_token_id=list(ends),
-            pad_token_id=pad,
+            pad_token_id=self.base.pad_id,
             use_cache=cache,
         )
         model, training = self.base.model, self.base.model.training
         model.eval()  # layers that are checkpointed in training mode would leave the cache empty
         with torch.inference_mode():
-            whole = model.generate(**batch, generation_config=plain)
+            whole = model.generate(**prompts, generation_config=plain)
         model.train(training)
-        found = []
-        for row in whole[:, batch["input_ids"].shape[1] :].tolist():
-            stop = next((place for place, token in enumerate(row) if token in ends), len(row))
-            found.append(row[:stop])
-        return found
+        written = whole[:, prompts["input_ids"].shape[1] :].tolist()
+        return [_before_the_end(row, ends) for row in written]
 
 
-def padded_left(prompts: Sequence[Sequence[int]], pad: int) -> Batch:
-    """``input_ids`` and ``attention_mask`` [b, t], so that every prompt ends where its continuation
-    begins.
-    """
-    longest = max(map(len, prompts))
-    ids = [[*[pad] * (longest - len(prompt)), *prompt] for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+def _before_the_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[:place]
+    return tokens

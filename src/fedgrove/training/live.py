@@ -2,68 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site
-from fedgrove.adapters.assembly import Assembly, Extra, Junction, Term, sealed, unit_rows
+from fedgrove.adapters.assembly import Assembly, Extra, Product, Term, products, sealed
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.methods.contract import Live
+from fedgrove.training.packed import Layout
 
 
-@dataclass(eq=False)
-class LiveTerm:
-    """A term whose tensors are on the device, in the adapters' precision."""
+class Running(Protocol):
+    """What the base's hooks add while a batch runs: one client's assembly, or a cohort's."""
 
-    term: Term
-    adapter: Adapter
-    diagonal: dict[str, Tensor]
+    @property
+    def packs(self) -> bool:
+        """Whether it may run on a packed row, where an example is no row of its own."""
 
-    def factors(self, site: str) -> tuple[Tensor, Tensor]:
-        """A and B as they run."""
-        A, B = self.adapter[site].A, self.adapter[site].B
-        return (unit_rows(A), unit_rows(B.T).T) if self.term.unit else (A, B)
+    def enter(self, layout: Layout | None) -> None:
+        """A batch begins; with a layout it runs as one packed row."""
 
-    def output(self, site: str, x: Tensor, weight: float | Tensor) -> Tensor:
-        """``weight · scale · B (D ⊙ (A x))``; x ``[batch, tokens, in]``."""
-        A, B = self.factors(site)
-        inner = F.linear(x, A)
-        if site in self.diagonal:
-            inner = inner * self.diagonal[site]
-        factor = (
-            self.adapter[site].scale * weight
-        )  # on the few numbers between A and B, not on the site's output
-        return F.linear(inner if isinstance(factor, float) and factor == 1.0 else inner * factor, B)
+    def add(
+        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
+    ) -> Float[Tensor, "b t out"]:
+        """The site's output with what runs there added to it."""
 
 
-class Product(NamedTuple):
-    """What runs at a site, ``B A x``: A [r, in] and B [out, r], in which diagonal, scale and weight
-    are.
-    """
-
-    term: LiveTerm | None  # None: the update of the base
-    factor: float | Tensor  # scale and weight
-    A: Tensor
-    B: Tensor
-
-
-@dataclass(eq=False)
-class LiveDelta:
+@dataclass(frozen=True, eq=False)
+class Delta:
     """A frozen update of the base: factored while that is cheaper than the dense matrix."""
 
-    adapter: Adapter
-    dense: dict[str, Tensor]
-
-    def output(self, site: str, x: Tensor) -> Tensor:
-        if site in self.dense:
-            return F.linear(x, self.dense[site])
-        factors = self.adapter[site]
-        return factors.scale * F.linear(F.linear(x, factors.A), factors.B)
+    factored: Adapter
+    dense: Mapping[str, Float[Tensor, "out in"]]
 
 
 class LiveAssembly:
@@ -81,19 +58,23 @@ class LiveAssembly:
         self.assembly = assembly
         self.device, self.dtype = device, dtype
         self.dropout = dropout if train else 0.0
-        self.features: Tensor | None = None
-        self._x: Tensor | None = (
-            None  # the last site's input, and the same in the adapters' precision
-        )
-        self._inner: Tensor | None = None
-        self.groups: dict[
-            float | None, list[Tensor]
-        ] = {}  # learning-rate multiplier (None: the head's own) -> leaves
+        #: pooled features of the batch's examples [b, hidden], where the mix reads them
+        self.features: Float[Tensor, "b hidden"] | None = None
+        #: learning-rate multiplier (None: the head's own) -> leaves
+        self.groups: dict[float | None, list[Tensor]] = {}
         self.terms = [self._term(term, train) for term in assembly.terms]
-        self.names = [term.name for term in assembly.terms]
         self.extras = {name: self._extra(extra, train) for name, extra in assembly.extras.items()}
-        self.delta = self._delta(assembly.base_delta) if assembly.base_delta else None
+        self.delta = self._delta(assembly.base_delta or {})
+        # sites that share an input (query and value) share its conversion
+        self._x: Tensor | None = None
+        self._converted: Tensor | None = None
+        # where nothing trains: all that a site adds as one product, made once
         self._whole: dict[str, tuple[Tensor, Tensor] | None] | None = None if train else {}
+
+    @property
+    def packs(self) -> bool:
+        """As in Running: a weight that depends on the input may be that of an example."""
+        return self.assembly.mix.linear
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -110,133 +91,142 @@ class LiveAssembly:
 
     def seen(self) -> Live:
         """What a penalty sees."""
-        return Live({live.term.name: live.adapter for live in self.terms}, self.extras)
+        return Live({term.name: term.adapter for term in self.terms}, self.extras)
 
-    def weighed(self, site: Site, x: Tensor) -> list[tuple[LiveTerm, float | Tensor]]:
-        """The terms that run at a site whose input is x, and their weights."""
-        weights = self.assembly.mix.weigh(Junction(site, x, self.names, self.extras, self.features))
-        return [
-            (live, weight)
-            for live, weight in zip(self.terms, weights, strict=True)
-            if site.name in live.adapter and not (isinstance(weight, float) and weight == 0.0)
-        ]
+    def enter(self, layout: Layout | None) -> None:
+        """As in Running. An assembly alone adds the same to every row."""
 
-    def products(self, site: Site, x: Tensor) -> Iterator[Product]:
-        """All that a mix with fixed weights adds at a site, but for an update that has become a
-        dense matrix.
+    # -------------------------------------------------------------------- forward
+    def products(self, site: Site, x: Float[Tensor, "b t in"]) -> list[Product]:
+        """What runs at a site whose input is x, but for an update that has become a dense
+        matrix.
         """
-        for live, weight in self.weighed(site, x):
-            A, B = live.factors(site.name)
-            factor = live.adapter[site.name].scale * weight
-            if site.name in live.diagonal:
-                B = B * live.diagonal[site.name]
-            yield Product(
-                live, factor, A, B if isinstance(factor, float) and factor == 1.0 else B * factor
-            )
-        if self.delta is not None and site.name in self.delta.adapter:
-            update = self.delta.adapter[site.name]
-            yield Product(None, update.scale, update.A, update.scale * update.B)
+        return products(
+            site,
+            x,
+            self.terms,
+            self.assembly.mix,
+            self.extras,
+            updates=() if site.name in self.delta.dense else (self.delta.factored,),
+            features=self.features,
+        )
 
-    def add(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
-        """The site's output with every term added: ``W0 x + Σ mix · scale · B (D ⊙ (A x))``."""
-        name = site.name
-        dense = self.delta is not None and name in self.delta.dense
-        if (
-            self._whole is not None
-            and self.assembly.mix.linear
-            and not dense
-            and not torch.is_grad_enabled()
-        ):
+    def add(
+        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
+    ) -> Float[Tensor, "b t out"]:
+        """The site's output with every product added, in the wider of the base's and the adapters'
+        precision.
+        """
+        dense = self.delta.dense.get(site.name)
+        if self._whole is not None and dense is None and self._foldable:
             return self._add_at_once(site, x, output)
-        if x is not self._x:  # sites that share an input (query and value) share its conversion
-            self._x, self._inner = x, x.to(self.dtype)
-        inner = cast(Tensor, self._inner)
+        x = self._in_adapters_precision(x)
         result = output
-        if self.delta is not None and (name in self.delta.adapter):
-            result = result + self.delta.output(name, inner)
-        dropped = F.dropout(inner, self.dropout, training=True) if self.dropout else inner
-        for live, weight in self.weighed(site, inner):
-            result = result + live.output(
-                name, dropped, weight
-            )  # in the wider of the two precisions
+        if dense is not None:
+            result = result + F.linear(x, dense)
+        dropped = F.dropout(x, self.dropout, training=True) if self.dropout else x
+        found = self.products(site, x)
+        updates = [product for product in found if product.term is None]
+        terms = [product for product in found if product.term is not None]
+        for product in updates:
+            result = result + product.output(x)
+        for product in terms:
+            result = result + product.output(dropped)
         return result.to(output.dtype)
 
-    def _add_at_once(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
-        """``add`` where nothing trains: all terms in one product, in the base's precision, onto the
+    @property
+    def _foldable(self) -> bool:
+        return self.assembly.mix.linear and not torch.is_grad_enabled()
+
+    def _in_adapters_precision(self, x: Float[Tensor, "b t in"]) -> Float[Tensor, "b t in"]:
+        if x is not self._x or self._converted is None:
+            self._x, self._converted = x, x.to(self.dtype)
+        return self._converted
+
+    def _add_at_once(
+        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
+    ) -> Float[Tensor, "b t out"]:
+        """``add`` where nothing trains: all products as one, in the base's precision, onto the
         output in place.
         """
         assert self._whole is not None
         if site.name not in self._whole:
-            products = list(self.products(site, x))
-            self._whole[site.name] = None
-            if products:
-                A = torch.cat([product.A for product in products])
-                B = torch.cat([product.B for product in products], 1)
-                self._whole[site.name] = (A.to(x.dtype), B.T.to(output.dtype).contiguous())
+            self._whole[site.name] = self._joined(site, x, output)
         whole = self._whole[site.name]
-        if whole is not None:
-            inner = F.linear(x, whole[0]).flatten(0, -2).to(output.dtype)
-            output = output.contiguous()  # what is not would be flattened into a copy
-            output.flatten(0, -2).addmm_(inner, whole[1])
+        if whole is None:
+            return output
+        down, up = whole
+        inner = F.linear(x, down).flatten(0, -2).to(output.dtype)
+        output = output.contiguous()  # what is not would be flattened into a copy
+        output.flatten(0, -2).addmm_(inner, up)
         return output
 
+    def _joined(
+        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
+    ) -> tuple[Float[Tensor, "ranks in"], Float[Tensor, "ranks out"]] | None:
+        """All products side by side in the base's precision; None where there are none."""
+        pairs = [product.folded() for product in self.products(site, x)]
+        if not pairs:
+            return None
+        down = torch.cat([A for A, _ in pairs])
+        up = torch.cat([B for _, B in pairs], 1)
+        return down.to(x.dtype), up.T.to(output.dtype).contiguous()
+
+    def copy(self) -> LiveAssembly:
+        """The same numbers in the same place, with gradients of their own."""
+        other = copy.copy(self)
+        own: dict[Tensor, Tensor] = {}
+
+        def leaf(value: Tensor) -> Tensor:
+            """[any shape] -> the copy's leaf; what is frozen is shared."""
+            if not value.requires_grad:
+                return value
+            own[value] = value.detach().requires_grad_()
+            return own[value]
+
+        other.terms = [_mapped(term, leaf) for term in self.terms]
+        other.extras = {name: leaf(value) for name, value in self.extras.items()}
+        other.groups = {
+            rate: [own[value] for value in leaves] for rate, leaves in self.groups.items()
+        }
+        return other
+
+    # -------------------------------------------------------------------- results
     def trained(self) -> Assembly:
         """The assembly with the values as they are now, on the CPU; client-home ones sealed."""
-        terms = tuple(self._trained_term(live) for live in self.terms)
+        terms = zip(self.assembly.terms, self.terms, strict=True)
         extras: dict[str, Extra] = {}
         for name, extra in self.assembly.extras.items():
-            value = self.extras[name].detach().cpu().clone() if extra.train else extra.value
+            value = _taken(self.extras[name]) if extra.train else extra.value
             extras[name] = replace(extra, value=seal(value) if extra.home == "client" else value)
-        return replace(self.assembly, terms=terms, extras=extras)
+        return replace(self.assembly, terms=tuple(_trained(*pair) for pair in terms), extras=extras)
 
-    def _trained_term(self, live: LiveTerm) -> Term:
-        term = live.term
-        if not term.train:
-            return (
-                replace(term, adapter=sealed(term.adapter, term.private)) if term.private else term
-            )
-        adapter = {
-            name: Factors(
-                A=f.A.detach().cpu().clone() if "A" in term.train else term.adapter[name].A,
-                B=f.B.detach().cpu().clone() if "B" in term.train else term.adapter[name].B,
-                scale=f.scale,
-            )
-            for name, f in live.adapter.items()
-        }
-        diagonal = term.diagonal
-        if diagonal is not None and "D" in term.train:
-            diagonal = {name: value.detach().cpu().clone() for name, value in live.diagonal.items()}
-            if "D" in term.private:
-                diagonal = {name: seal(value) for name, value in diagonal.items()}
-        return replace(term, adapter=sealed(adapter, term.private), diagonal=diagonal)
-
-    def _place(self, value: Tensor, leaf: bool, group: float | None) -> Tensor:
+    # ------------------------------------------------------------------ placement
+    def _place(self, value: Float[Tensor, "*any"], leaf: bool, group: float | None) -> Tensor:
+        """On the device in the adapters' precision; a leaf is a copy that gets gradients."""
         placed = unseal(value).detach().to(self.device, self.dtype)
         if leaf:
             placed = placed.clone().requires_grad_()
             self.groups.setdefault(group, []).append(placed)
         return placed
 
-    def _term(self, term: Term, train: bool) -> LiveTerm:
+    def _term(self, term: Term, train: bool) -> Term:
         letters = term.train if train else ""
-        adapter = {
-            name: Factors(
-                A=self._place(f.A, "A" in letters, term.lr),
-                B=self._place(f.B, "B" in letters, term.lr),
-                scale=f.scale,
-            )
-            for name, f in term.adapter.items()
-        }
+        adapter: Adapter = {}
+        for site, factors in term.adapter.items():
+            A = self._place(factors.A, "A" in letters, term.lr)
+            B = self._place(factors.B, "B" in letters, term.lr)
+            adapter[site] = Factors(A, B, factors.scale)
         diagonal = {
-            name: self._place(d, "D" in letters, term.lr)
-            for name, d in (term.diagonal or {}).items()
+            site: self._place(values, "D" in letters, term.lr)
+            for site, values in (term.diagonal or {}).items()
         }
-        return LiveTerm(term, adapter, diagonal)
+        return replace(term, adapter=adapter, diagonal=diagonal)
 
     def _extra(self, extra: Extra, train: bool) -> Tensor:
         return self._place(extra.value, train and extra.train, extra.lr)
 
-    def _delta(self, delta: Mapping[str, Factors]) -> LiveDelta:
+    def _delta(self, delta: Mapping[str, Factors]) -> Delta:
         factored: Adapter = {}
         dense: dict[str, Tensor] = {}
         for name, factors in delta.items():
@@ -245,4 +235,36 @@ class LiveAssembly:
             rows, columns = placed.B.shape[0], placed.A.shape[1]
             if placed.rank * (rows + columns) > rows * columns:
                 dense[name] = placed.product()
-        return LiveDelta(factored, dense)
+        return Delta(factored, dense)
+
+
+def _mapped(term: Term, change: Callable[[Tensor], Tensor]) -> Term:
+    """The term with ``change`` applied to every tensor [any shape]."""
+    adapter = {site: factors.map(change) for site, factors in term.adapter.items()}
+    diagonal = {site: change(values) for site, values in (term.diagonal or {}).items()}
+    return replace(term, adapter=adapter, diagonal=diagonal)
+
+
+def _trained(before: Term, after: Term) -> Term:
+    """The term with what trained, on the CPU, and sealed where it cannot travel."""
+    if not before.train:
+        if not before.private:
+            return before
+        return replace(before, adapter=sealed(before.adapter, before.private))
+    adapter: Adapter = {}
+    for site, factors in after.adapter.items():
+        old = before.adapter[site]
+        A = _taken(factors.A) if "A" in before.train else old.A
+        B = _taken(factors.B) if "B" in before.train else old.B
+        adapter[site] = Factors(A, B, factors.scale)
+    diagonal = before.diagonal
+    if diagonal is not None and "D" in before.train:
+        diagonal = {site: _taken(values) for site, values in (after.diagonal or {}).items()}
+        if "D" in before.private:
+            diagonal = {site: seal(values) for site, values in diagonal.items()}
+    return replace(before, adapter=sealed(adapter, before.private), diagonal=diagonal)
+
+
+def _taken(leaf: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """What a leaf holds now, as a copy on the CPU."""
+    return leaf.detach().cpu().clone()

@@ -25,7 +25,7 @@ from fedgrove.methods.contract import ClientInfo
 from fedgrove.methods.protocols import placed
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.finish import write_adapter
-from fedgrove.runs.prepare import base_of, encode, head_policy, setting_of, task_of, train_options
+from fedgrove.runs.prepare import base_of, encode, head_policy, setting_of, task_of
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.training.client import ClientHalf
 from fedgrove.training.kernel import Kernel
@@ -101,9 +101,9 @@ def adapt(
     client = _client(name, Path(data), job, seed)
     finished = _open(result, job)
     method, head, task, base = finished.method, finished.head, finished.task, finished.base
-    half = ClientHalf(
-        Kernel(base, task, train_options(finished.job)), method, head, seed, job.run.rounds
-    )
+    train, dropout = finished.job.train, finished.job.lora.dropout
+    kernel = Kernel(base, task, train, dropout=dropout)
+    half = ClientHalf(kernel, method, head, seed, job.run.rounds)
     examples = encode(client, task, base)
     info = ClientInfo(name, method.setting.rank, len(client.train))
 
@@ -186,7 +186,7 @@ def _open(result: Result, job: Job) -> Finished:
 
 
 def _head_words(finished: Finished, offered: bool) -> str:
-    if finished.task.reader == "writer":
+    if finished.task.writes:
         return ""
     if finished.head.mode == "frozen":
         return "the frozen head that all clients share"

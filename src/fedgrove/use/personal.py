@@ -17,10 +17,11 @@ from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import AdapterError, DataError, RunError
 from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.models import EMBEDDED_MODELS, load_base
+from fedgrove.job.sections import TrainSection
 from fedgrove.methods.head import PREFIX
 from fedgrove.methods.protocols import mixes
 from fedgrove.methods.registry import method_class
-from fedgrove.training.kernel import Kernel, TrainOptions
+from fedgrove.training.kernel import Kernel
 from fedgrove.use.asked import answered, questions
 
 
@@ -50,7 +51,7 @@ class ClientModel:
         prompt.
         """
         task = self.kernel.task
-        return self.generate(texts) if task.reader == "writer" else task.told(self.logits(texts))
+        return self.generate(texts) if task.writes else task.told(self.logits(texts))
 
     def generate(self, prompts: Sequence[Any], *, max_new_tokens: int | None = None) -> list[str]:
         """What a language model writes after each prompt, greedily; a prompt is a text, or a list
@@ -60,7 +61,7 @@ class ClientModel:
         ``AdapterError`` for a classifier.
         """
         task = self.kernel.task
-        if task.reader != "writer":
+        if not task.writes:
             raise AdapterError(
                 f"{self.card['model']} was trained for the task {task.name!r}; it cannot generate "
                 "text."
@@ -164,7 +165,7 @@ def _kernel(
         dtype=getattr(torch, dtype),
         device=device,
     )
-    return Kernel(base, task, TrainOptions())
+    return Kernel(base, task, TrainSection())
 
 
 def merge(source: Path, out: Path) -> None:

@@ -69,7 +69,7 @@ def workshop(key: str, job: Job, info: ClientInfo) -> Workshop:
             job.method.options, prepare.setting_of(job, base, {info.name: info})
         )
         head = prepare.head_policy(job, base, task)
-        kernel = Kernel(base, task, prepare.train_options(job))
+        kernel = Kernel(base, task, job.train, dropout=job.lora.dropout)
         half = ClientHalf(kernel, method, head, job.run.seed, job.run.rounds, job.privacy)
         found = _kept[key, job.digest()] = Workshop(job, half, {})
     return found

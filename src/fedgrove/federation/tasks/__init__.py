@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedgrove.federation.tasks.base import Batch, Example, Task
+from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, WritingTask
 from fedgrove.federation.tasks.classify_images import ClassifyImages
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.federation.tasks.generate import Generate
@@ -22,7 +22,9 @@ __all__ = [
     "ClassifyText",
     "Example",
     "Generate",
+    "HeadedTask",
     "Task",
+    "WritingTask",
     "register",
     "task_class",
     "task_name",

@@ -1,8 +1,8 @@
 """What a task is: rows out of data, examples out of rows, batches, a head on pooled states, a loss
 and a score.
 
-A new task is one file: a class that extends ``Task`` (or ``ReadsText``, ``Classifier``, which do
-part of it), has a name, and is a frozen dataclass whose fields are settings. It lies in this
+A new task is one file: a class that extends ``HeadedTask`` or ``WritingTask`` (or ``ReadsText``,
+``Classifier``, which do part of it), has a name, and is a frozen dataclass whose fields are settings. It lies in this
 folder, or in a package of its own with an entry point of the group ``fedgrove.tasks``, or is given
 to ``fedgrove.federation.tasks.register``.
 """
@@ -15,6 +15,7 @@ from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
     from fedgrove.federation.metrics.base import Answers
     from fedgrove.federation.readers import Found, Place
 
-Example = dict[
-    str, Any
-]  # as the task needs it; of a text: "input_ids": list[int], and "label": int if it has one
+#: as the task needs it; of a text: "input_ids": list[int], and "label": int if it has one
+Example = dict[str, Any]
 Batch = dict[str, Tensor]
 Keys = TypeVar("Keys", bound=options.Options)
 
@@ -50,8 +50,8 @@ class Task(ABC, Generic[Keys]):
     #: further measures of a finished model, by the names of metrics
     metrics: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type[options.Options]] = options.Options
-    #: what reads the model's states: a head on pooled ones, or the model's own output layer
-    reader: ClassVar[Literal["head", "writer"]] = "head"
+    heads: ClassVar[tuple[str, ...]]  # what it can be read with: ``training.readers.READERS``
+    writes: ClassVar[bool] = False  # whether a model answers with a text
     reads: ClassVar[Literal["text", "images"]] = "text"
     classifies: ClassVar[bool] = False  # whether rows have classes, which all clients must agree on
     asks: ClassVar[str]  # the part of a row that a model is asked about: "text", "image", "prompt"
@@ -137,7 +137,9 @@ class Task(ABC, Generic[Keys]):
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
-        """The model's inputs and, where the examples have labels, labels."""
+        """The model's inputs and, where the examples have labels, any number of label tensors; every
+        tensor has a row for each example.
+        """
 
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -147,29 +149,21 @@ class Task(ABC, Generic[Keys]):
 
     # -------------------------------------------------------------------- head
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """A fresh head's tensors in float32, by name: weight [c, h], bias [c]; {} without a
-        head.
-        """
+        """A fresh head's tensors in float32, by name; none where the model has its own."""
         return {}
 
     @abstractmethod
-    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """[b, t, h] -> [b, h]."""
-
-    def head_logits(self, pooled: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-        """[b, h] -> [b, c], in the head's dtype."""
-        raise NotImplementedError(f"{self.name} has no head on pooled states")
+    def pool(self, hidden_states: Float[Tensor, "b *t h"], batch: Batch) -> Float[Tensor, "b h"]:
+        """What stands for each example as a whole."""
 
     # ---------------------------------------------------------------- measures
     @abstractmethod
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The batch's mean loss, a scalar; logits [b, c], of a writer [n, vocabulary]."""
+    def loss(self, logits: Float[Tensor, "_ *t c"], batch: Batch) -> Float[Tensor, ""]:
+        """The batch's mean loss."""
 
     @abstractmethod
-    def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Sums over the batch, to be added up over batches and given to ``measure``; logits as in
-        ``loss``.
-        """
+    def score(self, logits: Float[Tensor, "_ *t c"], batch: Batch) -> dict[str, float]:
+        """Sums over the batch, to be added up over batches and given to ``measure``."""
 
     @abstractmethod
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -181,27 +175,67 @@ class Task(ABC, Generic[Keys]):
         """
         raise NotImplementedError(f"{self.name} says nothing for metrics to compare")
 
-    def told(self, logits: Tensor) -> list[Any]:
-        """The answers that a user is told, out of logits [n, c]."""
+    def told(self, logits: Float[Tensor, "n *t c"]) -> list[Any]:
+        """The answers that a user is told."""
         return list(logits.tolist())
 
 
-class LinearHead:
-    """The part of a Task whose head is one linear layer on pooled states."""
+class HeadedTask(Task[Keys]):
+    """A task that our own head on an encoder can learn (``training.readers.Pooled``): one linear
+    layer, unless the task has another.
+    """
 
-    @property
-    def outputs(self) -> int:
-        """As in Task."""
-        raise NotImplementedError
+    heads: ClassVar[tuple[str, ...]] = ("pooled", "stock")
+    #: what the head sees and gives logits for: an "example" [b, h] -> [b, c] as ``pool`` sums it
+    #: up, or each "token" [b, t, h] -> [b, t, c]
+    level: ClassVar[Literal["example", "token"]] = "example"
 
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
         """weight [c, h] from N(0, 0.02²), bias [c] of zeros."""
         weight = torch.randn(self.outputs, hidden, generator=generator) * 0.02
         return {"weight": weight, "bias": torch.zeros(self.outputs)}
 
-    def head_logits(self, pooled: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-        """[b, h] -> [b, c]."""
-        return F.linear(pooled.to(head["weight"].dtype), head["weight"], head["bias"])
+    def head_logits(
+        self, states: Float[Tensor, "b *t h"], head: Mapping[str, Tensor]
+    ) -> Float[Tensor, "b *t c"]:
+        """In the head's dtype."""
+        return F.linear(states.to(head["weight"].dtype), head["weight"], head["bias"])
+
+
+class WritingTask(Task[Keys]):
+    """A task of a language model (``training.readers.Writer``)."""
+
+    heads: ClassVar[tuple[str, ...]] = ("lm",)
+    writes: ClassVar[bool] = True
+    max_new_tokens: int
+
+    @abstractmethod
+    def positions(self, batch: Batch) -> Bool[Tensor, "b t"]:
+        """True where the next token is asked for; ``loss`` and ``score`` get their logits [n,
+        vocabulary], row by row.
+        """
+
+    @abstractmethod
+    def chosen(self, examples: Sequence[Example]) -> list[int]:
+        """Which examples of an evaluation get a text written."""
+
+    @abstractmethod
+    def prompts(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """What a generation starts from: ``input_ids`` and ``attention_mask`` [b, t], padded on the
+        left.
+        """
+
+    @abstractmethod
+    def ends(self, processor: Any) -> list[int]:
+        """The tokens that end a text."""
+
+    @abstractmethod
+    def judge(self, outputs: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        """Sums over written texts, beside those of ``score``."""
+
+    @abstractmethod
+    def shown(self, outputs: Sequence[str], examples: Sequence[Example]) -> list[dict[str, str]]:
+        """Written texts beside what was asked, as plain data."""
 
 
 def _settings(kind: type[Task[Any]]) -> tuple[Field[Any], ...]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from pydantic import Field, Strict, field_validator
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from fedgrove.federation.labels import class_among
 from fedgrove.federation.metrics.base import Answers
 from fedgrove.federation.readers import Place, Row, label_of
-from fedgrove.federation.tasks.base import Batch, Example, LinearHead
+from fedgrove.federation.tasks.base import Batch, Example
 from fedgrove.ground.errors import DataError
 from fedgrove.ground.options import OF_THE_DATA, Column, Options, Text, distinct
 
@@ -40,7 +41,7 @@ class ClassOptions(Options):
         return labels
 
 
-class Classifier(LinearHead):
+class Classifier:
     """The part of a Task that looks at logits and labels alone; ``labels`` in the order of the
     head's outputs.
     """
@@ -75,16 +76,16 @@ class Classifier(LinearHead):
                 f"row {number} has the label {row['label']!r}, but the model knows only: {known}"
             ) from None
 
-    def targets(self, examples: Sequence[Example]) -> Tensor:
-        """[b] int64."""
+    def targets(self, examples: Sequence[Example]) -> Int[Tensor, " b"]:
+        """The classes' numbers."""
         return torch.tensor([example["label"] for example in examples], dtype=torch.long)
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The mean cross-entropy; logits [b, c]."""
+    def loss(self, logits: Float[Tensor, "b c"], batch: Batch) -> Float[Tensor, ""]:
+        """The mean cross-entropy."""
         return F.cross_entropy(logits, batch["labels"])
 
-    def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Sums: the loss, how many are correct, how many there are; logits [b, c]."""
+    def score(self, logits: Float[Tensor, "b c"], batch: Batch) -> dict[str, float]:
+        """Sums: the loss, how many are correct, how many there are."""
         labels = batch["labels"]
         return {
             "loss": float(F.cross_entropy(logits, labels, reduction="sum")),
@@ -101,8 +102,8 @@ class Classifier(LinearHead):
             "examples": examples,
         }
 
-    def answers(self, found: Tensor, examples: Sequence[Example]) -> Answers:
-        """Classes and their probabilities, out of logits [n, c]."""
+    def answers(self, found: Float[Tensor, "n c"], examples: Sequence[Example]) -> Answers:
+        """Classes and their probabilities."""
         scores = torch.softmax(found.double(), dim=-1).numpy()
         return Answers(
             labels=self.labels,
@@ -111,8 +112,8 @@ class Classifier(LinearHead):
             scores=scores,
         )
 
-    def told(self, logits: Tensor) -> list[Any]:
-        """The most likely class of each; logits [n, c]."""
+    def told(self, logits: Float[Tensor, "n c"]) -> list[Any]:
+        """The most likely class of each."""
         return [self.labels[index] for index in logits.argmax(dim=-1).tolist()]
 
 

@@ -11,13 +11,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from fedgrove.federation.images import Picture, labelled, picture_of, purposes
 from fedgrove.federation.purposes import marked
 from fedgrove.federation.readers import Found, Place, Row
-from fedgrove.federation.tasks.base import Batch, Example, Task
+from fedgrove.federation.tasks.base import Batch, Example, HeadedTask
 from fedgrove.federation.tasks.classifier import Classifier, ClassOptions, class_of
 from fedgrove.ground.options import Column
 
@@ -57,7 +58,7 @@ class ImageOptions(ClassOptions):
 
 
 @dataclass(frozen=True)
-class ClassifyImages(Classifier, Task[ImageOptions]):
+class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
     """``labels`` in the order of the head's outputs."""
 
     name: ClassVar[str] = "classify-images"
@@ -137,8 +138,8 @@ class ClassifyImages(Classifier, Task[ImageOptions]):
         """As in Task."""
         return {"pixel_values": batch["pixel_values"]}
 
-    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """[b, t, h] -> [b, h]: the mean of all states, summed in at least float32."""
+    def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
+        """The mean of all states, summed in at least float32."""
         return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).mean(1)
 
 

@@ -13,9 +13,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from fedgrove.federation.metrics.base import Answers
 from fedgrove.federation.metrics.overlap import Overlap
 from fedgrove.federation.readers import Place, Row
-from fedgrove.federation.tasks.base import Batch, Example, Task
+from fedgrove.federation.tasks.base import Batch, Example, WritingTask
 from fedgrove.federation.tasks.conversation import answers, conversation, text_in
 from fedgrove.federation.tasks.texts import LengthOptions
 from fedgrove.ground.errors import DataError
@@ -73,7 +74,7 @@ class GenerateOptions(LengthOptions):
 
 
 @dataclass(frozen=True)
-class Generate(Task[GenerateOptions]):
+class Generate(WritingTask[GenerateOptions]):
     """``max_length`` tokens of prompt and completion together are read, ``max_new_tokens`` are
     written at most.
 
@@ -86,7 +87,6 @@ class Generate(Task[GenerateOptions]):
     metric: ClassVar[str] = "rouge_l"
     gives: ClassVar[tuple[str, ...]] = ("outputs", "references")
     Options: ClassVar[type[GenerateOptions]] = GenerateOptions
-    reader: ClassVar[Literal["head", "writer"]] = "writer"
     asks: ClassVar[str] = "prompt"
     learns: ClassVar[str] = "completion"
 
@@ -199,20 +199,29 @@ class Generate(Task[GenerateOptions]):
         """As in Task."""
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
-    def positions(self, batch: Batch) -> Tensor:
-        """[b, t], true where the next token is asked for: before each token of a completion, or at
-        a prompt's end.
-        """
+    def prompts(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """As in WritingTask: every prompt ends where its continuation begins."""
+        prompts = [example["prompt_ids"] for example in examples]
+        longest = max(map(len, prompts))
+        ids = [[*[pad_id] * (longest - len(prompt)), *prompt] for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    def ends(self, tokenizer: Any) -> list[int]:
+        """As in WritingTask."""
+        return Template(tokenizer).ends()
+
+    def positions(self, batch: Batch) -> Bool[Tensor, "b t"]:
+        """As in WritingTask: before each token of a completion, or at a prompt's end."""
         if "labels" in batch:
             return F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-        place = torch.arange(
-            batch["attention_mask"].shape[1], device=batch["attention_mask"].device
-        )
-        return place == batch["attention_mask"].sum(1, keepdim=True) - 1
+        mask = batch["attention_mask"]
+        place = torch.arange(mask.shape[1], device=mask.device)
+        return place == mask.sum(1, keepdim=True) - 1
 
     # -------------------------------------------------------------------- head
-    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """[b, t, h] -> [b, h]: the mean over the prompt's tokens, so that it is the same in training and when the
+    def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
+        """The mean over the prompt's tokens, so that it is the same in training and when the
         completion is unknown.
         """
         mask = batch["attention_mask"].bool()
@@ -222,11 +231,11 @@ class Generate(Task[GenerateOptions]):
         return (hidden_states.to(weights.dtype) * weights).sum(1) / weights.sum(1).clamp(min=1)
 
     # ---------------------------------------------------------------- measures
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, logits: Float[Tensor, "n vocabulary"], batch: Batch) -> Float[Tensor, ""]:
         """The mean over the batch's completion tokens; logits [n, vocabulary] at ``positions``."""
         return F.cross_entropy(_wide(logits), self._asked(batch))
 
-    def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+    def score(self, logits: Float[Tensor, "n vocabulary"], batch: Batch) -> dict[str, float]:
         """Sums over completion tokens; of generations see ``judge``."""
         asked = self._asked(batch)
         loss = F.cross_entropy(_wide(logits), asked, reduction="sum")
@@ -250,6 +259,17 @@ class Generate(Task[GenerateOptions]):
                 sums[key] += value
         return sums | {"generated": float(len(outputs))}
 
+    def shown(self, outputs: Sequence[str], examples: Sequence[Example]) -> list[dict[str, str]]:
+        """As in WritingTask: prompt, reference and output."""
+        return [
+            {
+                "prompt": example["prompt"],
+                "reference": example["references"][0],
+                "output": output,
+            }
+            for output, example in zip(outputs, examples, strict=True)
+        ]
+
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Loss per completion token (nats), ROUGE-L and ROUGE-1 (F1) and exact match of
         generations, perplexity.
@@ -268,8 +288,8 @@ class Generate(Task[GenerateOptions]):
         """The written texts beside their references."""
         return Answers(outputs=list(found), references=[each["references"] for each in examples])
 
-    def _asked(self, batch: Batch) -> Tensor:
-        """[n]: the tokens that the logits are about, in their order."""
+    def _asked(self, batch: Batch) -> Int[Tensor, " n"]:
+        """The tokens that the logits are about, in their order."""
         following = batch["labels"][:, 1:]
         return following[following != IGNORED]
 
@@ -363,5 +383,5 @@ def _words(row: Row) -> int:
     return sum(len(message["content"].split()) for message in messages_of(row))
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _wide(logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

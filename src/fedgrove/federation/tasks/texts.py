@@ -9,11 +9,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from pydantic import Field
 from torch import Tensor
 
 from fedgrove.federation.readers import Place, Row, text_of
-from fedgrove.federation.tasks.base import Batch, Example, Task
+from fedgrove.federation.tasks.base import Batch, Example, HeadedTask
 from fedgrove.ground.errors import DataError
 from fedgrove.ground.options import COLUMN, OF_THE_DATA, Column, Options, Text
 
@@ -47,7 +48,7 @@ class TextOptions(LengthOptions):
 TextKeys = TypeVar("TextKeys", bound=TextOptions)
 
 
-class ReadsText(Task[TextKeys]):
+class ReadsText(HeadedTask[TextKeys]):
     """Rows ``{"text": str, ...}``, with ``"pair"`` where they are pairs; cut to ``max_length``
     tokens, pooled by the mean over the tokens that are not padding.
 
@@ -62,8 +63,8 @@ class ReadsText(Task[TextKeys]):
         """What an example is to be told, out of the row of that number. Raises DataError."""
 
     @abstractmethod
-    def targets(self, examples: Sequence[Example]) -> Tensor:
-        """[b, ...], out of the examples' ``"label"``: what ``target`` gave."""
+    def targets(self, examples: Sequence[Example]) -> Shaped[Tensor, "b ..."]:
+        """Out of the examples' ``"label"``: what ``target`` gave."""
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -138,10 +139,8 @@ class ReadsText(Task[TextKeys]):
             batch["labels"] = self.targets(examples)
         return batch
 
-    def pool(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """[b, t, h] -> [b, h]: the mean over the tokens that are not padding, summed in at least
-        float32.
-        """
+    def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
+        """The mean over the tokens that are not padding, summed in at least float32."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         mask = batch["attention_mask"][..., None].to(dtype)
         return (hidden_states.to(dtype) * mask).sum(1) / mask.sum(1).clamp(min=1)
@@ -160,6 +159,6 @@ def texts_of(row: Row) -> tuple[str, ...]:
     return (row["text"], row["pair"]) if "pair" in row else (row["text"],)
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
-    """[rows, length] int64, filled up on the right."""
+def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Int[Tensor, "rows length"]:
+    """Filled up on the right."""
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long)

@@ -1,0 +1,253 @@
+"""How a model's predictions are read off the base. One reader is chosen for a job, by what the
+base was loaded with: our head on its states (Pooled), the checkpoint's own head (Stock), or its
+output layer (Writer).
+
+The kernel, the loop and the cohort know readers; readers know tasks. A task says by ``heads`` which
+readers it can be read with, and by ``level`` whether our head gets one pooled state of each example
+or the states of all its tokens. What it makes of the logits (a loss, sums to measure) is its own,
+and its batch may hold any number of label tensors, each with a row for each example: that is how
+token classes, spans, several labels or a number come in without another reader.
+
+A fourth reader, say for pairs of answers of which one is preferred: a subclass of ``Reader`` that
+says what a task must give it beside ``Task`` (a protocol in ``federation.tasks.base``), overrides
+``logits``, and ``losses`` where a batch is more than one pass over the base; ``bare()`` of the
+hooked base gives the pass without adapters that a reference model is. It goes into ``READERS``
+under the name that ``load_base`` knows its kind of model by, and the task's ``heads`` names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, WritingTask
+from fedgrove.ground.errors import JobError
+from fedgrove.interop.models import Base
+from fedgrove.training.hooked import HookedBase
+from fedgrove.training.language import LanguageModel
+from fedgrove.training.live import LiveAssembly
+from fedgrove.training.profile import span
+
+Asked = TypeVar("Asked", bound=Task)
+Head = Mapping[str, Tensor]  # its tensors by their own names
+
+
+class Passes(Protocol):
+    """Batches of an evaluation, each running on the base while it is looked at."""
+
+    def __call__(
+        self, live: LiveAssembly, examples: Sequence[Example], *, prompts: bool = False
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """(which examples, their batch) with examples of similar length together; ``prompts``: what
+        a generation starts from.
+        """
+
+
+class Reader(Generic[Asked]):
+    """What all readers have in common. Shapes: b examples, t tokens, h hidden size, c outputs."""
+
+    #: whether one pass may hold several clients' examples, each read with its own client's head
+    joins: ClassVar[bool] = True
+    #: whether a pass may be one packed row
+    packs: ClassVar[bool] = True
+    #: whether there is a head that trains
+    has_head: ClassVar[bool] = True
+
+    def __init__(self, hooked: HookedBase, task: Asked):
+        self.hooked, self.base, self.task = hooked, hooked.base, task
+
+    @staticmethod
+    def token_bytes(base: Base) -> int:
+        """What the logits of a token take in training, beside the base's own activations."""
+        return 0
+
+    @property
+    def head_sees_features(self) -> bool:
+        """Whether the head sees nothing but pooled features, so that it can train on them alone."""
+        return False
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The part of the model that gives last hidden states."""
+        encoder: nn.Module = self.base.model.base_model
+        return encoder
+
+    def close(self) -> None:
+        """Take off the base what the reader put there."""
+
+    def features(self, batch: Batch) -> Float[Tensor, "b h"]:
+        """Each example's pooled state, with what the hooks add."""
+        return self.task.pool(self._states(batch), batch)
+
+    def _states(self, batch: Batch) -> Float[Tensor, "b *t h"]:
+        return self.hooked.states(self.encoder, self.task.inputs(batch))
+
+    def logits(self, head: Head, batch: Batch) -> Float[Tensor, "_ *t c"]:
+        """The running batch's logits, rows in the order of its examples."""
+        raise NotImplementedError
+
+    def losses(
+        self, heads: Sequence[Head], rows: Sequence[int], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
+        """The task's loss on each client's ``rows`` of the running batch, read with its own head."""
+        (head,) = heads
+        return [self.task.loss(self.logits(head, batch), batch)]
+
+    def evaluate(
+        self,
+        live: LiveAssembly,
+        examples: Sequence[Example],
+        passes: Passes,
+        keep: list[dict[str, Any]] | None = None,
+    ) -> dict[str, float]:
+        """Sums for ``Task.measure``; ``keep`` takes what was written, one object for each text."""
+        sums: dict[str, float] = {}
+        for _, batch in passes(live, examples):
+            with span("forward"):
+                scores = self.task.score(self.logits(live.head, batch), batch)
+            for key, value in scores.items():
+                sums[key] = sums.get(key, 0.0) + value
+        return sums
+
+
+class Pooled(Reader[HeadedTask]):
+    """An encoder and our head, on pooled states or on the state of each token."""
+
+    @property
+    def encoder(self) -> nn.Module:
+        encoder: nn.Module = self.base.model
+        return encoder
+
+    def logits(self, head: Head, batch: Batch) -> Float[Tensor, "b *t c"]:
+        return self.task.head_logits(self._seen(batch), head)
+
+    def losses(
+        self, heads: Sequence[Head], rows: Sequence[int], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
+        states = self._seen(batch).split(list(rows))
+        parts = parts_of(batch, rows)
+        return [
+            self.task.loss(self.task.head_logits(own, head), part)
+            for head, own, part in zip(heads, states, parts, strict=True)
+        ]
+
+    @property
+    def head_sees_features(self) -> bool:
+        return self.task.level == "example"
+
+    def _seen(self, batch: Batch) -> Float[Tensor, "b *t h"]:
+        """What the head sees of each example."""
+        states = self._states(batch)
+        return states if self.task.level == "token" else self.task.pool(states, batch)
+
+
+class Stock(Reader[Task]):
+    """The checkpoint's own model with its own head, whose tensors are a client's.
+
+    It may find its token by place in a padded batch, so it runs no packed rows; and the head is
+    inside the model, so clients do not share a pass.
+    """
+
+    joins = False
+    packs = False
+
+    def logits(self, head: Head, batch: Batch) -> Float[Tensor, "b *t c"]:
+        inputs = self.task.inputs(batch)
+        found = torch.func.functional_call(self.base.model, dict(head), kwargs=inputs)
+        logits: Tensor = found.logits
+        return logits
+
+
+class Writer(Reader[WritingTask]):
+    """A language model and its own output layer."""
+
+    has_head = False
+
+    def __init__(self, hooked: HookedBase, task: WritingTask):
+        super().__init__(hooked, task)
+        self.language = LanguageModel(hooked.base)
+
+    @staticmethod
+    def token_bytes(base: Base) -> int:
+        """Logits, their softmax and its gradient, in float32."""
+        return 3 * 4 * int(base.model.config.vocab_size)
+
+    def close(self) -> None:
+        self.language.close()
+
+    def logits(self, head: Head, batch: Batch) -> Float[Tensor, "n c"]:
+        """At the positions where the task asks for a token, row by row."""
+        positions = self.hooked.places(self.task.positions(batch))
+        return self.language.logits(self.hooked.inputs(self.task.inputs(batch)), positions)
+
+    def losses(
+        self, heads: Sequence[Head], rows: Sequence[int], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
+        parts = parts_of(batch, rows)
+        counts = [int(self.task.positions(part).sum()) for part in parts]
+        logits = self.logits({}, batch).split(counts)
+        return [self.task.loss(own, part) for own, part in zip(logits, parts, strict=True)]
+
+    def evaluate(
+        self,
+        live: LiveAssembly,
+        examples: Sequence[Example],
+        passes: Passes,
+        keep: list[dict[str, Any]] | None = None,
+    ) -> dict[str, float]:
+        """Sums over tokens, and over texts that it writes for some of the examples."""
+        sums = super().evaluate(live, examples, passes)
+        chosen = [examples[index] for index in self.task.chosen(examples)]
+        texts = self.write(live, chosen, passes)
+        if keep is not None:
+            keep += self.task.shown(texts, chosen)
+        return sums | self.task.judge(texts, chosen)
+
+    def write(
+        self,
+        live: LiveAssembly,
+        examples: Sequence[Example],
+        passes: Passes,
+        most: int | None = None,
+    ) -> list[str]:
+        """What it writes after each prompt, greedily, in the given order; ``most`` new tokens."""
+        tokenizer = self.base.processor
+        ends = self.task.ends(tokenizer)
+        texts: dict[int, str] = {}
+        for indices, batch in passes(live, examples, prompts=True):
+            written = self.language.generate(
+                batch,
+                most=most or self.task.max_new_tokens,
+                ends=ends,
+                # a layer that is left out keeps no cache, and the first one's length is what
+                # positions come from
+                cache=live.assembly.layers is None,
+            )
+            decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
+            texts.update(zip(indices, map(str.strip, decoded), strict=True))
+        return [texts[index] for index in range(len(examples))]
+
+
+#: ``Base.head`` -> its reader
+READERS: dict[str, type[Reader[Any]]] = {"pooled": Pooled, "stock": Stock, "lm": Writer}
+
+
+def reader_of(hooked: HookedBase, task: Task) -> Reader[Any]:
+    """The reader of a base for a task. Raises ``JobError`` where the task cannot be read so."""
+    head = hooked.base.head
+    if head not in task.heads:
+        raise JobError(
+            f"data.task = {task.name!r} reads a model by {' or '.join(map(repr, task.heads))}, but "
+            f"{hooked.base.name} was loaded for {head!r}; choose another task or model.head."
+        )
+    return READERS[head](hooked, task)
+
+
+def parts_of(batch: Batch, rows: Sequence[int]) -> list[Batch]:
+    """The batch in parts of so many examples, every tensor of it."""
+    pieces = zip(*(values.split(list(rows)) for values in batch.values()), strict=True)
+    return [dict(zip(batch, each, strict=True)) for each in pieces]
