@@ -29,16 +29,17 @@ $(READY): pyproject.toml
 	if [ ! -x $(BIN)/python ]; then echo "setup: .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
 	@echo "setup: torch $(TORCH), then the rest (about 2 GB, a minute or two) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check "torch==$(TORCH)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[dev,flower,privacy,gguf,tensorboard,examples]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[dev,flower,privacy,gguf,onnx,tensorboard,examples]"
 	@touch $@
 	@echo "setup: ready, $(BIN)/fedgrove"
 
 demo: setup  ## a federation of 16 clients fine-tunes a real model on real text (about 2 minutes on 2 cores, after the set-up)
 	@$(BIN)/fedgrove demo
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and who imports whom
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
+	@said=$$($(BIN)/lint-imports --no-cache --no-logo 2>&1) || { echo "$$said"; exit 1; }
 	@$(BIN)/mypy
 
 test: lint  ## lint, then every test but the slow ones

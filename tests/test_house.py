@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -62,6 +63,19 @@ def test_nothing_is_pickled() -> None:
     assert {
         name: match.group() for name, text in sources.items() if (match := UNSAFE.search(text))
     } == {}
+
+
+def test_no_private_name_is_imported_from_another_module() -> None:
+    mending = {"src/fedgrove/compare/write.py: _Painter"}
+    found = set()
+    for path in tracked():
+        if path.suffix != ".py" or not path.is_relative_to(ROOT / "src"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedgrove"):
+                private = [name.name for name in node.names if re.match("_[^_]", name.name)]
+                found |= {f"{path.relative_to(ROOT)}: {name}" for name in private}
+    assert found <= mending
 
 
 def test_no_file_is_large() -> None:

@@ -237,7 +237,7 @@ def compare(
     done again.
     """
     chosen = _job(job, None)
-    from fedgrove.compare.campaign import compare as start
+    from fedgrove.compare.comparison import compare as start
     from fedgrove.compare.tables import costs, results, terminal
 
     try:

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedgrove.ground.statistics import mean, tail10
 from fedgrove.job import Job
 from fedgrove.methods.registry import method_class
 from fedgrove.start import run
 from fedgrove.tracking.live import progress
-from fedgrove.tracking.summary import mean, tail10
 
 #: As accurate as FedIT in the mean on this job, better for the weakest clients, and with a quarter
 #: less traffic (benchmarks/results/systems-default.md).

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -52,6 +55,30 @@ def test_holm_by_hand() -> None:
     )
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
+
+
+def test_holm_is_the_closure_of_bonferroni() -> None:
+    """A hypothesis is rejected where every group of hypotheses with it is, by Bonferroni."""
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        p = dict(zip("abcde", rng.uniform(0, 0.4, 5), strict=True))
+        found = holm(p)
+        groups = [g for size in range(1, 6) for g in itertools.combinations(p, size)]
+        for name in p:
+            largest = max(len(g) * min(p[n] for n in g) for g in groups if name in g)
+            assert found[name] == pytest.approx(min(1.0, largest))
+
+
+def test_one_pair_and_many_pairs_have_an_interval() -> None:
+    one = paired([0.7], [0.5])
+    assert one.n == 1
+    assert [one.low, one.high] == pytest.approx([0.2, 0.2])
+    rng = np.random.default_rng(0)
+    ours = rng.normal(0.01, 0.1, 30_000)
+    many = paired(list(ours), [0.0] * len(ours))
+    half = 1.96 * 0.1 / math.sqrt(len(ours))
+    assert many.low == pytest.approx(many.difference - half, abs=0.15 * half)
+    assert many.high == pytest.approx(many.difference + half, abs=0.15 * half)
 
 
 def test_everyone_is_tested_against_the_best_over_seeds_and_clients() -> None:

@@ -10,14 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("flwr")
 
 from fedgrove.deploy import attend as attending
-from fedgrove.deploy import launch
 from fedgrove.deploy.attend import Watch, attend
 from fedgrove.deploy.certificates import DeployError
 from fedgrove.deploy.launch import environment
@@ -123,21 +121,6 @@ def test_flower_runs_without_telemetry_and_installs_nothing(tmp_path: Path) -> N
     ) == ("0", "1")
     assert found["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert found["FLWR_HOME"] == str(tmp_path)
-
-
-def test_a_supernode_looks_for_messages_each_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flwr.supernode import start_client_internal as loop
-
-    slept: list[float] = []
-    monkeypatch.setattr(loop, "time", loop.time)
-    monkeypatch.setattr(
-        launch, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic)
-    )
-    launch.look_sooner()
-    loop.time.sleep(3)
-    loop.time.sleep(0.5)
-    assert slept == [1.0, 0.5]
-    assert loop.time.monotonic() <= time.monotonic()
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks into /proc")

@@ -24,13 +24,15 @@ from fedgrove.deploy.certificates import (
     Issued,
     load_issued,
     new_authority,
+    new_node_key,
     new_server,
     write_private,
 )
 from fedgrove.deploy.check import Finding, check
 from fedgrove.deploy.gate import Gate, OpenGate
+from fedgrove.deploy.host import sites_by_key
 from fedgrove.deploy.launch import free_port
-from fedgrove.deploy.layout import Plan, init, make_key
+from fedgrove.deploy.layout import Plan, admit_key, init, make_key
 
 LABELS = ["negative", "positive"]
 
@@ -78,7 +80,8 @@ class opened:
         from fedgrove.deploy.layout import ServerFile
 
         port = ServerFile.load(self.server).server.port
-        app = Gate("https://127.0.0.1:1", ssl.create_default_context(), 10)
+        sites = sites_by_key(self.server)
+        app = Gate("https://127.0.0.1:1", ssl.create_default_context(), 10, sites)
         self.gate = OpenGate(
             app, "127.0.0.1", port, self.server / "server.crt", self.server / "server.key"
         )
@@ -121,7 +124,7 @@ def test_a_site_with_a_running_server_is_in_order(running: Path, tmp_path: Path)
 # ------------------------------------------------------------ the server's side
 def test_labels_that_the_job_does_not_name(deployed: Path) -> None:
     edit(deployed / "server" / "job.toml", 'labels = ["negative", "positive"]\n', "")
-    only(problems(deployed / "server"), "data.labels is not set", "list the classes")
+    only(problems(deployed / "server"), "data.labels is missing", "must name the classes")
 
 
 def test_a_model_that_is_not_there(deployed: Path, tiny_bert: Path) -> None:
@@ -310,12 +313,42 @@ def test_keys_of_a_site(running: Path) -> None:
     site = running / "sites" / "site-0"
     (site / "node.key").chmod(0o640)
     only(problems(site), "others can read node.key")
+    (site / "node.key").chmod(0o600)
+    (site / "node.pub").write_bytes(new_node_key("another")[1])
+    only(problems(site), "node.pub is not the public half")
     (site / "node.key").unlink()
     only(problems(site), "node.key is missing", "fedgrove deploy key")
-    public = (site / "node.pub").read_bytes()
-    make_key(site, "site-0")
-    (site / "node.pub").write_bytes(public)
-    only(problems(site), "node.pub is not the public half")
+
+
+def test_a_key_that_the_server_does_not_admit(running: Path) -> None:
+    site = running / "sites" / "site-0"
+    make_key(site, "site-0", force=True)
+    only(problems(site), "does not admit this site's key", "fedgrove deploy admit", "starts")
+    admit_key(running / "server", "site-0-new", site / "node.pub")
+    only(problems(site), "does not admit")  # until it is started again
+
+
+def test_a_key_that_the_server_admits_under_another_name(running: Path) -> None:
+    site = running / "sites" / "site-0"
+    edit(site / "site.toml", 'name = "site-0"', 'name = "site-1"')
+    only(problems(site), "as that of 'site-0', not of 'site-1'", "site.name")
+
+
+def test_a_server_that_does_not_say_whom_it_admits(
+    running: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gate, "_site_of", lambda self, scope: {})  # as one of before did
+    only(problems(running / "sites" / "site-0"), "does not say whether", "the same Fedgrove")
+
+
+def test_a_job_that_waits_for_more_sites_than_can_come(deployed: Path) -> None:
+    edit(deployed / "server" / "job.toml", "min_clients = 1", "min_clients = 2")
+    only(problems(deployed / "server"), "waits for 2 sites, and 1 can come", "min_clients")
+
+
+def test_a_job_that_only_one_process_can_run(deployed: Path) -> None:
+    edit(deployed / "server" / "job.toml", "noise = false", "noise = true")
+    only(problems(deployed / "server"), "run.noise = true", "stays at the sites")
 
 
 def test_exit_codes(deployed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,9 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
     threading.Thread(target=upstream.serve_forever, daemon=True).start()
     trust = ssl.create_default_context(cafile=str(folder / "ca.crt"))
     port = free_port()
-    app = Gate(f"https://127.0.0.1:{upstream.server_port}", trust, limit=1000)
+    app = Gate(
+        f"https://127.0.0.1:{upstream.server_port}", trust, limit=1000, sites={"ab12": "north"}
+    )
     opened = OpenGate(app, "127.0.0.1", port, folder / "server.crt", folder / "server.key")
     yield port, folder
     opened.close()
@@ -131,6 +133,12 @@ def test_it_tells_its_versions_and_its_clock(gate: tuple[int, Path]) -> None:
     told = json.loads(ask(gate, ABOUT, method="GET")[1])
     assert told["fedgrove"] == fedgrove.__version__
     assert abs(told["time"] - time.time()) < 5
+
+
+def test_it_tells_whose_a_key_is(gate: tuple[int, Path]) -> None:
+    assert "site" not in json.loads(ask(gate, ABOUT, method="GET")[1])
+    assert json.loads(ask(gate, f"{ABOUT}?key=ab12", method="GET")[1])["site"] == "north"
+    assert json.loads(ask(gate, f"{ABOUT}?key=ab13", method="GET")[1])["site"] is None
 
 
 def test_plain_http_gets_nothing(gate: tuple[int, Path]) -> None:

@@ -18,8 +18,8 @@ import fedgrove
 from fedgrove.adapters.adapter import Factors
 from fedgrove.deploy.audit import read
 from fedgrove.deploy.site import open_place
-from fedgrove.engines.flower.client import Runtime
-from fedgrove.engines.flower.serve import deployable
+from fedgrove.engines.flower.client import Runtime, Workshops
+from fedgrove.engines.flower.deployable import deployable
 from fedgrove.engines.flower.wire import Note, decode, encode
 from fedgrove.job import Job
 from fedgrove.runs.prepare import machine_choices
@@ -34,13 +34,13 @@ class Server:
     """Sends whatever it likes to one site."""
 
     def __init__(self, folder: Path, job: Job):
-        self.folder, self.job = folder, job
+        self.folder, self.job, self.workshops = folder, job, Workshops()
 
     def ask(self, kind: str, body: Any = None, **head: Any) -> Note:
         """A fresh place for each message, as the app makes it."""
         place = open_place(str(self.folder))
         note = Note(kind, {"run": RUN, "version": fedgrove.__version__, **head}, body or {})
-        return decode(Runtime(place).handle(encode(note)))
+        return decode(Runtime(place, self.workshops).handle(encode(note)))
 
     def who(self) -> dict[str, Any]:
         """The client that the site is."""
@@ -146,7 +146,7 @@ def test_a_site_without_this_run_says_so(server: Server) -> None:
 
 def test_what_cannot_be_read_is_in_the_log_too(server: Server) -> None:
     blob = b"no message at all"
-    answer = decode(Runtime(open_place(str(server.folder))).handle(blob))
+    answer = decode(Runtime(open_place(str(server.folder)), Workshops()).handle(blob))
     assert "not a Fedgrove tree" in server.refused(answer)
     came, left = read(server.folder / "audit.jsonl")
     assert (came.direction, came.kind, came.bytes) == ("received", "unreadable", len(blob))
@@ -182,15 +182,13 @@ def test_what_is_wrong_with_the_data_is_told_to_the_site_alone(
 
 
 def test_data_that_changed_in_mid_run_are_noticed_after_a_restart(server: Server) -> None:
-    from fedgrove.engines.flower import client
-
     assert server.open().kind == "open"
-    client._kept.clear()  # the site's process ended
+    server.workshops = Workshops()  # the site's process ended
     assert server.open().kind == "open"
     who = server.who()
     path = server.folder.parent / "silos" / "site-0.jsonl"
     path.write_text(path.read_text().replace("film", "book"))
-    client._kept.clear()
+    server.workshops = Workshops()
     answer = server.ask("open", job=server.job.to_toml(), client=who)
     assert "data of site-0 changed" in server.refused(answer)
     assert "data of site-0 changed" in server.refused(

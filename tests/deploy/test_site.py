@@ -21,6 +21,8 @@ from fedgrove.engines.flower.wire import Note, encode
 from fedgrove.federation import build
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.job import Job
+from fedgrove.methods.contract import Setting
+from fedgrove.methods.registry import method_class
 from fedgrove.runs.prepare import machine_choices
 
 LABELS = ["negative", "positive"]
@@ -166,7 +168,7 @@ def test_only_named_jobs_where_the_site_names_them(
     here = open_place(str(folder))
     here.admit(mine)
     pytest.importorskip("flwr")
-    from fedgrove.engines.flower.serve import deployable
+    from fedgrove.engines.flower.deployable import deployable
 
     here.admit(deployable(machine_choices(mine.resolved())))  # as the server sends it
     with pytest.raises(SiteRefusal, match="not among the jobs"):
@@ -242,7 +244,10 @@ def test_epochs_count_as_the_sites_own_steps(
 
 # ------------------------------------------------------------ messages
 def test_every_message_is_logged_and_a_bad_one_is_logged_and_refused(place: SitePlace) -> None:
-    place.sites = {"layer.0": Site("layer.0", 0, 6, 5)}
+    sites = {"layer.0": Site("layer.0", 0, 6, 5)}
+    fedit = method_class("fedit")
+    setting = Setting(sites=sites, rank=2, alpha=4.0, rounds=4, seed=0)
+    method = fedit(fedit.Options(), setting)
     good = Note(
         "train",
         {"run": "ab12", "round": 3},
@@ -253,12 +258,12 @@ def test_every_message_is_logged_and_a_bad_one_is_logged_and_refused(place: Site
         {"run": "ab12", "round": 4},
         {"offer": {"layer.0": Factors(torch.ones(2, 7), torch.ones(5, 2), 1.0)}},
     )
-    place.received(good, encode(good))
+    place.received(good, encode(good), method)
     place.sending(
         Note("train", {"run": "ab12"}, {}), b"answer"
     )  # an answer belongs to the round of its question
     with pytest.raises(SiteRefusal, match="6 features"):
-        place.received(bad, encode(bad))
+        place.received(bad, encode(bad), method)
     entries = list(read(place.folder / "audit.jsonl"))
     assert [(e.direction, e.round, bool(e.note)) for e in entries] == [
         ("received", 3, False),
@@ -289,7 +294,7 @@ def test_the_measures_of_a_finished_run_stay_too(place: SitePlace) -> None:
 def test_a_run_cannot_name_a_folder_elsewhere(run: Any, place: SitePlace) -> None:
     note = Note("train", {"run": run, "round": 1}, {})
     with pytest.raises(SiteRefusal, match="name its run"):
-        place.received(note, b"")
+        place.received(note, b"", None)
 
 
 def test_a_message_above_the_limit_is_neither_used_nor_sent(
@@ -298,16 +303,16 @@ def test_a_message_above_the_limit_is_neither_used_nor_sent(
     folder = write(tmp_path / "s", tiny_bert, silos, ("[allow]", "[allow]\nmax_message_mb = 0.001"))
     here = open_place(str(folder))
     note = Note("train", {"run": "ab", "round": 1}, {})
-    here.received(note, bytes(1000))
+    here.received(note, bytes(1000), None)
     with pytest.raises(SiteRefusal, match="1,001 bytes"):
-        here.received(note, bytes(1001))
+        here.received(note, bytes(1001), None)
     with pytest.raises(SiteRefusal, match="1,001 bytes"):
         here.sending(note, bytes(1001))
 
 
-def hello(version: str) -> tuple[Note, bytes]:
+def hello(version: str) -> tuple[Note, bytes, None]:
     note = Note("hello", {"run": "ab", "version": version, "job": ""}, {})
-    return note, encode(note)
+    return note, encode(note), None
 
 
 def test_the_servers_version(

@@ -124,9 +124,9 @@ def virtual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process counts as one of Ray's; its workshop and its working directory are left as they
     were.
     """
-    from fedgrove.engines.flower import client, place
+    from fedgrove.engines.flower import client_app, place
 
-    monkeypatch.setattr(app, "is_virtual", lambda: True)
+    monkeypatch.setattr(client_app, "is_virtual", lambda: True)
     monkeypatch.chdir(Path.cwd())
     for part in (
         "_run_id",
@@ -135,7 +135,7 @@ def virtual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):  # what Flower's own processes know of themselves
         monkeypatch.setattr(TaskIdentity, part, 1)
     yield
-    client._kept.clear()
+    client_app.workshops.cache_clear()
     place.federation.cache_clear()
 
 

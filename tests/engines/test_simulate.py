@@ -16,6 +16,7 @@ from tests.tiny import tiny_job
 
 from fedgrove.deploy import app
 from fedgrove.deploy.strategy import Rounds
+from fedgrove.engines.flower import client_app
 from fedgrove.engines.flower.post import from_content, to_content
 from fedgrove.engines.flower.simulate import FlowerMissing, require, resources
 from fedgrove.engines.flower.wire import Note, decode, encode
@@ -138,7 +139,7 @@ def test_run_configurations_are_checked(tmp_path: Path, tiny_bert: Path, silos: 
 
 @pytest.mark.usefixtures("virtual")
 def test_a_node_that_is_no_site_works_only_in_a_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "is_virtual", lambda: False)
+    monkeypatch.setattr(client_app, "is_virtual", lambda: False)
     message = Message(to_content(encode(Note("hello", {"run": "1"}))), 1, "query.hello")
     answer = app.client(message, Context(1, 1, {"partition-id": 0}, RecordDict(), {}))
     note = decode(from_content(answer.content))

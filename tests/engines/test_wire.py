@@ -147,9 +147,9 @@ def test_the_wire_costs_what_the_accounting_says(
     posts = []
     usual = FlowerEngine.settle
 
-    def settle(self: FlowerEngine, *given: Any) -> None:
+    def settle(self: FlowerEngine, *given: Any, **named: Any) -> None:
         posts.append(self.post)
-        usual(self, *given)
+        usual(self, *given, **named)
 
     bert = save_bert(
         tmp_path / "bert", layers=6 if hidden > 100 else 2, hidden=hidden

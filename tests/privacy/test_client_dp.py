@@ -26,7 +26,7 @@ from fedgrove.methods.protocols import needs_each
 from fedgrove.methods.registry import names
 from fedgrove.privacy import accountant
 from fedgrove.privacy.client_dp import MEAN, Protection, change
-from fedgrove.privacy.randomness import gaussian, of_seed, uniform
+from fedgrove.privacy.randomness import of_seed
 from fedgrove.privacy.reference import untouched
 from fedgrove.privacy.vector import bounded, flat, restore
 from fedgrove.start import run
@@ -126,7 +126,7 @@ def test_the_clip_is_one_norm_over_adapter_and_head_together() -> None:
     short = bounded(update.content, start, 0.25, "it")
     after = flat(short) - flat(start)
     assert float(before.norm()) > 1
-    assert math.isclose(float(after.norm()), 0.25, rel_tol=1e-12)
+    assert 0.25 * (1 - 1e-8) < float(after.norm()) <= 0.25
     torch.testing.assert_close(after / after.norm(), before / before.norm(), rtol=1e-9, atol=1e-12)
     assert float((short["head"]["weight"] - 1).abs().max()) > 0, "the head has no part in the norm"
     assert bounded(update.content, start, 1e6, "it") is update.content
@@ -200,22 +200,6 @@ def test_clients_are_drawn_each_by_its_own_coin() -> None:
     assert guard.select(3, list(reversed(clients))) == list(reversed(draws[2])), (
         "a coin depends on the name alone"
     )
-
-
-def test_numbers_of_the_key_are_normal_uniform_and_its_own() -> None:
-    x = gaussian(KEY, 200_001, "a")
-    assert len(x) == 200_001
-    assert abs(float(x.mean())) < 0.01
-    assert abs(float(x.std()) - 1) < 0.01
-    assert abs(float((x**4).mean()) - 3) < 0.1
-    for edge, share in ((1.0, 0.1587), (2.0, 0.0228), (3.0, 0.00135)):
-        assert abs(float((x > edge).double().mean()) - share) < 0.003
-    assert abs(float((x[:-1] * x[1:]).mean())) < 0.01
-    u = uniform(KEY, 100_000, "b")
-    assert 0 <= float(u.min()) < 1e-4 < 1 - 1e-4 < float(u.max()) < 1
-    assert torch.equal(gaussian(KEY, 10, "a"), gaussian(KEY, 10, "a"))
-    assert not torch.equal(gaussian(KEY, 10, "a"), gaussian(KEY, 10, "c"))
-    assert not torch.equal(gaussian(KEY, 10, "a"), gaussian(of_seed(2, "test"), 10, "a"))
 
 
 def test_epsilon_is_that_of_the_moments_of_a_gaussian() -> None:
@@ -315,15 +299,17 @@ def test_noise_moves_the_model_as_it_says_and_clipping_alone_has_no_epsilon(
 def test_a_resumed_run_is_bit_identical_and_draws_by_coins(
     tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
-    job = private_job(tiny_bert, silos, federation={"fraction": 0.4}, run={"rounds": 5})
+    job = private_job(tiny_bert, silos, federation={"fraction": 0.6}, run={"rounds": 5})
     run(job, tmp_path / "whole")
-    for stop in (StopAfter(2), StopAfter(4)):
+    trained = [line["round"] for line in lines(tmp_path / "whole") if line["split"] == "train"]
+    busy = sorted(set(trained))
+    assert len(busy) > 2
+    for round in (busy[1], busy[-1]):
         with pytest.raises(KeyboardInterrupt):
-            run(job, tmp_path / "cut", resume=True, callbacks=[stop])
+            run(job, tmp_path / "cut", resume=True, callbacks=[StopAfter(round)])
     run(job, tmp_path / "cut", resume=True)
     assert adapters(tmp_path / "whole") == adapters(tmp_path / "cut")
     assert summary(tmp_path / "whole") == summary(tmp_path / "cut")
-    trained = [line["round"] for line in lines(tmp_path / "whole") if line["split"] == "train"]
     assert len({trained.count(round) for round in range(1, 6)}) > 1, "every round drew as many"
 
 
@@ -423,5 +409,5 @@ def test_without_the_accountant_one_sentence_says_what_to_install(
     tiny_bert: Path, silos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accountant.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FedgroveError, match=r"fedgrove\[privacy\]"):
+    with pytest.raises(FedgroveError, match=r"dp-accounting.*fedgrove\[privacy\]"):
         run(private_job(tiny_bert, silos), tmp_path / "out")

@@ -18,7 +18,7 @@ from fedgrove.engines.local import LocalEngine
 from fedgrove.ground.errors import JobError, RunError
 from fedgrove.methods.contract import Update
 from fedgrove.privacy.client_dp import change
-from fedgrove.privacy.secure import MASKED, Party, Room, fraction_bits, from_fixed, summed, to_fixed
+from fedgrove.privacy.secure import MASKED, Party, Room, signed, step, summed, to_fixed
 from fedgrove.start import run
 
 NAMES = ["a", "b", "c", "d"]
@@ -31,14 +31,25 @@ def vectors(count: int = 5000, bound: float = 2.0) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_sum_is_the_plain_sum_to_half_a_step_for_each() -> None:
+def from_fixed(total: np.ndarray, clients: int, bound: float) -> torch.Tensor:
+    return signed(total).double() * step(clients, bound)
+
+
+def test_the_sum_is_the_plain_sum_to_a_step_for_each() -> None:
     room, given = Room(1, NAMES), vectors()
     masked = [room.conceal(name, x, 2.0)[MASKED] for name, x in given.items()]
     total = from_fixed(summed(masked), len(NAMES), 2.0)
-    step = 2.0 ** -fraction_bits(len(NAMES), 2.0)
     error = (total - sum(given.values(), torch.zeros(5000))).abs().max()
-    assert 0 < float(error) <= len(NAMES) * step / 2
-    assert step < 1e-8
+    assert 0 < float(error) <= len(NAMES) * step(len(NAMES), 2.0)
+    assert step(len(NAMES), 2.0) < 1e-8
+
+
+def test_no_number_grows_in_fixed_point() -> None:
+    """The server's noise is made for the norm that the clip allows."""
+    for values in vectors().values():
+        fixed = from_fixed(to_fixed(values, len(NAMES), 2.0, "a"), len(NAMES), 2.0)
+        assert bool((fixed.abs() <= values.abs()).all())
+        assert bool((fixed.abs() < values.abs()).any())
 
 
 def test_a_masked_vector_is_noise_to_the_server() -> None:
@@ -122,7 +133,7 @@ def test_the_server_makes_of_masked_updates_what_it_makes_of_plain_ones(name: st
         method.aggregate(state, 2, [Update("m", 1, x.content["method"])]) for x in (mean, plain)
     )
     for x, y in zip(_tensors(ours), _tensors(theirs), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=2.0 ** -fraction_bits(3, 50.0))
+        torch.testing.assert_close(x, y, rtol=0, atol=step(3, 50.0))
     with pytest.raises(RunError, match="c2 was to take part and sent nothing"):
         guard.combine(2, clients, hidden[:2], offer, offer, list(clients))
     short = [*hidden[:2], Update("c2", 1, {MASKED: torch.zeros(3, dtype=torch.int32)})]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedgrove.ground import files
 from fedgrove.tracking import summary as summaries
 
 GROUPS = ("amazon", "movies", "nyt", "tweets")
@@ -66,7 +67,7 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 def change(path: Path, summary: dict[str, Any]) -> Path:
     """Give the run in ``path`` another summary.json."""
-    summaries.write(path / "summary.json", summary)
+    files.write_json(path / "summary.json", summary)
     return path
 
 
@@ -212,9 +213,9 @@ def build(
     (path / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
     )
-    summaries.write(path / "summary.json", summary)
-    summaries.write(path / "federation.json", table)
-    summaries.write(
+    files.write_json(path / "summary.json", summary)
+    files.write_json(path / "federation.json", table)
+    files.write_json(
         path / "versions.json",
         {"python": "3.11.9", "fedgrove": "0.1.0", "torch": "2.13.0", "peft": "0.21.0"},
     )

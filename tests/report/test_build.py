@@ -19,7 +19,7 @@ from .conftest import MakeRun, change
 class Page(HTMLParser):
     """Checks that every element is closed in order, and collects what matters."""
 
-    VOID = frozenset({"meta", "img", "br", "path", "use"})
+    VOID = frozenset({"meta", "img", "br", "path", "use", "input"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -131,6 +131,16 @@ def test_two_hundred_clients(make_run: MakeRun, picture: list[Any]) -> None:
     assert "200 clients, best first" in page.text
     assert "could not be shown" not in page.text
     assert target.stat().st_size < 2_000_000
+
+
+def test_two_thousand_clients_are_drawn_as_a_hundred_bars(make_run: MakeRun) -> None:
+    local = make_run("local", method="local", clients=2000, rounds=2)
+    target = write_report(make_run("run", clients=2000, rounds=2, tuned=True), [local])
+    page = read(target)
+    assert "2,000 clients, best first; a bar is the mean of 20" in page.text
+    assert "the 100 weakest of 2,000 clients" in page.text
+    assert "could not be shown" not in page.text
+    assert target.stat().st_size < 1_500_000
 
 
 def test_all_losses_and_metrics_missing(make_run: MakeRun, picture: list[Any]) -> None:

@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from fedgrove.clustering.spectral import spectral
 from fedgrove.report import sections, style, write_report
 from fedgrove.report.pictures import clusters as picture
+from fedgrove.report.sections import Left
 from fedgrove.report.tiers import Tiers
 
 from .conftest import MakeRun
@@ -86,7 +87,7 @@ def texts(figure: Figure) -> list[str]:
 def drawn(folder: Path, *beside: Path) -> list[sections.Section]:
     """The sections, each drawn for a page and for a phone."""
     with style.applied():
-        found = picture.clusters(folder, beside)
+        found = picture.clusters(Left(folder, tuple(beside)))
         for each in found:
             for width in (style.WIDE, style.NARROW):
                 if each.figure is not None:
@@ -202,7 +203,7 @@ def test_a_run_without_leaf_or_measures_still_shows_its_clusters(tmp_path: Path)
 
 
 def test_the_report_of_a_run_has_the_pictures(make_run: MakeRun) -> None:
-    folder = make_run("hilora", clients=6)
+    folder = make_run("hilora", clients=6, method="hilora")
     names = list(json.loads((folder / "summary.json").read_text())["clients"])
     found = content(6)
     (folder / "clusters.json").write_text(json.dumps(found | {"clients": names}))

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import ast
 import json
-
-import pytest
 
 from fedgrove.report import facts
 from fedgrove.report.compare import compare
@@ -54,77 +51,7 @@ def test_times_add_up_to_the_total(make_run: MakeRun) -> None:
     assert rows[-1][1] == "1 min 40 s"
 
 
-def test_the_peft_code_is_python_and_names_the_recorded_base(make_run: MakeRun) -> None:
-    path = make_run("run", clients=3)
-    shell, peft = facts.usage(load(path))
-    assert "--client amazon-0" in shell[1]
-    ast.parse(peft[1])
-    assert '"some/MiniLM-L6"' in peft[1]
-    assert "AutoModel.from_pretrained" in peft[1]
-    assert "head.safetensors" in peft[0]
-    job = (path / "job.toml").read_text().replace('"pooled"', '"stock"')
-    (path / "job.toml").write_text(job)
-    stock = facts.usage(load(path))[1]
-    ast.parse(stock[1])
-    assert "AutoModelForSequenceClassification.from_pretrained(base_name, num_labels=3)" in stock[1]
-    assert "head.safetensors" not in stock[0]
-
-
-@pytest.mark.parametrize(
-    ("task", "head", "asked", "expected"),
-    [
-        (
-            "classify-images",
-            "pooled",
-            "photo.png",
-            ["AutoModel.from_pretrained", "AutoImageProcessor", "Image.open"],
-        ),
-        (
-            "classify-images",
-            "stock",
-            "photo.png",
-            ["AutoModelForImageClassification", "output.logits"],
-        ),
-        (
-            "generate",
-            "pooled",
-            "capital",
-            ["AutoModelForCausalLM.from_pretrained(base_name)", "model.generate("],
-        ),
-    ],
-)
-def test_the_peft_code_is_that_of_the_task(
-    task: str, head: str, asked: str, expected: list[str], make_run: MakeRun
-) -> None:
-    path = make_run("run", clients=2)
-    change(path, json.loads((path / "summary.json").read_text()) | {"task": task})
-    (path / "job.toml").write_text((path / "job.toml").read_text().replace('"pooled"', f'"{head}"'))
-    shell, peft = facts.usage(load(path))
-    assert asked in shell[1]
-    ast.parse(peft[1])
-    assert all(part in peft[1] for part in expected)
-    assert "text to classify" not in shell[1] + peft[1]
-    assert ("head.safetensors" in peft[0]) == (task != "generate" and head == "pooled")
-    config = path / "adapters" / "amazon-0" / "adapter_config.json"
-    config.write_text(config.read_text().replace("some/MiniLM-L6", "grove-vit"))
-    assert 'resolve_name("grove-vit")' in facts.usage(load(path))[1][1]
-
-
-def test_no_peft_code_for_a_client_without_an_adapter(make_run: MakeRun) -> None:
-    path = make_run("run", clients=1)
-    (path / "adapters" / "amazon-0" / "adapter_config.json").unlink()
-    assert len(facts.usage(load(path))) == 1
-
-
 def test_one_client_has_no_tail_and_no_count_of_winners(make_run: MakeRun) -> None:
     run = load(make_run("run", clients=1))
     labels = [tile.label for tile in facts.tiles(run, compare(run, []))]
     assert labels == ["mean accuracy", "sent up in the whole run", "wall time, from start to end"]
-
-
-def test_every_client_is_in_the_table(make_run: MakeRun) -> None:
-    run = load(make_run("run", clients=3, held_out=1))
-    rows = facts.client_rows(run, compare(run, []))
-    assert [row["name"] for row in rows] == ["amazon-0", "amazon-1", "amazon-2", "amazon-3"]
-    assert [row["held_out"] for row in rows] == [False, False, False, True]
-    assert {row["tuned"] for row in rows} == {"–"}

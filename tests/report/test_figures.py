@@ -57,6 +57,17 @@ def test_clients_are_named_best_first_up_to_a_number(make_run: MakeRun) -> None:
     assert not any(text.startswith("client-") for text in crowd)
 
 
+def test_bars_that_clients_share_are_their_means(make_run: MakeRun) -> None:
+    values = {f"c{n}": n / 1000 for n in range(1000)}
+    crowd = figures.Crowd.of(values)
+    assert len(crowd) == figures.BARS
+    assert sum(map(len, crowd.members)) == crowd.clients == 1000
+    found = crowd.gathered(values)
+    assert found[0] == pytest.approx(0.9945)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert crowd.gathered({"c999": 0.5}) == {0: 0.5}, "whoever has a value counts"
+
+
 def test_bars_of_the_gains_are_the_differences(make_run: MakeRun) -> None:
     run, local = (
         load(make_run("run", clients=6)),

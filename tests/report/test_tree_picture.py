@@ -20,6 +20,7 @@ from fedgrove.clustering.tree import layer_cuts, merge_tree
 from fedgrove.report import sections, style, write_report
 from fedgrove.report.branches import Tree
 from fedgrove.report.pictures import tree as picture
+from fedgrove.report.sections import Left
 
 from .conftest import MakeRun
 
@@ -58,7 +59,7 @@ def words(figure: Figure) -> list[str]:
 def made(run_dir: Path, what: dict[str, Any]) -> list[sections.Section]:
     run_dir.mkdir(exist_ok=True)
     (run_dir / "tree.json").write_text(json.dumps(what))
-    return picture.tree(run_dir)
+    return picture.tree(Left(run_dir))
 
 
 def test_clients_stand_as_the_dendrogram_has_them() -> None:
@@ -240,11 +241,11 @@ def test_it_draws_for_any_number_of_clients_and_layers(
 
 
 def test_the_report_shows_it_and_stands_without_it(make_run: MakeRun) -> None:
-    path = make_run("run", clients=2, rounds=1)
+    path = make_run("run", clients=2, rounds=1, method="fedtreelora")
     (path / "tree.json").write_text(json.dumps(content()))
     page = write_report(path).read_text(encoding="utf-8")
     assert "who shares with whom, layer by layer" in page
     assert (path / "figures" / "extra-1.png").exists()
     (path / "tree.json").write_text("{}")
     page = write_report(path).read_text(encoding="utf-8")
-    assert "tree.json could not be shown" in page
+    assert "pictures.tree:tree draws could not be shown" in page

@@ -148,7 +148,9 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -
     path.write_text(
         json.dumps(scored(1, "a", 0.5)) + "\n[1]\n" + json.dumps(scored(1, "b", 0.5)) + "\n"
     )
-    with pytest.raises(RunError, match=r"metrics\.jsonl line 2 is not a metrics line"):
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl line 2 is no JSON object with round, client, split"
+    ):
         read(path)
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -29,6 +29,7 @@ from fedgrove.adapters.private import PrivacyError, is_private, seal, unseal
 from fedgrove.ground.errors import AdapterError
 
 Tree = dict[str, Any]
+Keys = tuple[str | int, ...]  # the keys and indices that lead to a node
 Kind = TypeVar("Kind")
 _KEY = "fedgrove"
 
@@ -59,36 +60,79 @@ def plain(tree: Any) -> Any:
     return tree
 
 
+def walk(tree: Any) -> Iterator[tuple[Keys, Any]]:
+    """Every leaf with the keys and indices that lead to it, in the tree's order: tensors, factors,
+    plain values, and what is empty. No depth is too much for it.
+    """
+    todo: list[tuple[Keys, Any]] = [((), tree)]
+    while todo:
+        keys, node = todo.pop()
+        parts: Iterable[tuple[str | int, Any]] = ()
+        if (found := table(node)) is not None:
+            parts = found.items()
+        elif isinstance(node, list):
+            parts = enumerate(node)
+        below = [((*keys, key), value) for key, value in parts]
+        if below:
+            todo.extend(reversed(below))
+        elif found is not None:
+            yield keys, {}  # of a record without fields too
+        else:
+            yield keys, node
+
+
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the tree with its path, in the tree's order."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, Factors):
-        yield f"{path}.A", tree.A
-        yield f"{path}.B", tree.B
-    elif (parts := table(tree)) is not None:
-        for key, value in parts.items():
-            yield from leaves(value, f"{path}/{key}" if path else str(key))
-    elif isinstance(tree, list):
-        for index, value in enumerate(tree):
-            yield from leaves(value, f"{path}/{index}")
+    """Every tensor of the tree with its path, in the tree's order; factors are two."""
+    for keys, leaf in walk(tree):
+        where = joined(path, keys)
+        if isinstance(leaf, Tensor):
+            yield where, leaf
+        elif isinstance(leaf, Factors):
+            yield f"{where}.A", leaf.A
+            yield f"{where}.B", leaf.B
+
+
+def joined(path: str, keys: Keys) -> str:
+    """A path in words: ``offer/method/layer.0``."""
+    words = [path] if path else []
+    return "/".join([*words, *map(str, keys)])
+
+
+def map_leaves(
+    tree: Any,
+    change: Callable[[Keys, Any], Any],
+    *,
+    is_leaf: Callable[[Any], bool] = lambda node: False,
+    keys: Keys = (),
+) -> Any:
+    """The same tree with ``change(keys, leaf)`` in place of each leaf; a record stays one of its
+    class. ``is_leaf``: which dicts, records and lists are leaves too.
+    """
+
+    def below(key: str | int, value: Any) -> Any:
+        return map_leaves(value, change, is_leaf=is_leaf, keys=(*keys, key))
+
+    if is_leaf(tree):
+        return change(keys, tree)
+    if (parts := table(tree)) is not None:
+        changed = {key: below(key, value) for key, value in parts.items()}
+        return dataclasses.replace(tree, **changed) if is_record(tree) else changed
+    if isinstance(tree, list):
+        return [below(index, value) for index, value in enumerate(tree)]
+    return change(keys, tree)
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same tree with ``change`` applied to each tensor; a record stays one of its class."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Factors):
-        return tree.map(change)
-    if isinstance(tree, dict):
-        return {key: map_tensors(value, change) for key, value in tree.items()}
-    if is_record(tree):
-        parts = table(tree) or {}
-        changed = {key: map_tensors(value, change) for key, value in parts.items()}
-        return dataclasses.replace(tree, **changed)
-    if isinstance(tree, list):
-        return [map_tensors(value, change) for value in tree]
-    return tree
+
+    def changed(keys: Keys, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return change(leaf)
+        if isinstance(leaf, Factors):
+            return leaf.map(change)
+        return leaf
+
+    return map_leaves(tree, changed)
 
 
 def numbers(tree: Any) -> int:

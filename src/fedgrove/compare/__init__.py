@@ -4,6 +4,6 @@ several seeds.
 
 from __future__ import annotations
 
-from fedgrove.compare.campaign import compare
+from fedgrove.compare.comparison import compare
 
 __all__ = ["compare"]

@@ -6,22 +6,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from fedgrove.compare.entries import Entry, Trial, trial_name
-from fedgrove.compare.plan import Plan, check, make_plan
+from fedgrove.compare.plan import Plan, check
 from fedgrove.compare.progress import Overall
 from fedgrove.ground.errors import AdapterError, RunError
+from fedgrove.ground.statistics import mean
 from fedgrove.runs.directory import RunDirectory
 from fedgrove.tracking.metrics import metric_name
-from fedgrove.tracking.summary import mean
 from fedgrove.use.result import Result
-
-if TYPE_CHECKING:
-    from fedgrove.job import Job
 
 
 @dataclass(frozen=True)
@@ -48,33 +43,6 @@ class Done:
     plan: Plan
     tuned: dict[str, Tuned]
     results: dict[str, list[Result]] = field(default_factory=dict)
-
-
-def compare(
-    job: Job,
-    methods: str | Iterable[str],
-    seeds: str | Iterable[int],
-    out: str | Path,
-    *,
-    tune: Sequence[str] = (),
-    settings: Sequence[str] = (),
-    tune_seed: int | None = None,
-    progress: Overall | None = None,
-) -> dict[str, Any]:
-    """Run every method on every seed under ``out`` and write the tables; returns the content of
-    ``compare.json``.
-
-    ``methods``: ``"fedit, fedtreelora[fixed_k=2]"``, or a list of such entries. ``tune``:
-    ``["lr=1e-4,3e-4"]``. Called again with the same arguments it goes on where it stopped; with
-    more methods or seeds it adds them. Raises ``FedgroveError`` for bad input before anything is
-    written; ``KeyboardInterrupt`` leaves all that is done.
-    """
-    from fedgrove.compare.write import write
-
-    plan = make_plan(
-        job, methods, seeds, out=Path(out), tune=tune, settings=settings, tune_seed=tune_seed
-    )
-    return write(carry_out(plan, progress or Overall()))
 
 
 def carry_out(plan: Plan, progress: Overall) -> Done:

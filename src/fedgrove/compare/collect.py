@@ -17,7 +17,7 @@ from fedgrove.compare.campaign import Done, Tuned, fingerprint
 from fedgrove.compare.entries import Entry, trial_name
 from fedgrove.compare.statistics import RESAMPLES, holm, paired
 from fedgrove.ground import words
-from fedgrove.tracking.summary import mean, present, std, tail10
+from fedgrove.ground.statistics import mean, present, std, tail10
 from fedgrove.use.result import Result
 
 MEASURES = ("metric", "metric_tuned")
@@ -93,8 +93,8 @@ def tests(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
     return {
         "best": best["label"],
         "test": "two-sided Wilcoxon signed-rank, Holm-adjusted",
-        "interval": f"95 % percentile bootstrap of the mean difference, {RESAMPLES} resamples of "
-        f"pairs",
+        "interval": "95 % percentile bootstrap of the mean difference, "
+        f"up to {RESAMPLES} resamples of pairs",
         "against_best": found,
     }
 

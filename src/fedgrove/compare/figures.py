@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedgrove.compare.spread import Floats, clients_are_many, values_of
 from fedgrove.ground import words
 from fedgrove.report import style
 from fedgrove.report.style import COLOURS, CYCLE
@@ -64,39 +65,20 @@ def over_bytes(content: Content, width: float) -> Figure:
 
 
 def clients(content: Content, width: float) -> Figure:
-    """A dot for each client of each seed: as it is (filled, above) and after fine-tuning (hollow,
-    below).
+    """The clients of all seeds: as they are (above) and after fine-tuning (below).
+
+    A dot each, filled and hollow; of very many a thin line from the worst to the best, a thicker
+    one from the 10th percentile to the 90th, a bar for the middle half.
     """
     rows = content["methods"]
     figure, axes = style.new_figure(width, 0.9 + 0.62 * len(rows))
+    draw = _quantiles if clients_are_many(content) else _dots
     for place, row in enumerate(rows):
         for measure, offset in (("metric", -0.19), ("metric_tuned", 0.19)):
-            values = np.array(
-                [v for each in row["values"][measure].values() for v in each.values()]
-            )
-            if not len(values):
-                continue
-            tuned = measure == "metric_tuned"
-            colour = COLOURS["tuned" if tuned else "ours"]
-            heights = place + offset + _swarm(values)
-            marks: Any = {"facecolors": "none"} if tuned else {"facecolors": colour, "alpha": 0.55}
-            axes.scatter(
-                values,
-                heights,
-                s=20,
-                marker="D" if tuned else "o",
-                edgecolors=colour,
-                linewidths=0.9,
-                **marks,
-            )
-            for statistic, role in (("mean", "ink"), ("tail10", "tail")):
-                level = row[measure][statistic]
-                axes.plot(
-                    [level] * 2,
-                    [place + offset - 0.17, place + offset + 0.17],
-                    color=COLOURS[role],
-                    linewidth=2.4,
-                )
+            values = values_of(row, measure)
+            if len(values):
+                draw(axes, place + offset, values, tuned=measure == "metric_tuned")
+                _levels(axes, place + offset, row[measure])
     longest = 30 if width > style.NARROW else 14
     axes.set_yticks(range(len(rows)), [words.shorten(row["label"], longest) for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -104,6 +86,32 @@ def clients(content: Content, width: float) -> Figure:
     _value_axis(axes.xaxis, content)
     axes.grid(axis="x")
     return figure
+
+
+def _dots(axes: Axes, place: float, values: Floats, *, tuned: bool) -> None:
+    colour = COLOURS["tuned" if tuned else "ours"]
+    marks: Any = {"facecolors": colour, "alpha": 0.55, "marker": "o"}
+    if tuned:
+        marks = {"facecolors": "none", "marker": "D"}
+    heights = place + _swarm(values)
+    axes.scatter(values, heights, s=20, edgecolors=colour, linewidths=0.9, **marks)
+
+
+def _quantiles(axes: Axes, place: float, values: Floats, *, tuned: bool) -> None:
+    colour = COLOURS["tuned" if tuned else "ours"]
+    worst, tail, low, high, top, best = np.percentile(values, [0, 10, 25, 75, 90, 100])
+    axes.plot([worst, best], [place] * 2, color=colour, linewidth=1.0)
+    axes.plot([tail, top], [place] * 2, color=colour, linewidth=3.6, solid_capstyle="butt")
+    middle: Any = {"facecolor": COLOURS["paper"] if tuned else colour, "edgecolor": colour}
+    axes.broken_barh([(low, high - low)], (place - 0.11, 0.22), linewidth=1.6, zorder=2, **middle)
+
+
+def _levels(axes: Axes, place: float, statistics: Content) -> None:
+    """Bars for the mean and the tail."""
+    for statistic, role in (("mean", "ink"), ("tail10", "tail")):
+        level = statistics[statistic]
+        ends = [place - 0.17, place + 0.17]
+        axes.plot([level] * 2, ends, color=COLOURS[role], linewidth=2.4, zorder=3)
 
 
 def differences(content: Content, width: float) -> Figure:
@@ -166,7 +174,7 @@ def _look(row: Content, index: int) -> dict[str, Any]:
     """Training alone looks as it does in a run's report; the others take the next colour, dash and
     marker.
     """
-    if row["method"] == "local" and index == 0:
+    if index == 0:  # the reference of the comparison
         return {"color": COLOURS["local"], "linestyle": (0, (2, 2)), "marker": "", "linewidth": 1.8}
     number = index - 1
     return {
@@ -205,7 +213,7 @@ def _value_axis(axis: Any, content: Content) -> None:
         )
 
 
-def _swarm(values: np.ndarray) -> np.ndarray:
+def _swarm(values: Floats) -> Floats:
     """Small vertical shifts, so that equal values lie beside each other: ``[n]`` in ±0.13."""
     shifts = np.zeros(len(values))
     span = float(values.max() - values.min()) or 1.0

@@ -12,6 +12,7 @@ from fedgrove.job.toml import value_text
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from tabulate import TableFormat
 
 MISSING = "–"
 COUNTS = {"trained": "trained", "stored": "stored", "sent_up": "sent up", "sent_down": "sent down"}
@@ -144,7 +145,8 @@ def caption(content: Mapping[str, Any]) -> tuple[str, ...]:
             f"Unseen: {words.count(content['held_out'], 'client')} in each seed that never trained."
         )
     base = "the frozen model" + " with a head trained alone" * (not writes)
-    said.append(f"Base is {base}; local is each client training alone.")
+    alone = content["methods"][0]["label"]  # the reference comes first
+    said.append(f"Base is {base}; {alone} is each client training alone.")
     if content["tuning"]:
         count = len(next(iter(content["tuning"]["methods"].values()))["trials"])
         said.append(
@@ -166,35 +168,64 @@ def markdown(grids: Sequence[Grid]) -> str:
     """GitHub's tables; the best of a column is bold."""
     parts = []
     for grid in grids:
-        lines = [f"**{grid.title}**", ""]
-        lines.append("| " + " | ".join(_md(heading) for heading in grid.headings) + " |")
-        lines.append("|" + "|".join([":--", *["--:"] * (len(grid.headings) - 1)]) + "|")
-        for row in grid.rows:
-            cells = [f"**{_md(cell.text)}**" if cell.best else _md(cell.text) for cell in row]
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join([*lines, "", " ".join(_md(sentence) for sentence in grid.caption)]))
+        table = _tabulated(grid, "pipe", _md, "**{}**")
+        caption = " ".join(map(_md, grid.caption))
+        parts.append(f"**{grid.title}**\n\n{table}\n\n{caption}")
     return "\n\n".join(parts) + "\n"
 
 
 def latex(grids: Sequence[Grid]) -> str:
-    """``table`` floats with booktabs rules (``\\usepackage{booktabs, graphicx}``); wide ones shrink to the line."""
+    """``table`` floats with booktabs rules (``\\usepackage{booktabs, graphicx}``); wide ones shrink
+    to the line.
+    """
     parts = ["% \\usepackage{booktabs, graphicx}"]
     for grid in grids:
+        caption = " ".join(map(_tex, grid.caption))
         lines = [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_tex(grid.title)}. {' '.join(map(_tex, grid.caption))}}}",
+            rf"\caption{{{_tex(grid.title)}. {caption}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            _tabulated(grid, _booktabs(len(grid.headings)), _tex, r"\textbf{{{}}}") + "}",
+            r"\end{table}",
         ]
-        lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(grid.headings) - 1)}}}", r"\toprule"]
-        lines += [" & ".join(_tex(heading) for heading in grid.headings) + r" \\", r"\midrule"]
-        for row in grid.rows:
-            lines.append(
-                " & ".join(rf"\textbf{{{_tex(c.text)}}}" if c.best else _tex(c.text) for c in row)
-                + r" \\"
-            )
-        parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]))
+        parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _tabulated(
+    grid: Grid, form: str | TableFormat, escaped: Callable[[str], str], bold: str
+) -> str:
+    from tabulate import tabulate
+
+    def shown(cell: Cell) -> str:
+        return bold.format(escaped(cell.text)) if cell.best else escaped(cell.text)
+
+    return tabulate(
+        [[shown(cell) for cell in row] for row in grid.rows],
+        headers=[escaped(heading) for heading in grid.headings],
+        tablefmt=form,
+        disable_numparse=True,  # every cell is a text already
+        colalign=["left"] + ["right"] * (len(grid.headings) - 1),
+    )
+
+
+def _booktabs(columns: int) -> TableFormat:
+    """tabulate's own LaTeX formats escape cells, or have no booktabs rules."""
+    from tabulate import DataRow, Line, TableFormat
+
+    row = DataRow("", " & ", r" \\")
+    begin = rf"\begin{{tabular}}{{l{'r' * (columns - 1)}}}"
+    return TableFormat(
+        lineabove=Line(begin + "\n" + r"\toprule", "", "", ""),
+        linebelowheader=Line(r"\midrule", "", "", ""),
+        linebetweenrows=None,
+        linebelow=Line(r"\bottomrule" + "\n" + r"\end{tabular}", "", "", ""),
+        headerrow=row,
+        datarow=row,
+        padding=0,
+        with_header_hide=None,
+    )
 
 
 def terminal(grid: Grid, width: int) -> list[Table]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedgrove.compare import tables
 from fedgrove.compare.campaign import Done
 from fedgrove.compare.collect import collect
+from fedgrove.compare.spread import clients_are_many
 from fedgrove.ground import files, words
-from fedgrove.tracking import summary
+
+if TYPE_CHECKING:
+    from fedgrove.report.painter import Painter, Picture
+
+Content = Mapping[str, Any]  # of compare.json
 
 
 def write(done: Done) -> dict[str, Any]:
@@ -21,57 +25,35 @@ def write(done: Done) -> dict[str, Any]:
     ``compare.json``.
     """
     out, content = done.plan.out, finite(collect(done))
-    summary.write(out / "compare.json", content)
+    files.write_json(out / "compare.json", content)
     write_tables(content, out)
     write_page(content, out)
     return content
 
 
-def write_tables(content: Mapping[str, Any], out: Path) -> None:
+def write_tables(content: Content, out: Path) -> None:
     grids = [tables.results(content), tables.costs(content)]
     files.write_text(out / "table.md", tables.markdown(grids))
     files.write_text(out / "table.tex", tables.latex(grids))
 
 
-def write_page(content: Mapping[str, Any], out: Path) -> Path:
+def write_page(content: Content, out: Path) -> Path:
     """One file that needs nothing else; the figures are also in ``figures/`` as PNG."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from fedgrove.report.painter import Painter
+    from fedgrove.report.render import render
 
-    from fedgrove.compare import figures
-    from fedgrove.report.build import _Painter
-
-    painter = _Painter(out / "figures")
-    drawings = {
-        "rounds": (f"{content['metric']} over rounds", figures.over_rounds),
-        "bytes": (f"{content['metric']} over bytes sent", figures.over_bytes),
-        "clients": (f"{content['metric']} of every client", figures.clients),
-        "differences": ("Differences from the best method", figures.differences),
-    }
-    empty = set() if content["tests"]["metric"]["against_best"] else {"differences"}
-    if all(
-        len(row["curve"]) < 2 for row in content["methods"]
-    ):  # measured once: there is no course to show
-        empty.add("rounds")
-    pictures = {
-        name: None if name in empty else painter.paint(name, label, partial(draw, content))
-        for name, (label, draw) in drawings.items()
-    }
-    environment = Environment(
-        loader=PackageLoader("fedgrove.compare", "page"),
-        autoescape=True,  # labels, client names and the job come from users
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    css = resources.files("fedgrove.report").joinpath("page/style.css").read_text(encoding="utf-8")
-    page = environment.get_template("compare.html").render(
-        css=css,
+    painter = Painter(out / "figures")
+    page = render(
+        "compare.html",
+        "fedgrove.compare",
         content=content,
         headline=headline(content),
         verdict=verdict(content),
+        settings=settings(content),
         results=tables.results(content),
         costs=tables.costs(content),
-        pictures=pictures,
+        pictures=_pictures(content, painter),
+        crowded=clients_are_many(content),
         tests=test_rows(content),
         trials=trial_rows(content),
         failed=painter.failed,
@@ -81,7 +63,42 @@ def write_page(content: Mapping[str, Any], out: Path) -> Path:
     return target
 
 
-def headline(content: Mapping[str, Any]) -> str:
+def _pictures(content: Content, painter: Painter) -> dict[str, Picture | None]:
+    """The figures; None for one of which there is nothing to show."""
+    from fedgrove.compare import figures
+
+    metric = content["metric"]
+    # Measured once there is no course to show.
+    measured = max(len(row["curve"]) for row in content["methods"])
+    compared = bool(content["tests"]["metric"]["against_best"])
+    drawn = {
+        "rounds": (measured > 1, f"{metric} over rounds", figures.over_rounds),
+        "bytes": (True, f"{metric} over bytes sent", figures.over_bytes),
+        "clients": (True, f"{metric} of every client", figures.clients),
+        "differences": (compared, "Differences from the best method", figures.differences),
+    }
+    return {
+        name: painter.paint(name, label, partial(draw, content)) if there else None
+        for name, (there, label, draw) in drawn.items()
+    }
+
+
+def settings(content: Content) -> list[tuple[str, str]]:
+    """What all methods shared."""
+    clients = str(content["clients"])
+    if content["held_out"]:
+        clients += f" + {content['held_out']} held out"
+    return [
+        ("model", str(content["model"])),
+        ("data", str(content["data"])),
+        ("clients", clients),
+        ("rounds", str(content["rounds"])),
+        ("seeds", ", ".join(map(str, content["seeds"]))),
+        ("head, all methods", str(content["head"])),
+    ]
+
+
+def headline(content: Content) -> str:
     seeds, methods = len(content["seeds"]), len(content["methods"])
     return (
         f"{words.count(methods, 'method')} on the same "
@@ -90,7 +107,7 @@ def headline(content: Mapping[str, Any]) -> str:
     )
 
 
-def verdict(content: Mapping[str, Any]) -> list[str]:
+def verdict(content: Content) -> list[str]:
     """What came out, in sentences that are true whatever the numbers are."""
     said = []
     for measure, when in (
@@ -124,7 +141,7 @@ def behind(beaten: list[bool]) -> str:
     return f"{count} of the {others} others {'is' if count == 1 else 'are'} clearly behind"
 
 
-def test_rows(content: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+def test_rows(content: Content) -> list[tuple[str, list[list[str]]]]:
     """(heading, [method, difference, interval, n, p, adjusted p]) for each measure."""
     percent, found = content["percent"], []
     for measure, when in (
@@ -151,7 +168,7 @@ def test_rows(content: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return found
 
 
-def trial_rows(content: Mapping[str, Any]) -> list[list[str]]:
+def trial_rows(content: Content) -> list[list[str]]:
     """[method, validation metric of each trial …], the chosen one marked; [] where nothing was
     tuned.
     """

@@ -9,30 +9,23 @@ virtual node.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedgrove.engines.flower.post import SIMULATION, from_content, to_content
-from fedgrove.engines.flower.wire import KINDS, Note, encode
+from fedgrove.deploy.site import open_place
+from fedgrove.deploy.strategy import Rounds
+from fedgrove.engines.flower.client import Runtime
+from fedgrove.engines.flower.client_app import client_app, simulated_runtime, workshops
 from fedgrove.ground.errors import FedgroveError, JobError
-
-if TYPE_CHECKING:
-    from fedgrove.engines.flower.client import Runtime
-    from fedgrove.job import Job
+from fedgrove.job import Job
 
 server = ServerApp()
-client = ClientApp()
 
 
 @server.main()
 def _serve(grid: Grid, context: Context) -> None:
-    from fedgrove.deploy.strategy import Rounds
-
     config = context.run_config
     try:
         job = job_of(str(config.get("job", "")))
@@ -40,23 +33,20 @@ def _serve(grid: Grid, context: Context) -> None:
         names = names_of(str(config.get("nodes", "")))
         Rounds(job, out, resume=bool(config.get("resume", False)), names=names).start(grid)
     except FedgroveError as error:
-        print(
-            f"Error: {error}", flush=True
-        )  # Flower shows a traceback; the sentence goes before it
+        # Flower shows a traceback; the sentence goes before it.
+        print(f"Error: {error}", flush=True)
         raise
 
 
 def job_of(given: str) -> Job:
     """The job that a run configuration names, or is. Raises ``JobError``."""
-    from fedgrove.job import Job
-
     if not given:
         raise JobError(
             "The run configuration names no job; give one, such as --run-config 'job=\"job.toml\"'."
         )
-    return (
-        Job.parse(given, "the job in the run configuration") if "\n" in given else Job.load(given)
-    )
+    if "\n" in given:
+        return Job.parse(given, "the job in the run configuration")
+    return Job.load(given)
 
 
 def names_of(given: str) -> dict[int, str]:
@@ -70,49 +60,12 @@ def names_of(given: str) -> dict[int, str]:
         ) from None
 
 
-def _answer(message: Message, context: Context) -> Message:
-    try:
-        answer = runtime(message, context).handle(from_content(message.content))
-    except Exception as error:  # where a client works cannot be said, or its site file is wrong
-        words = (
-            str(error)
-            if isinstance(error, FedgroveError)
-            else f"Unexpected {type(error).__name__}."
-        )
-        answer = encode(Note("error", {"sentence": words}))
-    return Message(to_content(answer), reply_to=message)
-
-
-for _kind in KINDS:
-    _register = {"train": client.train(), "evaluate": client.evaluate()}.get(_kind) or client.query(
-        _kind
-    )
-    _register(_answer)
-
-
 def runtime(message: Message, context: Context) -> Runtime:
     """Whoever works at this node. Raises ``JobError`` where nothing says who that is."""
-    from fedgrove.engines.flower.client import Runtime
-
     site = context.node_config.get("site")
     if site:
-        from fedgrove.deploy.site import open_place
-
-        return Runtime(open_place(str(site)))
-    told = message.content.get(SIMULATION)
-    if told is None or not is_virtual():
-        raise JobError(
-            "This node has no site; start it with `fedgrove deploy site`, which gives its site "
-            "file."
-        )
-    from fedgrove.engines.flower.place import simulated
-
-    partition = int(str(context.node_config["partition-id"]))
-    place = simulated(str(told["run"]), str(told["directory"]), partition, str(told["name"]))
-    return Runtime(place, simulated=True)
+        return Runtime(open_place(str(site)), workshops())
+    return simulated_runtime(message, context)
 
 
-def is_virtual() -> bool:
-    """Whether this process is one of Ray's, where a simulation's clients work."""
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
+client = client_app(runtime)

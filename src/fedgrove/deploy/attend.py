@@ -165,7 +165,7 @@ def _messages_to(say: Say) -> None:
         def emit(self, record: logging.LogRecord) -> None:
             say(record.getMessage())
 
-    logger = logging.getLogger("fedgrove.engines.flower")
+    logger = logging.getLogger("fedgrove")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers = [Handler()]

@@ -17,6 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from fedgrove.adapters.tree import leaves
+from fedgrove.ground import lines
+
 _START = "0" * 64
 
 Direction = Literal["received", "sent"]
@@ -68,28 +71,15 @@ class AuditLog:
             "tensors": describe(tree),
             "note": note,
         }
-        with self.path.open("ab+") as file:
+        with lines.appending(self.path) as log:
             os.chmod(self.path, 0o600)
-            _lock(file.fileno())  # released with the file
-            before, whole = _last_line(file)
-            if not whole:
-                file.write(
-                    b"\n"
-                    # a line that was cut short by a crash stays visible, and does not swallow this
-                    # one
-                )
-            line["previous"] = hashlib.sha256(before).hexdigest() if before else _START
-            file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            log.write({**line, "previous": _hash(log.last)})
 
 
 def describe(tree: Any) -> list[list[Any]]:
     """``[[path, dtype, [shape]], ...]`` of a tree's tensors."""
     if tree is None:
         return []
-    from fedgrove.adapters.tree import leaves
-
     return [
         [path, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         for path, tensor in leaves(tree)
@@ -119,9 +109,7 @@ def broken(path: Path) -> list[int]:
     found, before = [], b""
     for number, raw in enumerate(_lines(path), start=1):
         try:
-            follows = json.loads(raw)["previous"] == (
-                hashlib.sha256(before).hexdigest() if before else _START
-            )
+            follows = json.loads(raw)["previous"] == _hash(before)
         except (ValueError, TypeError, KeyError):
             follows = False
         if not follows:
@@ -134,27 +122,6 @@ def _lines(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines() if path.exists() else []
 
 
-def _last_line(file: Any) -> tuple[bytes, bool]:
-    """(the last line without its end, whether it has one), read backwards from the end of the
-    file.
-    """
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        return b"", True
-    data, position = b"", size
-    while position > 0 and b"\n" not in data[:-1]:
-        step = min(65536, position)
-        position -= step
-        file.seek(position)
-        data = file.read(step) + data
-    file.seek(0, os.SEEK_END)
-    whole = data.endswith(b"\n")
-    return data.removesuffix(b"\n").rsplit(b"\n", 1)[-1], whole
-
-
-def _lock(handle: int) -> None:
-    try:
-        import fcntl
-    except ImportError:  # one agent writes a site's log; elsewhere that is the user's to keep
-        return
-    fcntl.flock(handle, fcntl.LOCK_EX)
+def _hash(before: bytes) -> str:
+    """What a line says of the line before it."""
+    return hashlib.sha256(before).hexdigest() if before else _START

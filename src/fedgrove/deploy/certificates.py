@@ -8,6 +8,7 @@ All of them are elliptic-curve keys on P-384. A site's key never has to leave it
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ def address(text: str) -> tuple[str, int]:
     """(host, port) of ``host:port``; an IPv6 host stands in brackets. Raises ``DeployError``."""
     host, colon, port = text.rpartition(":")
     host = host.strip("[]")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    named = bool(colon) and bool(host) and "/" not in host
+    if not named or not port.isdecimal() or not 0 < int(port) < 65536:
         raise DeployError(
             f"{text!r} is no address; write host:port, such as fl.example.org:{PORT}."
         )
@@ -173,6 +175,11 @@ def check_public(public: bytes, where: Path) -> bytes:
     if not isinstance(key, EllipticCurvePublicKey):
         raise DeployError(f"{where} is no elliptic-curve key; a site's node.pub is one.")
     return b" ".join(public.split()[:2])
+
+
+def fingerprint(public: bytes) -> str:
+    """SHA-256 of a public node key (OpenSSH, with or without a comment)."""
+    return hashlib.sha256(b" ".join(public.split()[:2])).hexdigest()
 
 
 def load_certificates(path: Path) -> list[x509.Certificate]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedgrove.deploy.certificates import (
     DeployError,
     address,
+    fingerprint,
     host_names,
     load_certificates,
     open_to_others,
@@ -93,12 +94,22 @@ def check_server(folder: Path) -> Iterator[Finding]:
     if (folder / "ca.key").exists():
         yield from _private(folder / "ca.key", "fedgrove deploy init --force")
     yield from _certificate(folder, file.server.host)
+    yield from _keys(folder, job.job)
+    yield _port(file.server.listen, file.server.port)
+
+
+def _keys(folder: Path, job: Job | None) -> Iterator[Finding]:
     try:
         names = [path.stem for path in known_keys(folder)]
-        yield Finding(f"keys of {len(names)} sites: {', '.join(names)}")
     except FedgroveError as error:
         yield _problem("the sites' keys", error)
-    yield _port(file.server.listen, file.server.port)
+        return
+    yield Finding(f"keys of {len(names)} sites: {', '.join(names)}")
+    if job is not None and job.federation.min_clients > len(names):
+        yield Finding(
+            f"the job waits for {job.federation.min_clients} sites, and {len(names)} can come",
+            "admit more sites, or lower federation.min_clients",
+        )
 
 
 def _certificate(folder: Path, host: str) -> Iterator[Finding]:
@@ -177,21 +188,26 @@ def check_site(folder: Path, job: Path | None) -> Iterator[Finding]:
     place = open_place(str(folder))
     yield Finding(f"{SITE_FILE} is complete: {place.name}")
     yield from _private(folder / "node.key", f"fedgrove deploy key {folder}")
+    public = None
     if (folder / "node.key").exists():
         public = public_of((folder / "node.key").read_bytes(), folder / "node.key")
-        theirs = (folder / "node.pub").read_bytes() if (folder / "node.pub").exists() else b""
-        if b" ".join(theirs.split()[:2]) != public:
-            yield Finding(
-                "node.pub is not the public half of node.key",
-                f"run `fedgrove deploy key {folder} --force`",
-            )
+        yield from _public_half(folder, public)
     for named, model in place.file.allow.models.items():
         yield _model(model, named.partition("@")[2] or None)
     asked = _job(job) if job else None
     if asked is not None:
         yield from asked.findings
     yield from _data(place, asked.job if asked else None)
-    yield from _server(folder, place.file.site.server)
+    yield from _server(folder, place, public)
+
+
+def _public_half(folder: Path, public: bytes) -> Iterator[Finding]:
+    kept = folder / "node.pub"
+    if not kept.exists() or fingerprint(kept.read_bytes()) != fingerprint(public):
+        yield Finding(
+            "node.pub is not the public half of node.key",
+            f"run `fedgrove deploy key {folder} --force`",
+        )
 
 
 def _data(place: SitePlace, job: Job | None) -> Iterator[Finding]:
@@ -238,11 +254,11 @@ def _labels(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _server(folder: Path, server: str) -> Iterator[Finding]:
-    """From the network outwards in: name, port, certificate, then what the server says of
-    itself.
+def _server(folder: Path, place: SitePlace, public: bytes | None) -> Iterator[Finding]:
+    """From the network outwards in: name, port, certificate, then what the server says of itself
+    and of this site's key.
     """
-    anchors = folder / "ca.crt"
+    anchors, server = folder / "ca.crt", place.file.site.server
     yield _dates(load_certificates(anchors)[0], "ca.crt")
     host, port = address(server)
     try:
@@ -265,12 +281,35 @@ def _server(folder: Path, server: str) -> Iterator[Finding]:
         yield trouble
         return
     yield Finding(f"the server's certificate is for {host}, valid, and signed by ca.crt")
-    told = _ask_about(host, port, anchors)
+    told = _ask_about(host, port, anchors, public)
     if told is None:
         yield Finding(f"{server} is no Fedgrove server", f"correct site.server in {SITE_FILE}")
         return
     yield _clock(float(told["time"]))
     yield from _versions(told)
+    if public is not None:
+        yield _admitted(told, place.name)
+
+
+def _admitted(told: dict[str, Any], name: str) -> Finding:
+    """Whether the running server lets this site in, under its name."""
+    if "site" not in told:
+        return Finding(
+            "the server does not say whether it admits this site's key",
+            "its operator installs the same Fedgrove as here and starts it again",
+        )
+    if told["site"] is None:
+        return Finding(
+            "the server does not admit this site's key",
+            "send node.pub to its operator, who takes it with `fedgrove deploy admit` and starts "
+            "the server again",
+        )
+    if told["site"] != name:
+        return Finding(
+            f"the server admits this site's key as that of {told['site']!r}, not of {name!r}",
+            f"correct site.name in {SITE_FILE}, or have the key admitted under this name",
+        )
+    return Finding(f"the server admits this site's key, as {name}")
 
 
 def _tls(host: str, port: int, anchors: Path) -> Finding | None:
@@ -430,28 +469,30 @@ def _flower() -> Finding:
         return Finding("Flower is not installed", "pip install 'fedgrove[flower]'")
 
 
-def _ask_about(host: str, port: int, anchors: Path | None) -> dict[str, Any] | None:
-    """What a Fedgrove gate says of itself, or None. Without ``anchors`` its certificate is not
-    looked at.
+def _ask_about(
+    host: str, port: int, anchors: Path | None, public: bytes | None = None
+) -> dict[str, Any] | None:
+    """What a Fedgrove gate says of itself, and of whose the key ``public`` is; None from any other
+    server. Without ``anchors`` its certificate is not looked at.
     """
     from http.client import HTTPException, HTTPSConnection
 
-    context = (
-        ssl.create_default_context(cafile=str(anchors))
-        if anchors
-        else ssl._create_unverified_context()
-    )
+    context = ssl.create_default_context(cafile=None if anchors is None else str(anchors))
+    if anchors is None:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    question = ABOUT if public is None else f"{ABOUT}?key={fingerprint(public)}"
     try:
         connection = HTTPSConnection(host, port, timeout=_TIMEOUT, context=context)
-        connection.request("GET", ABOUT)
+        connection.request("GET", question)
         answer = connection.getresponse().read(10_000)
         connection.close()
         told = json.loads(answer)
-        return (
-            told if isinstance(told, dict) and isinstance(told.get("time"), int | float) else None
-        )
     except (OSError, HTTPException, ValueError):
         return None
+    if isinstance(told, dict) and isinstance(told.get("time"), int | float):
+        return told
+    return None
 
 
 def _guarded(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

@@ -13,14 +13,15 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 from fedgrove.deploy.certificates import DeployError
 
 FLEET = "/v1/fleet/"
-ABOUT = "/v1/fedgrove/about"  # versions and clock, for `fedgrove deploy check`
+ABOUT = "/v1/fedgrove/about"  # for `fedgrove deploy check`
 _HOP = {
     b"connection",
     b"keep-alive",
@@ -49,13 +50,19 @@ def about() -> dict[str, Any]:
 class Gate:
     """An ASGI app that passes the Fleet interface on to ``upstream`` (https://127.0.0.1:port)."""
 
-    def __init__(self, upstream: str, trust: ssl.SSLContext, limit: int):
+    def __init__(
+        self,
+        upstream: str,
+        trust: ssl.SSLContext,
+        limit: int,
+        sites: Mapping[str, str] | None = None,
+    ):
         """``limit``: the largest body of one request, in bytes; Flower sends larger messages in
-        pieces of 5 MB.
+        pieces of 5 MB. ``sites``: the admitted sites' names, by the fingerprints of their keys.
         """
         import httpx
 
-        self.limit = limit
+        self.limit, self.sites = limit, dict(sites or {})
         self._client = httpx.AsyncClient(
             base_url=upstream, verify=trust, timeout=httpx.Timeout(120.0)
         )
@@ -66,11 +73,17 @@ class Gate:
         elif scope["type"] != "http":
             return
         elif scope["path"] == ABOUT and scope["method"] == "GET":
-            await _answer(send, 200, json.dumps(about()).encode(), b"application/json")
+            told = {**about(), **self._site_of(scope)}
+            await _answer(send, 200, json.dumps(told).encode(), b"application/json")
         elif not self._passes(scope):
             await _answer(send, 404, b"Not found.")
         else:
             await self._pass(scope, receive, send)
+
+    def _site_of(self, scope: Scope) -> dict[str, str | None]:
+        """Whose key it is that ``?key=FINGERPRINT`` asks about; nothing where none is asked for."""
+        asked = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+        return {"site": self.sites.get(asked["key"][0])} if "key" in asked else {}
 
     def _passes(self, scope: Scope) -> bool:
         """One name below the Fleet interface, spelt plainly: no encoded or relative path gets

@@ -19,11 +19,13 @@ from fedgrove.deploy import launch
 from fedgrove.deploy.certificates import (
     DeployError,
     check_public,
+    fingerprint,
     new_authority,
     new_server,
     write_private,
 )
 from fedgrove.deploy.layout import CONNECTION, ServerFile
+from fedgrove.ground.errors import JobError
 from fedgrove.job.toml import value_text
 
 if TYPE_CHECKING:
@@ -86,7 +88,8 @@ class Server:
             self._wait(control, superlink)
             self._register(control)
             trust = ssl.create_default_context(cafile=str(inside / "ca.crt"))
-            gate = Gate(f"https://127.0.0.1:{port}", trust, int(server.max_request_mb * 1_000_000))
+            limit = int(server.max_request_mb * 1_000_000)
+            gate = Gate(f"https://127.0.0.1:{port}", trust, limit, sites_by_key(self.folder))
             opened = OpenGate(
                 gate,
                 server.listen,
@@ -234,16 +237,21 @@ def known_keys(folder: Path) -> dict[Path, bytes]:
     return found
 
 
+def sites_by_key(folder: Path) -> dict[str, str]:
+    """The admitted sites' names, by the fingerprints of their keys."""
+    return {fingerprint(public): path.stem for path, public in known_keys(folder).items()}
+
+
 def checked_job(path: Path) -> Job:
     """A job that can run without any data at the server. Raises ``FedgroveError``."""
+    from fedgrove.engines.flower.deployable import deployable
     from fedgrove.job import Job
 
     job = Job.load(path)
-    if job.data.task_class.classifies and not job.data.classes:
-        raise DeployError(
-            f"{path}: data.labels is not set; in a deployment the server sees no data, so list the "
-            f"classes there."
-        )
+    try:
+        deployable(job)
+    except JobError as error:
+        raise DeployError(f"{path}: {error}") from error
     return job
 
 

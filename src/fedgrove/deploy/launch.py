@@ -22,7 +22,6 @@ from fedgrove.deploy.certificates import DeployError
 
 _LOOK = 1.0  # seconds between two looks at the parent
 _PATIENCE = 8.0  # seconds that a child gets to end by itself
-_POLL = 1.0  # seconds between a SuperNode's looks for messages
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -109,31 +108,9 @@ def _alive(parent: int) -> bool:
     return os.name != "posix"
 
 
-class _Sooner:
-    """``time`` with naps of at most ``_POLL`` seconds."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        time.sleep(min(seconds, _POLL))
-
-
-def look_sooner() -> None:
-    """Flower's SuperNode sleeps for 3 s between two looks for messages, and a round has two of them
-    to wait for.
-    """
-    from flwr.supernode import start_client_internal as loop
-
-    loop.time = _Sooner()  # type: ignore[assignment]
-
-
 def main(arguments: Sequence[str]) -> None:
     parent, name = int(arguments[0]), arguments[1]
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if name == "flower-supernode":
-        look_sooner()
     (script,) = entry_points(group="console_scripts", name=name)
     sys.argv = [name, *arguments[2:]]
     script.load()()

@@ -22,17 +22,18 @@ from pydantic.fields import FieldInfo
 from fedgrove.deploy.audit import AuditLog
 from fedgrove.deploy.certificates import DeployError, address
 from fedgrove.ground.errors import FedgroveError
+from fedgrove.ground.files import write_json
 from fedgrove.ground.options import COLUMN, Text, Texts
 from fedgrove.job.data import DataSection
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import parse_toml
-from fedgrove.tracking.summary import write as write_json
 from fedgrove.wire import validate
 
 if TYPE_CHECKING:
-    from fedgrove.adapters.adapter import Site
+    from fedgrove.engines.flower.wire import Note
     from fedgrove.federation.federation import Client
     from fedgrove.job import Job
+    from fedgrove.methods.contract import Method
 
 FILE = "site.toml"
 MEGABYTE = 1_000_000
@@ -187,13 +188,12 @@ class SiteFile(Section):
 
 
 class SitePlace:
-    """One site at work. ``sites`` (the adapted layers) is set once the base model is loaded."""
+    """One site at work."""
 
     def __init__(self, folder: Path, file: SiteFile):
         self.folder, self.file = folder, file
         self.name = file.site.name
         self.audit = AuditLog(folder / "audit.jsonl")
-        self.sites: Mapping[str, Site] | None = None
         self._round: Any = None  # of the message that is being answered
 
     # ------------------------------------------------------------------ what it allows
@@ -313,17 +313,17 @@ class SitePlace:
         return self.folder / "runs" / key / "adapters"
 
     # ------------------------------------------------------------------ every message
-    def received(self, note: Any, blob: bytes) -> None:
+    def received(self, note: Note, blob: bytes, method: Method | None) -> None:
         """Log a decoded message and validate it before it touches anything. Raises
         ``SiteRefusal``.
         """
-        fault = self._fault(note, blob)
+        fault = self._fault(note, blob, method)
         self._round = note.head.get("round")
         self._log(note, blob, "received", f"refused: {fault}" if fault else "")
         if fault:
             self._refuse(f"the message {note.kind!r} was not used, because {fault}")
 
-    def sending(self, note: Any, blob: bytes) -> None:
+    def sending(self, note: Note, blob: bytes) -> None:
         """Log what is about to leave. Raises ``SiteRefusal`` where it is larger than the site
         allows.
 
@@ -345,7 +345,7 @@ class SitePlace:
         if too_large:
             self._refuse(f"its answer to {note.kind!r} was not sent, because {too_large}")
 
-    def _fault(self, note: Any, blob: bytes) -> str | None:
+    def _fault(self, note: Note, blob: bytes, method: Method | None) -> str | None:
         if too_large := validate.size_fault(blob, self._limit()):
             return too_large
         run = note.head.get("run")
@@ -355,7 +355,7 @@ class SitePlace:
             fault := self._version_fault(str(note.head.get("version", "")))
         ):
             return fault
-        return validate.offer_fault(note.body, sites=self.sites)
+        return validate.offer_fault(note.body, method=method)
 
     def _version_fault(self, version: str) -> str | None:
         import fedgrove

@@ -8,21 +8,30 @@ the round loop, and the four hooks between which Flower's own loop would run hav
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Result as FlowerResult
+from flwr.serverapp.strategy import Strategy
+
+from fedgrove.engines.flower.serve import between_sites, on_virtual_nodes
+from fedgrove.start import Opener, run
+from fedgrove.tracking.live import progress
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
     from fedgrove.tracking.callback import Callback
+    from fedgrove.use.result import Result
 
 
 class Rounds(Strategy):
-    """Runs a job over a grid into ``out``. ``names``: as in ``serve.on_grid``; progress goes to
-    standard output where there are no ``callbacks``."""
+    """Runs a job over a grid into ``out``. ``names``: as in ``on_grid``; progress goes to standard
+    output where there are no ``callbacks``.
+    """
 
     def __init__(
         self,
@@ -33,27 +42,21 @@ class Rounds(Strategy):
         names: Mapping[int, str] | None = None,
         callbacks: Sequence[Callback] | None = None,
     ):
-        self.job, self.out, self.resume, self.names, self.callbacks = (
-            job,
-            out,
-            resume,
-            names,
-            callbacks,
-        )
+        self.job, self.out, self.resume = job, out, resume
+        self.names, self.callbacks = names, callbacks
 
-    def start(self, grid: Grid, *ignored: Any, **also_ignored: Any) -> Result:
+    def start(self, grid: Grid, *ignored: Any, **also_ignored: Any) -> FlowerResult:
         """The whole run. The job has what Flower's arguments would say; the result has each round's
         mean measures.
         """
-        from fedgrove.engines.flower.serve import on_grid
-        from fedgrove.tracking.live import progress
-
         self.summary()
-        callbacks = [progress()] if self.callbacks is None else self.callbacks
+        callbacks = self.callbacks
+        if callbacks is None:
+            callbacks = [progress()]
         found = on_grid(
             grid, self.job, self.out, resume=self.resume, callbacks=callbacks, names=self.names
         )
-        result = Result()
+        result = FlowerResult()
         for split, rounds in (
             ("train", result.train_metrics_clientapp),
             ("test", result.evaluate_metrics_clientapp),
@@ -85,6 +88,26 @@ class Rounds(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         return None
+
+
+def on_grid(
+    grid: Grid,
+    job: Job,
+    out: Path,
+    *,
+    resume: bool,
+    callbacks: Sequence[Callback] = (),
+    names: Mapping[int, str] | None = None,
+) -> Result:
+    """Run a job over a grid: between real sites, or on the virtual nodes of a simulation.
+
+    ``names``: the site to which each node's key belongs; a node that says another name is refused.
+    """
+    engine: Opener = partial(between_sites, grid, names)
+    if type(grid).__name__ == "InMemoryGrid":
+        # of Flower's simulation; a deployment's goes over the network
+        engine = partial(on_virtual_nodes, lambda nodes, job: nullcontext(grid))
+    return run(job, out, resume=resume, callbacks=callbacks, engine=engine)
 
 
 def _means(lines: Sequence[dict[str, Any]], split: str) -> dict[int, dict[str, float]]:

@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from fedgrove.adapters.tree import leaves
 from fedgrove.methods.contract import ClientInfo, Update
 
 if TYPE_CHECKING:
@@ -159,21 +156,3 @@ class Stage(Parts, Protocol):
     def fingerprint(self) -> str: ...
     @property
     def splits(self) -> tuple[str, ...]: ...
-
-
-def infinite_at(tree: Any) -> str | None:
-    """The path of the first tensor of a tree that has an infinite number or one that is none, or
-    None.
-    """
-    for path, tensor in leaves(tree):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return path
-    return None
-
-
-def not_finite(content: Mapping[str, Any]) -> str | None:
-    """A clause on the first part of an update that has an infinite number or one that is none, or
-    None.
-    """
-    path = infinite_at(content)
-    return None if path is None else f"{path} of its update holds numbers that are not finite"

@@ -128,9 +128,11 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what
     for axes in (sizes, heat):
         _plain(axes)
 
-    fill = [COLOURS[1] if client["held_out"] else COLOURS[0] for client in clients]
-    sizes.bar(range(len(clients)), totals, 1.0, color=fill, linewidth=0)
-    held_out = sum(client["held_out"] for client in clients)
+    edges = np.arange(len(clients) + 1) - 0.5  # one outline: a bar each takes minutes for thousands
+    away = np.array([client["held_out"] for client in clients])
+    for colour, shown in ((COLOURS[0], ~away), (COLOURS[1], away)):
+        sizes.stairs(np.where(shown, totals, 0), edges, fill=True, color=colour, linewidth=0)
+    held_out = int(away.sum())
     title = f"training examples of {len(clients)} clients" + (
         f" ({held_out} held out: orange)" if held_out else ""
     )

@@ -8,7 +8,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fedgrove.tracking import summary
+from fedgrove.ground import files
 
 _PACKAGES = (
     "fedgrove",
@@ -40,4 +40,4 @@ def versions() -> dict[str, str]:
 
 
 def write(run_dir: Path) -> None:
-    summary.write(run_dir / "versions.json", versions())
+    files.write_json(run_dir / "versions.json", versions())

@@ -6,7 +6,7 @@ ASCII, because a terminal or a log may know no more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MISSING = "-"
 
@@ -65,6 +65,13 @@ def duration(seconds: float | None) -> str:
 def count(amount: int, noun: str) -> str:
     """``1 client``, ``16 clients``, ``12,288 values``."""
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """``a, b, c and 997 more``; all of them where there are no more than ``most``."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most:,} more"
 
 
 def typographic(text: str) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedgrove.federation.assets import asset
 from fedgrove.ground.errors import ModelError
 from fedgrove.ground.files import whole_directory
+from fedgrove.interop.hub import fetched
 from fedgrove.interop.onnx_weights import dequantised
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -102,8 +103,6 @@ def smollm2(source: Path, folder: Path) -> None:
     """Q4_1 GGUF -> ``LlamaForCausalLM``, read by transformers with the package gguf."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fedgrove.interop.models import from_pretrained
-
     if not _installed("gguf"):
         raise ModelError(
             "model.name: 'smollm2-135m' is read out of a GGUF file once, which needs the package "
@@ -111,8 +110,9 @@ def smollm2(source: Path, folder: Path) -> None:
             "pip install 'fedgrove[gguf]'."
         )
     with redirect_stderr(StringIO()):  # a bar for every tensor
-        model = from_pretrained(AutoModelForCausalLM, str(source), None, gguf_file=GGUF_FILE)
-        tokenizer = from_pretrained(AutoTokenizer, str(source), None, gguf_file=GGUF_FILE)
+        place = str(source)
+        model = fetched(AutoModelForCausalLM, place, place, None, gguf_file=GGUF_FILE)
+        tokenizer = fetched(AutoTokenizer, place, place, None, gguf_file=GGUF_FILE)
     config = {
         key: value for key, value in model.config.to_dict().items() if key != "quantization_config"
     }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import partial
-from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ from fedgrove.ground.errors import ModelError
 from fedgrove.ground.seeds import derive
 from fedgrove.interop import quantise
 from fedgrove.interop.embedded_models import CONVERTED, model_folder
+from fedgrove.interop.hub import fetched
 from fedgrove.interop.targets import find_sites
 
 #: models that the package itself brings along, under ``fedgrove/weights``
@@ -84,6 +83,11 @@ def resolve_name(name: str) -> str:
     if name in SHIPPED_MODELS:
         return str(Path(__file__).parents[1] / "weights" / name)
     return str(model_folder(name)) if name in EMBEDDED_MODELS else name
+
+
+def from_pretrained(factory: Any, name: str, revision: str | None, **options: Any) -> Any:
+    """``factory.from_pretrained`` of a model by the name that a job gives. Raises ``ModelError``."""
+    return fetched(factory, name, resolve_name(name), revision, **options)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -309,47 +313,3 @@ def longest_input(config: Any) -> int | None:
     """The most tokens that the model's positions allow, if it says so."""
     limit = getattr(config, "max_position_embeddings", None)
     return None if limit is None else int(limit) - first_position(config)
-
-
-def from_pretrained(factory: Any, name: str, revision: str | None, **options: Any) -> Any:
-    """``factory.from_pretrained``, quietly: from disk where it is there, else from the hub. Raises
-    ``ModelError``.
-    """
-    from transformers import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    getLogger("huggingface_hub").setLevel("ERROR")  # its retries; what comes of them is said below
-    place = resolve_name(name)
-    if Path(place).exists() and not Path(place).is_dir():
-        raise ModelError(f"model.name: '{name}' is a file; name the folder that holds config.json.")
-    if place.startswith((".", "/", "~")) and not Path(place).expanduser().is_dir():
-        raise ModelError(f"model.name: the folder '{name}' does not exist.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return factory.from_pretrained(
-                place, revision=revision, local_files_only=True, **options
-            )
-        except ImportError as error:
-            raise ModelError(
-                f"model.name: '{name}' needs a package that is not installed: {_first(error)}"
-            ) from error
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if Path(place).is_dir():
-                raise ModelError(
-                    f"model.name: '{name}' cannot be loaded from its folder: {_first(error)}"
-                ) from error
-        try:
-            return factory.from_pretrained(place, revision=revision, **options)
-        except Exception as error:  # the hub client raises many kinds
-            raise ModelError(
-                f"model.name: '{name}' is neither on this machine nor could it be fetched from the "
-                f"model hub "
-                f"({type(error).__name__}); check the name and the network, or give a local folder."
-            ) from error
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -6,7 +6,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -15,9 +15,6 @@ from pydantic_core import PydanticUndefined
 from fedgrove.job.kinds import field_kind
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import key_text, value_text
-
-if TYPE_CHECKING:
-    from fedgrove.job.job import Job
 
 WIDTH = 100
 
@@ -57,13 +54,13 @@ class Table:
     entries: list[Entry]
 
 
-def tables(job: Job) -> Iterator[Table]:
+def tables(job: BaseModel) -> Iterator[Table]:
     """Every section of the job in order, a method's own keys beside its name."""
     for name in type(job).model_fields:
         yield from _tables(name, getattr(job, name))
 
 
-def to_toml(job: Job) -> str:
+def to_toml(job: BaseModel) -> str:
     blocks = []
     for table in tables(job):
         lines = [entry.line(entry.value) for entry in table.entries if entry.value is not None]
@@ -71,7 +68,7 @@ def to_toml(job: Job) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def explain(job: Job) -> str:
+def explain(job: BaseModel) -> str:
     blocks = []
     for table in tables(job):
         blocks.append(f"[{table.name}]  {table.about}")
@@ -89,7 +86,7 @@ def explain(job: Job) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def template(job: Job) -> str:
+def template(job: BaseModel) -> str:
     """A job file in which what differs from the defaults is set and everything else is a
     comment.
     """

@@ -35,6 +35,7 @@ class LayerOptions(contract.WeightedOptions):
         (0.25, 0.5, 0.75),
         description="Shares of the layers that a client can afford, dealt to the clients in name "
         "order, in turn.",
+        examples=[[0.5, 1.0]],
     )
 
 

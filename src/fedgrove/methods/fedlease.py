@@ -135,6 +135,10 @@ class FedLEASE(Method):
     def needs_each(self) -> str:
         return "its experts are clusters of the clients' own updates"
 
+    def most_rows(self) -> int:
+        most = self.options.experts or self.options.max_experts
+        return max(self.most_rank(), 2 * most - 1)
+
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         state: State = {"labels": {}, "experts": [], "routers": [], "anchors": [], "scores": {}}
         if self.warmup:

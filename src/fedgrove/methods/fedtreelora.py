@@ -116,6 +116,7 @@ class TreeOptions(contract.Options):
 class FedTreeLoRA(Method):
     name = "fedtreelora"
     title = "FedTreeLoRA"
+    pictures = "fedgrove.report.pictures.tree:tree"
     paper = "arXiv 2603.13282"
     trains = "A, B, λ"
     shares = "A, B"

@@ -68,6 +68,7 @@ class HiLoRAOptions(WeightedOptions):
         description="Shares of run.rounds for root, cluster and leaf, by largest remainder, at "
         "least one round each. "
         "A share of 0 leaves the cluster or the leaf tier out.",
+        examples=[[0.5, 0.0, 0.5], [0.5, 0.5, 0.0]],
     )
     tier_ranks: Annotated[tuple[int, ...], Strict(False)] | None = Field(
         None,
@@ -138,6 +139,7 @@ class HiLoRAOptions(WeightedOptions):
 class HiLoRA(Method):
     name = "hilora"
     title = "HiLoRA"
+    pictures = "fedgrove.report.pictures.clusters:clusters"
     paper = "arXiv 2603.02785"
     trains = "A, B of one tier at a time"
     shares = "root and cluster tiers"
@@ -162,6 +164,9 @@ class HiLoRA(Method):
     # ------------------------------------------------------------------ server
     def needs_each(self) -> str:
         return "its clusters are built from each client's own B"
+
+    def most_rank(self) -> int:
+        return max(self.setting.rank, *(self._full(tier) for tier in TIERS))
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {

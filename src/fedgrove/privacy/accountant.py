@@ -3,6 +3,13 @@
 A step adds Gaussian noise of ``noise`` times the largest norm that one member (a client, an
 example) can add to a sum, in which each member takes part by its own coin of probability ``rate``
 (Poisson sampling). Neighbours differ by adding or removing one member.
+
+The noise is the discrete Gaussian (``fedgrove.privacy.gaussian``), and the orders are such that the
+continuous one's figures hold for it. Without sampling its Rényi divergence of order α is at most
+α / 2z² (Canonne, Kamath and Steinke 2020, theorem 14). With sampling the orders are whole numbers:
+there the moment of a mixture is a sum over powers of that of the noise alone, and the continuous
+one's are the largest that the bound allows; the other direction is the smaller one for any noise
+that is symmetric (Mironov, Talwar and Zhang 2019, theorem 5).
 """
 
 from __future__ import annotations

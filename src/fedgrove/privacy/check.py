@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import Method
 from fedgrove.methods.protocols import Counted, Probes, needs_each, reads
-from fedgrove.privacy import accountant, secure
+from fedgrove.privacy import accountant, randomness
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -29,6 +29,8 @@ def refuse_unfit(
         _example_level(method, held_out)
     if wanted.client_noise or wanted.example_noise:
         accountant.require()
+    if wanted.client_noise or wanted.example_level or wanted.secure_aggregation:
+        randomness.require()
     if job.run.noise and (wanted.client_level or wanted.example_level):
         raise JobError(
             "run.noise = true records what is private to the clients, and [privacy] is there to "
@@ -36,7 +38,6 @@ def refuse_unfit(
             "of them."
         )
     if wanted.secure_aggregation:
-        secure.require()
         if not local:
             raise JobError(
                 "privacy.secure_aggregation = true is simulated by the local engine, and clients "

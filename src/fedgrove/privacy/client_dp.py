@@ -6,7 +6,7 @@ fixed-denominator estimator:
 ``state + (Σ clip(trained − received, C) + N(0, (z C)²)) / (q N)``, uniform weights, each of the N
 clients drawn by its own coin of probability q. One flat norm over everything that travels, the head
 included. The server clips again, in float64, so that one client that does not clip cannot spoil the
-others' guarantee.
+others' guarantee. With noise the sum is taken on a grid (``fedgrove.privacy.gaussian``).
 
 What the sum becomes is left to the method: its server half is given one update, the mean, which for
 a method whose server needs no more than sums is the same as all of them.
@@ -27,6 +27,7 @@ from fedgrove.methods import protocols
 from fedgrove.methods.contract import Method, Update
 from fedgrove.methods.protocols import Counted
 from fedgrove.privacy import accountant, randomness, secure
+from fedgrove.privacy.gaussian import Grid
 from fedgrove.privacy.reference import untouched
 from fedgrove.privacy.vector import difference, flat, restore, shortened
 
@@ -113,26 +114,54 @@ class Protection:
         if not len(before):
             return Update(MEAN, 1, start)  # a round in which nothing travels
         if section.secure_aggregation:
-            total = self._unmasked(updates, expected, len(before))
+            total = self._of_masked(round, updates, expected, len(before))
         else:
-            total = torch.zeros_like(before)
-            for update in updates:
-                own = change(
-                    self.method,
-                    self.head,
-                    clients[update.client],
-                    update.content,
-                    received(update.client),
-                    round,
-                )
-                total += own if section.clip is None else shortened(own, section.clip)
+            total = self._of_plain(round, clients, updates, received, len(before))
         divisor = self._divisor(round, clients, updates, received, len(before))
-        if section.client_noise and section.clip:
-            draw = randomness.gaussian(
-                self.key, len(total), "noise", round, randomness.digest(total)
-            )
-            total = total + section.client_noise * section.clip * draw
         return Update(MEAN, 1, restore(start, before + total / divisor))
+
+    def _of_plain(
+        self,
+        round: int,
+        clients: Mapping[str, ClientInfo],
+        updates: Sequence[Update],
+        received: OfferTo,
+        length: int,
+    ) -> Tensor:
+        """The sum of the clipped changes with its noise, float64 ``[length]``."""
+        section = self.section
+        changes = (
+            change(
+                self.method,
+                self.head,
+                clients[update.client],
+                update.content,
+                received(update.client),
+                round,
+            )
+            for update in updates
+        )
+        if section.clip is not None:
+            most = section.clip
+            changes = (shortened(own, most) for own in changes)
+        if not self._deviation:
+            total = torch.zeros(length, dtype=torch.float64)
+            for own in changes:
+                total += own
+            return total
+        grid = Grid.fine(self._deviation, self.section.clip or 0.0)
+        steps = torch.zeros(length, dtype=torch.int64)
+        for own in changes:
+            steps += grid.cut(own)
+        return self._noisy(grid, steps, round)
+
+    @property
+    def _deviation(self) -> float:
+        """The standard deviation of the sum's noise; 0 where there is none."""
+        return self.section.client_noise * (self.section.clip or 0.0)
+
+    def _noisy(self, grid: Grid, steps: Tensor, round: int) -> Tensor:
+        return grid.noisy(steps, self.key, "noise", round, randomness.digest(steps))
 
     def _divisor(
         self,
@@ -155,7 +184,10 @@ class Protection:
         rest = torch.full((length - len(found),), float(len(updates)), dtype=torch.float64)
         return torch.cat([found, rest])
 
-    def _unmasked(self, updates: Sequence[Update], expected: Sequence[str], length: int) -> Tensor:
+    def _of_masked(
+        self, round: int, updates: Sequence[Update], expected: Sequence[str], length: int
+    ) -> Tensor:
+        """The sum of the masked changes with its noise, float64 ``[length]``."""
         missing = sorted(set(expected) - {update.client for update in updates})
         if missing:
             raise RunError(
@@ -170,9 +202,11 @@ class Protection:
                 "A masked update does not have the length of the others; the sites run different "
                 "versions."
             )
-        return secure.from_fixed(
-            secure.summed(whole), len(updates), float(self.section.clip or 0.0)
-        )
+        steps = secure.signed(secure.summed(whole))
+        step = secure.step(len(updates), float(self.section.clip or 0.0))
+        if not self._deviation:
+            return steps.double() * step
+        return self._noisy(Grid.given(step, self._deviation), steps, round)
 
     def released(self, mean: Update) -> None:
         """The mean was used: count it, where there was something in it."""

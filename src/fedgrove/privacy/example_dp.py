@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fedgrove.privacy import accountant, randomness
+from fedgrove.privacy.gaussian import Grid
+from fedgrove.privacy.vector import within
 
 if TYPE_CHECKING:
     from fedgrove.job.privacy import PrivacySection
@@ -71,22 +73,44 @@ class ExampleGuard:
         *purpose: object,
     ) -> list[Tensor]:
         """The step's noisy mean gradient of each leaf, from each example's own."""
-        total = [torch.zeros_like(leaf) for leaf in leaves]
-        for one in gradients:
-            present = [gradient for gradient in one if gradient is not None]
-            shrink = min(1.0, self.clip / max(norm_of(present), torch.finfo(torch.float64).tiny))
-            for whole, part in zip(total, one, strict=True):
-                if part is not None:
-                    whole.add_(part, alpha=shrink)
         if self.noise:
-            flat = torch.cat([each.detach().cpu().double().flatten() for each in total])
-            noise = randomness.gaussian(
-                self.key, len(flat), "step", *purpose, randomness.digest(flat)
-            )
-            parts = torch.split(noise * (self.noise * self.clip), [each.numel() for each in total])
-            for whole, part in zip(total, parts, strict=True):
-                whole.add_(part.reshape(whole.shape).to(whole.device, whole.dtype))
+            total = self._noisy_sum(gradients, leaves, purpose)
+        else:
+            total = [torch.zeros_like(leaf) for leaf in leaves]
+            for one in gradients:
+                shrink = self._shrink(one)
+                for whole, part in zip(total, one, strict=True):
+                    if part is not None:
+                        whole.add_(part, alpha=shrink)
         return [whole / expected for whole in total]
+
+    def _noisy_sum(
+        self,
+        gradients: Iterable[Sequence[Tensor | None]],
+        leaves: Sequence[Tensor],
+        purpose: tuple[object, ...],
+    ) -> list[Tensor]:
+        """The sum of the clipped gradients with its noise, one tensor for each leaf."""
+        grid = Grid.fine(self.noise * self.clip, self.clip)
+        steps = [torch.zeros(leaf.shape, dtype=torch.int64, device=leaf.device) for leaf in leaves]
+        for one in gradients:
+            shrink = self._shrink(one)
+            for whole, part in zip(steps, one, strict=True):
+                if part is not None:
+                    whole += grid.cut(part.double() * shrink)
+        flat = torch.cat([each.flatten().cpu() for each in steps])
+        noisy = grid.noisy(flat, self.key, "step", *purpose, randomness.digest(flat))
+        parts = torch.split(noisy, [leaf.numel() for leaf in leaves])
+        return [
+            part.reshape(leaf.shape).to(leaf.device, leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+
+    def _shrink(self, gradient: Sequence[Tensor | None]) -> float:
+        """What an example's gradient is multiplied by, so that its norm is at most ``clip``."""
+        norm = norm_of([part for part in gradient if part is not None])
+        most = within(self.clip)
+        return 1.0 if norm <= most else most / norm
 
     def count(self, rate: float, steps: int) -> None:
         """Add steps to the budget."""

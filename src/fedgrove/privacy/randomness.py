@@ -1,20 +1,19 @@
 """Random numbers from a secret key: without it noise cannot be told from noise, with it every draw
 can be repeated.
 
-A key and a purpose give the numbers (SHAKE-256 as a pseudo-random function, then Box and Muller),
+A key and a purpose give the numbers (SHAKE-256 makes a key for each purpose, ChaCha20 the stream),
 so that a resumed run draws the same. Where a draw hides data, a digest of what it hides is part of
 the purpose: were a round ever repeated with other updates, it would have other noise, and the
 difference of the two would not show the updates (as signatures derive their nonces, RFC 6979). With
 the key ``of_seed`` anyone who knows the job can repeat the draws, and subtract.
 
-Gaussian numbers are float64 with 53 random bits; the attacks on the lowest bits of floating-point
-noise (Mironov 2012) are not guarded against.
+The noise itself is in ``fedgrove.privacy.gaussian``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+import importlib.util
 import os
 import secrets
 from pathlib import Path
@@ -25,11 +24,24 @@ import torch
 from torch import Tensor
 
 from fedgrove.ground import files
-from fedgrove.ground.errors import RunError
+from fedgrove.ground.errors import FedgroveError, RunError
 
 Randomness = Literal["secret", "seed"]
 
 FILE = "privacy.key"
+
+
+class CryptographyMissing(FedgroveError):
+    """The ``privacy`` extra is not installed."""
+
+
+def require() -> None:
+    """Raises ``CryptographyMissing`` where the generator is not installed."""
+    if importlib.util.find_spec("cryptography") is None:
+        raise CryptographyMissing(
+            "[privacy] needs the package cryptography; install the extra with pip install "
+            '"fedgrove[privacy]".'
+        )
 
 
 def fresh() -> str:
@@ -68,30 +80,31 @@ def kept(folder: Path) -> str:
     return key
 
 
-def stream(key: str, count: int, *purpose: object) -> np.ndarray:
-    """``count`` random 64-bit integers for a purpose."""
-    text = "\x1f".join(map(str, purpose)).encode()
-    return np.frombuffer(
-        hashlib.shake_256(bytes.fromhex(key) + text).digest(8 * count), dtype="<u8"
-    )
+class Stream:
+    """Random 64-bit integers for a purpose, as many as are asked for: ChaCha20 (RFC 8439) under a
+    key of its own.
+    """
+
+    def __init__(self, key: str, *purpose: object):
+        from cryptography.hazmat.primitives.ciphers import Cipher
+        from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
+        text = "\x1f".join(map(str, purpose)).encode()
+        own = hashlib.shake_256(bytes.fromhex(key) + text).digest(32)
+        # The key serves this one stream, so a counter and a nonce of zero never repeat.
+        self._cipher = Cipher(ChaCha20(own, bytes(16)), mode=None).encryptor()
+
+    def words(self, count: int) -> np.ndarray:
+        """The next ``count``, uint64."""
+        return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
 
 
 def uniform(key: str, count: int, *purpose: object) -> Tensor:
-    """``count`` numbers in [0, 1), float64."""
-    return torch.from_numpy(
-        (stream(key, count, *purpose) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    )
-
-
-def gaussian(key: str, count: int, *purpose: object) -> Tensor:
-    """``count`` standard normal numbers, float64 on the CPU."""
-    pairs = (count + 1) // 2
-    both = uniform(key, 2 * pairs, *purpose)
-    radius = torch.sqrt(-2.0 * torch.log1p(-both[:pairs]))
-    angle = 2.0 * math.pi * both[pairs:]
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
+    """``count`` numbers in [0, 1), float64 with 53 random bits."""
+    words = Stream(key, *purpose).words(count)
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def digest(values: Tensor) -> str:
-    """SHA-256 of a tensor's numbers, as part of a purpose."""
-    return hashlib.sha256(values.detach().cpu().double().contiguous().numpy().tobytes()).hexdigest()
+    """SHA-256 of a tensor's bytes, as part of a purpose."""
+    return hashlib.sha256(values.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

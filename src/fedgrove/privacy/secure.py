@@ -9,13 +9,13 @@ client that answers nothing leaves a sum that cannot be read, and the round fail
 the public keys on; one that hands out keys of its own could read updates (sign the keys, or
 exchange them elsewhere). Keys are new in each round.
 
-Numbers travel in fixed point: ``round(x · 2^bits)``, with as many bits as ``clients`` numbers up to
-``bound`` leave below 2^31. The sum is then exact, and the mean is off by at most half a step.
+Numbers travel in fixed point: ``x · 2^bits``, cut towards zero, with as many bits as ``clients``
+numbers up to ``bound`` leave below 2^31. The sum is then exact, and the mean is off by less than a
+step.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,22 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgrove.ground.errors import FedgroveError, RunError
+from fedgrove.ground.errors import RunError
 
 MODULUS = 1 << 32
 MASKED = "masked"  # the one part of a masked update
-
-
-class CryptographyMissing(FedgroveError):
-    """The ``privacy`` extra is not installed."""
-
-
-def require() -> None:
-    if importlib.util.find_spec("cryptography") is None:
-        raise CryptographyMissing(
-            "privacy.secure_aggregation needs the package cryptography; install the extra with "
-            'pip install "fedgrove[privacy]".'
-        )
 
 
 def fraction_bits(clients: int, bound: float) -> int:
@@ -49,9 +37,14 @@ def fraction_bits(clients: int, bound: float) -> int:
     return math.floor(math.log2((2**31 - clients) / (clients * bound)))
 
 
+def step(clients: int, bound: float) -> float:
+    """What one unit of the fixed point is worth."""
+    return 2.0 ** -fraction_bits(clients, bound)
+
+
 def to_fixed(values: Tensor, clients: int, bound: float, whose: str) -> np.ndarray:
-    """Numbers in fixed point modulo 2^32, uint32. Raises ``RunError`` for one that is larger than
-    ``bound``.
+    """Numbers ``[count]`` in fixed point modulo 2^32, uint32: cut towards zero, so that their norm
+    does not grow. Raises ``RunError`` for one that is larger than ``bound``.
     """
     most = float(values.abs().max()) if values.numel() else 0.0
     if not most <= bound * (1 + 1e-9):
@@ -60,14 +53,13 @@ def to_fixed(values: Tensor, clients: int, bound: float, whose: str) -> np.ndarr
             f"for up to {bound:g}; "
             "raise privacy.clip."
         )
-    steps = (values.double() * 2.0 ** fraction_bits(clients, bound)).round().to(torch.int64)
+    steps = (values.double() / step(clients, bound)).trunc().to(torch.int64)
     return (steps.numpy() % MODULUS).astype(np.uint32)
 
 
-def from_fixed(total: np.ndarray, clients: int, bound: float) -> Tensor:
-    """The sum of the clients' numbers, float64."""
-    signed = total.astype(np.uint32).view(np.int32).astype(np.float64)
-    return torch.from_numpy(signed * 2.0 ** -fraction_bits(clients, bound))
+def signed(total: np.ndarray) -> Tensor:
+    """A sum modulo 2^32 as the whole number that it stands for, int64 ``[count]``."""
+    return torch.from_numpy(total.astype(np.uint32).view(np.int32).astype(np.int64))
 
 
 class Party:

@@ -54,12 +54,17 @@ def difference(after: Any, before: Any, whose: str) -> Tensor:
     return flat(after) - flat(before)
 
 
+def within(most: float) -> float:
+    """A norm that is a hair below ``most``, so that no rounding on the way to it exceeds ``most``."""
+    return most * (1 - 2.0**-30)
+
+
 def shortened(vector: Tensor, most: float) -> Tensor:
-    """The vector with a Euclidean norm of at most ``most``; the same object where it is short
+    """``[numbers]`` with a Euclidean norm of at most ``most``; the same object where it is short
     enough.
     """
     norm = float(torch.linalg.vector_norm(vector))
-    return vector if norm <= most else vector * (most / norm)
+    return vector if norm <= within(most) else vector * (within(most) / norm)
 
 
 def bounded(

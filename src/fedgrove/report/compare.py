@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedgrove.ground import words
+from fedgrove.ground.statistics import mean, std, tail10
 from fedgrove.report.data import Run
-from fedgrove.tracking.summary import mean, std, tail10
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
     row.
     """
     base = Row("Untouched base, head only", run.values("metric_base"), "base")
-    is_local = run.method == "local"
-    label = "Each client alone" if is_local else f"Together: {run.method}"
-    ours = Row(label, run.values("metric"), "ours", "this run")
+    ours = Row(_label(run), run.values("metric"), "ours", "this run")
     rows, warnings, local = [base] if base.values else [], [], None
     for other in baselines:
         values = {
@@ -90,17 +88,19 @@ def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
             )
             continue
         warnings += _differences(run, other, len(values))
-        alone = other.method == "local"
-        label = "Each client alone" if alone else f"Together: {other.method}"
-        row = Row(label, values, "local" if alone else "other", other.path.name)
+        row = Row(_label(other), values, "local" if other.alone else "other", other.path.name)
         rows.append(row)
-        if alone and local is None and not is_local:
+        if other.alone and local is None and not run.alone:
             local = row
     rows.append(ours)
     tuned = run.values("metric_tuned")
     if tuned:
         rows.append(Row("… then trained on at each client", tuned, "tuned"))
     return Comparison(tuple(rows), ours, base, local, tuple(warnings))
+
+
+def _label(run: Run) -> str:
+    return "Each client alone" if run.alone else f"Together: {run.method}"
 
 
 def unseen(run: Run) -> list[Row]:
@@ -149,12 +149,12 @@ def verdict(run: Run, comparison: Comparison) -> list[str]:
         if average == weakest:
             both = f"{average}, on average as for the weakest clients (tail)"
         said.append(f"Training alone reaches {shown(local.mean)}: taking part {both}.")
-    elif run.method == "local":
+    elif run.alone:
         said.append("Nothing was exchanged: this is the run that others are to be compared with.")
     else:
         said.append(
-            "Without a run of the method local beside it, this does not say whether taking part "
-            "beats training alone."
+            "Without a run in which every client trains alone beside it, this does not say "
+            "whether taking part beats training alone."
         )
     gains = comparison.gains()
     reference = comparison.reference

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.ground import words
+from fedgrove.report.sections import method_of
 from fedgrove.tracking import metrics
 from fedgrove.tracking import summary as summaries
 
@@ -37,14 +38,22 @@ class Run:
     def method(self) -> str:
         return str(self.summary.get("method", "?"))
 
-    @property
+    @cached_property
+    def alone(self) -> bool:
+        """Whether clients learnt nothing from each other, as its method says; False where the
+        method is not installed.
+        """
+        kind = method_of(self.method)
+        return kind is not None and not kind.federated
+
+    @cached_property
     def clients(self) -> dict[str, dict[str, Any]]:
         """The clients that trained, by name."""
         return {
             name: row for name, row in self.summary["clients"].items() if not row.get("held_out")
         }
 
-    @property
+    @cached_property
     def newcomers(self) -> dict[str, dict[str, Any]]:
         """The clients that never trained."""
         return {name: row for name, row in self.summary["clients"].items() if row.get("held_out")}
@@ -53,58 +62,64 @@ class Run:
         """``{client: number}`` over the clients that trained and have one: key ``metric``,
         ``metric_base``, ...
         """
-        return {
-            name: float(row[key]) for name, row in self.clients.items() if _is_number(row.get(key))
-        }
+        numbers = {name: _number(row.get(key)) for name, row in self.clients.items()}
+        return {name: value for name, value in numbers.items() if value is not None}
 
     @cached_property
     def metric(self) -> str:
         """What ``metric`` measures, as summary.json says or the evaluation lines call it."""
         if self.summary.get("metric"):
             return str(self.summary["metric"])
-        names = (metrics.metric_name(line) for line in self.lines if line["split"] == "test")
+        names = (metrics.metric_name(line) for line in self._tests)
         return next((name for name in names if name), "score")
 
     @cached_property
     def percent(self) -> bool:
-        return words.shares(
-            [
-                value
-                for key in ("metric", "metric_base", "metric_tuned")
-                for value in self.values(key).values()
-            ]
-        )
+        keys = ("metric", "metric_base", "metric_tuned")
+        return words.shares(value for key in keys for value in self.values(key).values())
+
+    @cached_property
+    def _tests(self) -> list[dict[str, Any]]:
+        """The evaluation lines of the clients that trained."""
+        trained = self.clients
+        return [
+            line for line in self.lines if line["split"] == "test" and line["client"] in trained
+        ]
+
+    @cached_property
+    def trained(self) -> list[dict[str, Any]]:
+        """The lines of training."""
+        return [line for line in self.lines if line["split"] == "train"]
 
     @cached_property
     def history(self) -> dict[int, dict[str, float]]:
         """``{round: {client: metric}}`` of the clients that trained, rounds ascending; only what is
         a number.
         """
+        metric = self.metric
         found: dict[int, dict[str, float]] = {}
-        for line in self.lines:
-            if (
-                line["split"] == "test"
-                and line["client"] in self.clients
-                and _is_number(line.get(self.metric))
-            ):
-                found.setdefault(line["round"], {})[line["client"]] = float(line[self.metric])
+        for line in self._tests:
+            value = _number(line.get(metric))
+            if value is not None:
+                found.setdefault(line["round"], {})[line["client"]] = value
         return dict(sorted(found.items()))
 
     @cached_property
     def losses(self) -> dict[int, list[float]]:
         """``{round: training losses of its clients}``, numbers only."""
         found: dict[int, list[float]] = {}
-        for line in self.lines:
-            if line["split"] == "train" and _is_number(line.get("loss")):
-                found.setdefault(line["round"], []).append(float(line["loss"]))
+        for line in self.trained:
+            loss = _number(line.get("loss"))
+            if loss is not None:
+                found.setdefault(line["round"], []).append(loss)
         return dict(sorted(found.items()))
 
     @cached_property
     def broken(self) -> dict[str, int]:
         """``{client: rounds whose training loss was not a number}``."""
         found: dict[str, int] = {}
-        for line in self.lines:
-            if line["split"] == "train" and "loss" in line and not _is_number(line["loss"]):
+        for line in self.trained:
+            if "loss" in line and _number(line["loss"]) is None:
                 found[line["client"]] = found.get(line["client"], 0) + 1
         return found
 
@@ -113,10 +128,8 @@ class Run:
         """Test examples of each client that trained, as evaluated."""
         sizes = {
             line["client"]: line["examples"]
-            for line in self.lines
-            if line["split"] == "test"
-            and line["client"] in self.clients
-            and _is_number(line.get("examples"))
+            for line in self._tests
+            if _number(line.get("examples")) is not None
         }
         return sorted(sizes.values())
 
@@ -134,17 +147,14 @@ class Run:
         says.
         """
         source = (self.table or {}).get("source")
-        return (
-            {key: value for key, value in source.items() if isinstance(value, str) and value}
-            if isinstance(source, dict)
-            else {}
-        )
+        if not isinstance(source, dict):
+            return {}
+        return {key: value for key, value in source.items() if isinstance(value, str) and value}
 
     @property
     def data_name(self) -> str | None:
-        return (
-            self.source.get("name") or self.setting("data", "path") or self.setting("data", "name")
-        )
+        name: str | None = self.source.get("name")
+        return name or self.setting("data", "path") or self.setting("data", "name")
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """One value of the resolved job."""
@@ -194,5 +204,8 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """A finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from dataclasses import dataclass
 from pathlib import PurePath
 from statistics import median
 from typing import Any
 
 from fedgrove.ground import words
-from fedgrove.ground.names import folder_of
 from fedgrove.report.compare import Comparison, Row, unseen
 from fedgrove.report.data import Run
-
-SHIPPED = ("grove-vit",)  # models that come with the package, under no name of the hub
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Tile:
 
 def headline(run: Run) -> str:
     """One sentence on what ran."""
-    alone, trained, rounds = run.method == "local", len(run.clients), run.summary.get("rounds", 0)
+    alone, trained, rounds = run.alone, len(run.clients), run.summary.get("rounds", 0)
     model, data = PurePath(run.setting("model", "name") or "a model").name, run.data_name
     ranks = sorted({row["rank"] for row in run.clients.values() if row.get("rank")})
     rank = (
@@ -141,29 +136,6 @@ def _comparison_row(row: Row, run: Run) -> dict[str, str]:
     }
 
 
-def client_rows(run: Run, comparison: Comparison) -> list[dict[str, Any]]:
-    """Every client in the order of the names, with what the figures show as numbers."""
-    gains, local = comparison.gains(), comparison.local.values if comparison.local else {}
-    rows = []
-    for name, row in sorted(run.summary["clients"].items()):
-        rows.append(
-            {
-                "name": name,
-                "group": run.described(name).get("group") or "",
-                "held_out": bool(row.get("held_out")),
-                "examples": "–" if row.get("examples") is None else f"{row['examples']:,}",
-                "rank": "–" if row.get("rank") is None else str(row["rank"]),
-                "base": _score(row.get("metric_base"), run.percent),
-                "local": _score(local.get(name), run.percent),
-                "metric": _score(row.get("metric"), run.percent),
-                "tuned": _score(row.get("metric_tuned"), run.percent),
-                "gain": words.typographic(words.change(gains.get(name), percent=run.percent)),
-                "loss": words.typographic(words.number(row.get("loss"))),
-            }
-        )
-    return rows
-
-
 def cost_rows(run: Run) -> list[tuple[str, str, str]]:
     """(what, how much, meaning): numbers that are easily confused, one under the other."""
     parameters, total = run.summary.get("parameters", {}), run.summary.get("bytes", {})
@@ -178,9 +150,8 @@ def cost_rows(run: Run) -> list[tuple[str, str, str]]:
         for key, name, meaning in meanings
         if parameters.get(key) is not None
     ]
-    trained = [line for line in run.lines if line["split"] == "train"]
     for key, name in (("bytes_up", "up"), ("bytes_down", "down")):
-        each = [line[key] for line in trained if line.get(key) is not None]
+        each = [line[key] for line in run.trained if line.get(key) is not None]
         if each:
             rows.append(
                 (
@@ -217,97 +188,6 @@ def time_rows(run: Run) -> list[tuple[str, str, float]]:
         for name, value in known
     ]
     return [*rows, ("total", words.duration(total), 100.0)]
-
-
-def usage(run: Run) -> list[tuple[str, str]]:
-    """(what it does, code) for one client, with paths relative to the run directory."""
-    name = next(iter(sorted(run.clients)), next(iter(run.newcomers), "CLIENT"))
-    here = f"adapters/{folder_of(name)}"
-    task: str = str(run.summary.get("task"))
-    asked = {"classify-images": "photo.png", "generate": "What is the capital of France?"}.get(
-        task, "a text to classify"
-    )
-    found = [
-        (
-            "Ask one client’s model something, from a shell:",
-            f'fedgrove predict . --client {shlex.quote(name)} "{asked}"',
-        )
-    ]
-    config = run.path / here / "adapter_config.json"
-    try:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (
-        OSError,
-        ValueError,
-        # no plain PEFT adapter: this method's model is more than a sum of LoRA terms, or nothing
-        # was exported
-    ):
-        return found
-    base = base or run.setting("model", "name") or "BASE MODEL"
-    stock = run.setting("model", "head") == "stock" and task != "generate"
-    labels = len((run.table or {}).get("labels", []))
-    kind, reader, lines = {
-        "classify-images": (
-            "AutoModelForImageClassification" if stock else "AutoModel",
-            "AutoImageProcessor",
-            [
-                'reader = AutoImageProcessor.from_pretrained(base_name, backend="pil")',
-                f'output = model(**reader(images=Image.open("{asked}").convert("RGB"), '
-                f'return_tensors="pt"))',
-            ],
-        ),
-        "generate": (
-            "AutoModelForCausalLM",
-            "AutoTokenizer",
-            [
-                "reader = AutoTokenizer.from_pretrained(base_name)",
-                f'messages = [{{"role": "user", "content": "{asked}"}}]',
-                "batch = reader.apply_chat_template(messages, add_generation_prompt=True, "
-                "return_dict=True, "
-                'return_tensors="pt")',
-                "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
-            ],
-        ),
-    }.get(
-        task,
-        (
-            "AutoModelForSequenceClassification" if stock else "AutoModel",
-            "AutoTokenizer",
-            [
-                "reader = AutoTokenizer.from_pretrained(base_name)",
-                f'output = model(**reader("{asked}", return_tensors="pt"))',
-            ],
-        ),
-    )
-    if task != "generate":
-        lines.append("print(output.logits)" if stock else "hidden = output.last_hidden_state")
-    # a base in half precision, which Transformers keeps, does not take the processor's pixels
-    options = ', dtype="float32"' * (task == "classify-images") + f", num_labels={labels}" * bool(
-        stock and labels
-    )
-    shipped = base in SHIPPED
-    code = [
-        "from peft import PeftModel",
-        *(["from PIL import Image"] if task == "classify-images" else []),
-        f"from transformers import {kind}, {reader}",
-        *(["", "from fedgrove.interop.models import resolve_name"] if shipped else []),
-        "",
-        f"base_name = "
-        f"{f'resolve_name({json.dumps(base)})' if shipped else json.dumps(base, ensure_ascii=False)}",
-        f"base = {kind}.from_pretrained(base_name{options})",
-        f"model = PeftModel.from_pretrained(base, {json.dumps(here, ensure_ascii=False)}).eval()",
-        *lines,
-    ]
-    what = "With PEFT and Transformers alone:"
-    if not stock and task != "generate":
-        over = "over all positions" if task == "classify-images" else "over the tokens"
-        what = (
-            "With PEFT and Transformers alone. The classifier is head.safetensors beside the "
-            "adapter: "
-            f"its weight and bias act on the mean of the hidden states {over}."
-        )
-    found.append((what, "\n".join(code)))
-    return found
 
 
 def _score(value: float | None, percent: bool) -> str:

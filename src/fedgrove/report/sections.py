@@ -1,35 +1,42 @@
-"""Plug-in sections: a system that leaves an artefact in the run directory adds its own pictures to
-the report.
+"""What a report shows beside the parts that every run has: pictures of its method, and of what else
+a run may leave.
 
-Put a module into ``fedgrove/report/pictures`` with a function for the artefact's file name; nothing
-else changes::
+A method brings its own pictures, wherever it comes from: its class names a function, which is
+imported when a report is written, so that training loads no matplotlib::
 
-    @section("tree.json")
-    def tree(run_dir: Path) -> list[Section]:
-        ...
-        return [Section("Who shares with whom", "Read the trunk from the left ...", draw)]
+    class MyMethod(Method):
+        pictures = "my_package.pictures:draw"    # or f"{__name__}:draw", in the method's own file
 
-A picture that sets runs side by side takes what they left with ``@section("tree.json",
-beside=True)``: its function gets the directories of the other runs as a second argument, those that
-have the artefact alone.
+    def draw(left: Left) -> list[Section]:
+        who = left.read("who.json")              # as its ``artefacts`` wrote it
+        return [Section("Who shares with whom", "Read it from the left ...", partial(figure, who))]
 
-A section that fails leaves one line in the report, never a missing report.
+What fails leaves one line in the report, never a missing report.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from fedgrove.ground.errors import JobError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from fedgrove.methods.contract import Method
     from fedgrove.report.style import Drawing
+
+#: What any run may leave, whatever its method. Each gives nothing where there is nothing.
+ALWAYS = (
+    "fedgrove.report.pictures.events:events",
+    "fedgrove.report.pictures.generations:generations",
+    "fedgrove.report.pictures.noise:noise",
+)
 
 
 @dataclass(frozen=True)
@@ -49,38 +56,66 @@ class Section:
     prose: bool = False
 
 
-Maker = Callable[..., list[Section]]  # (run_dir), or (run_dir, other runs' directories)
+@dataclass(frozen=True)
+class Left:
+    """What a run left in its directory, and the directories of the runs shown beside it."""
 
-_MAKERS: dict[str, list[tuple[Maker, bool]]] = {}
+    folder: Path
+    beside: tuple[Path, ...] = ()
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the directory."""
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    def lines(self, name: str) -> list[Any]:
+        """The lines of a JSONL file, [] where it is missing."""
+        if not self.has(name):
+            return []
+        text = (self.folder / name).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+
+    def others(self, name: str) -> list[Path]:
+        """The directories beside it that have the file too."""
+        return [folder for folder in self.beside if (folder / name).is_file()]
 
 
-def section(artefact: str, *, beside: bool = False) -> Callable[[Maker], Maker]:
-    """Register a function for the runs whose directory has a file called ``artefact``."""
-
-    def register(maker: Maker) -> Maker:
-        _MAKERS.setdefault(artefact, []).append((maker, beside))
-        return maker
-
-    return register
+Maker = Callable[[Left], Sequence[Section]]
 
 
-def collect(run_dir: Path, beside: Sequence[Path] = ()) -> tuple[list[Section], list[str]]:
-    """The sections of every artefact in ``run_dir``, by file name, and one line for each that
-    failed.
-    """
+@runtime_checkable
+class Pictured(Protocol):
+    """A method, asked as a class, that has pictures of its own."""
+
+    pictures: str  # "package.module:function", a ``Maker``
+
+
+def method_of(name: str) -> type[Method] | None:
+    """The class of a run's method; None where this installation has no such method."""
+    from fedgrove.methods.registry import method_class
+
+    try:
+        return method_class(name)
+    except JobError:
+        return None
+
+
+def collect(left: Left, method: str) -> tuple[list[Section], list[str]]:
+    """The sections of a run, its method's first, and one line for each function that failed."""
+    kind = method_of(method)
+    failed: list[str] = []
+    if kind is None:
+        failed.append(f"{method} is not installed here: pictures of its own would be missing.")
+    own = (kind.pictures,) if isinstance(kind, Pictured) else ()
     found: list[Section] = []
-    failed = list(_discover())
-    for artefact in sorted(_MAKERS):
-        if not (run_dir / artefact).is_file():
-            continue
-        others = [path for path in beside if (path / artefact).is_file()]
-        for maker, wants_others in _MAKERS[artefact]:
-            try:
-                found += maker(run_dir, others) if wants_others else maker(run_dir)
-            except (
-                Exception
-            ) as error:  # whatever a plug-in does wrong, the rest of the report stands
-                failed.append(failure(artefact, error))
+    for name in (*own, *ALWAYS):
+        try:
+            make: Maker = resolve_name(name)
+            found += make(left)
+        except Exception as error:  # whatever a method's picture does wrong, the report stands
+            failed.append(failure(f"What {name} draws", error))
     return found, failed
 
 
@@ -88,19 +123,3 @@ def failure(what: str, error: Exception) -> str:
     """One line on a part of the report that could not be made."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{what} could not be shown ({reason[:200]})."
-
-
-@cache
-def _discover() -> tuple[str, ...]:
-    """Import every module of ``fedgrove.report.pictures``, once; one line for each that cannot be
-    imported.
-    """
-    import fedgrove.report.pictures as package
-
-    failed = []
-    for module in pkgutil.iter_modules(package.__path__):
-        try:
-            importlib.import_module(f"{package.__name__}.{module.name}")
-        except Exception as error:
-            failed.append(failure(f"The pictures of {module.name}", error))
-    return tuple(failed)

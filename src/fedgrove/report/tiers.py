@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.ground import words
+from fedgrove.ground.statistics import mean, std, tail10
 from fedgrove.tracking import metrics
-from fedgrove.tracking.summary import mean, std, tail10
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedgrove.ground import versions
 from fedgrove.ground.errors import RunError
-from fedgrove.ground.files import write_bytes
+from fedgrove.ground.files import write_bytes, write_json
 from fedgrove.job import Job
-from fedgrove.tracking.summary import write as write_json
 
 if TYPE_CHECKING:
     from fedgrove.engines.base import Stage

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedgrove.adapters.tree import typed
 from fedgrove.engines.base import Absence, Leaving
-from fedgrove.ground.files import write_text
+from fedgrove.ground.files import write_json, write_text
 from fedgrove.methods.protocols import ServerArtefacts, global_assembly
 from fedgrove.report import write_report
 from fedgrove.runs.leave import write_adapter
@@ -43,7 +43,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> dict[str, Any]:
     }
     write_global(loop)
     for file, content in artefacts(loop, left).items():
-        summaries.write(out / file, content)
+        write_json(out / file, content)
     if texts := [text for name in sorted(left) for text in left[name].texts]:
         lines = [json.dumps(text, ensure_ascii=False) for text in texts]
         write_text(out / "generations.jsonl", "\n".join(lines) + "\n")
@@ -68,7 +68,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> dict[str, Any]:
     summary["metric"] = prepared.task.metric
     if spent := privacy(loop, left):
         summary["privacy"] = spent
-    summaries.write(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     loop.watch.phase("writing the report")
     with span("report"):
         write_report(out, baselines)  # the last file: a run is finished when it has both

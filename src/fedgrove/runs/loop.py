@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedgrove.adapters.tree import Tree, typed
-from fedgrove.engines.base import Absence, Arrival, Stage, not_finite
+from fedgrove.engines.base import Absence, Arrival, Stage
 from fedgrove.engines.local import LocalEngine
 from fedgrove.ground.errors import AdapterError, FedgroveError, RunError
 from fedgrove.methods.contract import ClientInfo, Update
@@ -22,7 +22,7 @@ from fedgrove.tracking.metrics import MetricsLog, truncate_after
 from fedgrove.tracking.noise import Lab, NoiseLab
 from fedgrove.training.profile import round_span, span
 from fedgrove.wire.compress import passed
-from fedgrove.wire.validate import refuse_loss, sift
+from fedgrove.wire.sift import not_finite, refuse_loss, sift
 
 
 @dataclass

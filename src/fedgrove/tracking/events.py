@@ -7,12 +7,11 @@ away.
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedgrove.ground import files
+from fedgrove.ground import lines
 
 
 class Events:
@@ -33,8 +32,4 @@ class Events:
             "reason": reason,
             **{key: value for key, value in more.items() if value},
         }
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise files.unwritable(self.path, error) from error
+        lines.append(self.path, line)

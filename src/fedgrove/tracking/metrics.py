@@ -7,17 +7,14 @@ by client inside a round, training before evaluation. Numbers that are not finit
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgrove.ground import files
-from fedgrove.ground.errors import RunError
+from fedgrove.ground import lines
 from fedgrove.tracking.callback import Callback, Line
 
+_NEEDS = ("round", "client", "split")  # keys of every line
 #: Keys of a line that are no score of the task. What remains on a "test" line is the metric, e.g.
 #: "accuracy".
 _NO_SCORE = frozenset(
@@ -49,92 +46,42 @@ class MetricsLog(Callback):
     def client_done(self, round: int, line: Line) -> None:
         self._lines.append(line)
 
-    def evaluated(self, round: int, lines: Sequence[Line]) -> None:
+    def evaluated(self, round: int, found: Sequence[Line]) -> None:
         if round == self._open:
-            self._lines.extend(lines)
+            self._lines.extend(found)
+            return
         # before the first round or after round_done: a resume repeats it, and the lines may be
         # there already
-        else:
-            there = {_key(line) for line in read(self.path)}
-            self._append([line for line in lines if _key(line) not in there])
+        there = {_key(line) for line in read(self.path)}
+        self._append([line for line in found if _key(line) not in there])
 
     def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
-        lines, self._open, self._lines = self._lines, None, []
-        self._append(lines)
+        done, self._open, self._lines = self._lines, None, []
+        self._append(done)
 
-    def _append(self, lines: Sequence[Line]) -> None:
-        ordered = sorted(
-            lines,
-            key=lambda line: (line["split"] != "train", str(line["client"]), str(line["split"])),
-        )
-        text = "".join(_dump(line) + "\n" for line in ordered)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise files.unwritable(self.path, error) from error
+    def _append(self, found: Sequence[Line]) -> None:
+        lines.append(self.path, *sorted(found, key=_place))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All lines in file order; [] where the file is missing. A half-written last line is left out.
 
-    Raises ``RunError`` for a line that is no JSON object with a round, a client and a split, unless
-    it is the last.
+    Raises ``RunError`` for a line that is no JSON object with a round, a client and a split.
     """
-    return [line for line, _ in _scan(path)]
+    return lines.read(path, _NEEDS)
 
 
 def truncate_after(path: Path, round: int) -> None:
     """Drop the lines of rounds later than ``round`` and a half-written last line, in place and
     atomically.
     """
-    if not path.exists():
-        return
-    kept = "".join(text for line, text in _scan(path) if line["round"] <= round)
-    files.write_text(path, kept)
+    lines.truncate_after(path, round, _NEEDS)
 
 
-def _scan(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Every complete line with its text as it stands in the file."""
-    try:
-        rows = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RunError(
-            f"cannot read {path} ({error.strerror or error}): check its permissions."
-        ) from error
-    found = []
-    for number, row in enumerate(rows, start=1):
-        if not row.endswith(b"\n"):
-            # the writer was killed here: the line is not complete even if it happens to parse
-            break
-        try:
-            text = row.decode("utf-8")
-            line = json.loads(text)
-            complete = isinstance(line["round"], int) and {"client", "split"} <= line.keys()
-        except (ValueError, TypeError, KeyError, AttributeError):
-            complete = False
-        if not complete:
-            if number == len(rows):
-                break
-            raise RunError(
-                f"{path} line {number} is not a metrics line with round, client and split: "
-                "restore the file, or start the run again in a new directory."
-            )
-        found.append((line, text))
-    return found
+def _place(line: Line) -> tuple[bool, str, str]:
+    """Where a line stands in its round."""
+    return line["split"] != "train", str(line["client"]), str(line["split"])
 
 
 def _key(line: Line) -> tuple[Any, Any, Any]:
     return line["round"], line["client"], line["split"]
-
-
-def _dump(line: Line) -> str:
-    clean = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in line.items()
-    }
-    return json.dumps(clean, ensure_ascii=False, allow_nan=False)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from fedgrove.ground.statistics import mean, tail10
 from fedgrove.ground.words import shares
 from fedgrove.tracking.callback import Line, RunInfo
 from fedgrove.tracking.metrics import metric_name
-from fedgrove.tracking.summary import mean, tail10
 
 Clock = Callable[[], float]
 

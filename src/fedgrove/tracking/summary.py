@@ -1,58 +1,25 @@
 """``RUN/summary.json``: what a run came to, from plain data. What varies between runs is under
 ``seconds`` alone.
 
-Statistics are over clients. ``tail10`` is the 10th-percentile client, ``numpy.percentile(values,
-10)`` with linear interpolation between order statistics; ``std`` is over the whole population
-(``ddof=0``). Missing values (``None``, NaN) are left out; with none left the result is NaN, written
-as ``null``.
+Statistics are over clients (``fedgrove.ground.statistics``); what is no number is written as
+``null``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedgrove.ground import files
 from fedgrove.ground.errors import RunError
-
-Value = float | int | None
+from fedgrove.ground.statistics import Value, mean, present, std, tail10
 
 _CLIENT_KEYS = ("examples", "rank", "metric_base", "metric", "metric_tuned", "loss")
 _PARAMETER_KEYS = ("trained", "stored", "sent_up", "sent_down")
 _SECONDS_KEYS = ("total", "training", "evaluation", "server")
-
-
-def present(values: Iterable[Value]) -> list[float]:
-    """The values that are numbers, in order."""
-    return [float(value) for value in values if value is not None and not math.isnan(value)]
-
-
-def mean(values: Iterable[Value]) -> float:
-    numbers = present(values)
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
-
-
-def std(values: Iterable[Value]) -> float:
-    """Population standard deviation (``ddof=0``)."""
-    numbers = present(values)
-    centre = mean(numbers)
-    return (
-        math.sqrt(math.fsum((number - centre) ** 2 for number in numbers) / len(numbers))
-        if numbers
-        else math.nan
-    )
-
-
-def tail10(values: Iterable[Value]) -> float:
-    """The 10th-percentile client: ``numpy.percentile(values, 10)``, linear interpolation."""
-    import numpy as np
-
-    numbers = present(values)
-    return float(np.percentile(numbers, 10)) if numbers else math.nan
 
 
 def summarise(
@@ -101,14 +68,6 @@ def summarise(
     result["bytes"] = {"up": bytes_up, "down": bytes_down}
     result["seconds"] = {key: _plain(seconds[key]) for key in _SECONDS_KEYS}
     return result
-
-
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON to a temporary name, fsync, rename: after a crash ``path`` is either the old file
-    or the new one.
-    """
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    files.write_text(path, text)
 
 
 def read(path: Path) -> dict[str, Any]:

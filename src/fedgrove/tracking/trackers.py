@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.ground.errors import RunError
+from fedgrove.ground.statistics import mean, tail10
 from fedgrove.tracking.callback import Callback, Line, RunInfo
-from fedgrove.tracking.summary import mean, tail10
 
 Curves = dict[str, float]
 

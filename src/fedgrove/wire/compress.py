@@ -12,15 +12,15 @@ A compressed tensor is a small table in place of the tensor, so that a message d
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from jaxtyping import BFloat16, Float, Int8
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.private import PrivacyError, is_private
-from fedgrove.adapters.tree import nbytes, plain
+from fedgrove.adapters.tree import Keys, joined, map_leaves, nbytes, plain
 from fedgrove.ground.errors import AdapterError
 
 Compression = Literal["none", "fp16", "int8"]
@@ -29,32 +29,40 @@ _KEY = "~"  # no method and no layer is called that
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _LEVELS = 127
 _LARGEST = torch.finfo(torch.float16).max
+_TINY = torch.finfo(torch.float64).tiny
 
 
 def squeeze(tree: Any, how: Compression) -> Any:
     """The tree as it travels. Raises ``PrivacyError`` where it holds what is private to a
     client.
     """
-    return tree if how == "none" else _squeezed(plain(tree), _half if how == "fp16" else _bytes, "")
+    if how == "none":
+        return tree
+
+    def smaller(value: Tensor, where: str) -> Any:
+        if is_private(value):
+            raise PrivacyError(f"'{where}' is private to its client and cannot be sent.")
+        if value.ndim == 0 or not value.is_floating_point():
+            return value
+        return _half(value) if how == "fp16" else _bytes(value)
+
+    def change(keys: Keys, leaf: Any) -> Any:
+        where = joined("", keys)
+        if isinstance(leaf, Tensor):
+            return smaller(leaf, where)
+        if isinstance(leaf, Factors):
+            sides = [smaller(leaf.A, f"{where}.A"), smaller(leaf.B, f"{where}.B")]
+            return {_KEY: "factors", "sides": sides, "scale": leaf.scale}
+        return leaf
+
+    return map_leaves(plain(tree), change)
 
 
 def expand(tree: Any) -> Any:
     """The squeezed tree as the other side reads it. Raises ``AdapterError`` for what ``squeeze``
     never made.
     """
-    if isinstance(tree, dict):
-        if _KEY not in tree:
-            return {key: expand(value) for key, value in tree.items()}
-        try:
-            return _expanded(tree)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise AdapterError(
-                f"A compressed tensor is none ({type(error).__name__}); the message was altered on "
-                f"its way."
-            ) from error
-    if isinstance(tree, list):
-        return [expand(value) for value in tree]
-    return tree
+    return map_leaves(tree, lambda keys, leaf: _expanded(leaf), is_leaf=_is_compressed)
 
 
 def passed(tree: Any, how: Compression) -> Any:
@@ -67,41 +75,43 @@ def sent_bytes(tree: Any, how: Compression) -> int:
     return nbytes(squeeze(tree, how))
 
 
-def _squeezed(node: Any, change: Callable[[Tensor], dict[str, Any]], path: str) -> Any:
-    if isinstance(node, Tensor):
-        if is_private(node):
-            raise PrivacyError(f"'{path}' is private to its client and cannot be sent.")
-        return change(node) if node.is_floating_point() and node.ndim else node
-    if isinstance(node, Factors):
-        sides = [_squeezed(node.A, change, f"{path}.A"), _squeezed(node.B, change, f"{path}.B")]
-        return {_KEY: "factors", "sides": sides, "scale": node.scale}
-    if isinstance(node, dict):
-        return {
-            key: _squeezed(value, change, f"{path}/{key}" if path else str(key))
-            for key, value in node.items()
-        }
-    if isinstance(node, list):
-        return [_squeezed(value, change, f"{path}/{index}") for index, value in enumerate(node)]
-    return node
+def _half(value: Float[Tensor, "*shape"]) -> dict[str, Any]:
+    short = value.detach().clamp(-_LARGEST, _LARGEST).half()
+    return {_KEY: "fp16", "of": _name(value), "x": short}
 
 
-def _half(value: Tensor) -> dict[str, Any]:
-    return {_KEY: "fp16", "of": _name(value), "x": value.detach().clamp(-_LARGEST, _LARGEST).half()}
-
-
-def _bytes(value: Tensor) -> dict[str, Any]:
+def _bytes(value: Float[Tensor, "*shape"]) -> dict[str, Any]:
     table, turned = _rows(value.detach())
     # bfloat16 has float32's range in two bytes. Its rounding, 2^-9, is a quarter of a step at the
     # largest number, which so stays at 127: nothing loses more than half a step, and a tensor that
     # came this way goes the same way again.
-    short = (table.abs().amax(dim=1) / _LEVELS).bfloat16()
-    steps = table.double() / short.double().clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    q = steps.round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
-    shaped = (q.T if turned else q).reshape(value.shape).contiguous()
-    return {_KEY: "int8", "of": _name(value), "x": shaped, "scale": short}
+    scale: BFloat16[Tensor, " short"] = (table.abs().amax(dim=1) / _LEVELS).bfloat16()
+    step = scale.double().clamp_min(_TINY)[:, None]
+    levels = (table.double() / step).round()
+    q: Int8[Tensor, "short long"] = levels.clamp(-_LEVELS, _LEVELS).to(torch.int8)
+    if turned:
+        q = q.T
+    shaped = q.reshape(value.shape).contiguous()
+    return {_KEY: "int8", "of": _name(value), "x": shaped, "scale": scale}
 
 
-def _expanded(node: dict[str, Any]) -> Any:
+def _is_compressed(node: Any) -> bool:
+    return isinstance(node, dict) and _KEY in node
+
+
+def _expanded(leaf: Any) -> Any:
+    if not _is_compressed(leaf):
+        return leaf
+    try:
+        return _restored(leaf)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise AdapterError(
+            f"A compressed tensor is none ({type(error).__name__}); the message was altered on "
+            f"its way."
+        ) from error
+
+
+def _restored(node: dict[str, Any]) -> Tensor | Factors:
     kind = node[_KEY]
     if kind == "factors":
         A, B = (expand(side) for side in node["sides"])
@@ -110,25 +120,31 @@ def _expanded(node: dict[str, Any]) -> Any:
         return Factors(A, B, float(node["scale"]))
     dtype, x = _DTYPES[node["of"]], node["x"]
     if kind == "fp16" and x.dtype == torch.float16:
-        return x.to(dtype)
+        half: Tensor = x.to(dtype)
+        return half
     if kind != "int8" or x.dtype != torch.int8 or node["scale"].dtype != torch.bfloat16:
         raise ValueError(str(kind))
     table, turned = _rows(x)
     value = table.double() * node["scale"].double()[:, None]
-    return (value.T if turned else value).reshape(x.shape).to(dtype).contiguous()
+    if turned:
+        value = value.T
+    return value.reshape(x.shape).to(dtype).contiguous()
 
 
 def _rows(value: Tensor) -> tuple[Tensor, bool]:
-    """The numbers as a matrix with a row for each index of the shorter side; whether it had to be
-    turned.
+    """The numbers of ``value [...]`` as a matrix ``[short, long]`` with a row for each index of the
+    shorter side; whether it had to be turned.
     """
     if value.ndim == 1:
         return value[None], False
     table = value.reshape(value.shape[0], -1)
-    return (table, False) if table.shape[0] <= table.shape[1] else (table.T, True)
+    if table.shape[0] <= table.shape[1]:
+        return table, False
+    return table.T, True
 
 
 def _name(value: Tensor) -> str:
+    """The dtype of ``value [...]`` in words."""
     name = str(value.dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise AdapterError(f"A {name} tensor is not compressed; messages hold float32.")

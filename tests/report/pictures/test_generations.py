@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from fedgrove.report.pictures.generations import LONGEST, SHOWN, generations, short
+from fedgrove.report.sections import Left
 
 
 def write(folder: Path, clients: int, each: int, **changes: str) -> Path:
@@ -25,7 +26,7 @@ def write(folder: Path, clients: int, each: int, **changes: str) -> Path:
 
 
 def test_a_few_of_every_client(tmp_path: Path) -> None:
-    (found,) = generations(write(tmp_path, 3, 9))
+    (found,) = generations(Left(write(tmp_path, 3, 9)))
     assert found.prose
     assert found.table[0] == ("client", "prompt", "written", "right")
     assert [row[0] for row in found.table[1:]] == ["site-0"] * 4 + ["site-1"] * 4 + ["site-2"] * 4
@@ -33,12 +34,14 @@ def test_a_few_of_every_client(tmp_path: Path) -> None:
 
 
 def test_many_clients_do_not_fill_the_page(tmp_path: Path) -> None:
-    (found,) = generations(write(tmp_path, 40, 2))
+    (found,) = generations(Left(write(tmp_path, 40, 2)))
     assert len(found.table) == 1 + SHOWN
 
 
 def test_long_and_empty_texts(tmp_path: Path) -> None:
-    (found,) = generations(write(tmp_path, 1, 1, prompt="start " + "x " * 900 + "end", output=" "))
+    (found,) = generations(
+        Left(write(tmp_path, 1, 1, prompt="start " + "x " * 900 + "end", output=" "))
+    )
     row = found.table[1]
     assert row[1].startswith("start x")
     assert row[1].endswith("x end")

@@ -15,6 +15,7 @@ import pytest
 from fedgrove.ground.lines import append
 from fedgrove.report import style
 from fedgrove.report.pictures.noise import cosines, losses, mean_matrix, noise, places, site_name
+from fedgrove.report.sections import Left
 
 SITES = [
     f"encoder.layer.{layer}.attention.self.{name}"
@@ -52,7 +53,7 @@ def drawn(run_dir: Path) -> list[str]:
     """The titles of the sections, after every figure was drawn for a page and for a phone."""
     titles = []
     with style.applied():
-        for found in noise(run_dir):
+        for found in noise(Left(run_dir)):
             assert callable(found.figure)
             for width in (style.WIDE, style.NARROW):
                 assert style.svg(found.figure(width), "x", found.title).startswith("<svg")
@@ -65,7 +66,7 @@ def test_three_sections_say_what_is_lost_where_and_whether_indices_agree(
 ) -> None:
     run_dir = lab(5)
     assert len(drawn(run_dir)) == 3
-    texts = [found.text for found in noise(run_dir)]
+    texts = [found.text for found in noise(Left(run_dir))]
     assert "exactly 0 in all 5 rounds" in texts[0]
     assert "0.50 for the same index, −0.01 for different ones" in texts[2]
 
@@ -90,7 +91,7 @@ def test_every_kind_of_run_is_drawn(
 ) -> None:
     run_dir = lab(rounds, **changes)
     assert len(drawn(run_dir)) == sections
-    assert words in noise(run_dir)[0].text
+    assert words in noise(Left(run_dir))[0].text
 
 
 def test_without_a_global_model_there_are_only_cosines(lab: Callable[..., Path]) -> None:

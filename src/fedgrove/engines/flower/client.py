@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fedgrove.federation.federation import Client
     from fedgrove.federation.tasks.base import Example
     from fedgrove.job import Job
+    from fedgrove.methods.contract import Method
     from fedgrove.training.client import ClientHalf
 
 Data = Mapping[str, "list[Example]"]  # split -> encoded examples
@@ -47,39 +48,53 @@ class Workshop:
     data: dict[str, Data]  # by client
 
 
-_kept: dict[tuple[str, str], Workshop] = {}  # at most one: a process works for one run at a time
+class Workshops:
+    """What a process keeps between messages: one workshop, because it works for one run at a
+    time.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[str, str] | None = None
+        self._workshop: Workshop | None = None
+
+    def of(self, run: str, job: Job, info: ClientInfo) -> Workshop:
+        """The workshop for a run, built at the first call."""
+        import torch
+
+        from fedgrove.runs import prepare
+
+        job = prepare.machine_choices(job)
+        torch.set_num_threads(int(job.train.threads))
+        key = run, job.digest()
+        if self._workshop is None or self._key != key:
+            self._workshop = None  # before the next model is loaded
+            self._workshop, self._key = _built(job, info), key
+        return self._workshop
 
 
-def workshop(key: str, job: Job, info: ClientInfo) -> Workshop:
-    """The process's workshop for a run, built at the first call."""
-    import torch
-
+def _built(job: Job, info: ClientInfo) -> Workshop:
     from fedgrove.methods.registry import method_class
     from fedgrove.runs import prepare
     from fedgrove.training.client import ClientHalf
     from fedgrove.training.kernel import Kernel
 
-    job = prepare.machine_choices(job)
-    torch.set_num_threads(int(job.train.threads))
-    found = _kept.get((key, job.digest()))
-    if found is None:
-        _kept.clear()
-        base, task = prepare.base_of(job), prepare.task_of(job)
-        method = method_class(job.method.name)(
-            job.method.options, prepare.setting_of(job, base, {info.name: info})
-        )
-        head = prepare.head_policy(job, base, task)
-        kernel = Kernel(base, task, job.train, dropout=job.lora.dropout)
-        half = ClientHalf(kernel, method, head, job.run.seed, job.run.rounds, job.privacy)
-        found = _kept[key, job.digest()] = Workshop(job, half, {})
-    return found
+    base, task = prepare.base_of(job), prepare.task_of(job)
+    method = method_class(job.method.name)(
+        job.method.options, prepare.setting_of(job, base, {info.name: info})
+    )
+    head = prepare.head_policy(job, base, task)
+    kernel = Kernel(base, task, job.train, dropout=job.lora.dropout)
+    half = ClientHalf(kernel, method, head, job.run.seed, job.run.rounds, job.privacy)
+    return Workshop(job, half, {})
 
 
 class Runtime:
-    """Answers the server's messages for the client whose place this is."""
+    """Answers the server's messages for the client whose place this is, with what the process
+    keeps.
+    """
 
-    def __init__(self, place: Place, *, simulated: bool = False):
-        self.place, self.simulated = place, simulated
+    def __init__(self, place: Place, workshops: Workshops, *, simulated: bool = False):
+        self.place, self.workshops, self.simulated = place, workshops, simulated
 
     def handle(self, blob: bytes) -> bytes:
         """The answer to a message; an "error" message where there is none."""
@@ -87,12 +102,7 @@ class Runtime:
         try:
             note = self._decoded(blob)
             key = str(note.head.get("run", ""))
-            if note.kind not in ("hello", "open", "here"):
-                with suppress(
-                    Exception
-                ):  # so that the place can check the message against the model's layers
-                    self._ready(note)
-            self.place.received(note, blob)
+            self.place.received(note, blob, self._method(note))
             answer = self._answer(note)
         except Exception as error:
             answer = self._error(error)
@@ -108,12 +118,18 @@ class Runtime:
             return decode(blob)
         except Exception as error:
             with suppress(FedgroveError):
-                self.place.received(Note("unreadable", {}, {}), blob)
-            raise (
-                error
-                if isinstance(error, AdapterError)
-                else AdapterError("A message cannot be read.")
-            ) from error
+                self.place.received(Note("unreadable", {}, {}), blob, None)
+            if isinstance(error, AdapterError):
+                raise
+            raise AdapterError("A message cannot be read.") from error
+
+    def _method(self, note: Note) -> Method | None:
+        """The run's method, to check a message against; None before the model is loaded."""
+        if note.kind in ("hello", "open", "here"):
+            return None
+        with suppress(Exception):  # it is told where the message is answered
+            return self._ready(note)[0].half.method
+        return None
 
     def _sent(self, answer: Note) -> bytes:
         blob = encode(answer)
@@ -256,9 +272,8 @@ class Runtime:
             ) from None
         info = ClientInfo(**opened["client"])
         job = self._job(opened["job"])
-        shop = workshop(str(note.head["run"]), job, info)
+        shop = self.workshops.of(str(note.head["run"]), job, info)
         kernel = shop.half.kernel
-        self.place.sites = kernel.base.sites
         if info.name not in shop.data:
             from fedgrove.runs.prepare import encode as encode_rows
 

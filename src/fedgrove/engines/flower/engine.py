@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from fedgrove.engines.flower.wire import Note
 from fedgrove.methods.contract import ClientInfo, Method, Update
 from fedgrove.methods.protocols import Probes
 from fedgrove.wire.compress import sent_bytes
-from fedgrove.wire.validate import fault, figures_fault, measures_fault, row_fault
+from fedgrove.wire.figures import figures_fault, measures_fault, row_fault
+from fedgrove.wire.validate import fault
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -42,6 +43,15 @@ _LEAVING = {
 
 _Ask = tuple[str, dict[str, Any], dict[str, Any]]  # kind, head, body
 Told = Callable[[int, str, str, str], None]  # (round, client, what, reason): for the log
+Newcomer = Callable[[ClientInfo], None]
+
+
+def _nobody_listens(round: int, client: str, what: str, reason: str) -> None:
+    pass
+
+
+def _nobody_cares(info: ClientInfo) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class _Sent:
 
 class FlowerEngine:
     """``simulation``: paths for simulated clients, None for real ones; ``names``: whose key each
-    node has, if known.
+    node has, if known; ``told``: hears of what happens to clients.
     """
 
     def __init__(
@@ -79,20 +89,19 @@ class FlowerEngine:
         *,
         simulation: dict[str, str] | None = None,
         names: Mapping[int, str] | None = None,
+        told: Told = _nobody_listens,
     ):
         self.post, self.key, self.job, self.simulation = post, key, job, simulation
         self.names = dict(names or {})
-        self.patience, self.late, self.least = (
-            job.federation.deadline,
-            job.federation.late,
-            job.federation.min_clients,
-        )
-        self.told: Told = lambda round, client, what, reason: None
+        self.told = told
+        self.patience = job.federation.deadline
+        self.late = job.federation.late
+        self.least = job.federation.min_clients
         self.members: dict[str, Member] = {}
         self.infos: dict[str, ClientInfo] = {}
         self.held_out: set[str] = set()
-        self.never: set[str] = set()  # names that do not train even where they come late
-        self.newcomer: Callable[[ClientInfo], Any] = lambda info: None  # told of such a one
+        self._never: frozenset[str] = frozenset()
+        self._newcomer: Newcomer = _nobody_cares
         self._stores: dict[str, int] = {}  # round of each client's store
         self._before: dict[str, int] = {}
         self._kept: dict[str, int] = {}  # as _stores, at the last checkpoint
@@ -111,6 +120,7 @@ class FlowerEngine:
         ] = []  # as _opening: done, and not yet told to the loop
         self._method: Method | None = None
         self._head: HeadPolicy | None = None
+        self._metric = ""
 
     @property
     def trusted(self) -> bool:
@@ -230,9 +240,32 @@ class FlowerEngine:
             if info.name in self.members and not self._has_opened(info, answer):
                 self._ready.append((info, before))
 
-    def settle(self, method: Method, head: HeadPolicy, held_out: Sequence[str]) -> None:
-        """What the server's side checks updates against."""
-        self._method, self._head, self.held_out = method, head, set(held_out)
+    def expect(self, infos: Sequence[ClientInfo]) -> None:
+        """These clients take part, whether they are here or come back."""
+        self.infos.update({info.name: info for info in infos})
+
+    def forget(self, name: str) -> None:
+        """This client takes no part any more."""
+        self.infos.pop(name, None)
+
+    def settle(
+        self,
+        method: Method,
+        head: HeadPolicy,
+        metric: str,
+        *,
+        held_out: Collection[str],
+        never: Collection[str] = (),
+        newcomer: Newcomer = _nobody_cares,
+    ) -> None:
+        """What the server's side checks updates and measures against.
+
+        ``never``: names that do not train even where they come late; ``newcomer`` is told of such
+        a one.
+        """
+        self._method, self._head, self._metric = method, head, metric
+        self.held_out = set(held_out)
+        self._never, self._newcomer = frozenset(never), newcomer
 
     def joined(self, round: int) -> list[ClientInfo]:
         if self.trusted:
@@ -244,11 +277,11 @@ class FlowerEngine:
                 self.told(round, info.name, "back", "it is connected again")
         new = [info for info, known in ready if not known and info.name in self.members]
         for info in new:
-            if info.name in self.never:
+            if info.name in self._never:
                 self.held_out.add(info.name)
-                self.newcomer(info)
+                self._newcomer(info)
                 self.told(round, info.name, "joined", "it is held out, and measured at the end")
-        return [info for info in new if info.name not in self.never]
+        return [info for info in new if info.name not in self._never]
 
     def refuse(self, client: str, reason: str) -> None:
         member = self.members.pop(client)
@@ -372,9 +405,7 @@ class FlowerEngine:
         info = self.infos.get(name)
         if info is None:
             return Absence(name, "it was turned away in the meantime")
-        wrong = fault(
-            content, method=self._method, client=info, round=sent.round, head=self._head.initial
-        )
+        wrong = fault(content, method=self._method, head=self._head.initial)
         if wrong:
             return Absence(name, f"its update is refused, because {wrong}")
         self._before[name] = self._stores.get(name, 0)
@@ -579,12 +610,6 @@ class FlowerEngine:
             )
         for node, answer in self._ask(asked, seconds=self.patience):
             yield names[node], answer
-
-    @property
-    def _metric(self) -> str:
-        from fedgrove.runs.prepare import task_of
-
-        return task_of(self.job).metric
 
     def _rank(self, member: Member) -> int:
         """The rank of a client that joins late: the job's word for its name, else the global one;

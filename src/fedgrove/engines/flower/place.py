@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from fedgrove.federation import Federation
     from fedgrove.federation.federation import Client
     from fedgrove.job import Job
+    from fedgrove.methods.contract import Method
 
 
 class Place(Protocol):
     """What ``client.Runtime`` asks of the machine that it runs on."""
 
     name: str  # the client's; "" for a simulated one before ``client``
-    # set by the runtime once the base is loaded: its adapted layers, to check messages against
-    sites: Any
 
     @property
     def folder(self) -> Path:
@@ -46,9 +45,9 @@ class Place(Protocol):
         server may know.
         """
 
-    def received(self, note: Note, blob: bytes) -> None:
+    def received(self, note: Note, blob: bytes, method: Method | None) -> None:
         """A message arrived, and nothing was done with it yet. Raises ``FedgroveError`` to refuse
-        it.
+        it. ``method``: the run's, to check it against; None before the model is loaded.
         """
 
     def sending(self, note: Note, blob: bytes) -> None:
@@ -62,7 +61,6 @@ class SimulatedPlace:
 
     def __init__(self, run: Path, partition: int, name: str = ""):
         self.run, self.partition, self.name = run, partition, name
-        self.sites: Any = None
 
     @property
     def folder(self) -> Path:
@@ -90,7 +88,7 @@ class SimulatedPlace:
     def tells(self, row: dict[str, Any]) -> dict[str, Any]:
         return row
 
-    def received(self, note: Note, blob: bytes) -> None:
+    def received(self, note: Note, blob: bytes, method: Method | None) -> None:
         pass
 
     def sending(self, note: Note, blob: bytes) -> None:

@@ -8,19 +8,17 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 
+from fedgrove.engines.flower.deployable import alone, deployable, named_held_out
 from fedgrove.engines.flower.engine import FlowerEngine, Member
 from fedgrove.engines.flower.post import Post
 from fedgrove.federation import build
-from fedgrove.federation.tasks import task_class, task_name
-from fedgrove.ground.errors import JobError, RunError
+from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_text
 from fedgrove.interop.models import Base
 from fedgrove.methods.contract import ClientInfo, Method
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from fedgrove.federation.tasks import Task
     from fedgrove.job import Job
     from fedgrove.tracking.callback import Callback
-    from fedgrove.use.result import Result
 
 Lend = Callable[[int, "Job"], AbstractContextManager[Grid]]  # (nodes, job) -> their grid
 OTHERS = (
@@ -98,40 +95,6 @@ class Half:
         return cls(job, base, task, method, prepare.head_policy(job, base, task))
 
 
-def on_grid(
-    grid: Grid,
-    job: Job,
-    out: Path,
-    *,
-    resume: bool,
-    callbacks: Sequence[Callback] = (),
-    names: Mapping[int, str] | None = None,
-) -> Result:
-    """Run a job over a grid: between real sites, or on the virtual nodes of a simulation.
-
-    ``names``: the site to which each node's key belongs; a node that says another name is refused.
-    """
-    from fedgrove.start import run
-
-    if (
-        type(grid).__name__ == "InMemoryGrid"
-    ):  # of Flower's simulation; a deployment's goes over the network
-        return run(
-            job,
-            out,
-            resume=resume,
-            callbacks=callbacks,
-            engine=partial(on_virtual_nodes, lent(grid)),
-        )
-    return run(
-        job, out, resume=resume, callbacks=callbacks, engine=partial(between_sites, grid, names)
-    )
-
-
-def lent(grid: Grid) -> Lend:
-    return lambda nodes, job: nullcontext(grid)
-
-
 @contextmanager
 def on_virtual_nodes(
     lend: Lend, job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
@@ -153,9 +116,16 @@ def on_virtual_nodes(
     paths = {"run": str(directory.path.absolute()), "directory": os.getcwd()}
     watch.phase("starting Flower")
     with marked(directory, key), lend(len(federation.clients), job) as grid:
-        engine = FlowerEngine(Post(grid), key, job, simulation=paths)
-        engine.settle(half.method, half.head, list(held_out))
-        meet(engine, [*clients.values(), *held_out.values()], watch)
+        refusals: list[str] = []
+        engine = FlowerEngine(
+            Post(grid),
+            key,
+            job,
+            simulation=paths,
+            told=lambda round, client, what, reason: refusals.append(reason),
+        )
+        engine.settle(half.method, half.head, half.task.metric, held_out=held_out)
+        meet(engine, [*clients.values(), *held_out.values()], refusals, watch)
         fingerprint = prepare.fingerprint_of(federation)
         yield Remote(
             job,
@@ -171,23 +141,21 @@ def on_virtual_nodes(
         )
 
 
-def meet(engine: FlowerEngine, everyone: Sequence[ClientInfo], watch: Callback) -> None:
+def meet(
+    engine: FlowerEngine, everyone: Sequence[ClientInfo], refusals: Sequence[str], watch: Callback
+) -> None:
     """Every simulated client loads the model. Raises ``RunError`` with the sentence of one that
-    cannot.
+    cannot; ``refusals`` has what the engine told of those whom it turned away.
     """
     watch.phase("loading the model in the clients' processes")
-    reasons: list[str] = []
-    engine.told = lambda round, client, what, reason: reasons.append(reason)
     settled(engine.post, len(everyone))
     engine.introduce(wait=True)
-    missing = [info.name for info in everyone if info.name not in engine.members]
-    if missing or reasons:
+    if refusals:
+        raise RunError(refusals[0])
+    if any(info.name not in engine.members for info in everyone):
         raise RunError(
-            reasons[0]
-            if reasons
-            else f"The job has {len(everyone)} clients, but Flower runs {len(engine.members)} "
-            f"nodes; run it with "
-            f"--federation-config 'num-supernodes={len(everyone)}'."
+            f"The job has {len(everyone)} clients, but Flower runs {len(engine.members)} nodes; "
+            f"run it with --federation-config 'num-supernodes={len(everyone)}'."
         )
     failed = engine.open(everyone)
     if failed:
@@ -210,32 +178,34 @@ def between_sites(
     key, known = continued(directory, resume=resume)
     job = deployable(prepare.machine_choices(job.resolved()))
     torch.set_num_threads(int(job.train.threads))
-    engine = FlowerEngine(Post(grid, again=True), key, job, names=names)
-    engine.told = telling(directory, watch)
+    told = telling(directory, watch)
+    engine = FlowerEngine(Post(grid, again=True), key, job, names=names, told=told)
     members = gather(engine, job.federation.min_clients, watch, among=set(known) if known else None)
     clients = known or ranked(job, members)
-    held_out = {name: info for name, info in clients.items() if name in _named_held_out(job)}
+    held_out = {name: info for name, info in clients.items() if name in named_held_out(job)}
     clients = {name: info for name, info in clients.items() if name not in held_out}
     if not clients:
         raise RunError(
             "Every site that is here is held out, so nobody would train; see federation.held_out."
         )
     half = Half.of(job, clients, held_out)
-    engine.infos.update({**clients, **held_out})
-    engine.settle(half.method, half.head, list(held_out))
-    engine.never, engine.newcomer = (
-        _named_held_out(job),
-        lambda info: held_out.update({info.name: info}),
+    engine.expect([*clients.values(), *held_out.values()])
+    engine.settle(
+        half.method,
+        half.head,
+        half.task.metric,
+        held_out=held_out,
+        never=named_held_out(job),
+        newcomer=lambda info: held_out.update({info.name: info}),
     )
     rows = [member.row for member in sorted(members, key=lambda member: member.name)]
     roster = Roster(job.data.classes, rows, {"name": "the sites' own data"})
     with marked(directory, key):
         watch.phase("waiting for the sites to load the model")
-        failed = engine.open(
-            [info for info in engine.infos.values() if info.name in engine.members]
-        )
+        here = [info for info in engine.infos.values() if info.name in engine.members]
+        failed = engine.open(here)
         for name in failed if not known else ():  # who cannot begin is not waited for
-            engine.infos.pop(name)
+            engine.forget(name)
             clients.pop(name, None)
             held_out.pop(name, None)
         if len(clients) < job.federation.min_clients:
@@ -306,41 +276,6 @@ def ranked(job: Job, members: Sequence[Member]) -> dict[str, ClientInfo]:
     ranks = {name: min(rank, rows[name].rank or rank) for name, rank in ranks.items()}
     ranks = prepare.fitting_ranks(job, ranks)
     return {name: ClientInfo(name, ranks[name], rows[name].examples) for name in names}
-
-
-def deployable(job: Job) -> Job:
-    """What only a simulation can do is refused; what a simulation looks up in everybody's data must
-    be in the job.
-    """
-    if task_class(job.data).classifies and not job.data.classes:
-        raise JobError(
-            "data.labels is missing: sites do not see each other's data, so the job must name the "
-            "classes."
-        )
-    if isinstance(job.federation.held_out, float) and job.federation.held_out > 0:
-        raise JobError(
-            f"federation.held_out = {job.federation.held_out} draws clients by their data, which "
-            f"stay at the sites; "
-            "name the sites to hold out, or leave it out."
-        )
-    newcomers = job.federation.newcomer_head
-    return job.replace(
-        data={"task": task_name(job.data)},
-        train=alone(job),
-        federation={
-            "newcomer_head": bool(_named_held_out(job)) if newcomers == "auto" else newcomers
-        },
-    )
-
-
-def alone(job: Job) -> dict[str, Any]:
-    """Each client trains in a message of its own, so an automatic cohort is one client."""
-    return {"cohort": 1} if job.train.cohort == "auto" else {}
-
-
-def _named_held_out(job: Job) -> set[str]:
-    held_out = job.federation.held_out
-    return set(held_out) if isinstance(held_out, tuple) else set()
 
 
 def continued(directory: RunDirectory, *, resume: bool) -> tuple[str, dict[str, ClientInfo]]:

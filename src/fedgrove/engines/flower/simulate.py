@@ -75,7 +75,7 @@ def ray_grid(nodes: int, job: Job) -> Iterator[Grid]:
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
-    from fedgrove.deploy.app import client
+    from fedgrove.engines.flower.client_app import virtual
 
     lent: queue.Queue[Grid | BaseException] = queue.Queue()
     returned = threading.Event()
@@ -88,7 +88,7 @@ def ray_grid(nodes: int, job: Job) -> Iterator[Grid]:
 
     def simulate() -> None:
         try:
-            run_simulation(lender, client, nodes, backend_config=resources(nodes, job))
+            run_simulation(lender, virtual, nodes, backend_config=resources(nodes, job))
         except BaseException as error:
             lent.put(error)
 

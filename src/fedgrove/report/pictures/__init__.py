@@ -1,3 +1,3 @@
-"""Sections of single systems, one module each, found by themselves; see
-``fedgrove.report.sections``.
+"""The house's own pictures, one module each: of single methods, which name them, and of what any run
+may leave; see ``fedgrove.report.sections``.
 """

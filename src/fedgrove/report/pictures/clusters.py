@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedgrove.ground import words
 from fedgrove.report import style
-from fedgrove.report.sections import Section, section
+from fedgrove.report.sections import Left, Section
 from fedgrove.report.style import COLOURS, CYCLE
 from fedgrove.report.tiers import Tiers
 
@@ -31,9 +31,12 @@ _PAIRS = {  # how each pair of tiers is drawn
 }
 
 
-@section("clusters.json", beside=True)
-def clusters(run_dir: Path, beside: Sequence[Path]) -> list[Section]:
-    content = json.loads((run_dir / "clusters.json").read_text(encoding="utf-8"))
+def clusters(left: Left) -> list[Section]:
+    """The clusters, what each tier adds and how far tiers overlap; nothing before there are any."""
+    if not left.has("clusters.json"):
+        return []
+    run_dir, beside = left.folder, left.others("clusters.json")
+    content = left.read("clusters.json")
     picture = (
         partial(heat, content) if len(content["clients"]) > 2 else None
     )  # two have but one distance

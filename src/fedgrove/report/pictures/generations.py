@@ -4,19 +4,17 @@ right.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from fedgrove.report.sections import Section, section
+from fedgrove.report.sections import Left, Section
 
 SHOWN = 12  # texts on the page, spread over the clients
 LONGEST = 320  # letters of a cell
 
 
-@section("generations.jsonl")
-def generations(run_dir: Path) -> list[Section]:
-    text = (run_dir / "generations.jsonl").read_text(encoding="utf-8")
-    texts = [json.loads(line) for line in text.split("\n") if line]
+def generations(left: Left) -> list[Section]:
+    """The texts as a table, as many of each client as there is room for."""
+    texts = left.lines("generations.jsonl")
+    if not texts:
+        return []
     clients: dict[str, list[dict[str, str]]] = {}
     for written in texts:
         clients.setdefault(written["client"], []).append(written)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from fedgrove.ground import words
 from fedgrove.ground.lines import read
 from fedgrove.report import style
-from fedgrove.report.sections import Section, section
+from fedgrove.report.sections import Left, Section
 from fedgrove.report.style import COLOURS
 
 _SIGNED = LinearSegmentedColormap.from_list(
@@ -56,9 +55,9 @@ class Curve:
         return next((value for value in reversed(self.values) if value is not None), None)
 
 
-@section("noise.jsonl")
-def noise(run_dir: Path) -> list[Section]:
-    rounds = read(run_dir / "noise.jsonl")
+def noise(left: Left) -> list[Section]:
+    """What was lost, where, and whether rank indices mean the same to all."""
+    rounds = read(left.folder / "noise.jsonl")
     found = []
     if any(line["n_init"] is not None or line["n_agg"] is not None for line in rounds):
         title = "What a round loses between the server and its clients"
@@ -67,7 +66,7 @@ def noise(run_dir: Path) -> list[Section]:
         text = "Aggregation noise of each adapted layer, the shallowest at the top. Darker is more."
         found.append(Section("Where the mean loses", text, partial(places, rounds)))
     if any(line["cos_same"] is not None or line["cos_other"] is not None for line in rounds):
-        matrix = mean_matrix(read(run_dir / "cosines.jsonl"))
+        matrix = mean_matrix(read(left.folder / "cosines.jsonl"))
         title = "Does a rank index mean the same to every client?"
         found.append(Section(title, _cosine_text(rounds, matrix), partial(cosines, rounds, matrix)))
     return found

@@ -4,10 +4,8 @@ layer to layer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,7 +15,7 @@ from matplotlib.patches import Polygon
 
 from fedgrove.report import style
 from fedgrove.report.branches import Group, Tree
-from fedgrove.report.sections import Section, section
+from fedgrove.report.sections import Left, Section
 from fedgrove.report.style import COLOURS, CYCLE
 
 _STUB = 0.6  # layers' worth of common trunk above the first layer, so that there is a root to see
@@ -32,9 +30,11 @@ _SHARES = LinearSegmentedColormap.from_list(
 )
 
 
-@section("tree.json")
-def tree(run_dir: Path) -> list[Section]:
-    found = Tree.read(json.loads((run_dir / "tree.json").read_text(encoding="utf-8")))
+def tree(left: Left) -> list[Section]:
+    """The tree, and how far each client relies on its own branch; nothing before there is a tree."""
+    if not left.has("tree.json"):
+        return []
+    found = Tree.read(left.read("tree.json"))
     sections = [
         Section(
             "The tree: who shares with whom, layer by layer",

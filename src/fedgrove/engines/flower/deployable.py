@@ -1,0 +1,54 @@
+"""A job as it can run on a grid: what needs everybody's data in one process is refused. No Flower
+here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedgrove.federation.tasks import task_class, task_name
+from fedgrove.ground.errors import JobError
+
+if TYPE_CHECKING:
+    from fedgrove.job import Job
+
+
+def deployable(job: Job) -> Job:
+    """The job between sites. What only a simulation can do is refused with a ``JobError``; what a
+    simulation looks up in everybody's data must be in the job.
+    """
+    if task_class(job.data).classifies and not job.data.classes:
+        raise JobError(
+            "data.labels is missing: sites do not see each other's data, so the job must name the "
+            "classes."
+        )
+    held_out = job.federation.held_out
+    if isinstance(held_out, float) and held_out > 0:
+        raise JobError(
+            f"federation.held_out = {held_out} draws clients by their data, which stay at the "
+            "sites; name the sites to hold out, or leave it out."
+        )
+    if job.run.noise:
+        raise JobError(
+            "run.noise = true looks into what is private to the clients, which stays at the sites; "
+            "set it to false."
+        )
+    newcomer_head = job.federation.newcomer_head
+    if newcomer_head == "auto":
+        newcomer_head = bool(named_held_out(job))
+    return job.replace(
+        data={"task": task_name(job.data)},
+        train=alone(job),
+        federation={"newcomer_head": newcomer_head},
+    )
+
+
+def alone(job: Job) -> dict[str, int]:
+    """Each client trains in a message of its own, so an automatic cohort is one client."""
+    return {"cohort": 1} if job.train.cohort == "auto" else {}
+
+
+def named_held_out(job: Job) -> set[str]:
+    """The sites that the job holds out by name."""
+    held_out = job.federation.held_out
+    return set(held_out) if isinstance(held_out, tuple) else set()

@@ -1,0 +1,168 @@
+"""Gaussian noise on a grid, drawn exactly: no bit of what is released tells more than the accounting
+says.
+
+Noise in floating point leaks through its lowest bits, because not every sum of a value and a draw
+can be reached from every value (Mironov, "On Significance of the Least Significant Bits for
+Differential Privacy", CCS 2012). Here everything is a whole number of grid steps instead: what each
+member adds is cut towards zero, so that it never grows, the sum is exact, and the noise is the
+discrete Gaussian of Canonne, Kamath and Steinke, "The Discrete Gaussian for Differential Privacy"
+(NeurIPS 2020), whose probability at k is proportional to exp(-k² / 2s²).
+
+It is their rejection sampler. Every coin of theirs, of probability exp(-γ), is thrown by comparing
+64 random bits with the exponential in double precision; where the two are too close to tell, which
+happens to one coin in 2^39, it is settled in exact arithmetic with as many more bits as it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Context, Decimal
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedgrove.privacy.randomness import Stream
+
+STEPS = 1 << 24  # grid steps in one standard deviation, where the grid may be chosen
+WIDEST = 1 << 31  # of a standard deviation, in grid steps
+CHUNK = 1 << 14  # candidates at a time, which stay in the processor's cache
+TIE = 2.0**-40  # closer than this, double precision does not settle a coin
+
+Words = NDArray[np.uint64]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Multiples of ``step``, and the standard deviation of the noise on them, in steps."""
+
+    step: float
+    deviation: int
+
+    @classmethod
+    def fine(cls, deviation: float, bound: float) -> Grid:
+        """A grid for noise of this standard deviation on a sum of numbers up to ``bound``: so fine
+        that it takes nothing from them, so coarse that 2^22 of them add up in 63 bits.
+        """
+        coarsest = bound * 2.0**-40
+        if deviation < coarsest * STEPS:
+            return cls.given(coarsest, deviation)
+        return cls(deviation / STEPS, STEPS)
+
+    @classmethod
+    def given(cls, step: float, deviation: float) -> Grid:
+        """Noise on a grid that is given: of this standard deviation, rounded up to whole steps."""
+        return cls(step, max(1, math.ceil(deviation / step)))
+
+    def cut(self, values: Tensor) -> Tensor:
+        """What is on the grid of ``values``, int64 of the same shape: towards zero, so that no norm
+        grows.
+        """
+        return (values.double() / self.step).trunc().to(torch.int64)
+
+    def noisy(self, total: Tensor, key: str, *purpose: object) -> Tensor:
+        """The sum ``total`` (int64 ``[numbers]``, in steps) with its noise, float64 on the CPU."""
+        exact = total.cpu()
+        noise = discrete_gaussian(Stream(key, *purpose), len(exact), self.deviation)
+        return (exact + torch.from_numpy(noise)).double() * self.step
+
+
+def discrete_gaussian(stream: Stream, count: int, deviation: int, *, tie: float = TIE) -> Integers:
+    """``count`` independent draws, int64: k has a probability proportional to exp(-k² / 2s²).
+
+    ``deviation``: s, 1 to 2^31. ``tie``: where double precision gives way to exact arithmetic;
+    changes no draw.
+    """
+    if not 1 <= deviation <= WIDEST:
+        raise ValueError(f"a deviation of {deviation} steps is not between 1 and {WIDEST}")
+    found: list[Integers] = []
+    missing = count
+    while missing > 0:
+        # About one candidate in 2.1 is taken, fewer where s is far below a power of two.
+        share = 0.47 * deviation / (1 << (deviation - 1).bit_length())
+        accepted = _candidates(stream, min(int(missing / share) + 64, CHUNK), deviation, tie)
+        found.append(accepted[:missing])
+        missing -= len(found[-1])
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _candidates(stream: Stream, count: int, deviation: int, tie: float) -> Integers:
+    """Draws of a discrete Laplace distribution of scale s, those of them that a coin takes.
+
+    A size is x = u + s v: u uniform below s, v geometric with e^-1. The coin is theirs for u,
+    exp(-u / s), and theirs for x, exp(-(x - s)² / 2s²), as one.
+    """
+    first, second, third = stream.words(3 * count).reshape(3, count)
+    bits = (deviation - 1).bit_length()
+    offset = (first >> np.uint64(1)) & np.uint64((1 << bits) - 1)
+    negative = (first & np.uint64(1)).astype(bool)
+    size = offset.astype(np.int64) + deviation * _geometric(second, stream)
+    exponent = offset / deviation + ((size - deviation) / deviation) ** 2 / 2
+
+    def exactly(at: int) -> Fraction:
+        u, x = int(offset[at]), int(size[at])
+        return Fraction(u, deviation) + Fraction((x - deviation) ** 2, 2 * deviation**2)
+
+    taken = _coins(third, exponent, exactly, stream, tie)
+    taken &= offset < np.uint64(deviation)  # u is uniform below s, and nothing else
+    taken &= ~(negative & (size == 0))  # there is one zero, not two
+    return np.where(negative, -size, size)[taken]
+
+
+def _coins(
+    words: Words,
+    exponent: NDArray[np.float64],
+    exactly: Callable[[int], Fraction],
+    stream: Stream,
+    tie: float,
+) -> NDArray[np.bool_]:
+    """A coin of probability exp(-γ) for each word; ``exactly`` gives γ where it is close."""
+    chance = np.exp(-exponent)
+    drawn = words * 2.0**-64
+    heads = drawn < chance
+    for at in np.flatnonzero(np.abs(drawn - chance) <= tie):
+        heads[at] = _below(int(words[at]), exactly(int(at)), stream)
+    return np.asarray(heads, dtype=bool)
+
+
+def _geometric(words: Words, stream: Stream) -> Integers:
+    """How often in a row a coin of probability e^-1 falls, one number for each word."""
+    above = np.searchsorted(_THRESHOLDS, words)
+    found = np.int64(len(_THRESHOLDS) - 1) - above
+    for at in np.flatnonzero(_THRESHOLDS[above] == words):
+        times = 0
+        while _below(int(words[at]), Fraction(times + 1), stream):
+            times += 1
+        found[at] = times
+    return found
+
+
+def _below(word: int, exponent: Fraction, stream: Stream) -> bool:
+    """Whether the number whose first 64 bits after the point are ``word`` is below exp(-γ)."""
+    drawn, bits = word, 64
+    while True:
+        low, high = _bounds(exponent, bits)
+        if drawn < low:
+            return True
+        if drawn > high:
+            return False
+        drawn = (drawn << 64) | int(stream.words(1)[0])
+        bits += 64
+
+
+def _bounds(exponent: Fraction, bits: int) -> tuple[int, int]:
+    """Whole numbers around exp(-γ) 2^bits: not above it, and at least it less one."""
+    context = Context(prec=bits // 3 + 40)
+    power = context.divide(Decimal(-exponent.numerator), Decimal(exponent.denominator))
+    scaled = context.multiply(context.exp(power), Decimal(2**bits))
+    margin = Decimal(1).scaleb(-15)  # far more than what the four operations round
+    return int(context.subtract(scaled, margin)), int(context.add(scaled, margin))
+
+
+#: floor(2^64 e^-j) for j = 45 ... 0, ascending: a coin has fallen j times where the word is below.
+_THRESHOLDS = np.array([_bounds(Fraction(j), 64)[0] for j in range(45, -1, -1)], dtype=np.uint64)

@@ -1,0 +1,132 @@
+"""How one client's adapter is used: a command, and a few lines with PEFT and Transformers alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+
+from fedgrove.ground.names import folder_of
+from fedgrove.report.data import Run
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How Transformers reads what a task is about."""
+
+    asked: str  # an example
+    model: str  # class of the base model
+    stock: str  # class of the base model with its own head
+    processor: str
+    lines: tuple[str, ...]  # from the base's name and the model to the output
+    positions: str = ""  # what a pooled head takes the mean over; "" where there is no such head
+    imports: tuple[str, ...] = ()
+    options: str = ""  # of the base's ``from_pretrained``
+
+
+READERS = {
+    "classify-text": Reader(
+        asked="a text to classify",
+        model="AutoModel",
+        stock="AutoModelForSequenceClassification",
+        processor="AutoTokenizer",
+        lines=(
+            "reader = AutoTokenizer.from_pretrained(base_name)",
+            'output = model(**reader("a text to classify", return_tensors="pt"))',
+        ),
+        positions="the tokens",
+    ),
+    "classify-images": Reader(
+        asked="photo.png",
+        model="AutoModel",
+        stock="AutoModelForImageClassification",
+        processor="AutoImageProcessor",
+        lines=(
+            'reader = AutoImageProcessor.from_pretrained(base_name, backend="pil")',
+            'image = Image.open("photo.png").convert("RGB")',
+            'output = model(**reader(images=image, return_tensors="pt"))',
+        ),
+        positions="all positions",
+        imports=("from PIL import Image",),
+        # a base in half precision, which Transformers keeps, does not take the processor's pixels
+        options=', dtype="float32"',
+    ),
+    "generate": Reader(
+        asked="What is the capital of France?",
+        model="AutoModelForCausalLM",
+        stock="AutoModelForCausalLM",
+        processor="AutoTokenizer",
+        lines=(
+            "reader = AutoTokenizer.from_pretrained(base_name)",
+            'messages = [{"role": "user", "content": "What is the capital of France?"}]',
+            "batch = reader.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+            "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
+        ),
+    ),
+}
+OTHER = "a row of your data"  # asked of a task that is not in this list
+
+
+def usage(run: Run) -> list[tuple[str, str]]:
+    """(what it does, code) for one client, with paths relative to the run directory."""
+    name = next(iter(sorted(run.clients)), next(iter(run.newcomers), "CLIENT"))
+    reader = READERS.get(str(run.summary.get("task")))
+    asked = reader.asked if reader else OTHER
+    command = f'fedgrove predict . --client {shlex.quote(name)} "{asked}"'
+    found = [("Ask one client’s model something, from a shell:", command)]
+    folder = f"adapters/{folder_of(name)}"
+    base = _base(run, folder)
+    if reader and base:
+        stock = bool(reader.positions) and run.setting("model", "head") == "stock"
+        found.append((_introduction(reader, stock), _code(run, reader, folder, base, stock)))
+    return found
+
+
+def _base(run: Run, folder: str) -> str:
+    """The base model that the client's adapter names. "" where it has no plain PEFT adapter: this
+    method's model is more than a sum of LoRA terms, or nothing was exported.
+    """
+    config = run.path / folder / "adapter_config.json"
+    try:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        return ""
+    return str(base or run.setting("model", "name") or "BASE MODEL")
+
+
+def _introduction(reader: Reader, stock: bool) -> str:
+    alone = "With PEFT and Transformers alone"
+    if stock or not reader.positions:
+        return f"{alone}:"
+    return (
+        f"{alone}. The classifier is head.safetensors beside the adapter: its weight and bias act "
+        f"on the mean of the hidden states over {reader.positions}."
+    )
+
+
+def _code(run: Run, reader: Reader, folder: str, base: str, stock: bool) -> str:
+    from fedgrove.interop.models import SHIPPED_MODELS
+
+    kind = reader.stock if stock else reader.model
+    labels = len((run.table or {}).get("labels", []))
+    options = reader.options
+    if stock and labels:
+        options += f", num_labels={labels}"
+    name = json.dumps(base, ensure_ascii=False)
+    lines = ["from peft import PeftModel", *reader.imports]
+    lines.append(f"from transformers import {kind}, {reader.processor}")
+    if base in SHIPPED_MODELS:  # under no name of the hub
+        lines += ["", "from fedgrove.interop.models import resolve_name"]
+        name = f"resolve_name({name})"
+    lines += [
+        "",
+        f"base_name = {name}",
+        f"base = {kind}.from_pretrained(base_name{options})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(folder, ensure_ascii=False)}).eval()",
+        *reader.lines,
+    ]
+    if reader.positions:
+        lines.append("print(output.logits)" if stock else "hidden = output.last_hidden_state")
+    return "\n".join(lines)
