@@ -92,7 +92,7 @@ class RateText(ReadsText[RatingOptions]):
         explained = 1 - sums["missed"] / spread if spread > 0 else 0.0
         return {"loss": sums["missed"] / count, "r2": explained, "examples": count}
 
-    def answers(self, found: Tensor, examples: Sequence[Example]) -> Answers:
+    def compared(self, found: Tensor, examples: Sequence[Example]) -> Answers:
         """Numbers beside numbers, out of logits [n, 1]."""
         return Answers(truth=self.targets(examples).numpy(), predicted=found[:, 0].numpy())
 

@@ -49,7 +49,7 @@ def answered(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
                 f"row {number} is no object; give rows with {task.asks!r} and {answer!r}"
             )
         missing = [key for key in (task.asks, answer) if key not in row]
-        if missing and "messages" not in row:
+        if missing and not {"messages", "plain"} & row.keys():
             raise DataError(
                 f"row {number} has no {missing[0]!r}; give rows with {task.asks!r} and {answer!r}"
             )

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 #: as the task needs it; of a text: "input_ids": list[int], and "label": int if it has one
 Example = dict[str, Any]
 Batch = dict[str, Tensor]
+#: of a setting that cards tell where it is not the default, as cards of earlier versions lack it
+SAID_WHERE_SET = {"said": "where set"}
 Keys = TypeVar("Keys", bound=options.Options)
 
 
@@ -82,7 +84,11 @@ class Task(ABC, Generic[Keys]):
         """What an adapter directory says of the task, as JSON: "task" (its name), "labels", and its
         own settings.
         """
-        settings = {each.name: getattr(self, each.name) for each in _settings(type(self))}
+        settings: dict[str, Any] = {}
+        for each in _settings(type(self)):
+            value = getattr(self, each.name)
+            if value != each.default or each.metadata != SAID_WHERE_SET:
+                settings[each.name] = value
         return {"task": self.name, "labels": list(self.labels), **_with_lists(settings)}
 
     @classmethod
@@ -169,7 +175,7 @@ class Task(ABC, Generic[Keys]):
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Means out of sums: "loss", the task's metric, and "examples"."""
 
-    def answers(self, found: Any, examples: Sequence[Example]) -> Answers:
+    def compared(self, found: Any, examples: Sequence[Example]) -> Answers:
         """What a model answered beside what was right, for metrics: ``found`` are logits [n, c], of
         a writer the n texts that it wrote.
         """

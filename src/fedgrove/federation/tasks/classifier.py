@@ -102,7 +102,7 @@ class Classifier:
             "examples": examples,
         }
 
-    def answers(self, found: Float[Tensor, "n c"], examples: Sequence[Example]) -> Answers:
+    def compared(self, found: Float[Tensor, "n c"], examples: Sequence[Example]) -> Answers:
         """Classes and their probabilities."""
         scores = torch.softmax(found.double(), dim=-1).numpy()
         return Answers(
