@@ -9,10 +9,10 @@ TORCH := 2.13.0
 BIN := .venv/bin
 READY := .venv/.ready-torch-$(TORCH)
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all test-browser lint format clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## build .venv with the console script .venv/bin/fedgrove
 
@@ -47,6 +47,10 @@ test: lint  ## lint, then every test but the slow ones
 
 test-all: lint  ## lint, then every test
 	@$(BIN)/python -m pytest -q -n auto --dist loadscope $(PYTEST_ARGS)
+
+test-browser: setup  ## the report and the comparison in chromium (apt-get install chromium), also on a phone
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[browser]"
+	@$(BIN)/python -m pytest -q -m browser tests/browser $(PYTEST_ARGS)
 
 format: setup  ## let ruff mend what it can
 	@$(BIN)/ruff check --quiet --fix .

@@ -70,8 +70,8 @@ def main() -> None:
 
 
 def measured(folder: str, clients: int) -> dict[str, float]:
+    from fedgrove.engines.local import prepare
     from fedgrove.job import Job
-    from fedgrove.runs.prepare import prepare
 
     started = resident()
     job = Job.build(

@@ -15,8 +15,12 @@ from typing import Any, Union, get_args, get_origin
 
 from jaxtyping import AbstractArray
 
-#: what is watched; each declares the shapes of all its tensors
-WATCHED = ["fedgrove.training", "fedgrove.adapters.assembly"]
+#: what is watched: each computes with tensors, and declares the shapes of all of them
+WATCHED = [
+    "fedgrove.adapters.assembly",
+    *(f"fedgrove.training.{room}" for room in ("cohort", "hooked", "language", "live", "packed")),
+    "fedgrove.training.readers",
+]
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,10 +21,10 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     """
     from safetensors.torch import save_file
 
+    from fedgrove.engines.local import prepare
     from fedgrove.ground.seeds import generator
     from fedgrove.interop.models import resolve_name
     from fedgrove.methods.contract import Step
-    from fedgrove.runs.prepare import prepare
     from fedgrove.training.loop import batch_order
 
     prepared = prepare(job)
@@ -46,7 +46,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     clients: dict[str, Any] = {}
     for name in prepared.clients:
         data = prepared.engine.data[name]
-        steps = prepared.half.kernel.steps(
+        steps = prepared.engine.half.kernel.steps(
             Step(prepared.method.global_assembly(state)), len(data["train"])
         )
         batches = []
@@ -76,7 +76,7 @@ def write(job: Job, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(start, folder / "start.safetensors")
     (folder / "plan.json").write_text(json.dumps(plan))
-    prepared.half.kernel.close()
+    prepared.engine.half.kernel.close()
     return plan
 
 

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fedgrove.engines.base import Stage
-from fedgrove.engines.local import LocalEngine
-from fedgrove.ground.errors import JobError, RunError
-from fedgrove.privacy.check import refuse_unfit
+from fedgrove.ground.errors import JobError
 from fedgrove.runs.directory import RunDirectory
 from fedgrove.runs.finish import finish
 from fedgrove.runs.loop import Loop, TooFew
-from fedgrove.runs.prepare import prepare
+from fedgrove.runs.records import Records
 from fedgrove.tracking.callback import Callback, Callbacks
 from fedgrove.training.profile import span
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
-    from fedgrove.runs.prepare import Prepared
+    from fedgrove.runs.engine import Engine
+    from fedgrove.runs.stage import Stage
     from fedgrove.use.result import Result
 
 
 class Opener(Protocol):
-    """Makes everything that a run needs, for as long as it lasts."""
+    """Makes everything that a run needs, for as long as it lasts, and refuses a job that cannot be
+    run (``runs.fit``) before it starts anything.
+    """
 
     def __call__(
         self, job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
-    ) -> AbstractContextManager[Stage]: ...
+    ) -> AbstractContextManager[Stage[Engine]]: ...
 
 
 def run(
@@ -61,6 +61,8 @@ def run(
         with directory.lock():
             watch.phase("loading model and data")
             with opener(engine)(job, directory, resume=resume, watch=watch) as stage:
+                for remark in stage.federation.remarks:
+                    watch.remark(remark)
                 conduct(stage, directory, watch, resume=resume, baselines=baselines)
     finally:
         watch.close()
@@ -74,47 +76,16 @@ def opener(engine: str | Opener) -> Opener:
 
         return simulated
     if engine == "local":
+        from fedgrove.engines.local import in_process
+
         return in_process
     if isinstance(engine, str):
         raise JobError(f"There is no engine {engine!r}; there are local and flower.")
     return engine
 
 
-@contextmanager
-def in_process(
-    job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
-) -> Iterator[Stage]:
-    """The local engine. A run that was begun on Flower has its clients' stores elsewhere."""
-    if (directory.path / "flower.json").exists():
-        raise RunError(
-            f"{directory.path} was begun with the flower engine; go on with --engine flower, or "
-            f"choose another --out."
-        )
-    with span("loading model and data"):
-        prepared = prepare(job)
-    for remark in remarks(prepared):
-        watch.remark(remark)
-    yield prepared
-
-
-def remarks(prepared: Prepared) -> list[str]:
-    """What a user would want to know before the run goes on."""
-    most = prepared.task.tokens.get("max_length", 0)
-    rows = [
-        row for parts in prepared.engine.data.values() for part in parts.values() for row in part
-    ]
-    full = sum(len(row["input_ids"]) >= most for row in rows if "input_ids" in row)
-    if not full:
-        return []
-    return [
-        f"{full} of {len(rows)} rows fill data.max_length = {most} tokens, and longer ones are cut "
-        f"there "
-        "(`fedgrove data --tokens` counts them)"
-    ]
-
-
 def conduct(
-    stage: Stage,
+    stage: Stage[Engine],
     directory: RunDirectory,
     watch: Callback,
     *,
@@ -122,23 +93,8 @@ def conduct(
     baselines: Sequence[Path] = (),
 ) -> None:
     """All the rounds that are left, and the finish, on whatever engine the stage has."""
-    if stage.job.run.noise and not isinstance(stage.engine, LocalEngine):
-        raise JobError(
-            "run.noise = true looks into what is private to the clients, which only the local "
-            "engine can; set it to "
-            "false, or run with the local engine."
-        )
-    refuse_impossible(stage)
-    refuse_unfit(
-        stage.job,
-        stage.method,
-        stage.head,
-        clients=len(stage.clients),
-        held_out=bool(stage.held_out),
-        local=isinstance(stage.engine, LocalEngine),
-    )
     directory.open(stage, resume=resume)
-    loop = Loop(stage, directory, watch)
+    loop = Loop(stage, Records.at(directory.path, watch, stage.lab))
     try:
         loop.rounds()
         with span("finish"):
@@ -149,21 +105,3 @@ def conduct(
     except TooFew:
         watch.run_stopped(loop.done, "too few clients")
         raise
-
-
-def refuse_impossible(stage: Stage) -> None:
-    """What of ``[federation]`` this method or this number of clients cannot do."""
-    wanted, method = stage.job.federation, stage.method
-    if wanted.late == "next" and not method.stale:
-        raise JobError(
-            f'federation.late = "next", but an update of {method.title} means something only in '
-            f"the round it was "
-            'trained in; set it to "drop".'
-        )
-    drawn = max(1, round(wanted.fraction * len(stage.clients)))
-    if wanted.min_clients > drawn:
-        raise JobError(
-            f"federation.min_clients = {wanted.min_clients}, but a round draws {drawn} of "
-            f"{len(stage.clients)} clients "
-            f"(federation.fraction = {wanted.fraction:g}); lower it, or draw more."
-        )

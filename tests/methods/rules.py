@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stops import StopAfter
 from tests.tiny import GOOD, sentences, tiny_job
 from torch import Tensor
 
 import fedgrove as fg
 from fedgrove.adapters import Adapter, Assembly, Factors, Site, as_one_adapter
+from fedgrove.engines.local import prepare
 from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import ClientInfo, Method, Setting, Update
 from fedgrove.methods.registry import method_class
-from fedgrove.runs.directory import RunDirectory
 from fedgrove.runs.loop import Loop
-from fedgrove.runs.prepare import prepare
+from fedgrove.runs.records import Records
 from fedgrove.start import run
 from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.metrics import read
@@ -99,17 +100,6 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
     assert (got - want).norm() <= tolerance * want.norm(), float((got - want).norm() / want.norm())
 
 
-class StopAfter(Callback):
-    """Interrupts the run in the middle of a round."""
-
-    def __init__(self, round: int):
-        self.round = round
-
-    def client_done(self, round: int, line: Any) -> None:
-        if round == self.round:
-            raise KeyboardInterrupt
-
-
 def adapter_files(path: Path) -> dict[str, bytes]:
     return {
         str(f.relative_to(path)): f.read_bytes()
@@ -164,14 +154,14 @@ def check_export(job: Any, out: Path) -> None:
     term.
     """
     prepared = prepare(job)
-    loop = Loop(prepared, RunDirectory(out), Callback())
+    loop = Loop(prepared, Records.at(out, Callback()))
     assert loop.done == job.run.rounds
-    kernel = prepared.half.kernel
+    kernel = prepared.engine.half.kernel
     examples = prepared.task.encode(
         [{"text": text, "label": "positive"} for text in TEXTS], prepared.base.processor
     )
     for name in prepared.clients:
-        assembly = prepared.engine.personal(name, loop.offer(name, loop.done + 1))
+        assembly = prepared.engine.personal(name, loop.deployed(name, loop.done))
         bare = Assembly(extras=assembly.extras)
         ours, without = kernel.logits(assembly, examples), kernel.logits(bare, examples)
         assert (ours - without).abs().max() > 1e-4  # there is something to export

@@ -31,10 +31,10 @@ from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter
+from fedgrove.engines.local import prepare
 from fedgrove.methods.contract import Step, Trained, keep, reveal
 from fedgrove.methods.fdlora import FUSION, Fused
 from fedgrove.methods.records import Whole
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.training.kernel import Clock, some
 
@@ -166,7 +166,7 @@ def test_a_step_with_a_count_sees_so_many_examples(
 ) -> None:
     prepared = prepare(tiny_job(tiny_bert, silos, **JOB))
     examples = prepared.engine.data["site-0"]["train"]
-    kernel, clock = prepared.half.kernel, Clock(0, (1, "site-0"))
+    kernel, clock = prepared.engine.half.kernel, Clock(0, (1, "site-0"))
 
     def after(count: int, rows: Any) -> Any:
         assembly = Assembly((Term("own", prepared.method.setting.shared_draw()),))

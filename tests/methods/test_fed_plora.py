@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.methods.kit import aggregated
+from tests.stops import StopAfter
 from tests.tiny import save_silos, sentences, tiny_job, unclipped
 from torch import Tensor
 
@@ -28,7 +29,6 @@ from fedgrove.methods.contract import ClientInfo, Setting, Step, Trained, Update
 from fedgrove.methods.fed_plora import FedPLoRA, PLoRAOptions, best
 from fedgrove.methods.fedit import FedIT
 from fedgrove.start import run
-from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.metrics import read
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.loop import Clock
@@ -433,15 +433,6 @@ def test_with_full_budgets_it_is_fedit_with_uniform_weights(
     assert files(tmp_path / "examples") != found
 
 
-class StopAfter(Callback):
-    def __init__(self, round: int):
-        self.round = round
-
-    def client_done(self, round: int, line: Any) -> None:
-        if round == self.round:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("selection", ["random", "least_trained"])
 def test_a_resumed_run_is_bit_identical(
     selection: str, tiny_bert: Path, seven: Path, tmp_path: Path
@@ -534,7 +525,7 @@ def test_an_index_that_nobody_trained_keeps_its_bits(tiny_bert: Path, tmp_path: 
     )
     from safetensors.torch import load_file
 
-    from fedgrove.runs.prepare import prepare
+    from fedgrove.engines.local import prepare
 
     run(job, tmp_path / "out")
     start = prepare(job).method.setting.shared_draw()

@@ -148,7 +148,7 @@ def test_the_written_model_weighs_each_example_as_the_formula_says(
 ) -> None:
     opened: Opened = exports(tiny_bert, silos, tmp_path, **job)
     assembly = opened.assembly("site-1")
-    kernel = opened.prepared.half.kernel
+    kernel = opened.prepared.engine.half.kernel
     features, references = (
         kernel.features(opened.examples),
         reveal(opened.stores["site-1"]["mine"])["references"],

@@ -69,11 +69,27 @@ def test_the_mean_is_of_rotated_factors_and_no_product_changes(lam: float, stret
             for adapter, rotated, weight in zip(adapters, mine, WEIGHTS, strict=True):
                 f = adapter[site]
                 close(rotated[site].product(), f.product())
-                r = soft(ref.A @ f.A.T if round % 2 else ref.B.T @ f.B, lam)
+                r = soft(ref.B.T @ f.B if round % 2 else ref.A @ f.A.T, lam)
                 a += weight * r.T @ f.A
                 b += weight * f.B @ r
             close(after[site].A, a, 1e-10)
             close(after[site].B, b, 1e-10)
+
+
+def test_the_second_round_aligns_a_and_the_third_b() -> None:
+    """As the authors' code, whose state counts from 0: odd states align A, from state 1 on."""
+    chosen, reference = method("fedrot-lora", rank=3, lam=1.0), draw(50, 3)
+    (adapter,) = client_draws(chosen, 1.0, (3,))
+    second = uploaded(chosen, adapter, reference, 2)
+    third = uploaded(chosen, adapter, reference, 3)
+    for site, f in adapter.items():
+        ref = reference[site]
+
+        def apart(sent: Factors, factor: str, ref: Factors = ref) -> float:
+            return float((getattr(sent, factor) - getattr(ref, factor)).norm())
+
+        assert apart(second[site], "A") < min(apart(third[site], "A"), apart(f, "A")) - 1e-3
+        assert apart(third[site], "B") < min(apart(second[site], "B"), apart(f, "B")) - 1e-3
 
 
 def test_the_full_rotation_undoes_a_rotation() -> None:

@@ -762,3 +762,117 @@ def test_an_assembly_of_a_client_never_seen_runs_before_there_is_a_tree() -> Non
         assembly = chosen.personal(info("x"), offer, {})
         assert isinstance(assembly, Assembly)
         assert all(f.B.count_nonzero() == 0 for f in assembly.terms[0].adapter.values())
+
+
+# ------------------------------------------------------------------ the external expert's renewal
+
+
+def two_groups(**options: Any) -> tuple[FedTreeLoRA, dict[str, Any], dict[str, Adapter]]:
+    """Four clients in two groups, after their warm-up."""
+    chosen = method(fixed_k=2, warmup_rounds=1, **options)
+    adapters = {}
+    for index, name in enumerate(names(4)):
+        side = 5.0 * (index // 2)
+        adapters[name] = {
+            site: Factors(factors.A, factors.B + side, factors.scale)
+            for site, factors in drawn(index, 0.1).items()
+        }
+    return chosen, after_warmup(chosen, adapters), adapters
+
+
+def mixed(offer: Mapping[str, Any], site: str) -> Tensor:
+    """What runs at λ = ½, for one shared A: ``(B_cluster + B_external) / 2``."""
+    halves: Tensor = (offer["cluster"][site].B + offer["external"][site].B) / 2
+    return halves
+
+
+def trained_to(
+    chosen: FedTreeLoRA, state: Mapping[str, Any], round: int, goals: Mapping[str, float]
+) -> list[Update]:
+    """Everyone trains its cluster's B until what it runs at λ = ½ is its goal, exactly."""
+    updates = []
+    for name, goal in goals.items():
+        offer = chosen.offer(dict(state), round, info(name))
+        adapter = {
+            site: Factors(factors.A, 2 * goal - offer["external"][site].B, factors.scale)
+            for site, factors in offer["cluster"].items()
+        }
+        updates.append(Update(name, 10, {"adapter": adapter}))
+    return updates
+
+
+GOALS = {"c00": 1.0, "c01": 1.0, "c02": 3.0, "c03": 3.0}
+
+
+def test_renewed_at_once_two_groups_deploy_one_model_that_swings() -> None:
+    chosen, state, _ = two_groups()
+    site = next(iter(SITES))
+    deployed = []
+    for round in range(2, 7):
+        state = chosen.aggregate(state, round, trained_to(chosen, state, round, GOALS))
+        one, other = (
+            mixed(chosen.deploy(state, round, info(name)), site) for name in ("c00", "c02")
+        )
+        # each trained to a model of its own, and all deploy the same one
+        torch.testing.assert_close(one, other)
+        deployed.append(one)
+    rest = 1.0 + 3.0  # the goals' sum: u' = 2 (goal_1 + goal_2) - u for u = C_1 + C_2
+    for before, after in itertools.pairwise(deployed):
+        torch.testing.assert_close(after, rest - before, rtol=1e-4, atol=1e-4)
+    assert (deployed[0] - deployed[1]).abs().max() > 0.1
+
+
+def test_deployed_with_what_it_was_trained_against_a_client_has_what_it_trained() -> None:
+    chosen, state, _ = two_groups(external_update="previous")
+    for round in range(2, 5):
+        state = chosen.aggregate(state, round, trained_to(chosen, state, round, GOALS))
+        for name, goal in GOALS.items():
+            offer = chosen.deploy(state, round, info(name))
+            for site in SITES:
+                run = mixed(offer, site)
+                torch.testing.assert_close(run, torch.full_like(run, goal), rtol=1e-4, atol=1e-4)
+    last = chosen.offer(state, chosen.setting.rounds + 1, info("c00"))
+    assert torch.equal(
+        last["external"][site].B, chosen.deploy(state, 9, info("c00"))["external"][site].B
+    )
+
+
+def test_the_first_experts_are_deployed_as_they_are_whatever_the_renewal() -> None:
+    chosen, state, _ = two_groups(external_update="previous", external_damping=0.5)
+    plain, other, _ = two_groups()
+    for name in names(4):
+        ours, published = chosen.deploy(state, 1, info(name)), plain.deploy(other, 1, info(name))
+        for term in ("cluster", "external"):
+            assert all(torch.equal(ours[term][s].B, published[term][s].B) for s in SITES)
+
+
+def test_a_damped_external_expert_goes_only_a_part_of_the_way() -> None:
+    chosen, state, _ = two_groups(external_damping=0.25)
+    before = chosen.offer(state, 2, info("c00"))["external"]
+    updates = trained_to(chosen, state, 2, GOALS)
+    after = chosen.offer(chosen.aggregate(state, 2, updates), 3, info("c00"))["external"]
+    others = [u.content["adapter"] for u in updates if u.client in ("c02", "c03")]
+    for site in SITES:
+        target = (others[0][site].B + others[1][site].B) / 2
+        wanted = 0.25 * before[site].B + 0.75 * target
+        torch.testing.assert_close(after[site].B, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_half_damping_ends_the_swing_in_one_round() -> None:
+    chosen, state, _ = two_groups(external_damping=0.5)
+    site = next(iter(SITES))
+    sums = []
+    for round in range(2, 7):
+        state = chosen.aggregate(state, round, trained_to(chosen, state, round, GOALS))
+        offers = [chosen.offer(state, round + 1, info(name)) for name in ("c00", "c02")]
+        sums.append(sum(offer["external"][site].B for offer in offers))
+    # the common mode of the external experts has the eigenvalue 1 - 2 (1 - damping) = 0
+    for later in sums[1:]:
+        torch.testing.assert_close(later, sums[0], rtol=1e-4, atol=1e-4)
+
+
+def test_where_no_layer_is_split_there_is_nothing_to_damp() -> None:
+    chosen = method(tau=2.0, warmup_rounds=1, external_damping=0.5, external_update="previous")
+    state = after_warmup(chosen, {name: drawn(index) for index, name in enumerate(names(3))})
+    again = chosen.aggregate(state, 2, arrived({name: drawn(7) for name in names(3)}))
+    assert "external" not in chosen.deploy(again, 2, info("c00"))

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stops import StopAfter
 from tests.tiny import save_bert, save_silos, sentences, tiny_job
 
 import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.tree import pack
+from fedgrove.engines.local import prepare
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, reveal
 from fedgrove.methods.fedtreelora import FedTreeLoRA
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
-from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
 from fedgrove.training.client import ClientHalf, Turn
@@ -96,16 +96,6 @@ def test_one_branch_without_warm_up_is_fedit_bit_for_bit(
     assert ours.summary["clients"] == fedit.summary["clients"]
     more = run(job_of(bert, five, method={"weights": shares}), tmp_path / "split")
     assert weights(more.path) != found
-
-
-class StopAfter(Callback):
-    def __init__(self, round: int, clients: int):
-        self.round, self.clients, self.seen = round, clients, 0
-
-    def client_done(self, round: int, line: Any) -> None:
-        self.seen += round == self.round
-        if self.seen == self.clients:
-            raise KeyboardInterrupt
 
 
 def miss_the_warm_up(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -273,7 +263,7 @@ def test_the_exported_adapter_is_the_personal_model(bert: Path, five: Path, tmp_
         offer = {"method": prepared.method.offer(server["state"], 5, prepared.clients[name])}
         assembly = prepared.engine.personal(name, offer)
         assert [term.name for term in assembly.terms] == ["cluster", "external"]
-        want = prepared.half.kernel.logits(assembly, examples)
+        want = prepared.engine.half.kernel.logits(assembly, examples)
         got = fg.load(found.client(name).path).logits([row["text"] for row in rows])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
@@ -297,7 +287,9 @@ def test_an_unseen_client_is_placed_by_a_probe_on_its_own_data(
         def ask(probe: Any, newcomer: ClientInfo = newcomer) -> dict[str, Any]:
             return {"method": method.welcome(state, newcomer, probe)}
 
-        placed = prepared.half.arrive(newcomer, prepared.engine.data[name]["train"], ask)["method"]
+        placed = prepared.engine.half.arrive(newcomer, prepared.engine.data[name]["train"], ask)[
+            "method"
+        ]
         assert same(placed["cluster"], method.offer(state, 7, prepared.clients[twin])["cluster"])
         assert not same(placed["cluster"], at_once["cluster"])
 

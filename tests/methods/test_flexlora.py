@@ -32,10 +32,11 @@ def best(matrix: Tensor, rank: int) -> Tensor:
     return u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
 
 
+@pytest.mark.parametrize("split", ["authors", "balanced"])
 @pytest.mark.parametrize("scaling", ["global", "client"])
 @pytest.mark.parametrize("stretch", [1.0, 30.0])
-def test_every_client_gets_its_own_truncation(scaling: Any, stretch: float) -> None:
-    chosen = method("flexlora", scaling)
+def test_every_client_gets_its_own_truncation(scaling: Any, stretch: float, split: str) -> None:
+    chosen = method("flexlora", scaling, split=split)
     adapters = client_draws(chosen, stretch)
     state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
     for client in CLIENTS:
@@ -49,9 +50,10 @@ def test_every_client_gets_its_own_truncation(scaling: Any, stretch: float) -> N
                 best(dense(adapters, WEIGHTS, site), f.rank),
                 1e-10,
             )
-            torch.testing.assert_close(
-                f.B.norm(dim=0), f.A.norm(dim=1)
-            )  # the root of the singular value in both
+            if split == "authors":  # B = U S / s, A = V^T
+                torch.testing.assert_close(f.A @ f.A.T, torch.eye(f.rank, dtype=f.A.dtype))
+            else:  # the root of the singular value in both
+                torch.testing.assert_close(f.B.norm(dim=0), f.A.norm(dim=1))
 
 
 def test_at_full_rank_it_is_exact() -> None:
@@ -78,14 +80,39 @@ def test_the_server_loses_nothing() -> None:
             close(model(whole, site), dense(adapters, WEIGHTS, site))
 
 
-def test_a_direction_that_nobody_trained_is_alive() -> None:
+@pytest.mark.parametrize("name", ["flexlora", "raflora"])
+@pytest.mark.parametrize("split", ["authors", "balanced"])
+def test_round_1_starts_from_the_shared_draw_whatever_the_scale(name: str, split: str) -> None:
+    chosen = method(name, "client", split=split)
+    state = chosen.begin(CLIENTS)
+    for client in CLIENTS:
+        draw = chosen.setting.shared_draw(client.rank)
+        for site, f in chosen.offer(state, 1, client)["adapter"].items():
+            assert torch.equal(f.A, draw[site].A)
+            assert not f.B.any()
+            assert f.scale == chosen.setting.scale(client.rank)
+
+
+def test_with_the_authors_split_no_row_of_a_is_zero() -> None:
     chosen = method("flexlora")
+    adapters = client_draws(chosen, ranks=(2,))  # the others are away
+    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
+    for site, f in state["global"].items():
+        close(f.product(), dense(adapters, [1.0], site))
+        torch.testing.assert_close(f.A @ f.A.T, torch.eye(4, dtype=f.A.dtype))
+
+
+@pytest.mark.parametrize("scaling", ["global", "client"])
+def test_a_direction_that_nobody_trained_is_alive(scaling: Any) -> None:
+    chosen = method("flexlora", scaling, split="balanced")
     adapters = client_draws(chosen, ranks=(2,))  # the others are away
     state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
     for site, f in state["global"].items():
         close(f.product(), dense(adapters, [1.0], site))
         assert not f.B[:, 2:].any()
         torch.testing.assert_close(f.A[2:], chosen.setting.shared_draw()[site].A[2:].double())
+    offer = chosen.offer(state, 2, CLIENTS[3])["adapter"]  # rank 3; its third module
+    torch.testing.assert_close(offer["q"].A[2:], chosen.setting.shared_draw()["q"].A[2:3].double())
     zero = {site: f.map(torch.zeros_like) for site, f in adapters[0].items()}
     state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent([zero]))
     assert torch.equal(state["global"]["q"].A, chosen.setting.shared_draw()["q"].A.double())

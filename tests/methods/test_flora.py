@@ -27,7 +27,8 @@ from tests.methods.rules import (
 from fedgrove.adapters import Assembly, Term
 from fedgrove.ground.errors import RunError
 from fedgrove.methods.contract import Trained, Update
-from fedgrove.methods.flora import stacked
+from fedgrove.methods.flora import Stack
+from fedgrove.methods.rule import Arrivals, Round, combine
 
 
 @pytest.mark.parametrize("scaling", ["global", "client"])
@@ -43,7 +44,8 @@ def test_the_stack_is_the_exact_mean_of_the_products(scaling: Any, stretch: floa
 def test_only_a_carries_the_weights() -> None:
     chosen = method("flora", "client")
     adapters = client_draws(chosen)
-    stack = stacked(adapters, WEIGHTS, 1.25)
+    arrivals = Arrivals(chosen.setting, adapters, WEIGHTS, scale=1.25)
+    stack = combine(Stack(chosen.options, Round(SITES)), arrivals).base
     for site in SITES:
         assert torch.equal(stack[site].B, torch.cat([adapter[site].B for adapter in adapters], 1))
         assert stack[site].rank == 10

@@ -12,19 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stops import StopAfter
 from tests.tiny import FILLER, save_silos, tiny_job
 
 from fedgrove.adapters import Assembly
 from fedgrove.adapters.private import unseal
 from fedgrove.adapters.tree import leaves, numbers, pack, unpack
 from fedgrove.cli import main
-from fedgrove.engines.base import Arrival
-from fedgrove.engines.local import LocalEngine
+from fedgrove.engines.local import LocalEngine, prepare
+from fedgrove.federation import build
+from fedgrove.federation.tasks import ClassifyText
 from fedgrove.ground.errors import JobError, RunError
 from fedgrove.interop.peft import read_adapter
-from fedgrove.runs.prepare import prepare
+from fedgrove.runs.engine import Arrival
 from fedgrove.start import run
-from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
 from fedgrove.use.adapt import adapt
@@ -32,18 +33,6 @@ from fedgrove.use.personal import load
 from fedgrove.use.result import Result
 
 HILORA = {"name": "hilora"}
-
-
-class StopAfter(Callback):
-    """Interrupts the run in the middle of a round."""
-
-    def __init__(self, round: int, clients: int = 1):
-        self.round, self.clients, self.seen = round, clients, 0
-
-    def client_done(self, round: int, line: Any) -> None:
-        self.seen += round == self.round
-        if round == self.round and self.seen == self.clients:
-            raise KeyboardInterrupt
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -200,7 +189,7 @@ def test_each_tier_exported_gives_the_kernels_logits(
     prepared = prepare(Result(out).job)
     _, server, stores = Checkpoints(out / "checkpoints").load()
     offer = prepared.method.offer(server["state"], 6, prepared.clients["site-3"])
-    assembly = prepared.half.personal(
+    assembly = prepared.engine.half.personal(
         prepared.clients["site-3"], {"method": offer}, stores["site-3"]
     )
     alone = Assembly((assembly.term(tier),), extras=assembly.extras)
@@ -208,8 +197,8 @@ def test_each_tier_exported_gives_the_kernels_logits(
     examples = prepared.task.encode(
         [{"text": text, "label": "positive"} for text in texts], prepared.base.processor
     )
-    expected = prepared.half.kernel.logits(alone, examples)
-    prepared.half.kernel.close()
+    expected = prepared.engine.half.kernel.logits(alone, examples)
+    prepared.engine.half.kernel.close()
     assert torch.allclose(load(folder).logits(texts), expected, atol=1e-5)
     adapter, _, _ = read_adapter(folder)
     assert {f.rank for f in adapter.values()} == {4}
@@ -226,7 +215,8 @@ def test_each_tier_exported_gives_the_kernels_logits(
             ).last_hidden_state
             pooled = prepared.task.pool(hidden, batch)
         head = load(folder).assembly.extras
-        logits = prepared.half.kernel.reader.task.head_logits(
+        assert isinstance(prepared.task, ClassifyText)
+        logits = prepared.task.head_logits(
             pooled, {n.removeprefix("head."): e.value for n, e in head.items()}
         )
         assert torch.allclose(logits, expected, atol=1e-5)
@@ -284,7 +274,7 @@ def test_a_held_out_client_is_measured_at_once_and_after_its_leaf(
         assert torch.equal(tuned[site].B[:, :8], factors.B[:, :8])  # frozen
         assert tuned[site].B[:, 8:].any()
     tuned_model = load(out / "adapters_tuned" / "site-1")
-    rows = prepare(Result(out).job).federation.held_out[0].test
+    rows = build(Result(out).job).held_out[0].test
     assert tuned_model.evaluate(rows)["accuracy"] == pytest.approx(row["metric_tuned"])
     assert load(out / "adapters" / "site-1").evaluate(rows)["accuracy"] == pytest.approx(
         row["metric"]

@@ -31,7 +31,7 @@ from torch import Tensor
 from fedgrove.adapters import Adapter
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.methods.raflora import partition_mean
-from fedgrove.tracking.noise import NoiseLab
+from fedgrove.runs.noise import NoiseLab
 
 
 def partitioned(adapters: list[Adapter], site: str, examples: tuple[int, ...] = EXAMPLES) -> Tensor:

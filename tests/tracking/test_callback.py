@@ -14,6 +14,7 @@ HOOKS: dict[str, tuple[Any, ...]] = {
     "round_started": (1, ["a"]),
     "client_done": (1, {"client": "a"}),
     "client_lost": (1, "a", "train", "too late"),
+    "client_event": (1, "a", "late", "used in this round", ""),
     "evaluated": (1, [{"client": "a"}]),
     "round_done": (1, {}),
     "run_finished": ({"rounds": 2}, Path("runs/x")),

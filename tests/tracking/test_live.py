@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fedgrove.tracking.callback import Callback, RunInfo
-from fedgrove.tracking.display import PlainProgress
+from fedgrove.tracking.display import MOST_LOST, PlainProgress
 from fedgrove.tracking.live import LiveProgress, progress
 
 CLIENTS = tuple(f"tweets-{number}" for number in range(4))
@@ -245,3 +245,21 @@ def test_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None
         for code in codes.split(";")
     }
     assert codes <= {"", "0", "1", "2", "22"}  # bold and dim only
+
+
+@pytest.mark.parametrize("kind", [PlainProgress, LiveProgress])
+def test_of_many_lost_clients_a_few_are_named_and_the_rest_counted(kind: Any) -> None:
+    file = io.StringIO()
+    display = kind(Console(file=file, width=200), Clock())
+    for round in (1, 2):
+        display.round_started(round, [f"c{n}" for n in range(1000)])
+        for n in range(1000):
+            display.client_lost(round, f"c{n}", "left out", "no answer")
+        display.round_done(round, {})
+    display.client_lost(3, "c7", "refused", "its data changed")
+    display.run_stopped(2, "interrupted")
+    said = [line.strip() for line in file.getvalue().splitlines()]
+    assert said.count("round 2: c0 left out: no answer") == 1
+    assert said.count("round 2: 995 more clients lost; events.jsonl names all of them") == 1
+    assert said.count("round 3: c7 refused: its data changed") == 1
+    assert len(said) == 2 * (MOST_LOST + 1) + 2

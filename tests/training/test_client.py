@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.assembly import Assembly
-from fedgrove.runs.prepare import prepare
+from fedgrove.engines.local import prepare
 from fedgrove.training.kernel import Kernel
 
 
@@ -18,7 +18,7 @@ def test_a_model_is_measured_again_only_when_it_or_the_data_changed(
     tiny_bert: Path, silos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(tiny_job(tiny_bert, silos))
-    half, (name, info) = prepared.half, next(iter(prepared.clients.items()))
+    half, (name, info) = prepared.engine.half, next(iter(prepared.clients.items()))
     data = prepared.engine.data[name]
     calls: list[int] = []
     evaluate = Kernel.evaluate

@@ -21,13 +21,13 @@ from tests.tiny import (
 from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Convex, Extra, Factors, Term, Weighted, fresh
+from fedgrove.engines.local import prepare
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base, load_config
 from fedgrove.job import Job
 from fedgrove.methods.contract import Live, Step
 from fedgrove.privacy.example_dp import ExampleGuard
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.training.cohort import Cohort
 from fedgrove.training.cohort_size import size_for

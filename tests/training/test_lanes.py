@@ -14,9 +14,9 @@ import torch
 from tests.tiny import sentences, tiny_job, unclipped
 
 from fedgrove.adapters import Assembly, Factors
+from fedgrove.engines.local import prepare
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.interop.models import Base, load_base
-from fedgrove.runs.prepare import prepare
 from fedgrove.start import run
 from fedgrove.training import profile
 from fedgrove.training.kernel import Kernel
@@ -136,8 +136,8 @@ def test_a_resumed_run_has_the_lanes_of_its_beginning(
     job = tiny_job(tiny_bert, silos, train={"threads": 2, **train}, federation=held_out)
     first = prepare(job)
     again = prepare(first.job)  # job.toml has every choice written out
-    assert (first.job.train.cohort, len(first.half.lanes.kernels)) == (cohort, count)
-    assert (again.job.train.cohort, len(again.half.lanes.kernels)) == (cohort, count)
+    assert (first.job.train.cohort, len(first.engine.half.lanes.kernels)) == (cohort, count)
+    assert (again.job.train.cohort, len(again.engine.half.lanes.kernels)) == (cohort, count)
 
 
 def test_the_weights_are_there_once(lanes: Lanes) -> None:
@@ -264,9 +264,11 @@ def test_a_profile_counts_lanes_as_their_share(lanes: Lanes) -> None:
 
 def test_a_prepared_job_has_its_lanes(tiny_bert: Path, silos: Path, threads: None) -> None:
     prepared = prepare(tiny_job(tiny_bert, silos, train={"threads": 2}))
-    assert len(prepared.half.lanes.kernels) == 2
-    assert prepared.half.kernel is prepared.half.lanes.kernels[0]
-    alone = prepared.half.alone(prepared.half.lanes.kernels[1])
-    assert alone.kernel is prepared.half.lanes.kernels[1]
+    assert len(prepared.engine.half.lanes.kernels) == 2
+    assert prepared.engine.half.kernel is prepared.engine.half.lanes.kernels[0]
+    alone = prepared.engine.half.alone(prepared.engine.half.lanes.kernels[1])
+    assert alone.kernel is prepared.engine.half.lanes.kernels[1]
     assert alone.lanes.kernels == [alone.kernel]
-    assert alone._measured is prepared.half._measured, "what one lane measured another need not"
+    assert alone._measured is prepared.engine.half._measured, (
+        "what one lane measured another need not"
+    )

@@ -20,9 +20,10 @@ from tests.wire.test_validate import SITES
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.tree import pack, unpack, walk
+from fedgrove.engines.local import LocalEngine, prepare
 from fedgrove.methods.contract import Setting
 from fedgrove.methods.registry import method_class, names
-from fedgrove.runs.prepare import Prepared, prepare
+from fedgrove.runs.stage import Stage
 from fedgrove.wire.sift import sift
 from fedgrove.wire.validate import fault, offer_fault
 
@@ -107,7 +108,9 @@ def test_a_router_of_many_experts_travels() -> None:
 
 
 # ------------------------------------------------------------ a run, message by message
-def prepared(name: str, options: Options, bert: Path, silos: Path, rounds: int) -> Prepared:
+def prepared(
+    name: str, options: Options, bert: Path, silos: Path, rounds: int
+) -> Stage[LocalEngine]:
     """Clients of different ranks where the method allows it."""
     changes: dict[str, Any] = {"method": {"name": name, **options}}
     if method_class(name).ranks == "mixed":
@@ -117,7 +120,7 @@ def prepared(name: str, options: Options, bert: Path, silos: Path, rounds: int) 
     )
 
 
-def go_through(here: Prepared, *, alone: bool) -> int:
+def go_through(here: Stage[LocalEngine], *, alone: bool) -> int:
     """Every message as its bytes and back, checked as each side does. The highest rank of all."""
     highest = round = 0
     state = here.method.begin(list(here.clients.values()))

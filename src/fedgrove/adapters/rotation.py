@@ -34,8 +34,7 @@ def align(
     """``(R^T A, B R)``, rotated towards the reference's ``factor``; the product ``B A`` does not
     change.
 
-    Odd rounds align A, even ones B, each to the last global factors. Raises AdapterError for
-    unequal ranks.
+    Raises AdapterError for unequal ranks.
     """
     if factors.rank != reference.rank:
         raise AdapterError(

@@ -5,41 +5,32 @@ tool.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from fedgrove.aggregate.grouped import FedTreeLoRA, HiLoRA
+import torch
+
+from fedgrove.adapters.algebra import shares
+from fedgrove.aggregate.directories import Directories
 from fedgrove.aggregate.inputs import Source, check_alike, open_clients, open_source, sites_of
-from fedgrove.aggregate.options import parse_options, parse_weights, unknown_method
+from fedgrove.aggregate.options import Chosen, parse_options, parse_weights, rule_of, rules
 from fedgrove.aggregate.progress import Phase, silent
-from fedgrove.aggregate.rule import Rule, Task
-from fedgrove.aggregate.rules import (
-    FedExLoRA,
-    FedIT,
-    FedPLoRA,
-    FedRotLoRA,
-    FedSA,
-    FedVLM,
-    FFALoRA,
-    FlexLoRA,
-    FLoRA,
-    HETLoRA,
-    LoRAFair,
-    RaFLoRA,
+from fedgrove.aggregate.tags import read_tags
+from fedgrove.aggregate.writer import (
+    AdapterWriter,
+    appearing,
+    refuse_existing,
+    shared_config,
+    write_json,
 )
-from fedgrove.aggregate.writer import AdapterWriter, appearing, shared_config, write_json
 from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import read_json
+from fedgrove.methods.rule import Finds, FirstPass, Needs, OwnWeights, Round, ServerRule, prepared
 
-_KINDS: tuple[type[Rule], ...] = (
-    FedIT, FFALoRA, FedSA, FedVLM, FLoRA, FlexLoRA, HETLoRA, FedExLoRA, LoRAFair, FedRotLoRA, FedPLoRA, RaFLoRA,
-    FedTreeLoRA, HiLoRA,
-)  # fmt: skip
-#: The rules by the names of their methods.
-RULES: dict[str, type[Rule]] = {kind.name: kind for kind in _KINDS}
 GLOBAL, RECORD = "_global", "aggregate.json"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -53,16 +44,16 @@ class Done:
 
     def sentences(self) -> list[str]:
         """What to print."""
-        own = len(self.adapters) - (GLOBAL in self.adapters)
-        parts = [f"{GLOBAL}/"] * (GLOBAL in self.adapters) + [
-            f"an adapter for each of {own} clients"
-        ] * bool(own)
-        lost = (
-            []
-            if self.n_agg is None
-            else [f"Lost against the mean of the updates (n_agg): {self.n_agg:.4g}."]
-        )
-        return [*self.notes, *lost, f"Wrote {self.out}: {' and '.join(parts)}."]
+        said = list(self.notes)
+        if self.n_agg is not None:
+            said.append(f"Lost against the mean of the updates (n_agg): {self.n_agg:.4g}.")
+        parts = []
+        if GLOBAL in self.adapters:
+            parts.append(f"{GLOBAL}/")
+        own = len(self.adapters) - len(parts)
+        if own:
+            parts.append(f"an adapter for each of {own} clients")
+        return [*said, f"Wrote {self.out}: {' and '.join(parts)}."]
 
 
 def aggregate(
@@ -80,8 +71,8 @@ def aggregate(
     exist.
 
     Args:
-        method: a name in ``RULES``. clients: adapter directories; the basename is the client's
-            name.
+        method: one with a rule (``options.rules``), of this package or of any other.
+        clients: adapter directories; the basename is the client's name.
         weights: ``"120,80"`` in that order; None is uniform. rank: of a global adapter that comes
             from an SVD.
         previous: the last round's ``out``. options: ``["K=3", ...]``. phase: opens a progress bar.
@@ -89,83 +80,151 @@ def aggregate(
     Only one site of all clients is in memory at a time. Raises AdapterError before anything is
     written.
     """
-    kind = RULES.get(method)
-    if kind is None:
-        raise unknown_method(method, list(RULES))
-    parsed = parse_options(options, kind.Options, method)
-    if out.exists() or out.is_symlink():
-        raise AdapterError(
-            f"{out} exists already; name another directory with --out, or remove it first."
-        )
-    if rank is not None and not kind.takes_rank:
-        takers = ", ".join(name for name, other in RULES.items() if other.takes_rank)
-        raise AdapterError(
-            f"--rank has no meaning for {method}; it is the global rank of {takers}."
-        )
-    if rank is not None and rank < 1:
-        raise AdapterError(f"--rank is {rank}; it must be at least 1.")
+    kind, rule_class = rule_of(method)
+    chosen = parse_options(options, kind, rule_class.needs)
+    refuse_existing(out)
+    _check_rank(rank, method, rule_class.needs)
+    directories = _opened(method, rule_class.needs, clients, weights, rank, previous, chosen)
+    directories.check()
+    _check_values(directories, phase)
+    seed = chosen.directories.seed
+    rule = rule_class(chosen.method, Round(directories.sites, directories.round, seed))
+    used = _compared(rule, directories, phase)
+    with appearing(out) as partial:
+        tick = phase("Aggregating sites", len(directories.sites))
+        adapters, noise = _write(rule, directories, used, partial, tick)
+        total = _total(list(noise.values()))
+        sites = {site: {"n_agg": value} for site, value in noise.items()}
+        write_json(partial / "noise.json", {"method": method, "n_agg": total, "sites": sites})
+        if isinstance(rule, Finds):
+            for name, content in rule.artefacts(directories.names).items():
+                write_json(partial / name, content)
+        notes = _notes(rule, directories)
+        record = {
+            "method": method,
+            "round": directories.round,
+            "clients": directories.names,
+            "weights": list(used),
+            "rank": rank,
+            "options": dict(chosen.record),
+            "notes": notes,
+        }
+        write_json(partial / RECORD, record)
+    return Done(out, adapters, total, tuple(notes))
+
+
+def _opened(
+    method: str,
+    needs: Needs,
+    clients: Sequence[Path],
+    weights: str | None,
+    rank: int | None,
+    previous: Path | None,
+    chosen: Chosen,
+) -> Directories:
+    """The clients' directories and the last round's, opened and in agreement."""
     numbers = parse_weights(weights, len(clients))
     sources = open_clients(clients)
-    if numbers and kind.every_weight and not all(numbers):
+    if numbers and needs.every_weight and not all(numbers):
         raise AdapterError(
             f"--weights '{weights}': {method} needs weights above 0, since every group needs a "
             f"mean."
         )
     last = _previous(previous, sources[0]) if previous else None
-    task = Task(sources, sites_of(sources[0]), numbers, rank, last, _round(previous) + 1, parsed)
-    rule = kind(task)
-    rule.check()
-    tick = phase("Checking adapters", len(sources) + bool(last))
-    for source in [*sources, *([last] if last else [])]:
+    number = chosen.directories.round or _last_round(previous) + 1
+    if needs.rounds and number > 1 and last is None:
+        raise AdapterError(
+            f"{method} refers to the last global adapter in round {number}: give --previous."
+        )
+    tags = None
+    if needs.by_index == "tagged":
+        tags = read_tags(sources, last, method)
+    return Directories(
+        method,
+        needs,
+        sources,
+        sites_of(sources[0]),
+        shares(numbers, len(sources)),
+        weighed=numbers is not None,
+        round=number,
+        rank=rank,
+        previous=last,
+        fold=chosen.directories.rescale == "B",
+        tags=tags,
+    )
+
+
+def _check_values(directories: Directories, phase: Phase) -> None:
+    sources = list(directories.sources)
+    if directories.previous is not None:
+        sources.append(directories.previous)
+    tick = phase("Checking adapters", len(sources))
+    for source in sources:
         source.check_values()
         tick()
-    if kind.passes > 1:
-        rule.prepare(phase("Comparing clients", len(task.sites)))
-    with appearing(out) as partial:
-        adapters, noise = _write(rule, task, partial, phase("Aggregating sites", len(task.sites)))
-        total = (
-            None
-            if None in noise.values()
-            else math.sqrt(math.fsum((value or 0.0) ** 2 for value in noise.values()))
-        )
-        write_json(
-            partial / "noise.json",
-            {
-                "method": method,
-                "n_agg": total,
-                "sites": {site: {"n_agg": value} for site, value in noise.items()},
-            },
-        )
-        for name, content in rule.artefacts().items():
-            write_json(partial / name, content)
-        notes = (*rule.notes, *_notes(rule, task))
-        write_json(partial / RECORD, _record(rule, task, notes))
-    return Done(out, adapters, total, notes)
+
+
+def _compared(rule: ServerRule, directories: Directories, phase: Phase) -> Sequence[float]:
+    """All passes but the last; gives the weights that the rule takes."""
+    if directories.needs.frozen:
+        directories.check_frozen(phase("Comparing clients", len(directories.sites)))
+    tick = silent("", 0)
+    if isinstance(rule, FirstPass):
+        tick = phase("Comparing clients", len(directories.sites))
+    arrivals = directories.arrivals(directories.weights)
+    return prepared(rule, _counted(arrivals, tick), directories.weights)
+
+
+def _counted(items: Iterable[Item], tick: Callable[[], None]) -> Iterator[Item]:
+    """The same items; ``tick`` is called after each."""
+    for item in items:
+        yield item
+        tick()
 
 
 def _write(
-    rule: Rule, task: Task, folder: Path, advance: Any
+    rule: ServerRule,
+    directories: Directories,
+    weights: Sequence[float],
+    folder: Path,
+    tick: Callable[[], None],
 ) -> tuple[tuple[str, ...], dict[str, float | None]]:
     """Every site of every output; the names of the adapters and the noise by site."""
-    config, dtype = shared_config(task.sources), _dtype(task.sources)
+    sources = directories.sources
+    config, dtype = shared_config(sources), _dtype(sources)
     writers: dict[str, AdapterWriter] = {}
     noise: dict[str, float | None] = {}
-    for site in task.sites:
-        result = rule.site(site, [source.read(site) for source in task.sources])
-        parts = {GLOBAL: result.whole} if result.whole is not None else {}
-        if result.own is not None:
-            parts |= {
-                source.name: each for source, each in zip(task.sources, result.own, strict=True)
-            }
+    for given in _counted(directories.arrivals(weights), tick):
+        whole, own = directories.adapters(given, rule.site(given))
+        parts = {} if whole is None else {GLOBAL: whole}
+        for n, factors in enumerate(own):
+            parts[sources[n].name] = factors
         for name, factors in parts.items():
             if name not in writers:
                 writers[name] = AdapterWriter(folder / name, config, dtype)
-            writers[name].add(site, factors)
-        noise[site] = result.noise
-        advance()
+            writers[name].add(given.name, factors)
+        noise[given.name] = directories.noise(given, whole)
     for writer in writers.values():
         writer.close()
     return tuple(writers), noise
+
+
+def _total(noise: Sequence[float | None]) -> float | None:
+    """The root of the sum of squares; None where a site has no global factors."""
+    squares = [value * value for value in noise if value is not None]
+    return math.sqrt(math.fsum(squares)) if len(squares) == len(noise) else None
+
+
+def _check_rank(rank: int | None, method: str, needs: Needs) -> None:
+    if rank is None:
+        return
+    if not needs.rank:
+        takers = ", ".join(name for name, (_, rule) in rules().items() if rule.needs.rank)
+        raise AdapterError(
+            f"--rank has no meaning for {method}; it is the global rank of {takers}."
+        )
+    if rank < 1:
+        raise AdapterError(f"--rank is {rank}; it must be at least 1.")
 
 
 def _previous(folder: Path, first: Source) -> Source:
@@ -175,17 +234,21 @@ def _previous(folder: Path, first: Source) -> Source:
         raise AdapterError(
             f"{folder} has no {GLOBAL}; give --previous the output directory of the last round."
         )
-    source = open_source(inner if inner.is_dir() else folder, GLOBAL)
+    if not inner.is_dir():
+        inner = folder
+    source = open_source(inner, GLOBAL)
     check_alike(first, source)
     return source
 
 
-def _round(previous: Path | None) -> int:
+def _last_round(previous: Path | None) -> int:
     """The number of the last round: 0 without one, and 1 where it is not recorded."""
     if previous is None:
         return 0
     record = previous / RECORD
-    number = read_json(record).get("round") if record.exists() else 1
+    if not record.exists():
+        return 1
+    number = read_json(record).get("round")
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise AdapterError(
             f"{record}: round is {number!r}; it must be a whole number of at least 1."
@@ -193,42 +256,32 @@ def _round(previous: Path | None) -> int:
     return number
 
 
-def _dtype(sources: Sequence[Source]) -> Any:
+def _dtype(sources: Sequence[Source]) -> torch.dtype:
     """float32, or float64 where a client has it: means of half-precision factors are not rounded to
     half precision.
     """
-    import torch
-
-    return (
-        torch.float64 if any(source.dtype == torch.float64 for source in sources) else torch.float32
-    )
+    wide = any(source.dtype == torch.float64 for source in sources)
+    return torch.float64 if wide else torch.float32
 
 
-def _notes(rule: Rule, task: Task) -> list[str]:
+def _notes(rule: ServerRule, directories: Directories) -> list[str]:
+    method, last = directories.method, directories.previous
     notes = []
-    if task.previous is not None and not rule.takes_previous:
-        notes.append(f"{rule.name} does not refer to the last round; --previous was not used.")
-    heads = [source.name for source in task.sources if source.has_head]
+    if directories.weighed and isinstance(rule, OwnWeights) and rule.measure:
+        notes.append(f"{method} weighs clients by {rule.measure}; --weights was not used.")
+    if isinstance(rule, Finds):
+        notes += rule.notes()
+    if directories.tags is not None:
+        notes += directories.tags.notes(last)
+    if last is not None and not directories.needs.previous:
+        notes.append(f"{method} does not refer to the last round; --previous was not used.")
+    heads = [source.name for source in directories.sources if source.has_head]
     if heads:
-        who = (
-            "every client"
-            if len(heads) == len(task.sources)
-            else ", ".join(heads[:5]) + ("..." if heads[5:] else "")
-        )
+        who = "every client"
+        if len(heads) < len(directories.sources):
+            who = ", ".join(heads[:5]) + ("..." if heads[5:] else "")
         notes.append(
             f"Heads and other saved modules ({who}) were left alone: only LoRA factors are "
             f"aggregated."
         )
     return notes
-
-
-def _record(rule: Rule, task: Task, notes: Sequence[str]) -> dict[str, Any]:
-    return {
-        "method": rule.name,
-        "round": rule.round,
-        "clients": [source.name for source in task.sources],
-        "weights": rule.parts,
-        "rank": task.rank,
-        "options": task.options.model_dump(),
-        "notes": list(notes),
-    }

@@ -45,8 +45,6 @@ _ALTERED = {
 #: Initialisations that also change the base weights, so that the factors alone are no update of the
 #: published base.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-#: Names in the output directory that no client may have.
-RESERVED = ("noise.json", "tree.json", "clusters.json", "aggregate.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,8 @@ def open_clients(folders: Sequence[Path]) -> list[Source]:
         name = folder.absolute().name
         if not name or name in (".", ".."):
             name = folder.resolve().name
-        if name.startswith(("_", ".")) or not name or name in RESERVED:
+        # What else is written beside the clients' directories ends in .json.
+        if name.startswith(("_", ".")) or not name or name.endswith(".json"):
             raise AdapterError(
                 f"{folder}: a client cannot be called '{name}'; rename the directory."
             )

@@ -1,145 +1,91 @@
-"""The rules' own keys (``--option key=value``), and what to say of names and values that are
-wrong.
+"""What the command line says about a rule (``--option key=value``, ``--weights``), and what to say
+of names and values that are wrong.
+
+A key is one of the method's own that its rule reads (``Needs.options``), or one of ``Directories``
+that only adapters from elsewhere need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from fedgrove.ground.errors import AdapterError
 from fedgrove.job.kinds import choices, field_kind, join, nearest
-from fedgrove.job.toml import parse_value, shown
+from fedgrove.job.toml import parse_value, shown, value_text
+from fedgrove.methods.contract import Method
+from fedgrove.methods.registry import catalogue
+from fedgrove.methods.rule import Needs, ServerRule, stated
 
-#: Methods of the catalogue whose server step cannot be done on directories of plain LoRA adapters,
-#: and why.
-NO_RULE = {
-    "local": "its clients share nothing",
-    "feddpa-f": "its server averages the clients' global adapters as fedit does; aggregate those "
-    "with fedit",
-    "feddpa-t": "its server averages the clients' global adapters as fedit does; aggregate those "
-    "with fedit",
-    "fdlora": "its server averages the clients' global adapters as fedit does; aggregate those "
-    "with fedit",
-    "pf2lora": "its server averages the clients' shared adapters as fedit does; aggregate those "
-    "with fedit",
-    "sdflora": "its server recompresses the clients' shared adapters as flexlora does; aggregate "
-    "those with flexlora",
-    "fedalt": "a client keeps two adapters and a gate that depends on the input, which is no "
-    "single PEFT adapter",
-    "fedlease": "it averages routers beside the adapters, and a PEFT adapter directory holds none",
-    "fed-hello": "each client trains other layers, and a directory does not say which of its "
-    "layers were trained",
-    "fedra": "each client trains other layers, and a directory does not say which of its layers "
-    "were trained",
-    "fslora": "it averages changes since the start of the round under random masks, which a "
-    "directory does not hold",
-    "fedrora": "its factors have unit length and a diagonal of their own, which a PEFT adapter "
-    "directory does not hold",
-}
+Model = TypeVar("Model", bound=BaseModel)
 
 
-class Options(BaseModel):
-    """No key at all."""
+class Directories(BaseModel):
+    """The keys about directories; each only where the rule needs it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class FactorOptions(Options):
-    """Means of factors: undefined for unequal scales."""
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rescale: Literal["B"] | None = Field(
         None, description="Unequal scales alpha / r: fold them into B first. Not set: refuse them."
     )
-
-
-class HetOptions(FactorOptions):
-    variant: Literal["full", "reduced"] = Field(
-        "full", description="Weight clients by the norm of their update, or (reduced) by --weights."
-    )
-
-
-class FairOptions(FactorOptions):
-    lam: float = Field(0.01, ge=0, description="Weight of the correction's norm.")
-    lr: float = Field(0.01, gt=0, description="Step size.")
-    tol: float = Field(1e-6, ge=0, description="Stop at a smaller gain.")
-    max_steps: int = Field(1000, ge=0, description="Most steps.")
-
-
-class RotOptions(FactorOptions):
-    lam: float = Field(0.5, ge=0, le=1, description="Strength of the rotation.")
     round: int | None = Field(
         None,
         ge=1,
-        description="Number of this round: odd ones align A, even ones B, the first rotates "
-        "nothing. Not set: one more "
-        "than that of --previous.",
+        description="Number of this round. Not set: one more than that of --previous.",
     )
+    seed: int = Field(0, ge=0, description="Of the rule's random choices.")
 
 
-class TreeOptions(FactorOptions):
-    tau: float = Field(0.1, description="Score of leaving a layer whole.")
-    K: int = Field(
-        3, ge=1, description="A layer may have up to K - 1 groups more than the one above it."
-    )
-    distance: Literal["frobenius", "cosine"] = Field(
-        "frobenius", description="Distance between two clients' B."
-    )
-    linkage: Literal["average", "complete", "single", "weighted"] = Field(
-        "average", description="Of the merge tree."
-    )
-    fixed_k: int | None = Field(
-        None, ge=1, description="So many groups in every layer instead of the search."
-    )
+@dataclass(frozen=True)
+class Chosen:
+    """The keys as given: the method's own options, those about directories, and both for the
+    record.
+    """
+
+    method: BaseModel
+    directories: Directories
+    record: Mapping[str, Any]
 
 
-class HiOptions(Options):
-    k_min: int = Field(2, ge=1, description="Fewest clusters.")
-    k_max: int = Field(10, ge=1, description="Most clusters; never more than the clients less one.")
-    seed: int = Field(0, ge=0, description="Of the starts of k-means.")
-    balanced: bool = Field(False, description="Split the singular values evenly over B and A.")
-
-    @model_validator(mode="after")
-    def _agree(self) -> HiOptions:
-        if self.k_max < self.k_min:
-            raise ValueError(
-                f"k_min = {self.k_min} is above k_max = {self.k_max}; lower it, or raise the other"
-            )
-        return self
+def rules() -> dict[str, tuple[type[Method], type[ServerRule]]]:
+    """Every method with a rule for directories, by name."""
+    found = {}
+    for name, kind in catalogue().items():
+        rule = stated(kind)
+        if not isinstance(rule, str):
+            found[name] = (kind, rule)
+    return found
 
 
-def parse_options(given: Sequence[str], model: type[Options], method: str) -> Any:
+def rule_of(name: str) -> tuple[type[Method], type[ServerRule]]:
+    """The method of that name and its rule. AdapterError where there is none, which says why."""
+    kind = catalogue().get(name)
+    if kind is None:
+        raise _unknown(name)
+    rule = stated(kind)
+    if isinstance(rule, str):
+        raise AdapterError(f"{name} has no offline rule: {rule}.")
+    return kind, rule
+
+
+def parse_options(given: Sequence[str], kind: type[Method], needs: Needs) -> Chosen:
     """``["K=3", "tau=0.1"]`` as the rule's options. Raises AdapterError in one sentence for the
     first mistake.
     """
-    values: dict[str, Any] = {}
-    known = list(model.model_fields)
-    for text in given:
-        key, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or not key or not value:
-            raise AdapterError(
-                f"--option '{text}' is no setting; write key=value, for example {_example(known)}."
-            )
-        if key not in known:
-            raise AdapterError(f"--option {key}: {method} has no such key; {_meant(key, known)}")
-        if key in values:
-            raise AdapterError(f"--option {key} is given twice; give it once.")
-        values[key] = parse_value(value)
-    try:
-        return model.model_validate(values, strict=True)
-    except ValidationError as error:
-        item = error.errors(include_url=False)[0]
-        if item["type"] == "value_error":
-            raise AdapterError(f"--option: {item['ctx']['error']}.") from None
-        name = str(item["loc"][0])
-        field, value = model.model_fields[name], values[name]
-        guess = nearest(value, choices(field.annotation)) if isinstance(value, str) else None
-        hint = f"; did you mean {name}={guess}?" if guess else "."
-        raise AdapterError(
-            f"--option {name} must be {field_kind(field)}, not {shown(value)}{hint}"
-        ) from None
+    own = {key: kind.Options.model_fields[key] for key in needs.options}
+    fields = {**_about_directories(needs), **own}
+    values = _values(given, fields, kind.name)
+    method = _checked(kind.Options, {k: v for k, v in values.items() if k in own})
+    other = _checked(Directories, {k: v for k, v in values.items() if k not in own})
+    record = {}
+    for key in fields:
+        record[key] = getattr(method if key in own else other, key)
+    return Chosen(method, other, record)
 
 
 def parse_weights(text: str | None, count: int) -> list[float] | None:
@@ -157,16 +103,59 @@ def parse_weights(text: str | None, count: int) -> list[float] | None:
             f"--weights has {len(weights)} numbers for {count} adapters; give one for each, in "
             f"order."
         )
-    if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise AdapterError(f"--weights '{text}' must be finite, not negative, and not all zero.")
     return weights
 
 
-def unknown_method(name: str, rules: Sequence[str]) -> AdapterError:
-    if name in NO_RULE:
-        return AdapterError(f"{name} has no offline rule: {NO_RULE[name]}.")
-    guess = nearest(name, [*rules, *NO_RULE])
-    meant = f"did you mean {guess}?" if guess else f"the rules are {join(list(rules), 'and')}."
+def _about_directories(needs: Needs) -> dict[str, FieldInfo]:
+    wanted = {"rescale": needs.equal_scales, "round": needs.rounds, "seed": needs.seed}
+    return {key: Directories.model_fields[key] for key, need in wanted.items() if need}
+
+
+def _values(given: Sequence[str], fields: Mapping[str, FieldInfo], method: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key or not value:
+            raise AdapterError(
+                f"--option '{text}' is no setting; write key=value, for example {_example(fields)}."
+            )
+        if key not in fields:
+            meant = _meant(key, list(fields))
+            raise AdapterError(f"--option {key}: {method} has no such key; {meant}")
+        if key in values:
+            raise AdapterError(f"--option {key} is given twice; give it once.")
+        values[key] = parse_value(value)
+        if isinstance(values[key], float) and not math.isfinite(values[key]):
+            raise _wrong(key, fields[key], values[key])
+    return values
+
+
+def _checked(model: type[Model], values: Mapping[str, Any]) -> Model:
+    try:
+        return model.model_validate(values, strict=True)
+    except ValidationError as error:
+        item = error.errors(include_url=False)[0]
+        if item["type"] == "value_error":
+            words = str(item["ctx"]["error"]).replace("method.", "").rstrip(".")
+            raise AdapterError(f"--option: {words}.") from None
+        name = str(item["loc"][0])
+        raise _wrong(name, model.model_fields[name], values[name]) from None
+
+
+def _wrong(key: str, field: FieldInfo, value: Any) -> AdapterError:
+    guess = None
+    if isinstance(value, str):
+        guess = nearest(value, choices(field.annotation))
+    hint = f"; did you mean {key}={guess}?" if guess else "."
+    return AdapterError(f"--option {key} must be {field_kind(field)}, not {shown(value)}{hint}")
+
+
+def _unknown(name: str) -> AdapterError:
+    known = rules()
+    guess = nearest(name, catalogue())
+    meant = f"did you mean {guess}?" if guess else f"the rules are {join(list(known), 'and')}."
     return AdapterError(f"The method '{name}' is unknown; {meant}")
 
 
@@ -177,5 +166,12 @@ def _meant(key: str, known: Sequence[str]) -> str:
     return f"did you mean {guess}?" if guess else f"its keys are {join(list(known), 'and')}."
 
 
-def _example(known: Sequence[str]) -> str:
-    return {"rescale": "rescale=B", "k_min": "k_min=2"}.get(known[0], "K=3") if known else "K=3"
+def _example(fields: Mapping[str, FieldInfo]) -> str:
+    """A setting that could be given."""
+    for key, field in fields.items():
+        words = choices(field.annotation)
+        if words:
+            return f"{key}={words[0]}"
+        if field.default is not None:
+            return f"{key}={value_text(field.default)}"
+    return "K=3"

@@ -51,7 +51,9 @@ class AdapterWriter:
                         f"{self.folder.name}, site '{site}': the result overflows {self.dtype}."
                     )
                 array = data.numpy()
-                raw = (array if sys.byteorder == "little" else array.byteswap()).tobytes()
+                if sys.byteorder == "big":
+                    array = array.byteswap()
+                raw = array.tobytes()
                 self._header[f"{PREFIX}{site}.lora_{half}.weight"] = {
                     "dtype": _CODES[self.dtype],
                     "shape": list(data.shape),
@@ -71,10 +73,8 @@ class AdapterWriter:
             with self._spool.open("rb") as spool:
                 shutil.copyfileobj(spool, file, 1 << 20)
         self._spool.unlink()
-        rank, alpha = (
-            max(self._ranks.values()),
-            self._alphas[max(self._ranks, key=self._ranks.__getitem__)],
-        )
+        rank = max(self._ranks.values())
+        alpha = self._alphas[max(self._ranks, key=self._ranks.__getitem__)]
         config = {
             **self.config,
             "r": rank,
@@ -112,15 +112,20 @@ def shared_config(sources: Sequence[Source]) -> dict[str, Any]:
     }
 
 
+def refuse_existing(out: Path) -> None:
+    """AdapterError where something of that name is there."""
+    if out.exists() or out.is_symlink():
+        raise AdapterError(
+            f"{out} exists already; name another directory with --out, or remove it first."
+        )
+
+
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """A directory next to ``out`` that becomes ``out`` when the block ends well, and goes away when
     it does not.
     """
-    if out.exists() or out.is_symlink():
-        raise AdapterError(
-            f"{out} exists already; name another directory with --out, or remove it first."
-        )
+    refuse_existing(out)
     made = _make_parents(out.absolute().parent)
     partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
     try:
@@ -153,11 +158,9 @@ def _make_parents(folder: Path) -> list[Path]:
 
 def _plain(value: Any) -> Any:
     """PEFT keeps lists of modules as sets: their order means nothing."""
-    return (
-        sorted(value)
-        if isinstance(value, list) and all(isinstance(each, str) for each in value)
-        else value
-    )
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return sorted(value)
+    return value
 
 
 def _tidy(alpha: float) -> int | float:

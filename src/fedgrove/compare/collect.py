@@ -33,6 +33,7 @@ def collect(done: Done) -> dict[str, Any]:
         for entry in plan.entries
     ]
     job = first[0].job
+    trained = _values(first, plan.seeds, "metric", held_out=False)
     base_values = _values(first, plan.seeds, "metric_base", held_out=False)
     values = [
         value
@@ -53,7 +54,7 @@ def collect(done: Done) -> dict[str, Any]:
         "data": job.data.called,
         "rounds": job.run.rounds,
         "final_local_epochs": job.train.final_local_epochs,
-        "clients": len(next(iter(base_values.values()), {})),
+        "clients": len(next(iter(trained.values()), {})),
         "held_out": first[0].summary.get("unseen", {}).get("clients", 0),
         "seeds": list(plan.seeds),
         "fingerprints": {

@@ -25,7 +25,7 @@ Content = Mapping[str, Any]
 
 def over_rounds(content: Content, width: float) -> Figure:
     """The mean client after each round; the band is from the lowest seed to the highest."""
-    figure, axes = style.new_figure(width, 4.6 if width > style.NARROW else 4.4)
+    figure, axes = style.new_figure(width, style.fitting(width, 4.6, 4.4))
     for index, row in enumerate(content["methods"]):
         rounds = [point["round"] for point in row["curve"]]
         _line(
@@ -37,7 +37,7 @@ def over_rounds(content: Content, width: float) -> Figure:
             faint=len(content["methods"]) > 4,
         )
     axes.set_xlabel("round")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10 if width > style.NARROW else 6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=style.fitting(width, 10, 6)))
     return _finish(figure, axes, content, width)
 
 
@@ -45,7 +45,7 @@ def over_bytes(content: Content, width: float) -> Figure:
     """The same against what all clients together have sent and received; who sends nothing is a
     level line.
     """
-    figure, axes = style.new_figure(width, 4.6 if width > style.NARROW else 4.4)
+    figure, axes = style.new_figure(width, style.fitting(width, 4.6, 4.4))
     for index, row in enumerate(content["methods"]):
         sent = [point["bytes"] for point in row["curve"]]
         if max(sent, default=0):
@@ -58,9 +58,7 @@ def over_bytes(content: Content, width: float) -> Figure:
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: words.size(value) if value >= 0 else "")
     )
-    axes.xaxis.set_major_locator(
-        MaxNLocator(nbins=7 if width > style.NARROW else 4, steps=[1, 2, 5, 10])
-    )
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=style.fitting(width, 7, 4), steps=[1, 2, 5, 10]))
     return _finish(figure, axes, content, width)
 
 
@@ -79,7 +77,7 @@ def clients(content: Content, width: float) -> Figure:
             if len(values):
                 draw(axes, place + offset, values, tuned=measure == "metric_tuned")
                 _levels(axes, place + offset, row[measure])
-    longest = 30 if width > style.NARROW else 14
+    longest = style.fitting(width, 30, 14)
     axes.set_yticks(range(len(rows)), [words.shorten(row["label"], longest) for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlabel(f"{content['metric']} of a client")
@@ -140,16 +138,14 @@ def differences(content: Content, width: float) -> Figure:
             zorder=3,
         )
     axes.axvline(0, color=COLOURS["muted"], linewidth=1.2)
-    longest = 30 if width > style.NARROW else 14
+    longest = style.fitting(width, 30, 14)
     axes.set_yticks(range(len(found)), [words.shorten(label, longest) for label in found])
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlabel(
         f"difference from the best, in {'points' if content['percent'] else content['metric']}"
     )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.typographic(f"{value:g}")))
-    axes.xaxis.set_major_locator(
-        MaxNLocator(nbins=8 if width > style.NARROW else 5, steps=[1, 2, 5, 10])
-    )
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=style.fitting(width, 8, 5), steps=[1, 2, 5, 10]))
     axes.grid(axis="x")
     return figure
 

@@ -135,24 +135,22 @@ def make_plan(
 def check(plan: Plan) -> None:
     """Whether every method can run on these clients and this model, asked before hours of work."""
     from fedgrove.federation import build
-    from fedgrove.methods.registry import method_class
-    from fedgrove.runs.prepare import base_of, client_infos, machine_choices, setting_of
+    from fedgrove.runs.fit import refuse_unfit
+    from fedgrove.runs.parts import Parts, base_of
+    from fedgrove.runs.prepare import client_infos, data_choices, machine_choices
 
     def settled(entry: Entry) -> Job:
         return machine_choices(plan.run_job(entry, plan.seeds[0]).resolved())
 
     first = settled(plan.entries[0])
     federation = build(first)
-    labels = {"labels": list(federation.labels) or None}
-    base = base_of(first.replace(data=labels))
+    base = base_of(data_choices(first, federation))
     for entry in plan.entries:
-        job = settled(entry).replace(data=labels)
+        job = data_choices(settled(entry), federation)
         try:
             clients, held_out = client_infos(job, federation)
-            setting = setting_of(job, base, clients)
-            method_class(job.method.name)(job.method.options, setting).check(
-                [*clients.values(), *held_out.values()]
-            )
+            parts = Parts.of(job, clients.values(), base=base)
+            refuse_unfit(parts, clients.values(), held_out.values(), local=True)
         except JobError as error:
             raise JobError(f"{entry.label}: {error}") from None
 

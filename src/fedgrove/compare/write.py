@@ -142,30 +142,35 @@ def behind(beaten: list[bool]) -> str:
 
 
 def test_rows(content: Content) -> list[tuple[str, list[list[str]]]]:
-    """(heading, [method, difference, interval, n, p, adjusted p]) for each measure."""
-    percent, found = content["percent"], []
+    """(heading, rows) for each measure, the first row the header."""
+    header = ["method", "mean difference", "95 % interval", "n", "p", "p, adjusted"]
+    found = []
     for measure, when in (
         ("metric", "at the end of the run"),
         ("metric_tuned", "after local fine-tuning"),
     ):
         tests = content["tests"][measure]
         rows = [
-            [
-                label,
-                words.typographic(words.change(test["difference"], percent=percent, digits=2)),
-                " to ".join(
-                    words.typographic(words.change(test[end], percent=percent, digits=2))
-                    for end in ("low", "high")
-                ),
-                str(test["n"]),
-                tables.p_value(test["p"]),
-                tables.p_value(test["p_holm"]),
-            ]
+            _test_row(label, test, content["percent"])
             for label, test in tests["against_best"].items()
         ]
         if rows:
-            found.append((f"Against {tests['best']}, {when}", rows))
+            found.append((f"Against {tests['best']}, {when}", [header, *rows]))
     return found
+
+
+def _test_row(label: str, test: Content, percent: bool) -> list[str]:
+    def points(value: float) -> str:
+        return words.typographic(words.change(value, percent=percent, digits=2))
+
+    return [
+        label,
+        points(test["difference"]),
+        f"{points(test['low'])} to {points(test['high'])}",
+        f"{test['n']:,}",
+        tables.p_value(test["p"]),
+        tables.p_value(test["p_holm"]),
+    ]
 
 
 def trial_rows(content: Content) -> list[list[str]]:

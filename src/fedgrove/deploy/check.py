@@ -406,11 +406,7 @@ def _model(name: str, revision: str | None) -> Finding:
 
     if name in ASSETS:
         there = any(cache().glob(f"{name}-*/config.json"))
-        when = (
-            "is here"
-            if there
-            else f"is fetched at first use ({ASSETS[name].package.size / 1e6:.0f} MB)"
-        )
+        when = "is here" if there else f"is fetched at first use ({ASSETS[name].size / 1e6:.0f} MB)"
         return Finding(f"the base model {name} {when}")
     import warnings
 

@@ -21,7 +21,9 @@ from fedgrove.deploy.certificates import (
     write_private,
 )
 from fedgrove.deploy.site import FILE as SITE_FILE
-from fedgrove.deploy.site import column_keys, model_of
+from fedgrove.deploy.site import model_of
+from fedgrove.ground.marks import keys_with
+from fedgrove.ground.options import COLUMN
 from fedgrove.job.sections import Section, Text
 from fedgrove.job.toml import parse_toml, value_text
 
@@ -194,7 +196,8 @@ def site_text(plan: Plan, name: str, job: object | None) -> str:
     steps = chosen.train.local_steps or 200
     read = task_class(chosen.data).columns(chosen.data)
     named = {
-        key: getattr(chosen.data, key, None) for key in column_keys(type(chosen.data).model_fields)
+        key: getattr(chosen.data, key, None)
+        for key in keys_with(type(chosen.data).model_fields, COLUMN)
     }
     pairs = [f"{key} = {value_text(value)}" for key, value in named.items() if value in read]
     columns = f"{{ {', '.join(pairs)} }}" if pairs else "{}"

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic.fields import FieldInfo
 
 from fedgrove.deploy.audit import AuditLog
 from fedgrove.deploy.certificates import DeployError, address
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.ground.files import write_json
+from fedgrove.ground.marks import keys_with
 from fedgrove.ground.options import COLUMN, Text, Texts
 from fedgrove.job.data import DataSection
 from fedgrove.job.sections import Section
@@ -96,7 +96,7 @@ class DataPart(Section):
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: dict[str, str]) -> dict[str, str]:
-        known = column_keys(DataSection.offered())
+        known = keys_with(DataSection.offered(), COLUMN)
         for key in columns:
             if key not in known:
                 raise ValueError(
@@ -270,7 +270,7 @@ class SitePlace:
         if budget.device is not None:
             train["device"] = budget.device
         model = {"name": self.file.allow.models[model_of(job)]}
-        read = column_keys(type(job.data).model_fields)
+        read = keys_with(type(job.data).model_fields, COLUMN)
         columns = {key: name for key, name in self.file.data.columns.items() if key in read}
         return job.replace(model=model, data=columns, train=train)
 
@@ -423,22 +423,9 @@ def job_digest(job: Job) -> str:
     """
     from fedgrove.federation.tasks import task_name
 
-    return (
-        job.resolved()
-        .replace(
-            data={"task": task_name(job.data)},
-            train=dict.fromkeys(
-                ("device", "dtype", "threads", "eval_batch_size", "cohort"), "auto"
-            ),
-            federation={"newcomer_head": "auto"},
-        )
-        .digest()
-    )
-
-
-def column_keys(fields: Mapping[str, FieldInfo]) -> list[str]:
-    """The keys of ``[data]`` that name a column."""
-    return [key for key, field in fields.items() if COLUMN.on(field)]
+    asked = job.resolved().opened("machine")
+    task = {"task": task_name(job.data)}
+    return asked.replace(data=task, federation={"newcomer_head": "auto"}).digest()
 
 
 def _allowed(name: str, patterns: tuple[str, ...]) -> bool:

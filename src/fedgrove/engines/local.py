@@ -3,28 +3,116 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.tree import numbers
-from fedgrove.engines.base import Arrival, Ask, Leaving, OfferOf
 from fedgrove.federation.tasks.base import Example
+from fedgrove.ground.errors import JobError, RunError
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import change
 from fedgrove.privacy.example_dp import NOTES
 from fedgrove.privacy.secure import Room
+from fedgrove.runs.engine import Arrival, Ask, Leaving, OfferOf
+from fedgrove.runs.fit import refuse_unfit
 from fedgrove.runs.leave import leave
+from fedgrove.runs.noise import Lab, NoiseLab
+from fedgrove.runs.parts import Parts
+from fedgrove.runs.prepare import settle
+from fedgrove.runs.stage import Stage
 from fedgrove.training.client import ClientHalf, Outcome, Store, Turn
+from fedgrove.training.cohort_size import cohort_size, row_by_row
+from fedgrove.training.lanes import lane_count
 from fedgrove.training.memory import EVERY, release
+from fedgrove.training.profile import span
 from fedgrove.wire.compress import passed, sent_bytes
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
+    from fedgrove.runs.directory import RunDirectory
+    from fedgrove.tracking.callback import Callback
     from fedgrove.training.kernel import Kernel
 
 Data = Mapping[str, Mapping[str, Sequence[Example]]]  # client -> split -> encoded examples
+
+
+def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
+    """Resolve the job, load what it names, and check that it fits together.
+
+    ``out``: where ``run.noise`` is to be recorded. Raises ``FedgroveError``; nothing is written.
+    """
+    job, people = settle(job)
+    parts = Parts.of(job, people.clients.values())
+    parts = replace(parts, job=with_cohort(parts, len(people.clients)))
+    refuse_unfit(parts, people.clients.values(), people.held_out.values(), local=True)
+    lab, watch = Lab(), None
+    if job.run.noise and out is not None:
+        lab = noise = NoiseLab(parts.method, parts.base.sites, out)
+        watch = noise.seen
+    half = parts.client_half(watch=watch)
+    data = {client.name: parts.encode(client) for client in people.federation.clients}
+    return Stage(
+        parts,
+        people.federation,
+        LocalEngine(parts, half, people.everyone, data, people.held_out),
+        people.clients,
+        people.held_out,
+        people.fingerprint,
+        lab,
+    )
+
+
+@contextmanager
+def in_process(
+    job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
+) -> Iterator[Stage[LocalEngine]]:
+    """The stage of a local run. One that was begun on Flower has its clients' stores elsewhere."""
+    if (directory.path / "flower.json").exists():
+        raise RunError(
+            f"{directory.path} was begun with the flower engine; go on with --engine flower, or "
+            f"choose another --out."
+        )
+    with span("loading model and data"):
+        stage = prepare(job, directory.path)
+    for remark in remarks(stage):
+        watch.remark(remark)
+    yield stage
+
+
+def remarks(stage: Stage[LocalEngine]) -> list[str]:
+    """What a user would want to know before the run goes on."""
+    most = stage.task.tokens.get("max_length", 0)
+    clients = stage.engine.data.values()
+    rows = [row for splits in clients for split in splits.values() for row in split]
+    full = sum(len(row["input_ids"]) >= most for row in rows if "input_ids" in row)
+    if not full:
+        return []
+    return [
+        f"{full} of {len(rows)} rows fill data.max_length = {most} tokens, and longer ones are cut "
+        f"there "
+        "(`fedgrove data --tokens` counts them)"
+    ]
+
+
+def with_cohort(parts: Parts, clients: int) -> Job:
+    """The job with ``train.cohort`` decided. Raises ``JobError`` where clients cannot share a
+    batch.
+    """
+    job, base = parts.job, parts.base
+    if job.train.cohort == "auto":
+        size = cohort_size(job, base, parts.method.setting, clients, lane_count(job))
+        return job.replace(train={"cohort": size})
+    if job.train.cohort > 1 and not row_by_row(base):
+        raise JobError(
+            f"train.cohort = {job.train.cohort}, but {job.model.name} divides its images into "
+            f"windows, so clients "
+            'cannot share a batch; set it to 1 or "auto".'
+        )
+    return job
 
 
 class LocalEngine:
@@ -34,19 +122,14 @@ class LocalEngine:
 
     def __init__(
         self,
-        job: Job,
+        parts: Parts,
         half: ClientHalf,
         clients: Mapping[str, ClientInfo],
         data: Data,
         held_out: Collection[str] = (),
     ):
-        self.job, self.half, self.clients, self.data, self.held_out = (
-            job,
-            half,
-            clients,
-            data,
-            held_out,
-        )
+        self.parts, self.job, self.half = parts, parts.job, half
+        self.clients, self.data, self.held_out = clients, data, held_out
         self._stores: dict[str, Store] = {}
         self._before: dict[str, Store] = {}  # each client's store before its newest update
         self._changed: set[str] = set()
@@ -64,21 +147,21 @@ class LocalEngine:
         how = self.job.run.compress
         room = Room(round, clients) if self.job.privacy.secure_aggregation else None
         for name, given, bytes_down, outcome in self._outcomes(round, clients, offer):
-            update = outcome.update
+            content = outcome.update.content
             if room is not None:
-                update = replace(update, content=self._masked(room, update, given, round))
-            bytes_up = sent_bytes(update.content, how)  # refuses what is private
-            update = replace(update, content=passed(update.content, how))
+                content = self._masked(room, outcome.update, given, round)
+            bytes_up = sent_bytes(content, how)  # refuses what is private
+            content = passed(content, how)
             self._before[name] = self.store(name)
             self._stores[name] = outcome.store
             self._changed.add(name)
             yield Arrival(
-                update=update,
+                update=replace(outcome.update, content=content),
                 round=round,
                 loss=outcome.loss,
                 steps=outcome.steps,
                 trained=outcome.trained,
-                up=numbers(update.content),
+                up=numbers(content),
                 down=numbers(given),
                 bytes_up=bytes_up,
                 bytes_down=bytes_down,
@@ -87,40 +170,36 @@ class LocalEngine:
 
     def _outcomes(
         self, round: int, clients: Sequence[str], offer: OfferOf
-    ) -> Iterator[tuple[str, Mapping[str, Any], int, Outcome]]:
+    ) -> Iterator[tuple[str, Given, int, Outcome]]:
         """(client, its offer as it arrived, its bytes, what it made of it), ``train.cohort`` a lane
         at a time.
         """
         how, lanes = self.job.run.compress, self.half.lanes
-        size = len(lanes.kernels) * (
-            1 if self.job.train.cohort == "auto" else int(self.job.train.cohort)
-        )
+        size = len(lanes.kernels) * int(self.job.train.cohort)
         for start in range(0, len(clients), size):
             names = clients[start : start + size]
             offers = [offer(name) for name in names]
             given = [passed(each, how) for each in offers]
-            turns = [
-                Turn(self.clients[name], self.data[name]["train"], each, self.store(name))
-                for name, each in zip(names, given, strict=True)
-            ]
+            sizes = [sent_bytes(each, how) for each in offers]
+            turns = [self._turn(name, each) for name, each in zip(names, given, strict=True)]
             outcomes = self.half.train_together(turns, round)
             if start // EVERY != (start + size) // EVERY:
                 release()
-            yield from zip(
-                names, given, (sent_bytes(each, how) for each in offers), outcomes, strict=True
-            )
+            yield from zip(names, given, sizes, outcomes, strict=True)
 
-    def _masked(
-        self, room: Room, update: Update, given: Mapping[str, Any], round: int
-    ) -> dict[str, Any]:
+    def _turn(self, client: str, given: Given) -> Turn:
+        train = self.data[client]["train"]
+        return Turn(self.clients[client], train, given, self.store(client))
+
+    def _masked(self, room: Room, update: Update, given: Given, round: int) -> Plain:
         """What the client sends where the server is to learn the sum alone."""
         half, info = self.half, self.clients[update.client]
         own = change(half.method, half.head, info, update.content, given, round)
         return room.conceal(update.client, own, float(self.job.privacy.clip or 0.0))
 
-    def _given(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _given(self, offer: Given) -> Given:
         """An offer as it arrives."""
-        given: Mapping[str, Any] = passed(offer, self.job.run.compress)
+        given: Given = passed(offer, self.job.run.compress)
         return given
 
     def reject(self, client: str) -> None:
@@ -131,16 +210,16 @@ class LocalEngine:
     def evaluate(
         self, clients: Sequence[str], offer: OfferOf, split: str
     ) -> Iterator[tuple[str, dict[str, float]]]:
-        models = (self.personal(name, self._given(offer(name))) for name in clients)
+        models = ((name, self.personal(name, self._given(offer(name)))) for name in clients)
 
         def measure(kernel: Kernel, item: tuple[str, Assembly]) -> tuple[str, dict[str, float]]:
             name, model = item
             return name, self.half.alone(kernel).measure(name, model, self.data[name][split])
 
-        yield from self.half.lanes.map(measure, zip(clients, models, strict=True))
+        yield from self.half.lanes.map(measure, models)
 
-    def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
-        def through(report: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    def arrive(self, client: str, ask: Ask) -> Given:
+        def through(report: Given | None) -> Given:
             return self._given(ask(None if report is None else self._given(report)))
 
         return self.half.arrive(self.clients[client], self.data[client]["train"], through)
@@ -148,15 +227,17 @@ class LocalEngine:
     def leave(
         self, clients: Sequence[str], offer: OfferOf, out: Path
     ) -> Iterator[tuple[str, Leaving]]:
-        arrived = {
-            name: offer(name) for name in clients if name in self.held_out
-        }  # their probes need the kernel
-        offers = ((name, arrived[name] if name in arrived else offer(name)) for name in clients)
+        # their probes need the kernel
+        arrived = {name: offer(name) for name in clients if name in self.held_out}
 
-        def go(kernel: Kernel, item: tuple[str, Mapping[str, Any]]) -> tuple[str, Leaving]:
+        def offers() -> Iterator[tuple[str, Given]]:
+            for name in clients:
+                yield name, arrived[name] if name in arrived else offer(name)
+
+        def go(kernel: Kernel, item: tuple[str, Given]) -> tuple[str, Leaving]:
             name, offered = item
             gone = leave(
-                self.job,
+                self.parts,
                 self.half.alone(kernel),
                 self.clients[name],
                 self.data[name],
@@ -168,9 +249,9 @@ class LocalEngine:
             )
             return name, gone
 
-        yield from self.half.lanes.map(go, offers)
+        yield from self.half.lanes.map(go, offers())
 
-    def personal(self, client: str, offer: Mapping[str, Any]) -> Assembly:
+    def personal(self, client: str, offer: Given) -> Assembly:
         """The client's model as it would deploy it, head included."""
         return self.half.personal(self.clients[client], offer, self.store(client))
 
@@ -182,9 +263,9 @@ class LocalEngine:
         self._changed.clear()
         return stores
 
-    def notes(self) -> dict[str, Any]:
+    def notes(self) -> Plain:
         return {}
 
-    def restore(self, stores: Mapping[str, Store], notes: Mapping[str, Any] | None = None) -> None:
+    def restore(self, stores: Mapping[str, Store], notes: Given | None = None) -> None:
         self._stores = dict(stores)
         self._changed.clear()

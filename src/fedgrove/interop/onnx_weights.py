@@ -81,7 +81,8 @@ def _scaled(tensors: Mapping[str, TensorProto], name: str) -> Matrix:
     stem = name.removesuffix("_quantized")
     whole = _array(tensors[name]).astype(np.float32)
     zero = _array(tensors[f"{stem}_zero_point"]).astype(np.float32)
-    scaled: Matrix = (whole - zero) * _array(tensors[f"{stem}_scale"]).astype(np.float32)
+    scale = _array(tensors[f"{stem}_scale"]).astype(np.float32)
+    scaled: Matrix = (whole - zero) * scale
     return scaled
 
 

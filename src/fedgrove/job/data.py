@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
 
 from pydantic import (
     Field,
@@ -22,7 +22,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from fedgrove.ground.errors import JobError
-from fedgrove.ground.options import COLUMN, OF_THE_DATA, Options, Share, Text, Texts, marked
+from fedgrove.ground.marks import Automatic, Chooser, Of, keys_with
+from fedgrove.ground.options import COLUMN, OF_THE_DATA, Options, Share, Text, Texts
 from fedgrove.job.kinds import join, nearest
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import shown, value_text
@@ -38,7 +39,7 @@ class PartitionSection(Section):
     none).
     """
 
-    by: Text = Field(
+    by: Annotated[Text, Chooser()] = Field(
         "dirichlet",
         description='"iid", "dirichlet" (label skew), "sc-dirichlet" (skew over the column '
         '"superclass"), '
@@ -46,7 +47,7 @@ class PartitionSection(Section):
         "any other partitioner "
         "of flwr-datasets by its class name.",
     )
-    options: dict[str, JsonValue] = Field(
+    options: Annotated[dict[str, JsonValue], Of("by")] = Field(
         {},
         description="The partitioner's own arguments, for example { alpha = 0.5 } for dirichlet, "
         '{ num_classes_per_partition = 2 } for pathological, { partition_by = "author" } for '
@@ -60,15 +61,15 @@ class DataSection(Section):
     train/test split.
     """
 
-    source: Text = Field(
+    source: Annotated[Text, Chooser()] = Field(
         "embedded", description="Where the rows come from; each source has keys of its own."
     )
-    task: Text = Field(
+    task: Annotated[Text, Chooser(), Automatic("data")] = Field(
         "auto",
         description="What is learnt; each task has keys of its own. auto: what the data are for, "
         "where their source knows it; else classify-text.",
     )
-    metrics: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
+    metrics: Annotated[tuple[Text, ...], Field(strict=False), Of("task")] = Field(
         (),
         description="Measures of the finished models beside those that the task has: names of "
         "metrics.",
@@ -112,10 +113,17 @@ class DataSection(Section):
         default_factory=PartitionSection, description="How it is split into clients."
     )
 
+    learnt: ClassVar[type[Task[Any]]]  # the task of a class that has the keys of its parts
+
     if TYPE_CHECKING:
 
         def __getattr__(self, key: str) -> Any:
             """The keys of its parts, which no type checker can know."""
+
+    def __new__(cls, /, **values: Any) -> Self:
+        """Made by hand, it has the keys of its parts too."""
+        kind = cls.chosen(values) if cls is DataSection else cls
+        return cast(Self, super().__new__(kind))
 
     # ------------------------------------------------------------------ asking
     @property
@@ -194,16 +202,18 @@ class DataSection(Section):
     @classmethod
     def dropped(cls, values: Mapping[str, Any], key: str, after: str) -> list[str]:
         """The keys of a table that another ``source`` or ``task`` drops: those of the old one, and,
-        of other data, what they say of the old.
+        of other data, what they say of the old, the task too where the new data are for one.
 
         What both inherit from one declaration stays: one's own files stay where they are.
         """
-        before, changed = cls.chosen(values), cls.chosen({**values, key: after})
+        try:
+            before, changed, gone = _changed(values, key, after)
+        except ValueError:  # no such source or task: the check of the whole job says so
+            return []
         declared = _declared(before)
-        gone = {name for name, owner in declared.items() if not issubclass(changed, owner)}
-        if key == "source":
-            alike = _alike(values.get("source", "embedded"), after)
-            gone |= {"partition"} if alike else set(marked(before, OF_THE_DATA))
+        gone |= {name for name, owner in declared.items() if not issubclass(changed, owner)}
+        if before.learnt is not changed.learnt:
+            gone |= set(keys_with(before.model_fields, Of("task")))
         return [name for name in values if name in gone]
 
     # ------------------------------------------------------------------ checks
@@ -310,16 +320,13 @@ def _composed(parts: tuple[type[Source[Any]], type[Task[Any]]]) -> type[DataSect
                 )
             owners[name] = repr(kind.name)
     bases = [kind.Options for kind in (task, source) if kind.Options is not Options]
-    fields = {key: (Text, _described(key)) for key in ("source", "task")}
-    return cast(
-        "type[DataSection]",
-        create_model(
-            "DataSection",
-            __base__=(*bases, DataSection),
-            __doc__=DataSection.__doc__,
-            **cast("Any", fields),
-        ),
+    fields = {key: _described(key) for key in ("source", "task")}
+    model: Any = create_model  # its overloads know no classes that are put together at run time
+    made: type[DataSection] = model(
+        "DataSection", __base__=(*bases, DataSection), __doc__=DataSection.__doc__, **fields
     )
+    made.learnt = task
+    return made
 
 
 def _own_names(kind: type[Options]) -> set[str]:
@@ -328,12 +335,13 @@ def _own_names(kind: type[Options]) -> set[str]:
     return {*kind.model_fields, *found.field_validators, *found.model_validators}
 
 
-def _described(key: str) -> FieldInfo:
+def _described(key: str) -> tuple[Any, FieldInfo]:
     """The field of ``source`` or ``task`` with the words of each choice."""
     field = DataSection.model_fields[key]
     choices = [f"{kind.name}: {kind.about}" for chooser, kind in _parts() if chooser == key]
     words = f"{field.description} {'; '.join(choices)}."
-    return cast(FieldInfo, Field(field.default, description=words))
+    kind = Annotated[(Text, *field.metadata)]
+    return kind, cast(FieldInfo, Field(field.default, description=words))
 
 
 def _declared(kind: type[Options]) -> dict[str, type[Options]]:
@@ -348,12 +356,36 @@ def _declared(kind: type[Options]) -> dict[str, type[Options]]:
     return found
 
 
-def _alike(before: str, after: str) -> bool:
-    """Whether two sources share a declaration of keys: they read the same data, in other ways."""
+def _changed(
+    values: Mapping[str, Any], key: str, after: str
+) -> tuple[type[DataSection], type[DataSection], set[str]]:
+    """The class of a table before and after a choice, and what is gone whatever they declare."""
     from fedgrove.federation.sources import SOURCES
 
-    owners = _declared(SOURCES.find(before).Options).values()
-    return any(issubclass(SOURCES.find(after).Options, owner) for owner in owners)
+    before = DataSection.chosen(values)
+    if key != "source":
+        return before, DataSection.chosen({**values, key: after}), set()
+    old = SOURCES.find(values.get("source", "embedded"))
+    new = _named(SOURCES, "data.source", after)
+    gone = _gone_with(old, new, before)
+    kept = {name: value for name, value in values.items() if name not in gone}
+    if new.meant_for(kept) is not None:
+        gone.add("task")
+        kept.pop("task", None)
+    return before, DataSection.chosen({**kept, "source": after}), gone
+
+
+def _gone_with(
+    old: type[Source[Any]], new: type[Source[Any]], before: type[DataSection]
+) -> set[str]:
+    """What another source drops of the keys of its own, and of those that speak of the data."""
+    from fedgrove.federation.sources import Clients
+
+    owners = _declared(old.Options)
+    if not any(issubclass(new.Options, owner) for owner in owners.values()):
+        return {*owners, *keys_with(before.model_fields, OF_THE_DATA)}
+    # they read the same data, in other ways
+    return {"partition", "groups"} if issubclass(new, Clients) else set()
 
 
 # ------------------------------------------------------------------------ keys of other parts

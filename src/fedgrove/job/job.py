@@ -12,6 +12,15 @@ from typing import Any, Self
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.marks import (
+    InsteadOf,
+    KeyPath,
+    automatic_keys,
+    choosers,
+    default_of,
+    marked,
+    sections,
+)
 from fedgrove.job import text
 from fedgrove.job.data import DataSection
 from fedgrove.job.kinds import nearest
@@ -29,18 +38,6 @@ from fedgrove.job.sentences import job_error
 from fedgrove.job.toml import parse_assignment, parse_toml, shown, value_text
 
 DEFAULT_RANK = 8
-
-#: Choosing another one of these drops the keys that belonged to the old choice: (chooser, dropped
-#: keys); those of [data] are known by their own section.
-CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...] | None], ...] = (
-    (("data", "partition", "by"), ("options",)),
-    (("method", "name"), None),  # None: all but those that every method has
-)
-#: Setting one of these unsets the other.
-EITHER = (
-    (("train", "local_steps"), ("train", "local_epochs")),
-    (("train", "local_epochs"), ("train", "local_steps")),
-)
 
 Assignment = tuple[tuple[str, ...], Any]
 
@@ -149,18 +146,48 @@ class Job(Section):
             ((*path, "name"), v) if _is_short(path, v) else (path, v) for path, v in assignments
         ]
         given = dict(assignments)
-        for choice in (("data", "source"), ("data", "task")):
-            if choice in given and given[choice] != _get(values, choice):
-                _drop_of_the_data(values["data"], choice[1], given[choice])
-        for chooser, dropped in CHOICES:
-            if chooser in given and given[chooser] != _get(values, chooser):
-                _drop(values, chooser, dropped)
-        for key, other in EITHER:
-            if given.get(key) is not None and given.get(other) is None:
+        for chooser in choosers(self):
+            if chooser in given:
+                self._choose(values, chooser, given[chooser])
+        for path, mark in marked(self, InsteadOf):
+            other = (*path[:-1], mark.other)
+            if given.get(path) is not None and given.get(other) is None:
                 _set(values, other, None)
         for path, value in assignments:
             _set(values, path, value)
         return type(self).build(values, where)
+
+    def _choose(self, values: dict[str, Any], chooser: KeyPath, after: Any) -> None:
+        """Drop from nested ``values`` what belongs to the old choice of ``chooser``."""
+        *above, name = chooser
+        table = _get(values, tuple(above))
+        if not isinstance(table, dict):
+            return  # nothing was set that could belong to the old choice
+        if after is None:
+            after = default_of(self, chooser)
+        if after == table.get(name):
+            return
+        section = dict(sections(self))[tuple(above)]
+        assert issubclass(section, Section)
+        for key in section.dropped(table, name, after):
+            del table[key]
+
+    def opened(self, by: str) -> Self:
+        """A copy in which what ``by`` decides at the start (``marks.Automatic``) is open again."""
+        changes: dict[str, dict[str, Any]] = {}
+        for section, key in automatic_keys(self, by):
+            changes.setdefault(section, {})[key] = None
+        return self.replace(**changes)
+
+    def adopting(self, recorded: Self) -> Self:
+        """A copy that takes over what another job has decided and this one leaves open."""
+        changes: dict[str, dict[str, Any]] = {}
+        for section, key in automatic_keys(self):
+            default = default_of(self, (section, key))
+            decided = getattr(getattr(recorded, section), key)
+            if getattr(getattr(self, section), key) == default and decided != default:
+                changes.setdefault(section, {})[key] = decided
+        return self.replace(**changes)
 
     def resolved(self) -> Self:
         """A copy in which what follows from the job alone is written out: lora.rank, lora.alpha,
@@ -321,22 +348,3 @@ def _set(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         values.pop(last, None)
     else:
         values[last] = value
-
-
-def _drop(
-    values: dict[str, Any], chooser: tuple[str, ...], dropped: tuple[str, ...] | None
-) -> None:
-    table = _get(values, chooser[:-1]) or {}
-    common = MethodSection.model_fields
-    for key in [key for key in table if (key not in common if dropped is None else key in dropped)]:
-        del table[key]
-
-
-def _drop_of_the_data(table: dict[str, Any], key: str, after: Any) -> None:
-    default = DataSection.model_fields[key].default
-    try:
-        gone = DataSection.dropped(table, key, default if after is None else after)
-    except ValueError:  # no such source or task: the check of the whole job says so
-        return
-    for name in gone:
-        del table[name]

@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from fedgrove.ground.marks import Automatic, Chooser, InsteadOf, Of, marks_of
 from fedgrove.ground.options import Options, Share, Text, Texts, distinct
 from fedgrove.job.kinds import join, nearest
 from fedgrove.job.toml import shown, value_text
@@ -50,16 +51,28 @@ class Section(Options):
         return list(cls.model_fields)
 
     @classmethod
+    def dropped(cls, values: Mapping[str, Any], key: str, after: Any) -> list[str]:
+        """The keys of a table with these values that another choice of ``key`` drops: what is
+        ``Of`` it, and what only the old choice knows.
+        """
+        return [
+            name
+            for name in values
+            if name not in cls.model_fields or Of(key) in marks_of(cls.model_fields[name], Of)
+        ]
+
+    @classmethod
     def others(cls) -> dict[str, tuple[FieldInfo, str]]:
         """The keys that it would have with other choices, each with that choice in words."""
         return {}
 
 
 Rank = Annotated[int, Field(ge=1)]
+AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 
 #: models that Fedgrove fetches by itself, or brings along; they have one version
-EMBEDDED_MODELS = ("minilm", "minimind2-small", "smollm2-135m", "grove-vit")
+EMBEDDED_MODELS = ("minilm", "mpnet-base", "minimind2-small", "smollm2-135m", "grove-vit")
 
 
 class ModelSection(Section):
@@ -69,7 +82,7 @@ class ModelSection(Section):
 
     name: Text = Field(
         "minilm",
-        description='The embedded encoder "minilm", the embedded decoders "minimind2-small" and '
+        description='The embedded encoders "minilm" and "mpnet-base", the embedded decoders "minimind2-small" and '
         '"smollm2-135m", '
         'the embedded image encoder "grove-vit", a Hugging Face model name, or a folder with a '
         "model in it.",
@@ -164,7 +177,7 @@ class FederationSection(Section):
         description="The classifier's head: each client's own, averaged by the server, or left as "
         "it was drawn.",
     )
-    newcomer_head: Literal["auto"] | bool = Field(
+    newcomer_head: Annotated[Literal["auto"] | bool, Automatic("data")] = Field(
         "auto",
         description="Whether clients also send their own heads, whose mean a held-out client "
         "starts from; "
@@ -203,7 +216,7 @@ class FederationSection(Section):
 class MethodSection(Section):
     """The federated method and its own keys (`fedgrove methods` lists them all)."""
 
-    name: Text = Field("fedit", description="Name of the method.")
+    name: Annotated[Text, Chooser()] = Field("fedit", description="Name of the method.")
     uniform_rank: Literal["min", "max"] | None = Field(
         None,
         description="Where a method needs equal ranks and federation.ranks differ: give every "
@@ -287,12 +300,12 @@ class TrainSection(Section):
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
     batch_size: int = Field(8, ge=1, description="Examples in a batch.")
     accumulation: int = Field(1, ge=1, description="Batches whose gradients make one step.")
-    local_steps: Annotated[int, Field(ge=1)] | None = Field(
+    local_steps: Annotated[Annotated[int, Field(ge=1)] | None, InsteadOf("local_epochs")] = Field(
         8,
         description="Optimiser steps of a client in a round; or local_epochs, not both.",
         examples=[8],
     )
-    local_epochs: Annotated[int, Field(ge=1)] | None = Field(
+    local_epochs: Annotated[Annotated[int, Field(ge=1)] | None, InsteadOf("local_steps")] = Field(
         None,
         description="Passes over the client's data in a round, instead of local_steps.",
         examples=[1],
@@ -305,22 +318,22 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations: less memory, more time."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Automatic("machine")] = Field(
         "auto", description="auto: the best that there is."
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Automatic("machine")] = Field(
         "auto",
         description="Precision of the frozen base; adapters are float32. auto: bfloat16 where that "
         "is faster.",
     )
-    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    threads: Annotated[AutoCount, Automatic("machine")] = Field(
         "auto", description="CPU threads; auto: one for each core that the process may use."
     )
-    eval_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    eval_batch_size: Annotated[AutoCount, Automatic("machine")] = Field(
         "auto",
         description="Examples in a batch of the evaluation; auto: 128, of a language model 64.",
     )
-    cohort: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    cohort: Annotated[AutoCount, Automatic("machine")] = Field(
         "auto",
         description="Clients that train in one batch; auto: what keeps the device busy and fits "
         "train.memory.",

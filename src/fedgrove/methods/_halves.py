@@ -25,6 +25,7 @@ from fedgrove.methods.contract import (
     shares,
 )
 from fedgrove.methods.protocols import Summable
+from fedgrove.methods.rule import Arrived, Needs, Outcome, Round
 
 Letter = Literal["A", "B"]
 
@@ -43,17 +44,61 @@ class OwnFactor:
     half: dict[str, Tensor] | None = None
 
 
+@dataclass
+class SharedHalf:
+    """The mean of one factor; the other stays as each client has it."""
+
+    options: contract.Options
+    round: Round
+    shared: ClassVar[Letter]
+    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True)
+
+    @staticmethod
+    def mean(halves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The weighted sum of one factor of all clients, all [rank, in] or all [out, rank]."""
+        total = halves[0] * weights[0]
+        for half, weight in zip(halves[1:], weights[1:], strict=True):
+            total = total + half * weight
+        return total
+
+    def site(self, given: Arrived) -> Outcome:
+        common = self.mean([_of(each, self.shared) for each in given.factors], given.weights)
+        return Outcome(own=[_with(each, self.shared, common) for each in given.factors])
+
+
+@dataclass
+class SharedA(SharedHalf):
+    shared = "A"
+
+
+@dataclass
+class SharedB(SharedHalf):
+    shared = "B"
+
+
+@dataclass
+class FrozenA(SharedHalf):
+    """A is the same everywhere, so that the mean of B is everything."""
+
+    shared = "B"
+    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True, frozen="A")
+
+    def site(self, given: Arrived) -> Outcome:
+        common = self.mean([each.B for each in given.factors], given.weights)
+        return Outcome(whole=replace(given.factors[0], B=common))
+
+
 class Half(Method, Summable):
-    """Shares one factor (``shared``); the other is frozen or private."""
+    """Shares the factor that its rule averages; the other is frozen or private."""
 
     stale = True
     State, Offer, Mine, Sent = OneFactor, OneFactor, OwnFactor, OneFactor
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
-    shared: ClassVar[Letter]
+    Rule: ClassVar[type[SharedHalf]]
     private: ClassVar[Letter | None] = None  # the factor that trains but stays
 
     def begin(self, clients: Sequence[ClientInfo]) -> OneFactor:
-        return OneFactor(_half(self.setting.shared_draw(), self.shared))
+        return OneFactor(_half(self.setting.shared_draw(), self.Rule.shared))
 
     def offer(self, state: OneFactor, round: int, client: ClientInfo) -> OneFactor:
         return state
@@ -63,10 +108,10 @@ class Half(Method, Summable):
     ) -> OneFactor:
         weights = shares(updates, self.options.weights)
         halves = [update.content.half for update in updates]
-        means = {
-            site: _weighted([half[site] for half in halves], weights) for site in self.setting.sites
-        }
-        return OneFactor(means)
+        common = {}
+        for site in self.setting.sites:
+            common[site] = self.Rule.mean([half[site] for half in halves], weights)
+        return OneFactor(common)
 
     def report(
         self,
@@ -78,12 +123,12 @@ class Half(Method, Summable):
     ) -> tuple[OneFactor, OwnFactor]:
         adapter = trained[-1].adapter("adapter")
         stays = OwnFactor(_half(adapter, self.private)) if self.private else mine
-        return OneFactor(_half(adapter, self.shared)), stays
+        return OneFactor(_half(adapter, self.Rule.shared)), stays
 
     def personal(self, client: ClientInfo, offer: OneFactor, mine: OwnFactor) -> Assembly:
         adapter = self._joined(offer.half, reveal(mine.half))
         kept = self.private or ""
-        return Assembly((Term("adapter", adapter, train=self.shared + kept, kept=kept),))
+        return Assembly((Term("adapter", adapter, train=self.Rule.shared + kept, kept=kept),))
 
     def global_assembly(self, state: OneFactor) -> Assembly | None:
         if self.private:
@@ -92,26 +137,23 @@ class Half(Method, Summable):
 
     def _joined(self, shared: Mapping[str, Tensor], own: Mapping[str, Tensor] | None) -> Adapter:
         adapter = self.setting.shared_draw()
-        other: Letter = "B" if self.shared == "A" else "A"
+        other: Letter = "B" if self.Rule.shared == "A" else "A"
         for site, factors in adapter.items():
-            adapter[site] = _with(factors, self.shared, shared[site])
+            adapter[site] = _with(factors, self.Rule.shared, shared[site])
             if own is not None:
                 adapter[site] = _with(adapter[site], other, own[site])
         return adapter
 
 
 def _half(adapter: Adapter, letter: Letter) -> dict[str, Tensor]:
-    return {site: f.A if letter == "A" else f.B for site, f in adapter.items()}
+    return {site: _of(factors, letter) for site, factors in adapter.items()}
+
+
+def _of(factors: Factors, letter: Letter) -> Tensor:
+    """A [rank, in] or B [out, rank]."""
+    return factors.A if letter == "A" else factors.B
 
 
 def _with(factors: Factors, letter: Letter, value: Tensor) -> Factors:
     """The factors with A [rank, in] or B [out, rank] replaced."""
     return replace(factors, A=value) if letter == "A" else replace(factors, B=value)
-
-
-def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum of tensors of one shape."""
-    total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total = total + tensor * weight
-    return total

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.adapters.lowrank import compact
+from fedgrove.adapters.lowrank import lean
 from fedgrove.adapters.tree import numbers
 from fedgrove.ground.errors import RunError
 from fedgrove.methods.contract import ClientInfo, Mine, Offer, State
@@ -80,11 +80,3 @@ def merge(delta: Adapter, increment: Adapter) -> Adapter:
             for site, old in delta.items()
         }
     )
-
-
-def lean(adapter: Adapter) -> Adapter:
-    """No site with more modules than ``min(out, in)``."""
-    return {
-        site: f if f.rank <= min(f.B.shape[0], f.A.shape[1]) else compact({site: f})[site]
-        for site, f in adapter.items()
-    }

@@ -4,18 +4,40 @@ directions.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
-import torch
+from pydantic import Field
 
-from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.adapters.algebra import truncate
 from fedgrove.adapters.assembly import Assembly, Term
+from fedgrove.adapters.lowrank import Split, leading
 from fedgrove.methods import contract
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, Plan, State, Step, Trained
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Method,
+    Mine,
+    Offer,
+    Plan,
+    State,
+    Step,
+    Trained,
+    WeightedOptions,
+)
+
+
+class SplitOptions(WeightedOptions):
+    """The keys of a method that hands out an SVD."""
+
+    split: Literal["authors", "balanced"] = Field(
+        "authors",
+        description='Where the singular values go: "authors" all into B, with unit rows of A, as '
+        'in FlexLoRA\'s published code; "balanced" their roots into both.',
+    )
+
+    @property
+    def side(self) -> Split:
+        """The split in the words of ``adapters.lowrank``."""
+        return "right" if self.split == "authors" else "balanced"
 
 
 class Truncations(Method):
@@ -27,13 +49,18 @@ class Truncations(Method):
     shares = "A, B"
     keeps = "nothing"
     ranks = "mixed"
-    Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
+    Options: ClassVar[type[contract.Options]] = SplitOptions
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {"global": self.setting.shared_draw(max(client.rank for client in clients))}
 
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"adapter": leading(state["global"], client.rank, self.setting.scale(client.rank))}
+        scale = self.setting.scale(client.rank)
+        adapter = {
+            site: leading(factors, client.rank, scale, self.options.side)
+            for site, factors in state["global"].items()
+        }
+        return {"adapter": adapter}
 
     def global_assembly(self, state: State) -> Assembly:
         return Assembly((Term("adapter", state["global"]),))
@@ -48,39 +75,3 @@ class Truncations(Method):
 
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         return Assembly((Term("adapter", offer["adapter"]),))
-
-
-def leading(adapter: Adapter, rank: int, scale: float) -> Adapter:
-    """The first ``rank`` modules for a recipient of scale ``scale``; both factors take an equal
-    part of the change.
-    """
-    result: Adapter = {}
-    for site, factors in truncate(adapter, rank).items():
-        change = math.sqrt(factors.scale / scale)
-        same = change == 1.0
-        result[site] = factors if same else Factors(factors.A * change, factors.B * change, scale)
-    return result
-
-
-def revive(adapter: Adapter, draw: Mapping[str, Factors]) -> Adapter:
-    """Give every zero module the row of A that it was first drawn with; its B becomes zero, so no
-    product changes.
-
-    A balanced SVD puts the root of a singular value into both factors, so a direction that the
-    update does not have (fewer modules arrived than the recipient holds) would be zero in both,
-    from where no gradient moves it.
-    """
-    result: Adapter = {}
-    for site, f in adapter.items():
-        rows = draw[
-            site
-        ].rank  # an exact mean may have more modules than anybody holds; those need no new start
-        size = f.B.double().norm(dim=0) * f.A.double().norm(dim=1)
-        noise = size.max() * max(f.B.shape[0], f.A.shape[1]) * torch.finfo(torch.float64).eps
-        zero = size <= noise
-        start = torch.zeros_like(f.A)
-        start[:rows] = draw[site].A[: f.rank].to(f.A)
-        result[site] = replace(
-            f, A=torch.where(zero[:, None], start, f.A), B=torch.where(zero, 0.0, f.B)
-        )
-    return result

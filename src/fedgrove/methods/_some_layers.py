@@ -46,6 +46,10 @@ class SomeLayers(Method):
 
     averages_factors = True
     Options: ClassVar[type[contract.Options]] = LayerOptions
+    no_rule = (
+        "each client trains other layers, and a directory does not say which of its layers "
+        "were trained"
+    )
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
@@ -68,6 +72,10 @@ class SomeLayers(Method):
             "global": mean_where_held(state["global"], adapters, self.weights(updates)),
         }
 
+    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+        """All layers, whichever the client would train next."""
+        return {"global": state["global"]}
+
     def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
         return Assembly((Term("global", offer["global"]),))
 
@@ -82,8 +90,6 @@ class SomeLayers(Method):
 
     def open(self, state: State, round: int) -> State:
         """With ``rows``: the layers that each client trains in this round."""
-        if round > self.setting.rounds:
-            return {**state, "rows": {}}
         counts: dict[str, int] = state["counts"]
         drawn = self.draw(list(counts.values()), round)
         rows = {

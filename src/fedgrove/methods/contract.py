@@ -225,14 +225,6 @@ class Method(Kinds):
         is written.
         """
 
-    def most_rank(self) -> int:
-        """The largest rank of factors in an update. A higher one is refused unread."""
-        return self.setting.rank
-
-    def most_rows(self) -> int:
-        """The most rows of any other table in an update, such as a router's."""
-        return self.most_rank()
-
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         """The server's state before the first round."""
         return self.State()
@@ -264,8 +256,8 @@ class Method(Kinds):
         return state
 
     def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
-        """What a client's personal model is made of after round ``round``: what the next round
-        would offer it.
+        """What a client's personal model is made of after round ``round``, measured or taken home:
+        what the next round would offer it.
 
         To override where training gets less than the whole model (FedRA).
         """
@@ -277,7 +269,7 @@ class Method(Kinds):
         First asked with ``probe = None``: usable at once, and what the client's ``probe`` runs on.
         Where the method ``Probes``, asked again with what ``probe_report`` sent up.
         """
-        return self.offer(state, self.setting.rounds + 1, client)
+        return self.deploy(state, self.setting.rounds, client)
 
     # ------------------------------------------------------------------ client
     def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:

@@ -83,6 +83,9 @@ class FDLoRA(FedIT):
     shares = "A, B of the global"
     keeps = "personal LoRA, two weights"
     Options: ClassVar[type[contract.Options]] = FDOptions
+    no_rule = (
+        "its server averages the clients' global adapters as fedit does; aggregate those with fedit"
+    )
 
     # ------------------------------------------------------------------ server
     def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:

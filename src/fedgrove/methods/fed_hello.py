@@ -73,7 +73,7 @@ class FedHeLLo(SomeLayers):
     # ------------------------------------------------------------------ server
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
         offer: Offer = {"global": state["global"]}
-        if client.name not in state["rows"]:  # after the last round, or a newcomer
+        if client.name not in state["rows"]:  # a newcomer
             return offer
         if self.options.allocation == "fim" and round > self.warm:
             return {**offer, "count": state["counts"][client.name]}

@@ -18,6 +18,7 @@ round trains all R modules, because it trains the personal model.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,6 +31,7 @@ from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
 from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, State, Step, Trained, Update
+from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
 ALL = ""  # the one place of a draw that serves all sites
 
@@ -61,6 +63,20 @@ class PLoRAOptions(contract.Options):
     )
 
 
+@dataclass
+class MeanOfModules:
+    """The mean of each rank index over the clients that trained it; the others stay, or are zero."""
+
+    options: PLoRAOptions
+    round: Round
+    needs: ClassVar[Needs] = Needs(equal_scales=True, previous=True, by_index="tagged")
+
+    def site(self, given: Arrived) -> Outcome:
+        old = {given.name: given.old(given.rank)}
+        made = index_mean(given.adapters, given.indices, old, given.weights)
+        return Outcome(whole=made[given.name])
+
+
 class FedPLoRA(Method):
     name = "fed-plora"
     title = "Fed-PLoRA"
@@ -71,6 +87,7 @@ class FedPLoRA(Method):
     ranks = "mixed"
     averages_factors = True
     Options: ClassVar[type[contract.Options]] = PLoRAOptions
+    Rule: ClassVar[type[ServerRule]] = MeanOfModules
 
     # ------------------------------------------------------------------ server
     def check(self, clients: Sequence[ClientInfo]) -> None:
@@ -91,11 +108,15 @@ class FedPLoRA(Method):
         return {"global": state["global"]}
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        modules, indices = (
-            [u.content["modules"] for u in updates],
-            [u.content["indices"] for u in updates],
+        arrivals = Arrivals(
+            self.setting,
+            [update.content["modules"] for update in updates],
+            [1.0] * len(updates),  # over each index's holders: an exact 1 / count
+            previous=state["global"],
+            indices=[update.content["indices"] for update in updates],
         )
-        return {"global": index_mean(modules, indices, state["global"])}
+        rule = self.Rule(self.options, Round(self.setting.sites, round))
+        return {"global": combine(rule, arrivals).whole}
 
     def needs_each(self) -> str:
         # "magnitude" and "random" are known to the server without being told; the others depend on

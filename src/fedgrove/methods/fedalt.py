@@ -79,6 +79,10 @@ class FedALT(Method):
     keeps = "own A, B; gates"
     mixes = (Gated,)
     Options: ClassVar[type[contract.Options]] = ALTOptions
+    no_rule = (
+        "a client keeps two adapters and a gate that depends on the input, which is no single "
+        "PEFT adapter"
+    )
 
     # ------------------------------------------------------------------ server
     def needs_each(self) -> str:

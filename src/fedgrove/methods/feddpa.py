@@ -105,6 +105,9 @@ class _FedDPA(Method):
     shares = "A, B of the global"
     keeps = "local adapter, references"
     averages_factors = True
+    no_rule = (
+        "its server averages the clients' global adapters as fedit does; aggregate those with fedit"
+    )
     mixes = (ByExample,)
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:

@@ -13,6 +13,7 @@ last round gets the sum of all residuals.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fedgrove.adapters.algebra import mean
@@ -32,6 +33,22 @@ from fedgrove.methods.contract import (
     Update,
     shares,
 )
+from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
+
+
+@dataclass
+class MeanAndResidual:
+    """FedIT's means and, for the frozen base, what they lose against the mean of the products."""
+
+    options: contract.Options
+    round: Round
+    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True)
+
+    def site(self, given: Arrived) -> Outcome:
+        residual = fedex_residual(given.adapters, given.weights)
+        return Outcome(
+            whole=mean(given.adapters, given.weights)[given.name], base=residual[given.name]
+        )
 
 
 class FedExLoRA(Method):
@@ -42,6 +59,7 @@ class FedExLoRA(Method):
     shares = "A, B"
     keeps = "nothing"
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
+    Rule: ClassVar[type[ServerRule]] = MeanAndResidual
 
     # ------------------------------------------------------------------ server
     def begin(self, clients: Sequence[ClientInfo]) -> State:
@@ -52,10 +70,11 @@ class FedExLoRA(Method):
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         adapters = [update.content["adapter"] for update in updates]
+        rule = self.Rule(self.options, Round(self.setting.sites, round))
         weights = shares(updates, self.options.weights)
-        residual = fedex_residual(adapters, weights)
+        made = combine(rule, Arrivals(self.setting, adapters, weights))
         names = [update.client for update in updates]
-        return {"global": mean(adapters, weights), **advance(state, residual, names)}
+        return {"global": made.whole, **advance(state, made.base, names)}
 
     def global_assembly(self, state: State) -> Assembly:
         return Assembly((Term("global", state["global"]),), base_delta=state["delta"] or None)

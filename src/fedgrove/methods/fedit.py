@@ -8,6 +8,7 @@ later methods correct.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from fedgrove.adapters.algebra import mean
@@ -23,6 +24,19 @@ from fedgrove.methods.contract import (
 )
 from fedgrove.methods.protocols import Summable
 from fedgrove.methods.records import OneAdapter, Whole
+from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
+
+
+@dataclass
+class MeanOfFactors:
+    """The mean of the A's and, separately, of the B's."""
+
+    options: contract.Options
+    round: Round
+    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True)
+
+    def site(self, given: Arrived) -> Outcome:
+        return Outcome(whole=mean(given.adapters, given.weights)[given.name])
 
 
 class FedIT(Method, Summable):
@@ -36,6 +50,7 @@ class FedIT(Method, Summable):
     averages_factors = True
     State, Offer, Sent = Whole, Whole, OneAdapter
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
+    Rule: ClassVar[type[ServerRule]] = MeanOfFactors
 
     def begin(self, clients: Sequence[ClientInfo]) -> Whole:
         return Whole(self.setting.shared_draw())
@@ -45,7 +60,9 @@ class FedIT(Method, Summable):
 
     def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
         adapters = [update.content.adapter for update in updates]
-        return Whole(mean(adapters, shares(updates, self.options.weights)))
+        rule = self.Rule(self.options, Round(self.setting.sites, round))
+        weights = shares(updates, self.options.weights)
+        return Whole(combine(rule, Arrivals(self.setting, adapters, weights)).whole)
 
     def global_assembly(self, state: Whole) -> Assembly:
         return Assembly((Term("global", state.whole),))

@@ -114,6 +114,7 @@ class FedLEASE(Method):
     keeps = "nothing"
     mixes = (TopExperts,)
     Options: ClassVar[type[contract.Options]] = LEASEOptions
+    no_rule = "it averages routers beside the adapters, and a PEFT adapter directory holds none"
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
@@ -137,7 +138,7 @@ class FedLEASE(Method):
 
     def most_rows(self) -> int:
         most = self.options.experts or self.options.max_experts
-        return max(self.most_rank(), 2 * most - 1)
+        return 2 * most - 1
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         state: State = {"labels": {}, "experts": [], "routers": [], "anchors": [], "scores": {}}

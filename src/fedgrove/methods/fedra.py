@@ -34,12 +34,9 @@ class FedRA(SomeLayers):
     # ------------------------------------------------------------------ server
     def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
         row = state["rows"].get(client.name)
-        if row is None:  # after the last round, or a newcomer
+        if row is None:  # a newcomer
             return self.deploy(state, round, client)
         return {"global": part(state["global"], self.setting.sites, row), "layers": row}
-
-    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"global": state["global"]}
 
     def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
         return random_rows(counts, len(self.layers), self.setting.rng(round, "allocation"))

@@ -51,6 +51,10 @@ class FedRoRA(Method):
     keeps = "nothing"
     ranks = "mixed"
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
+    no_rule = (
+        "its factors have unit length and a diagonal of their own, which a PEFT adapter "
+        "directory does not hold"
+    )
 
     # ------------------------------------------------------------------ server
     def begin(self, clients: Sequence[ClientInfo]) -> State:

@@ -2,9 +2,10 @@
 averaged.
 
 Source: Zhang et al., "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA", arXiv
-2602.23638. Odd rounds align A, even ones B, to the last global factors, by a soft Procrustes
-rotation R; the client sends ``(R^T A, B R)``, whose product is that of ``(A, B)``. The first round
-is skipped: the global B is still zero.
+2602.23638. Rounds align A and B in turn to the last global factors, by a soft Procrustes rotation R;
+the client sends ``(R^T A, B R)``, whose product is that of ``(A, B)``. The first round is skipped,
+since the global B is still zero; the second aligns A, as the authors' code does
+(github.com/haoran-zh/FedRot-LoRA at 36a67ef counts rounds from 0 and aligns A in odd ones).
 
 Where we differ: ``at = "server"`` runs the same arithmetic at the server, for clients that only
 know FedIT.
@@ -13,11 +14,12 @@ know FedIT.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.rotation import align
 from fedgrove.methods import contract
@@ -29,9 +31,10 @@ from fedgrove.methods.contract import (
     WeightedOptions,
     shares,
 )
-from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.fedit import FedIT, MeanOfFactors
 from fedgrove.methods.protocols import EACH
 from fedgrove.methods.records import OneAdapter, Whole
+from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
 
 class RotOptions(WeightedOptions):
@@ -45,6 +48,42 @@ class RotOptions(WeightedOptions):
     )
 
 
+@dataclass
+class RotatedMean:
+    """FedIT's means of factors that were turned to the last global ones."""
+
+    options: RotOptions
+    round: Round
+    needs: ClassVar[Needs] = Needs(
+        equal_ranks=True, equal_scales=True, previous=True, rounds=True, options=("lam",)
+    )
+
+    @property
+    def factor(self) -> Literal["", "A", "B"]:
+        """What is aligned in this round; "" in the first."""
+        if self.round.number == 1:
+            return ""
+        return "B" if self.round.number % 2 else "A"
+
+    def turned(self, factors: Factors, previous: Factors | None) -> Factors:
+        """A client's factors with their rank space turned to that of the last global ones."""
+        if previous is None or self.factor == "":
+            return factors
+        return align(factors, previous, self.factor, self.options.lam)
+
+    def site(self, given: Arrived) -> Outcome:
+        turned = [{given.name: self.turned(each, given.previous)} for each in given.factors]
+        return Outcome(whole=mean(turned, given.weights)[given.name])
+
+    def notes(self) -> list[str]:
+        if self.factor == "":
+            return ["This is the first round: nothing was rotated, as fedit."]
+        return [f"Round {self.round.number}: aligned {self.factor} to the last global adapter."]
+
+    def artefacts(self, clients: Sequence[str]) -> dict[str, Any]:
+        return {}
+
+
 class FedRotLoRA(FedIT):
     name = "fedrot-lora"
     title = "FedRot-LoRA"
@@ -52,29 +91,28 @@ class FedRotLoRA(FedIT):
     stale = False
     averages_factors = False  # of the rotated ones, which no client runs
     Options: ClassVar[type[contract.Options]] = RotOptions
+    Rule: ClassVar[type[ServerRule]] = RotatedMean
 
     def needs_each(self) -> str:
         return EACH
 
     def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
-        adapters = [update.content.adapter for update in updates]
-        if self.options.at == "server":
-            adapters = [self._rotated(adapter, state.whole, round) for adapter in adapters]
-        return Whole(mean(adapters, shares(updates, self.options.weights)))
+        kind = self.Rule if self.options.at == "server" else MeanOfFactors
+        arrivals = Arrivals(
+            self.setting,
+            [update.content.adapter for update in updates],
+            shares(updates, self.options.weights),
+            previous=state.whole,
+        )
+        rule = kind(self.options, Round(self.setting.sites, round))
+        return Whole(combine(rule, arrivals).whole)
 
     def report(
         self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
     ) -> tuple[OneAdapter, Mine]:
         adapter = trained[-1].adapter("global")
         if self.options.at == "client":
-            adapter = self._rotated(adapter, offer.whole, round)
+            rule = RotatedMean(self.options, Round(self.setting.sites, round))
+            whole = offer.whole
+            adapter = {site: rule.turned(f, whole[site]) for site, f in adapter.items()}
         return OneAdapter(adapter), mine
-
-    def _rotated(self, adapter: Adapter, reference: Adapter, round: int) -> Adapter:
-        """The adapter with its rank space turned to that of the round's global one."""
-        if round == 1:
-            return adapter
-        factor: Literal["A", "B"] = "A" if round % 2 else "B"
-        return {
-            site: align(f, reference[site], factor, self.options.lam) for site, f in adapter.items()
-        }

@@ -6,7 +6,7 @@ Source: Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated 
 
 from __future__ import annotations
 
-from fedgrove.methods._halves import Half
+from fedgrove.methods._halves import Half, SharedA
 
 
 class FedSALoRA(Half):
@@ -16,5 +16,5 @@ class FedSALoRA(Half):
     trains = "A, B"
     shares = "A"
     keeps = "B"
-    shared = "A"
+    Rule = SharedA
     private = "B"

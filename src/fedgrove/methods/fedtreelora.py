@@ -23,11 +23,16 @@ Where we differ, or choose what the paper leaves open:
   path from the root gives one group per layer, still nested. Their warm-up is never averaged into a
   group that is further on: they count from their first trained expert.
 * One or two clients always share everything (``c ≤ N − 1``).
+* Cluster and external expert are renewed at the same time, as published, so what a client deploys
+  is not what it trained: with two groups and λ = ½ both deploy ``(C_1 + C_2) / 2`` (docs/results.md
+  has the arithmetic). ``external_update`` and ``external_damping`` are the repairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -35,7 +40,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.adapter import Adapter, Site
+from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Convex, Extra, Term
 from fedgrove.adapters.distance import Distance, between, layers_of, towards
 from fedgrove.adapters.groups import group_means
@@ -56,6 +62,7 @@ from fedgrove.methods.contract import (
     keep,
     reveal,
 )
+from fedgrove.methods.rule import Arrived, Needs, Outcome, Round, ServerRule
 
 
 class TreeOptions(contract.Options):
@@ -94,6 +101,18 @@ class TreeOptions(contract.Options):
         description="Whether a client also runs the frozen mean of everyone outside its group, "
         "mixed in by λ.",
     )
+    external_update: Literal["published", "previous"] = Field(
+        "published",
+        description="The external expert that a client deploys: the one renewed at the same time "
+        "as its cluster expert, or the one that its cluster expert was trained against.",
+    )
+    external_damping: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the old external expert that the new one keeps; 0 as published.",
+        examples=[0.5],
+    )
     lambda_lr: float = Field(
         10.0, ge=0, description="Learning rate of λ's free scalar, as a multiple of train.lr."
     )
@@ -113,6 +132,77 @@ class TreeOptions(contract.Options):
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Grown:
+    """The merge tree of the clients (rows as SciPy's linkage), and where each layer cuts it."""
+
+    merges: np.ndarray
+    cuts: dict[int, LayerCut]
+
+
+class GroupMeans:
+    """One merge tree, cut deeper from layer to layer; in each, a client gets its group's mean."""
+
+    needs: ClassVar[Needs] = Needs(
+        equal_ranks=True,
+        equal_scales=True,
+        every_weight=True,
+        options=("tau", "K", "distance", "linkage", "fixed_k"),
+    )
+
+    def __init__(self, options: TreeOptions, round: Round):
+        self.options = options
+        self.sites = layers_of(round.sites)
+        self.distances: dict[int, Tensor] = {}  # of the layers seen to their end, float64 [N, N]
+        self._waiting: list[Tensor] = []  # of the sites of the layer that is being seen
+
+    def look(self, given: Arrived) -> None:
+        self.see(given.site, [each.B for each in given.factors])
+
+    def see(self, site: Site, clients: Sequence[Tensor]) -> None:
+        """Compare the clients' B, all [out, rank], at one site; sites come layer by layer."""
+        only = {site.name: site}
+        apart = between([{site.name: B} for B in clients], only, self.options.distance)[0]
+        self._waiting.append(apart)
+        if len(self._waiting) == len(self.sites[site.layer]):
+            self.distances[site.layer] = torch.stack(self._waiting).mean(0)
+            self._waiting = []
+
+    @cached_property
+    def grown(self) -> Grown:
+        """The tree of all clients seen, and its cuts."""
+        options = self.options
+        distances = torch.stack(list(self.distances.values())).numpy()
+        merges = merge_tree(distances.mean(0), options.linkage)
+        if options.tree:
+            cuts = layer_cuts(merges, list(distances), options.tau, options.K, options.fixed_k)
+        else:
+            cuts = untied_cuts(list(distances), options.tau, options.linkage)
+        return Grown(merges, dict(zip(self.distances, cuts, strict=True)))
+
+    def site(self, given: Arrived) -> Outcome:
+        labels = self.grown.cuts[given.site.layer].labels.tolist()
+        means = group_means(given.adapters, labels, given.weights)
+        own = [means.own[label][given.name] for label in labels]
+        return Outcome(whole=means.everyone[given.name], own=own)
+
+    def notes(self) -> list[str]:
+        counts = ", ".join(str(cut.count) for cut in self.grown.cuts.values())
+        return [f"Groups from the first layer to the last: {counts}."]
+
+    def artefacts(self, clients: Sequence[str]) -> dict[str, Any]:
+        layers = []
+        for layer, cut in self.grown.cuts.items():
+            groups: list[list[str]] = [[] for _ in range(cut.count)]
+            for name, label in zip(clients, cut.labels.tolist(), strict=True):
+                groups[label].append(name)
+            layers.append(
+                {"layer": layer, "count": cut.count, "score": cut.score, "groups": groups}
+            )
+        merges = self.grown.merges.tolist()
+        return {"tree.json": {"clients": list(clients), "layers": layers, "merges": merges}}
+
+
 class FedTreeLoRA(Method):
     name = "fedtreelora"
     title = "FedTreeLoRA"
@@ -122,6 +212,7 @@ class FedTreeLoRA(Method):
     shares = "A, B"
     keeps = "λ"
     Options: ClassVar[type[contract.Options]] = TreeOptions
+    Rule: ClassVar[type[ServerRule]] = GroupMeans
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
@@ -137,7 +228,9 @@ class FedTreeLoRA(Method):
 
         ``latest``: each member's newest adapter, ``first``: its B after its own warm-up,
         ``groups``: its group in each layer, ``experts``: in each layer, the mean of each group and
-        of everyone else, ``common``: the mean of all.
+        of everyone else, ``trained_against``: in each layer, what each group's clients had for
+        everyone else while they trained (with ``external_update = "previous"``), ``common``: the
+        mean of all.
         """
         return {
             "tree": None,
@@ -146,6 +239,7 @@ class FedTreeLoRA(Method):
             "examples": {},
             "groups": {},
             "experts": {},
+            "trained_against": {},
             "common": self.setting.shared_draw(),
         }
 
@@ -164,10 +258,18 @@ class FedTreeLoRA(Method):
         no message.
         """
         if client.name in state["groups"]:
+            if round > self.setting.rounds:
+                return self.deploy(state, self.setting.rounds, client)
             return self._experts(state, state["groups"][client.name])
         if self.warmup and round <= self.setting.rounds:
             return {"join": True} if state["tree"] else {}
         return self.welcome(state, client, None)
+
+    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+        """A member's experts, the external one as ``external_update`` says."""
+        if client.name not in state["groups"]:
+            return self.offer(state, round + 1, client)
+        return self._experts(state, state["groups"][client.name], state["trained_against"])
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         adapters = {
@@ -188,14 +290,14 @@ class FedTreeLoRA(Method):
             "examples": _by_name(state["examples"], examples),
         }
         if state["tree"] is None or self._rebuilds(round):
-            state |= self._grown(state["latest"])
+            state |= self._grown(state["latest"]) | {"experts": {}}
         late = {
             n: self._placed(state, bs)
             for n, bs in state["first"].items()
             if n not in state["groups"]
         }
         state["groups"] = _by_name(state["groups"], late)
-        return state | self._averaged(state)
+        return state | self._renewed(state)
 
     def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
         """The mean of all; after the probe, the experts of the groups on the newcomer's way down
@@ -250,15 +352,12 @@ class FedTreeLoRA(Method):
 
     def _grown(self, latest: Mapping[str, Adapter]) -> State:
         """The tree and its cuts from the adapters as uploaded, and the groups of their clients."""
-        options = self.options
-        distances = between(
-            [_bs(adapter) for adapter in latest.values()], self.setting.sites, options.distance
-        ).numpy()
-        merges = merge_tree(distances.mean(0), options.linkage)
-        if options.tree:
-            cuts = layer_cuts(merges, list(distances), options.tau, options.K, options.fixed_k)
-        else:
-            cuts = untied_cuts(list(distances), options.tau, options.linkage)
+        rule = GroupMeans(self.options, Round(self.setting.sites))
+        for names in self.layers.values():
+            for name in names:
+                site = self.setting.sites[name]
+                rule.see(site, [adapter[name].B for adapter in latest.values()])
+        merges, cuts = rule.grown.merges, list(rule.grown.cuts.values())
         labels = [cut.labels.tolist() for cut in cuts]
         layers = [
             {"layer": layer, "count": cut.count, "score": cut.score, "labels": own}
@@ -284,6 +383,22 @@ class FedTreeLoRA(Method):
         merges = np.array(tree["merges"], dtype=np.float64).reshape(-1, 4)
         return descend(merges, cuts, distances.mean(0))
 
+    def _renewed(self, state: State) -> State:
+        """New experts, the external ones damped towards the last ones."""
+        old = {layer: each["external"] for layer, each in state["experts"].items()}
+        new = self._averaged(state)
+        damping = self.options.external_damping
+        if damping:
+            for layer, externals in old.items():
+                means = new["experts"][layer]["external"]
+                new["experts"][layer]["external"] = [
+                    mean(pair, [damping, 1 - damping])
+                    for pair in zip(externals, means, strict=True)
+                ]
+        if self.options.external_update == "previous":
+            new["trained_against"] = old
+        return new
+
     def _averaged(self, state: State) -> State:
         """Experts of every group in every layer, and the mean of all."""
         names = list(state["latest"])
@@ -301,16 +416,19 @@ class FedTreeLoRA(Method):
             common |= means.everyone
         return {"experts": experts, "common": self._ordered(common)}
 
-    def _experts(self, state: State, groups: Sequence[int]) -> Offer:
+    def _experts(
+        self, state: State, groups: Sequence[int], externals: Mapping[str, Any] | None = None
+    ) -> Offer:
         """What a member of these groups, one per layer, is sent: an external expert only where a
-        layer is split.
+        layer is split. ``externals`` by layer stand in for the newest ones.
         """
         cluster: Adapter = {}
         external: Adapter = {}
-        for group, experts in zip(groups, state["experts"].values(), strict=True):
+        for group, (layer, experts) in zip(groups, state["experts"].items(), strict=True):
             cluster |= experts["cluster"][group]
-            if experts["external"]:
-                external |= experts["external"][group]
+            rest = (externals or {}).get(layer, experts["external"])
+            if rest:
+                external |= rest[group]
         offer = {"cluster": self._ordered(cluster)}
         return offer | {"external": self._ordered(external)} if external else offer
 

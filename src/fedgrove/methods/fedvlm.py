@@ -5,7 +5,7 @@ Source: FedVLM, arXiv 2507.17088.
 
 from __future__ import annotations
 
-from fedgrove.methods._halves import Half
+from fedgrove.methods._halves import Half, SharedB
 
 
 class FedVLM(Half):
@@ -15,5 +15,5 @@ class FedVLM(Half):
     trains = "A, B"
     shares = "B"
     keeps = "A"
-    shared = "B"
+    Rule = SharedB
     private = "A"

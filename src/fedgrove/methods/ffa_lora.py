@@ -6,7 +6,7 @@ Source: Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", a
 
 from __future__ import annotations
 
-from fedgrove.methods._halves import Half
+from fedgrove.methods._halves import FrozenA, Half
 
 
 class FFALoRA(Half):
@@ -16,4 +16,4 @@ class FFALoRA(Half):
     trains = "B"
     shares = "B"
     keeps = "nothing (A is frozen at the shared draw)"
-    shared = "B"
+    Rule = FrozenA

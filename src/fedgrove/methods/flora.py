@@ -16,12 +16,12 @@ FedIT branch, which keeps the first client only, is not followed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.adapters.algebra import check
+from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods import contract
 from fedgrove.methods._merged import advance, held, merged_part, nothing_merged
@@ -37,6 +37,23 @@ from fedgrove.methods.contract import (
     Update,
     shares,
 )
+from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
+
+
+@dataclass
+class Stack:
+    """All clients' modules, for the frozen base: the exact mean of the products."""
+
+    options: contract.Options
+    round: Round
+    needs: ClassVar[Needs] = Needs()
+
+    def site(self, given: Arrived) -> Outcome:
+        rows = []
+        for weight, each in zip(given.weights, given.factors, strict=True):
+            rows.append(each.A * (weight * each.scale / given.scale))
+        columns = [each.B for each in given.factors]
+        return Outcome(base=Factors(torch.cat(rows), torch.cat(columns, 1), given.scale))
 
 
 class FLoRA(Method):
@@ -48,6 +65,7 @@ class FLoRA(Method):
     keeps = "nothing"
     ranks = "mixed"
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
+    Rule: ClassVar[type[ServerRule]] = Stack
 
     # ------------------------------------------------------------------ server
     def begin(self, clients: Sequence[ClientInfo]) -> State:
@@ -58,8 +76,9 @@ class FLoRA(Method):
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         adapters = [update.content["adapter"] for update in updates]
-        scale = self.setting.scale(self.setting.rank)
-        stack = stacked(adapters, shares(updates, self.options.weights), scale)
+        rule = self.Rule(self.options, Round(self.setting.sites, round))
+        weights = shares(updates, self.options.weights)
+        stack = combine(rule, Arrivals(self.setting, adapters, weights)).base
         return advance(state, stack, [update.client for update in updates])
 
     def global_assembly(self, state: State) -> Assembly:
@@ -85,23 +104,3 @@ class FLoRA(Method):
     def _assembly(self, client: ClientInfo, offer: Offer, mine: Mine, purpose: str) -> Assembly:
         fresh = self.setting.shared_draw(client.rank, purpose)
         return Assembly((Term("fresh", fresh),), base_delta=held(offer, mine) or None)
-
-
-def stacked(adapters: Sequence[Adapter], weights: Sequence[float], scale: float) -> Adapter:
-    """One adapter of scale ``scale`` > 0 whose product is ``sum_i p_i s_i B_i A_i``; B's are as
-    they are.
-    """
-    check(adapters)
-    return {
-        site: Factors(
-            A=torch.cat(
-                [
-                    a[site].A * (p * a[site].scale / scale)
-                    for a, p in zip(adapters, weights, strict=True)
-                ]
-            ),
-            B=torch.cat([adapter[site].B for adapter in adapters], 1),
-            scale=scale,
-        )
-        for site in adapters[0]
-    }

@@ -62,6 +62,10 @@ class FSLoRA(Method):
     keeps = "nothing"
     ranks = "mixed"
     Options: ClassVar[type[contract.Options]] = SketchOptions
+    no_rule = (
+        "it averages changes since the start of the round under random masks, which a "
+        "directory does not hold"
+    )
 
     # ------------------------------------------------------------------ server
     def check(self, clients: Sequence[ClientInfo]) -> None:

@@ -166,6 +166,10 @@ class Grove(Method):
     keeps = "nothing"
     ranks = "mixed"
     averages_factors = True
+    no_rule = (
+        "its groups grow from what training changed over several rounds, and a directory holds "
+        "where one round ended"
+    )
     State, Offer, Mine, Sent, Probed = GroveState, Path, Nothing, Modules, Changed
     Options: ClassVar[type[contract.Options]] = GroveOptions
 

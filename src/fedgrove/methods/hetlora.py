@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.adapters.algebra import mean, pad, product_norm, rescale, truncate
+from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.algebra import mean, norm, pad, rescale, truncate
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
@@ -44,6 +44,16 @@ from fedgrove.methods.contract import (
     Update,
     WeightedOptions,
     shares,
+)
+from fedgrove.methods.rule import (
+    Arrivals,
+    Arrived,
+    Needs,
+    Outcome,
+    Round,
+    ServerRule,
+    combine,
+    prepared,
 )
 
 
@@ -69,6 +79,52 @@ class HetOptions(WeightedOptions):
     )
 
 
+@dataclass
+class PaddedMean:
+    """The mean of zero-padded factors; a client gets the first rows that it has."""
+
+    options: HetOptions
+    round: Round
+    squares: list[list[float]] = field(default_factory=list)  # by site and client, of the norms
+    needs: ClassVar[Needs] = Needs(equal_scales=True, previous=True, options=("variant",))
+
+    @property
+    def measure(self) -> str:
+        if self.options.variant == "reduced":
+            return ""
+        return "the norms of their updates (variant=reduced takes --weights)"
+
+    def look(self, given: Arrived) -> None:
+        if self.measure:
+            norms = [norm(each)[given.name] for each in given.adapters]
+            self.squares.append([value * value for value in norms])
+
+    def weights(self, given: Sequence[float]) -> list[float]:
+        if not self.measure:
+            return list(given)
+        norms = [math.sqrt(math.fsum(squares)) for squares in zip(*self.squares, strict=True)]
+        total = math.fsum(norms)
+        if total > 0:
+            return [each / total for each in norms]
+        return [1.0 / len(norms)] * len(norms)
+
+    def site(self, given: Arrived) -> Outcome:
+        adapters = given.adapters
+        if self.options.rescale == "B":
+            adapters = [rescale(each, given.scale) for each in adapters]
+        most = max(each.rank for each in given.factors)
+        whole = mean([pad(each, most) for each in adapters], given.weights)[given.name]
+        old = given.previous
+        if old is not None and old.rank > most:  # what no client of the round holds stays
+            whole = replace(
+                whole,
+                A=torch.cat([whole.A, old.A[most:]]),
+                B=torch.cat([whole.B, old.B[:, most:]], 1),
+            )
+        own = [truncate({given.name: whole}, each.rank)[given.name] for each in given.factors]
+        return Outcome(whole=whole, own=own)
+
+
 class HETLoRA(Method):
     name = "hetlora"
     title = "HETLoRA"
@@ -78,6 +134,7 @@ class HETLoRA(Method):
     keeps = "nothing"
     ranks = "mixed"
     Options: ClassVar[type[contract.Options]] = HetOptions
+    Rule: ClassVar[type[ServerRule]] = PaddedMean
 
     # ------------------------------------------------------------------ server
     def check(self, clients: Sequence[ClientInfo]) -> None:
@@ -100,27 +157,24 @@ class HETLoRA(Method):
         return {"global": rescale(truncate(state["global"], rank), self.setting.scale(client.rank))}
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        previous: Adapter = state["global"]
-        adapters = [update.content["adapter"] for update in updates]
-        if self.options.rescale == "B":
-            scale = self.setting.scale(self.setting.rank)
-            adapters = [rescale(adapter, scale) for adapter in adapters]
-        padded = mean(
-            [pad(adapter, self.setting.rank) for adapter in adapters], self.weights(updates)
-        )
+        arrivals = self._arrivals(updates, state["global"])
         ranks = {update.client: rank_of(update.content["adapter"]) for update in updates}
-        most = max(ranks.values())
         return {
-            "global": {site: _head_of(new, previous[site], most) for site, new in padded.items()},
+            "global": combine(self._rule(), arrivals).whole,
             "ranks": {**state["ranks"], **ranks},
         }
 
     def weights(self, updates: Sequence[Update]) -> list[float]:
-        if self.options.variant == "reduced":
-            return shares(updates, self.options.weights)
-        norms = [product_norm(update.content["adapter"]) for update in updates]
-        total = math.fsum(norms)
-        return [norm / total for norm in norms] if total > 0 else shares(updates, "uniform")
+        arrivals = self._arrivals(updates)
+        return list(prepared(self._rule(), arrivals, arrivals.weights))
+
+    def _rule(self) -> ServerRule:
+        return self.Rule(self.options, Round(self.setting.sites))
+
+    def _arrivals(self, updates: Sequence[Update], previous: Adapter | None = None) -> Arrivals:
+        adapters = [update.content["adapter"] for update in updates]
+        weights = shares(updates, self.options.weights)
+        return Arrivals(self.setting, adapters, weights, previous=previous)
 
     def global_assembly(self, state: State) -> Assembly:
         return Assembly((Term("global", state["global"]),))
@@ -173,12 +227,3 @@ def tail_size(adapter: Adapter, kept: int) -> Tensor:
 
 def rank_of(adapter: Adapter) -> int:
     return next(iter(adapter.values())).rank
-
-
-def _head_of(new: Factors, old: Factors, most: int) -> Factors:
-    """The first ``most`` modules of ``new``, the others of ``old``."""
-    return replace(
-        new,
-        A=torch.cat([new.A[:most], old.A[most:]]),
-        B=torch.cat([new.B[:, :most], old.B[:, most:]], 1),
-    )

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import combinations
 from statistics import mean
 from typing import Annotated, Any, ClassVar, Literal
@@ -31,7 +32,7 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors, fresh
 from fedgrove.adapters.algebra import product_norm, subtract_products
 from fedgrove.adapters.assembly import Assembly, Term
-from fedgrove.adapters.lowrank import product_mean
+from fedgrove.adapters.lowrank import Split, leading, product_mean, truncated
 from fedgrove.adapters.subspace import (
     bases,
     basis,
@@ -39,8 +40,8 @@ from fedgrove.adapters.subspace import (
     overlap_by_layer,
     principal_angle_distances,
 )
-from fedgrove.clustering.spectral import match, spectral
-from fedgrove.ground.errors import JobError
+from fedgrove.clustering.spectral import Clusters, match, spectral
+from fedgrove.ground.errors import AdapterError, JobError
 from fedgrove.methods.contract import (
     ClientInfo,
     Live,
@@ -57,6 +58,7 @@ from fedgrove.methods.contract import (
     reveal,
     shares,
 )
+from fedgrove.methods.rule import Arrived, Needs, Outcome, Round, ServerRule
 
 TIERS = ("root", "cluster", "leaf")
 Tensors = dict[str, Tensor]  # site -> [out, r]
@@ -136,6 +138,76 @@ class HiLoRAOptions(WeightedOptions):
         return self
 
 
+class ClusterMeans:
+    """Clusters by the subspaces of B; a client gets the product mean of its cluster."""
+
+    needs: ClassVar[Needs] = Needs(
+        every_weight=True, rank=True, seed=True, options=("k_min", "k_max", "balanced")
+    )
+
+    def __init__(self, options: HiLoRAOptions, round: Round):
+        self.options = options
+        self.round = round
+        self.distances: Tensor | None = None  # float64 [N, N]
+
+    def look(self, given: Arrived) -> None:
+        self.see([each.B for each in given.factors])
+
+    def see(self, clients: Sequence[Tensor]) -> None:
+        """Add the distances between the clients' B, each [out, rank], at one site."""
+        spans = [basis(B.double(), min(B.shape)) for B in clients]
+        apart = principal_angle_distances(spans) / len(self.round.sites)
+        if self.distances is None:
+            self.distances = torch.zeros_like(apart)
+        self.distances += apart
+
+    @cached_property
+    def found(self) -> Clusters:
+        """The clusters of all clients seen."""
+        if self.distances is None:
+            raise AdapterError("No site was compared: look at every site before the first mean.")
+        options = self.options
+        return spectral(self.distances.numpy(), options.k_min, options.k_max, self.round.seed)
+
+    def site(self, given: Arrived) -> Outcome:
+        own = list(given.factors)
+        for label in range(self.found.k):
+            members = [n for n, each in enumerate(self.found.labels.tolist()) if each == label]
+            most = max(given.factors[n].rank for n in members)
+            common = self._mean(given, members, most)
+            for n in members:
+                own[n] = leading(common, own[n].rank, own[n].scale, split_of(self.options))
+        return Outcome(self._mean(given, range(len(own)), given.rank), own)
+
+    def notes(self) -> list[str]:
+        return [f"Clusters: {self.found.k}."]
+
+    def artefacts(self, clients: Sequence[str]) -> dict[str, Any]:
+        content = {
+            "clients": list(clients),
+            "labels": self.found.labels.tolist(),
+            "distances": [] if self.distances is None else self.distances.tolist(),
+            "eigenvalues": self.found.eigenvalues.tolist(),
+            "sigma": self.found.sigma,
+        }
+        return {"clusters.json": content}
+
+    def _mean(self, given: Arrived, members: Sequence[int], rank: int) -> Factors:
+        return truncated(
+            [given.factors[n] for n in members],
+            [given.weights[n] for n in members],
+            rank,
+            given.scale,
+            split_of(self.options),
+            site=given.name,
+        )
+
+
+def split_of(options: HiLoRAOptions) -> Split:
+    """Where the singular values of a tier go."""
+    return "balanced" if options.balanced else "left"
+
+
 class HiLoRA(Method):
     name = "hilora"
     title = "HiLoRA"
@@ -147,6 +219,7 @@ class HiLoRA(Method):
     ranks = "mixed"
     tiers: ClassVar[tuple[str, ...]] = TIERS
     Options = HiLoRAOptions
+    Rule: ClassVar[type[ServerRule]] = ClusterMeans
 
     def __init__(self, options: Any, setting: Setting):
         super().__init__(options, setting)
@@ -166,7 +239,7 @@ class HiLoRA(Method):
         return "its clusters are built from each client's own B"
 
     def most_rank(self) -> int:
-        return max(self.setting.rank, *(self._full(tier) for tier in TIERS))
+        return max(self._full(tier) for tier in TIERS)
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {
@@ -292,7 +365,8 @@ class HiLoRA(Method):
         for site, factors in adapter.items():
             B = factors.B.double()
             if self.options.basis == "B - B_start" and start is not None:
-                B = B - self._resize(start[site], factors.rank, factors.scale).B.double()
+                begun = leading(start[site], factors.rank, factors.scale, split_of(self.options))
+                B = B - begun.B.double()
             now = (1 - self.options.ema) * B / B.norm().clamp_min(torch.finfo(B.dtype).tiny)
             result[site] = (
                 now if past is None else self.options.ema * past[site].double() + now
@@ -304,15 +378,14 @@ class HiLoRA(Method):
         then spectral.
         """
         names = sorted(state["ema"])
-        distances = torch.zeros(len(names), len(names), dtype=torch.float64)
-        for site in self.setting.sites:
-            each = [basis(state["ema"][name][site].double()) for name in names]
-            distances += principal_angle_distances(each) / len(self.setting.sites)
         seed = self.setting.integer("hilora", "clusters")
-        found = spectral(distances.numpy(), self.options.k_min, self.options.k_max, seed)
+        rule = ClusterMeans(self.options, Round(self.setting.sites, seed=seed))
+        for site in self.setting.sites:
+            rule.see([state["ema"][name][site] for name in names])
+        found = rule.found
         grouping = {
             "clients": names,
-            "distances": distances,
+            "distances": rule.distances,
             "eigenvalues": torch.from_numpy(found.eigenvalues.copy()),
             "sigma": found.sigma,
         }
@@ -370,7 +443,7 @@ class HiLoRA(Method):
             shares(updates, self.options.weights),
             self._full(tier),
             self.setting.scale(self._full(tier)),
-            "balanced" if self.options.balanced else "left",
+            split_of(self.options),
         )
 
     def _closest(
@@ -483,8 +556,8 @@ class HiLoRA(Method):
             for term in assembly.terms
             if not term.train and gammas.get(term.name, 0.0) > 0
         }
-        if not frozen:
-            return None
+        if not frozen or not any(term.train for term in assembly.terms):
+            return None  # a client that is not placed yet runs frozen tiers alone
 
         def penalty(live: Live) -> Tensor:
             total = torch.zeros(())
@@ -534,16 +607,9 @@ class HiLoRA(Method):
         """The best part of a tier that the client's rank allows, at the client's scale."""
         rank = self._rank(tier, client)
         return {
-            site: self._resize(factors, rank, self.setting.scale(rank))
+            site: leading(factors, rank, self.setting.scale(rank), split_of(self.options))
             for site, factors in adapter.items()
         }
-
-    def _resize(self, factors: Factors, rank: int, scale: float) -> Factors:
-        """The first (largest) modules; a difference in scale goes where the singular values are."""
-        A, B, ratio = factors.A[:rank], factors.B[:, :rank], factors.scale / scale
-        if ratio != 1:
-            A, B = (A * ratio**0.5, B * ratio**0.5) if self.options.balanced else (A * ratio, B)
-        return Factors(A, B, scale)
 
 
 def tier_lengths(rounds: int, fractions: Sequence[float]) -> list[int]:

@@ -21,6 +21,7 @@ class Local(Method):
     keeps = "A, B"
     ranks = "mixed"
     federated = False
+    no_rule = "its clients share nothing"
     State, Offer, Mine, Sent = Nothing, Nothing, Own, Nothing
 
     def report(

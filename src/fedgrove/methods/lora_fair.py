@@ -13,20 +13,18 @@ worse is halved instead of taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pydantic import Field
 
-from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.algebra import concat, mean, widen
 from fedgrove.adapters.residual import fair_correction
 from fedgrove.methods import contract
-from fedgrove.methods.contract import Update, WeightedOptions, shares
+from fedgrove.methods.contract import WeightedOptions
 from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.protocols import EACH
-from fedgrove.methods.records import OneAdapter, Whole
+from fedgrove.methods.rule import Arrived, Needs, Outcome, Round, ServerRule
 
 
 class FairOptions(WeightedOptions):
@@ -40,6 +38,30 @@ class FairOptions(WeightedOptions):
     max_steps: int = Field(1000, ge=0, description="Most steps for each adapted layer; 0 is FedIT.")
 
 
+@dataclass
+class CorrectedMean:
+    """FedIT's means with the correction in B."""
+
+    options: FairOptions
+    round: Round
+    needs: ClassVar[Needs] = Needs(
+        equal_ranks=True, equal_scales=True, options=("lam", "lr", "tol", "max_steps")
+    )
+
+    def site(self, given: Arrived) -> Outcome:
+        whole = mean(given.adapters, given.weights)[given.name]
+        target = concat([widen(each) for each in given.adapters], given.weights)[given.name]
+        change = fair_correction(
+            target,
+            whole,
+            lam=self.options.lam,
+            lr=self.options.lr,
+            tol=self.options.tol,
+            max_steps=self.options.max_steps,
+        )
+        return Outcome(whole=replace(whole, B=whole.B + change))
+
+
 class LoRAFair(FedIT):
     name = "lora-fair"
     title = "LoRA-FAIR"
@@ -47,23 +69,7 @@ class LoRAFair(FedIT):
     stale = False
     averages_factors = False
     Options: ClassVar[type[contract.Options]] = FairOptions
+    Rule: ClassVar[type[ServerRule]] = CorrectedMean
 
     def needs_each(self) -> str:
         return EACH
-
-    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
-        adapters = [update.content.adapter for update in updates]
-        weights, options = shares(updates, self.options.weights), self.options
-        target, means = concat([widen(each) for each in adapters], weights), mean(adapters, weights)
-        result: Adapter = {}
-        for site, factors in means.items():
-            change = fair_correction(
-                target[site],
-                factors,
-                lam=options.lam,
-                lr=options.lr,
-                tol=options.tol,
-                max_steps=options.max_steps,
-            )
-            result[site] = replace(factors, B=factors.B + change)
-        return Whole(result)

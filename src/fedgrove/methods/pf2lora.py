@@ -53,6 +53,9 @@ class PF2LoRA(FedIT):
     keeps = "C, D"
     Mine = Own
     Options: ClassVar[type[contract.Options]] = PF2Options
+    no_rule = (
+        "its server averages the clients' shared adapters as fedit does; aggregate those with fedit"
+    )
 
     def plan(self, client: ClientInfo, offer: Whole, mine: Own, round: int) -> Plan:
         share = self.options.private_share

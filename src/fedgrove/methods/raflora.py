@@ -6,7 +6,8 @@ Heterogeneity", arXiv
 2602.13486. Between two neighbouring client ranks lies a partition of rank indices; its part of the
 update is the mean of ``s_i B_i A_i`` restricted to it over those clients whose rank reaches it. The
 sum of the partitions is decomposed by SVD and client i gets the first ``r_i`` directions, as in
-FlexLoRA, which this is where all ranks are equal.
+FlexLoRA, which this is where all ranks are equal; ``split`` is FlexLoRA's (no code of the authors
+is public).
 
 Where we differ: a partition that nobody of the round owns keeps the directions of the last global
 update; dropping them would make a round without the large clients erase what those learnt.
@@ -16,33 +17,61 @@ Directions that the update does not have start again from the shared draw, as in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import Indices, check, concat, index_shares, widen
-from fedgrove.adapters.lowrank import product_mean
-from fedgrove.methods._products import Truncations, revive
+from fedgrove.adapters.lowrank import leading, truncated
+from fedgrove.methods._products import SplitOptions, Truncations
 from fedgrove.methods.contract import State, Update, shares
+from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
+
+
+@dataclass
+class TruncatedPartitions:
+    """The sum of the partitions' means; each client's truncation of it at the client's own rank."""
+
+    options: SplitOptions
+    round: Round
+    needs: ClassVar[Needs] = Needs(rank=True, previous=True, by_index="first", options=("split",))
+
+    def site(self, given: Arrived) -> Outcome:
+        old = given.old(max(each.rank for each in given.factors))
+        ideal = partition_mean(given.adapters, given.weights, {given.name: old})[given.name]
+        most = max(given.rank, *(each.rank for each in given.factors))
+        side = self.options.side
+        best = truncated([ideal], None, most, given.scale, side, given.start, given.name)
+        best = best.map(lambda value: value.to(old.A.dtype))
+        return Outcome(
+            whole=leading(best, given.rank, given.scale, side),
+            own=[leading(best, each.rank, each.scale, side) for each in given.factors],
+        )
 
 
 class RaFLoRA(Truncations):
     name = "raflora"
     title = "raFLoRA"
     paper = "arXiv 2602.13486"
+    Rule: ClassVar[type[ServerRule]] = TruncatedPartitions
 
     def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
         adapters = [update.content["adapter"] for update in updates]
         previous: Adapter = state["global"]
         rank = next(iter(previous.values())).rank
-        ideal = partition_mean(adapters, shares(updates, self.options.weights), previous)
-        best = product_mean([ideal], None, rank, self.setting.scale(rank), "balanced")
-        dtype = next(iter(previous.values())).A.dtype
-        narrow = {
-            site: factors.map(lambda value: value.to(dtype)) for site, factors in best.items()
-        }
-        return {"global": revive(narrow, self.setting.shared_draw(rank))}
+        arrivals = Arrivals(
+            self.setting,
+            adapters,
+            shares(updates, self.options.weights),
+            rank=rank,
+            scale=self.setting.scale(rank),
+            previous=previous,
+            start=self.setting.shared_draw(rank),
+        )
+        rule = self.Rule(self.options, Round(self.setting.sites, round))
+        return {"global": combine(rule, arrivals).whole}
 
     def modules(self, update: Update) -> tuple[Adapter, Indices | None]:
         return update.content["adapter"], None

@@ -80,6 +80,10 @@ class SDFLoRA(Method):
     keeps = "private module"
     ranks = "mixed"
     Options: ClassVar[type[contract.Options]] = SDFOptions
+    no_rule = (
+        "its server recompresses the clients' shared adapters as flexlora does; aggregate "
+        "those with flexlora"
+    )
 
     # ------------------------------------------------------------------ server
     def begin(self, clients: Sequence[ClientInfo]) -> State:

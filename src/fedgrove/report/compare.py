@@ -40,7 +40,7 @@ class Row:
     @property
     def worst(self) -> str:
         """The client with the lowest value."""
-        return min(self.values, key=lambda name: (self.values[name], name)) if self.values else ""
+        return min(self.values, key=lambda name: (self.values[name], name), default="")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ def verdict(run: Run, comparison: Comparison) -> list[str]:
         return words.typographic(words.score(value, percent=percent))
 
     said = []
-    whose = "The average client’s" if len(ours.values) > 1 else "The client’s"
+    whose = "The client’s"
+    if len(ours.values) > 1:
+        whose = "The average client’s"
     if base.values:
         said.append(
             f"{whose} {run.metric} went from {shown(base.mean)} (untouched base) to "
@@ -170,7 +172,7 @@ def verdict(run: Run, comparison: Comparison) -> list[str]:
         unchanged = f", {same} unchanged" if same else ""
         are = "is" if better == 1 else "are"
         said.append(
-            f"{better} of {len(gains)} clients {are} better off {than}, {worse} worse{unchanged}."
+            f"{better:,} of {len(gains):,} clients {are} better off {than}, {worse:,} worse{unchanged}."
         )
     if run.newcomers:
         said.append(

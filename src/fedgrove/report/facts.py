@@ -23,22 +23,26 @@ class Tile:
 
 def headline(run: Run) -> str:
     """One sentence on what ran."""
-    alone, trained, rounds = run.alone, len(run.clients), run.summary.get("rounds", 0)
+    trained, rounds = len(run.clients), run.summary.get("rounds", 0)
     model, data = PurePath(run.setting("model", "name") or "a model").name, run.data_name
+    said = words.count(trained, "client")
+    if trained > 1 and not run.alone:
+        said += " together"
+    said += f" fine-tuned {model}"
+    if data:
+        said += f" on {data}"
+    said += ", each on its own," if run.alone else f" with {run.method}"
+    return f"{said} in {words.count(rounds, 'round')}{_ranks(run)} (seed {run.summary.get('seed')})"
+
+
+def _ranks(run: Run) -> str:
+    """`` at LoRA rank 8``; "" where none is recorded."""
     ranks = sorted({row["rank"] for row in run.clients.values() if row.get("rank")})
-    rank = (
-        f" at LoRA rank {ranks[0]}"
-        if len(ranks) == 1
-        else f" at LoRA ranks {ranks[0]} to {ranks[-1]}"
-        if ranks
-        else ""
-    )
-    return (
-        f"{words.count(trained, 'client')}{' together' if trained > 1 and not alone else ''} "
-        f"fine-tuned {model}"
-        f"{f' on {data}' if data else ''}{', each on its own,' if alone else f' with {run.method}'}"
-        f" in {words.count(rounds, 'round')}{rank} (seed {run.summary.get('seed')})"
-    )
+    if not ranks:
+        return ""
+    if len(ranks) == 1:
+        return f" at LoRA rank {ranks[0]}"
+    return f" at LoRA ranks {ranks[0]} to {ranks[-1]}"
 
 
 def settings(run: Run) -> list[tuple[str, str]]:
@@ -50,20 +54,8 @@ def settings(run: Run) -> list[tuple[str, str]]:
         ("model", run.setting("model", "name")),
         ("task", run.summary.get("task")),
         ("data", run.data_name),
-        (
-            "clients",
-            f"{len(run.clients)} + {len(run.newcomers)} held out"
-            if run.newcomers
-            else len(run.clients),
-        ),
-        (
-            "clients in a round",
-            None
-            if (share := run.setting("federation", "fraction")) is None
-            else "all"
-            if share == 1
-            else f"{100 * share:g} %",
-        ),
+        ("clients", _clients(run)),
+        ("clients in a round", _share(run)),
         ("head", run.setting("federation", "head")),
         ("rounds", run.summary.get("rounds")),
         ("privacy", _privacy(run)),
@@ -71,6 +63,21 @@ def settings(run: Run) -> list[tuple[str, str]]:
         ("seed", run.summary.get("seed")),
     ]
     return [(name, str(value)) for name, value in found if value is not None and value != ""]
+
+
+def _clients(run: Run) -> str:
+    trained = f"{len(run.clients):,}"
+    if run.newcomers:
+        return f"{trained} + {len(run.newcomers):,} held out"
+    return trained
+
+
+def _share(run: Run) -> str | None:
+    """Of the clients, in a round."""
+    share = run.setting("federation", "fraction")
+    if share is None:
+        return None
+    return "all" if share == 1 else f"{100 * share:g} %"
 
 
 def tiles(run: Run, comparison: Comparison) -> list[Tile]:
@@ -97,7 +104,7 @@ def tiles(run: Run, comparison: Comparison) -> list[Tile]:
             reference.kind, f"than in {reference.note}"
         )
         better = sum(gain > 0 for gain in gains.values())
-        found.append(Tile(f"{better} of {len(gains)}", f"clients do better {than}"))
+        found.append(Tile(f"{better:,} of {len(gains):,}", f"clients do better {than}"))
     sent = run.summary.get("bytes", {})
     if sent.get("up") or sent.get("down"):
         found.append(
@@ -215,4 +222,6 @@ def _privacy(run: Run) -> str | None:
 
 def _local_work(run: Run) -> str | None:
     epochs, steps = run.setting("train", "local_epochs"), run.setting("train", "local_steps")
-    return words.count(epochs, "epoch") if epochs else words.count(steps, "step") if steps else None
+    if epochs:
+        return words.count(epochs, "epoch")
+    return words.count(steps, "step") if steps else None

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from fedgrove.ground import words
-from fedgrove.ground.statistics import mean, tail10
+from fedgrove.ground.statistics import mean, percentiles, tail10
 from fedgrove.report import style
 from fedgrove.report.compare import Comparison
 from fedgrove.report.data import Run
@@ -28,6 +29,7 @@ _STEPS = [1, 2, 5, 10]  # ticks at round numbers
 _ROW = 0.27  # inches a client's line is high
 
 Floats = NDArray[np.float64]
+Look = dict[str, Any]  # keywords of a drawing
 
 
 def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
@@ -36,35 +38,37 @@ def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
     """
     figure, axes = style.new_figure(width, 4.2)
     rounds = list(run.history)
-    scores = [sorted(each.values()) for each in run.history.values()]
-    means, tails = [mean(each) for each in scores], [tail10(each) for each in scores]
-    low, high = [each[0] for each in scores], [each[-1] for each in scores]
-    quarter, three = ([float(np.percentile(each, q)) for each in scores] for q in (25, 75))
+    scores = [list(each.values()) for each in run.history.values()]
+    quantiles = [percentiles(each, [0, 25, 75, 100]) for each in scores]
+    low, quarter, three, high = zip(*quantiles, strict=True)
     axes.fill_between(rounds, low, high, color=COLOURS["ours"], alpha=0.10, linewidth=0)
     axes.fill_between(rounds, quarter, three, color=COLOURS["ours"], alpha=0.18, linewidth=0)
-    dots = _dots(rounds)
+    means, tails, dots = (
+        [mean(each) for each in scores],
+        [tail10(each) for each in scores],
+        _dots(rounds),
+    )
     axes.plot(rounds, means, color=COLOURS["ours"], **dots)
     named = [("mean", means[-1], "ours")]
     if len(run.clients) > 1:
         axes.plot(rounds, tails, color=COLOURS["tail"], linestyle=(0, (5, 1.5)), **dots)
         named.append(("tail", tails[-1], "tail"))
-    for row, role in ((comparison.base, "base"), (comparison.local, "local")):
+    for name, row, role in (
+        ("base", comparison.base, "base"),
+        ("alone", comparison.local, "local"),
+    ):
         if row is not None and row.values:
             axes.axhline(row.mean, color=COLOURS[role], linewidth=1.4, linestyle=(0, (2, 2)))
-            named.append(("base" if role == "base" else "alone", row.mean, role))
+            named.append((name, row.mean, role))
     axes.margins(x=0.015)
-    bottom, top = (
-        min(*low, *(value for _, value, _ in named)),
-        max(*high, *(value for _, value, _ in named)),
-    )
+    ends = [value for _, value, _ in named]
+    bottom, top = min(*low, *ends), max(*high, *ends)
     margin = 0.06 * (top - bottom) or 0.05 * (abs(top) or 1)
     axes.set_ylim(bottom - margin, top + margin)
     _end_labels(axes, named, run.percent, (top - bottom + 2 * margin) * 0.062)
-    axes.set_xlabel("round")
+    _rounds_axis(axes, width)
     axes.set_ylabel(f"{run.metric} of a client")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10 if width > style.NARROW else 6))
     _value_axis(axes.yaxis, run.percent)
-    axes.grid(axis="y")
     return figure
 
 
@@ -76,10 +80,8 @@ def losses(run: Run, comparison: Comparison, width: float) -> Figure:
     axes.fill_between(rounds, low, high, color=COLOURS["ours"], alpha=0.12, linewidth=0)
     means = [mean(each) for each in values]
     axes.plot(rounds, means, color=COLOURS["ours"], **_dots(rounds))
-    axes.set_xlabel("round")
+    _rounds_axis(axes, width)
     axes.set_ylabel("training loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10 if width > style.NARROW else 6))
-    axes.grid(axis="y")
     return figure
 
 
@@ -88,38 +90,32 @@ def clients(run: Run, comparison: Comparison, width: float) -> Figure:
     colour.
     """
     crowd = Crowd.of(comparison.ours.values)
+    figure, axes = style.new_figure(width, crowd.height(4.4))
+    chart = Chart(axes, crowd, width)
     ours = crowd.gathered(comparison.ours.values)
     base = crowd.gathered(comparison.base.values)
     local = crowd.gathered(comparison.local.values) if comparison.local else {}
     tuned = crowd.gathered(run.values("metric_tuned"))
-    cut = tail10(comparison.ours.values.values())
-    one = len(crowd) == 1
-    roles = [COLOURS["tail" if ours[at] <= cut and not one else "ours"] for at in ours]
-    figure, axes = style.new_figure(width, crowd.height(4.4))
     everything = [value for each in (ours, base, local, tuned) for value in each.values()]
-    floor = _floor(everything)
-    values = np.array(list(ours.values()))
-    bar = axes.bar if crowd.upright else axes.barh
-    bar(np.arange(len(crowd)), values - floor, 0.66, floor, color=roles, alpha=0.22, linewidth=0)
-    size = max(5.0, 34 * MANY / len(crowd)) if crowd.upright else 34
-    ring: Any = {"facecolors": COLOURS["paper"], "edgecolors": COLOURS["base"], "linewidths": 1.6}
-    dash: Any = {"color": COLOURS["local"], "linewidths": 2.2}
-    diamond: Any = {"facecolors": "none", "edgecolors": COLOURS["tuned"], "linewidths": 1.8}
-    _marks(axes, crowd, base, marker="o", s=size, **ring)
-    _marks(axes, crowd, local, marker="_" if crowd.upright else "|", s=size * 3, **dash)
-    _marks(axes, crowd, ours, marker="o", s=size * 1.3, color=roles)
-    _marks(axes, crowd, tuned, marker="D", s=size * 0.9, **diamond)
-    if not one:
-        line = axes.axhline if crowd.upright else axes.axvline
-        line(cut, color=COLOURS["tail"], linewidth=1.3, linestyle=(0, (5, 1.5)))
-    _places(axes, crowd, width)
-    axis = axes.yaxis if crowd.upright else axes.xaxis
-    _value_axis(axis, run.percent)
-    top = max(everything)
-    limits = axes.set_ylim if crowd.upright else axes.set_xlim
-    limits(floor, top + 0.03 * (top - floor or 1))
-    (axes.set_ylabel if crowd.upright else axes.set_xlabel)(run.metric)
-    axes.grid(axis="y" if crowd.upright else "x")
+    floor, top = _floor(everything), max(everything)
+    cut = tail10(comparison.ours.values.values())
+    several = len(crowd) > 1
+    roles = [COLOURS["tail" if several and value <= cut else "ours"] for value in ours.values()]
+    chart.bars(list(ours.values()), roles, floor=floor, alpha=0.22)
+    size = min(34.0, max(5.0, 34 * MANY / len(crowd)))
+    ring: Look = {"facecolors": COLOURS["paper"], "edgecolors": COLOURS["base"], "linewidths": 1.6}
+    dash: Look = {"color": COLOURS["local"], "linewidths": 2.2}
+    diamond: Look = {"facecolors": "none", "edgecolors": COLOURS["tuned"], "linewidths": 1.8}
+    chart.marks(base, marker="o", s=size, **ring)
+    chart.marks(local, marker=chart.dash, s=size * 3, **dash)
+    chart.marks(ours, marker="o", s=size * 1.3, color=roles)
+    chart.marks(tuned, marker="D", s=size * 0.9, **diamond)
+    if several:
+        chart.level(cut, color=COLOURS["tail"], linewidth=1.3, linestyle=(0, (5, 1.5)))
+    chart.names()
+    _value_axis(chart.values, run.percent)
+    chart.limits(floor, top + 0.03 * (top - floor or 1))
+    chart.label(run.metric)
     return figure
 
 
@@ -127,35 +123,32 @@ def gains(run: Run, comparison: Comparison, width: float) -> Figure:
     """What each client wins or loses against the reference, largest gain first."""
     found = comparison.gains()
     crowd = Crowd.of(found)
-    values = np.array(list(crowd.gathered(found).values()))
     figure, axes = style.new_figure(width, crowd.height(3.8))
-    colours = [COLOURS["ours" if value >= 0 else "tail"] for value in values]
-    bar = axes.bar if crowd.upright else axes.barh
-    bar(np.arange(len(crowd)), values, 0.66, color=colours, linewidth=0)
-    (axes.axhline if crowd.upright else axes.axvline)(0, color=COLOURS["muted"], linewidth=1)
-    _places(axes, crowd, width)
+    chart = Chart(axes, crowd, width)
+    values = list(crowd.gathered(found).values())
+    chart.bars(values, [COLOURS["ours" if value >= 0 else "tail"] for value in values])
+    chart.level(0, color=COLOURS["muted"], linewidth=1)
+    chart.names()
     if not crowd.upright:
-        _numbers(axes, values, run.percent, width)
-    axis = axes.yaxis if crowd.upright else axes.xaxis
-    unit = 100 if run.percent else 1
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(unit * value)))
-    axis.set_major_locator(MaxNLocator(nbins=7 if width > style.NARROW else 5, steps=_STEPS))
-    label = "points" if run.percent else run.metric
-    (axes.set_ylabel if crowd.upright else axes.set_xlabel)(f"gain in {label}")
-    axes.grid(axis="y" if crowd.upright else "x")
+        _numbers(axes, np.array(values), run.percent, width)
+    unit, what = (100, "points") if run.percent else (1, run.metric)
+    chart.values.set_major_formatter(FuncFormatter(lambda value, _: _tick(unit * value)))
+    ticks = MaxNLocator(nbins=style.fitting(width, 7, 5), steps=_STEPS)
+    chart.values.set_major_locator(ticks)
+    chart.label(f"gain in {what}")
     return figure
 
 
 def _numbers(axes: Axes, values: Floats, percent: bool, width: float) -> None:
     """Each bar's value beyond its end, and room for it."""
     for place, value in enumerate(values):
-        right = value >= 0
+        away, side = (4, "left") if value >= 0 else (-4, "right")
         axes.annotate(
             words.typographic(words.change(value, percent=percent)),
             (value, place),
-            xytext=(4 if right else -4, 0),
+            xytext=(away, 0),
             textcoords="offset points",
-            ha="left" if right else "right",
+            ha=side,
             va="center_baseline",
             fontsize=9.5,
             color=COLOURS["muted"],
@@ -209,37 +202,94 @@ class Crowd:
         return {at: value for at, value in means.items() if not math.isnan(value)}
 
 
-def _marks(axes: Axes, crowd: Crowd, values: Mapping[int, float], **look: Any) -> None:
-    """One mark for each bar that has a value."""
-    places, numbers = list(values), list(values.values())
-    if crowd.upright:
-        axes.scatter(places, numbers, zorder=3, **look)
-    else:
-        axes.scatter(numbers, places, zorder=3, **look)
+@dataclass(frozen=True)
+class Chart:
+    """Bars of clients: they lie, with a name each, or stand side by side without."""
+
+    axes: Axes
+    crowd: Crowd
+    width: float
+
+    @property
+    def values(self) -> Axis:
+        """The axis along the bars."""
+        return self.axes.yaxis if self.crowd.upright else self.axes.xaxis
+
+    @property
+    def dash(self) -> str:
+        """The mark that lies across a bar."""
+        return "_" if self.crowd.upright else "|"
+
+    def bars(
+        self, values: Sequence[float], colours: Sequence[str], *, floor: float = 0, alpha: float = 1
+    ) -> None:
+        """From ``floor`` to each value."""
+        places, lengths = np.arange(len(values)), np.array(values) - floor
+        look: Look = {"color": colours, "alpha": alpha, "linewidth": 0}
+        if self.crowd.upright:
+            self.axes.bar(places, lengths, 0.66, floor, **look)
+        else:
+            self.axes.barh(places, lengths, 0.66, floor, **look)
+
+    def marks(self, values: Mapping[int, float], **look: Any) -> None:
+        """One mark for each bar that has a value."""
+        places, numbers = list(values), list(values.values())
+        if self.crowd.upright:
+            self.axes.scatter(places, numbers, zorder=3, **look)
+        else:
+            self.axes.scatter(numbers, places, zorder=3, **look)
+
+    def level(self, value: float, **look: Any) -> None:
+        """A line across all bars."""
+        if self.crowd.upright:
+            self.axes.axhline(value, **look)
+        else:
+            self.axes.axvline(value, **look)
+
+    def limits(self, low: float, high: float) -> None:
+        if self.crowd.upright:
+            self.axes.set_ylim(low, high)
+        else:
+            self.axes.set_xlim(low, high)
+
+    def label(self, text: str) -> None:
+        """What the values are, and lines to read them by."""
+        self.values.set_label_text(text)
+        self.axes.grid(axis="y" if self.crowd.upright else "x")
+
+    def names(self) -> None:
+        """Who the bars are: by name, or only how many."""
+        if self.crowd.upright:
+            self._count()
+            return
+        longest = style.fitting(self.width, 26, 15)
+        names = [words.shorten(members[0], longest) for members in self.crowd.members]
+        self.axes.set_yticks(range(len(names)), names)
+        self.axes.set_ylim(len(names) - 0.4, -0.6)
+        self.axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
+        self.axes.spines["left"].set_visible(False)
+
+    def _count(self) -> None:
+        self.axes.set_xlim(-1, len(self.crowd))
+        self.axes.set_xticks([])
+        text = f"{self.crowd.clients:,} clients, best first"
+        shared = self.crowd.clients / len(self.crowd)
+        if shared > 1:
+            text += f"; a bar is the mean of {shared:,.0f}"
+        self.axes.set_xlabel(text)
 
 
-def _places(axes: Axes, crowd: Crowd, width: float) -> None:
-    """The clients' axis: names from top to bottom where there is a line for each, else only how
-    many they are.
-    """
-    if crowd.upright:
-        axes.set_xlim(-1, len(crowd))
-        axes.set_xticks([])
-        shared = crowd.clients / len(crowd)
-        each = f"; a bar is the mean of {shared:,.0f}" if shared > 1 else ""
-        axes.set_xlabel(f"{crowd.clients:,} clients, best first{each}")
-        return
-    longest = 26 if width > style.NARROW else 15
-    names = [words.shorten(members[0], longest) for members in crowd.members]
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
-    axes.spines["left"].set_visible(False)
+def _rounds_axis(axes: Axes, width: float) -> None:
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=style.fitting(width, 10, 6)))
+    axes.grid(axis="y")
 
 
 def _dots(rounds: Sequence[int]) -> dict[str, Any]:
     """Marks at the rounds, while there is room."""
-    return {"marker": "o", "markersize": 5} if len(rounds) <= 30 else {}
+    if len(rounds) > 30:
+        return {}
+    return {"marker": "o", "markersize": 5}
 
 
 def _end_labels(
@@ -260,12 +310,11 @@ def _end_labels(
         )
 
 
-def _value_axis(axis: object, percent: bool) -> None:
-    formatter = FuncFormatter(
-        lambda value, _: f"{round(100 * value, 6):g} %" if percent else f"{value:g}"
-    )
-    axis.set_major_formatter(formatter)  # type: ignore[attr-defined]
-    axis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))  # type: ignore[attr-defined]
+def _value_axis(axis: Axis, percent: bool) -> None:
+    unit, sign = (100, " %") if percent else (1, "")
+    written = FuncFormatter(lambda value, _: f"{round(unit * value, 6):g}{sign}")
+    axis.set_major_formatter(written)
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))
 
 
 def _tick(value: float) -> str:

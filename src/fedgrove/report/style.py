@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 from cycler import cycler
@@ -33,13 +33,15 @@ COLOURS = {
     "base": "#8a949e",  # the untouched base model
     "local": "#aa3377",  # each client alone
     "ours": "#0072b2",  # this run
-    "tail": "#d55e00",  # the clients that fare worst, and losses
+    "tail": "#c24f00",  # the clients that fare worst, and losses
     "tuned": "#009e73",  # after final local training
 }
 #: For groups and classes, in this order; the last ones repeat after eight.
 CYCLE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933", "#882255")
 
 WIDE, NARROW = 10.4, 5.0
+
+Choice = TypeVar("Choice")
 
 #: Draws a figure of the given width in inches.
 Drawing = Callable[[float], Figure]
@@ -84,6 +86,13 @@ def applied() -> Iterator[None]:
     with matplotlib.rc_context(_RC), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
+
+
+def fitting(width: float, page: Choice, phone: Choice) -> Choice:
+    """What suits a figure of ``width``: the choice for a page or that for a phone."""
+    if width > NARROW:
+        return page
+    return phone
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.ground import versions
 from fedgrove.ground.errors import RunError
@@ -15,20 +15,9 @@ from fedgrove.ground.files import write_bytes, write_json
 from fedgrove.job import Job
 
 if TYPE_CHECKING:
-    from fedgrove.engines.base import Stage
+    from fedgrove.runs.engine import Engine
+    from fedgrove.runs.stage import Stage
 
-#: keys that are decided at the start where the job says "auto"; a resumed run keeps the choices of
-#: its first machine
-_AUTOMATIC = (
-    ("data", "task"),
-    ("train", "device"),
-    ("train", "dtype"),
-    ("train", "threads"),
-    ("train", "eval_batch_size"),
-    ("train", "cohort"),
-    ("federation", "newcomer_head"),
-)
-_UNSET = (("data", "labels"),)
 #: what a run may leave that was killed before it began
 _BEFORE = ("run.lock", "flower.json", "sites", "events.jsonl")
 
@@ -72,7 +61,7 @@ class RunDirectory:
             self._writable()
             return job
         before = Job.load(recorded)
-        now = adopt(job.resolved(), before)
+        now = job.resolved().adopting(before)
         different = differences(now, before)
         if different:
             raise RunError(
@@ -81,25 +70,25 @@ class RunDirectory:
             )
         return now
 
-    def open(self, prepared: Stage, *, resume: bool) -> None:
+    def open(self, stage: Stage[Engine], *, resume: bool) -> None:
         """Write what is known before the first round."""
         self.path.mkdir(parents=True, exist_ok=True)
         table = self.path / "federation.json"
         described = {
-            **prepared.federation.table(),
-            "source": prepared.federation.source,
-            "fingerprint": prepared.fingerprint,
+            **stage.federation.table(),
+            "source": stage.federation.source,
+            "fingerprint": stage.fingerprint,
         }
         if table.exists() and resume:
             before = json.loads(table.read_text(encoding="utf-8")).get("fingerprint")
-            if before != prepared.fingerprint:
+            if before != stage.fingerprint:
                 raise RunError(
                     f"The data changed since {self.path} was begun; restore them, or choose "
                     f"another --out."
                 )
         write_json(table, described)
         versions.write(self.path)
-        write_bytes(self.path / "job.toml", prepared.job.to_toml().encode())
+        write_bytes(self.path / "job.toml", stage.job.to_toml().encode())
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -131,19 +120,6 @@ class RunDirectory:
             raise RunError(
                 f"{place} is not writable, so {self.path} cannot be made; choose another --out."
             )
-
-
-def adopt(job: Job, recorded: Job) -> Job:
-    """The job with the recorded automatic choices in place of its "auto" and unset keys."""
-    changes: dict[str, dict[str, Any]] = {}
-    for section, key in _AUTOMATIC:
-        if getattr(getattr(job, section), key) == "auto":
-            changes.setdefault(section, {})[key] = getattr(getattr(recorded, section), key)
-    for section, key in _UNSET:
-        value = getattr(getattr(recorded, section), key)
-        if getattr(getattr(job, section), key) is None and value is not None:
-            changes.setdefault(section, {})[key] = list(value)
-    return job.replace(**changes) if changes else job
 
 
 def differences(job: Job, recorded: Job) -> list[str]:

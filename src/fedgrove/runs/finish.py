@@ -7,13 +7,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fedgrove.adapters.tree import typed
-from fedgrove.engines.base import Absence, Leaving
 from fedgrove.ground.files import write_json, write_text
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.protocols import ServerArtefacts, global_assembly
 from fedgrove.report import write_report
+from fedgrove.runs.engine import Absence, Leaving
 from fedgrove.runs.leave import write_adapter
 from fedgrove.tracking import summary as summaries
 from fedgrove.training.profile import span
@@ -22,42 +22,27 @@ if TYPE_CHECKING:
     from fedgrove.runs.loop import Loop
 
 
-_NOBODY = Leaving({}, 0, {})
-
-
-def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> dict[str, Any]:
+def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     """Write everything that a finished run has."""
-    prepared, out = loop.prepared, loop.directory.path
+    stage, out = loop.prepared, loop.out
     with loop.ledger.clock("evaluation"):
         left = farewell(loop)
-    everyone = {**prepared.clients, **prepared.held_out}
-    rows = {
-        name: {
-            "examples": info.examples,
-            "rank": info.rank,
-            **left[name].row,
-            "held_out": name in prepared.held_out,
-        }
-        for name, info in everyone.items()
-        if name in left
-    }
     write_global(loop)
     for file, content in artefacts(loop, left).items():
         write_json(out / file, content)
-    if texts := [text for name in sorted(left) for text in left[name].texts]:
-        lines = [json.dumps(text, ensure_ascii=False) for text in texts]
-        write_text(out / "generations.jsonl", "\n".join(lines) + "\n")
+    write_texts(out, left)
     loop.save()  # with the seconds of the work above
-    ledger, job = loop.ledger, prepared.job
+    job, ledger = stage.job, loop.ledger
+    here = [left[name] for name in stage.clients if name in left]
     summary = summaries.summarise(
         method=job.method.name,
-        task=prepared.task.name,
+        task=stage.task.name,
         seed=job.run.seed,
         rounds=job.run.rounds,
-        clients=rows,
+        clients=rows(loop, left),
         parameters={
             "trained": flat(ledger.trained),
-            "stored": [left[name].stored for name in prepared.clients if name in left],
+            "stored": [leaving.stored for leaving in here],
             "sent_up": flat(ledger.up),
             "sent_down": flat(ledger.down),
         },
@@ -65,7 +50,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> dict[str, Any]:
         bytes_down=ledger.bytes_down,
         seconds=ledger.seconds,
     )
-    summary["metric"] = prepared.task.metric
+    summary["metric"] = stage.task.metric
     if spent := privacy(loop, left):
         summary["privacy"] = spent
     write_json(out / "summary.json", summary)
@@ -76,25 +61,42 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> dict[str, Any]:
     return summary
 
 
-def privacy(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Any]:
+def rows(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Plain]:
+    """A row of the summary for each client that told its measures."""
+    stage = loop.prepared
+    found = {}
+    for name, info in {**stage.clients, **stage.held_out}.items():
+        if name in left:
+            size = {"examples": info.examples, "rank": info.rank}
+            found[name] = {**size, **left[name].row, "held_out": name in stage.held_out}
+    return found
+
+
+def write_texts(out: Path, left: Mapping[str, Leaving]) -> None:
+    """``generations.jsonl``, where a simulation's language models wrote something."""
+    texts = [text for name in sorted(left) for text in left[name].texts]
+    if texts:
+        lines = [json.dumps(text, ensure_ascii=False) for text in texts]
+        write_text(out / "generations.jsonl", "\n".join(lines) + "\n")
+
+
+def privacy(loop: Loop, left: Mapping[str, Leaving]) -> Plain:
     """What the run's protection came to; {} where it had none. At the example level the largest ε
     of the clients'.
     """
     section = loop.prepared.job.privacy
-    found: dict[str, Any] = {}
+    found: Plain = {}
     if loop.guard is not None:
         found["client"] = loop.guard.summary(len(loop.prepared.clients))
         found["secure_aggregation"] = section.secure_aggregation
     if section.example_level:
-        spent = [
-            left[name].row["epsilon"]
-            for name in loop.prepared.clients
-            if "epsilon" in left.get(name, _NOBODY).row
-        ]
+        told = [left[name].row for name in loop.prepared.clients if name in left]
+        spent = [row["epsilon"] for row in told if "epsilon" in row]
+        bounded = bool(spent) and None not in spent
         found["example"] = {
             "noise": section.example_noise,
             "clip": section.example_clip,
-            "epsilon": None if not spent or None in spent else max(spent),
+            "epsilon": max(spent) if bounded else None,
             "randomness": section.randomness,
         }
     return found
@@ -108,7 +110,7 @@ def farewell(loop: Loop) -> dict[str, Leaving]:
     everyone = [*prepared.clients, *prepared.held_out]
     loop.watch.phase("measuring models and writing adapters", len(everyone))
     left: dict[str, Leaving] = {}
-    for gone in prepared.engine.leave(everyone, Offers(loop), loop.directory.path):
+    for gone in prepared.engine.leave(everyone, Offers(loop), loop.out):
         if isinstance(gone, Absence):
             loop.lost(prepared.job.run.rounds, gone, "not measured")
         else:
@@ -117,7 +119,7 @@ def farewell(loop: Loop) -> dict[str, Leaving]:
     return left
 
 
-def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Any]:
+def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> Plain:
     """The method's files: what the server knows, and merged into it what each client told of
     itself.
     """
@@ -129,7 +131,7 @@ def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Any]:
     return content
 
 
-def merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+def merge(into: Plain, more: Given) -> None:
     """Add ``more`` to ``into``, dictionary by dictionary; anything else replaces what is there."""
     for key, value in more.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
@@ -145,22 +147,16 @@ class Offers:
 
     def __init__(self, loop: Loop):
         self.loop = loop
-        self._arrived: dict[str, Mapping[str, Any]] = {}
+        self._arrived: dict[str, Given] = {}
 
-    def __call__(self, name: str) -> Mapping[str, Any]:
+    def __call__(self, name: str) -> Given:
         loop, prepared = self.loop, self.loop.prepared
         if name in prepared.clients:
-            return loop.offer(name, prepared.job.run.rounds + 1)
+            return loop.deployed(name, prepared.job.run.rounds)
         if name not in self._arrived:
-            info = prepared.held_out[name]
-
-            def ask(probe: Mapping[str, Any] | None) -> Mapping[str, Any]:
-                method, state = prepared.method, loop.opened(prepared.job.run.rounds + 1)
-                found = None if probe is None else typed(method.Probed, probe)
-                content = method.welcome(state, info, found)
-                return prepared.head.beside(content, loop.head, newcomer=True)
-
-            self._arrived[name] = prepared.engine.arrive(name, ask)
+            state = loop.opened(prepared.job.run.rounds + 1)
+            welcome = prepared.parts.welcome(state, loop.head, prepared.held_out[name])
+            self._arrived[name] = prepared.engine.arrive(name, welcome)
         return self._arrived[name]
 
 
@@ -172,9 +168,8 @@ def write_global(loop: Loop) -> None:
     if assembly is not None:
         head = {"head": dict(loop.head)} if loop.head else {}
         with_head = loop.prepared.head.attach(assembly, head, {})
-        write_adapter(
-            loop.prepared, loop.directory.path / "adapters" / "_global", with_head, client=None
-        )
+        folder = loop.out / "adapters" / "_global"
+        write_adapter(loop.prepared.parts, folder, with_head, client=None)
 
 
 def flat(numbers: dict[str, list[int]]) -> list[int]:

@@ -5,44 +5,33 @@ directory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
 from fedgrove.adapters.private import unseal
-from fedgrove.engines.base import Leaving, Parts
 from fedgrove.ground.names import folder_of
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
 from fedgrove.methods.protocols import tiers as tiers_of
+from fedgrove.runs.engine import Leaving
 from fedgrove.training.base_line import base_measure
 
 if TYPE_CHECKING:
-    from fedgrove.federation.tasks import Task
     from fedgrove.federation.tasks.base import Example
-    from fedgrove.interop.models import Base
-    from fedgrove.job import Job
-    from fedgrove.methods.contract import ClientInfo, Method
-    from fedgrove.methods.head import HeadPolicy
+    from fedgrove.methods.contract import ClientInfo
+    from fedgrove.privacy.example_dp import ExampleGuard
+    from fedgrove.runs.parts import Parts
     from fedgrove.training.client import ClientHalf, Store
 
 
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    job: Job
-    base: Base
-    task: Task
-    method: Method
-    head: HeadPolicy
-
-
 def leave(
-    job: Job,
+    parts: Parts,
     half: ClientHalf,
     info: ClientInfo,
     data: Mapping[str, Sequence[Example]],
-    offer: Mapping[str, Any],
+    offer: Given,
     store: Store,
     adapters: Path,
     *,
@@ -52,47 +41,38 @@ def leave(
     """Measure the client and write ``adapters/NAME`` (and ``adapters_tuned/NAME`` beside
     ``adapters``).
 
-    ``keep_texts``: also tell what a language model wrote on the client's test rows, which are the
-    client's own texts.
+    Args:
+        half: of these parts, on the kernel that does the work.
+        keep_texts: also tell what a language model wrote on the client's test rows, which are the
+            client's own texts.
+
     ``metric`` of a held-out client is that of the model it is welcomed with, before any training of
     its own.
     """
-    kernel, metric = half.kernel, half.kernel.task.metric
-    parts = _Parts(job, kernel.base, kernel.task, half.method, half.head)
-    base = base_measure(
-        kernel, half.head.initial, data["train"], data["test"],
-        rounds=job.run.rounds, client=info.name, seed=job.run.seed,
-    )  # fmt: skip
-    assembly = half.personal(info, offer, store)
-    texts: list[dict[str, Any]] = []
-    final = half.measure(info.name, assembly, data["test"], texts if keep_texts else None)
-    tuned = None
+    job, metric = parts.job, parts.task.metric
+    epochs = job.train.final_local_epochs
     guard = half.guard(info, store)
-    told = None if guard is None else guard.report(job.privacy, info.examples)
-    if job.train.final_local_epochs:
-        penalty = half.penalty(info, offer, store)
-        better = half.tune(
-            info, assembly, data["train"], job.train.final_local_epochs, penalty, guard
-        )
-        tuned = kernel.evaluate(half.deployed(better), data["test"])[metric]
-        more = None if guard is None else guard.report(job.privacy, info.examples)
-        write_adapter(
-            parts,
-            adapters.parent / "adapters_tuned" / folder_of(info.name),
-            better,
-            client=info.name,
-            privacy=more,
-        )
+    base = base_metric(parts, half, info, data)
+    assembly = half.personal(info, offer, store)
+    texts: list[Plain] = []
+    final = half.measure(info.name, assembly, data["test"], texts if keep_texts else None)
+    told = spending(parts, info, guard)
     write_adapter(parts, adapters / folder_of(info.name), assembly, client=info.name, privacy=told)
     row = {
-        "metric_base": base[metric],
+        "metric_base": base,
         "metric": final[metric],
-        "metric_tuned": tuned,
+        "metric_tuned": None,
         "loss": final["loss"],
     }
-    if guard is not None:
-        spent = guard.report(job.privacy, info.examples)  # the tuned model's steps are in it
-        row |= {"epsilon": spent["epsilon"], "delta": spent["delta"]}
+    if epochs:
+        penalty = half.penalty(info, offer, store)
+        better = half.tune(info, assembly, data["train"], epochs, penalty, guard)
+        row["metric_tuned"] = half.kernel.evaluate(half.deployed(better), data["test"])[metric]
+        told = spending(parts, info, guard)
+        folder = adapters.parent / "adapters_tuned" / folder_of(info.name)
+        write_adapter(parts, folder, better, client=info.name, privacy=told)
+    if told is not None:  # the tuned model's steps are in it
+        row |= {"epsilon": told["epsilon"], "delta": told["delta"]}
     return Leaving(
         row=row,
         stored=all_parameters(assembly),
@@ -101,25 +81,53 @@ def leave(
     )
 
 
+def base_metric(
+    parts: Parts, half: ClientHalf, info: ClientInfo, data: Mapping[str, Sequence[Example]]
+) -> float | None:
+    """The metric of the untouched base with a head trained alone on the client's data.
+
+    None under example-level privacy: to train that head would spend as much as the whole run.
+    """
+    if parts.job.privacy.example_level and parts.head.initial:
+        return None
+    measures = base_measure(
+        half.kernel,
+        parts.head.initial,
+        data["train"],
+        data["test"],
+        rounds=parts.job.run.rounds,
+        client=info.name,
+        seed=parts.job.run.seed,
+    )
+    return measures[parts.task.metric]
+
+
+def spending(parts: Parts, info: ClientInfo, guard: ExampleGuard | None) -> Plain | None:
+    """What the work so far cost of the client's example-level budget; None where it has none."""
+    if guard is None:
+        return None
+    return guard.report(parts.job.privacy, info.examples)
+
+
 def write_adapter(
-    prepared: Parts,
+    parts: Parts,
     folder: Path,
     assembly: Assembly,
     *,
     client: str | None,
-    privacy: Mapping[str, Any] | None = None,
+    privacy: Given | None = None,
 ) -> None:
     """One standard PEFT directory; several terms become one adapter by exact concatenation.
 
     Where the mix depends on the input there is no such adapter: then our own format
     (``interop.assembly_file``).
     """
-    base, job = prepared.base, prepared.job
-    named = tiers_of(prepared.method)
+    base, job = parts.base, parts.job
+    named = tiers_of(parts.method)
     tiers = {term.name: rank_of(term) for term in assembly.terms if term.name in named}
-    card: dict[str, Any] = {
+    card: Plain = {
         "format": 1,
-        **prepared.task.card(),
+        **parts.task.card(),
         "model": base.name,
         "revision": job.model.revision,
         "head": base.head,
@@ -134,14 +142,14 @@ def write_adapter(
         save_assembly(
             folder,
             assembly,
-            card={**card, "peft": False, "why": why(assembly, prepared.method.title)},
+            card={**card, "peft": False, "why": why(assembly, parts.method.title)},
         )
         return
     save_adapter(
         folder,
         as_one_adapter(assembly, base.sites),
         base=base.upstream,
-        head={name: unseal(value) for name, value in prepared.head.after(assembly).items()},
+        head={name: unseal(value) for name, value in parts.head.after(assembly).items()},
         head_kind=base.head,
         head_modules=base.head_modules,
         card=card,

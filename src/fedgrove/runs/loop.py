@@ -1,62 +1,27 @@
-"""The round loop. It knows nothing of progress bars, logs or plots: those are callbacks."""
+"""The round loop. It knows nothing of progress bars, logs or plots: those are given to it
+(``records``), and who trains the clients is the engine's business.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from fedgrove.adapters.tree import Tree, typed
-from fedgrove.engines.base import Absence, Arrival, Stage
-from fedgrove.engines.local import LocalEngine
 from fedgrove.ground.errors import AdapterError, FedgroveError, RunError
+from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import protection
-from fedgrove.runs.directory import RunDirectory
-from fedgrove.tracking.callback import Callback, Callbacks, RunInfo
-from fedgrove.tracking.checkpoint import Checkpoints
-from fedgrove.tracking.events import Events
-from fedgrove.tracking.metrics import MetricsLog, truncate_after
-from fedgrove.tracking.noise import Lab, NoiseLab
+from fedgrove.runs.engine import Absence, Arrival, Engine
+from fedgrove.runs.ledger import Ledger
+from fedgrove.runs.records import Records
+from fedgrove.runs.stage import Stage
+from fedgrove.tracking.callback import RunInfo
 from fedgrove.training.profile import round_span, span
 from fedgrove.wire.compress import passed
 from fedgrove.wire.sift import not_finite, refuse_loss, sift
-
-
-@dataclass
-class Ledger:
-    """What a run has cost so far; part of every checkpoint."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    trained: dict[str, list[int]] = field(
-        default_factory=dict
-    )  # numbers, by client, one for each of its rounds
-    up: dict[str, list[int]] = field(default_factory=dict)
-    down: dict[str, list[int]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"total": 0.0, "training": 0.0, "evaluation": 0.0, "server": 0.0}
-    )
-
-    def arrived(self, arrival: Arrival) -> None:
-        self.bytes_up += arrival.bytes_up
-        self.bytes_down += arrival.bytes_down
-        name = arrival.update.client
-        self.trained.setdefault(name, []).append(arrival.trained)
-        self.up.setdefault(name, []).append(arrival.up)
-        self.down.setdefault(name, []).append(arrival.down)
-
-    @contextmanager
-    def clock(self, what: str) -> Iterator[None]:
-        """Add the time spent inside to ``seconds``."""
-        started = time.perf_counter()
-        try:
-            with span(what):
-                yield
-        finally:
-            self.seconds[what] += time.perf_counter() - started
 
 
 class TooFew(RunError):
@@ -66,44 +31,34 @@ class TooFew(RunError):
 class Loop:
     """One run in progress: the server's state, the ledger, and where it is."""
 
-    def __init__(self, prepared: Stage, directory: RunDirectory, watch: Callback):
-        self.prepared, self.directory = prepared, directory
-        self.events = Events(directory.path / "events.jsonl")
-        self.metrics = MetricsLog(directory.path / "metrics.jsonl")
-        self.watch = Callbacks([self.metrics, watch])
-        self.checkpoints = Checkpoints(directory.path / "checkpoints")
-        self.noise = Lab()
-        if prepared.job.run.noise and isinstance(prepared.engine, LocalEngine):
-            self.noise = lab = NoiseLab(prepared.method, prepared.base.sites, directory.path)
-            prepared.engine.half.watch = lab.seen
+    def __init__(self, stage: Stage[Engine], records: Records):
+        self.prepared, self.watch, self.lab = stage, records.watch, records.lab
+        self.out, self.checkpoints = records.out, records.checkpoints
         self.ledger = Ledger()
         self.new: set[str] = set()  # clients that joined late and of whom no update was used yet
         self.head: Any = None  # the mean of the clients' heads, where one is kept
         self._opened: tuple[Any, int, Any] | None = None  # (state, round, ``Method.open`` of them)
         self.done = 0  # rounds completed
-        self.guard = protection(prepared.job, prepared.method, prepared.head, directory.path)
+        self.guard = protection(stage.job, stage.method, stage.head, records.out)
         if self.checkpoints.exists():
             self._restore()
         else:
-            self.state = prepared.method.begin(list(prepared.clients.values()))
-            truncate_after(self.metrics.path, -1)
-            self.noise.truncate_after(-1)
+            self.state = stage.method.begin(list(stage.clients.values()))
         self.started = time.perf_counter() - self.ledger.seconds["total"]
 
     def rounds(self) -> None:
         """All the rounds that are left."""
-        prepared, job = self.prepared, self.prepared.job
-        title = f"{prepared.method.title} on {job.model.name}"
-        names = tuple(prepared.clients)
+        stage, job = self.prepared, self.prepared.job
         info = RunInfo(
-            job.method.name,
-            title,
-            job.run.rounds,
-            names,
-            self.directory.path,
-            job.to_dict(),
-            self.done + 1,
+            method=job.method.name,
+            title=f"{stage.method.title} on {job.model.name}",
+            rounds=job.run.rounds,
+            clients=tuple(stage.clients),
+            out=self.out,
+            job=job.to_dict(),
+            start_round=self.done + 1,
         )
+        self.lab.truncate_after(self.done)
         self.watch.run_started(info)
         for number in range(self.done + 1, job.run.rounds + 1):
             with round_span(number):
@@ -111,36 +66,48 @@ class Loop:
 
     def round(self, number: int) -> None:
         """Offer, train, aggregate, evaluate, checkpoint."""
-        prepared, job, ledger = self.prepared, self.prepared.job, self.ledger
-        method, engine = prepared.method, prepared.engine
-        for info in engine.joined(number):
+        stage, schedule = self.prepared, self.prepared.job.run
+        last = number == schedule.rounds
+        for info in stage.engine.joined(number):
             self.admit(number, info)
-        available = engine.available(list(prepared.clients))
+        selected = self.select(number)
+        self.watch.round_started(number, selected)
+        self.lab.begin(number, self.state)
+        updates: list[Update] = []
+        with self.ledger.clock("training"):
+            if selected:
+                updates = self.collect(number, selected)
+        with self.ledger.clock("server"):
+            updates = self.aggregate(number, updates, selected)
+        if schedule.noise:  # else updates may be masked
+            self.lab.end(self.state, [method_part(update) for update in updates])
+        if last or number % schedule.eval_every == 0:
+            with self.ledger.clock("evaluation"):
+                lines = [line for split in stage.splits for line in self.measured(number, split)]
+            self.watch.evaluated(number, lines)
+        self.watch.round_done(number, self.cost())
+        self.done = number
+        if last or number % schedule.checkpoint_every == 0:
+            self.save()
+
+    def select(self, number: int) -> list[str]:
+        """Who is asked to train: by the guard's coins where privacy counts on them, else as the
+        method draws.
+        """
+        stage = self.prepared
+        available = stage.engine.available(list(stage.clients))
         self._enough(number, available, {})
         if self.guard is not None and self.guard.draws:
-            selected = self.guard.select(number, available)
-        else:
-            selected = method.select(self.state, number, available, job.federation.fraction)
-        self.watch.round_started(number, selected)
-        self.noise.begin(number, self.state)
-        with ledger.clock("training"):
-            updates = self.collect(number, selected) if selected else []
-        with ledger.clock("server"):
-            updates = self.aggregate(number, updates, selected)
-        if job.run.noise:  # else updates may be masked
-            self.noise.end(self.state, [method_part(update) for update in updates])
-        last = number == job.run.rounds
-        if last or number % job.run.eval_every == 0:
-            with ledger.clock("evaluation"):
-                lines = [line for split in prepared.splits for line in self.measured(number, split)]
-            self.watch.evaluated(number, lines)
-        spent = {} if self.guard is None else {"epsilon": self.guard.epsilon(len(prepared.clients))}
-        self.watch.round_done(
-            number, {"bytes_up": ledger.bytes_up, "bytes_down": ledger.bytes_down, **spent}
-        )
-        self.done = number
-        if last or number % job.run.checkpoint_every == 0:
-            self.save()
+            return self.guard.select(number, available)
+        fraction = stage.job.federation.fraction
+        return stage.method.select(self.state, number, available, fraction)
+
+    def cost(self) -> Plain:
+        """What the run has cost so far, as ``round_done`` is told."""
+        told: Plain = {"bytes_up": self.ledger.bytes_up, "bytes_down": self.ledger.bytes_down}
+        if self.guard is not None:
+            told["epsilon"] = self.guard.epsilon(len(self.prepared.clients))
+        return told
 
     def collect(self, number: int, selected: Sequence[str]) -> list[Update]:
         """The round's updates in name order; who gives none, or one that cannot be used, is left
@@ -165,9 +132,8 @@ class Loop:
                 self.lost(number, Absence(name, wrong))
                 continue
             if arrival.round < number:
-                self.events.write(
-                    number, name, "late", f"its update of round {arrival.round} is used in this one"
-                )
+                used = f"its update of round {arrival.round} is used in this one"
+                self.watch.client_event(number, name, "late", used)
             updates.append(update)
             self.watch.client_done(number, train_line(number, arrival))
         self._enough(number, [update.client for update in updates], missing)
@@ -244,7 +210,7 @@ class Loop:
         )
         return [mean]
 
-    def measured(self, number: int, split: str) -> Iterator[dict[str, Any]]:
+    def measured(self, number: int, split: str) -> Iterator[Plain]:
         """A line of metrics for each client that answers."""
         prepared = self.prepared
         for found in prepared.engine.evaluate(
@@ -257,8 +223,9 @@ class Loop:
 
     def lost(self, number: int, absence: Absence, what: str = "left out") -> None:
         """Tell the log and the watcher that a client is missing."""
-        self.events.write(number, absence.client, what, absence.reason, trace=absence.trace)
-        self.watch.client_lost(number, absence.client, what, absence.reason)
+        client, reason = absence.client, absence.reason
+        self.watch.client_event(number, client, what, reason, absence.trace)
+        self.watch.client_lost(number, client, what, reason)
 
     def admit(self, number: int, info: ClientInfo) -> None:
         """A client that appeared after the first round trains from now on, if the method can place
@@ -268,19 +235,18 @@ class Loop:
         try:
             method.check([*prepared.clients.values(), *prepared.held_out.values(), info])
             method.offer(self.opened(number), number, info)
+        except FedgroveError as error:
+            self._refuse(number, info.name, str(error))
+            return
         except Exception as error:  # whatever a method does for a client that it has never seen
-            words = (
-                str(error)
-                if isinstance(error, FedgroveError)
-                else f"the server's half failed on it ({error!r})"
-            )
-            self._refuse(number, info.name, words)
+            self._refuse(number, info.name, f"the server's half failed on it ({error!r})")
             return
         self.new.add(info.name)
         everyone = sorted([*prepared.clients.values(), info], key=lambda each: each.name)
         prepared.clients.clear()
         prepared.clients.update({each.name: each for each in everyone})
-        self.events.write(number, info.name, "joined", f"it trains from round {number} on")
+        joined = f"it trains from round {number} on"
+        self.watch.client_event(number, info.name, "joined", joined)
 
     def _refuse(self, number: int, client: str, words: str) -> None:
         reason = f"{self.prepared.method.title} cannot take it in after the first round: {words}"
@@ -292,12 +258,11 @@ class Loop:
         least = self.prepared.job.federation.min_clients
         if len(present) >= least:
             return
-        why = "; ".join(f"{client}: {reason}" for client, reason in sorted(missing.items()))
+        reasons = [f"{client}: {reason}" for client, reason in sorted(missing.items())]
+        why = f" ({'; '.join(reasons)})" if reasons else ""
         raise TooFew(
             f"Round {number} has {len(present)} of the {least} clients that federation.min_clients "
-            f"asks for"
-            f"{f' ({why})' if why else ''}; the run is as it was after round {self.done}, go on "
-            f"with --resume."
+            f"asks for{why}; the run is as it was after round {self.done}, go on with --resume."
         )
 
     def opened(self, round: int) -> Any:
@@ -316,7 +281,9 @@ class Loop:
         return prepared.head.beside(content, self.head, newcomer=False)
 
     def deployed(self, client: str, round: int) -> Tree:
-        """What a client's personal model is made of after round ``round``."""
+        """What a client's personal model is made of after round ``round``: the one that is
+        measured, and the one that it leaves with.
+        """
         prepared = self.prepared
         state = self.opened(round + 1)
         content = prepared.method.deploy(state, round, prepared.clients[client])
@@ -325,13 +292,14 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of everything, after the metrics of its rounds are on disk."""
         self.ledger.seconds["total"] = time.perf_counter() - self.started
-        server = {
+        server: Tree = {
             "state": self.state,
             "head": dict(self.head) if self.head else None,
             "ledger": dict(vars(self.ledger)),
             "engine": self.prepared.engine.notes(),
-            **({} if self.guard is None else {"releases": self.guard.releases}),
         }
+        if self.guard is not None:
+            server["releases"] = self.guard.releases
         with span("checkpoint"):
             self.checkpoints.save(self.done, server, self.prepared.engine.changed())
 
@@ -343,8 +311,6 @@ class Loop:
         self.prepared.engine.restore(stores, server.get("engine", {}))
         if self.guard is not None:
             self.guard.releases = int(server["releases"])
-        truncate_after(self.metrics.path, self.done)
-        self.noise.truncate_after(self.done)
 
 
 def method_part(update: Update) -> Update:
@@ -352,7 +318,7 @@ def method_part(update: Update) -> Update:
     return replace(update, content=update.content["method"])
 
 
-def train_line(number: int, arrival: Arrival) -> dict[str, Any]:
+def train_line(number: int, arrival: Arrival) -> Plain:
     return {
         "round": number,
         "client": arrival.update.client,

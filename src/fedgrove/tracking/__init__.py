@@ -1,1 +1,1 @@
-"""What a run tells: measures, events, checkpoints, summaries, progress; the noise lab."""
+"""What a run tells: measures, events, checkpoints, summaries, progress."""

@@ -66,6 +66,14 @@ class Callback:
         for people.
         """
 
+    def client_event(
+        self, round: int, client: str, what: str, reason: str, trace: str = ""
+    ) -> None:
+        """Anything that happened to a client beside training, for a log: what ``client_lost`` tells
+        people too, and what they need not be told ("joined", "late"). ``trace``: the client's own
+        traceback, where it sent one.
+        """
+
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         """One line per client and split, all of ``round`` (0 = before the first round)."""
 
@@ -121,6 +129,12 @@ class Callbacks(Callback):
     def client_lost(self, round: int, client: str, what: str, reason: str) -> None:
         for each in self.callbacks:
             each.client_lost(round, client, what, reason)
+
+    def client_event(
+        self, round: int, client: str, what: str, reason: str, trace: str = ""
+    ) -> None:
+        for each in self.callbacks:
+            each.client_event(round, client, what, reason, trace)
 
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         for each in self.callbacks:

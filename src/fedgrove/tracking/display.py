@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+MOST_LOST = 5  # clients of a round that are named where they are lost
+
+
 class Display(Callback):
     """Keeps the scoreboard and prints the last line. Hooks before ``run_started`` (loading) find
     ``board`` None.
@@ -24,12 +27,28 @@ class Display(Callback):
         self.console, self.clock = console, clock
         self.board: Scoreboard | None = None
         self._started = clock()
+        self._lost_round, self._lost = 0, 0
 
     def run_started(self, info: RunInfo) -> None:
         self.board = Scoreboard(info, self.clock)
 
     def remark(self, text: str) -> None:
         self.line(text)
+
+    def client_lost(self, round: int, client: str, what: str, reason: str) -> None:
+        if round != self._lost_round:
+            self._tell_rest()
+            self._lost_round = round
+        self._lost += 1
+        if self._lost <= MOST_LOST:
+            self.remark(f"round {round}: {client} {what}: {reason}")
+
+    def _tell_rest(self) -> None:
+        """How many more clients were lost than had a line of their own."""
+        rest, self._lost = self._lost - MOST_LOST, 0
+        if rest > 0:
+            more = words.count(rest, "more client")
+            self.remark(f"round {self._lost_round}: {more} lost; events.jsonl names all of them")
 
     def round_started(self, round: int, clients: Sequence[str]) -> None:
         if self.board:
@@ -44,10 +63,12 @@ class Display(Callback):
             self.board.evaluate(round, lines)
 
     def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+        self._tell_rest()
         if self.board:
             self.board.end_round()
 
     def run_finished(self, summary: Mapping[str, Any], out: Path) -> None:
+        self._tell_rest()
         self.close()
         self.line(
             f"finished {words.count(summary['rounds'], 'round')} in "
@@ -55,6 +76,7 @@ class Display(Callback):
         )
 
     def run_stopped(self, round: int, reason: str) -> None:
+        self._tell_rest()
         self.close()
         of = f" of {self.board.info.rounds}" if self.board else ""
         self.line(f"stopped after round {round}{of}: {reason}")
@@ -83,9 +105,6 @@ class PlainProgress(Display):
     def phase(self, name: str, total: int | None = None) -> None:
         if not (self.board and self.board.running):
             self.line(name if total is None else f"{name} ({total})")
-
-    def client_lost(self, round: int, client: str, what: str, reason: str) -> None:
-        self.line(f"round {round}: {client} {what}: {reason}")
 
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         if self.board is None:

@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.ground import lines
+from fedgrove.tracking.callback import Callback
 
 
-class Events:
+class Events(Callback):
     """Appends one JSON object a line."""
 
     def __init__(self, path: Path):
         self.path = path
+
+    def client_event(
+        self, round: int, client: str, what: str, reason: str, trace: str = ""
+    ) -> None:
+        self.write(round, client, what, reason, trace=trace)
 
     def write(self, round: int, client: str, event: str, reason: str, **more: Any) -> None:
         """``event``: "left out", "joined", "refused", "late", "not measured", ...; ``reason``: a

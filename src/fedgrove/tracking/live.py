@@ -90,11 +90,6 @@ class LiveProgress(Display):
         super().client_done(round, line)
         self._phase, self._last_client = None, str(line["client"])
 
-    def client_lost(self, round: int, client: str, what: str, reason: str) -> None:
-        self.console.print(
-            f"round {round}: {client} {what}: {reason}", markup=False, highlight=False
-        )
-
     def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
         super().round_done(round, summary)
         self._phase = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.ground import lines
-from fedgrove.tracking.callback import Callback, Line
+from fedgrove.tracking.callback import Callback, Line, RunInfo
 
 _NEEDS = ("round", "client", "split")  # keys of every line
 #: Keys of a line that are no score of the task. What remains on a "test" line is the metric, e.g.
@@ -31,14 +31,16 @@ class MetricsLog(Callback):
     """Appends to ``path``; a round reaches the disk (fsync) in ``round_done``.
 
     Place it before the checkpoint writer: a checkpoint of round t then implies that the lines of
-    round t are on disk, and ``truncate_after(path, t)`` before a resume drops the lines of rounds
-    that the checkpoint has not seen.
+    round t are on disk. A resume drops the lines of rounds that the checkpoint has not seen.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open: int | None = None  # the round in progress
         self._lines: list[Line] = []
+
+    def run_started(self, info: RunInfo) -> None:
+        truncate_after(self.path, info.start_round - 1)
 
     def round_started(self, round: int, clients: Sequence[str]) -> None:
         self._open, self._lines = round, []

@@ -45,7 +45,8 @@ def base_measure(
     client: str,
     seed: int,
 ) -> dict[str, float]:
-    """The task's measures on ``test``. The head gets as many optimiser steps as a client has in
+    """The task's measures on ``test``. The head, which begins at ``initial`` (its tensors [as the
+    task makes them] by name), gets as many optimiser steps as a client has in
     ``rounds`` rounds.
 
     Where the head sees pooled features alone, the base's are computed once, so this costs two

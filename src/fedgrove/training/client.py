@@ -107,6 +107,7 @@ class ClientHalf:
         privacy: PrivacySection | None = None,
         *,
         lanes: Lanes | None = None,
+        watch: Watch | None = None,
     ):
         self.kernel, self.method, self.head = kernel, method, head
         self.lanes = lanes or Lanes([kernel])  # the kernel among them
@@ -115,8 +116,8 @@ class ClientHalf:
         #: nothing does.
         self.privacy = privacy
         #: A measuring instrument (``run.noise``). It sees what is private, so only a simulation in
-        #: one process sets it.
-        self.watch: Watch | None = None
+        #: one process has one.
+        self.watch = watch
         self._measured: dict[
             str, tuple[Sequence[Example], bytes, dict[str, float]]
         ] = {}  # each client's last measure
@@ -238,26 +239,43 @@ class ClientHalf:
         return self.method.client_artefacts(client, given.offer, given.mine)
 
     def arrive(
-        self, client: ClientInfo, examples: Sequence[Example], ask: Ask
+        self,
+        client: ClientInfo,
+        examples: Sequence[Example],
+        ask: Ask,
+        guard: ExampleGuard | None = None,
     ) -> Mapping[str, Any]:
         """A newcomer's offer: what the server gives at once, or, where the method has a probe, what
         it gives then.
         """
         offer = ask(None)
-        report = self.probe(client, examples, offer)
+        report = self.probe(client, examples, offer, guard)
         return offer if report is None else ask(report)
 
     def probe(
-        self, client: ClientInfo, examples: Sequence[Example], offer: Mapping[str, Any]
+        self,
+        client: ClientInfo,
+        examples: Sequence[Example],
+        offer: Mapping[str, Any],
+        guard: ExampleGuard | None = None,
     ) -> Any | None:
-        """What a newcomer's probe of its first offer found; None where the method has no probe."""
+        """What a newcomer's probe of its first offer found; None where the method has no probe.
+
+        Raises ``RunError`` under example-level privacy without a ``guard``, which counts it.
+        """
         if not isinstance(self.method, Probes):
             return None
         content = typed(self.method.Offer, offer.get("method", {}))
         plan = self.method.probe(client, content)
         if plan is None:
             return None
-        trained = self._work(plan, examples, offer, {}, Clock(self.seed, ("probe", client.name)))
+        if guard is None and self.privacy is not None and self.privacy.example_level:
+            raise RunError(
+                f"The probe with which {self.method.title} places {client.name} would spend of its "
+                f"examples' privacy and is not counted, so it is not run."
+            )
+        clock = Clock(self.seed, ("probe", client.name))
+        trained = self._work(plan, examples, offer, {}, clock, guard)
         report = self.method.probe_report(client, trained, content)
         nbytes(report)  # refuses what is private
         return report

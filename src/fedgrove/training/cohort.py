@@ -47,31 +47,32 @@ class Cohort:
 
     def enter(self, layout: Layout | None) -> None:
         """As in Running: how much of a batch, or of a packed row, each member has."""
-        self._axis = 0 if layout is None else 1
-        self._sizes = list(self.rows) if layout is None else _tokens(layout, self.rows)
+        self._axis, self._sizes = 0, list(self.rows)
+        if layout is not None:
+            self._axis, self._sizes = 1, _tokens(layout, self.rows)
         self._x: Tensor | None = None  # the last site's input, and its members' parts
         self._parts: Sequence[Tensor] = ()
         self._masks: dict[Belongs, Tensor] = {}
 
     def add(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
-    ) -> Float[Tensor, "b t out"]:
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+    ) -> Float[Tensor, "*rows out"]:
         """The site's output with every member's terms added to its part."""
         if any(site.name in live.delta.dense for live in self.lives):
             return self._add_in_turn(site, x, output)
         return self._add_masked(site, x, output)
 
     def _add_in_turn(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
-    ) -> Float[Tensor, "b t out"]:
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+    ) -> Float[Tensor, "*rows out"]:
         if x is not self._x:
             self._x, self._parts = x, x.split(self._sizes, self._axis)
         parts = zip(self.lives, self._parts, output.split(self._sizes, self._axis), strict=True)
         return torch.cat([live.add(site, own, out) for live, own, out in parts], self._axis)
 
     def _add_masked(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
-    ) -> Float[Tensor, "b t out"]:
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+    ) -> Float[Tensor, "*rows out"]:
         blocks = self._blocks(site, x)
         if not blocks:
             return output
@@ -82,7 +83,7 @@ class Cohort:
         more = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2).to(output.dtype), up)
         return more.view(output.shape)
 
-    def _blocks(self, site: Site, x: Float[Tensor, "b t in"]) -> list[Block]:
+    def _blocks(self, site: Site, x: Float[Tensor, "*rows in"]) -> list[Block]:
         """All that runs at a site; what several members have in common, once."""
         found: dict[object, Block] = {}
         for number, live in enumerate(self.lives):
@@ -95,7 +96,7 @@ class Cohort:
                 found[mark].members.append(number)
         return list(found.values())
 
-    def _mask(self, belongs: Belongs, x: Float[Tensor, "b t in"]) -> Float[Tensor, "_ _ ranks"]:
+    def _mask(self, belongs: Belongs, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "_ _ ranks"]:
         """1 where a row's (packed: a token's) member has a block; [b, 1, ranks], packed [1, n,
         ranks].
         """

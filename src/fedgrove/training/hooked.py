@@ -54,10 +54,12 @@ class HookedBase:
         self,
         site: Site,
         module: nn.Module,
-        args: tuple[Any, ...],
-        output: Float[Tensor, "b t out"],
-    ) -> Float[Tensor, "b t out"] | None:
-        return None if self._running is None else self._running.add(site, args[0], output)
+        args: tuple[Tensor, ...],
+        output: Float[Tensor, "*rows out"],
+    ) -> Float[Tensor, "*rows out"] | None:
+        if self._running is None:
+            return None
+        return self._running.add(site, args[0], output)
 
     # -------------------------------------------------------------------- contexts
     @contextmanager
@@ -104,7 +106,7 @@ class HookedBase:
 
     # -------------------------------------------------------------------- passes
     def inputs(self, plain: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The model's arguments for the running batch, whose plain inputs these are."""
+        """The model's arguments for the running batch, whose plain inputs [b, ...] these are."""
         if self._layout is None:
             return dict(plain)
         return self._layout.inputs(dict(plain), first_position(self.base.model.config))
@@ -119,8 +121,10 @@ class HookedBase:
         return hidden.to(self.base.adapter_dtype)
 
     def places(self, positions: Bool[Tensor, "b t"]) -> Bool[Tensor, "_ _"]:
-        """Marks of a padded batch's tokens as marks of what runs."""
-        return positions if self._layout is None else self._layout.pack(positions)
+        """Marks of a padded batch's tokens [b, t] as marks of what runs, packed [1, n]."""
+        if self._layout is None:
+            return positions
+        return self._layout.pack(positions)
 
     # ------------------------------------------------------------------ attention
     def _attend_with(self, name: str) -> None:
@@ -141,9 +145,12 @@ class HookedBase:
             and self.base.dtype == torch.bfloat16
             and torch.is_grad_enabled()
         )
-        # images: a few hundred at most
-        tokens = batch["input_ids"].shape[1] if "input_ids" in batch else 0
-        return "eager" if slow and tokens <= _SHORT else self._attention
+        tokens = 0  # of images a few hundred at most
+        if "input_ids" in batch:
+            tokens = batch["input_ids"].shape[1]
+        if slow and tokens <= _SHORT:
+            return "eager"
+        return self._attention
 
 
 @contextmanager

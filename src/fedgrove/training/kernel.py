@@ -42,7 +42,7 @@ from fedgrove.training.loop import (
     steps_of,
 )
 from fedgrove.training.profile import span
-from fedgrove.training.readers import READERS, Writer, reader_of
+from fedgrove.training.readers import READERS, Collate, Writer, reader_of
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Batch, Example, Task
@@ -115,7 +115,7 @@ class Kernel:
         if step.measure == "fisher":
             return self._fisher(work)
         if self.dropout:
-            torch.manual_seed(derive(*_keys(work), "dropout"))
+            torch.manual_seed(derive(work.clock.seed, *_keys(work), "dropout"))
         return self._optimise([work])[0]
 
     def joins(self, work: Work) -> bool:
@@ -171,13 +171,12 @@ class Kernel:
             return OfBatches(losses, accumulation)
         (member,) = members
         expected = min(len(member.examples), size * accumulation)
-        purpose = (*work.clock.keys, work.step.stream)
         copies: list[LiveAssembly] = []
         # that no row of a batch touches another was tried on this model: see packed.packs
         if self.hooked.packs and self._shares(work.step.assembly):
             copies = [member.live.copy() for _ in range(size)]
         losses = partial(self.losses, together=bool(copies))
-        return PerExample(losses, work.guard, expected, purpose, copies)
+        return PerExample(losses, work.guard, expected, _keys(work), copies)
 
     def _fisher(self, work: Work) -> Trained:
         """Mean squared gradient of each trained factor over batches; nothing is updated."""
@@ -191,8 +190,9 @@ class Kernel:
             fit([member], OfBatches(self.losses, accumulation=1), measured, options)
 
         def score(leaf: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-            square = measured.squares.get(leaf)
-            return torch.zeros(leaf.shape) if square is None else square.cpu()
+            if leaf in measured.squares:
+                return measured.squares[leaf].cpu()
+            return torch.zeros(leaf.shape)
 
         scores: dict[str, Adapter] = {}
         for term in live.terms:
@@ -210,7 +210,7 @@ class Kernel:
             step=step,
             examples=examples,
             batches=batch_order(
-                len(examples), self.options.batch_size, generator(*_keys(work), "order")
+                len(examples), self.options.batch_size, generator(clock.seed, *_keys(work), "order")
             ),
             stretch=Stretch(self.steps(step, len(examples)), clock.start, clock.end),
         )
@@ -292,7 +292,10 @@ class Kernel:
         return torch.stack([rows[index] for index in range(len(examples))])
 
     def passes(
-        self, live: LiveAssembly, examples: Sequence[Example], *, prompts: bool = False
+        self,
+        live: LiveAssembly,
+        examples: Sequence[Example],
+        collate: Collate | None = None,
     ) -> Iterator[tuple[list[int], Batch]]:
         """As in ``readers.Passes``."""
 
@@ -301,10 +304,11 @@ class Kernel:
 
         order = sorted(range(len(examples)), key=length)
         size = self.options.eval_batch_size
-        size = _EVAL_BATCH if size == "auto" else size
+        if size == "auto":
+            size = _EVAL_BATCH
         for start in range(0, len(order), size):
             indices = order[start : start + size]
-            batch = self._batch([examples[index] for index in indices], prompts=prompts)
+            batch = self._batch([examples[index] for index in indices], collate)
             with self.hooked.running(batch, live):
                 self._prepare([live], batch)
                 yield indices, batch
@@ -323,13 +327,12 @@ class Kernel:
         with self.hooked.changed(assembly):
             yield live
 
-    def _batch(self, examples: Sequence[Example], *, prompts: bool = False) -> Batch:
+    def _batch(self, examples: Sequence[Example], collate: Collate | None = None) -> Batch:
         """The examples as one batch on the device."""
         if self.halt.is_set():
             raise Halted
-        collate = self.reader.task.prompts if prompts else self.task.collate
         with span("batches"):
-            batch = collate(examples, self.base.pad_id)
+            batch = (collate or self.task.collate)(examples, self.base.pad_id)
             return {key: value.to(self.base.device) for key, value in batch.items()}
 
     def _prepare(self, lives: Sequence[LiveAssembly], batch: Batch) -> None:
@@ -340,6 +343,6 @@ class Kernel:
                     live.features = self.reader.features(batch)
 
 
-def _keys(work: Work) -> tuple[Any, ...]:
-    """What the randomness of a client's work comes from."""
-    return (work.clock.seed, *work.clock.keys, work.step.stream)
+def _keys(work: Work) -> tuple[object, ...]:
+    """What the randomness of a client's work comes from, beside the seed."""
+    return (*work.clock.keys, work.step.stream)

@@ -39,9 +39,11 @@ class LanguageModel:
             logits: Tensor = self.base.model(**inputs).logits
         finally:
             self._asked = None
-        return logits if logits.ndim == 2 else logits[positions]
+        if logits.ndim == 3:  # a model that computes its own logits for every token
+            return logits[positions]
+        return logits
 
-    def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _select(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         states = args[0]
         if self._asked is None or states.shape[:2] != self._asked.shape:
             return None
@@ -55,8 +57,8 @@ class LanguageModel:
         ends: Sequence[int],
         cache: bool,
     ) -> list[list[int]]:
-        """Greedy continuations of prompts padded on the left, at most ``most`` tokens each, without
-        their end.
+        """Greedy continuations of prompts [b, t] padded on the left, at most ``most`` tokens each,
+        without their end.
         """
         from transformers import GenerationConfig
 

@@ -30,8 +30,8 @@ class Running(Protocol):
         """A batch begins; with a layout it runs as one packed row."""
 
     def add(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
-    ) -> Float[Tensor, "b t out"]:
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+    ) -> Float[Tensor, "*rows out"]:
         """The site's output with what runs there added to it."""
 
 
@@ -57,7 +57,7 @@ class LiveAssembly:
     ):
         self.assembly = assembly
         self.device, self.dtype = device, dtype
-        self.dropout = dropout if train else 0.0
+        self.dropout = dropout * train  # none where nothing trains
         #: pooled features of the batch's examples [b, hidden], where the mix reads them
         self.features: Float[Tensor, "b hidden"] | None = None
         #: learning-rate multiplier (None: the head's own) -> leaves
@@ -69,7 +69,8 @@ class LiveAssembly:
         self._x: Tensor | None = None
         self._converted: Tensor | None = None
         # where nothing trains: all that a site adds as one product, made once
-        self._whole: dict[str, tuple[Tensor, Tensor] | None] | None = None if train else {}
+        self._train = train
+        self._whole: dict[str, tuple[Tensor, Tensor] | None] = {}
 
     @property
     def packs(self) -> bool:
@@ -78,11 +79,12 @@ class LiveAssembly:
 
     @property
     def leaves(self) -> list[Tensor]:
+        """All tensors [any shape] that train, group by group."""
         return [leaf for group in self.groups.values() for leaf in group]
 
     @property
     def head(self) -> dict[str, Tensor]:
-        """The head's tensors by their own names."""
+        """The head's tensors by their own names, as ``{"weight": [c, h], "bias": [c]}``."""
         return {
             name.removeprefix("head."): value
             for name, value in self.extras.items()
@@ -97,34 +99,32 @@ class LiveAssembly:
         """As in Running. An assembly alone adds the same to every row."""
 
     # -------------------------------------------------------------------- forward
-    def products(self, site: Site, x: Float[Tensor, "b t in"]) -> list[Product]:
+    def products(self, site: Site, x: Float[Tensor, "*rows in"]) -> list[Product]:
         """What runs at a site whose input is x, but for an update that has become a dense
         matrix.
         """
-        return products(
-            site,
-            x,
-            self.terms,
-            self.assembly.mix,
-            self.extras,
-            updates=() if site.name in self.delta.dense else (self.delta.factored,),
-            features=self.features,
-        )
+        updates: list[Adapter] = []
+        if site.name not in self.delta.dense:
+            updates.append(self.delta.factored)
+        mix = self.assembly.mix
+        return products(site, x, self.terms, mix, self.extras, updates, self.features)
 
     def add(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
-    ) -> Float[Tensor, "b t out"]:
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+    ) -> Float[Tensor, "*rows out"]:
         """The site's output with every product added, in the wider of the base's and the adapters'
         precision.
         """
         dense = self.delta.dense.get(site.name)
-        if self._whole is not None and dense is None and self._foldable:
+        if dense is None and self._foldable:
             return self._add_at_once(site, x, output)
         x = self._in_adapters_precision(x)
         result = output
         if dense is not None:
             result = result + F.linear(x, dense)
-        dropped = F.dropout(x, self.dropout, training=True) if self.dropout else x
+        dropped = x
+        if self.dropout:
+            dropped = F.dropout(x, self.dropout, training=True)
         found = self.products(site, x)
         updates = [product for product in found if product.term is None]
         terms = [product for product in found if product.term is not None]
@@ -136,20 +136,19 @@ class LiveAssembly:
 
     @property
     def _foldable(self) -> bool:
-        return self.assembly.mix.linear and not torch.is_grad_enabled()
+        return not self._train and self.assembly.mix.linear and not torch.is_grad_enabled()
 
-    def _in_adapters_precision(self, x: Float[Tensor, "b t in"]) -> Float[Tensor, "b t in"]:
+    def _in_adapters_precision(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
         if x is not self._x or self._converted is None:
             self._x, self._converted = x, x.to(self.dtype)
         return self._converted
 
     def _add_at_once(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
-    ) -> Float[Tensor, "b t out"]:
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+    ) -> Float[Tensor, "*rows out"]:
         """``add`` where nothing trains: all products as one, in the base's precision, onto the
         output in place.
         """
-        assert self._whole is not None
         if site.name not in self._whole:
             self._whole[site.name] = self._joined(site, x, output)
         whole = self._whole[site.name]
@@ -162,7 +161,7 @@ class LiveAssembly:
         return output
 
     def _joined(
-        self, site: Site, x: Float[Tensor, "b t in"], output: Float[Tensor, "b t out"]
+        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
     ) -> tuple[Float[Tensor, "ranks in"], Float[Tensor, "ranks out"]] | None:
         """All products side by side in the base's precision; None where there are none."""
         pairs = [product.folded() for product in self.products(site, x)]
@@ -197,8 +196,12 @@ class LiveAssembly:
         terms = zip(self.assembly.terms, self.terms, strict=True)
         extras: dict[str, Extra] = {}
         for name, extra in self.assembly.extras.items():
-            value = _taken(self.extras[name]) if extra.train else extra.value
-            extras[name] = replace(extra, value=seal(value) if extra.home == "client" else value)
+            value = extra.value
+            if extra.train:
+                value = _taken(self.extras[name])
+            if extra.home == "client":
+                value = seal(value)
+            extras[name] = replace(extra, value=value)
         return replace(self.assembly, terms=tuple(_trained(*pair) for pair in terms), extras=extras)
 
     # ------------------------------------------------------------------ placement
@@ -211,7 +214,9 @@ class LiveAssembly:
         return placed
 
     def _term(self, term: Term, train: bool) -> Term:
-        letters = term.train if train else ""
+        letters = ""
+        if train:
+            letters = term.train
         adapter: Adapter = {}
         for site, factors in term.adapter.items():
             A = self._place(factors.A, "A" in letters, term.lr)
@@ -223,7 +228,7 @@ class LiveAssembly:
         }
         return replace(term, adapter=adapter, diagonal=diagonal)
 
-    def _extra(self, extra: Extra, train: bool) -> Tensor:
+    def _extra(self, extra: Extra, train: bool) -> Float[Tensor, "*any"]:
         return self._place(extra.value, train and extra.train, extra.lr)
 
     def _delta(self, delta: Mapping[str, Factors]) -> Delta:
@@ -254,8 +259,11 @@ def _trained(before: Term, after: Term) -> Term:
     adapter: Adapter = {}
     for site, factors in after.adapter.items():
         old = before.adapter[site]
-        A = _taken(factors.A) if "A" in before.train else old.A
-        B = _taken(factors.B) if "B" in before.train else old.B
+        A, B = old.A, old.B
+        if "A" in before.train:
+            A = _taken(factors.A)
+        if "B" in before.train:
+            B = _taken(factors.B)
         adapter[site] = Factors(A, B, factors.scale)
     diagonal = before.diagonal
     if diagonal is not None and "D" in before.train:

@@ -72,7 +72,7 @@ class Member:
 
     @property
     def loss(self) -> float:
-        return self.total / self.seen if self.seen else 0.0
+        return self.total / max(1, self.seen)
 
     def draw(self) -> list[Example]:
         """The next batch."""
@@ -177,7 +177,9 @@ class PerExample:
             member.step.penalty(member.live.seen()).backward()
 
     def _each(self, member: Member, drawn: Sequence[int]) -> Iterator[Sequence[Tensor | None]]:
-        """Each drawn example's gradient of every leaf, None where it does not reach it."""
+        """Each drawn example's gradient of every leaf, [as the leaf], None where it does not reach
+        it.
+        """
         lives = self.copies or [member.live]
         for start in range(0, len(drawn), len(lives)):
             chosen = drawn[start : start + len(lives)]
@@ -217,7 +219,9 @@ def _peak(multiplier: float | None, options: TrainSection) -> float:
     """The learning rate before the schedule; of the multiplier None the head's own."""
     if multiplier is not None:
         return options.lr * multiplier
-    return options.lr if options.head_lr is None else options.head_lr
+    if options.head_lr is not None:
+        return options.head_lr
+    return options.lr
 
 
 class SquaredGradients:
@@ -225,7 +229,7 @@ class SquaredGradients:
     over ``count`` steps (the diagonal of the empirical Fisher information, by batches).
     """
 
-    def __init__(self, leaves: Sequence[Tensor], count: int):
+    def __init__(self, leaves: Sequence[Float[Tensor, "*any"]], count: int):
         self.count = count
         self.squares = {leaf: torch.zeros_like(leaf) for leaf in leaves}
         self.param_groups: list[dict[str, Any]] = []

@@ -85,7 +85,7 @@ class Layout:
 
     @classmethod
     def of(cls, mask: Shaped[Tensor, "b t"]) -> Layout | None:
-        """The layout of an attention mask; None where it is not padding on the right, or where
+        """The layout of an attention mask [b, t]; None where it is not padding on the right, or where
         there is none at all.
         """
         lengths = mask.sum(1)
@@ -98,7 +98,9 @@ class Layout:
             return None
         groups, starts = _grouped(row)
         real, last = sum(row), groups[-1].stop
-        unit = _TOKENS if real > 8 * _TOKENS else _LENGTH
+        unit = _LENGTH
+        if real > 8 * _TOKENS:
+            unit = _TOKENS
         spare = unit - real % unit
         runs = [
             torch.arange(start, start + length) for start, length in zip(starts, row, strict=True)
@@ -117,12 +119,14 @@ class Layout:
         )
 
     def pack(self, padded: Shaped[Tensor, "b t *rest"]) -> Shaped[Tensor, "1 n *rest"]:
-        """The real tokens one after the other, zeros in the spare ones."""
+        """[b, t, ...] -> [1, n, ...]: the real tokens one after the other, zeros in the spare
+        ones.
+        """
         tokens = padded.flatten(0, 1).index_select(0, self.slots)
         return torch.cat([tokens, tokens.new_zeros(self.spare, *tokens.shape[1:])])[None]
 
     def unpack(self, packed: Shaped[Tensor, "1 n *rest"]) -> Shaped[Tensor, "b t *rest"]:
-        """The padded batch again, zeros where there is padding."""
+        """[1, n, ...] -> [b, t, ...]: the padded batch again, zeros where there is padding."""
         shape = packed.shape[2:]
         real = packed.squeeze(0)[: len(self.slots)]
         empty = packed.new_zeros(len(self.lengths) * self.longest, *shape)
@@ -308,5 +312,7 @@ def packs(model: Any) -> bool:
     finally:
         model.set_attn_implementation(chosen)
     found, wanted = layout.unpack(packed).float(), layout.unpack(layout.pack(padded)).float()
-    tolerance = 0.05 if padded.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    tolerance = 1e-3
+    if padded.dtype in (torch.bfloat16, torch.float16):
+        tolerance = 0.05
     return bool((found - wanted).norm() <= tolerance * wanted.norm())

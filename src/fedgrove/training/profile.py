@@ -94,19 +94,25 @@ class Profile:
 
 def span(name: str) -> AbstractContextManager[None]:
     """A span of the profile in progress, if there is one."""
-    return _OFF if _active is None else _active.span(name)
+    if _active is None:
+        return _OFF
+    return _active.span(name)
 
 
 def lane_spans(count: int) -> Callable[[], AbstractContextManager[None]]:
     """What makes spans of threads beside this one, ``count`` at a time, part of the span that is
     open here.
     """
-    return nullcontext if _active is None else partial(_active.lane, list(_active.path), count)
+    if _active is None:
+        return nullcontext
+    return partial(_active.lane, list(_active.path), count)
 
 
 def round_span(number: int) -> AbstractContextManager[None]:
     """A round of the profile in progress, if there is one."""
-    return _OFF if _active is None else _active.round(number)
+    if _active is None:
+        return _OFF
+    return _active.round(number)
 
 
 @contextmanager
@@ -123,7 +129,10 @@ def profiling() -> Iterator[Profile]:
 def peak_mb() -> float:
     """The most memory that this process has had resident, in 10^6 bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+    unit = 1024
+    if sys.platform == "darwin":
+        unit = 1
+    return most * unit / 1e6
 
 
 def _device() -> dict[str, float]:

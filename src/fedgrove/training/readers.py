@@ -17,7 +17,7 @@ under the name that ``load_base`` knows its kind of model by, and the task's ``h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -34,16 +34,20 @@ from fedgrove.training.profile import span
 
 Asked = TypeVar("Asked", bound=Task)
 Head = Mapping[str, Tensor]  # its tensors by their own names
+Collate = Callable[[Sequence[Example], int], Batch]  # examples and the padding token -> their batch
 
 
 class Passes(Protocol):
     """Batches of an evaluation, each running on the base while it is looked at."""
 
     def __call__(
-        self, live: LiveAssembly, examples: Sequence[Example], *, prompts: bool = False
+        self,
+        live: LiveAssembly,
+        examples: Sequence[Example],
+        collate: Collate | None = None,
     ) -> Iterator[tuple[list[int], Batch]]:
-        """(which examples, their batch) with examples of similar length together; ``prompts``: what
-        a generation starts from.
+        """(which examples, their batch) with examples of similar length together; the batch by
+        ``collate``, by default the task's own.
         """
 
 
@@ -142,7 +146,9 @@ class Pooled(Reader[HeadedTask]):
     def _seen(self, batch: Batch) -> Float[Tensor, "b *t h"]:
         """What the head sees of each example."""
         states = self._states(batch)
-        return states if self.task.level == "token" else self.task.pool(states, batch)
+        if self.task.level == "token":
+            return states
+        return self.task.pool(states, batch)
 
 
 class Stock(Reader[Task]):
@@ -218,7 +224,7 @@ class Writer(Reader[WritingTask]):
         tokenizer = self.base.processor
         ends = self.task.ends(tokenizer)
         texts: dict[int, str] = {}
-        for indices, batch in passes(live, examples, prompts=True):
+        for indices, batch in passes(live, examples, self.task.prompts):
             written = self.language.generate(
                 batch,
                 most=most or self.task.max_new_tokens,

@@ -21,22 +21,17 @@ from fedgrove.federation.load import holding_of
 from fedgrove.federation.split import divided
 from fedgrove.ground.errors import DataError, RunError
 from fedgrove.ground.names import RULE, client_name, folder_of
+from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import ClientInfo
 from fedgrove.methods.protocols import placed
-from fedgrove.methods.registry import method_class
-from fedgrove.runs.finish import write_adapter
-from fedgrove.runs.prepare import base_of, encode, head_policy, setting_of, task_of
+from fedgrove.runs.leave import spending, write_adapter
+from fedgrove.runs.parts import Parts, one_by_one
+from fedgrove.runs.prepare import has_device
 from fedgrove.tracking.checkpoint import Checkpoints
-from fedgrove.training.client import ClientHalf
-from fedgrove.training.kernel import Kernel
 from fedgrove.use.result import Result
 
 if TYPE_CHECKING:
-    from fedgrove.federation.tasks import Task
-    from fedgrove.interop.models import Base
     from fedgrove.job import Job
-    from fedgrove.methods.contract import Method
-    from fedgrove.methods.head import HeadPolicy
 
 
 @dataclass(frozen=True)
@@ -54,17 +49,14 @@ class Adapted:
     placed: str  # where the server put it, in words; "" where the method has no groups
     head: str  # what its classifier started from, in words; "" where the task has none
     measures: dict[str, dict[str, float]]
+    privacy: Plain | None = None  # what its training cost of its examples' budget
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A finished run, ready to answer."""
+    """A finished run, ready to answer: its parts, and the server at its last round."""
 
-    job: Job
-    base: Base
-    task: Task
-    method: Method
-    head: HeadPolicy
+    parts: Parts
     state: Any
     mean_head: Mapping[str, torch.Tensor] | None
 
@@ -100,38 +92,35 @@ def adapt(
     seed = job.run.seed if seed is None else seed
     client = _client(name, Path(data), job, seed)
     finished = _open(result, job)
-    method, head, task, base = finished.method, finished.head, finished.task, finished.base
-    train, dropout = finished.job.train, finished.job.lora.dropout
-    kernel = Kernel(base, task, train, dropout=dropout)
-    half = ClientHalf(kernel, method, head, seed, job.run.rounds)
-    examples = encode(client, task, base)
-    info = ClientInfo(name, method.setting.rank, len(client.train))
+    parts = finished.parts
+    half = parts.client_half(seed=seed)
+    examples = parts.encode(client)
+    info = ClientInfo(name, parts.method.setting.rank, len(client.train))
+    guard = half.guard(info, {})  # of the job's example level: probe and training count
 
-    state = method.open(finished.state, job.run.rounds + 1)
-
-    def ask(probe: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        found = None if probe is None else typed(method.Probed, probe)
-        return head.beside(method.welcome(state, info, found), finished.mean_head, newcomer=True)
-
-    offer = half.arrive(info, examples["train"], ask)
+    state = parts.method.open(finished.state, job.run.rounds + 1)
+    welcome = parts.welcome(state, finished.mean_head, info)
+    offer = half.arrive(info, examples["train"], welcome, guard)
     assembly = half.personal(info, offer, {})
     measures = {"zero-shot": half.kernel.evaluate(half.deployed(assembly), examples["test"])}
     if epochs:
         penalty = half.penalty(info, offer, {})
-        assembly = half.tune(info, assembly, examples["train"], epochs, penalty)
+        assembly = half.tune(info, assembly, examples["train"], epochs, penalty, guard)
         after = f"after {epochs} epoch{'s' * (epochs > 1)}"
         measures[after] = half.kernel.evaluate(half.deployed(assembly), examples["test"])
-    write_adapter(finished, folder, assembly, client=name)
+    spent = spending(parts, info, guard)
+    write_adapter(parts, folder, assembly, client=name, privacy=spent)
     return Adapted(
         name=name,
         path=folder,
-        method=method.title,
-        metric=task.metric,
+        method=parts.method.title,
+        metric=parts.task.metric,
         train=len(client.train),
         test=len(client.test),
         placed=placed(offer["method"]),
-        head=_head_words(finished, "head" in offer),
+        head=_head_words(parts, "head" in offer),
         measures=measures,
+        privacy=spent,
     )
 
 
@@ -166,34 +155,31 @@ def _open(result: Result, job: Job) -> Finished:
     """The run's method at its last state, on the run's base; on the CPU where this machine lacks
     the run's device.
     """
-    if (job.train.device == "cuda" and not torch.cuda.is_available()) or (
-        job.train.device == "mps" and not torch.backends.mps.is_available()
-    ):
+    if not has_device(job.train.device):
         job = job.replace(train={"device": "cpu"})
     torch.set_num_threads(int(job.train.threads))
     server = Checkpoints(result.path / "checkpoints").load_server()
-    rows = result.summary["clients"]
-    trained = {
-        name: ClientInfo(name, row["rank"], row["examples"])
-        for name, row in rows.items()
+    trained = [
+        ClientInfo(name, row["rank"], row["examples"])
+        for name, row in result.summary["clients"].items()
         if not row.get("held_out")
-    }
-    base, task = base_of(job), task_of(job)
-    method = method_class(job.method.name)(job.method.options, setting_of(job, base, trained))
-    state = typed(method.State, server["state"])
-    head = head_policy(job, base, task)
-    return Finished(job, base, task, method, head, state, server["head"])
+    ]
+    parts = Parts.of(one_by_one(job), trained)
+    state = typed(parts.method.State, server["state"])
+    return Finished(parts, state, server["head"])
 
 
-def _head_words(finished: Finished, offered: bool) -> str:
-    if finished.task.writes:
+def _head_words(parts: Parts, offered: bool) -> str:
+    mode = parts.head.mode
+    if parts.task.writes:
         return ""
-    if finished.head.mode == "frozen":
+    if mode == "frozen":
         return "the frozen head that all clients share"
-    if offered:
+    if not offered:
         return (
-            "the clients' shared head"
-            if finished.head.mode == "shared"
-            else "the mean of the clients' own heads"
+            "an untrained one, so that zero-shot is chance: the run kept no mean of heads "
+            "(federation.newcomer_head)"
         )
-    return "an untrained one, so that zero-shot is chance: the run kept no mean of heads (federation.newcomer_head)"
+    if mode == "shared":
+        return "the clients' shared head"
+    return "the mean of the clients' own heads"

@@ -15,12 +15,13 @@ from torch import Tensor
 from fedgrove.adapters import Adapter, Assembly, Extra, Term
 from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import AdapterError, DataError, RunError
+from fedgrove.ground.plain import Plain
 from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.models import EMBEDDED_MODELS, load_base
-from fedgrove.job.sections import TrainSection
 from fedgrove.methods.head import PREFIX
 from fedgrove.methods.protocols import mixes
 from fedgrove.methods.registry import method_class
+from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.use.asked import answered, questions
 
@@ -28,7 +29,7 @@ from fedgrove.use.asked import answered, questions
 class ClientModel:
     """A base with one client's adapter and head. Made by ``load``."""
 
-    def __init__(self, kernel: Kernel, assembly: Assembly, card: dict[str, Any]):
+    def __init__(self, kernel: Kernel, assembly: Assembly, card: Plain):
         self.kernel, self.assembly, self.card = kernel, assembly, card
         self.labels: tuple[str, ...] = tuple(card["labels"])
 
@@ -75,7 +76,7 @@ class ClientModel:
         examples = task.encode(questions(task, prompts), self.kernel.base.processor)
         return self.kernel.generate(self.assembly, examples, most=max_new_tokens)
 
-    def evaluate(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def evaluate(self, rows: Sequence[Plain]) -> dict[str, float]:
         """The task's measures on rows ``{"text": …, "label": …}``, or with the columns of another
         task.
         """
@@ -165,7 +166,7 @@ def _kernel(
         dtype=getattr(torch, dtype),
         device=device,
     )
-    return Kernel(base, task, TrainSection())
+    return evaluator(base, task)
 
 
 def merge(source: Path, out: Path) -> None:

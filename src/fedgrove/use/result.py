@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.names import folder_of
+from fedgrove.ground.plain import Plain
 from fedgrove.tracking import metrics
 from fedgrove.tracking import summary as summaries
 
@@ -28,7 +29,7 @@ class Result:
         self.path = Path(path)
         if not self.path.is_dir():
             raise RunError(f"{self.path} does not exist; name the directory of a finished run.")
-        self.summary: dict[str, Any] = summaries.read(self.path / "summary.json")
+        self.summary: Plain = summaries.read(self.path / "summary.json")
 
     @property
     def job(self) -> Job:
@@ -44,7 +45,7 @@ class Result:
     def report(self) -> Path:
         return self.path / "report.html"
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Plain]:
         """The lines of metrics.jsonl."""
         return metrics.read(self.path / "metrics.jsonl")
 
@@ -86,7 +87,7 @@ class ClientResult:
 
     def __init__(self, result: Result, name: str):
         self.result, self.name = result, name
-        self.summary: dict[str, Any] = result.summary["clients"][name]
+        self.summary: Plain = result.summary["clients"][name]
 
     @property
     def path(self) -> Path:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Example
     from fedgrove.job import Job
     from fedgrove.methods.contract import Method
+    from fedgrove.runs.parts import Parts
     from fedgrove.training.client import ClientHalf
 
 Data = Mapping[str, "list[Example]"]  # split -> encoded examples
@@ -43,9 +44,13 @@ _DATA = "data.sha256"  # of the site's rows, for the site alone
 class Workshop:
     """What a process keeps for one run: everything that does not depend on the client."""
 
-    job: Job
+    parts: Parts
     half: ClientHalf
     data: dict[str, Data]  # by client
+
+    @property
+    def job(self) -> Job:
+        return self.parts.job
 
 
 class Workshops:
@@ -61,31 +66,17 @@ class Workshops:
         """The workshop for a run, built at the first call."""
         import torch
 
-        from fedgrove.runs import prepare
+        from fedgrove.runs.parts import Parts, one_by_one
+        from fedgrove.runs.prepare import machine_choices
 
-        job = prepare.machine_choices(job)
+        job = one_by_one(machine_choices(job))
         torch.set_num_threads(int(job.train.threads))
         key = run, job.digest()
         if self._workshop is None or self._key != key:
             self._workshop = None  # before the next model is loaded
-            self._workshop, self._key = _built(job, info), key
+            parts = Parts.of(job, [info])
+            self._workshop, self._key = Workshop(parts, parts.client_half(), {}), key
         return self._workshop
-
-
-def _built(job: Job, info: ClientInfo) -> Workshop:
-    from fedgrove.methods.registry import method_class
-    from fedgrove.runs import prepare
-    from fedgrove.training.client import ClientHalf
-    from fedgrove.training.kernel import Kernel
-
-    base, task = prepare.base_of(job), prepare.task_of(job)
-    method = method_class(job.method.name)(
-        job.method.options, prepare.setting_of(job, base, {info.name: info})
-    )
-    head = prepare.head_policy(job, base, task)
-    kernel = Kernel(base, task, job.train, dropout=job.lora.dropout)
-    half = ClientHalf(kernel, method, head, job.run.seed, job.run.rounds, job.privacy)
-    return Workshop(job, half, {})
 
 
 class Runtime:
@@ -247,7 +238,7 @@ class Runtime:
         store = Spending(self._home(note)).told(self._stores(note).load(int(note.head["store"])))
         held_out = bool(note.head["held_out"])
         left = leave(
-            shop.job, shop.half, info, data, note.body["offer"], store, folder,
+            shop.parts, shop.half, info, data, note.body["offer"], store, folder,
             held_out=held_out, keep_texts=self.simulated,
         )  # fmt: skip
         head = {"row": left.row, "stored": left.stored}
@@ -273,14 +264,11 @@ class Runtime:
         info = ClientInfo(**opened["client"])
         job = self._job(opened["job"])
         shop = self.workshops.of(str(note.head["run"]), job, info)
-        kernel = shop.half.kernel
         if info.name not in shop.data:
-            from fedgrove.runs.prepare import encode as encode_rows
-
             client = self.place.client(job)
             if not self.simulated:
                 self._same_data(self._home(note) / _DATA, client, job)
-            shop.data[info.name] = encode_rows(client, kernel.task, kernel.base)
+            shop.data[info.name] = shop.parts.encode(client)
         return shop, info, shop.data[info.name]
 
     def _same_data(self, mark: Path, client: Client, job: Job) -> None:

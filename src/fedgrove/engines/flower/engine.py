@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.adapters.tree import numbers
-from fedgrove.engines.base import Absence, Arrival, Ask, Leaving, OfferOf
 from fedgrove.engines.flower.post import Failure, Post
 from fedgrove.engines.flower.wire import Note
 from fedgrove.methods.contract import ClientInfo, Method, Update
 from fedgrove.methods.protocols import Probes
+from fedgrove.runs.engine import Absence, Arrival, Ask, Leaving, OfferOf
 from fedgrove.wire.compress import sent_bytes
 from fedgrove.wire.figures import figures_fault, measures_fault, row_fault
 from fedgrove.wire.validate import fault
@@ -26,6 +26,7 @@ from fedgrove.wire.validate import fault
 if TYPE_CHECKING:
     from fedgrove.job import Job
     from fedgrove.methods.head import HeadPolicy
+    from fedgrove.runs.parts import Parts
 
 GREETING = 900.0  # seconds for a node to read its data and to load the model
 FAREWELL = 60.0  # seconds that the end of a run waits for those that are away
@@ -250,9 +251,7 @@ class FlowerEngine:
 
     def settle(
         self,
-        method: Method,
-        head: HeadPolicy,
-        metric: str,
+        parts: Parts,
         *,
         held_out: Collection[str],
         never: Collection[str] = (),
@@ -263,7 +262,7 @@ class FlowerEngine:
         ``never``: names that do not train even where they come late; ``newcomer`` is told of such
         a one.
         """
-        self._method, self._head, self._metric = method, head, metric
+        self._method, self._head, self._metric = parts.method, parts.head, parts.task.metric
         self.held_out = set(held_out)
         self._never, self._newcomer = frozenset(never), newcomer
 

@@ -17,21 +17,18 @@ from flwr.serverapp import Grid
 from fedgrove.engines.flower.deployable import alone, deployable, named_held_out
 from fedgrove.engines.flower.engine import FlowerEngine, Member
 from fedgrove.engines.flower.post import Post
-from fedgrove.federation import build
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_text
-from fedgrove.interop.models import Base
-from fedgrove.methods.contract import ClientInfo, Method
-from fedgrove.methods.head import HeadPolicy
-from fedgrove.methods.registry import method_class
+from fedgrove.methods.contract import ClientInfo
 from fedgrove.runs import prepare
 from fedgrove.runs.directory import RunDirectory
+from fedgrove.runs.fit import refuse_unfit
+from fedgrove.runs.parts import Parts
+from fedgrove.runs.stage import Stage
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.events import Events
 
 if TYPE_CHECKING:
-    from fedgrove.federation import Federation
-    from fedgrove.federation.tasks import Task
     from fedgrove.job import Job
     from fedgrove.tracking.callback import Callback
 
@@ -49,73 +46,25 @@ class Roster:
     labels: tuple[str, ...]
     rows: Sequence[Mapping[str, Any]]
     source: dict[str, Any]
+    remarks: tuple[str, ...] = ()  # what sites found out about their data stays there
 
     def table(self) -> dict[str, Any]:
         return {"labels": list(self.labels), "clients": [dict(row) for row in self.rows]}
 
 
-@dataclass(frozen=True, eq=False)
-class Remote:
-    """A run whose clients are elsewhere (``engines.base.Stage``)."""
-
-    job: Job
-    federation: Roster | Federation
-    base: Base
-    task: Task
-    method: Method
-    head: HeadPolicy
-    engine: FlowerEngine
-    clients: dict[str, ClientInfo]
-    held_out: dict[str, ClientInfo]
-    fingerprint: str
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return ("test", "validation") if self.job.data.validation_fraction else ("test",)
-
-
-@dataclass(frozen=True, eq=False)
-class Half:
-    """The server's half of a job: everything but the clients."""
-
-    job: Job
-    base: Base
-    task: Task
-    method: Method
-    head: HeadPolicy
-
-    @classmethod
-    def of(cls, job: Job, clients: dict[str, ClientInfo], held_out: dict[str, ClientInfo]) -> Half:
-        """Raises ``JobError`` where job, base, method and clients do not fit together."""
-        base, task = prepare.base_of(job), prepare.task_of(job)
-        method = method_class(job.method.name)(
-            job.method.options, prepare.setting_of(job, base, clients)
-        )
-        method.check([*clients.values(), *held_out.values()])
-        return cls(job, base, task, method, prepare.head_policy(job, base, task))
-
-
 @contextmanager
 def on_virtual_nodes(
     lend: Lend, job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
-) -> Iterator[Remote]:
+) -> Iterator[Stage[FlowerEngine]]:
     """The stage of a simulation: job and data are checked here, before ``lend`` starts anything."""
-    import torch
-
     key, _ = continued(directory, resume=resume)
-    job = prepare.machine_choices(job.resolved())
-    torch.set_num_threads(int(job.train.threads))
-    federation = build(job)
-    job = job.replace(
-        data=prepare.decided(job, federation),
-        federation={"newcomer_head": prepare.newcomer_head(job, federation)},
-        train=alone(job),
-    )
-    clients, held_out = prepare.client_infos(job, federation)
-    half = Half.of(job, clients, held_out)
+    job, people = prepare.settle(job)
+    job = alone(job)
+    parts = Parts.of(job, people.clients.values())
+    refuse_unfit(parts, people.clients.values(), people.held_out.values(), local=False)
     paths = {"run": str(directory.path.absolute()), "directory": os.getcwd()}
     watch.phase("starting Flower")
-    with marked(directory, key), lend(len(federation.clients), job) as grid:
+    with marked(directory, key), lend(len(people.everyone), job) as grid:
         refusals: list[str] = []
         engine = FlowerEngine(
             Post(grid),
@@ -124,20 +73,15 @@ def on_virtual_nodes(
             simulation=paths,
             told=lambda round, client, what, reason: refusals.append(reason),
         )
-        engine.settle(half.method, half.head, half.task.metric, held_out=held_out)
-        meet(engine, [*clients.values(), *held_out.values()], refusals, watch)
-        fingerprint = prepare.fingerprint_of(federation)
-        yield Remote(
-            job,
-            federation,
-            half.base,
-            half.task,
-            half.method,
-            half.head,
+        engine.settle(parts, held_out=people.held_out)
+        meet(engine, list(people.everyone.values()), refusals, watch)
+        yield Stage(
+            parts,
+            people.federation,
             engine,
-            clients,
-            held_out,
-            fingerprint,
+            people.clients,
+            people.held_out,
+            people.fingerprint,
         )
 
 
@@ -171,7 +115,7 @@ def between_sites(
     *,
     resume: bool,
     watch: Callback,
-) -> Iterator[Remote]:
+) -> Iterator[Stage[FlowerEngine]]:
     """The stage of a deployment. Waits until ``federation.min_clients`` sites have said hello."""
     import torch
 
@@ -188,12 +132,11 @@ def between_sites(
         raise RunError(
             "Every site that is here is held out, so nobody would train; see federation.held_out."
         )
-    half = Half.of(job, clients, held_out)
+    parts = Parts.of(job, clients.values())
+    refuse_unfit(parts, clients.values(), held_out.values(), local=False)
     engine.expect([*clients.values(), *held_out.values()])
     engine.settle(
-        half.method,
-        half.head,
-        half.task.metric,
+        parts,
         held_out=held_out,
         never=named_held_out(job),
         newcomer=lambda info: held_out.update({info.name: info}),
@@ -213,18 +156,7 @@ def between_sites(
             raise RunError(
                 f"{len(clients)} of {job.federation.min_clients} sites can take part ({why})."
             )
-        yield Remote(
-            job,
-            roster,
-            half.base,
-            half.task,
-            half.method,
-            half.head,
-            engine,
-            clients,
-            held_out,
-            "at the sites",
-        )
+        yield Stage(parts, roster, engine, clients, held_out, "at the sites")
 
 
 def settled(post: Post, nodes: int, seconds: float = 30.0) -> None:

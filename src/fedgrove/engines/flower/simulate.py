@@ -21,9 +21,10 @@ from fedgrove.ground.errors import FedgroveError, RunError
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-    from fedgrove.engines.base import Stage
+    from fedgrove.engines.flower.engine import FlowerEngine
     from fedgrove.job import Job
     from fedgrove.runs.directory import RunDirectory
+    from fedgrove.runs.stage import Stage
     from fedgrove.tracking.callback import Callback
 
 
@@ -34,7 +35,7 @@ class FlowerMissing(FedgroveError):
 @contextmanager
 def simulated(
     job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
-) -> Iterator[Stage]:
+) -> Iterator[Stage[FlowerEngine]]:
     """The stage of a simulation on Ray."""
     require()
     quiet()

@@ -18,6 +18,7 @@ from fedgrove.federation.metrics.base import Answers
 from fedgrove.federation.readers import Place, Row, label_of
 from fedgrove.federation.tasks.base import Batch, Example
 from fedgrove.ground.errors import DataError
+from fedgrove.ground.marks import Automatic
 from fedgrove.ground.options import OF_THE_DATA, Column, Options, Text, distinct
 
 Classes = Annotated[tuple[Text, ...], Field(min_length=2), Strict(False)]
@@ -27,7 +28,7 @@ class ClassOptions(Options):
     """The keys of rows that have a class."""
 
     label: Column = Field("label", description="Column of the label.")
-    labels: Annotated[Classes | None, OF_THE_DATA] = Field(
+    labels: Annotated[Classes | None, Automatic("data"), OF_THE_DATA] = Field(
         None,
         description="The classes in their order, which all sites must agree on. Not set: those in "
         "the training data, sorted.",

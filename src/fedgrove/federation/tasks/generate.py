@@ -50,7 +50,7 @@ class GenerateOptions(LengthOptions):
         "assistant, instead of prompt and completion.",
         examples=["messages"],
     )
-    answers: Literal["last", "every"] = Field(
+    answers: Annotated[Literal["last", "every"], OF_THE_DATA] = Field(
         "last",
         description="Of conversations: whether the last answer is learnt, or every one.",
     )

@@ -23,6 +23,8 @@ from fedgrove.report.sections import Left, Section
 from fedgrove.report.style import COLOURS, CYCLE
 from fedgrove.report.tiers import Tiers
 
+_CELLS = 400  # of more clients the map shows that many, evenly
+_MEMBERS = 24  # clients of a cluster that are named in the table
 _NAMED = 40  # more clients than that have no room for their names beside the map
 _PAIRS = {  # how each pair of tiers is drawn
     "root-cluster": ("root and cluster", CYCLE[0], "-", "o"),
@@ -73,7 +75,9 @@ def heat(content: Mapping[str, Any], width: float) -> Figure:
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((left / width, 1 - (side + 0.15) / height, side / width, side / height))
     low, high = _reach(distances)
-    _tiles(axes, _shade((distances - low) / (high - low or 1.0), np.eye(count, dtype=bool)), count)
+    shown = np.unique(np.linspace(0, count - 1, min(count, _CELLS)).astype(int))
+    near = (distances[np.ix_(shown, shown)] - low) / (high - low or 1.0)
+    _tiles(axes, _shade(near, np.eye(len(shown), dtype=bool)), count)
     for first, last, label in _runs(labels):
         axes.plot(
             np.array([first, last, last, first, first]) - 0.5,
@@ -210,9 +214,12 @@ def _ordered(content: Mapping[str, Any]) -> tuple[list[str], list[int], list[int
     """
     names, labels, distances = content["clients"], content["labels"], np.array(content["distances"])
 
+    members = np.array(labels)
+    mates = {label: np.flatnonzero(members == label) for label in set(labels)}
+
     def key(row: int) -> tuple[int, float, str]:
-        mates = [other for other in range(len(names)) if labels[other] == labels[row]]
-        return labels[row], round(float(distances[row, mates].mean()), 9), names[row]
+        typical = distances[row, mates[labels[row]]].mean()
+        return labels[row], round(float(typical), 9), names[row]
 
     order = sorted(range(len(names)), key=key)
     return [names[row] for row in order], [labels[row] for row in order], order
@@ -245,9 +252,8 @@ def _who(content: Mapping[str, Any]) -> str:
         "always 0 and not drawn. No clear jump means no clear groups.",
     ]
     if content.get("late"):
-        names = ", ".join(
-            f"{name} (cluster {label})" for name, label in sorted(content["late"].items())
-        )
+        late = [f"{name} (cluster {label})" for name, label in sorted(content["late"].items())]
+        names = words.some(late, _MEMBERS)
         texts.append(f"Joined later, placed by a probe and so not on the map: {names}.")
     return "\n\n".join(texts)
 
@@ -260,7 +266,7 @@ def _members(content: Mapping[str, Any]) -> list[list[str]]:
     ]:
         labels.setdefault(label, []).append(name)
     rows = [
-        [str(label), str(len(names)), ", ".join(sorted(names))]
+        [str(label), str(len(names)), words.some(sorted(names), _MEMBERS)]
         for label, names in sorted(labels.items())
     ]
     return [["cluster", "clients", "who"], *rows]
@@ -294,7 +300,7 @@ def steps(tiers: Tiers, width: float) -> Figure:
             zorder=5,
         )
     axes.set_xticks(places, tiers.names, color=COLOURS["ink"])
-    side = 0.3 if width > style.NARROW else 0.5
+    side = style.fitting(width, 0.3, 0.5)
     axes.set_xlim(-side, places[-1] + side)
     axes.margins(y=0.09)
     axes.set_ylabel(f"{tiers.metric} of a client")

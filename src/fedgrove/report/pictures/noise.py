@@ -348,7 +348,7 @@ def _rounds_axis(axes: Axes, rounds: Rounds, width: float) -> None:
     axes.margins(x=0.02)
     if len(rounds) == 1:
         axes.set_xlim(rounds[0]["round"] - 1, rounds[0]["round"] + 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10 if width > style.NARROW else 6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=style.fitting(width, 10, 6)))
 
 
 def _label(axes: Axes, text: str, place: float, colour: str) -> None:

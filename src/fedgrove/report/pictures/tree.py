@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 
+from fedgrove.ground import words
 from fedgrove.report import style
 from fedgrove.report.branches import Group, Tree
 from fedgrove.report.sections import Left, Section
@@ -275,7 +276,7 @@ def _named(tree: Tree, width: float) -> bool:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+    return words.shorten(name, _LONGEST)
 
 
 def _range(layers: Sequence[int]) -> str:
@@ -299,7 +300,7 @@ def _story(tree: Tree) -> str:
         )
         found += f"The deepest layer has {len(spans[-1][1])} groups."
     if tree.joined:
-        found += f" Joined after the tree was built (*): {', '.join(tree.joined)}."
+        found += f" Joined after the tree was built (*): {words.some(tree.joined, 12)}."
     if tree.nested:
         how = (
             "Read it downwards. Every column is a client. A band is a group of clients that share "
@@ -335,6 +336,6 @@ def _table(tree: Tree) -> list[list[str]]:
 
 def _members(tree: Tree, group: Group) -> str:
     names = sorted(group, key=tree.place.__getitem__)
-    return (
-        ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:3])} and {len(names) - 3} more"
-    )
+    if len(names) <= 5:
+        return ", ".join(names)
+    return words.some(names, 3)

@@ -7,21 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import ClientInfo, Update
 
-if TYPE_CHECKING:
-    from fedgrove.federation.tasks import Task
-    from fedgrove.interop.models import Base
-    from fedgrove.job import Job
-    from fedgrove.methods.contract import Method
-    from fedgrove.methods.head import HeadPolicy
-
-OfferOf = Callable[[str], Mapping[str, Any]]  # client name -> offer
-Ask = Callable[
-    [Mapping[str, Any] | None], Mapping[str, Any]
-]  # a probe's report (or None) -> offer to a newcomer
+OfferOf = Callable[[str], Given]  # client name -> offer
+Ask = Callable[[Given | None], Given]  # a probe's report (or None) -> offer to a newcomer
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +45,12 @@ class Absence:
 class Leaving:
     """What a client tells as it goes home with its adapter."""
 
-    row: dict[str, Any]  # metric_base, metric, metric_tuned, loss
+    row: Plain  # metric_base, metric, metric_tuned, loss
     stored: int  # numbers in its personal model
     artefacts: dict[
         str, Any
     ]  # of ``ClientArtefacts.client_artefacts``; empty where they stay with the client
-    texts: list[dict[str, Any]] = field(
+    texts: list[Plain] = field(
         default_factory=list
     )  # what its language model wrote; of a simulation alone
 
@@ -96,7 +88,7 @@ class Engine(Protocol):
     ) -> Iterator[tuple[str, dict[str, float]] | Absence]:
         """The personal model's measures on a split of each client's own data."""
 
-    def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
+    def arrive(self, client: str, ask: Ask) -> Given:
         """A held-out client's offer: what the server gives at once, or after the method's probe."""
 
     def leave(
@@ -106,53 +98,11 @@ class Engine(Protocol):
         at home.
         """
 
-    def changed(self) -> dict[str, dict[str, Any]]:
+    def changed(self) -> dict[str, Plain]:
         """The private stores touched since the last call, for a checkpoint on the same machine."""
 
-    def notes(self) -> dict[str, Any]:
+    def notes(self) -> Plain:
         """What else of the engine a checkpoint must hold."""
 
-    def restore(self, stores: Mapping[str, dict[str, Any]], notes: Mapping[str, Any]) -> None:
+    def restore(self, stores: Mapping[str, Plain], notes: Given) -> None:
         """Put back what a checkpoint held."""
-
-
-class Roster(Protocol):
-    """Who takes part, for ``federation.json``."""
-
-    @property
-    def source(self) -> dict[str, Any]: ...
-    def table(self) -> dict[str, Any]: ...
-
-
-class Parts(Protocol):
-    """What of a run an adapter directory tells."""
-
-    @property
-    def job(self) -> Job: ...
-    @property
-    def base(self) -> Base: ...
-    @property
-    def task(self) -> Task: ...
-    @property
-    def method(self) -> Method: ...
-    @property
-    def head(self) -> HeadPolicy: ...
-
-
-class Stage(Parts, Protocol):
-    """What the round loop runs on: a job with every choice made, the server's half, and an
-    engine.
-    """
-
-    @property
-    def federation(self) -> Roster: ...
-    @property
-    def engine(self) -> Engine: ...
-    @property
-    def clients(self) -> dict[str, ClientInfo]: ...
-    @property
-    def held_out(self) -> dict[str, ClientInfo]: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def splits(self) -> tuple[str, ...]: ...

@@ -1,0 +1,3 @@
+"""The parts of ``benchmarks/evidence.py``: fields, the oracle, cached runs, statistics, claims,
+pictures.
+"""

@@ -1,0 +1,76 @@
+"""What all commands share: arguments that several have, and how they speak."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedgrove.job import Job
+
+JobFile = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[JOB.toml]", help="The job; without it, the embedded default.", show_default=False
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key, for example train.lr=1e-3 or method.weights=uniform; repeats. VALUE is "
+        "TOML, a bare "
+        "word is a string, and an empty one returns the key to its default.",
+        show_default=False,
+    ),
+]
+RunDirectory = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)
+]
+ClientName = Annotated[
+    str, typer.Option("--client", metavar="NAME", help="One client of the run.", show_default=False)
+]
+
+
+def examples(*lines: str) -> str:
+    """An epilogue: a paragraph each, or rich would join them."""
+    return "\n\n".join(["[bold]Examples[/bold]", *lines])
+
+
+def job_of(
+    path: Path | None,
+    settings: list[str] | None,
+    *,
+    method: str | None = None,
+    rounds: int | None = None,
+    seed: int | None = None,
+    out: Path | None = None,
+) -> Job:
+    """The job of a file, or the default, with settings and flags, the flags winning."""
+    from fedgrove.job import Job
+    from fedgrove.job.toml import value_text
+
+    job = Job.load(path) if path else Job.default()
+    named = {"method.name": method, "run.rounds": rounds, "run.seed": seed}
+    flags = [f"{key}={value_text(value)}" for key, value in named.items() if value is not None]
+    if out:
+        flags.append(f"run.out={value_text(str(out))}")
+    return job.override([*(settings or []), *flags])
+
+
+def printer() -> Console:
+    """Wide where the output is no terminal, so that no table is folded on its way into a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+
+
+def say(sentence: str, code: int) -> int:
+    print(sentence, file=sys.stderr)
+    return code
