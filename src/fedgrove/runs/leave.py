@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
 from fedgrove.adapters.private import unseal
+from fedgrove.ground.names import folder_of
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
@@ -56,7 +57,7 @@ def leave(
     texts: list[Plain] = []
     final = half.measure(info.name, assembly, data["test"], texts if keep_texts else None)
     told = spending(parts, info, guard)
-    write_adapter(parts, adapters / info.name, assembly, client=info.name, privacy=told)
+    write_adapter(parts, adapters / folder_of(info.name), assembly, client=info.name, privacy=told)
     row = {
         "metric_base": base,
         "metric": final[metric],
@@ -68,7 +69,7 @@ def leave(
         better = half.tune(info, assembly, data["train"], epochs, penalty, guard)
         row["metric_tuned"] = half.kernel.evaluate(half.deployed(better), data["test"])[metric]
         told = spending(parts, info, guard)
-        folder = adapters.parent / "adapters_tuned" / info.name
+        folder = adapters.parent / "adapters_tuned" / folder_of(info.name)
         write_adapter(parts, folder, better, client=info.name, privacy=told)
     if told is not None:  # the tuned model's steps are in it
         row |= {"epsilon": told["epsilon"], "delta": told["delta"]}

@@ -47,13 +47,12 @@ class ClientModel:
     def probabilities(self, texts: Sequence[Any]) -> Tensor:
         return torch.softmax(self.logits(texts).float(), dim=-1)
 
-    def predict(self, texts: Sequence[Any]) -> list[str]:
+    def predict(self, texts: Sequence[Any]) -> list[Any]:
         """The most likely label of each text (or image); what a language model writes after each
         prompt.
         """
-        if not self.kernel.task.classifies:
-            return self.generate(texts)
-        return [self.labels[index] for index in self.logits(texts).argmax(dim=-1).tolist()]
+        task = self.kernel.task
+        return self.generate(texts) if task.writes else task.told(self.logits(texts))
 
     def generate(self, prompts: Sequence[Any], *, max_new_tokens: int | None = None) -> list[str]:
         """What a language model writes after each prompt, greedily; a prompt is a text, or a list
@@ -63,10 +62,10 @@ class ClientModel:
         ``AdapterError`` for a classifier.
         """
         task = self.kernel.task
-        if task.classifies:
+        if not task.writes:
             raise AdapterError(
-                f"{self.card['model']} was trained to classify ({task.name}); it cannot generate "
-                f"text."
+                f"{self.card['model']} was trained for the task {task.name!r}; it cannot generate "
+                "text."
             )
         if max_new_tokens is not None and (
             not isinstance(max_new_tokens, int) or max_new_tokens < 1
@@ -123,7 +122,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -
         str(folder) if merged else card["model"],
         None if merged else card.get("revision"),
         card["head"],
-        json.dumps({key: card.get(key) for key in TASKS[card["task"]].from_card(card).card()}),
+        json.dumps({key: card.get(key) for key in TASKS.find(card["task"]).from_card(card).card()}),
         tuple(sorted(adapter)),
         dtype or card["dtype"],
         device,
@@ -156,13 +155,13 @@ def _kernel(
 ) -> Kernel:
     """The base that the clients of one run share: loaded once for all of them."""
     described = json.loads(card)
-    task = TASKS[described["task"]].from_card(described)
+    task = TASKS.find(described["task"]).from_card(described)
     base = load_base(
         name,
         revision=revision,
         task=task.name,
         head=head,
-        classes=len(task.labels),
+        classes=task.outputs,
         targets=list(targets) or "auto",
         dtype=getattr(torch, dtype),
         device=device,

@@ -163,7 +163,7 @@ class FlowerEngine:
                 self._turn_away(node, called, answer.reason)
             return None
         row, rank = answer.head.get("row"), answer.head.get("rank")
-        wrong = row_fault(row, rank, self.job.data.labels or (), strict=not self.trusted)
+        wrong = row_fault(row, rank, self.job.data.classes, strict=not self.trusted)
         if wrong or not isinstance(row, dict):
             self._turn_away(node, called, f"its hello is refused, because {wrong}")
             return None
