@@ -11,27 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stops import StopAfter
 from tests.tiny import tiny_job
 
 import fedgrove as fg
 from fedgrove.ground.errors import FedgroveError, JobError, RunError
 from fedgrove.start import run
-from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.metrics import read
 
 METHODS = ["local", "fedit", "ffa-lora", "fedsa-lora", "fedvlm"]
-
-
-class StopAfter(Callback):
-    """Interrupts the run as Ctrl-C would, in the middle of a round."""
-
-    def __init__(self, round: int, clients: int = 1):
-        self.round, self.clients, self.seen = round, clients, 0
-
-    def client_done(self, round: int, line: Any) -> None:
-        self.seen += round == self.round
-        if round == self.round and self.seen == self.clients:
-            raise KeyboardInterrupt
 
 
 def adapters(path: Path) -> dict[str, bytes]:

@@ -219,7 +219,7 @@ def test_a_round_that_is_asked_for_again_is_paid_for_again(randomness: str, serv
             for name in names
         }
         answer = server.ask(
-            "train", {"offer": {"method": {"global": adapter}}}, round=round, store=store, keep=0
+            "train", {"offer": {"method": {"whole": adapter}}}, round=round, store=store, keep=0
         )
         assert answer.kind == "train", answer.head
         return answer
@@ -228,7 +228,7 @@ def test_a_round_that_is_asked_for_again_is_paid_for_again(randomness: str, serv
         adapter = {
             name: Factors(torch.full((4, 32), 0.1), torch.zeros(32, 4), 1.0) for name in names
         }
-        body = {"offer": {"method": {"global": adapter}}}
+        body = {"offer": {"method": {"whole": adapter}}}
         answer = server.ask("finish", body, store=1, held_out=False)
         assert answer.kind == "finish", answer.head
         return float(answer.head["row"]["epsilon"])

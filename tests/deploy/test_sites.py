@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from tests.engines.grid import FakeGrid, virtual
 from tests.engines.test_failures import events, trained
-from tests.test_run import StopAfter, adapters, lines
+from tests.stops import StopAfter
+from tests.test_run import adapters, lines
 from tests.tiny import save_silos, tiny_job
 
 from fedgrove.engines.flower.serve import between_sites

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from tests.engines.grid import FakeGrid, run_on, virtual
-from tests.test_run import StopAfter, adapters, lines, summary
+from tests.stops import StopAfter
+from tests.test_run import adapters, lines, summary
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.tree import map_tensors

@@ -11,7 +11,8 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from tests.engines.grid import FakeGrid, virtual
 from tests.engines.test_flower_equal import JOBS, same
-from tests.test_run import StopAfter, lines
+from tests.stops import StopAfter
+from tests.test_run import lines
 from tests.tiny import tiny_job
 
 from fedgrove.deploy import app

@@ -5,30 +5,43 @@ models.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.stops import StopAfter
 from tests.tiny import sentences, tiny_job
 from torch import Tensor
 
 import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter, Factors, Site
-from fedgrove.adapters.private import PrivacyError, is_private
-from fedgrove.adapters.tree import leaves, numbers, pack, typed
+from fedgrove.adapters.assembly import Assembly, Mix, sealed, unsealed
+from fedgrove.adapters.private import PrivacyError, is_private, seal, unseal
+from fedgrove.adapters.tree import leaves, numbers, pack, typed, unpack
 from fedgrove.engines.local import prepare
 from fedgrove.job import Job
-from fedgrove.methods.contract import ClientInfo, Method, Setting, Update, WeightedOptions
+from fedgrove.methods import protocols
+from fedgrove.methods.contract import (
+    ClientInfo,
+    Live,
+    Method,
+    Plan,
+    Setting,
+    Step,
+    Trained,
+    Update,
+    WeightedOptions,
+)
 from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.registry import method_class
 from fedgrove.start import run
-from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
-from fedgrove.training.client import ClientHalf, Turn
+from fedgrove.training.client import ClientHalf, Turn, carry
 
 #: Four layers of two sites, of unlike sizes.
 SITES = {
@@ -120,16 +133,6 @@ def same(one: Adapter, other: Adapter) -> bool:
 
 
 # ------------------------------------------------------------ runs
-class StopAfter(Callback):
-    def __init__(self, round: int, clients: int):
-        self.round, self.clients, self.seen = round, clients, 0
-
-    def client_done(self, round: int, line: Any) -> None:
-        self.seen += round == self.round
-        if self.seen == self.clients:
-            raise KeyboardInterrupt
-
-
 def files(path: Path) -> dict[str, bytes]:
     found = sorted(
         f for f in path.rglob("*") if f.is_file() and "adapters" in str(f.relative_to(path))
@@ -284,3 +287,223 @@ def exports(
         assert numbers({"logits": got}) == 2 * len(opened.rows)
         assert found.client(name).evaluate()["accuracy"] == found.summary["clients"][name]["metric"]
     return opened
+
+
+# ------------------------------------------------------------ what every method must be
+def satisfies(kind: type[Method], *, rounds: int = 4, **options: Any) -> None:
+    """Play a small federation with a method, without a model, and check all that the contract and
+    the protocols that it claims promise. For a method of any package:
+
+        def test_my_method() -> None:
+            satisfies(MyMethod)
+    """
+    Play(kind(kind.Options(**options), setting(rounds=rounds, rank=3))).all()
+
+
+def there_and_back(kind: type, tree: Any, *, private: bool = False) -> Any:
+    """What the other side makes of a tree: it has the same bytes, and is of the method's kind."""
+    blob = pack(tree, private=private)
+    back: Any = typed(kind, unpack(blob))
+    assert isinstance(back, kind), f"a {kind.__name__} was said, not a {type(back).__name__}"
+    assert pack(back, private=private) == blob, f"not every field of {kind.__name__} travels"
+    return back
+
+
+def worked(plan: Plan, seed: int) -> list[Trained]:
+    """A plan's steps as if they had trained: what trains moves by a little noise, what stays with
+    the client comes back sealed.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    steps: Generator[Step, Any, None] = (
+        plan if isinstance(plan, Generator) else (step for step in plan)
+    )
+    done: list[Trained] = []
+    step = next(steps, None)
+    while step is not None:
+        done.append(_trained(carry(step, done), rng))
+        try:
+            step = steps.send(done[-1])
+        except StopIteration:
+            step = None
+    return done
+
+
+def _trained(step: Step, rng: torch.Generator) -> Trained:
+    def moved(value: Tensor) -> Tensor:
+        plain = unseal(value)
+        return plain + 0.1 * torch.randn(plain.shape, generator=rng, dtype=plain.dtype)
+
+    if step.measure == "features":
+        return Trained(step.assembly, math.nan, 0, features=torch.rand(step.count or 5, 8))
+    if step.measure == "fisher":
+        scores = {
+            term.name: {
+                site: f.map(lambda value: moved(value) ** 2) for site, f in term.adapter.items()
+            }
+            for term in step.assembly.terms
+        }
+        return Trained(step.assembly, 0.5, 0, scores=scores)
+    terms = []
+    for term in step.assembly.terms:
+        adapter = {}
+        for site, f in term.adapter.items():
+            A = moved(f.A) if "A" in term.train else f.A
+            B = moved(f.B) if "B" in term.train else f.B
+            adapter[site] = Factors(A, B, f.scale)
+        diagonal = term.diagonal
+        if diagonal is not None and "D" in term.train:
+            diagonal = {site: moved(value) for site, value in diagonal.items()}
+        terms.append(replace(term, adapter=sealed(adapter, term.private), diagonal=diagonal))
+    extras = {}
+    for name, extra in step.assembly.extras.items():
+        value = moved(extra.value) if extra.train else extra.value
+        extras[name] = replace(extra, value=seal(value) if extra.home == "client" else value)
+    return Trained(replace(step.assembly, terms=tuple(terms), extras=extras), 0.5, 2)
+
+
+class Play:
+    """A federation of four clients and a newcomer, played round by round."""
+
+    def __init__(self, method: Method):
+        self.method = method
+        ranks = (3, 1, 2, 3) if method.ranks == "mixed" else (3, 3, 3, 3)
+        self.clients = [info(f"c{n}", rank, 10 * (n + 1)) for n, rank in enumerate(ranks)]
+        self.newcomer = info("newcomer", 3, 25)
+        self.stores: dict[str, bytes] = {}
+
+    def all(self) -> None:
+        method = self.method
+        self.identity()
+        method.check(self.clients)
+        self.state = there_and_back(method.State, method.begin(self.clients))
+        for round in range(1, method.setting.rounds + 1):
+            self.round(round)
+            for client in self.clients:
+                self.personal(client, round)
+            self.welcome()
+        self.artefacts()
+
+    def identity(self) -> None:
+        method = self.method
+        words = (
+            method.name,
+            method.title,
+            method.paper,
+            method.trains,
+            method.shares,
+            method.keeps,
+        )
+        assert all(isinstance(each, str) and each for each in words)
+        assert method.ranks in ("equal", "mixed")
+        assert isinstance(typed(method.Mine, {}), method.Mine)  # before the first round
+        for kind in (method.State, method.Offer, method.Mine, method.Sent, method.Probed):
+            record = kind is not dict
+            assert not record or is_dataclass(kind)
+            assert not record or kind.__dataclass_params__.frozen, f"{kind} can change"
+        assert all(isinstance(name, str) for name in protocols.tiers(method))
+        assert all(issubclass(mix, Mix) for mix in protocols.mixes(type(method)))
+        for said in (protocols.needs_each(method), protocols.reads(method)):
+            assert isinstance(said, str)
+
+    def round(self, number: int) -> None:
+        method, by_name = self.method, {client.name: client for client in self.clients}
+        before = pack(self.state)
+        opened = method.open(self.state, number)
+        chosen = method.select(self.state, number, list(by_name), 1.0)
+        assert chosen
+        assert set(chosen) <= set(by_name)
+        updates, offers = [], []
+        for name in sorted(chosen):
+            client = by_name[name]
+            offers.append(there_and_back(method.Offer, method.offer(opened, number, client)))
+            updates.append(self.work(client, offers[-1], number))
+        self.sums(updates, offers)
+        self.lab(updates)
+        after = method.aggregate(self.state, number, updates)
+        assert pack(self.state) == before, "aggregate or an offer changed the state in its hands"
+        self.state = there_and_back(method.State, after)
+
+    def work(self, client: ClientInfo, offer: Any, number: int) -> Update:
+        method, mine = self.method, self.mine(client)
+        steps = worked(method.plan(client, offer, mine, number), number)
+        content, kept = method.report(client, steps, offer, mine, number)
+        sent = there_and_back(method.Sent, content)  # refuses what is private
+        there_and_back(method.Mine, kept, private=True)
+        self.stores[client.name] = pack(kept, private=True)
+        return Update(client.name, client.examples, sent, client.rank)
+
+    def mine(self, client: ClientInfo) -> Any:
+        stored = self.stores.get(client.name)
+        return typed(self.method.Mine, {} if stored is None else unpack(stored))
+
+    def sums(self, updates: Sequence[Update], offers: Sequence[Any]) -> None:
+        """Where a sum is enough, all clients' updates have one shape."""
+        if protocols.needs_each(self.method) or not self.method.federated:
+            return
+        pairs = zip(updates, offers, strict=True)
+        added = [protocols.addend(self.method, each.content, offer) for each, offer in pairs]
+        shapes = {str([(path, tuple(t.shape)) for path, t in leaves(each)]) for each in added}
+        assert len(shapes) == 1
+        if isinstance(self.method, protocols.Counted):
+            counts = self.method.divisors([update.content for update in updates])
+            assert all(bool((each >= 1).all()) for _, each in leaves(counts))
+
+    def lab(self, updates: Sequence[Update]) -> None:
+        """The weights of the mean add up to one, and each module has an index."""
+        if any(True for each in updates for _ in leaves(each.content)):
+            weights = protocols.weights(self.method, updates)
+            assert len(weights) == len(updates)
+            assert sum(weights) == pytest.approx(1.0)
+        if not isinstance(self.method, protocols.Modular):
+            return
+        for each in updates:
+            modules, indices = self.method.modules(each)
+            for site, factors in modules.items():
+                here = indices.get(site) if isinstance(indices, Mapping) else indices
+                assert here is None or len(here) == factors.rank
+
+    def personal(self, client: ClientInfo, round: int) -> None:
+        opened = self.method.open(self.state, round + 1)
+        offer = self.method.deploy(opened, round, client)
+        self.runs(client, there_and_back(self.method.Offer, offer), self.mine(client))
+
+    def runs(self, client: ClientInfo, offer: Any, mine: Any) -> None:
+        """The personal model fits the base, and its penalty is a finite number."""
+        assembly, sites = self.method.personal(client, offer, mine), self.method.setting.sites
+        for term in assembly.terms:
+            for site, f in term.adapter.items():
+                assert f.A.shape == (f.rank, sites[site].in_features)
+                assert f.B.shape == (sites[site].out_features, f.rank)
+        if isinstance(self.method, protocols.Penalised):
+            penalty = self.method.penalty(client, offer, mine)
+            terms = {term.name: unsealed(term.adapter) for term in assembly.terms}
+            extras = {name: unseal(extra.value) for name, extra in assembly.extras.items()}
+            assert penalty is None or math.isfinite(float(penalty(Live(terms, extras))))
+
+    def welcome(self) -> None:
+        """A newcomer runs what it is given at once, and what its probe's report brings."""
+        method, client = self.method, self.newcomer
+        opened = method.open(self.state, method.setting.rounds + 1)
+        offer = there_and_back(method.Offer, method.welcome(opened, client, None))
+        self.runs(client, offer, typed(method.Mine, {}))
+        plan = method.probe(client, offer) if isinstance(method, protocols.Probes) else None
+        if plan is None or not isinstance(method, protocols.Probes):
+            return
+        report = method.probe_report(client, worked(plan, 7), offer)
+        told = there_and_back(method.Probed, report)
+        placed = there_and_back(method.Offer, method.welcome(opened, client, told))
+        self.runs(client, placed, typed(method.Mine, {}))
+        assert isinstance(protocols.placed(placed), str)
+
+    def artefacts(self) -> None:
+        """Plain data that JSON can hold; a global model, where there is one."""
+        method, rounds = self.method, self.method.setting.rounds
+        if isinstance(method, protocols.ServerArtefacts):
+            json.dumps(method.artefacts(self.state), allow_nan=False)
+        if isinstance(method, protocols.ClientArtefacts):
+            opened = method.open(self.state, rounds + 1)
+            for client in self.clients:
+                offer = method.deploy(opened, rounds, client)
+                json.dumps(method.client_artefacts(client, offer, self.mine(client)))
+        model = protocols.global_assembly(method, self.state)
+        assert model is None or isinstance(model, Assembly)

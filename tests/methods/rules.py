@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stops import StopAfter
 from tests.tiny import GOOD, sentences, tiny_job
 from torch import Tensor
 
@@ -97,17 +98,6 @@ def model(assembly: Assembly, site: str) -> Tensor:
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
     """Equal to ``tolerance`` of the norm of what is wanted."""
     assert (got - want).norm() <= tolerance * want.norm(), float((got - want).norm() / want.norm())
-
-
-class StopAfter(Callback):
-    """Interrupts the run in the middle of a round."""
-
-    def __init__(self, round: int):
-        self.round = round
-
-    def client_done(self, round: int, line: Any) -> None:
-        if round == self.round:
-            raise KeyboardInterrupt
 
 
 def adapter_files(path: Path) -> dict[str, bytes]:

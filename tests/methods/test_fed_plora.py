@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.methods.kit import aggregated
+from tests.stops import StopAfter
 from tests.tiny import save_silos, sentences, tiny_job, unclipped
 from torch import Tensor
 
@@ -28,7 +29,6 @@ from fedgrove.methods.contract import ClientInfo, Setting, Step, Trained, Update
 from fedgrove.methods.fed_plora import FedPLoRA, PLoRAOptions, best
 from fedgrove.methods.fedit import FedIT
 from fedgrove.start import run
-from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.metrics import read
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.loop import Clock
@@ -431,15 +431,6 @@ def test_with_full_budgets_it_is_fedit_with_uniform_weights(
         assert files(tmp_path / selection) == found
     run(theirs.override(["method.weights=examples"]), tmp_path / "examples")
     assert files(tmp_path / "examples") != found
-
-
-class StopAfter(Callback):
-    def __init__(self, round: int):
-        self.round = round
-
-    def client_done(self, round: int, line: Any) -> None:
-        if round == self.round:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("selection", ["random", "least_trained"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stops import StopAfter
 from tests.tiny import save_bert, save_silos, sentences, tiny_job
 
 import fedgrove as fg
@@ -22,7 +23,6 @@ from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, reveal
 from fedgrove.methods.fedtreelora import FedTreeLoRA
 from fedgrove.start import run
-from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
 from fedgrove.training.client import ClientHalf, Turn
@@ -96,16 +96,6 @@ def test_one_branch_without_warm_up_is_fedit_bit_for_bit(
     assert ours.summary["clients"] == fedit.summary["clients"]
     more = run(job_of(bert, five, method={"weights": shares}), tmp_path / "split")
     assert weights(more.path) != found
-
-
-class StopAfter(Callback):
-    def __init__(self, round: int, clients: int):
-        self.round, self.clients, self.seen = round, clients, 0
-
-    def client_done(self, round: int, line: Any) -> None:
-        self.seen += round == self.round
-        if self.seen == self.clients:
-            raise KeyboardInterrupt
 
 
 def miss_the_warm_up(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

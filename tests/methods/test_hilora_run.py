@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stops import StopAfter
 from tests.tiny import FILLER, save_silos, tiny_job
 
 from fedgrove.adapters import Assembly
@@ -25,7 +26,6 @@ from fedgrove.ground.errors import JobError, RunError
 from fedgrove.interop.peft import read_adapter
 from fedgrove.runs.engine import Arrival
 from fedgrove.start import run
-from fedgrove.tracking.callback import Callback
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
 from fedgrove.use.adapt import adapt
@@ -33,18 +33,6 @@ from fedgrove.use.personal import load
 from fedgrove.use.result import Result
 
 HILORA = {"name": "hilora"}
-
-
-class StopAfter(Callback):
-    """Interrupts the run in the middle of a round."""
-
-    def __init__(self, round: int, clients: int = 1):
-        self.round, self.clients, self.seen = round, clients, 0
-
-    def client_done(self, round: int, line: Any) -> None:
-        self.seen += round == self.round
-        if round == self.round and self.seen == self.clients:
-            raise KeyboardInterrupt
 
 
 def files(path: Path) -> dict[str, bytes]:

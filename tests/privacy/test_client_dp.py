@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.methods import kit
-from tests.test_run import StopAfter, adapters, lines, summary
+from tests.stops import StopAfter
+from tests.test_run import adapters, lines, summary
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.tree import leaves, map_tensors

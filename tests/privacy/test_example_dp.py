@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_run import StopAfter, adapters, summary
+from tests.stops import StopAfter
+from tests.test_run import adapters, summary
 from tests.tiny import sentences, tiny_job, unclipped
 from tests.training.test_kernel import CLOCK, TASK, head, start
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from tests.privacy.test_client_dp import SUMS, federation, lines, moved, protection, summary
-from tests.test_run import StopAfter, adapters
+from tests.stops import StopAfter
+from tests.test_run import adapters
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.tree import leaves

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.test_run import StopAfter, adapters, lines, summary
+from tests.stops import StopAfter
+from tests.test_run import adapters, lines, summary
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Factors

@@ -159,6 +159,8 @@ class Job(Section):
         """Drop from nested ``values`` what belongs to the old choice of ``chooser``."""
         *above, name = chooser
         table = _get(values, tuple(above))
+        if not isinstance(table, dict):
+            return  # nothing was set that could belong to the old choice
         before = table[name]
         if after is None:
             after = default_of(type(self), chooser)

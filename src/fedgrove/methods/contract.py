@@ -225,14 +225,6 @@ class Method(Kinds):
         is written.
         """
 
-    def most_rank(self) -> int:
-        """The largest rank of factors in an update. A higher one is refused unread."""
-        return self.setting.rank
-
-    def most_rows(self) -> int:
-        """The most rows of any other table in an update, such as a router's."""
-        return self.most_rank()
-
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         """The server's state before the first round."""
         return self.State()

@@ -138,7 +138,7 @@ class FedLEASE(Method):
 
     def most_rows(self) -> int:
         most = self.options.experts or self.options.max_experts
-        return max(self.most_rank(), 2 * most - 1)
+        return 2 * most - 1
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         state: State = {"labels": {}, "experts": [], "routers": [], "anchors": [], "scores": {}}

@@ -239,7 +239,7 @@ class HiLoRA(Method):
         return "its clusters are built from each client's own B"
 
     def most_rank(self) -> int:
-        return max(self.setting.rank, *(self._full(tier) for tier in TIERS))
+        return max(self._full(tier) for tier in TIERS)
 
     def begin(self, clients: Sequence[ClientInfo]) -> State:
         return {
@@ -556,8 +556,8 @@ class HiLoRA(Method):
             for term in assembly.terms
             if not term.train and gammas.get(term.name, 0.0) > 0
         }
-        if not frozen:
-            return None
+        if not frozen or not any(term.train for term in assembly.terms):
+            return None  # a client that is not placed yet runs frozen tiers alone
 
         def penalty(live: Live) -> Tensor:
             total = torch.zeros(())

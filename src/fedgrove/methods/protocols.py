@@ -87,6 +87,36 @@ def reads(method: Method) -> str:
     return method.reads() if isinstance(method, ReadsData) else ""
 
 
+# ------------------------------------------------------------------------ sizes
+@runtime_checkable
+class HigherRanks(Protocol):
+    """Factors in an update can have a higher rank than the federation's R."""
+
+    def most_rank(self) -> int:
+        """The largest that an update can have. A higher one is refused unread."""
+
+
+@runtime_checkable
+class SendsTables(Protocol):
+    """An update has tables by layer that are no factors, such as a router."""
+
+    def most_rows(self) -> int:
+        """The most rows of one. A larger one is refused unread."""
+
+
+def most_rank(method: Method) -> int:
+    """The largest rank of factors in an update."""
+    if isinstance(method, HigherRanks):
+        return max(method.most_rank(), method.setting.rank)
+    return method.setting.rank
+
+
+def most_rows(method: Method) -> int:
+    """The most rows of any other table in an update: a side of a factor, or what the method says."""
+    rank = most_rank(method)
+    return max(method.most_rows(), rank) if isinstance(method, SendsTables) else rank
+
+
 # --------------------------------------------------------------------- newcomers
 @runtime_checkable
 class Probes(Protocol):

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.private import is_private
 from fedgrove.adapters.tree import Keys, joined, numbers, walk
+from fedgrove.methods.protocols import most_rank, most_rows
 
 if TYPE_CHECKING:
     from fedgrove.methods.contract import Method
@@ -66,7 +67,7 @@ def offer_fault(tree: Any, *, method: Method | None) -> str | None:
     """
     if method is None:
         return _fault(tree, None)
-    return _fault(tree, Bounds(method.setting.sites, None, method.most_rows()))
+    return _fault(tree, Bounds(method.setting.sites, None, most_rows(method)))
 
 
 def fault(
@@ -84,7 +85,7 @@ def fault(
             return f"it has a part {unknown[0]!r}, which no update has"
         if "head" in content and (wrong := _head_fault(content["head"], head)):
             return wrong
-    bounds = Bounds(method.setting.sites, method.most_rank(), method.most_rows())
+    bounds = Bounds(method.setting.sites, most_rank(method), most_rows(method))
     found, most = numbers(content), _most_numbers(bounds, head or {})
     if found > most:
         return f"it has {found:,} numbers, where at most {most:,} have a use"

@@ -66,7 +66,7 @@ class Workshops:
         """The workshop for a run, built at the first call."""
         import torch
 
-        from fedgrove.runs.parts import one_by_one
+        from fedgrove.runs.parts import Parts, one_by_one
         from fedgrove.runs.prepare import machine_choices
 
         job = one_by_one(machine_choices(job))
@@ -74,15 +74,9 @@ class Workshops:
         key = run, job.digest()
         if self._workshop is None or self._key != key:
             self._workshop = None  # before the next model is loaded
-            self._workshop, self._key = _built(job, info), key
+            parts = Parts.of(job, [info])
+            self._workshop, self._key = Workshop(parts, parts.client_half(), {}), key
         return self._workshop
-
-
-def _built(job: Job, info: ClientInfo) -> Workshop:
-    from fedgrove.runs.parts import Parts
-
-    parts = Parts.of(job, [info])
-    return Workshop(parts, parts.client_half(), {})
 
 
 class Runtime:

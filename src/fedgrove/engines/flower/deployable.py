@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from fedgrove.federation.tasks import task_class, task_name
 from fedgrove.ground.errors import JobError
+from fedgrove.runs import prepare
+from fedgrove.runs.parts import one_by_one
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -33,19 +35,16 @@ def deployable(job: Job) -> Job:
             "run.noise = true looks into what is private to the clients, which stays at the sites; "
             "set it to false."
         )
-    newcomer_head = job.federation.newcomer_head
-    if newcomer_head == "auto":
-        newcomer_head = bool(named_held_out(job))
-    return job.replace(
-        data={"task": task_name(job.data)},
-        train=alone(job),
-        federation={"newcomer_head": newcomer_head},
+    newcomer_head = prepare.newcomer_head(job, bool(named_held_out(job)))
+    changed = job.replace(
+        data={"task": task_name(job.data)}, federation={"newcomer_head": newcomer_head}
     )
+    return alone(changed)
 
 
-def alone(job: Job) -> dict[str, int]:
+def alone(job: Job) -> Job:
     """Each client trains in a message of its own, so an automatic cohort is one client."""
-    return {"cohort": 1} if job.train.cohort == "auto" else {}
+    return one_by_one(job) if job.train.cohort == "auto" else job
 
 
 def named_held_out(job: Job) -> set[str]:

@@ -58,7 +58,7 @@ def on_virtual_nodes(
     """The stage of a simulation: job and data are checked here, before ``lend`` starts anything."""
     key, _ = continued(directory, resume=resume)
     job, people = prepare.settle(job)
-    job = job.replace(train=alone(job))
+    job = alone(job)
     parts = Parts.of(job, people.clients.values())
     refuse_unfit(parts, people.clients.values(), people.held_out.values(), local=False)
     paths = {"run": str(directory.path.absolute()), "directory": os.getcwd()}
@@ -72,7 +72,7 @@ def on_virtual_nodes(
             simulation=paths,
             told=lambda round, client, what, reason: refusals.append(reason),
         )
-        engine.settle(parts.method, parts.head, parts.task.metric, held_out=people.held_out)
+        engine.settle(parts, held_out=people.held_out)
         meet(engine, list(people.everyone.values()), refusals, watch)
         yield Stage(
             parts,
@@ -135,9 +135,7 @@ def between_sites(
     refuse_unfit(parts, clients.values(), held_out.values(), local=False)
     engine.expect([*clients.values(), *held_out.values()])
     engine.settle(
-        parts.method,
-        parts.head,
-        parts.task.metric,
+        parts,
         held_out=held_out,
         never=named_held_out(job),
         newcomer=lambda info: held_out.update({info.name: info}),
