@@ -15,7 +15,7 @@ from tests.stops import StopAfter
 from tests.tiny import tiny_job
 
 import fedgrove as fg
-    code = "import sys; from fedgrove.cli import main; sys.exit(main())"
+from fedgrove.cli import main
 from fedgrove.ground.errors import FedgroveError, JobError, RunError
 from fedgrove.start import run
 from fedgrove.tracking.metrics import read
