@@ -259,6 +259,12 @@ class Kernel:
         """Whether the model writes texts."""
         return isinstance(self.reader, Writer)
 
+    def chosen(self, examples: Sequence[Example]) -> list[int]:
+        """Which examples of an evaluation get a text written; all where the model writes none."""
+        if not isinstance(self.reader, Writer):
+            return list(range(len(examples)))
+        return self.reader.task.chosen(examples)
+
     @torch.inference_mode()
     def generate(
         self, assembly: Assembly, examples: Sequence[Example], most: int | None = None
