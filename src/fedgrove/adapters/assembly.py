@@ -38,6 +38,7 @@ class Term:
     )
     unit: bool = False  # run with unit columns of B and unit rows of A (FedRoRA)
     lr: float = 1.0  # multiplies the job's learning rate
+    diagonal_lr: float = 1.0  # multiplies the diagonal's learning rate once more
 
     def __post_init__(self) -> None:
         if set(self.train) - set("ABD"):

@@ -223,7 +223,7 @@ class LiveAssembly:
             B = self._place(factors.B, "B" in letters, term.lr)
             adapter[site] = Factors(A, B, factors.scale)
         diagonal = {
-            site: self._place(values, "D" in letters, term.lr)
+            site: self._place(values, "D" in letters, term.lr * term.diagonal_lr)
             for site, values in (term.diagonal or {}).items()
         }
         return replace(term, adapter=adapter, diagonal=diagonal)
