@@ -63,12 +63,12 @@ def test_the_rest_of_the_world_is_the_mean_of_the_others(kind: str) -> None:
     weight = examples if kind == "examples" else dict.fromkeys(adapters, 1.0)
     state = ours.begin([info(n) for n in adapters])
     assert offered(ours, state, 1, info("c0")).rest == {}
-    state = aggregated(ours, 
-        state, 1, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c1", "c3")]
+    state = aggregated(
+        ours, state, 1, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c1", "c3")]
     )
     near(offered(ours, state, 2, info("c1")).rest, adapters["c3"])
-    state = aggregated(ours, 
-        state, 2, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c0", "c2")]
+    state = aggregated(
+        ours, state, 2, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c0", "c2")]
     )
     for name in adapters:
         near(offered(ours, state, 3, info(name)).rest, others(adapters, weight, name))
@@ -163,8 +163,10 @@ def test_the_written_model_gives_the_logits_of_the_run(
 
     opened = exports(tiny_bert, silos, tmp_path, gated, **JOB)
     newcomer = opened.prepared.clients["site-0"]
-    assembly = opened.method.personal(newcomer, welcomed(opened.method, opened.state, newcomer), OwnAndGates())
-    assert [term.name for term in assembly.terms] == .rest
+    assembly = opened.method.personal(
+        newcomer, welcomed(opened.method, opened.state, newcomer), OwnAndGates()
+    )
+    assert [term.name for term in assembly.terms] == ["rest"]
     assert assembly.mix.linear
 
 

@@ -90,9 +90,10 @@ class Mix:
 
     #: False where the weights depend on the input, so that no single LoRA adapter computes the same
     linear: bool = True
-    #: reads the untouched base's pooled features of each example (``Junction.features`` is then not
-    #: None)
+    #: reads the base's pooled features of each example (``Junction.features`` is then not None)
     needs_features: bool = False
+    #: these terms are added to the base, as they are, while it reads them
+    features_with: Sequence[str] = ()
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
         """One weight per term: a float, a scalar tensor, or a tensor that broadcasts over ``[batch,

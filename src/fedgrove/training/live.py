@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -170,6 +170,14 @@ class LiveAssembly:
         down = torch.cat([A for A, _ in pairs])
         up = torch.cat([B for _, B in pairs], 1)
         return down.to(x.dtype), up.T.to(output.dtype).contiguous()
+
+    def part(self, names: Sequence[str]) -> LiveAssembly | None:
+        """The terms of these names alone, added up as they are now; None where there are none."""
+        terms = tuple(term for term in self.terms if term.name in names)
+        if not terms:
+            return None
+        plain = Assembly(terms)
+        return LiveAssembly(plain, device=self.device, dtype=self.dtype, train=False)
 
     def copy(self) -> LiveAssembly:
         """The same numbers in the same place, with gradients of their own."""
