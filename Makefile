@@ -42,8 +42,8 @@ lint: setup  ## ruff, mypy, and who imports whom
 	@said=$$($(BIN)/lint-imports --no-cache --no-logo 2>&1) || { echo "$$said"; exit 1; }
 	@$(BIN)/mypy
 
-test: lint  ## lint, then every test but the slow ones
-	@$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow" $(PYTEST_ARGS)
+test: lint  ## lint, then every test but the slow ones and those in a browser
+	@$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow and not browser" $(PYTEST_ARGS)
 
 test-all: lint  ## lint, then every test
 	@$(BIN)/python -m pytest -q -n auto --dist loadscope $(PYTEST_ARGS)

@@ -27,12 +27,11 @@ from study.fields import FIELDS  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def known_oracle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def known_oracle() -> Iterator[None]:
     """The oracle is a method while a test of this file runs, and no longer."""
-    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
     registry.register(oracle.Oracle)
     yield
-    registry.catalogue.cache_clear()
+    registry.METHODS.forget()
 
 
 SITES = {"layer.0.query": Site("layer.0.query", 0, 3, 4)}

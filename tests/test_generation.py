@@ -208,7 +208,7 @@ def test_a_classifier_does_not_write(tiny_bert: Path, silos: Path, tmp_path: Pat
     with pytest.raises(DataError, match="of one text or more; put the one text into a list"):
         model.predict("x")
     with pytest.raises(
-        AdapterError, match=r"was trained to classify \(classify-text\); it cannot generate text"
+        AdapterError, match=r"was trained for the task 'classify-text'; it cannot generate text"
     ):
         result.client("site-0").model().generate(["x"])
 

@@ -60,7 +60,7 @@ MISTAKES = [
     ),
     (
         "[data]\nsource = 'silo'",
-        'data.source must be "embedded", "silos", "table" or "hub", not "silo"; did you mean "s',
+        'data.source must be "embedded", "hub", "silos" or "table", not "silo"; did you mean "s',
     ),
     (
         "[data]\nsource = 'silos'",
@@ -78,10 +78,29 @@ MISTAKES = [
         "[data]\npath = 'mine'",
         'data.path = "mine" has no use with data.source = "embedded"; set data.source to "silos"',
     ),
-    ("[data]\nconfig = 'a'", 'data.config = "a" needs data.source = "hub"; leave it out.'),
+    (
+        "[data]\nconfig = 'a'",
+        'data.config = "a" has no use with data.source = "embedded"; set data.source to "hub", or',
+    ),
+    (
+        "[data]\nprompt = 'ask'",
+        'data.prompt = "ask" has no use with data.task = "classify-text"; set data.task to "generate"',
+    ),
+    (
+        "[data]\ntask = 'generat'",
+        'data.task must be "auto", "classify-images", "classify-text" or "generate", not "generat"',
+    ),
+    (
+        "[data]\nmetrics = ['f1_marco']",
+        'each of data.metrics must be "auroc", "balanced_accuracy", "ece", "exact_match", "f1"',
+    ),
+    (
+        "[data]\nmetrics = ['rouge_1']",
+        '"rouge_1" needs outputs and references, which the task "classify-text" does not give',
+    ),
     (
         "[data]\nsource='silos'\npath='x'\nname='y'",
-        'data.name = "y" has no use with data.source = "silos"; leave it out.',
+        'data.name = "y" has no use with data.source = "silos"; set data.source to "embedded" or "hub"',
     ),
     (
         "[data]\nsource='silos'\npath='x'\npartition.by='iid'",
@@ -402,7 +421,7 @@ def keys_of(job: Job) -> set[str]:
     found = set()
     for name in type(job).model_fields:
         section = getattr(job, name)
-        found |= {f"{name}.{key}" for key in type(section).model_fields}
+        found |= {f"{name}.{key}" for key in type(section).offered()}
     found -= {"data.partition", "method.options"}
     found |= {f"data.partition.{key}" for key in type(job.data.partition).model_fields}
     return found | {f"method.{key}" for key in type(job.method.options).model_fields}
@@ -429,17 +448,14 @@ def test_template_is_the_default_job_and_every_comment_in_it_works() -> None:
     template = Job.template()
     assert Job.parse(template) == Job.default()
     section, offered = "", set()
+    others = {f"data.{key}" for key in type(Job.default().data).others()}
     for line in template.splitlines():
         if header := re.fullmatch(r"\[(.+)\]", line):
             section = header[1]
         elif setting := re.fullmatch(r"(?:# )?(\w+) = (.+)", line):
             key = f"{section}.{setting[1]}"
             offered.add(key)
-            if key in (
-                "model.revision",
-                "data.config",
-                "data.path",
-            ):  # need another source or model beside them
+            if key == "model.revision" or key in others:  # need another choice beside them
                 tomllib.loads(line.removeprefix("# "))
             elif line.startswith("# "):
                 Job.default().override([f"{key}={setting[2]}"])

@@ -255,6 +255,14 @@ def test_the_leading_modules_at_another_scale_keep_their_split(split: Split) -> 
     torch.testing.assert_close(part.B, alone.B, rtol=1e-12, atol=1e-12)
 
 
+def test_the_leading_modules_at_their_own_scale_are_views() -> None:
+    """Two clients of one rank share them, which is how a cohort knows that they are the same."""
+    whole = truncated(draw(5, [4, 3], [1.0, 2.0]), None, 5, 2.0)
+    one, two = leading(whole, 2, 2.0), leading(whole, 2, 2.0)
+    assert one.A.data_ptr() == two.A.data_ptr() == whole.A.data_ptr()
+    assert one.B.data_ptr() == two.B.data_ptr() == whole.B.data_ptr()
+
+
 def test_lean_shrinks_only_what_is_larger_than_the_layer() -> None:
     small, large = draw(1, [4, 11], [1.0, 1.0])
     result = lean({"small": small, "large": large})

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedgrove.aggregate import aggregate
+from fedgrove.ground.errors import AdapterError
 
 Deltas = dict[str, torch.Tensor]
 
@@ -133,32 +134,151 @@ def test_a_bfloat16_adapter_is_averaged_in_float32(tiny_bert: Path, tmp_path: Pa
         assert torch.equal(value, ((each[0][name].double() + each[1][name].double()) / 2).float())
 
 
-def test_heads_are_left_alone(tiny_bert: Path, tmp_path: Path) -> None:
-    """A classifier of transformers: its saved head is dropped, so PEFT must not look for one."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+def classifiers(bert: Path, folder: Path, labels: list[int]) -> tuple[list[Path], list[Any]]:
+    """Classifiers of transformers that PEFT trained and saved, their heads among the modules."""
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    folders, each = [tmp_path / f"site-{n}" for n in range(2)], []
-    for folder in folders:
-        model = AutoModelForSequenceClassification.from_pretrained(str(tiny_bert))
-        peft = get_peft_model(
-            model, LoraConfig(r=2, lora_alpha=2, target_modules=["query"], task_type="SEQ_CLS")
-        )
+    folders, models = [], []
+    for number, count in enumerate(labels):
+        model = AutoModelForSequenceClassification.from_pretrained(str(bert), num_labels=count)
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=["query"], task_type="SEQ_CLS")
+        peft = get_peft_model(model, config)
         for name, value in peft.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "modules_to_save" in name:
                 value.data.normal_()
-        peft.save_pretrained(str(folder))
-        each.append(deltas(peft))
-    done = aggregate("fedex-lora", folders, tmp_path / "out")
-    assert any(
-        "Heads and other saved modules (every client) were left alone" in note
-        for note in done.notes
+        folders.append(folder / f"site-{number}")
+        peft.save_pretrained(str(folders[-1]))
+        models.append(peft)
+    return folders, models
+
+
+def test_heads_are_averaged_and_the_auto_class_loads_them(tiny_bert: Path, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForSequenceClassification
+
+    folders, models = classifiers(tiny_bert, tmp_path, [2, 2])
+    done = aggregate("fedex-lora", folders, tmp_path / "out", weights="1,3")
+    assert "Averaged beside the adapters: classifier.bias, classifier.weight." in done.notes
+    config = json.loads((tmp_path / "out" / "_global" / "adapter_config.json").read_text())
+    assert "classifier" in config["modules_to_save"]
+    assert config["task_type"] == "SEQ_CLS"
+    found = AutoPeftModelForSequenceClassification.from_pretrained(
+        str(tmp_path / "out" / "_global")
     )
+    heads = [each.base_model.model.classifier.modules_to_save["default"].weight for each in models]
+    wanted = heads[0] / 4 + 3 * heads[1] / 4
+    head = found.base_model.model.classifier.modules_to_save["default"].weight
+    assert torch.allclose(head, wanted, atol=1e-6)
+    parts = zip(deltas(models[0]).items(), deltas(models[1]).values(), strict=True)
+    same(deltas(found), {site: one / 4 + 3 * other / 4 for (site, one), other in parts})
+
+
+def test_heads_of_other_shapes_are_left_out_and_said(tiny_bert: Path, tmp_path: Path) -> None:
+    folders, _ = classifiers(tiny_bert, tmp_path, [2, 3])
+    done = aggregate("fedex-lora", folders, tmp_path / "out")
+    assert any("not every client has it in one shape: classifier" in note for note in done.notes)
     config = json.loads((tmp_path / "out" / "_global" / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None
     assert config["task_type"] is None
+
+
+def test_heads_may_be_left_out(tiny_bert: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    folders, models = classifiers(tiny_bert, tmp_path, [2, 2])
+    aggregate("fedex-lora", folders, tmp_path / "out", options=["heads=leave"])
+    config = json.loads((tmp_path / "out" / "_global" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
     model = AutoModelForSequenceClassification.from_pretrained(str(tiny_bert))
-    same(deltas(PeftModel.from_pretrained(model, str(tmp_path / "out" / "_global"))), mean(each))
+    found = PeftModel.from_pretrained(model, str(tmp_path / "out" / "_global"))
+    same(deltas(found), mean([deltas(each) for each in models]))
+
+
+WRAPS = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled inside": lambda name: name.replace(
+        "base_model.model.", "base_model.model._orig_mod."
+    ),
+    "a layer compiled": lambda name: name.replace("layer.0.", "layer.0._orig_mod."),
+    "data parallel": lambda name: f"module.{name}",
+    "data parallel inside": lambda name: name.replace(
+        "base_model.model.", "base_model.model.module."
+    ),
+    "sharded": lambda name: name.replace("layer.1.", "layer.1._fsdp_wrapped_module."),
+    "checkpointed": lambda name: name.replace(
+        ".attention.", "._checkpoint_wrapped_module.attention."
+    ),
+    "lightning": lambda name: f"_forward_module.{name}",
+    "bare": lambda name: name.removeprefix("base_model.model."),
+    "twice": lambda name: f"base_model.model.{name}",
+    "default": lambda name: name.replace(".weight", ".default.weight"),
+}
+
+
+def rename(folder: Path, change: Any) -> None:
+    from safetensors.torch import save_file
+
+    file = folder / "adapter_model.safetensors"
+    tensors = {change(name): value.clone() for name, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_wrapped_names_give_an_adapter_that_lives(
+    wrap: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / f"site-{n}" for n in range(2)]
+    each = [trained(tiny_bert, f, n, r=2, lora_alpha=4) for n, f in enumerate(folders)]
+    for folder in folders:
+        rename(folder, WRAPS[wrap])
+    aggregate("fedex-lora", folders, tmp_path / "out")
+    same(loaded(tiny_bert, tmp_path / "out" / "_global"), mean(each))
+
+
+def test_an_unknown_wrapper_is_refused_by_name(tiny_bert: Path, tmp_path: Path) -> None:
+    trained(tiny_bert, tmp_path / "one", 0, r=2, lora_alpha=4)
+    rename(tmp_path / "one", lambda name: name.replace("layer.0.", "layer.0._my_wrapper."))
+    with pytest.raises(AdapterError, match="'_my_wrapper' of a wrapper that is not known here"):
+        aggregate("fedit", [tmp_path / "one"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_would_miss_a_site_are_named_in_full(tiny_bert: Path, tmp_path: Path) -> None:
+    """Saved for layer 0 alone by the configuration, but with factors of both layers in the file."""
+    wanted = trained(tiny_bert, tmp_path / "one", 0, r=2, lora_alpha=4)
+    path = tmp_path / "one" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layers_to_transform": [0]}))
+    aggregate("fedit", [tmp_path / "one"], tmp_path / "out")
+    same(loaded(tiny_bert, tmp_path / "out" / "_global"), wanted)
+
+
+def test_rslora_is_a_scale(tiny_bert: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    each = [
+        trained(tiny_bert, f, n, r=4, lora_alpha=4, use_rslora=True) for n, f in enumerate(folders)
+    ]
+    aggregate("fedex-lora", folders, tmp_path / "out")
+    same(loaded(tiny_bert, tmp_path / "out" / "_global"), mean(each))
+
+
+def test_one_base_under_two_paths(tiny_bert: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for number, folder in enumerate(folders):
+        trained(tiny_bert, folder, number, r=2, lora_alpha=4)
+    path = folders[1] / "adapter_config.json"
+    elsewhere = {"base_model_name_or_path": f"somewhere/else/{tiny_bert.name}"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **elsewhere}))
+    done = aggregate("fedit", folders, tmp_path / "out")
+    assert any("one base model under several names" in note for note in done.notes)
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "my-base"})
+    )
+    with pytest.raises(AdapterError, match="--base"):
+        aggregate("fedit", folders, tmp_path / "other")
+    aggregate("fedit", folders, tmp_path / "named", base=str(tiny_bert))
+    config = json.loads((tmp_path / "named" / "_global" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_bert)
 
 
 def test_different_ways_to_name_the_same_sites(tiny_bert: Path, tmp_path: Path) -> None:

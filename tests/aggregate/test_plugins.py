@@ -81,8 +81,7 @@ class Stubborn(FedIT):
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     yield
-    registry._REGISTERED.clear()
-    registry.catalogue.cache_clear()
+    registry.METHODS.forget()
 
 
 @pytest.fixture(params=["registered", "installed"])
@@ -92,8 +91,8 @@ def known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         registry.register(FedMedian)
         return
     entry = EntryPoint("fedmedian", f"{__name__}:FedMedian", registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
-    registry.catalogue.cache_clear()
+    monkeypatch.setattr("fedgrove.ground.registry.entry_points", lambda group: [entry])
+    registry.METHODS.forget()
 
 
 @pytest.mark.usefixtures("known")

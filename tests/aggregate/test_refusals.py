@@ -87,8 +87,8 @@ def longer(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Change, str]] = {
     "another base": (
-        config(base_model_name_or_path="other/base"),
-        r"base model is 'other/base', but .*c0 has 'some/b",
+        config(base_model_name_or_path="other/model"),
+        r"base model is 'other/model', but .*c0 has 'some/b",
     ),
     "another revision": (config(revision="v2"), "revision of the base model is 'v2'"),
     "fan in, fan out": (config(fan_in_fan_out=True), "fan_in_fan_out"),
@@ -144,7 +144,6 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "no config": (without("adapter_config.json"), r"adapter_config\.json does not exist"),
     "a broken config": (text("{"), r"adapter_config\.json cannot be read as JSON"),
     "a config that is a list": (text("[]"), r"adapter_config\.json does not hold a JSON object"),
-    "rslora": (config(use_rslora=True), "rsLoRA"),
     "dora": (config(use_dora=True), "DoRA"),
     "dora by its tensors": (
         put(**{f"{QUERY}__lora_magnitude_vector": torch.ones(10)}),
@@ -228,7 +227,7 @@ ASKED: dict[str, tuple[list[str], str]] = {
         ["fedtreelora", "--option", "taw=0.1"],
         "--option taw: fedtreelora has no such key; did you mean tau?",
     ),
-    "no keys": (["flora", "--option", "K=2"], "it takes none"),
+    "no keys": (["flora", "--option", "K=2"], "its keys are heads"),
     "value": (
         ["fedtreelora", "--option", "K=two"],
         'K must be an integer of at least 1, not "two"',

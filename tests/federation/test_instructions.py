@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedgrove.federation import build, sources
+from fedgrove.federation import build
 from fedgrove.federation.assets import ASSETS
 from fedgrove.federation.instructions import TASKS_OF, file_of, natural_instructions
 from fedgrove.job import Job
@@ -26,7 +26,7 @@ def asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (tmp_path / file_of(task)).write_text(
                 json.dumps({"task_prefix": PREFIX, "examples": rows})
             )
-    monkeypatch.setattr(sources, "asset", lambda name: tmp_path)
+    monkeypatch.setattr("fedgrove.federation.sources.embedded.asset", lambda name: tmp_path)
     return tmp_path
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from fedgrove.federation.load import Table
 from fedgrove.federation.partition import ALIASES, partition
-from fedgrove.federation.sources import Table
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.job import Job
 
@@ -120,8 +120,10 @@ def test_natural_clients_keep_their_ids_where_they_can(make_job: MakeJob) -> Non
     assert {
         name: {whole.columns["site"][row] for row in rows} for name, (rows, _) in clients.items()
     } == {name: {name} for name in ("ward-1", "ward-2", "ward-3")}
-    spaced = partition(table(90, groups=("ward 2", "ward 1")), make_job(*by("natural")))
-    assert list(spaced) == ["client-00", "client-01"]
+    spaced = partition(table(90, groups=("Köln 2", "北 1")), make_job(*by("natural")))
+    assert list(spaced) == ["Köln 2", "北 1"]
+    odd = partition(table(90, groups=("ward/2", "ward 1")), make_job(*by("natural")))
+    assert list(odd) == ["client-00", "client-01"]
 
 
 def test_natural_clients_within_groups(make_job: MakeJob) -> None:
@@ -135,7 +137,8 @@ def test_natural_clients_within_groups(make_job: MakeJob) -> None:
 def test_group_names_that_do_not_fit_a_file_name(make_job: MakeJob) -> None:
     job = make_job(*by("iid"), "federation.clients=2")
     assert list(partition(table(groups=("New York!", "Ohio")), job)) == ["New-York-0", "Ohio-0"]
-    for groups in (("New York", "new.york", "new-york"), ("北", "a")):
+    assert list(partition(table(groups=("北 京", "Köln")), job)) == ["Köln-0", "北-京-0"]
+    for groups in (("New York", "new.york", "new-york"), ("?!", "a")):
         with pytest.raises(
             DataError, match=r"the group '.*' of the column 'site' cannot name its clients"
         ):

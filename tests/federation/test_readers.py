@@ -115,10 +115,8 @@ def test_bad_parquet(tmp_path: Path) -> None:
 
 
 def test_unknown_kinds_and_files_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"a\.tsv is not a data file: give \.jsonl, \.csv, \.parquet"
-    ):
-        list(records(tmp_path / "a.tsv", ("text",)))
+    with pytest.raises(DataError, match=r"a\.xlsx is not a data file: give \.jsonl, \.json, \.csv"):
+        list(records(tmp_path / "a.xlsx", ("text",)))
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         (tmp_path / name).mkdir()
         with pytest.raises(DataError, match=rf"{name} cannot be read: Is a directory"):

@@ -4,8 +4,10 @@ possible.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from tests.tiny import WORDS, save_vit, sentences, tiny_job
 from torch import nn
 
 from fedgrove.ground.errors import ModelError
-from fedgrove.interop.models import load_base
+from fedgrove.interop.models import SHIFTED, first_position, load_base, longest_input
 from fedgrove.interop.targets import find_sites, layer_index
 from fedgrove.start import run
 
@@ -157,3 +159,28 @@ def test_a_model_of_the_wrong_kind_is_named(tiny_bert: Path) -> None:
         match=r"'grove-vit' reads images, not text; for data.task = 'classify-text' choose",
     ):
         load_base("grove-vit", task="classify-text")
+
+
+@pytest.mark.parametrize("kind", SHIFTED)
+def test_the_first_position_is_what_the_model_itself_makes_of_a_text(kind: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    name = "create_position_ids_from_input_ids"
+    config = AutoConfig.for_model(kind, pad_token_id=5, max_position_embeddings=70)
+    module = sys.modules[AutoModel._model_mapping[type(config)].__module__]
+    places = [module, *(each for each in vars(module).values() if inspect.isclass(each))]
+    positions = next(getattr(place, name) for place in places if hasattr(place, name))
+    given: list[Any] = [torch.tensor([[7, 8, 9]]), 5]
+    if "self" in inspect.signature(positions).parameters:
+        given.insert(0, None)
+    assert positions(*given)[0].tolist() == [6, 7, 8]
+    assert first_position(config) == 6
+    assert longest_input(config) == 64
+
+
+def test_other_models_begin_at_nought() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("bert", pad_token_id=5, max_position_embeddings=70)
+    assert first_position(config) == 0
+    assert longest_input(config) == 70

@@ -193,8 +193,7 @@ def test_every_half_meets_its_own_kinds_and_the_state_is_opened_once_a_round(
         )
         run(job, tmp_path / "out")
     finally:
-        registry._REGISTERED.clear()
-        registry.catalogue.cache_clear()
+        registry.METHODS.forget()
     assert Counting.met == {
         ("state", Whole),
         ("content", OneAdapter),

@@ -21,7 +21,7 @@ from fedgrove.adapters.tree import leaves, numbers, pack, unpack
 from fedgrove.cli import main
 from fedgrove.engines.local import LocalEngine, prepare
 from fedgrove.federation import build
-from fedgrove.federation.tasks.classifier import Classifier
+from fedgrove.federation.tasks import ClassifyText
 from fedgrove.ground.errors import JobError, RunError
 from fedgrove.interop.peft import read_adapter
 from fedgrove.runs.engine import Arrival
@@ -215,7 +215,7 @@ def test_each_tier_exported_gives_the_kernels_logits(
             ).last_hidden_state
             pooled = prepared.task.pool(hidden, batch)
         head = load(folder).assembly.extras
-        assert isinstance(prepared.task, Classifier)
+        assert isinstance(prepared.task, ClassifyText)
         logits = prepared.task.head_logits(
             pooled, {n.removeprefix("head."): e.value for n, e in head.items()}
         )

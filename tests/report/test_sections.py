@@ -57,10 +57,8 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> Any:
             type("Theirs", (Method,), {"name": "theirs", "title": "T", "pictures": pictures})
         )
 
-    monkeypatch.setattr(registry, "_REGISTERED", {})
-    registry.catalogue.cache_clear()
     yield install
-    registry.catalogue.cache_clear()
+    registry.METHODS.forget()
 
 
 def test_a_foreign_method_brings_its_picture(

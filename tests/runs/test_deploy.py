@@ -35,8 +35,7 @@ def halved() -> Iterator[str]:
 
     register(Halved)
     yield "halved"
-    registry._REGISTERED.pop("halved")
-    registry.catalogue.cache_clear()
+    registry.METHODS.forget()
 
 
 def losses(out: Path) -> dict[str, float]:

@@ -12,8 +12,8 @@ from fedgrove.compare.plan import check, make_plan
 from fedgrove.engines.flower.deployable import deployable
 from fedgrove.engines.local import prepare
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.marks import automatic_keys, default_of
 from fedgrove.job import Job
-from fedgrove.job.marks import automatic_keys, default_of
 from fedgrove.runs.prepare import machine_choices, settle
 
 OPEN = dict.fromkeys(["device", "dtype", "threads", "eval_batch_size", "cohort"], "auto")
@@ -21,8 +21,8 @@ OPEN = dict.fromkeys(["device", "dtype", "threads", "eval_batch_size", "cohort"]
 
 def still_open(job: Job) -> set[str]:
     found = set()
-    for section, key in automatic_keys(Job):
-        if getattr(getattr(job, section), key) == default_of(Job, (section, key)):
+    for section, key in automatic_keys(job):
+        if getattr(getattr(job, section), key) == default_of(job, (section, key)):
             found.add(f"{section}.{key}")
     return found
 
@@ -30,7 +30,7 @@ def still_open(job: Job) -> set[str]:
 @pytest.fixture
 def open_job(tiny_bert: Path, silos: Path) -> Job:
     job: Job = tiny_job(tiny_bert, silos, train=OPEN)
-    assert len(still_open(job)) == len(automatic_keys(Job))
+    assert len(still_open(job)) == len(automatic_keys(job))
     return job
 
 

@@ -102,9 +102,10 @@ def leading(factors: Factors, rank: int, scale: float, split: Split = "balanced"
     """The first ``rank`` modules of an SVD in factors, for a recipient of scale ``scale``.
 
     The change of scale goes where the singular values are; of a module whose B is zero, A stays as
-    it is, since that is what it starts from.
+    it is, since that is what it starts from. What does not change is a view: clients that run the
+    same frozen factors then share them in memory, and a cohort multiplies by them once.
     """
-    A, B = factors.A[:rank].clone(), factors.B[:, :rank].clone()
+    A, B = factors.A[:rank], factors.B[:, :rank]
     change = factors.scale / scale
     if change == 1:
         return Factors(A, B, scale)

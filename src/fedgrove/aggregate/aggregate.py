@@ -11,10 +11,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors.torch import save_file
 
 from fedgrove.adapters.algebra import shares
+from fedgrove.aggregate import saved as beside
 from fedgrove.aggregate.directories import Directories
-from fedgrove.aggregate.inputs import Source, check_alike, open_clients, open_source, sites_of
+from fedgrove.aggregate.inputs import (
+    Source,
+    base_of,
+    check_alike,
+    open_clients,
+    open_source,
+    sites_of,
+)
 from fedgrove.aggregate.options import Chosen, parse_options, parse_weights, rule_of, rules
 from fedgrove.aggregate.progress import Phase, silent
 from fedgrove.aggregate.tags import read_tags
@@ -26,7 +35,7 @@ from fedgrove.aggregate.writer import (
     write_json,
 )
 from fedgrove.ground.errors import AdapterError
-from fedgrove.interop.peft import read_json
+from fedgrove.interop.peft import CARD, HEAD, read_json
 from fedgrove.methods.rule import Finds, FirstPass, Needs, OwnWeights, Round, ServerRule, prepared
 
 GLOBAL, RECORD = "_global", "aggregate.json"
@@ -64,6 +73,7 @@ def aggregate(
     weights: str | None = None,
     rank: int | None = None,
     previous: Path | None = None,
+    base: str | None = None,
     options: Sequence[str] = (),
     phase: Phase = silent,
 ) -> Done:
@@ -75,7 +85,9 @@ def aggregate(
         clients: adapter directories; the basename is the client's name.
         weights: ``"120,80"`` in that order; None is uniform. rank: of a global adapter that comes
             from an SVD.
-        previous: the last round's ``out``. options: ``["K=3", ...]``. phase: opens a progress bar.
+        previous: the last round's ``out``. base: what the outputs call the base model, where the
+            clients call it differently.
+        options: ``["K=3", ...]``. phase: opens a progress bar.
 
     Only one site of all clients is in memory at a time. Raises AdapterError before anything is
     written.
@@ -84,7 +96,7 @@ def aggregate(
     chosen = parse_options(options, kind, rule_class.needs)
     refuse_existing(out)
     _check_rank(rank, method, rule_class.needs)
-    directories = _opened(method, rule_class.needs, clients, weights, rank, previous, chosen)
+    directories = _opened(method, rule_class.needs, clients, weights, rank, previous, chosen, base)
     directories.check()
     _check_values(directories, phase)
     seed = chosen.directories.seed
@@ -92,14 +104,15 @@ def aggregate(
     used = _compared(rule, directories, phase)
     with appearing(out) as partial:
         tick = phase("Aggregating sites", len(directories.sites))
-        adapters, noise = _write(rule, directories, used, partial, tick)
+        common = beside.common(directories.sources, leave=chosen.directories.heads == "leave")
+        adapters, noise = _write(rule, directories, used, partial, tick, common, base)
         total = _total(list(noise.values()))
         sites = {site: {"n_agg": value} for site, value in noise.items()}
         write_json(partial / "noise.json", {"method": method, "n_agg": total, "sites": sites})
         if isinstance(rule, Finds):
             for name, content in rule.artefacts(directories.names).items():
                 write_json(partial / name, content)
-        notes = _notes(rule, directories)
+        notes = [*_notes(rule, directories), *common.notes]
         record = {
             "method": method,
             "round": directories.round,
@@ -121,16 +134,17 @@ def _opened(
     rank: int | None,
     previous: Path | None,
     chosen: Chosen,
+    base: str | None,
 ) -> Directories:
     """The clients' directories and the last round's, opened and in agreement."""
     numbers = parse_weights(weights, len(clients))
-    sources = open_clients(clients)
+    sources = open_clients(clients, base=base)
     if numbers and needs.every_weight and not all(numbers):
         raise AdapterError(
             f"--weights '{weights}': {method} needs weights above 0, since every group needs a "
             f"mean."
         )
-    last = _previous(previous, sources[0]) if previous else None
+    last = _previous(previous, sources[0], base) if previous else None
     number = chosen.directories.round or _last_round(previous) + 1
     if needs.rounds and number > 1 and last is None:
         raise AdapterError(
@@ -188,10 +202,12 @@ def _write(
     weights: Sequence[float],
     folder: Path,
     tick: Callable[[], None],
+    common: beside.Common,
+    base: str | None,
 ) -> tuple[tuple[str, ...], dict[str, float | None]]:
     """Every site of every output; the names of the adapters and the noise by site."""
     sources = directories.sources
-    config, dtype = shared_config(sources), _dtype(sources)
+    config, dtype = shared_config(sources, common, base), _dtype(sources)
     writers: dict[str, AdapterWriter] = {}
     noise: dict[str, float | None] = {}
     for given in _counted(directories.arrivals(weights), tick):
@@ -204,8 +220,14 @@ def _write(
                 writers[name] = AdapterWriter(folder / name, config, dtype)
             writers[name].add(given.name, factors)
         noise[given.name] = directories.noise(given, whole)
+    for name in common.in_adapter:
+        value = beside.mean(sources, name, weights)
+        for writer in writers.values():
+            writer.save(name, value)
     for writer in writers.values():
         writer.close()
+    if common.in_head:
+        _write_heads(folder, list(writers), sources, common, weights)
     return tuple(writers), noise
 
 
@@ -227,7 +249,26 @@ def _check_rank(rank: int | None, method: str, needs: Needs) -> None:
         raise AdapterError(f"--rank is {rank}; it must be at least 1.")
 
 
-def _previous(folder: Path, first: Source) -> Source:
+def _write_heads(
+    folder: Path,
+    names: Sequence[str],
+    sources: Sequence[Source],
+    common: beside.Common,
+    weights: Sequence[float],
+) -> None:
+    """Our own head file and card beside each output: with them ``fedgrove.load`` has a classifier."""
+    head = {
+        name.removeprefix(f"{HEAD}/"): beside.mean(sources, name, weights).float().contiguous()
+        for name in common.in_head
+    }
+    card = {key: value for key, value in sources[0].card().items() if key not in ("client", "head")}
+    for name in names:
+        save_file(head, folder / name / HEAD, metadata={"format": "pt"})
+        if card:
+            write_json(folder / name / CARD, card)
+
+
+def _previous(folder: Path, first: Source, base: str | None) -> Source:
     """The global adapter of the last round's output; an adapter directory itself will do."""
     inner = folder / GLOBAL
     if not inner.is_dir() and not (folder / "adapter_config.json").exists():
@@ -237,7 +278,7 @@ def _previous(folder: Path, first: Source) -> Source:
     if not inner.is_dir():
         inner = folder
     source = open_source(inner, GLOBAL)
-    check_alike(first, source)
+    check_alike(first, source, base=base)
     return source
 
 
@@ -275,13 +316,7 @@ def _notes(rule: ServerRule, directories: Directories) -> list[str]:
         notes += directories.tags.notes(last)
     if last is not None and not directories.needs.previous:
         notes.append(f"{method} does not refer to the last round; --previous was not used.")
-    heads = [source.name for source in directories.sources if source.has_head]
-    if heads:
-        who = "every client"
-        if len(heads) < len(directories.sources):
-            who = ", ".join(heads[:5]) + ("..." if heads[5:] else "")
-        notes.append(
-            f"Heads and other saved modules ({who}) were left alone: only LoRA factors are "
-            f"aggregated."
-        )
+    bases = sorted({base_of(source) for source in directories.sources})
+    if len(bases) > 1:
+        notes.append(f"Taken for one base model under several names: {', '.join(bases)}.")
     return notes

@@ -19,17 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.ground.errors import AdapterError
+from fedgrove.interop.keys import plain_name
 from fedgrove.interop.peft import CARD, CONFIG, HEAD, WEIGHTS, read_json
 from fedgrove.interop.targets import layer_index
 
-_PAIR = re.compile(
-    r"^(?:base_model\.model\.)?(?P<site>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight$"
-)
+_PAIR = re.compile(r"^(?P<site>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight$")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 #: Settings under which ``lora_alpha / r * B @ A`` on the untouched base is not what the adapter
 #: computes.
 _ALTERED = {
-    "use_rslora": "its scale is alpha / sqrt(r) (rsLoRA)",
     "use_dora": "it is a DoRA adapter, whose magnitudes no rule here averages",
     "lora_bias": "it trains biases inside the LoRA",
     "use_qalora": "it is a QA-LoRA adapter",
@@ -60,6 +58,15 @@ class Place:
     shape: tuple[int, int]  # (out, in)
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor that is no LoRA factor: the file that holds it, its name there and its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """One checked adapter directory."""
@@ -69,15 +76,11 @@ class Source:
     config: Mapping[str, Any]
     places: Mapping[str, Place]
     dtype: torch.dtype  # the widest of its factors
-    others: tuple[str, ...]  # tensors that are no LoRA factors (modules to save)
+    others: Mapping[str, Saved]  # by their name in the base: modules to save, a head of its own
 
     @property
     def file(self) -> Path:
         return self.folder / WEIGHTS
-
-    @property
-    def has_head(self) -> bool:
-        return bool(self.others) or (self.folder / HEAD).exists()
 
     def read(self, site: str) -> Factors:
         """The site's factors in float64."""
@@ -93,6 +96,13 @@ class Source:
                 f"{self.file} can no longer be read ({error}); leave the files alone."
             ) from error
         return Factors(a, b, place.scale)
+
+    def saved(self, name: str) -> torch.Tensor:
+        """A tensor beside the factors, in float64 [as ``others`` says]."""
+        found = self.others[name]
+        with safe_open(found.file, "pt") as file:
+            value: torch.Tensor = file.get_tensor(found.name).to(torch.float64, copy=True)
+        return value
 
     def check_values(self) -> None:
         """Refuse NaN and Inf, reading one tensor at a time."""
@@ -110,9 +120,9 @@ class Source:
         return read_json(self.folder / CARD) if (self.folder / CARD).exists() else {}
 
 
-def open_clients(folders: Sequence[Path]) -> list[Source]:
+def open_clients(folders: Sequence[Path], *, base: str | None = None) -> list[Source]:
     """The clients in the order given, named by their directories and checked against the first,
-    values excepted.
+    values excepted. ``base`` names the one base model of all.
     """
     if not folders:
         raise AdapterError("There is no client directory; give at least one.")
@@ -134,7 +144,7 @@ def open_clients(folders: Sequence[Path]) -> list[Source]:
         seen[name] = folder
     sources = [open_source(folder, name) for name, folder in seen.items()]
     for other in sources[1:]:
-        check_alike(sources[0], other)
+        check_alike(sources[0], other, base=base)
     return sources
 
 
@@ -161,19 +171,25 @@ def open_source(folder: Path, name: str) -> Source:
     return Source(name, folder, config, places, dtype, others)
 
 
-def check_alike(first: Source, other: Source) -> None:
-    """Refuse another base model, other sites, or sites of another size."""
-    for key, words in (
-        ("base_model_name_or_path", "base model"),
-        ("revision", "revision of the base model"),
-    ):
-        ours, theirs = first.config.get(key) or "", other.config.get(key) or ""
-        if str(ours).rstrip("/") != str(theirs).rstrip("/"):
-            raise AdapterError(
-                f"{other.folder / CONFIG}: the {words} is '{theirs}', but {first.folder} has "
-                f"'{ours}'; aggregate "
-                "adapters of one base model."
-            )
+def check_alike(first: Source, other: Source, *, base: str | None = None) -> None:
+    """Refuse another base model, other sites, or sites of another size.
+
+    The same model may lie under different paths: then the last part of the path tells, unless
+    ``base`` names what all are adapters of.
+    """
+    ours, theirs = base_of(first), base_of(other)
+    if base is None and Path(ours).name != Path(theirs).name:
+        raise AdapterError(
+            f"{other.folder / CONFIG}: the base model is '{theirs}', but {first.folder} has "
+            f"'{ours}'; aggregate adapters of one base model, or name it with --base where it is "
+            "one under two names."
+        )
+    revisions = [str(each.config.get("revision") or "") for each in (first, other)]
+    if revisions[0] != revisions[1]:
+        raise AdapterError(
+            f"{other.folder / CONFIG}: the revision of the base model is '{revisions[1]}', but "
+            f"{first.folder} has '{revisions[0]}'; aggregate adapters of one base model."
+        )
     if bool(first.config.get("fan_in_fan_out")) != bool(other.config.get("fan_in_fan_out")):
         raise AdapterError(
             f"{other.folder / CONFIG}: fan_in_fan_out is not that of {first.folder}; use one for "
@@ -199,6 +215,11 @@ def check_alike(first: Source, other: Source) -> None:
                 f"{wanted[side]} in "
                 f"{first.folder}; use the same base model everywhere."
             )
+
+
+def base_of(source: Source) -> str:
+    """What the configuration calls the base model."""
+    return str(source.config.get("base_model_name_or_path") or "").rstrip("/")
 
 
 def sites_of(source: Source) -> dict[str, Site]:
@@ -265,21 +286,24 @@ def _number(path: Path, what: str, value: Any) -> None:
 
 def _places(
     folder: Path, config: Mapping[str, Any]
-) -> tuple[dict[str, Place], tuple[str, ...], set[str]]:
+) -> tuple[dict[str, Place], dict[str, Saved], set[str]]:
     path = folder / WEIGHTS
     halves: dict[str, dict[str, str]] = {}
     shapes: dict[str, list[int]] = {}
-    others, dtypes = [], set()
+    others: dict[str, Saved] = {}
+    dtypes: set[str] = set()
     try:
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):
-                found = _PAIR.match(name)
+                plain = _plain(path, name)
+                found = _PAIR.match(plain)
                 if not found:
                     if "lora_" in name:
                         raise AdapterError(
                             f"{path}: '{name}' is no plain LoRA factor of a linear layer."
                         )
-                    others.append(name)
+                    shape = tuple(file.get_slice(name).get_shape())
+                    others[plain] = Saved(path, name, shape)
                     continue
                 view = file.get_slice(name)
                 shapes[name] = list(view.get_shape())
@@ -306,9 +330,34 @@ def _places(
         raise AdapterError(f"{path} holds no LoRA tensors (lora_A, lora_B).")
     return (
         {site: _place(path, site, pair, shapes, config) for site, pair in halves.items()},
-        tuple(others),
+        others | _own_head(folder),
         dtypes,
     )
+
+
+def _plain(path: Path, name: str) -> str:
+    try:
+        return plain_name(name)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
+
+
+def _own_head(folder: Path) -> dict[str, Saved]:
+    """The tensors of our own head file, where there is one."""
+    path = folder / HEAD
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            names = sorted(file.keys())
+            return {
+                f"{HEAD}/{name}": Saved(path, name, tuple(file.get_slice(name).get_shape()))
+                for name in names
+            }
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{path} is not a whole safetensors file ({error}); it was cut short or altered."
+        ) from error
 
 
 def _place(
@@ -339,7 +388,10 @@ def _place(
         raise AdapterError(
             f"{path}: '{pair['B']}' has shape {b}, but its rank is {rank} in {CONFIG}."
         )
-    scale = float(_patterned(config, "lora_alpha", "alpha_pattern", site)) / rank
+    alpha = float(_patterned(config, "lora_alpha", "alpha_pattern", site))
+    scale = alpha / rank
+    if config.get("use_rslora"):
+        scale = alpha / math.sqrt(rank)
     return Place(pair["A"], pair["B"], rank, scale, (b[0], a[1]))
 
 

@@ -39,6 +39,11 @@ class Directories(BaseModel):
         description="Number of this round. Not set: one more than that of --previous.",
     )
     seed: int = Field(0, ge=0, description="Of the rule's random choices.")
+    heads: Literal["mean", "leave"] = Field(
+        "mean",
+        description="Heads and other saved modules that all clients have in one shape: average "
+        "them, or leave them out.",
+    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,12 @@ def parse_weights(text: str | None, count: int) -> list[float] | None:
 
 
 def _about_directories(needs: Needs) -> dict[str, FieldInfo]:
-    wanted = {"rescale": needs.equal_scales, "round": needs.rounds, "seed": needs.seed}
+    wanted = {
+        "rescale": needs.equal_scales,
+        "round": needs.rounds,
+        "seed": needs.seed,
+        "heads": True,
+    }
     return {key: Directories.model_fields[key] for key, need in wanted.items() if need}
 
 

@@ -6,23 +6,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.aggregate.inputs import Source
+from fedgrove.aggregate.saved import Common
 from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import CONFIG, PREFIX, WEIGHTS
 
 _CODES = {torch.float32: "F32", torch.float64: "F64"}
-#: Tasks for which PEFT asks the file for nothing but the LoRA. For a classifier it would also look
-#: for its head.
+#: Tasks for which PEFT asks the file for nothing but the LoRA. For the others it also looks for a
+#: head.
 _HEADLESS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 #: How the sites were chosen: kept where all clients agree.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -44,25 +46,31 @@ class AdapterWriter:
         # Opened for each site: a federation may have more clients than a process may have open
         # files.
         with self._spool.open("ab") as spool:
-            for half, tensor in (("A", factors.A), ("B", factors.B)):
-                data = tensor.detach().to(self.dtype).contiguous()
-                if not bool(torch.isfinite(data).all()):
-                    raise AdapterError(
-                        f"{self.folder.name}, site '{site}': the result overflows {self.dtype}."
-                    )
-                array = data.numpy()
-                if sys.byteorder == "big":
-                    array = array.byteswap()
-                raw = array.tobytes()
-                self._header[f"{PREFIX}{site}.lora_{half}.weight"] = {
-                    "dtype": _CODES[self.dtype],
-                    "shape": list(data.shape),
-                    "data_offsets": [self._size, self._size + len(raw)],
-                }
-                self._size += len(raw)
-                spool.write(raw)
+            self._put(spool, f"{PREFIX}{site}.lora_A.weight", factors.A)
+            self._put(spool, f"{PREFIX}{site}.lora_B.weight", factors.B)
         self._ranks[site] = factors.rank
         self._alphas[site] = _tidy(factors.scale * factors.rank)
+
+    def save(self, name: str, value: torch.Tensor) -> None:
+        """A tensor beside the factors, under its name in the base model."""
+        with self._spool.open("ab") as spool:
+            self._put(spool, f"{PREFIX}{name}", value)
+
+    def _put(self, spool: IO[bytes], name: str, value: torch.Tensor) -> None:
+        data = value.detach().to(self.dtype).contiguous()
+        if not bool(torch.isfinite(data).all()):
+            raise AdapterError(f"{self.folder.name}, '{name}': the result overflows {self.dtype}.")
+        array = data.numpy()
+        if sys.byteorder == "big":
+            array = array.byteswap()
+        raw = array.tobytes()
+        self._header[name] = {
+            "dtype": _CODES[self.dtype],
+            "shape": list(data.shape),
+            "data_offsets": [self._size, self._size + len(raw)],
+        }
+        self._size += len(raw)
+        spool.write(raw)
 
     def close(self) -> None:
         """Write header, tensors and configuration."""
@@ -85,7 +93,9 @@ class AdapterWriter:
         write_json(self.folder / CONFIG, dict(sorted(config.items())))
 
 
-def shared_config(sources: Sequence[Source]) -> dict[str, Any]:
+def shared_config(
+    sources: Sequence[Source], saved: Common, base: str | None = None
+) -> dict[str, Any]:
     """PEFT's configuration of every output, without ranks and alphas: what the clients agree on."""
     first = sources[0].config
     chosen = {key: _plain(first[key]) for key in _TARGETS if first.get(key) is not None}
@@ -93,23 +103,38 @@ def shared_config(sources: Sequence[Source]) -> dict[str, Any]:
         _plain(source.config.get(key)) != chosen.get(key) for source in sources for key in _TARGETS
     ):
         chosen = {"target_modules": sorted(sources[0].places)}
+    if not all(targeted(site, chosen) for site in sources[0].places):
+        # PEFT would load such an adapter without a word, and it would do nothing
+        chosen = {"target_modules": sorted(sources[0].places)}
     tasks = {source.config.get("task_type") for source in sources}
     task = next(iter(tasks)) if len(tasks) == 1 else None
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": first.get("base_model_name_or_path"),
+        "base_model_name_or_path": base or first.get("base_model_name_or_path"),
         "revision": first.get("revision"),
-        "task_type": task if task in _HEADLESS else None,
+        "task_type": task if task in _HEADLESS or saved.modules else None,
         "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
         "lora_dropout": first.get("lora_dropout") or 0.0,
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(saved.modules) or None,
         "use_dora": False,
         "use_rslora": False,
         **chosen,
     }
+
+
+def targeted(site: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT would adapt the site by a configuration's choice of modules."""
+    wanted = config.get("target_modules")
+    if wanted == "all-linear":
+        return True
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return False  # name the sites instead: their own names say enough
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, site) is not None
+    return any(site == each or site.endswith(f".{each}") for each in wanted or ())
 
 
 def refuse_existing(out: Path) -> None:

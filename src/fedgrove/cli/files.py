@@ -60,6 +60,14 @@ def aggregate(
             show_default=False,
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What the results call the base model, where the clients call it differently.",
+            show_default=False,
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,6 +91,7 @@ def aggregate(
             weights=weights,
             rank=rank,
             previous=previous,
+            base=base,
             options=option or [],
             phase=phase,
         )

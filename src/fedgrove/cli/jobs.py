@@ -102,8 +102,10 @@ def data(
 
         long = lengths(chosen, federation)
     from fedgrove.federation.overview import LEFT, overview
+    from fedgrove.federation.tasks import task_of
 
-    shown = overview(federation, long, chosen.data.max_length)
+    most = task_of(chosen.data).tokens.get("max_length", 0)
+    shown = overview(federation, long, most)
     table = Table(box=None, pad_edge=False)
     for heading in shown.headings:
         table.add_column(heading, justify="left" if heading in LEFT else "right")
@@ -113,10 +115,7 @@ def data(
     print("", *shown.sentences, sep="\n")
     if long:
         cut, rows = (sum(own["cut"] for own in long.values()), sum(map(len, _rows(federation))))
-        print(
-            f"{cut} of {rows} rows are longer than data.max_length = {chosen.data.max_length} and "
-            f"will be cut."
-        )
+        print(f"{cut} of {rows} rows are longer than data.max_length = {most} and will be cut.")
     elif tokens:
         print("This task's rows have no length in tokens: nothing is cut.")
 

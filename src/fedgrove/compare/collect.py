@@ -51,7 +51,7 @@ def collect(done: Done) -> dict[str, Any]:
         "writes": writes,
         "head": job.federation.head,
         "model": job.model.name,
-        "data": job.data.path or job.data.name,
+        "data": job.data.called,
         "rounds": job.run.rounds,
         "final_local_epochs": job.train.final_local_epochs,
         "clients": len(next(iter(trained.values()), {})),

@@ -211,14 +211,15 @@ def _public_half(folder: Path, public: bytes) -> Iterator[Finding]:
 
 
 def _data(place: SitePlace, job: Job | None) -> Iterator[Finding]:
-    from fedgrove.federation.readers import records
+    from fedgrove.federation.tables import files_of, rows_at
 
     path = place.data_path()
-    if not path.is_file():
+    if not files_of(path):
         yield Finding(f"{path} does not exist", f"data.path in {SITE_FILE} names the site's table")
         return
     try:
-        rows = sum(1 for _ in records(path, list(place.file.data.columns.values())))
+        encoding = getattr(job.data, "encoding", None) if job else None
+        rows = sum(1 for _ in rows_at(path, list(place.file.data.columns.values()), encoding))
     except FedgroveError as error:
         yield _problem("the data", error)
         return

@@ -20,8 +20,10 @@ from fedgrove.deploy.certificates import (
     new_server,
     write_private,
 )
-from fedgrove.deploy.site import COLUMNS, model_of
 from fedgrove.deploy.site import FILE as SITE_FILE
+from fedgrove.deploy.site import model_of
+from fedgrove.ground.marks import keys_with
+from fedgrove.ground.options import COLUMN
 from fedgrove.job.sections import Section, Text
 from fedgrove.job.toml import parse_toml, value_text
 
@@ -132,9 +134,9 @@ def admit_key(server: Path, name: str, public: Path) -> Path:
     """Put a site's public key among those that the server knows. Raises ``DeployError`` where it is
     none.
     """
-    from fedgrove.federation.sources import NAME
+    from fedgrove.ground.names import PLAIN
 
-    if not NAME.fullmatch(name):
+    if not PLAIN.fullmatch(name):
         raise DeployError(
             f"{name!r} cannot name a site: use at most 64 letters, digits, '.', '_' and '-'."
         )
@@ -155,10 +157,10 @@ def site_names(server: Path) -> list[str]:
 
 
 def _check(plan: Plan, folders: Sequence[Path]) -> None:
-    from fedgrove.federation.sources import NAME
+    from fedgrove.ground.names import PLAIN
 
     for name in plan.sites:
-        if not NAME.fullmatch(name):
+        if not PLAIN.fullmatch(name):
             raise DeployError(
                 f"{name!r} cannot name a site: use at most 64 letters, digits, '.', '_' and '-'."
             )
@@ -193,7 +195,10 @@ def site_text(plan: Plan, name: str, job: object | None) -> str:
     targets = ["auto"] if chosen.lora.targets == "auto" else list(chosen.lora.targets)
     steps = chosen.train.local_steps or 200
     read = task_class(chosen.data).columns(chosen.data)
-    named = {key: getattr(chosen.data, key, None) for key in COLUMNS}
+    named = {
+        key: getattr(chosen.data, key, None)
+        for key in keys_with(type(chosen.data).model_fields, COLUMN)
+    }
     pairs = [f"{key} = {value_text(value)}" for key, value in named.items() if value in read]
     columns = f"{{ {', '.join(pairs)} }}" if pairs else "{}"
     head = chosen.federation.head == "shared" or chosen.federation.newcomer_head is True

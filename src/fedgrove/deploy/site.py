@@ -22,7 +22,10 @@ from fedgrove.deploy.audit import AuditLog
 from fedgrove.deploy.certificates import DeployError, address
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.ground.files import write_json
-from fedgrove.job.sections import Section, Text, Texts
+from fedgrove.ground.marks import keys_with
+from fedgrove.ground.options import COLUMN, Text, Texts
+from fedgrove.job.data import DataSection
+from fedgrove.job.sections import Section
 from fedgrove.job.toml import parse_toml
 from fedgrove.wire import validate
 
@@ -35,15 +38,6 @@ if TYPE_CHECKING:
 FILE = "site.toml"
 MEGABYTE = 1_000_000
 _logger = getLogger(__name__)
-COLUMNS = (
-    "text",
-    "pair",
-    "label",
-    "image",
-    "prompt",
-    "completion",
-    "messages",
-)  # keys of a job's [data]
 SIZES = (
     "name",
     "group",
@@ -68,9 +62,9 @@ class SitePart(Section):
     @field_validator("name")
     @classmethod
     def _usable(cls, name: str) -> str:
-        from fedgrove.federation.sources import NAME
+        from fedgrove.ground.names import PLAIN
 
-        if not NAME.fullmatch(name):
+        if not PLAIN.fullmatch(name):
             raise ValueError(
                 "use at most 64 letters, digits, '.', '_' and '-', with a letter or digit first."
             )
@@ -89,7 +83,10 @@ class SitePart(Section):
 class DataPart(Section):
     """The site's own examples; they are read here and never leave."""
 
-    path: Text = Field(description="The table (jsonl, csv, parquet), from this folder.")
+    path: Text = Field(
+        description="The table (jsonl, json, csv, tsv, parquet), or a folder with a file train and "
+        "a file test; from this folder."
+    )
     columns: dict[str, str] = Field(
         {},
         description="The columns that may be read, by the job's key of [data], such as "
@@ -99,10 +96,11 @@ class DataPart(Section):
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: dict[str, str]) -> dict[str, str]:
+        known = keys_with(DataSection.offered(), COLUMN)
         for key in columns:
-            if key not in COLUMNS:
+            if key not in known:
                 raise ValueError(
-                    f"{key} is no column of a job; the columns are {', '.join(COLUMNS)}."
+                    f"{key} is no column of a job; the columns are {', '.join(known)}."
                 )
         return columns
 
@@ -245,14 +243,15 @@ class SitePlace:
                 "the job sends the classifier's head to the server, which is not allowed here "
                 "(share_head)"
             )
-        if task_class(job.data).classifies and not job.data.labels:
+        if task_class(job.data).classifies and not job.data.classes:
             self._refuse(
                 "the job does not name the classes; set data.labels, which all sites must agree on"
             )
         own = self._own(job)
         named = set(self.file.data.columns.values())
-        for column in task_class(own.data).columns(own.data) if named else ():
-            if column not in named:
+        read = [*task_class(own.data).columns(own.data), own.data.split]
+        for column in read if named else ():
+            if column is not None and column not in named:
                 self._refuse(
                     f"the job reads the column {column!r}; data.columns names only "
                     f"{_listed(sorted(named))}"
@@ -271,7 +270,9 @@ class SitePlace:
         if budget.device is not None:
             train["device"] = budget.device
         model = {"name": self.file.allow.models[model_of(job)]}
-        return job.replace(model=model, data=self.file.data.columns, train=train)
+        read = keys_with(type(job.data).model_fields, COLUMN)
+        columns = {key: name for key, name in self.file.data.columns.items() if key in read}
+        return job.replace(model=model, data=columns, train=train)
 
     # ------------------------------------------------------------------ its data
     def data_path(self) -> Path:
@@ -282,18 +283,11 @@ class SitePlace:
         returned it.
         """
         from fedgrove.federation.federation import Client
-        from fedgrove.federation.sources import rows_of
-        from fedgrove.federation.split import split
+        from fedgrove.federation.load import holding_of
+        from fedgrove.federation.split import divided
 
-        parts = split(
-            self.name,
-            rows_of(self.data_path(), job),
-            seed=job.run.seed,
-            test_fraction=job.data.test_fraction,
-            validation_fraction=job.data.validation_fraction,
-            train_examples=job.data.train_examples,
-            test_examples=job.data.test_examples,
-        )
+        holding = holding_of(self.data_path(), job)
+        parts = divided(self.name, holding, job.data, job.run.seed)
         allow = self.file.allow
         batch = job.train.batch_size * job.train.accumulation
         for key in ("local_epochs", "final_local_epochs"):

@@ -85,7 +85,7 @@ def in_process(
 
 def remarks(stage: Stage[LocalEngine]) -> list[str]:
     """What a user would want to know before the run goes on."""
-    most = stage.job.data.max_length
+    most = stage.task.tokens.get("max_length", 0)
     clients = stage.engine.data.values()
     rows = [row for splits in clients for split in splits.values() for row in split]
     full = sum(len(row["input_ids"]) >= most for row in rows if "input_ids" in row)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from fedgrove.federation.load import Holding, Silos, Table, load
 from fedgrove.federation.partition import partition
 from fedgrove.federation.readers import Row
-from fedgrove.federation.sources import Silos, Table, load
-from fedgrove.federation.split import split
+from fedgrove.federation.split import divided
 from fedgrove.federation.tasks import ClassifyText, Task, task_class
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.seeds import numpy_rng
@@ -46,6 +45,7 @@ class Federation:
     source: dict[str, Any]
     task: type[Task] = ClassifyText
     kind: str = ""  # the column that clients' kinds are values of
+    remarks: tuple[str, ...] = ()  # what a user may want to know of how the data were read
 
     @property
     def training(self) -> tuple[Client, ...]:
@@ -96,36 +96,43 @@ def build(job: Job) -> Federation:
     DataError (what is wrong with the data, and where) or JobError (which key, which value).
     """
     loaded = load(job)
-    if isinstance(loaded, Silos):
-        holdings = {name: (rows, loaded.groups[name]) for name, rows in loaded.clients.items()}
-    else:
-        holdings = {
-            name: ([loaded.rows[i] for i in numbers], group)
-            for name, (numbers, group) in partition(loaded, job).items()
-        }
-    clients = []
     kind, kind_of = _kinds(loaded, job)
-    for name, (rows, group) in sorted(holdings.items()):
-        parts = split(
-            name,
-            rows,
-            seed=job.run.seed,
-            test_fraction=job.data.test_fraction,
-            validation_fraction=job.data.validation_fraction,
-            train_examples=job.data.train_examples,
-            test_examples=job.data.test_examples,
-        )
+    clients = []
+    for name, holding in sorted(_holdings(loaded, job).items()):
+        parts = divided(name, holding, job.data, job.run.seed)
         kinds = Counter(kind_of[id(row)] for row in parts.train) if kind_of else {}
         clients.append(
             Client(
-                name, parts.train, parts.test, parts.validation, group, held_out=False, kinds=kinds
+                name,
+                parts.train,
+                parts.test,
+                parts.validation,
+                holding.group,
+                held_out=False,
+                kinds=kinds,
             )
         )
     chosen = _held_out(clients, job)
     clients = [replace(client, held_out=client.name in chosen) for client in clients]
     task = task_class(job.data)
     labels = _labels(clients, loaded, job) if task.classifies else ()
-    return Federation(tuple(clients), labels, loaded.source, task, kind)
+    remarks = tuple(loaded.remarks)
+    return Federation(tuple(clients), labels, loaded.source, task, kind, remarks)
+
+
+def _holdings(loaded: Table | Silos, job: Job) -> dict[str, Holding]:
+    """The rows of each client."""
+    found: dict[str, Holding] = {}
+    if isinstance(loaded, Silos):
+        for name, rows in loaded.clients.items():
+            found[name] = Holding(rows, loaded.purposes.get(name), loaded.groups[name])
+        return found
+    for name, (numbers, group) in partition(loaded, job).items():
+        rows = [loaded.rows[number] for number in numbers]
+        purposes = loaded.purposes
+        own = None if purposes is None else [purposes[number] for number in numbers]
+        found[name] = Holding(rows, own, group)
+    return found
 
 
 def _kinds(loaded: Table | Silos, job: Job) -> tuple[str, dict[int, str]]:
@@ -190,8 +197,8 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
     """The classes in the order of the head's outputs: all that the data have, also those of rows
     that nobody uses.
     """
-    if job.data.labels:  # the user's word that these are the classes, trained or not
-        return tuple(job.data.labels)
+    if job.data.classes:  # the user's word that these are the classes, trained or not
+        return job.data.classes
     trained = {row["label"] for client in clients if not client.held_out for row in client.train}
     for client in clients:
         for row in (*client.test, *client.validation, *client.train):
@@ -207,10 +214,8 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
         raise DataError(
             f"all training rows have the one label {min(trained)!r}; to classify takes two or more"
         )
-    rows = (
-        loaded.rows if isinstance(loaded, Table) else chain.from_iterable(loaded.clients.values())
-    )
-    labels = tuple(sorted(trained | {row["label"] for row in rows}, key=_natural_order))
+    present = {row["label"] for row in loaded.every_row()}
+    labels = tuple(sorted(trained | present, key=_natural_order))
     spelt: dict[str, str] = {}
     for label in labels:
         other = spelt.setdefault(label.casefold(), label)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedgrove.federation.purposes import purposes_of
 from fedgrove.federation.readers import Place
 from fedgrove.ground.errors import DataError
 
@@ -226,6 +227,15 @@ def clients(folder: Path) -> list[Path]:
             f"label"
         )
     return found
+
+
+def purposes(folder: Path) -> dict[str, Path]:
+    """The folders of ``folder/train/label/*.png`` and ``folder/test/label/*.png``; {} where the
+    images are not divided so.
+    """
+    found = purposes_of(_entries(folder))
+    divided = all(any(each.is_dir() for each in _entries(path)) for path in found.values())
+    return found if divided else {}
 
 
 def is_tree(folder: Path) -> bool:

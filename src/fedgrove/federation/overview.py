@@ -74,7 +74,9 @@ def overview(
             [f"{own[key]:g}" if own else "" for own in found] for key in ("median", "p95", "cut")
         ]
     rows = [list(row) for row in zip(*cells, strict=True)]
-    return Overview(headings, rows, [_sums(clients, labels), _origin(federation.source)])
+    return Overview(
+        headings, rows, [_sums(clients, labels), _origin(federation.source), *federation.remarks]
+    )
 
 
 def _most(counts: Mapping[str, int]) -> str:

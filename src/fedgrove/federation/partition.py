@@ -12,16 +12,17 @@ import difflib
 import inspect
 import io
 import os
-import re
+import unicodedata
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from fedgrove.federation.load import SUPERCLASS, Table
 from fedgrove.federation.readers import label_of
-from fedgrove.federation.sources import NAME, SUPERCLASS, Table
 from fedgrove.federation.tasks import task_class
 from fedgrove.ground.errors import DataError, JobError
+from fedgrove.ground.names import client_name, is_letter
 from fedgrove.ground.seeds import derive, numpy_rng
 
 if TYPE_CHECKING:
@@ -114,28 +115,35 @@ def _natural(
         for rows in _parts(table, job, maker, options, group, numbers, None)
     ]
     found.sort(key=lambda part: part[0])
-    ids = [label_of(table.columns[options["partition_by"]][rows[0]], "", "") for rows, _ in found]
-    unusable = maker.__name__ != "NaturalIdPartitioner" or not all(map(NAME.fullmatch, ids))
-    if unusable or len({name.casefold() for name in ids}) < len(ids):
-        ids = [f"client-{i:0{max(2, len(str(len(found) - 1)))}}" for i in range(len(found))]
-    return dict(zip(ids, found, strict=True))
+    column = table.columns[options["partition_by"]]
+    ids = [client_name(label_of(column[rows[0]], "", "")) for rows, _ in found]
+    names = [name for name in ids if name is not None]
+    unusable = maker.__name__ != "NaturalIdPartitioner" or len(names) < len(ids)
+    if unusable or len({name.casefold() for name in names}) < len(ids):
+        width = max(2, len(str(len(found) - 1)))
+        names = [f"client-{number:0{width}}" for number in range(len(found))]
+    return dict(zip(names, found, strict=True))
 
 
 def _prefixes(groups: list[str | None], column: str | None) -> dict[str | None, str]:
     """The start of the clients' names for each group: what does not fit a file name becomes "-"."""
     prefixes: dict[str | None, str] = {}
     for group in groups:
-        prefix = (
-            "client" if group is None else re.sub(r"[^A-Za-z0-9._]+", "-", group).strip("-._")[:48]
-        )
+        prefix = "client" if group is None else _letters(group)
         if not prefix or prefix.casefold() in (other.casefold() for other in prefixes.values()):
             raise DataError(
                 f"the group {group!r} of the column {column!r} cannot name its clients: its "
-                f"letters (a-z) and digits "
-                "are none or those of another group; rename it in the data"
+                "letters and digits are none or those of another group; rename it in the data"
             )
         prefixes[group] = prefix
     return prefixes
+
+
+def _letters(group: str) -> str:
+    """A group's name with "-" for what is neither a letter nor a digit of any script."""
+    composed = unicodedata.normalize("NFC", group)
+    kept = [sign if is_letter(sign) or sign in "._" else " " for sign in composed]
+    return "-".join("".join(kept).split()).strip("-._")[:48]
 
 
 def _parts(
@@ -270,7 +278,7 @@ def _partitioner(job: Job, table: Table) -> tuple[Any, dict[str, Any]]:
                 f'to "iid" or '
                 '"natural", or name a column of the data in data.partition.options.partition_by'
             )
-        by_column = table.group if name in NATURAL else job.data.label
+        by_column = table.group if name in NATURAL else getattr(job.data, "label", None)
         if by_column is not None:
             options["partition_by"] = by_column
     for key, parameter in taken.items():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedgrove.federation.purposes import TEST, TRAIN, VALIDATION
 from fedgrove.federation.readers import Row
 from fedgrove.ground.errors import DataError
 from fedgrove.ground.seeds import numpy_rng
+
+if TYPE_CHECKING:
+    from fedgrove.federation.load import Holding
+    from fedgrove.job import DataSection
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,20 @@ class Parts:
     train: list[Row]
     test: list[Row]
     validation: list[Row]
+
+
+def divided(client: str, holding: Holding, data: DataSection, seed: int) -> Parts:
+    """What a client holds, as the job divides it."""
+    return split(
+        client,
+        holding.rows,
+        seed=seed,
+        test_fraction=data.test_fraction,
+        validation_fraction=data.validation_fraction,
+        train_examples=data.train_examples,
+        test_examples=data.test_examples,
+        purposes=holding.purposes,
+    )
 
 
 def split(
@@ -28,51 +48,91 @@ def split(
     validation_fraction: float = 0.0,
     train_examples: int | None = None,
     test_examples: int | None = None,
+    purposes: Sequence[str] | None = None,
 ) -> Parts:
     """Test and validation rows drawn by label as far as possible, each label keeping a row for
     training; then the caps.
 
     At least one row goes to test (and to validation, if its share is not 0) and one stays for
-    training. What the caps leave over is not used. Rows keep their order. Raises DataError where
-    there are too few.
+    training. What the caps leave over is not used. Rows keep their order. Where the data say what
+    each row is for (``purposes``: "train", "test", "validation"), nothing is drawn but a validation
+    that they lack. Raises DataError where there are too few.
     """
-    needed = 2 + (validation_fraction > 0)
-    if len(rows) < needed:
-        purposes = "training, test and validation" if needed == 3 else "training and test"
-        raise DataError(
-            f"the client {client!r} has {len(rows)} row{'s' * (len(rows) != 1)} and needs at least "
-            f"{needed} for "
-            f"{purposes}; give it more rows, or use fewer clients or another data.partition"
-        )
-    rng = numpy_rng(seed, "split", client)
-    validation_size = (
-        max(1, round(len(rows) * validation_fraction)) if validation_fraction > 0 else 0
-    )
-    validation_size = min(validation_size, len(rows) - 2)
-    test_size = min(max(1, round(len(rows) * test_fraction)), len(rows) - 1 - validation_size)
+    deal = _Deal(rows, numpy_rng(seed, "split", client))
+    if purposes is None:
+        parts = _drawn(client, deal, test_fraction, validation_fraction)
+    else:
+        parts = _given(client, deal, purposes, validation_fraction)
+    train, test, validation = parts
+    if train_examples is not None:
+        train = deal.draw(train, min(train_examples, len(train)), cover=True)
+    if test_examples is not None:
+        test = deal.draw(test, min(test_examples, len(test)))
+    return Parts(*([rows[i] for i in part] for part in (train, test, validation)))
 
-    def draw(pool: list[int], size: int, *, leave: int = 0, cover: bool = False) -> list[int]:
+
+@dataclass(frozen=True)
+class _Deal:
+    """Draws row numbers by label."""
+
+    rows: list[Row]
+    rng: np.random.Generator
+
+    def draw(self, pool: list[int], size: int, *, leave: int = 0, cover: bool = False) -> list[int]:
+        """``size`` of the pool's numbers, in order; ``leave`` and ``cover`` as in ``apportion``."""
         members: dict[str, list[int]] = {}
         for row in pool:
-            members.setdefault(rows[row]["label"], []).append(row)
+            members.setdefault(self.rows[row]["label"], []).append(row)
         counts = {label: len(members[label]) for label in sorted(members)}
-        shares = apportion(counts, size, leave=leave, cover=cover)
-        return sorted(
-            int(row)
-            for label, share in shares.items()
-            for row in rng.permutation(members[label])[:share]
-        )
+        drawn: list[int] = []
+        for label, share in apportion(counts, size, leave=leave, cover=cover).items():
+            drawn += map(int, self.rng.permutation(members[label])[:share])
+        return sorted(drawn)
 
-    pool = list(range(len(rows)))
-    test = draw(pool, test_size, leave=1)
-    pool = sorted(set(pool) - set(test))
-    validation = draw(pool, validation_size, leave=1)
-    train = sorted(set(pool) - set(validation))
-    if train_examples is not None:
-        train = draw(train, min(train_examples, len(train)), cover=True)
-    if test_examples is not None:
-        test = draw(test, min(test_examples, len(test)))
-    return Parts(*([rows[i] for i in part] for part in (train, test, validation)))
+
+Numbers = tuple[list[int], list[int], list[int]]  # for training, test and validation
+
+
+def _drawn(client: str, deal: _Deal, test_fraction: float, validation_fraction: float) -> Numbers:
+    count = len(deal.rows)
+    needed = 2 + (validation_fraction > 0)
+    if count < needed:
+        what = "training, test and validation" if needed == 3 else "training and test"
+        raise DataError(
+            f"the client {client!r} has {count} row{'s' * (count != 1)} and needs at least "
+            f"{needed} for {what}; give it more rows, or use fewer clients or another "
+            "data.partition"
+        )
+    validation_size = min(_share(count, validation_fraction), count - 2)
+    test_size = min(_share(count, test_fraction), count - 1 - validation_size)
+    test = deal.draw(list(range(count)), test_size, leave=1)
+    pool = sorted(set(range(count)) - set(test))
+    validation = deal.draw(pool, validation_size, leave=1)
+    return sorted(set(pool) - set(validation)), test, validation
+
+
+def _given(
+    client: str, deal: _Deal, purposes: Sequence[str], validation_fraction: float
+) -> Numbers:
+    held = {
+        purpose: [row for row, own in enumerate(purposes) if own == purpose]
+        for purpose in (TRAIN, TEST, VALIDATION)
+    }
+    train, validation = held[TRAIN], held[VALIDATION]
+    if not validation and validation_fraction:
+        validation = deal.draw(train, min(_share(len(train), validation_fraction), len(train) - 1))
+        train = sorted(set(train) - set(validation))
+    for purpose, numbers in ((TRAIN, train), (TEST, held[TEST])):
+        if not numbers:
+            raise DataError(
+                f"the client {client!r} has no rows for {purpose}; mark or add some, use fewer "
+                "clients, or leave out data.split so that they are drawn"
+            )
+    return train, held[TEST], validation
+
+
+def _share(count: int, fraction: float) -> int:
+    return max(1, round(count * fraction)) if fraction > 0 else 0
 
 
 def apportion(

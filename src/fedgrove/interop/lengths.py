@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedgrove.federation.tasks import task_class, task_name
+from fedgrove.federation.tasks import task_of
 from fedgrove.interop.models import load_processor
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ def lengths(job: Job, federation: Federation) -> dict[str, dict[str, Any]]:
     Only the tokenizer is loaded, not the model. Raises ``ModelError`` where it cannot be had,
     ``DataError`` for rows that it cannot write.
     """
-    task = task_class(job.data).of(job.data)
-    processor = load_processor(job.model.name, job.model.revision, task_name(job.data))
+    task = task_of(job.data)
+    most = task.tokens.get("max_length", 0)
+    processor = load_processor(job.model.name, job.model.revision, task.name)
     found: dict[str, dict[str, Any]] = {}
     for client in federation.clients:
         tokens = task.lengths([*client.train, *client.test, *client.validation], processor)
@@ -31,6 +32,6 @@ def lengths(job: Job, federation: Federation) -> dict[str, dict[str, Any]]:
                 "median": float(np.median(tokens)),
                 "p95": float(np.percentile(tokens, 95)),
                 "longest": max(tokens),
-                "cut": sum(count > job.data.max_length for count in tokens),
+                "cut": sum(count > most for count in tokens),
             }
     return found

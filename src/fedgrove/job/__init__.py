@@ -4,14 +4,13 @@ imports torch.
 
 from __future__ import annotations
 
+from fedgrove.job.data import DataSection, PartitionSection
 from fedgrove.job.job import Job
 from fedgrove.job.sections import (
-    DataSection,
     FederationSection,
     LoraSection,
     MethodSection,
     ModelSection,
-    PartitionSection,
     RunSection,
     Section,
     TrainSection,

@@ -9,24 +9,23 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from fedgrove.ground.errors import JobError
-from fedgrove.job import text
-from fedgrove.job.kinds import nearest
-from fedgrove.job.marks import (
+from fedgrove.ground.marks import (
     InsteadOf,
     KeyPath,
     automatic_keys,
     choosers,
     default_of,
-    keys_of_another,
     marked,
     sections,
 )
+from fedgrove.job import text
+from fedgrove.job.data import DataSection
+from fedgrove.job.kinds import nearest
 from fedgrove.job.privacy import PrivacySection
 from fedgrove.job.sections import (
-    DataSection,
     FederationSection,
     LoraSection,
     MethodSection,
@@ -54,7 +53,10 @@ class Job(Section):
 
     model: ModelSection = Field(default_factory=ModelSection, description="The frozen base model.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapters.")
-    data: DataSection = Field(default_factory=DataSection, description="The texts and labels.")
+    data: SerializeAsAny[DataSection] = Field(
+        default_factory=lambda: DataSection.model_validate({}),
+        description="The rows and what is learnt of them.",
+    )
     federation: FederationSection = Field(
         default_factory=FederationSection, description="The clients."
     )
@@ -144,10 +146,10 @@ class Job(Section):
             ((*path, "name"), v) if _is_short(path, v) else (path, v) for path, v in assignments
         ]
         given = dict(assignments)
-        for chooser in choosers(type(self)):
+        for chooser in choosers(self):
             if chooser in given:
                 self._choose(values, chooser, given[chooser])
-        for path, mark in marked(type(self), InsteadOf):
+        for path, mark in marked(self, InsteadOf):
             other = (*path[:-1], mark.other)
             if given.get(path) is not None and given.get(other) is None:
                 _set(values, other, None)
@@ -161,31 +163,27 @@ class Job(Section):
         table = _get(values, tuple(above))
         if not isinstance(table, dict):
             return  # nothing was set that could belong to the old choice
-        before = table[name]
         if after is None:
-            after = default_of(type(self), chooser)
-        if after == before:
+            after = default_of(self, chooser)
+        if after == table.get(name):
             return
-        section = dict(sections(type(self)))[tuple(above)]
-        dropped = keys_of_another(section, name, before, after)
-        own = [key for key in table if key not in section.model_fields]
-        for key in [*dropped, *own]:
-            if key in table and (*above, key) in choosers(type(self)):
-                self._choose(values, (*above, key), None)
-            table.pop(key, None)
+        section = dict(sections(self))[tuple(above)]
+        assert issubclass(section, Section)
+        for key in section.dropped(table, name, after):
+            del table[key]
 
     def opened(self, by: str) -> Self:
         """A copy in which what ``by`` decides at the start (``marks.Automatic``) is open again."""
         changes: dict[str, dict[str, Any]] = {}
-        for section, key in automatic_keys(type(self), by):
+        for section, key in automatic_keys(self, by):
             changes.setdefault(section, {})[key] = None
         return self.replace(**changes)
 
     def adopting(self, recorded: Self) -> Self:
         """A copy that takes over what another job has decided and this one leaves open."""
         changes: dict[str, dict[str, Any]] = {}
-        for section, key in automatic_keys(type(self)):
-            default = default_of(type(self), (section, key))
+        for section, key in automatic_keys(self):
+            default = default_of(self, (section, key))
             decided = getattr(getattr(recorded, section), key)
             if getattr(getattr(self, section), key) == default and decided != default:
                 changes.setdefault(section, {})[key] = decided
@@ -302,7 +300,7 @@ class Job(Section):
                     f"= {most}; "
                     "lower it, or raise or leave out lora.rank."
                 )
-        if self.data.task == "generate":
+        if self.data.task_class.writes:
             self._without_head()
         return self
 
@@ -315,7 +313,8 @@ class Job(Section):
             if section.head != type(section).model_fields["head"].default:
                 value = shown(section.head)
                 raise ValueError(
-                    f'{name}.head = {value} has no use with data.task = "generate"; leave it out.'
+                    f"{name}.head = {value} has no use with data.task = "
+                    f"{value_text(self.data.task_class.name)}; leave it out."
                 )
 
 

@@ -8,37 +8,66 @@ happens then.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
-    JsonValue,
     SkipValidation,
     Strict,
     ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
+from fedgrove.ground.marks import Automatic, Chooser, InsteadOf, Of, marks_of
+from fedgrove.ground.options import Options, Share, Text, Texts, distinct
 from fedgrove.job.kinds import join, nearest
-from fedgrove.job.marks import Automatic, Chooser, InsteadOf, Of, Only, useless_keys
 from fedgrove.job.toml import shown, value_text
 
 
-class Section(BaseModel):
+class Section(Options):
     """A table of the job: immutable, no unknown keys, no silent conversion of one type into
     another.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    @classmethod
+    def chosen(cls, values: Mapping[str, Any]) -> type[Section]:
+        """The class that has all keys of a table with these values, where some of them choose
+        others.
+        """
+        return cls
+
+    @classmethod
+    def offered(cls) -> dict[str, FieldInfo]:
+        """Every key that a table of this section may have, whatever is chosen."""
+        return dict(cls.model_fields)
+
+    @classmethod
+    def ordered(cls) -> list[str]:
+        """Its keys in the order in which they are written."""
+        return list(cls.model_fields)
+
+    @classmethod
+    def dropped(cls, values: Mapping[str, Any], key: str, after: Any) -> list[str]:
+        """The keys of a table with these values that another choice of ``key`` drops: what is
+        ``Of`` it, and what only the old choice knows.
+        """
+        return [
+            name
+            for name in values
+            if name not in cls.model_fields or Of(key) in marks_of(cls.model_fields[name], Of)
+        ]
+
+    @classmethod
+    def others(cls) -> dict[str, tuple[FieldInfo, str]]:
+        """The keys that it would have with other choices, each with that choice in words."""
+        return {}
 
 
-Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[tuple[Text, ...], Field(min_length=1), Strict(False)]
 Rank = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 
@@ -119,294 +148,6 @@ class LoraSection(Section):
     )
 
 
-class PartitionSection(Section):
-    """How one data set is split into clients (flwr-datasets does the splitting; silos need
-    none).
-    """
-
-    by: Annotated[Text, Chooser()] = Field(
-        "dirichlet",
-        description='"iid", "dirichlet" (label skew), "sc-dirichlet" (skew over the column '
-        '"superclass"), '
-        '"pathological" (few classes each), "natural" (a client for each value of a column), or '
-        "any other partitioner "
-        "of flwr-datasets by its class name.",
-    )
-    options: Annotated[dict[str, JsonValue], Of("by")] = Field(
-        {},
-        description="The partitioner's own arguments, for example { alpha = 0.5 } for dirichlet, "
-        '{ num_classes_per_partition = 2 } for pathological, { partition_by = "author" } for '
-        "natural.",
-        examples=[{"alpha": 0.5}],
-    )
-
-
-class PartSection(Section):
-    """One of several hub data sets that a federation is made of; its rows are a group of clients of
-    its own.
-    """
-
-    name: Text = Field(
-        ..., description="What the group is called; its labels get this name in front."
-    )
-    dataset: Text | None = Field(None, description="Hub data set; not set: data.name.")
-    config: Text | None = Field(None, description="Configuration of the hub data set.")
-    split: Text = Field("train", description="Which of its splits.")
-    text: Text = Field("text", description="Column of the text.")
-    pair: Text | None = Field(None, description="Column of the second text, where rows are pairs.")
-    label: Text = Field("label", description="Column of the label.")
-
-
-EMBEDDED = "sentiment"
-TASKS = ("classify-text", "classify-images", "generate")
-CLASSIFIES = Only("task", "classify-text", "classify-images")
-
-
-class DataSection(Section):
-    """The texts and their labels: where they lie, their columns, and each client's train/test
-    split.
-    """
-
-    source: Annotated[
-        Literal["embedded", "silos", "table", "hub"],
-        Chooser(alike=(("silos", "table"),)),  # one's own files stay where they are
-    ] = Field(
-        "embedded",
-        description="embedded: a data set that Fedgrove fetches and checks by itself; silos: a "
-        "folder with one file "
-        "(jsonl, csv, parquet) for each client, or of images, CLIENT/LABEL/*.png; table: one such "
-        "file, or a folder of "
-        "images, LABEL/*.png, to be split; hub: a Hugging Face data set.",
-    )
-    task: Annotated[
-        Literal["auto", "classify-text", "classify-images", "generate"],
-        Chooser(alike=(TASKS,), open="auto"),
-        Automatic("data"),
-        Only("source", "silos", "table", "hub"),  # an embedded set is for one task
-    ] = Field(
-        "auto",
-        description="What is learnt. auto: what an embedded data set is for; else classify-text.",
-    )
-    name: Annotated[Text, Of("source"), Only("source", "embedded", "hub")] = Field(
-        EMBEDDED, description="Name of the embedded or hub data set."
-    )
-    config: Annotated[Text | None, Of("source"), Only("source", "hub")] = Field(
-        None, description="Configuration of a hub data set.", examples=["default"]
-    )
-    path: Annotated[Text | None, Of("source"), Only("source", "silos", "table")] = Field(
-        None,
-        description="The folder of silos, or the table; from the working directory.",
-        examples=["silos"],
-    )
-    parts: Annotated[
-        tuple[PartSection, ...],
-        Strict(False),
-        Of("source"),
-        Only("source", "hub"),
-        Only("task", "classify-text"),
-    ] = Field(
-        (),
-        description="Several hub data sets (`[[data.parts]]`), each with columns of its own and a "
-        "group of clients: "
-        "tasks as groups, as in FedTreeLoRA's GLUE setting.",
-    )
-    text: Annotated[Text, Of("source"), Only("task", "classify-text")] = Field(
-        "text", description="Column of the text."
-    )
-    pair: Annotated[Text | None, Of("source"), Only("task", "classify-text")] = Field(
-        None,
-        description="Column of a second text, where each row is a pair (a claim and its evidence, "
-        "two questions); "
-        "a row may leave it empty.",
-        examples=["pair"],
-    )
-    image: Annotated[Text, Of("source"), Only("task", "classify-images")] = Field(
-        "image", description="Of classify-images: column of the image, the bytes of its file."
-    )
-    label: Annotated[Text, Of("source"), CLASSIFIES] = Field(
-        "label", description="Column of the label."
-    )
-    prompt: Annotated[Text, Of("source"), Only("task", "generate")] = Field(
-        "prompt", description="Of generation: column of the prompt."
-    )
-    completion: Annotated[Text, Of("source"), Only("task", "generate")] = Field(
-        "completion",
-        description="Of generation: column of the text to learn; a list of texts: the first is "
-        "learnt, each is right.",
-    )
-    messages: Annotated[Text | None, Of("source"), Only("task", "generate")] = Field(
-        None,
-        description="Of generation: column of a conversation, a list of { role, content } that "
-        "ends with the "
-        "assistant, instead of prompt and completion.",
-        examples=["messages"],
-    )
-    group: Annotated[str | None, Of("source")] = Field(
-        None,
-        description="Column of natural groups (domain, site, region): the data set is split within "
-        "each group, and "
-        "clients carry its name. Not set, or empty: no groups.",
-        examples=["domain"],
-    )
-    groups: Annotated[Texts | None, Of("source"), Only("source", "embedded", "table", "hub")] = (
-        Field(
-            None,
-            description="Only the rows of these groups, by name or pattern with * and ?. Not set: all.",
-            examples=[["amazon", "tweets"]],
-        )
-    )
-    labels: Annotated[
-        Annotated[tuple[Text, ...], Field(min_length=2), Strict(False)] | None,
-        Automatic("data"),
-        Of("source"),
-        CLASSIFIES,
-    ] = Field(
-        None,
-        description="The classes in their order, which all sites must agree on. Not set: those in "
-        "the training data, "
-        "sorted.",
-        examples=[["negative", "positive"]],
-    )
-    max_length: Annotated[int, Only("task", "classify-text", "generate")] = Field(
-        128,
-        ge=4,
-        description="Tokens of a text, special ones included; the rest is cut off. Of generation: "
-        "of prompt and "
-        "completion together; a longer row loses the start of its prompt.",
-    )
-    max_new_tokens: Annotated[int, Only("task", "generate")] = Field(
-        48, ge=1, description="Of generation: the most tokens that the model writes."
-    )
-    generate_examples: Annotated[int, Only("task", "generate")] = Field(
-        16,
-        ge=1,
-        description="Of generation: how many test rows of a client are generated for ROUGE and "
-        "exact match.",
-    )
-    test_fraction: float = Field(
-        0.25,
-        gt=0,
-        lt=1,
-        description="Share of each client's examples that is held out for its test, drawn once.",
-    )
-    validation_fraction: Share = Field(0.0, description="Share that is held out for tuning.")
-    train_examples: Annotated[Annotated[int, Field(ge=1)] | None, Of("source")] = Field(
-        None,
-        description="At most so many training examples for each client. Not set: all.",
-        examples=[60],
-    )
-    test_examples: Annotated[Annotated[int, Field(ge=1)] | None, Of("source")] = Field(
-        None,
-        description="At most so many test examples for each client. Not set: all.",
-        examples=[100],
-    )
-    partition: Annotated[
-        PartitionSection, Of("source"), Only("source", "embedded", "table", "hub")
-    ] = Field(default_factory=PartitionSection, description="How it is split into clients.")
-
-    @field_validator("group")
-    @classmethod
-    def _no_group(cls, group: str | None) -> str | None:
-        return group or None
-
-    @model_validator(mode="after")
-    def _agree(self) -> DataSection:
-        source = value_text(self.source)
-        if self.source in ("silos", "table"):
-            if self.path is None:
-                what = (
-                    "the folder with one file for each client"
-                    if self.source == "silos"
-                    else "the table's file"
-                )
-                raise ValueError(
-                    f"data.path is missing: with data.source = {source} it must name {what}."
-                )
-            for key in ("name", "config"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    value = shown(getattr(self, key))
-                    raise ValueError(
-                        f"data.{key} = {value} has no use with data.source = {source}; leave it "
-                        f"out."
-                    )
-        elif self.path is not None:
-            raise ValueError(
-                f"data.path = {shown(self.path)} has no use with data.source = {source}; "
-                'set data.source to "silos" (a folder) or "table" (a file), or leave data.path out.'
-            )
-        if self.source == "embedded" and self.config is not None:
-            raise ValueError(
-                f'data.config = {shown(self.config)} needs data.source = "hub"; leave it out.'
-            )
-        if (
-            self.source == "hub"
-            and self.name == EMBEDDED
-            and not (self.parts and all(p.dataset for p in self.parts))
-        ):
-            raise ValueError(
-                'data.name is missing: with data.source = "hub" it must name a data set of the '
-                'hub, such as "ag_news".'
-            )
-        if self.parts and self.source != "hub":
-            raise ValueError(
-                f'data.parts has no use with data.source = {source}; set it to "hub", or leave it '
-                f"out."
-            )
-        if self.parts:
-            _distinct("data.parts", tuple(part.name for part in self.parts))
-            for key in ("text", "pair", "label", "group"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(
-                        f"data.{key} has no use with data.parts, which have columns of their own; "
-                        f"leave it out."
-                    )
-        if self.source == "silos" and self.partition != PartitionSection():
-            raise ValueError(
-                f"data.partition.by = {shown(self.partition.by)} has no use with silos, which are "
-                f"clients already; "
-                'leave [data.partition] out, or set data.source = "table".'
-            )
-        if self.test_fraction + self.validation_fraction >= 1:
-            raise ValueError(
-                f"data.test_fraction = {self.test_fraction} and data.validation_fraction = "
-                f"{self.validation_fraction} "
-                "leave nothing to train on; their sum must be below 1."
-            )
-        if self.labels is not None:
-            _distinct("data.labels", self.labels)
-        if self.groups is not None and self.group is None:
-            raise ValueError(
-                f"data.groups = {shown(self.groups)} needs data.group, the column of the groups."
-            )
-        if self.groups is not None and self.source == "silos":
-            raise ValueError(
-                f"data.groups = {shown(self.groups)} has no use with silos; leave out the files of "
-                f"the other groups."
-            )
-        self._of_the_task()
-        return self
-
-    def _of_the_task(self) -> None:
-        """Keys of another task than the one named are mistakes."""
-        unused = useless_keys(type(self), vars(self), "task")
-        beside = dict.fromkeys(unused, "task")
-        if self.task == "generate":
-            if self.messages is not None:
-                beside |= {"prompt": "messages", "completion": "messages"}
-            elif self.prompt == self.completion:
-                raise ValueError(
-                    f"data.prompt and data.completion are both {shown(self.prompt)}, so a model "
-                    f"would learn to repeat; "
-                    "name two columns."
-                )
-        for key, chosen in beside.items():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                value = shown(getattr(self, chosen))
-                raise ValueError(
-                    f"data.{key} has no use with data.{chosen} = {value}; leave it out."
-                )
-
-
 class FederationSection(Section):
     """The clients, their budgets, and who takes part."""
 
@@ -463,7 +204,7 @@ class FederationSection(Section):
     @model_validator(mode="after")
     def _agree(self) -> FederationSection:
         if isinstance(self.held_out, tuple):
-            _distinct("federation.held_out", self.held_out)
+            distinct("federation.held_out", self.held_out)
         if self.late == "next" and self.deadline is None:
             raise ValueError(
                 'federation.late = "next" has no use without federation.deadline; set one, or '
@@ -673,11 +414,3 @@ class RunSection(Section):
                     f"{{{place}}} stands for nothing; only {{method}} and {{seed}} do."
                 )
         return out
-
-
-def _distinct(key: str, names: tuple[str, ...]) -> None:
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(
-            f"{key} = {shown(names)} names {value_text(twice[0])} twice; name each once."
-        )

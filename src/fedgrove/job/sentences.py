@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedgrove.ground.errors import JobError
 from fedgrove.job.kinds import choices, field_kind, join, nearest
-from fedgrove.job.sections import MethodSection, OptionsError
+from fedgrove.job.sections import MethodSection, OptionsError, Section
 from fedgrove.job.toml import key_text, shown, value_text
 
 MOST = 5  # more mistakes than this are counted, not listed
@@ -70,7 +70,7 @@ def _sentences(
             own = values.get("method", {}) if isinstance(values, Mapping) else {}
             yield from _sentences(carried.error, carried.options, ("method",), own, root)
             continue
-        path, owner = _locate(model, item["loc"])
+        path, owner = _locate(model, item["loc"], values)
         key = ".".join(map(key_text, (*prefix, *path)))
         value = _lookup(values, path, item["input"])
         if item["type"] == "extra_forbidden":
@@ -82,10 +82,10 @@ def _sentences(
 
 
 def _locate(
-    model: type[BaseModel], loc: tuple[int | str, ...]
+    model: type[BaseModel], loc: tuple[int | str, ...], values: Any
 ) -> tuple[tuple[str, ...], type[BaseModel]]:
     """The key's path down the sections, without pydantic's union tags and indices; and the section
-    that holds it.
+    that holds it, of the kind that the values choose.
     """
     path: list[str] = []
     for part in loc:
@@ -94,8 +94,14 @@ def _locate(
         inner = field.annotation if field else None
         if len(path) == len(loc) or not _is_section(inner):
             break
-        model = inner
+        model = _of_these_values(inner, _lookup(values, tuple(path), None))
     return tuple(path), model
+
+
+def _of_these_values(section: type[BaseModel], values: Any) -> type[BaseModel]:
+    if issubclass(section, Section) and isinstance(values, Mapping):
+        return section.chosen(values)
+    return section
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
@@ -185,11 +191,15 @@ def _keys(owner: type[BaseModel], section: str, root: type[BaseModel]) -> list[s
 
 
 def _everywhere(root: type[BaseModel]) -> list[str]:
-    return [
-        f"{section}.{key}"
-        for section, field in root.model_fields.items()
-        for key in _keys(field.annotation, section, root)  # type: ignore[arg-type]
-    ]
+    found = []
+    for section, field in root.model_fields.items():
+        owner = field.annotation
+        if isinstance(owner, type) and issubclass(owner, Section):
+            keys = [key for key in owner.offered() if key != "options"]
+        else:
+            keys = _keys(owner, section, root)  # type: ignore[arg-type]
+        found += [f"{section}.{key}" for key in keys]
+    return found
 
 
 def _elsewhere(name: str, everywhere: list[str]) -> str | None:

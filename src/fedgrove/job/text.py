@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fedgrove.job.kinds import field_kind
+from fedgrove.job.sections import Section
 from fedgrove.job.toml import key_text, value_text
 
 WIDTH = 100
@@ -26,10 +27,11 @@ class Entry:
     field: FieldInfo
     value: Any
     default: Any
+    only: str = ""  # with which choice the section has it, where that is another than the job's
 
     @property
     def description(self) -> str:
-        return self.field.description or ""
+        return f"{self.only}{self.field.description or ''}"
 
     def line(self, value: Any) -> str:
         return f"{key_text(self.key)} = {value_text(value)}"
@@ -71,8 +73,12 @@ def explain(job: BaseModel) -> str:
     for table in tables(job):
         blocks.append(f"[{table.name}]  {table.about}")
         for entry in table.entries:
-            here = "" if entry.value == entry.default else f"; here: {value_text(entry.value)}"
-            head = f"  {table.name}.{entry.key}: {field_kind(entry.field)}; default: {value_text(entry.default)}{here}"
+            head = (
+                f"  {table.name}.{entry.key}: {field_kind(entry.field)}; default: "
+                f"{value_text(entry.default)}"
+            )
+            if entry.value != entry.default and not entry.only:
+                head += f"; here: {value_text(entry.value)}"
             body = textwrap.fill(
                 entry.description, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
             )
@@ -93,7 +99,8 @@ def template(job: BaseModel) -> str:
     for table in tables(job):
         lines = ["", *_comment(table.about), f"[{table.name}]"]
         for entry in table.entries:
-            chosen = entry.value != entry.default or entry.key == "name" or entry.key == "by"
+            said = entry.value != entry.default or entry.key == "name" or entry.key == "by"
+            chosen = said and not entry.only
             line = entry.line(entry.value) if chosen else f"# {entry.line(entry.example())}"
             lines += [*_comment(f"{entry.key}: {entry.description}", "#   "), line]
         blocks.append("\n".join(lines))
@@ -102,10 +109,13 @@ def template(job: BaseModel) -> str:
 
 def _tables(name: str, section: BaseModel) -> Iterator[Table]:
     inner = {key: value for key, value in _values(section).items() if isinstance(value, BaseModel)}
-    entries = [_entry(section, key) for key in type(section).model_fields if key not in inner]
+    keys = section.ordered() if isinstance(section, Section) else list(type(section).model_fields)
+    entries = [_entry(section, key) for key in keys if key not in inner]
     if name == "method":
         options = inner.pop("options")
         entries += [_entry(options, key) for key in type(options).model_fields]
+    if isinstance(section, Section):
+        entries += [_entry_of_another(key, *found) for key, found in section.others().items()]
     yield Table(name, inspect.cleandoc(type(section).__doc__ or "").replace("\n", " "), entries)
     for key, value in inner.items():
         yield from _tables(f"{name}.{key}", value)
@@ -121,6 +131,11 @@ def _entry(section: BaseModel, key: str) -> Entry:
     return Entry(
         key, field, getattr(section, key), None if default is PydanticUndefined else default
     )
+
+
+def _entry_of_another(key: str, field: FieldInfo, only: str) -> Entry:
+    default = field.get_default(call_default_factory=True)
+    return Entry(key, field, None, default, f"With {only}: ")
 
 
 def _comment(text: str, later: str = "# ") -> list[str]:

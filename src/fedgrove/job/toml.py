@@ -4,16 +4,23 @@ every time.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import tomllib
 from datetime import date, datetime, time
 from typing import Any
 
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.toml import key_text, short, shown, value_text
 
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
+__all__ = [
+    "key_text",
+    "parse_assignment",
+    "parse_toml",
+    "parse_value",
+    "plain",
+    "shown",
+    "value_text",
+]
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
@@ -26,7 +33,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         problem, line, column = _position(str(error), text)
         lines = text.splitlines()
         shown = lines[line - 1].strip() if line <= len(lines) else ""
-        there = f" in: {_short(shown)}" if shown else ""
+        there = f" in: {short(shown)}" if shown else ""
         bare = problem == "invalid value" and re.search(r"=\s*[A-Za-z]", shown)
         hint = "; text needs quotes" if bare else ""
         raise JobError(
@@ -72,39 +79,6 @@ def parse_value(text: str) -> Any:
         if text.startswith("[") and text.endswith("]") and "[" not in text[1:] and '"' not in text:
             return [parse_value(item.strip()) for item in text[1:-1].split(",") if item.strip()]
     return text
-
-
-def value_text(value: Any) -> str:
-    """One value on one line, as TOML (``None``, which TOML lacks, as ``not set``)."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else str(value)
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, but JSON leaves DEL as it is, which TOML forbids.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, dict):
-        inner = ", ".join(f"{key_text(key)} = {value_text(item)}" for key, item in value.items())
-        return f"{{ {inner} }}" if inner else "{}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(value_text, value))}]"
-    return str(value)
-
-
-def key_text(key: str) -> str:
-    """A key, quoted where TOML needs it."""
-    return key if _BARE.fullmatch(key) else value_text(key)
-
-
-def shown(value: Any) -> str:
-    """A value for an error: TOML, cut where it is long."""
-    return _short(value_text(value))
-
-
-def _short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _path(key: str) -> tuple[str, ...] | None:

@@ -60,7 +60,7 @@ class Grid:
         return cls(step, max(1, math.ceil(deviation / step)))
 
     def cut(self, values: Tensor) -> Tensor:
-        """What is on the grid of ``values``, int64 of the same shape: towards zero, so that no norm
+        """``values`` ``[...]`` in whole steps, int64 of the same shape: towards zero, so that no norm
         grows.
         """
         return (values.double() / self.step).trunc().to(torch.int64)

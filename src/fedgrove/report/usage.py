@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
+from fedgrove.ground.names import folder_of
 from fedgrove.report.data import Run
 
 
@@ -75,7 +76,7 @@ def usage(run: Run) -> list[tuple[str, str]]:
     asked = reader.asked if reader else OTHER
     command = f'fedgrove predict . --client {shlex.quote(name)} "{asked}"'
     found = [("Ask one client’s model something, from a shell:", command)]
-    folder = f"adapters/{name}"
+    folder = f"adapters/{folder_of(name)}"
     base = _base(run, folder)
     if reader and base:
         stock = bool(reader.positions) and run.setting("model", "head") == "stock"

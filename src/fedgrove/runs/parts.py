@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedgrove.adapters.tree import typed
-from fedgrove.federation.tasks import task_class, task_name
+from fedgrove.federation.tasks import task_class
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.plain import Given
 from fedgrove.ground.seeds import generator
@@ -125,23 +125,23 @@ def one_by_one(job: Job) -> Job:
     return job.replace(train={"cohort": 1})
 
 
-def task_of(job: Job) -> Task:
+def task_of(job: Job) -> Task[Any]:
     return task_class(job.data).of(job.data)
 
 
 def base_of(job: Job) -> Base:
     """Raises ``JobError`` where the job asks for longer texts than the model holds."""
+    task = task_of(job)
     limit = longest_input(load_config(job.model.name, job.model.revision))
     if limit is not None:
-        _refuse_too_long(job, limit)
-    kind = task_class(job.data)
+        _refuse_too_long(task, job.model.name, limit)
     targets = job.lora.targets
     return load_base(
         job.model.name,
         revision=job.model.revision,
-        task=task_name(job.data),
-        head=job.model.head if kind.classifies else "lm",
-        classes=len(job.data.labels or ()),
+        task=task.name,
+        head="lm" if task.writes else job.model.head,
+        classes=task.outputs,
         targets=targets if targets == "auto" else list(targets),
         dtype=getattr(torch, job.train.dtype),
         device=job.train.device,
@@ -151,18 +151,17 @@ def base_of(job: Job) -> Base:
     )
 
 
-def _refuse_too_long(job: Job, limit: int) -> None:
-    data, model = job.data, job.model.name
-    if data.max_length > limit:
+def _refuse_too_long(task: Task[Any], model: str, limit: int) -> None:
+    for key, count in task.tokens.items():
+        if count > limit:
+            raise JobError(
+                f"data.{key} = {count} is more than {model} reads; set it to {limit} or less."
+            )
+    if sum(task.tokens.values()) > limit:
+        said = " and ".join(f"data.{key} = {count}" for key, count in task.tokens.items())
         raise JobError(
-            f"data.max_length = {data.max_length} is more than {model} reads; set it "
-            f"to {limit} or less."
-        )
-    if task_name(data) == "generate" and data.max_length + data.max_new_tokens > limit:
-        raise JobError(
-            f"data.max_length = {data.max_length} and data.max_new_tokens = "
-            f"{data.max_new_tokens} are together more than the {limit} tokens that {model} can "
-            f"hold; lower one of them."
+            f"{said} are together more than the {limit} tokens that {model} can hold; lower one of "
+            "them."
         )
 
 

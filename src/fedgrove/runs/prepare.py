@@ -1,7 +1,7 @@
 """The choices that a job leaves to the machine and to the data, and who its clients are. Nothing is
 written here.
 
-Every key that is marked ``Automatic`` (``job.marks``) is decided here, but for ``train.cohort``,
+Every key that is marked ``Automatic`` (``ground.marks``) is decided here, but for ``train.cohort``,
 which only the local engine has a use for.
 """
 
@@ -80,7 +80,7 @@ def machine_choices(job: Job) -> Job:
         train["threads"] = min(cores(), 16)  # more threads than that slow small models down
     if given.eval_batch_size == "auto":
         # logits of a large vocabulary take the memory that vectors of a hidden size do not
-        train["eval_batch_size"] = 128 if task_class(job.data).classifies else 64
+        train["eval_batch_size"] = 64 if task_class(job.data).writes else 128
     return job.replace(train=train) if train else job
 
 
@@ -117,10 +117,11 @@ def fast_in_bfloat16(device: str) -> bool:
 
 def data_choices(job: Job, federation: Federation) -> Job:
     """The task, the classes and whether heads are kept, where the job leaves them to the data."""
-    return job.replace(
-        data={"task": task_name(job.data), "labels": list(federation.labels) or None},
-        federation={"newcomer_head": newcomer_head(job, bool(federation.held_out))},
-    )
+    data: dict[str, Any] = {"task": task_name(job.data)}
+    if federation.labels:
+        data["labels"] = list(federation.labels)
+    head = newcomer_head(job, bool(federation.held_out))
+    return job.replace(data=data, federation={"newcomer_head": head})
 
 
 def newcomer_head(job: Job, held_out: bool) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedgrove.federation.tasks import task_of
 from fedgrove.training.readers import READERS
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def cohort_size(job: Job, base: Base, setting: Setting, clients: int, lanes: int
     config = base.model.config
     layers = int(getattr(config, "num_hidden_layers", len(base.layers)))
     heads = getattr(config, "num_attention_heads", 1)
-    longest = _patches(config) or job.data.max_length
+    longest = _patches(config) or max(task_of(job.data).tokens.values(), default=1)
     # kept for the backward pass at each layer: about 16 vectors of the hidden size, and scores and
     # weights of attention
     token = layers * (16 * base.hidden + 2 * heads * longest) * base.dtype.itemsize

@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -160,7 +160,9 @@ class Kernel:
             members = []
             for work in works:
                 live = stack.enter_context(self.opened(work.step.assembly, train=True))
-                members.append(self._member(work, live))
+                chosen = some(work.examples, work.step, work.clock)
+                count = self.steps(work.step, len(chosen))
+                members.append(self._member(work, live, chosen, count))
             gradients = self._gradients(members, works[0])
             fit(members, gradients, optimizer_of(members, options, self.base.device), options)
             return [Trained(m.live.trained(), m.loss, m.stretch.count) for m in members]
@@ -185,9 +187,8 @@ class Kernel:
         step = work.step
         options = self.options.model_copy(update={"clip": 0.0})
         with self.opened(step.assembly, train=True) as live:
-            member = self._member(Work(replace(step, count=0), work.examples, work.clock), live)
             count = step.count or math.ceil(len(work.examples) / options.batch_size)
-            member.stretch = replace(member.stretch, count=count)
+            member = self._member(work, live, work.examples, count)
             measured = SquaredGradients(live.leaves, count)
             fit([member], OfBatches(self.losses, accumulation=1), measured, options)
 
@@ -204,17 +205,18 @@ class Kernel:
             }
         return Trained(step.assembly, member.loss, 0, scores=scores)
 
-    def _member(self, work: Work, live: LiveAssembly) -> Member:
-        step, clock = work.step, work.clock
-        examples = some(work.examples, step, clock)
+    def _member(
+        self, work: Work, live: LiveAssembly, examples: Sequence[Example], count: int
+    ) -> Member:
+        """The client of this work, who makes ``count`` steps on these examples."""
+        clock = work.clock
+        order = generator(clock.seed, *_keys(work), "order")
         return Member(
             live=live,
-            step=step,
+            step=work.step,
             examples=examples,
-            batches=batch_order(
-                len(examples), self.options.batch_size, generator(clock.seed, *_keys(work), "order")
-            ),
-            stretch=Stretch(self.steps(step, len(examples)), clock.start, clock.end),
+            batches=batch_order(len(examples), self.options.batch_size, order),
+            stretch=Stretch(count, clock.start, clock.end),
         )
 
     @contextmanager
@@ -258,6 +260,12 @@ class Kernel:
     def writes(self) -> bool:
         """Whether the model writes texts."""
         return isinstance(self.reader, Writer)
+
+    def chosen(self, examples: Sequence[Example]) -> list[int]:
+        """Which examples of an evaluation get a text written; all where the model writes none."""
+        if not isinstance(self.reader, Writer):
+            return list(range(len(examples)))
+        return self.reader.task.chosen(examples)
 
     @torch.inference_mode()
     def generate(

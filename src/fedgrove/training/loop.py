@@ -1,9 +1,9 @@
 """The one training loop. A client alone is a cohort of one.
 
-Each round of it makes one optimiser step of every member that has steps left: the source of
-gradients draws each member's examples, runs them, and leaves each leaf's gradient (``OfBatches``
-the plain one, ``PerExample`` the clipped and noisy one of DP-SGD); then the rates are set, each
-member's gradient is clipped, and the optimiser moves (or, as ``SquaredGradients``, only measures).
+Each round of it (``fit``) makes one optimiser step of every member that has steps left: the rates
+are set; the source of gradients draws each member's examples, runs them, and leaves each leaf's
+gradient (``OfBatches`` the plain one, ``PerExample`` the clipped and noisy one of DP-SGD); each
+member's gradient is clipped; the optimiser moves (or, as ``SquaredGradients``, only measures).
 """
 
 from __future__ import annotations

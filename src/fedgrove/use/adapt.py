@@ -7,6 +7,7 @@ answer a held-out client; the newcomer's half, its probe and its training run he
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 
 from fedgrove.adapters.tree import typed
 from fedgrove.federation.federation import Client
-from fedgrove.federation.sources import NAME, rows_of
-from fedgrove.federation.split import split
+from fedgrove.federation.load import holding_of
+from fedgrove.federation.split import divided
 from fedgrove.ground.errors import DataError, RunError
+from fedgrove.ground.names import RULE, client_name, folder_of
 from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import ClientInfo
 from fedgrove.methods.protocols import placed
@@ -85,7 +87,7 @@ def adapt(
     """
     result = Result(run)
     name = _name(result, Path(data), name)
-    folder = _folder(Path(out) if out is not None else result.path / "adapted" / name)
+    folder = _folder(Path(out) if out is not None else result.path / "adapted" / folder_of(name))
     job = result.job
     seed = job.run.seed if seed is None else seed
     client = _client(name, Path(data), job, seed)
@@ -123,14 +125,10 @@ def adapt(
 
 
 def _name(result: Result, data: Path, name: str | None) -> str:
-    chosen = data.stem if name is None else name
-    if not NAME.fullmatch(chosen):
+    chosen = unicodedata.normalize("NFC", data.stem if name is None else name)
+    if client_name(chosen) != chosen:
         where = f"The file name of {data}" if name is None else f"--name {chosen!r}"
-        raise DataError(
-            f"{where} cannot name a client: use at most 64 letters, digits, '.', '_' and '-', a "
-            f"letter or digit first; "
-            "give another --name."
-        )
+        raise DataError(f"{where} cannot name a client: use {RULE}; give another --name.")
     row = result.summary["clients"].get(chosen)
     if row is not None and not row.get("held_out"):
         raise RunError(
@@ -149,15 +147,7 @@ def _folder(folder: Path) -> Path:
 
 
 def _client(name: str, data: Path, job: Job, seed: int) -> Client:
-    parts = split(
-        name,
-        rows_of(data, job),
-        seed=seed,
-        test_fraction=job.data.test_fraction,
-        validation_fraction=job.data.validation_fraction,
-        train_examples=job.data.train_examples,
-        test_examples=job.data.test_examples,
-    )
+    parts = divided(name, holding_of(data, job), job.data, seed)
     return Client(name, parts.train, parts.test, parts.validation, group=None, held_out=True)
 
 
@@ -181,7 +171,7 @@ def _open(result: Result, job: Job) -> Finished:
 
 def _head_words(parts: Parts, offered: bool) -> str:
     mode = parts.head.mode
-    if not parts.task.classifies:
+    if parts.task.writes:
         return ""
     if mode == "frozen":
         return "the frozen head that all clients share"

@@ -42,14 +42,14 @@ def answered(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Rows to measure on. Raises ``DataError`` where there are none, or where one lacks its
     question or answer.
     """
-    answer = "label" if task.classifies else "completion"
+    answer = task.learns
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DataError(
                 f"row {number} is no object; give rows with {task.asks!r} and {answer!r}"
             )
         missing = [key for key in (task.asks, answer) if key not in row]
-        if missing and "messages" not in row:
+        if missing and not {"messages", "plain"} & row.keys():
             raise DataError(
                 f"row {number} has no {missing[0]!r}; give rows with {task.asks!r} and {answer!r}"
             )

@@ -23,6 +23,7 @@ from fedgrove.methods.protocols import mixes
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
+from fedgrove.training.measured import measured
 from fedgrove.use.asked import answered, questions
 
 
@@ -47,13 +48,12 @@ class ClientModel:
     def probabilities(self, texts: Sequence[Any]) -> Tensor:
         return torch.softmax(self.logits(texts).float(), dim=-1)
 
-    def predict(self, texts: Sequence[Any]) -> list[str]:
+    def predict(self, texts: Sequence[Any]) -> list[Any]:
         """The most likely label of each text (or image); what a language model writes after each
         prompt.
         """
-        if not self.kernel.task.classifies:
-            return self.generate(texts)
-        return [self.labels[index] for index in self.logits(texts).argmax(dim=-1).tolist()]
+        task = self.kernel.task
+        return self.generate(texts) if task.writes else task.told(self.logits(texts))
 
     def generate(self, prompts: Sequence[Any], *, max_new_tokens: int | None = None) -> list[str]:
         """What a language model writes after each prompt, greedily; a prompt is a text, or a list
@@ -63,10 +63,10 @@ class ClientModel:
         ``AdapterError`` for a classifier.
         """
         task = self.kernel.task
-        if task.classifies:
+        if not task.writes:
             raise AdapterError(
-                f"{self.card['model']} was trained to classify ({task.name}); it cannot generate "
-                f"text."
+                f"{self.card['model']} was trained for the task {task.name!r}; it cannot generate "
+                "text."
             )
         if max_new_tokens is not None and (
             not isinstance(max_new_tokens, int) or max_new_tokens < 1
@@ -85,6 +85,15 @@ class ClientModel:
         return self.kernel.evaluate(
             self.assembly, task.encode(answered(task, rows), self.kernel.base.processor)
         )
+
+    def measures(self, rows: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> Plain:
+        """As ``evaluate``, with every metric of the task, and ``more`` by their names; by class
+        where a metric has a value for each, None where one is not defined.
+        """
+        task = self.kernel.task
+        examples = task.encode(answered(task, rows), self.kernel.base.processor)
+        found: Plain = dict(self.kernel.evaluate(self.assembly, examples))
+        return found | measured(self.kernel, self.assembly, examples, more)
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -> ClientModel:
@@ -123,7 +132,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -
         str(folder) if merged else card["model"],
         None if merged else card.get("revision"),
         card["head"],
-        json.dumps({key: card.get(key) for key in TASKS[card["task"]].from_card(card).card()}),
+        json.dumps({key: card.get(key) for key in TASKS.find(card["task"]).from_card(card).card()}),
         tuple(sorted(adapter)),
         dtype or card["dtype"],
         device,
@@ -156,13 +165,13 @@ def _kernel(
 ) -> Kernel:
     """The base that the clients of one run share: loaded once for all of them."""
     described = json.loads(card)
-    task = TASKS[described["task"]].from_card(described)
+    task = TASKS.find(described["task"]).from_card(described)
     base = load_base(
         name,
         revision=revision,
         task=task.name,
         head=head,
-        classes=len(task.labels),
+        classes=task.outputs,
         targets=list(targets) or "auto",
         dtype=getattr(torch, dtype),
         device=device,

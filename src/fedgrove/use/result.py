@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.ground.errors import RunError
+from fedgrove.ground.names import folder_of
 from fedgrove.ground.plain import Plain
 from fedgrove.tracking import metrics
 from fedgrove.tracking import summary as summaries
@@ -91,20 +92,26 @@ class ClientResult:
     @property
     def path(self) -> Path:
         """Its adapter directory."""
-        return self.result.path / "adapters" / self.name
+        return self.result.path / "adapters" / folder_of(self.name)
 
-    def predict(self, texts: Sequence[Any]) -> list[str]:
+    def predict(self, texts: Sequence[Any]) -> list[Any]:
         """The most likely label of each text, or of each image (path, bytes or PIL image)."""
         return self.model().predict(texts)
 
     def evaluate(self, data: str | Path | None = None) -> dict[str, float]:
         """The measures on the client's own test split, or on a table with the job's columns."""
-        from fedgrove.federation.sources import rows_of
+        return self.model().evaluate(self._rows(data))
 
-        rows = (
-            self.result.tests[self.name] if data is None else rows_of(Path(data), self.result.job)
-        )
-        return self.model().evaluate(rows)
+    def measures(self, data: str | Path | None = None) -> Plain:
+        """As ``evaluate``, with every metric of the task and of the job's ``data.metrics``."""
+        return self.model().measures(self._rows(data), self.result.job.data.metrics)
+
+    def _rows(self, data: str | Path | None) -> list[Row]:
+        from fedgrove.federation.load import rows_of
+
+        if data is None:
+            return self.result.tests[self.name]
+        return rows_of(Path(data), self.result.job)
 
     def export(self, out: str | Path, *, merge: bool = False, tier: str | None = None) -> Path:
         """Copy the adapter to a new directory, or write the whole model with the adapter merged
@@ -121,7 +128,7 @@ class ClientResult:
             if tier is not None:
                 from fedgrove.interop.tiers import write_tier
 
-                source = Path(folder) / self.name
+                source = Path(folder) / folder_of(self.name)
                 write_tier(self.path, source, tier)
             if merge:
                 from fedgrove.use.personal import merge as write

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
-from fedgrove.federation.sources import NAME
+from fedgrove.ground.names import client_name
 from fedgrove.wire.validate import LONGEST_TEXT
 
 MOST = 10**12  # of any count that a client tells
@@ -24,8 +24,8 @@ def row_fault(
     """
     if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
         return "it does not say who it is"
-    if not NAME.fullmatch(row["name"]):
-        return "its name has other letters than a site's"
+    if client_name(row["name"]) != row["name"]:
+        return "its name is none for a client"
     if not _positive(row.get("train")):
         return f"it says that it has {str(row.get('train'))[:20]} examples to train on"
     if rank is not None and not _positive(rank):

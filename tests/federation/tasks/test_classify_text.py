@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -160,7 +160,7 @@ def pair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFas
 def test_pairs_are_read_encoded_and_batched(pair_tokenizer: PreTrainedTokenizerFast) -> None:
     from fedgrove.job import Job
 
-    data = Job.parse("").override(["data.pair=claim"]).data
+    data: Any = Job.parse("").override(["data.pair=claim"]).data
     assert ClassifyText.columns(data) == ["text", "claim", "label"]
     with_pair = ClassifyText.row({"text": "w0 w1", "claim": "w2", "label": "no"}, data, "row 1")
     alone = ClassifyText.row({"text": "w3", "claim": "", "label": "yes"}, data, "row 2")

@@ -43,8 +43,9 @@ def test_a_pair_is_written_by_the_chat_template_and_ends_with_its_end(chat: Any)
     example = Generate(max_length=64).encode([ROW], chat)[0]
     text = chat.decode(example["input_ids"])
     assert text == "<|user|> what is not good <|end|> <|assistant|> it was bad <|end|>"
-    assert chat.decode(example["input_ids"][example["start"] :]) == "it was bad <|end|>"
-    assert example["prompt_ids"] == example["input_ids"][: example["start"]]
+    ((start, end),) = example["spans"]
+    assert chat.decode(example["input_ids"][start:end]) == "it was bad <|end|>"
+    assert example["prompt_ids"] == example["input_ids"][:start]
     assert (example["prompt"], example["references"]) == ("what is not good", ["it was bad"])
 
 
@@ -114,11 +115,12 @@ def test_a_long_row_loses_the_start_of_its_prompt_and_keeps_the_start_of_its_com
     assert len(full["input_ids"]) == 15
     cut = Generate(max_length=12).encode([row], chat)[0]
     assert cut["input_ids"] == full["input_ids"][3:]
-    assert chat.decode(cut["input_ids"][cut["start"] :]) == "it was bad <|end|>"
+    ((start, end),) = cut["spans"]
+    assert chat.decode(cut["input_ids"][start:end]) == "it was bad <|end|>"
     # the prompt keeps half of the room, and what of the completion does not fit goes from its end
     tight = Generate(max_length=6).encode([row], chat)[0]
     assert chat.decode(tight["input_ids"]) == "good <|end|> <|assistant|> it was bad"
-    assert (len(tight["input_ids"]), tight["start"]) == (6, 3)
+    assert (len(tight["input_ids"]), tight["spans"]) == (6, [(3, 6)])
     assert Generate(max_length=14).truncated([row], chat) == 1
     assert Generate(max_length=15).truncated([row], chat) == 0
     assert Generate().lengths([row, ROW], chat) == [15, 11]
@@ -306,8 +308,16 @@ BAD_CHATS = [
         r"has a message 1 whose content is empty or no text",
     ),
     (
-        [{"from": "human", "value": "x"}, ANSWER],
+        [{"from": "human", "content": "x"}, ANSWER],
         r"has a message 1 that is no object with a role and a content",
+    ),
+    (
+        [{"from": "tool", "value": "x"}, ANSWER],
+        r"has a message 1 with the role 'tool'; roles are system, user, assistant",
+    ),
+    (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER],
+        r"has a message 1 with a part of the kind 'image_url'; only text is learnt",
     ),
     (
         [USER, ANSWER, USER],
@@ -462,15 +472,15 @@ def test_only_the_groups_asked_for(
     [
         (
             ["data.task=generate", "data.label=y"],
-            r'data.label has no use with data.task = "generate"',
+            r'data.label = "y" has no use with data.task = "generate"; set data.task to "classify-images"',
         ),
         (
             ["data.task=classify-text", "data.prompt=q"],
-            r'data.prompt has no use with data.task = "classify-text"',
+            r'data.prompt = "q" has no use with data.task = "classify-text"; set data.task to "generate"',
         ),
         (
             ["data.task=generate", "data.messages=m", "data.prompt=q"],
-            r'data.prompt has no use with data.messages = "m"; leave it out',
+            r'data.prompt = "q" has no use with data.messages = "m"; leave it out',
         ),
     ],
 )

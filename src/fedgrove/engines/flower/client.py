@@ -149,9 +149,9 @@ class Runtime:
 
         job = self._job(note.head["job"])
         client = self.place.client(job)
-        row = Federation((client,), tuple(job.data.labels or ()), {}, task_class(job.data)).table()[
-            "clients"
-        ][0]
+        row = Federation((client,), job.data.classes, {}, task_class(job.data)).table()["clients"][
+            0
+        ]
         return Note(
             "hello",
             {

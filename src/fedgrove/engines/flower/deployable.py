@@ -19,7 +19,7 @@ def deployable(job: Job) -> Job:
     """The job between sites. What only a simulation can do is refused with a ``JobError``; what a
     simulation looks up in everybody's data must be in the job.
     """
-    if task_class(job.data).classifies and not job.data.labels:
+    if task_class(job.data).classifies and not job.data.classes:
         raise JobError(
             "data.labels is missing: sites do not see each other's data, so the job must name the "
             "classes."

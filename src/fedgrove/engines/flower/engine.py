@@ -33,14 +33,9 @@ FAREWELL = 60.0  # seconds that the end of a run waits for those that are away
 TRIES = 20  # how often a client whose node comes and goes is asked in a round that needs it
 AGAIN = 60.0  # seconds before a node that refused is asked again
 
-_LEAVING = {
-    "metric_base",
-    "metric",
-    "metric_tuned",
-    "loss",
-    "epsilon",
-    "delta",
-}  # what a client's last line may have
+#: What a client's last line may have.
+_LEAVING = {"metric_base", "metric", "metric_tuned", "loss", "epsilon", "delta"}
+_MEASURED = {"metric_base", "metric", "loss"}  # and what it must
 
 _Ask = tuple[str, dict[str, Any], dict[str, Any]]  # kind, head, body
 Told = Callable[[int, str, str, str], None]  # (round, client, what, reason): for the log
@@ -106,19 +101,16 @@ class FlowerEngine:
         self._stores: dict[str, int] = {}  # round of each client's store
         self._before: dict[str, int] = {}
         self._kept: dict[str, int] = {}  # as _stores, at the last checkpoint
-        self._overdue: dict[
-            str, _Sent
-        ] = {}  # messages without an answer at the deadline, where late ones count
+        # messages without an answer at the deadline, where late ones count
+        self._overdue: dict[str, _Sent] = {}
         self._came: dict[str, Note] = {}  # their answers, where they came between rounds
         self._refused: dict[int, tuple[float, str]] = {}
         self._greeted: dict[str, int] = {}  # nodes that were asked who they are, by message
-        self._opening: dict[
-            str, tuple[ClientInfo, bool]
-        ] = {}  # who loads the model now; whether it was here before
+        # who loads the model now; whether it was here before
+        self._opening: dict[str, tuple[ClientInfo, bool]] = {}
         self._opened: set[str] = set()  # clients that have loaded the model
-        self._ready: list[
-            tuple[ClientInfo, bool]
-        ] = []  # as _opening: done, and not yet told to the loop
+        # as _opening: done, and not yet told to the loop
+        self._ready: list[tuple[ClientInfo, bool]] = []
         self._method: Method | None = None
         self._head: HeadPolicy | None = None
         self._metric = ""
@@ -140,17 +132,10 @@ class FlowerEngine:
         ``wait``: for all answers. Otherwise a slow node is met at a later call, and keeps nobody
         waiting.
         """
-        known = {*(member.node for member in self.members.values()), *self._greeted.values()}
-        now = time.monotonic()
-        nodes = [
-            node
-            for node in self.post.nodes()
-            if node not in known and now - self._refused.get(node, (-AGAIN, ""))[0] >= AGAIN
-        ]
         import fedgrove
 
         head = {"job": self.job.to_toml(), "version": fedgrove.__version__}
-        for node in nodes:
+        for node in self._strangers():
             sent = self._to(node, "hello", head, {}, seconds=GREETING)
             if sent:
                 self._greeted[sent] = node
@@ -163,6 +148,13 @@ class FlowerEngine:
                 found.append(member)
         return sorted(found, key=lambda member: member.name)
 
+    def _strangers(self) -> list[int]:
+        """Connected nodes of which nothing is known, or that were turned away a while ago."""
+        known = {member.node for member in self.members.values()} | set(self._greeted.values())
+        long_ago = time.monotonic() - AGAIN
+        found = [node for node in self.post.nodes() if node not in known]
+        return [node for node in found if self._refused.get(node, (long_ago, ""))[0] <= long_ago]
+
     def _met(self, node: int, answer: Note | Failure) -> Member | None:
         """Who a node says it is; None where it is turned away."""
         called = self.names.get(node, f"node {node}")
@@ -171,17 +163,15 @@ class FlowerEngine:
                 self._turn_away(node, called, answer.reason)
             return None
         row, rank = answer.head.get("row"), answer.head.get("rank")
-        wrong = row_fault(row, rank, self.job.data.labels or (), strict=not self.trusted)
+        wrong = row_fault(row, rank, self.job.data.classes, strict=not self.trusted)
         if wrong or not isinstance(row, dict):
             self._turn_away(node, called, f"its hello is refused, because {wrong}")
             return None
-        if self.names and self.names.get(node) != row["name"]:
-            whose = (
-                f"the key of {self.names[node]!r}"
-                if node in self.names
-                else "a key that belongs to no site"
-            )
-            self._turn_away(node, row["name"], f"its node has {whose}")
+        if self.names and node not in self.names:
+            self._turn_away(node, row["name"], "its node has a key that belongs to no site")
+            return None
+        if self.names and self.names[node] != row["name"]:
+            self._turn_away(node, row["name"], f"its node has the key of {self.names[node]!r}")
             return None
         before = self.members.get(row["name"])
         if before is not None and before.node in self.post.nodes():
@@ -292,49 +282,41 @@ class FlowerEngine:
         """Those connected and not still at work; where too few are, it waits for them as long as a
         round may take.
         """
-        until = None if self.patience is None else time.monotonic() + self.patience
+        until = self._deadline()
         while True:
-            online = set(self.post.nodes())
-            busy = {sent.client for name, sent in self._overdue.items() if name not in self._came}
-            here = [
-                name
-                for name in clients
-                if name in self._opened
-                and name in self.members
-                and self.members[name].node in online
-                and name not in busy
-            ]
-            if len(here) >= min(self.least, len(clients)) or (
-                until is not None and time.monotonic() >= until
-            ):
+            here = self._idle(clients)
+            if len(here) >= min(self.least, len(clients)) or _over(until):
                 return here
             if self._overdue:
                 self._late_ones()
             time.sleep(min(self.post.slowest, 0.5))
             self._take_in()
 
+    def _idle(self, clients: Sequence[str]) -> list[str]:
+        """Those that have loaded the model, are connected and not at work."""
+        online = set(self.post.nodes())
+        busy = {sent.client for name, sent in self._overdue.items() if name not in self._came}
+        here = [name for name in clients if name in self._opened and name in self.members]
+        return [name for name in here if self.members[name].node in online and name not in busy]
+
+    def _deadline(self) -> float | None:
+        """When a round that begins now is over, by the monotonic clock."""
+        return None if self.patience is None else time.monotonic() + self.patience
+
     # ------------------------------------------------------------------ rounds
     def train(
         self, round: int, clients: Sequence[str], offer: OfferOf
     ) -> Iterator[Arrival | Absence]:
         waiting, self._overdue = self._overdue, {}
-        until = None if self.patience is None else time.monotonic() + self.patience
         came, self._came = self._came, {}
+        until = self._deadline()
         for sent, note in came.items():
             yield self._arrival(waiting.pop(sent), note)
         todo, present, tries = list(clients), 0, 0
         while todo:
             tries += 1
             # those whose node went away: asked again where the round has too few without them
-            gone = []
-            needed = set()
-            for name in todo:
-                sent, asked = self._ask_to_train(name, round, offer)
-                if sent:
-                    waiting[sent] = asked
-                    needed.add(sent)
-                else:
-                    gone.append(name)
+            needed, gone = self._ask_all_to_train(todo, round, offer, waiting)
             for sent, answer in self.post.collect(
                 list(waiting), needed=needed, seconds=_left(until)
             ):
@@ -345,23 +327,12 @@ class FlowerEngine:
                 arrival = self._arrival(asked, answer)
                 present += isinstance(arrival, Arrival)
                 yield arrival
+            too_few = present < min(self.least, len(clients))
+            if gone and too_few and tries < TRIES and self._are_back(gone, round, until):
+                todo = gone
+                continue
             todo = []
-            if (
-                gone
-                and present < min(self.least, len(clients))
-                and tries < TRIES
-                and not self.trusted
-            ):
-                for name in gone:
-                    self.told(
-                        round,
-                        name,
-                        "away",
-                        "its node is not connected any more; the round needs it, and waits",
-                    )
-                if self._wait_for(gone, until):
-                    todo = gone
-            for name in gone if not todo else ():
+            for name in gone:
                 yield Absence(name, "its node is not connected any more")
         for sent, asked in waiting.items():
             if asked.round == round:
@@ -371,12 +342,41 @@ class FlowerEngine:
             else:
                 self.post.forget([sent])
 
+    def _ask_all_to_train(
+        self, clients: Sequence[str], round: int, offer: OfferOf, waiting: dict[str, _Sent]
+    ) -> tuple[set[str], list[str]]:
+        """(the messages that the round waits for, those whose node is not there); what was sent is
+        put among those that are waited for.
+        """
+        needed, gone = set(), []
+        for name in clients:
+            sent, asked = self._ask_to_train(name, round, offer)
+            if sent:
+                waiting[sent] = asked
+                needed.add(sent)
+            else:
+                gone.append(name)
+        return needed, gone
+
+    def _are_back(self, gone: Sequence[str], round: int, until: float | None) -> bool:
+        """Whether all of those whose node went away are connected again in time."""
+        if self.trusted:
+            return False
+        for name in gone:
+            self.told(
+                round,
+                name,
+                "away",
+                "its node is not connected any more; the round needs it, and waits",
+            )
+        return self._wait_for(gone, until)
+
     def _ask_to_train(self, name: str, round: int, offer: OfferOf) -> tuple[str, _Sent]:
         given = offer(name)
         # A message may be read only as long as its answer can be used.
-        lifetime = (
-            None if self.patience is None else self.patience * (3 if self.late == "next" else 1) + 1
-        )
+        lifetime = self.patience
+        if lifetime is not None:
+            lifetime = 3 * lifetime + 1 if self.late == "next" else lifetime + 1
         head = {"round": round, "store": self._stores.get(name, 0), "keep": self._kept.get(name, 0)}
         sent = self._send(name, "train", head, {"offer": dict(given)}, seconds=lifetime)
         return sent, _Sent(name, round, numbers(given), sent_bytes(given, self.job.run.compress))
@@ -464,19 +464,14 @@ class FlowerEngine:
         self, clients: Sequence[str], offer: OfferOf, out: Path
     ) -> Iterator[tuple[str, Leaving] | Absence]:
         self._wait_for(clients, self._a_while())
-        groups = (
-            [name for name in clients if name not in self.held_out],
-            [n for n in clients if n in self.held_out],
-        )
-        for group, held_out in zip(groups, (False, True), strict=True):
+        for held_out in (False, True):
+            group = [name for name in clients if (name in self.held_out) == held_out]
             for name, answer in self._ask_clients(group, "finish", {"held_out": held_out}, offer):
                 if isinstance(answer, Failure):
                     yield Absence(name, answer.reason, answer.trace)
                     continue
                 row, stored = answer.head.get("row"), answer.head.get("stored")
-                wrong = measures_fault(
-                    row, needed={"metric_base", "metric", "loss"}, known=_LEAVING
-                )
+                wrong = measures_fault(row, needed=_MEASURED, known=_LEAVING)
                 wrong = wrong or figures_fault(stored=stored)
                 if wrong or not isinstance(row, dict) or not isinstance(stored, int):
                     yield Absence(name, f"its measures are refused, because {wrong}")
@@ -492,7 +487,7 @@ class FlowerEngine:
             online = set(self.post.nodes())
             if all(self.members[name].node in online for name in clients if name in self.members):
                 return True
-            if self.trusted or (until is not None and time.monotonic() >= until):
+            if self.trusted or _over(until):
                 return False
             time.sleep(min(self.post.slowest, 0.5))
 
@@ -625,6 +620,10 @@ class FlowerEngine:
         if self._refused.get(node, (0.0, ""))[1] != reason:
             self.told(0, client, "refused", reason)
         self._refused[node] = (time.monotonic(), reason)
+
+
+def _over(until: float | None) -> bool:
+    return until is not None and time.monotonic() >= until
 
 
 def _left(until: float | None) -> float | None:

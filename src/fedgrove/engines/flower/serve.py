@@ -46,6 +46,7 @@ class Roster:
     labels: tuple[str, ...]
     rows: Sequence[Mapping[str, Any]]
     source: dict[str, Any]
+    remarks: tuple[str, ...] = ()  # what sites found out about their data stays there
 
     def table(self) -> dict[str, Any]:
         return {"labels": list(self.labels), "clients": [dict(row) for row in self.rows]}
@@ -141,7 +142,7 @@ def between_sites(
         newcomer=lambda info: held_out.update({info.name: info}),
     )
     rows = [member.row for member in sorted(members, key=lambda member: member.name)]
-    roster = Roster(tuple(job.data.labels or ()), rows, {"name": "the sites' own data"})
+    roster = Roster(job.data.classes, rows, {"name": "the sites' own data"})
     with marked(directory, key):
         watch.phase("waiting for the sites to load the model")
         here = [info for info in engine.infos.values() if info.name in engine.members]

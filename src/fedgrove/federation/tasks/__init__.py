@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fedgrove.federation.embedded import EMBEDDED
-from fedgrove.federation.tasks.base import Batch, Example, Task
+from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, WritingTask
 from fedgrove.federation.tasks.classify_images import ClassifyImages
 from fedgrove.federation.tasks.classify_text import ClassifyText
 from fedgrove.federation.tasks.generate import Generate
+from fedgrove.ground.registry import Registry
 
 if TYPE_CHECKING:
-    from fedgrove.job.sections import DataSection
+    from fedgrove.job import DataSection
 
 __all__ = [
+    "AUTO",
+    "GROUP",
     "TASKS",
     "Batch",
     "ClassifyImages",
     "ClassifyText",
     "Example",
     "Generate",
+    "HeadedTask",
     "Task",
+    "WritingTask",
+    "register",
     "task_class",
     "task_name",
+    "task_of",
 ]
 
-#: the values of ``data.task``
-TASKS: dict[str, type[Task]] = {
-    "classify-text": ClassifyText,
-    "classify-images": ClassifyImages,
-    "generate": Generate,
-}
+GROUP = "fedgrove.tasks"
+#: by the values of ``data.task``
+TASKS: Registry[Task[Any]] = Registry(
+    "task", "data.task", GROUP, "fedgrove.federation.tasks", lambda: Task
+)
+register = TASKS.register
+
+AUTO = "classify-text"  # what data.task = "auto" means where a source does not know better
 
 
 def task_name(data: DataSection) -> str:
-    """``data.task``; "auto" is what an embedded data set is for, and text classification for the
-    user's own data.
+    """``data.task``; "auto" is what the data are for, where their source knows it, and text
+    classification for the user's own.
     """
-    if data.task != "auto":
-        return data.task
-    if data.source == "embedded" and data.name in EMBEDDED:
-        return EMBEDDED[data.name].task
-    return "classify-text"
+    return task_class(data).name
 
 
-def task_class(data: DataSection) -> type[Task]:
+def task_class(data: DataSection) -> type[Task[Any]]:
     """The class of the job's task."""
-    return TASKS[task_name(data)]
+    return data.task_class
+
+
+def task_of(data: DataSection) -> Task[Any]:
+    """The task with the job's settings."""
+    return task_class(data).of(data)

@@ -1,23 +1,45 @@
-"""What every classification shares: a linear head on pooled states, mean cross-entropy and
-accuracy.
+"""What every classification shares: classes out of rows, a linear head on pooled states, mean
+cross-entropy and accuracy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from pydantic import Field, Strict, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgrove.federation.readers import Place, label_of
-from fedgrove.federation.tasks.base import Batch
+from fedgrove.federation.labels import class_among
+from fedgrove.federation.metrics.base import Answers
+from fedgrove.federation.readers import Place, Row, label_of
+from fedgrove.federation.tasks.base import Batch, Example
 from fedgrove.ground.errors import DataError
+from fedgrove.ground.marks import Automatic
+from fedgrove.ground.options import OF_THE_DATA, Column, Options, Text, distinct
 
-if TYPE_CHECKING:
-    from fedgrove.job.sections import DataSection
+Classes = Annotated[tuple[Text, ...], Field(min_length=2), Strict(False)]
+
+
+class ClassOptions(Options):
+    """The keys of rows that have a class."""
+
+    label: Column = Field("label", description="Column of the label.")
+    labels: Annotated[Classes | None, Automatic("data"), OF_THE_DATA] = Field(
+        None,
+        description="The classes in their order, which all sites must agree on. Not set: those in "
+        "the training data, sorted.",
+        examples=[["negative", "positive"]],
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _each_class_once(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        distinct("data.labels", labels or ())
+        return labels
 
 
 class Classifier:
@@ -25,23 +47,42 @@ class Classifier:
     head's outputs.
     """
 
+    classifies: ClassVar[bool] = True
+    metric: ClassVar[str] = "accuracy"
+    gives: ClassVar[tuple[str, ...]] = ("truth", "predicted", "scores")
+    metrics: ClassVar[tuple[str, ...]] = (
+        "f1_macro",
+        "f1",
+        "mcc",
+        "balanced_accuracy",
+        "auroc",
+        "ece",
+    )
     labels: tuple[str, ...]
-    heads: ClassVar[tuple[str, ...]] = ("pooled", "stock")
-    level: ClassVar[Literal["example", "token"]] = "example"
 
-    def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """weight [classes, hidden] from N(0, 0.02²), bias [classes] of zeros."""
-        weight = torch.randn(len(self.labels), hidden, generator=generator) * 0.02
-        return {"weight": weight, "bias": torch.zeros(len(self.labels))}
+    @property
+    def outputs(self) -> int:
+        """One for each class."""
+        return len(self.labels)
 
-    def head_logits(
-        self, states: Float[Tensor, "b h"], head: Mapping[str, Tensor]
-    ) -> Float[Tensor, "b c"]:
-        """As in HeadedTask."""
-        return F.linear(states.to(head["weight"].dtype), head["weight"], head["bias"])
+    def target(self, row: Row, number: int) -> int:
+        """The class's number; ``number`` is the row's. Raises DataError for a label that the task
+        does not have.
+        """
+        try:
+            return self.labels.index(row["label"])
+        except ValueError:
+            known = ", ".join(map(repr, self.labels))
+            raise DataError(
+                f"row {number} has the label {row['label']!r}, but the model knows only: {known}"
+            ) from None
+
+    def targets(self, examples: Sequence[Example]) -> Int[Tensor, " b"]:
+        """The classes' numbers."""
+        return torch.tensor([example["label"] for example in examples], dtype=torch.long)
 
     def loss(self, logits: Float[Tensor, "b c"], batch: Batch) -> Float[Tensor, ""]:
-        """As in Task."""
+        """The mean cross-entropy."""
         return F.cross_entropy(logits, batch["labels"])
 
     def score(self, logits: Float[Tensor, "b c"], batch: Batch) -> dict[str, float]:
@@ -62,15 +103,32 @@ class Classifier:
             "examples": examples,
         }
 
+    def compared(self, found: Float[Tensor, "n c"], examples: Sequence[Example]) -> Answers:
+        """Classes and their probabilities."""
+        scores = torch.softmax(found.double(), dim=-1).numpy()
+        return Answers(
+            labels=self.labels,
+            truth=self.targets(examples).numpy(),
+            predicted=scores.argmax(-1),
+            scores=scores,
+        )
 
-def class_of(value: object, data: DataSection, place: Place) -> str:
+    def told(self, logits: Float[Tensor, "n c"]) -> list[Any]:
+        """The most likely class of each."""
+        return [self.labels[index] for index in logits.argmax(dim=-1).tolist()]
+
+
+def class_of(value: object, data: ClassOptions, place: Place) -> str:
     """A row's class as a text, one of ``data.labels`` where the job names them. Raises
     DataError.
     """
     label = label_of(value, data.label, place)
-    if data.labels and label not in data.labels:
+    if not data.labels:
+        return label
+    known = class_among(label, data.labels)
+    if known is None:
         listed = ", ".join(map(repr, data.labels))
         raise DataError(
             f"{place}: the label {label!r} is not in data.labels ({listed}); add it or correct it"
         )
-    return label
+    return known

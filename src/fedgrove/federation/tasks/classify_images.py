@@ -7,21 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
-from fedgrove.federation.images import Picture, picture_of
-from fedgrove.federation.readers import Place, Row
-from fedgrove.federation.tasks.base import Batch, Example
-from fedgrove.federation.tasks.classifier import Classifier, class_of
-from fedgrove.ground.errors import DataError
-
-if TYPE_CHECKING:
-    from fedgrove.job.sections import DataSection
+from fedgrove.federation.images import Picture, labelled, picture_of, purposes
+from fedgrove.federation.purposes import marked
+from fedgrove.federation.readers import Found, Place, Row
+from fedgrove.federation.tasks.base import Batch, Example, HeadedTask
+from fedgrove.federation.tasks.classifier import Classifier, ClassOptions, class_of
+from fedgrove.ground.options import Column
 
 CHUNK = 64  # images decoded at a time: their full-size pixels are the largest thing in memory
 
@@ -52,49 +51,54 @@ class Scaling:
         return (pixels.float() * self.factor - self.mean) / self.std
 
 
+class ImageOptions(ClassOptions):
+    """The keys of image classification."""
+
+    image: Column = Field("image", description="Column of the image, the bytes of its file.")
+
+
 @dataclass(frozen=True)
-class ClassifyImages(Classifier):
+class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
     """``labels`` in the order of the head's outputs."""
 
-    labels: tuple[str, ...]
-    name: str = "classify-images"
-    classifies: ClassVar[bool] = True
+    name: ClassVar[str] = "classify-images"
+    about: ClassVar[str] = "the class of an image"
+    Options: ClassVar[type[ImageOptions]] = ImageOptions
     asks: ClassVar[str] = "image"
-    metric: str = "accuracy"
+    reads: ClassVar[Literal["text", "images"]] = "images"
+    folders: ClassVar[bool] = True
+
+    labels: tuple[str, ...]
 
     @classmethod
-    def of(cls, data: DataSection) -> ClassifyImages:
-        """As in Task."""
-        return cls(labels=tuple(data.labels or ()))
-
-    def card(self) -> dict[str, Any]:
-        """As in Task."""
-        return {"task": self.name, "labels": list(self.labels)}
-
-    @classmethod
-    def from_card(cls, card: Mapping[str, Any]) -> ClassifyImages:
-        """As in Task."""
-        return cls(labels=tuple(card["labels"]))
-
-    @staticmethod
-    def columns(data: DataSection) -> list[str]:
+    def columns(cls, data: ImageOptions) -> list[str]:
         """As in Task."""
         return [data.image, data.label]
 
-    @staticmethod
-    def row(values: Mapping[str, Any], data: DataSection, place: Place) -> Row:
+    @classmethod
+    def row(cls, values: Mapping[str, Any], data: ImageOptions, place: Place) -> Row:
         """``{"image": Picture, "label": str}``."""
         return {
             "image": picture_of(values[data.image], data.image, place),
             "label": class_of(values[data.label], data, place),
         }
 
-    @staticmethod
-    def describe(rows: Sequence[Row]) -> dict[str, Any]:
+    @classmethod
+    def in_folder(cls, folder: Path, data: ImageOptions, source: str) -> Found:
+        """The images of ``folder/LABEL/*.png``, or of ``folder/train/LABEL/*.png`` and
+        ``folder/test/LABEL/*.png``.
+        """
+        divided = purposes(folder) if folder.is_dir() else {}
+        if not divided:
+            yield from _labelled(folder, data, source)
+        for purpose, part in divided.items():
+            yield from marked(_labelled(part, data, source), purpose)
+
+    @classmethod
+    def describe(cls, rows: Sequence[Row]) -> dict[str, Any]:
         """The median of the longer sides, in pixels."""
-        return {
-            "median_pixels": median(max(row["image"].width, row["image"].height) for row in rows)
-        }
+        sides = [max(row["image"].width, row["image"].height) for row in rows]
+        return {"median_pixels": median(sides)}
 
     def encode(self, rows: Sequence[Row], processor: Any) -> list[Example]:
         """``{"pixels": uint8 [c, h, w], "scaling": Scaling, "label": int}``: resized and cropped,
@@ -104,53 +108,30 @@ class ClassifyImages(Classifier):
         pixels would take four times the memory. Raises DataError for a label that the task does not
         have, and for an image that cannot be opened.
         """
-        numbers = {label: number for number, label in enumerate(self.labels)}
         scaling = Scaling.of(processor)
         examples: list[Example] = []
         for start in range(0, len(rows), CHUNK):
             chosen = rows[start : start + CHUNK]
             opened = [
-                _picture(row["image"], start + number).rgb()
-                for number, row in enumerate(chosen, start=1)
+                _picture(row["image"], number).rgb()
+                for number, row in enumerate(chosen, start=start + 1)
             ]
             pixels = processor(
                 images=opened, do_rescale=False, do_normalize=False, return_tensors="np"
             )["pixel_values"]
             for number, (row, each) in enumerate(zip(chosen, pixels, strict=True), start=start + 1):
-                # a processor that makes anything but 8-bit pixels is held in half precision
-                values = each if each.dtype == np.uint8 else each.astype(np.float16)
-                example: Example = {"pixels": torch.from_numpy(values.copy()), "scaling": scaling}
-                if "label" in row:
-                    if row["label"] not in numbers:
-                        known = ", ".join(map(repr, self.labels))
-                        raise DataError(
-                            f"row {number} has the label {row['label']!r}, but the model knows "
-                            f"only: {known}"
-                        )
-                    example["label"] = numbers[row["label"]]
+                example: Example = {"pixels": _small(each), "scaling": scaling}
+                if self.learns in row:
+                    example["label"] = self.target(row, number)
                 examples.append(example)
         return examples
-
-    def lengths(self, rows: Sequence[Row], processor: Any) -> list[int]:
-        """As in Task."""
-        return []
-
-    def truncated(self, rows: Sequence[Row], processor: Any) -> int:
-        """None: images are resized, not cut."""
-        return 0
-
-    def length(self, example: Example) -> int:
-        """All alike."""
-        return 0
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """pixel_values [b, c, h, w] in float32, as the processor would give them."""
         pixels = torch.stack([example["pixels"] for example in examples])
         batch = {"pixel_values": examples[0]["scaling"](pixels)}
         if all("label" in example for example in examples):
-            batch["labels"] = torch.tensor(
-                [example["label"] for example in examples], dtype=torch.long
-            )
+            batch["labels"] = self.targets(examples)
         return batch
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -160,6 +141,19 @@ class ClassifyImages(Classifier):
     def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
         """The mean of all states, summed in at least float32."""
         return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).mean(1)
+
+
+def _labelled(folder: Path, data: ImageOptions, source: str) -> Found:
+    for place, path, label in labelled(folder, source):
+        yield place, {data.image: path, data.label: label}
+
+
+def _small(pixels: np.ndarray[Any, Any]) -> Tensor:
+    """[c, h, w] in 8 bits; what a processor makes of anything but 8-bit pixels in half
+    precision.
+    """
+    values = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float16)
+    return torch.from_numpy(values.copy())
 
 
 def _picture(image: Any, number: int) -> Picture:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fedgrove.federation.readers import Place, text_of, whole
 from fedgrove.ground.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-
-
-def text_in(value: Any, column: str, place: Place) -> str:
-    """A prompt or completion: any text that is not blank. Raises DataError."""
-    return text_of(value, column, place)
+#: what other tools call them
+SAME = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+SPELLINGS = (("role", "content"), ("from", "value"))
 
 
 def answers(value: Any, column: str, place: Place) -> list[str]:
@@ -32,8 +31,10 @@ def conversation(value: Any, column: str, place: Place) -> list[dict[str, str]]:
     """``[{"role": "user", "content": "..."}, ..., {"role": "assistant", ...}]``; other keys are
     dropped.
 
-    Raises DataError: no list, an unknown role, an empty message, a system message that is not the
-    first, an end that is not the assistant's, nothing before that end.
+    A message may also be ``{"from": "human", "value": "..."}``, and a content a list of parts
+    ``{"type": "text", "text": "..."}``. Raises DataError: no list, an unknown role, an empty
+    message, a system message that is not the first, an end that is not the assistant's, nothing
+    before that end.
     """
 
     def wrong(what: str) -> DataError:
@@ -43,15 +44,9 @@ def conversation(value: Any, column: str, place: Place) -> list[dict[str, str]]:
         raise wrong(
             f"is a {type(value).__name__}, not a list of messages with a role and a content"
         )
-    messages = []
+    messages: list[dict[str, str]] = []
     for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise wrong(f"has a message {number} that is no object with a role and a content")
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise wrong(
-                f"has a message {number} with the role {role!r}; roles are {', '.join(ROLES)}"
-            )
+        role, content = _said(message, number, wrong)
         if role == "system" and number > 1:
             raise wrong(f"has a system message at place {number}; it can only be the first")
         if not isinstance(content, str) or not content.strip():
@@ -65,3 +60,31 @@ def conversation(value: Any, column: str, place: Place) -> list[dict[str, str]]:
     if len(messages) == 1 or messages[-2]["role"] != "user":
         raise wrong("has no user's message before the last answer, so there is nothing to answer")
     return messages
+
+
+def _said(message: Any, number: int, wrong: Callable[[str], DataError]) -> tuple[str, Any]:
+    """Role and content of a message, in either spelling; parts of a content are joined."""
+    if not isinstance(message, dict):
+        raise wrong(f"has a message {number} that is no object with a role and a content")
+    for role_key, content_key in SPELLINGS:
+        if role_key in message and content_key in message:
+            role, content = message[role_key], message[content_key]
+            break
+    else:
+        raise wrong(f"has a message {number} that is no object with a role and a content")
+    role = SAME.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise wrong(f"has a message {number} with the role {role!r}; roles are {', '.join(ROLES)}")
+    if isinstance(content, list | tuple):
+        content = "".join(_part(part, number, wrong) for part in content)
+    return role, content
+
+
+def _part(part: Any, number: int, wrong: Callable[[str], DataError]) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    text = part.get("text") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(text, str):
+        raise wrong(f"has a message {number} with a part of the kind {kind!r}; only text is learnt")
+    return text

@@ -11,29 +11,121 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgrove.federation.readers import Place, Row
-from fedgrove.federation.tasks.base import Batch, Example
-from fedgrove.federation.tasks.conversation import answers, conversation, text_in
-from fedgrove.federation.tasks.overlap import Overlap
+from fedgrove.federation.metrics.base import Answers
+from fedgrove.federation.metrics.overlap import Overlap
+from fedgrove.federation.readers import Place, Row, text_of
+from fedgrove.federation.tasks.base import SAID_WHERE_SET, Batch, Example, WritingTask
+from fedgrove.federation.tasks.conversation import answers, conversation
+from fedgrove.federation.tasks.template import columns_in, filled
+from fedgrove.federation.tasks.texts import LengthOptions
 from fedgrove.ground.errors import DataError
-
-if TYPE_CHECKING:
-    from fedgrove.job.sections import DataSection
+from fedgrove.ground.options import COLUMN, OF_THE_DATA, Column, Text
+from fedgrove.ground.toml import shown
 
 IGNORED = -100  # the label of a position that is not learnt, as everywhere in PyTorch
 
 
+class GenerateOptions(LengthOptions):
+    """The keys of generation."""
+
+    prompt: Column = Field("prompt", description="Column of the prompt.")
+    completion: Column = Field(
+        "completion",
+        description="Column of the text to learn; a list of texts: the first is learnt, each is "
+        "right.",
+    )
+    messages: Annotated[Text | None, COLUMN, OF_THE_DATA] = Field(
+        None,
+        description="Column of a conversation, a list of { role, content } that ends with the "
+        "assistant, instead of prompt and completion.",
+        examples=["messages"],
+    )
+    answers: Annotated[Literal["last", "every"], OF_THE_DATA] = Field(
+        "last",
+        description="Of conversations: whether the last answer is learnt, or every one.",
+    )
+    template: Annotated[Text | None, OF_THE_DATA] = Field(
+        None,
+        description="The prompt as a text with columns in braces, instead of data.prompt; a "
+        "paragraph whose columns are all empty is left out.",
+        examples=["{instruction}\n\n{input}"],
+    )
+    plain: Annotated[Text | None, COLUMN, OF_THE_DATA] = Field(
+        None,
+        description="Column of a plain text that the model learns to go on with, instead of prompt "
+        "and completion.",
+        examples=["text"],
+    )
+    max_new_tokens: int = Field(48, ge=1, description="The most tokens that the model writes.")
+    generate_examples: int = Field(
+        16,
+        ge=1,
+        description="How many test rows of a client are generated for ROUGE and exact match.",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _names_columns(cls, template: str | None) -> str | None:
+        if template is not None:
+            columns_in(template)
+        return template
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if self.way == "pairs" and self.template is None and self.prompt == self.completion:
+            raise ValueError(
+                f"data.prompt and data.completion are both {shown(self.prompt)}, so a model would "
+                "learn to repeat; name two columns."
+            )
+        for chosen, useless in USELESS.items():
+            if getattr(self, chosen) is None:
+                continue
+            for key in useless:
+                _refuse_beside(self, key, chosen)
+        if self.answers == "every" and self.messages is None:
+            raise ValueError(
+                'data.answers = "every" has no use without data.messages, whose answers it means; '
+                "leave it out."
+            )
+        return self
+
+    @property
+    def way(self) -> Literal["pairs", "conversations", "texts"]:
+        """What rows are."""
+        if self.plain is not None:
+            return "texts"
+        return "pairs" if self.messages is None else "conversations"
+
+
+#: a key that says what rows are -> the keys that then say nothing
+USELESS = {
+    "messages": ("prompt", "completion", "template", "plain"),
+    "plain": ("prompt", "completion", "template"),
+    "template": ("prompt",),
+}
+
+
+def _refuse_beside(data: GenerateOptions, key: str, chosen: str) -> None:
+    value = getattr(data, key)
+    if value != GenerateOptions.model_fields[key].default:
+        raise ValueError(
+            f"data.{key} = {shown(value)} has no use with data.{chosen} = "
+            f"{shown(getattr(data, chosen))}; leave it out."
+        )
+
+
 @dataclass(frozen=True)
-class Generate:
+class Generate(WritingTask[GenerateOptions]):
     """``max_length`` tokens of prompt and completion together are read, ``max_new_tokens`` are
     written at most.
 
@@ -41,102 +133,146 @@ class Generate:
     still does not fit loses its end, and with it the end-of-sequence token.
     """
 
+    name: ClassVar[str] = "generate"
+    about: ClassVar[str] = "to write a completion"
+    metric: ClassVar[str] = "rouge_l"
+    gives: ClassVar[tuple[str, ...]] = ("outputs", "references")
+    Options: ClassVar[type[GenerateOptions]] = GenerateOptions
+    asks: ClassVar[str] = "prompt"
+    learns: ClassVar[str] = "completion"
+
     max_length: int = 256
     max_new_tokens: int = 48
     generate_examples: int = 16
-    name: str = "generate"
-    metric: str = "rouge_l"
-    classifies: ClassVar[bool] = False
-    asks: ClassVar[str] = "prompt"
-    heads: ClassVar[tuple[str, ...]] = ("lm",)
-    labels: tuple[str, ...] = ()
+    answers: str = field(default="last", metadata=SAID_WHERE_SET)
+    plain: bool = field(default=False, metadata=SAID_WHERE_SET)
 
     @classmethod
-    def of(cls, data: DataSection) -> Generate:
-        """As in Task."""
-        return cls(data.max_length, data.max_new_tokens, data.generate_examples)
-
-    def card(self) -> dict[str, Any]:
-        """As in Task."""
-        settings = {
-            key: getattr(self, key) for key in ("max_length", "max_new_tokens", "generate_examples")
-        }
-        return {"task": self.name, "labels": [], **settings}
-
-    @classmethod
-    def from_card(cls, card: Mapping[str, Any]) -> Generate:
+    def of(cls, data: GenerateOptions) -> Generate:
         """As in Task."""
         return cls(
-            int(card["max_length"]), int(card["max_new_tokens"]), int(card["generate_examples"])
+            data.max_length,
+            data.max_new_tokens,
+            data.generate_examples,
+            data.answers,
+            data.plain is not None,
         )
 
-    # -------------------------------------------------------------------- rows
-    @staticmethod
-    def columns(data: DataSection) -> list[str]:
+    @property
+    def tokens(self) -> dict[str, int]:
         """As in Task."""
-        return [data.messages] if data.messages else [data.prompt, data.completion]
+        return {"max_length": self.max_length, "max_new_tokens": self.max_new_tokens}
 
-    @staticmethod
-    def row(values: Mapping[str, Any], data: DataSection, place: Place) -> Row:
-        """``{"prompt": str, "completion": str}`` or ``{"messages": [{"role", "content"}, ...]}``,
-        and ``"label": ""``.
+    # -------------------------------------------------------------------- rows
+    @classmethod
+    def columns(cls, data: GenerateOptions) -> list[str]:
+        """As in Task."""
+        if data.plain is not None:
+            return [data.plain]
+        if data.messages is not None:
+            return [data.messages]
+        asked = [data.prompt] if data.template is None else columns_in(data.template)
+        return [*asked, data.completion]
+
+    @classmethod
+    def row(cls, values: Mapping[str, Any], data: GenerateOptions, place: Place) -> Row:
+        """``{"prompt": str, "completion": str}``, ``{"messages": [{"role", "content"}, ...]}`` or
+        ``{"plain": str}``, and ``"label": ""``.
 
         A completion that is a list of texts gives ``"references"`` too: the first is learnt, each
         counts as right.
         """
-        if data.messages:
-            return {
-                "messages": conversation(values[data.messages], data.messages, place),
-                "label": "",
-            }
+        if data.plain is not None:
+            return {"plain": text_of(values[data.plain], data.plain, place), "label": ""}
+        if data.messages is not None:
+            said = conversation(values[data.messages], data.messages, place)
+            return {"messages": said, "label": ""}
         right = answers(values[data.completion], data.completion, place)
-        row = {
-            "prompt": text_in(values[data.prompt], data.prompt, place),
-            "completion": right[0],
-            "label": "",
-        }
+        if data.template is None:
+            prompt = text_of(values[data.prompt], data.prompt, place)
+        else:
+            prompt = filled(data.template, values, place)
+        row = {"prompt": prompt, "completion": right[0], "label": ""}
         return row | {"references": right} if len(right) > 1 else row
 
-    @staticmethod
-    def describe(rows: Sequence[Row]) -> dict[str, Any]:
+    @classmethod
+    def describe(cls, rows: Sequence[Row]) -> dict[str, Any]:
         """The median number of words of prompt and completion together."""
-        texts = ([message["content"] for message in messages_of(row)] for row in rows)
-        return {"median_words": median(sum(len(text.split()) for text in each) for each in texts)}
+        return {"median_words": median(map(_words, rows))}
 
     # ---------------------------------------------------------------- examples
     def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Example]:
-        """Examples ``{"input_ids", "start", "prompt_ids", "prompt", "references"}``.
+        """Examples ``{"input_ids", "spans", "prompt_ids", "prompt", "references"}``.
 
-        The completion begins at ``start``; ``prompt_ids`` is what a generation starts from;
-        ``prompt`` and
-        ``references`` are texts. A row without a completion gives the prompt's half alone.
-        Raises DataError for a conversation where the tokenizer has no chat template, and for a
-        completion that the tokenizer turns into nothing.
+        What is learnt are the tokens in ``spans``, [start, end) each; ``prompt_ids`` is what a
+        generation starts from; ``prompt`` and ``references`` are texts. A row without a completion
+        gives the prompt's half alone. Raises DataError for a conversation where the tokenizer has
+        no chat template, and for a completion that the tokenizer turns into nothing.
         """
-        examples: list[Example] = []
         template = Template(tokenizer)
-        for number, row in enumerate(rows, start=1):
-            prompt, completion = template.tokens(row, number)
-            example: Example = {"prompt": messages_of(row)[-2 if completion else -1]["content"]}
-            example["prompt_ids"] = prompt[-self.max_length :]
-            if completion:
-                kept = min(
-                    len(prompt), max(self.max_length - len(completion), self.max_length // 2)
-                )
-                example["start"] = kept
-                example["input_ids"] = (prompt[-kept:] + completion)[: self.max_length]
-                example["references"] = row.get("references") or [messages_of(row)[-1]["content"]]
-            else:
-                example["input_ids"] = example["prompt_ids"]
-            examples.append(example)
-        return examples
+        return [self._example(row, template, number) for number, row in enumerate(rows, start=1)]
+
+    def _example(self, row: Row, template: Template, number: int) -> Example:
+        if self.plain or "plain" in row:
+            return self._going_on(row, template, number)
+        messages = messages_of(row)
+        prompt, completion = template.tokens(row, number)
+        answered = bool(completion)
+        example: Example = {"prompt": messages[-2 if answered else -1]["content"]}
+        example["prompt_ids"] = prompt[-self.max_length :]
+        if not answered:
+            return example | {"input_ids": example["prompt_ids"]}
+        example["references"] = row.get("references") or [messages[-1]["content"]]
+        if self.answers == "every":
+            return example | self._every_answer(messages, template, number)
+        kept = min(len(prompt), max(self.max_length - len(completion), self.max_length // 2))
+        ids = (prompt[-kept:] + completion)[: self.max_length]
+        return example | {"input_ids": ids, "spans": [(kept, len(ids))]}
+
+    def _every_answer(
+        self, messages: list[dict[str, str]], template: Template, number: int
+    ) -> Example:
+        """All of a conversation's answers; what is too long loses its end."""
+        ids, spans = template.turns(messages, number)
+        kept = [(start, min(end, self.max_length)) for start, end in spans]
+        kept = [(start, end) for start, end in kept if start < end]
+        if not kept:
+            raise DataError(
+                f"row {number} has its first answer after data.max_length = {self.max_length} "
+                "tokens, so nothing of it would be learnt; raise it or shorten the row"
+            )
+        return {"input_ids": ids[: self.max_length], "spans": kept}
+
+    def _going_on(self, row: Row, template: Template, number: int) -> Example:
+        """A plain text, all of which is learnt; its second half is what a generation should write.
+        A prompt is one without an end.
+        """
+        if "plain" not in row:
+            ids = template.plain(row["prompt"], number)[-self.max_length :]
+            return {"prompt": row["prompt"], "prompt_ids": ids, "input_ids": ids}
+        tokenizer = template.tokenizer
+        whole = template.plain(row["plain"], number)
+        ids = [*whole, tokenizer.eos_token_id][: self.max_length]
+        half = max(1, len(ids) // 2)
+        ends = set(tokenizer.all_special_ids)
+        rest = [token for token in ids[half:] if token not in ends]
+        return {
+            "input_ids": ids,
+            "spans": [(1, len(ids))],
+            "prompt_ids": ids[:half],
+            "prompt": tokenizer.decode(ids[:half], skip_special_tokens=True),
+            "references": [tokenizer.decode(rest).strip() or row["plain"]],
+        }
 
     def lengths(self, rows: Sequence[Row], tokenizer: Any) -> list[int]:
         """Tokens of each row before anything is cut."""
         template = Template(tokenizer)
-        return [
-            sum(map(len, template.tokens(row, number))) for number, row in enumerate(rows, start=1)
-        ]
+        return [self._length(row, template, number) for number, row in enumerate(rows, start=1)]
+
+    def _length(self, row: Row, template: Template, number: int) -> int:
+        if "plain" in row:
+            return len(template.plain(row["plain"], number)) + 1
+        return sum(map(len, template.tokens(row, number)))
 
     def truncated(self, rows: Sequence[Row], tokenizer: Any) -> int:
         """As in Task."""
@@ -163,9 +299,11 @@ class Generate:
             "input_ids": torch.tensor(ids),
             "attention_mask": (place < lengths[:, None]).long(),
         }
-        if all("start" in example for example in examples):
-            starts = torch.tensor([example["start"] for example in examples])
-            learnt = (place >= starts[:, None]) & (place < lengths[:, None])
+        if all("spans" in example for example in examples):
+            learnt = torch.zeros(len(examples), longest, dtype=torch.bool)
+            for row, example in zip(learnt, examples, strict=True):
+                for start, end in example["spans"]:
+                    row[start:end] = True
             batch["labels"] = torch.where(learnt, batch["input_ids"], IGNORED)
         return batch
 
@@ -194,10 +332,6 @@ class Generate:
         return place == mask.sum(1, keepdim=True) - 1
 
     # -------------------------------------------------------------------- head
-    def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """None: the language model's own output layer is used as it is."""
-        return {}
-
     def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
         """The mean over the prompt's tokens, so that it is the same in training and when the
         completion is unknown.
@@ -261,6 +395,10 @@ class Generate:
         )
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"loss": loss, **shared, "perplexity": perplexity, "examples": sums["examples"]}
+
+    def compared(self, found: Sequence[str], examples: Sequence[Example]) -> Answers:
+        """The written texts beside their references."""
+        return Answers(outputs=list(found), references=[each["references"] for each in examples])
 
     def _asked(self, batch: Batch) -> Int[Tensor, " n"]:
         """The tokens that the logits are about, in their order."""
@@ -333,6 +471,42 @@ class Template:
             )
         return [*ids, end]
 
+    def turns(
+        self, messages: list[dict[str, str]], number: int
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """A whole conversation's tokens, and where its answers with their ends stand in them.
+
+        Each answer is what the template writes after what it writes up to there. Raises DataError
+        where a template rewrites what comes before an answer, so that no place can be found.
+        """
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            row = {"messages": messages[: place + 1]}
+            before, answer = self.tokens(row, number)
+            if before[: len(ids)] != ids:
+                raise DataError(
+                    f"row {number} has several answers, but the model's chat template rewrites "
+                    'earlier ones as a conversation goes on; set data.answers = "last"'
+                )
+            ids = before + answer
+            spans.append((len(before), len(ids)))
+        return ids, spans
+
+    def plain(self, text: str, number: int) -> list[int]:
+        """A text's tokens as the model begins texts, without an end. Raises DataError for none."""
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        while ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
+            ids.pop()
+        if len(ids) < 2:
+            raise DataError(
+                f"row {number} has a text of fewer than two tokens, so there is nothing to go on "
+                "with; remove it"
+            )
+        return ids
+
     def ends(self) -> list[int]:
         """The tokens that end an answer."""
         row = {"prompt": "a", "completion": "a"}
@@ -341,6 +515,8 @@ class Template:
 
 def messages_of(row: Row) -> list[dict[str, str]]:
     """The row as a conversation; its last message is the completion, where there is one."""
+    if "plain" in row:
+        return [{"role": "user", "content": row["plain"]}]
     if "messages" in row:
         return list(row["messages"])
     if not isinstance(row["prompt"], str):  # what a trained model is asked may be a conversation
@@ -351,6 +527,10 @@ def messages_of(row: Row) -> list[dict[str, str]]:
         if "completion" in row
         else prompt
     )
+
+
+def _words(row: Row) -> int:
+    return sum(len(message["content"].split()) for message in messages_of(row))
 
 
 def _wide(logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:

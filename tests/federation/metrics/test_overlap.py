@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedgrove.federation.tasks.overlap import Overlap, words
+from fedgrove.federation.metrics.overlap import Overlap, words
 
 
 def test_rouge_is_the_librarys_on_plain_english() -> None:

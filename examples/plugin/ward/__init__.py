@@ -1,0 +1,1 @@
+"""A task, a metric and a data source of one's own: a file each."""

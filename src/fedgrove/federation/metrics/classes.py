@@ -1,0 +1,120 @@
+"""How well classes are told apart, beside accuracy: by scikit-learn, and a calibration error."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgrove.federation.metrics.base import Answers, Metric
+
+BINS = 15  # of equal width, as in Guo et al., "On Calibration of Modern Neural Networks" (2017)
+
+
+class F1Macro(Metric):
+    """The mean of the classes' F1, over classes that occur or were answered."""
+
+    name: ClassVar[str] = "f1_macro"
+
+    def __call__(self, answers: Answers) -> float:
+        """In [0, 1]."""
+        from sklearn.metrics import f1_score
+
+        return float(f1_score(answers.truth, answers.predicted, average="macro", zero_division=0))
+
+
+class F1(Metric):
+    """F1 of each class that occurs or was answered."""
+
+    name: ClassVar[str] = "f1"
+
+    def __call__(self, answers: Answers) -> dict[str, float]:
+        """By the label's name."""
+        from sklearn.metrics import f1_score
+
+        present = np.union1d(_of(answers.truth), _of(answers.predicted)).tolist()
+        values = f1_score(
+            answers.truth, answers.predicted, labels=present, average=None, zero_division=0
+        )
+        return {
+            answers.labels[each]: float(value) for each, value in zip(present, values, strict=True)
+        }
+
+
+class Matthews(Metric):
+    """Matthews' correlation coefficient, of several classes too (Gorodkin, 2004)."""
+
+    name: ClassVar[str] = "mcc"
+
+    def __call__(self, answers: Answers) -> float:
+        """In [-1, 1]; 0 where either side is of one class."""
+        from sklearn.metrics import matthews_corrcoef
+
+        if len(np.union1d(_of(answers.truth), _of(answers.predicted))) < 2:
+            return 0.0  # which the library says too, with a warning
+        return float(matthews_corrcoef(answers.truth, answers.predicted))
+
+
+class BalancedAccuracy(Metric):
+    """The mean of the recalls of the classes that occur."""
+
+    name: ClassVar[str] = "balanced_accuracy"
+
+    def __call__(self, answers: Answers) -> float:
+        """In [0, 1]."""
+        from sklearn.metrics import recall_score
+
+        present = np.unique(_of(answers.truth))
+        return float(
+            recall_score(
+                answers.truth, answers.predicted, labels=present, average="macro", zero_division=0
+            )
+        )
+
+
+class Auroc(Metric):
+    """The area under the ROC curve; of several classes the mean over those that occur, each against
+    the rest.
+    """
+
+    name: ClassVar[str] = "auroc"
+    needs: ClassVar[tuple[str, ...]] = ("truth", "scores")
+
+    def __call__(self, answers: Answers) -> float:
+        """In [0, 1]; nan where the rows are of one class."""
+        from sklearn.metrics import roc_auc_score
+
+        truth, scores = _of(answers.truth), _of(answers.scores)
+        present = np.unique(truth)
+        if len(present) < 2:
+            return math.nan
+        if scores.shape[1] == 2:
+            return float(roc_auc_score(truth, scores[:, 1]))
+        areas = [roc_auc_score(truth == each, scores[:, each]) for each in present]
+        return float(np.mean(areas))
+
+
+class CalibrationError(Metric):
+    """The expected calibration error: how far the probability of the answer is from how often it is
+    right, over ``BINS`` bins of equal width, weighted by what lies in them.
+    """
+
+    name: ClassVar[str] = "ece"
+    needs: ClassVar[tuple[str, ...]] = ("truth", "predicted", "scores")
+    higher: ClassVar[bool] = False
+
+    def __call__(self, answers: Answers) -> float:
+        """In [0, 1]."""
+        sure = _of(answers.scores).max(axis=1)
+        right = (_of(answers.truth) == _of(answers.predicted)).astype(np.float64)
+        # bins are open below and closed above, but for the first
+        bins = np.clip(np.ceil(sure * BINS).astype(int) - 1, 0, BINS - 1)
+        gaps = np.bincount(bins, weights=right - sure, minlength=BINS)
+        return float(np.abs(gaps).sum() / len(sure))
+
+
+def _of(values: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    assert values is not None  # the metric says that it needs them
+    return values
