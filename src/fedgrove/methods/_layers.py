@@ -122,7 +122,7 @@ def holders(shape: str, places: int, clients: int, layers: int) -> list[int]:
     shallower.
     """
     wanted = profile(shape, layers)
-    counts = [1 if places >= layers else 0] * layers
+    counts = [int(places >= layers)] * layers
     for _ in range(min(places, clients * layers) - sum(counts)):
         free = [n for n in range(layers) if counts[n] < clients]
         best = max(free, key=lambda n: (wanted[n] / (counts[n] + 1), -n))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, Strict
 
@@ -72,7 +72,7 @@ class SomeLayers(Method):
         "were trained"
     )
 
-    def __init__(self, options: Any, setting: Setting):
+    def __init__(self, options: LayerOptions, setting: Setting):
         super().__init__(options, setting)
         self.layers = layers_of(setting.sites)
 

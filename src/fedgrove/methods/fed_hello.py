@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -93,7 +93,7 @@ class FedHeLLo(SomeLayers):
     Mine = Scores
     Options: ClassVar[type[contract.Options]] = HeLLoOptions
 
-    def __init__(self, options: Any, setting: Setting):
+    def __init__(self, options: HeLLoOptions, setting: Setting):
         super().__init__(options, setting)
         self.warm = options.warm_rounds or max(1, round(setting.rounds / 5))
 

@@ -186,8 +186,7 @@ class _FedDPA(Method):
         by_base = self.options.features == "base"
         if by_base and mine.references is None:
             yield look
-        own = shared if start is None else start
-        terms = (Term("global", shared, train=""), Term("own", own, home="client"))
+        terms = (Term("global", shared, train=""), Term("own", start or shared, home="client"))
         weight = self.options.training_weight
         mix = Weighted({"global": weight, "own": 1 - weight})
         trained = yield Step(Assembly(terms, mix), share=share, stream="local")
@@ -207,7 +206,7 @@ class _FedDPA(Method):
 
 def _shared(offer: Down, mine: Kept) -> Adapter:
     """The global adapter, as it came down now or as it is held."""
-    found = mine.whole if offer.whole is None else offer.whole
+    found = offer.whole or mine.whole
     assert found is not None  # who holds none is offered it
     return found
 
@@ -235,7 +234,9 @@ class FedDPAF(_FedDPA):
     def federated_rounds(self) -> int:
         """Rounds that train the global adapter: at least one."""
         wanted = self.options.local_rounds * self.setting.rounds
-        local = max(1, round(wanted)) if wanted else 0
+        local = 0
+        if wanted:
+            local = max(1, round(wanted))
         return max(1, self.setting.rounds - local)
 
     def begin(self, clients: Sequence[ClientInfo]) -> DPAFState:

@@ -154,7 +154,7 @@ class FedLEASE(Method):
     Options: ClassVar[type[contract.Options]] = LEASEOptions
     no_rule = "it averages routers beside the adapters, and a PEFT adapter directory holds none"
 
-    def __init__(self, options: Any, setting: Setting):
+    def __init__(self, options: LEASEOptions, setting: Setting):
         super().__init__(options, setting)
         self.warmup = max(1, min(5, setting.rounds // 3))
         if options.warmup_rounds is not None:
@@ -318,8 +318,7 @@ class FedLEASE(Method):
 
     def personal(self, client: ClientInfo, offer: Experts, mine: Own) -> Assembly:
         if not offer.experts:
-            own = self.setting.shared_draw() if mine.own is None else mine.own
-            return Assembly((Term("own", own),))
+            return Assembly((Term("own", mine.own or self.setting.shared_draw()),))
         terms = tuple(_term(number, each, offer) for number, each in enumerate(offer.experts))
         if len(terms) == 1:
             return Assembly(terms)

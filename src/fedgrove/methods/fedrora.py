@@ -173,7 +173,9 @@ def own_directions(adapter: Adapter, update: Adapter, rank: int, *, by_value: bo
     strengths: dict[str, Tensor] = {}
     for site, f in adapter.items():
         found = coefficients(f, update[site])
-        score = found if by_value else found.abs()
+        score = found
+        if not by_value:
+            score = found.abs()
         best = torch.argsort(score, descending=True, stable=True)[:rank].sort().values
         chosen[site] = Factors(f.A[best], f.B[:, best], f.scale)
         strengths[site] = found[best].to(f.A.dtype)

@@ -156,7 +156,7 @@ class SDFLoRA(Method):
         return OneAdapter(after), Private(last.adapter("own"), fusion)
 
     def personal(self, client: ClientInfo, offer: Shared, mine: Private) -> Assembly:
-        own = self._fresh(client) if mine.own is None else mine.own
+        own = mine.own or self._fresh(client)
         terms = (Term("shared", offer.shared), Term("own", own, home="client"))
         if self.options.fusion == "sum":
             return Assembly(terms)
