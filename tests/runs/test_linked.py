@@ -81,12 +81,14 @@ def test_a_run_keeps_a_global_model_once(
     method: str, head: str, names: int, heads: int, tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
     job = tiny_job(tiny_bert, silos, method={"name": method}, federation={"head": head})
-    job = job.replace(run={"rounds": 1})
+    job = job.replace(run={"rounds": 1}, lora={"rank": 12})  # three stacked: beyond the width, 32
     remarks = Remarks()
     result = run(job, tmp_path / "run", callbacks=[remarks])
     adapters = result.path / "adapters"
     assert (adapters / "site-2" / WEIGHTS).stat().st_nlink == names
     assert len({file.stat().st_ino for file in adapters.glob(f"*/{HEAD}")}) == heads
     assert any("hard links" in each for each in remarks.said) == (names > 1)
+    ranks = json.loads((adapters / "site-2" / "adapter_config.json").read_text())["r"]
+    assert ranks == (32 if method == "flora" else 12)
     result.client("site-2").export(tmp_path / "own")
     assert (tmp_path / "own" / WEIGHTS).stat().st_nlink == 1
