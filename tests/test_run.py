@@ -15,6 +15,7 @@ from tests.stops import StopAfter
 from tests.tiny import tiny_job
 
 import fedgrove as fg
+from fedgrove.cli import main
 from fedgrove.ground.errors import FedgroveError, JobError, RunError
 from fedgrove.start import run
 from fedgrove.tracking.metrics import read
@@ -255,6 +256,34 @@ def test_held_out_clients_never_train(tiny_bert: Path, silos: Path, tmp_path: Pa
 def test_a_rank_below_one_is_refused(tiny_bert: Path, silos: Path) -> None:
     with pytest.raises(JobError, match=r"lora\.rank"):
         tiny_job(tiny_bert, silos, lora={"rank": 0})
+
+
+def test_a_finished_model_is_measured_by_every_metric(
+    tiny_bert: Path, silos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tiny_job(
+        tiny_bert,
+        silos,
+        data={"validation_fraction": 0.2},
+        run={"rounds": 1},
+        train={"final_local_epochs": 1},
+    )
+    result = run(job, tmp_path / "run")
+    one = result.client("site-1")
+    written = json.loads((one.path / "measures.json").read_text())
+    assert set(written) == {"test", "validation"}
+    found = one.measures()
+    assert {key: found[key] for key in written["test"]} == written["test"]
+    assert found["accuracy"] == one.summary["metric"]
+    assert set(found["f1"]) == {"negative", "positive"}
+    tuned = tmp_path / "run" / "adapters_tuned" / "site-1" / "measures.json"
+    assert json.loads(tuned.read_text()) != written
+    assert "f1_macro" not in result.summary["clients"]["site-1"], "it stays with the client"
+    assert main(["evaluate", str(result.path), "--client", "site-1"]) == 0
+    first, by_class = capsys.readouterr().out.splitlines()[-2:]
+    assert first.startswith("site-1  loss ")
+    assert f"f1_macro {found['f1_macro']:.4g}" in first
+    assert by_class.split("  ")[-2:] == [f"{k} {v:.4g}" for k, v in found["f1"].items()]
 
 
 def test_a_finished_run_is_not_measured_on_data_that_changed(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fedgrove.cli.shared import ClientName, RunDirectory, examples, printer
+from fedgrove.ground.plain import Plain
 
 commands = typer.Typer(rich_markup_mode="rich")
 
@@ -166,8 +167,24 @@ def evaluate(
 
     result = Result(run)
     for name in [client] if client else result.names():
-        measures = result.client(name).evaluate(data)
-        print("  ".join([name, *(f"{key} {value:.4g}" for key, value in measures.items())]))
+        print(*_measured(name, result.client(name).measures(data)), sep="\n")
+
+
+def _measured(name: str, measures: Plain) -> Iterator[str]:
+    """A line of numbers, and one below for each metric that has a number by class."""
+    plain = [f"{key} {_figure(value)}" for key, value in measures.items() if not _by_class(value)]
+    yield "  ".join([name, *plain])
+    for key, value in measures.items():
+        if _by_class(value):
+            yield "  ".join([f"    {key}", *(f"{each} {_figure(x)}" for each, x in value.items())])
+
+
+def _by_class(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 @commands.command(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
 from fedgrove.adapters.lowrank import lean
 from fedgrove.adapters.private import unseal
+from fedgrove.ground.files import write_json
 from fedgrove.ground.names import folder_of
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
@@ -18,6 +19,7 @@ from fedgrove.interop.peft import save_adapter
 from fedgrove.methods.protocols import tiers as tiers_of
 from fedgrove.runs.engine import Leaving
 from fedgrove.training.base_line import base_measure
+from fedgrove.training.measured import measured
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Example
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from fedgrove.privacy.example_dp import ExampleGuard
     from fedgrove.runs.parts import Parts
     from fedgrove.training.client import ClientHalf, Store
+
+MEASURES = "measures.json"
 
 
 def leave(
@@ -59,6 +63,7 @@ def leave(
     final = half.measure(info.name, assembly, data["test"], texts if keep_texts else None)
     told = spending(parts, info, guard)
     write_adapter(parts, adapters / folder_of(info.name), assembly, client=info.name, privacy=told)
+    note_measures(parts, half, adapters / folder_of(info.name), half.deployed(assembly), data)
     row = {
         "metric_base": base,
         "metric": final[metric],
@@ -72,6 +77,7 @@ def leave(
         told = spending(parts, info, guard)
         folder = adapters.parent / "adapters_tuned" / folder_of(info.name)
         write_adapter(parts, folder, better, client=info.name, privacy=told)
+        note_measures(parts, half, folder, half.deployed(better), data)
     if told is not None:  # the tuned model's steps are in it
         row |= {"epsilon": told["epsilon"], "delta": told["delta"]}
     return Leaving(
@@ -80,6 +86,25 @@ def leave(
         artefacts={} if held_out else half.artefacts(info, offer, store),
         texts=[{"client": info.name, **text} for text in texts],
     )
+
+
+def note_measures(
+    parts: Parts,
+    half: ClientHalf,
+    folder: Path,
+    assembly: Assembly,
+    data: Mapping[str, Sequence[Example]],
+) -> None:
+    """``measures.json`` beside an adapter: its model by every metric of the task and the job, on
+    the client's test and validation rows. It stays with the client.
+    """
+    more = parts.job.data.metrics
+    found: Plain = {}
+    for split in ("test", "validation"):
+        if examples := data.get(split):
+            found[split] = measured(half.kernel, assembly, examples, more)
+    if any(found.values()):
+        write_json(folder / MEASURES, found)
 
 
 def base_metric(

@@ -23,6 +23,7 @@ from fedgrove.methods.protocols import mixes
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
+from fedgrove.training.measured import measured
 from fedgrove.use.asked import answered, questions
 
 
@@ -84,6 +85,15 @@ class ClientModel:
         return self.kernel.evaluate(
             self.assembly, task.encode(answered(task, rows), self.kernel.base.processor)
         )
+
+    def measures(self, rows: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> Plain:
+        """As ``evaluate``, with every metric of the task, and ``more`` by their names; by class
+        where a metric has a value for each, None where one is not defined.
+        """
+        task = self.kernel.task
+        examples = task.encode(answered(task, rows), self.kernel.base.processor)
+        found: Plain = dict(self.kernel.evaluate(self.assembly, examples))
+        return found | measured(self.kernel, self.assembly, examples, more)
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -> ClientModel:

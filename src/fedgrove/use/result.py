@@ -100,12 +100,18 @@ class ClientResult:
 
     def evaluate(self, data: str | Path | None = None) -> dict[str, float]:
         """The measures on the client's own test split, or on a table with the job's columns."""
+        return self.model().evaluate(self._rows(data))
+
+    def measures(self, data: str | Path | None = None) -> Plain:
+        """As ``evaluate``, with every metric of the task and of the job's ``data.metrics``."""
+        return self.model().measures(self._rows(data), self.result.job.data.metrics)
+
+    def _rows(self, data: str | Path | None) -> list[Row]:
         from fedgrove.federation.load import rows_of
 
-        rows = (
-            self.result.tests[self.name] if data is None else rows_of(Path(data), self.result.job)
-        )
-        return self.model().evaluate(rows)
+        if data is None:
+            return self.result.tests[self.name]
+        return rows_of(Path(data), self.result.job)
 
     def export(
         self,

@@ -7,13 +7,22 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.federation.metrics.base import Answers, Measured, Metric
-from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.ground.registry import Registry
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Task
 
-__all__ = ["GROUP", "METRICS", "Answers", "Measured", "Metric", "measures", "register"]
+__all__ = [
+    "GROUP",
+    "METRICS",
+    "Answers",
+    "Measured",
+    "Metric",
+    "asked",
+    "measures",
+    "register",
+]
 
 GROUP = "fedgrove.metrics"
 METRICS: Registry[Metric] = Registry(
@@ -22,23 +31,11 @@ METRICS: Registry[Metric] = Registry(
 register = METRICS.register
 
 
-def measures(names: Iterable[str], answers: Answers, task: str) -> dict[str, Any]:
-    """What the named metrics find, in their order; None where one is not defined. ``task`` is for
-    messages.
-
-    Raises ``JobError`` for a metric that needs what the task does not give.
+def measures(names: Iterable[str], answers: Answers) -> Plain:
+    """What the named metrics find, in their order; None where one is not defined. That the task
+    gives what each needs was checked with the job.
     """
-    found: dict[str, Any] = {}
-    for name in names:
-        metric = METRICS.find(name)()
-        missing = [need for need in metric.needs if getattr(answers, need) is None]
-        if missing:
-            raise JobError(
-                f"data.metrics has {name!r}, which needs {missing[0]}, but the task {task!r} does "
-                "not give it; leave it out."
-            )
-        found[name] = _plain(metric(answers))
-    return found
+    return {name: _plain(METRICS.find(name)()(answers)) for name in names}
 
 
 def asked(task: type[Task[Any]], more: Iterable[str] = ()) -> list[str]:

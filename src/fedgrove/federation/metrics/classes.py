@@ -52,6 +52,8 @@ class Matthews(Metric):
         """In [-1, 1]; 0 where either side is of one class."""
         from sklearn.metrics import matthews_corrcoef
 
+        if len(np.union1d(_of(answers.truth), _of(answers.predicted))) < 2:
+            return 0.0  # which the library says too, with a warning
         return float(matthews_corrcoef(answers.truth, answers.predicted))
 
 
