@@ -23,6 +23,7 @@ from tests.methods.kit import (
     refuses_to_send,
     resumes,
     same,
+    satisfies,
     sent,
     update,
     watched,
@@ -32,7 +33,7 @@ from tests.tiny import tiny_job
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Extra, Junction, Term, Weighted
 from fedgrove.methods.contract import reveal
-from fedgrove.methods.feddpa import ByExample, ByLocalExample, Down, Kept
+from fedgrove.methods.feddpa import ByExample, ByLocalExample, Down, FedDPAT, Kept
 from fedgrove.start import run
 
 F: dict[str, Any] = {"method": {"name": "feddpa-f"}, "run": {"rounds": 3}}
@@ -219,3 +220,8 @@ def test_features_of_the_base_with_the_local_adapter(
         mix = Weighted({"global": weight, "own": 1 - weight})
         fixed = Assembly(tuple(Term(t.name, t.adapter) for t in assembly.terms), mix, head)
         torch.testing.assert_close(kernel.logits(fixed, [example])[0], got[n], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"features": "local"}, {"renew": True}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FedDPAT, **options)
