@@ -93,6 +93,7 @@ def test_a_round_of_t_trains_the_local_adapter_then_the_global_one_alone() -> No
         "global": ("", "server"),
         "own": ("AB", "client"),
     }
+    assert offer.whole is not None
     assert same(local.assembly.adapter("own"), offer.whole)
     assert [(t.name, t.train) for t in alone.assembly.terms] == [("global", "AB")]
     assert (local.share, alone.share) == (0.25, 0.75)
