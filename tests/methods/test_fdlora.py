@@ -23,6 +23,7 @@ from tests.methods.kit import (
     refuses_to_send,
     resumes,
     same,
+    satisfies,
     sent,
     update,
     watched,
@@ -33,7 +34,7 @@ from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter
 from fedgrove.engines.local import prepare
 from fedgrove.methods.contract import Step, Trained, keep, reveal
-from fedgrove.methods.fdlora import FUSION, Fused
+from fedgrove.methods.fdlora import FUSION, FDLoRA, Fused, Personal
 from fedgrove.methods.records import Whole
 from fedgrove.start import run
 from fedgrove.training.kernel import Clock, some
@@ -78,7 +79,7 @@ def played(ours: Any, offer: Any, mine: Any, round: int, size: float) -> tuple[A
 
 def test_the_personal_module_restarts_from_the_global_one_every_h_rounds() -> None:
     ours = method("fdlora", rounds=20, reset_every=3)
-    mine: Any = {}
+    mine: Any = Personal()
     for round in (
         1,
         2,
@@ -94,20 +95,38 @@ def test_the_personal_module_restarts_from_the_global_one_every_h_rounds() -> No
         if round in (1, 4, 9, 10):
             assert same(start, offer.whole), round
         else:
-            assert same(start, reveal(before)["own"]), round
+            assert same(start, reveal(before.own)), round
             assert not same(start, offer.whole)
+
+
+def test_with_a_local_start_the_first_global_module_is_the_mean_of_the_personal_ones() -> None:
+    ours = method("fdlora", start="local", reset_every=3)
+    offer = Whole(adapter(100))
+    (step,) = ours.plan(info("a"), offer, Personal(), 1)
+    assert step.share == 1.0
+    trained = Trained(replace(step.assembly, terms=(Term("global", adapter(7)),)), 0.0, 1)
+    up, mine = ours.report(info("a"), [trained], offer, Personal(), 1)
+    assert same(up.adapter, adapter(7))
+    refuses_to_send(mine)
+    later = ours.plan(info("a"), Whole(adapter(101)), mine, 2)  # goes on from its own
+    assert same(later[0].assembly.adapter("own"), adapter(7))
+    assert same(later[1].assembly.adapter("global"), adapter(101))
+    usual = method("fdlora", start="shared").plan(info("a"), offer, Personal(), 1)
+    assert [t.name for each in usual for t in each.assembly.terms] == ["own", "global"]
 
 
 def test_the_fit_uses_a_few_examples_and_moves_nothing_but_the_two_weights() -> None:
     ours = method("fdlora", fusion_share=0.25, fusion_examples=5)
-    steps = ours.plan(info("a"), Whole(adapter(1)), {}, 6)
+    steps = ours.plan(info("a"), Whole(adapter(1)), Personal(), 6)
     assert [(s.share, s.count, s.head) for s in steps] == [(0.75, 0, True), (0.25, 5, False)]
     assert all(not term.train for term in steps[1].assembly.terms)
     assert {n: (e.train, e.home) for n, e in steps[1].assembly.extras.items()} == dict.fromkeys(
         FUSION, (True, "client")
     )
     assert [
-        t.name for s in ours.plan(info("a"), Whole(adapter(1)), {}, 5) for t in s.assembly.terms
+        t.name
+        for s in ours.plan(info("a"), Whole(adapter(1)), Personal(), 5)
+        for t in s.assembly.terms
     ] == [
         "own",
         "global",
@@ -121,9 +140,7 @@ def test_the_fused_model_is_the_weighted_sum_of_both_updates() -> None:
         FUSION[0]: torch.tensor(0.3, dtype=torch.float64),
         FUSION[1]: torch.tensor(-1.2, dtype=torch.float64),
     }
-    assembly = ours.personal(
-        info("a"), Whole(one), keep({"own": two, "period": 1, "fusion": weights})
-    )
+    assembly = ours.personal(info("a"), Whole(one), keep(Personal(two, 1, weights)))
     assert isinstance(assembly.mix, Fused)
     whole = as_one_adapter(assembly, ours.setting.sites)
     for site, factors in whole.items():
@@ -157,7 +174,7 @@ def test_the_export_is_the_fused_model_and_the_weights_were_fitted(
     fitted = [reveal(store["mine"])["fusion"] for store in opened.stores.values()]
     assert len(fitted) == 3
     assert all(abs(float(each[name]) - 0.5) > 1e-3 for each in fitted for name in FUSION)
-    newcomer = opened.method.personal(info("new"), opened.state, {})
+    newcomer = opened.method.personal(info("new"), opened.state, Personal())
     assert [term.name for term in newcomer.terms] == ["global"]
 
 
@@ -179,3 +196,8 @@ def test_a_step_with_a_count_sees_so_many_examples(
     assert drawn != some(examples, Step(Assembly(), count=3), Clock(0, (1, "site-1")))
     assert same(after(3, examples), after(0, drawn))
     assert not same(after(3, examples), after(0, examples))
+
+
+@pytest.mark.parametrize("options", [{"start": "local"}, {"fusion_share": 0.0}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FDLoRA, **options)

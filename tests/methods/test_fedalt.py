@@ -13,6 +13,7 @@ from tests.methods.kit import (
     PER_RANK,
     SITES,
     adapter,
+    aggregated,
     exports,
     files,
     info,
@@ -22,6 +23,7 @@ from tests.methods.kit import (
     offered,
     refuses_to_send,
     resumes,
+    satisfies,
     sent,
     update,
     watched,
@@ -33,7 +35,7 @@ from tests.tiny import tiny_job
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Junction
 from fedgrove.methods.contract import reveal
-from fedgrove.methods.fedalt import Gated
+from fedgrove.methods.fedalt import FedALT, Gated, OwnAndGates, Rest
 from fedgrove.start import run
 from fedgrove.training.live import LiveAssembly
 
@@ -61,21 +63,21 @@ def test_the_rest_of_the_world_is_the_mean_of_the_others(kind: str) -> None:
     examples = {name: 5.0 * (n + 1) for n, name in enumerate(adapters)}
     weight = examples if kind == "examples" else dict.fromkeys(adapters, 1.0)
     state = ours.begin([info(n) for n in adapters])
-    assert offered(ours, state, 1, info("c0")) == {}
-    state = ours.aggregate(
-        state, 1, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c1", "c3")]
+    assert offered(ours, state, 1, info("c0")).rest == {}
+    state = aggregated(
+        ours, state, 1, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c1", "c3")]
     )
-    near(offered(ours, state, 2, info("c1"))["rest"], adapters["c3"])
-    state = ours.aggregate(
-        state, 2, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c0", "c2")]
+    near(offered(ours, state, 2, info("c1")).rest, adapters["c3"])
+    state = aggregated(
+        ours, state, 2, [update(n, int(examples[n]), adapter=adapters[n]) for n in ("c0", "c2")]
     )
     for name in adapters:
-        near(offered(ours, state, 3, info(name))["rest"], others(adapters, weight, name))
-    near(welcomed(ours, state, info("c0"))["rest"], others(adapters, weight, "nobody"))
+        near(offered(ours, state, 3, info(name)).rest, others(adapters, weight, name))
+    near(welcomed(ours, state, info("c0")).rest, others(adapters, weight, "nobody"))
     # an absent client keeps counting with what it sent last
     newer = {**adapters, "c1": adapter(9)}
-    state = ours.aggregate(state, 3, [update("c1", int(examples["c1"]), adapter=newer["c1"])])
-    near(offered(ours, state, 4, info("c3"))["rest"], others(newer, weight, "c3"))
+    state = aggregated(ours, state, 3, [update("c1", int(examples["c1"]), adapter=newer["c1"])])
+    near(offered(ours, state, 4, info("c3")).rest, others(newer, weight, "c3"))
 
 
 def test_the_gate_weighs_each_token_by_a_softmax_over_its_input() -> None:
@@ -101,7 +103,7 @@ def test_the_live_assembly_adds_the_gated_terms() -> None:
     }
     own = adapter(1)
     rest = adapter(2)
-    assembly = ours.personal(info("a"), {"rest": rest}, {"own": own, "gates": gates})
+    assembly = ours.personal(info("a"), Rest(rest), OwnAndGates(own, gates))
     live = LiveAssembly(assembly, device=torch.device("cpu"), dtype=torch.float64, train=False)
     for name, site in SITES.items():
         x = torch.randn(3, 4, site.in_features, dtype=torch.float64)
@@ -150,8 +152,8 @@ def test_what_travels_and_what_stays(
     assert found.summary["parameters"]["stored"] == 2 * 4 * PER_RANK + gates + head
     assert wire.private
     assert not wire.leaks()
-    refuses_to_send(wire.kept[0]["gates"])
-    assert all(gate.any() for gate in reveal(wire.kept[-1])["gates"].values())
+    refuses_to_send(wire.kept[0].gates)
+    assert all(gate.any() for gate in reveal(wire.kept[-1]).gates.values())
 
 
 def test_the_written_model_gives_the_logits_of_the_run(
@@ -162,7 +164,9 @@ def test_the_written_model_gives_the_logits_of_the_run(
 
     opened = exports(tiny_bert, silos, tmp_path, gated, **JOB)
     newcomer = opened.prepared.clients["site-0"]
-    assembly = opened.method.personal(newcomer, welcomed(opened.method, opened.state, newcomer), {})
+    assembly = opened.method.personal(
+        newcomer, welcomed(opened.method, opened.state, newcomer), OwnAndGates()
+    )
     assert [term.name for term in assembly.terms] == ["rest"]
     assert assembly.mix.linear
 
@@ -172,3 +176,8 @@ def test_an_even_gate_is_a_plain_peft_adapter(tiny_bert: Path, silos: Path, tmp_
         tiny_bert, silos, tmp_path, method={"name": "fedalt", "gate": "even"}, run={"rounds": 2}
     )
     assert any(name.endswith("adapter_model.safetensors") for name in files(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("options", [{"gate": "even"}, {"gate": "own"}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FedALT, **options)

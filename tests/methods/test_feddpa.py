@@ -14,6 +14,7 @@ from tests.methods.kit import (
     SITES,
     Opened,
     adapter,
+    aggregated,
     equal_runs,
     exports,
     info,
@@ -22,6 +23,7 @@ from tests.methods.kit import (
     refuses_to_send,
     resumes,
     same,
+    satisfies,
     sent,
     update,
     watched,
@@ -31,7 +33,7 @@ from tests.tiny import tiny_job
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Extra, Junction, Term, Weighted
 from fedgrove.methods.contract import reveal
-from fedgrove.methods.feddpa import ByExample
+from fedgrove.methods.feddpa import ByExample, ByLocalExample, Down, FedDPAT, Kept
 from fedgrove.start import run
 
 F: dict[str, Any] = {"method": {"name": "feddpa-f"}, "run": {"rounds": 3}}
@@ -43,8 +45,8 @@ def test_the_server_takes_the_mean_of_each_factor_of_the_global_adapter(name: st
     ours = method(name)
     adapters = [adapter(n, size=10.0**n) for n in range(3)]
     begun = ours.begin([info("a")])
-    state = ours.aggregate(
-        begun, 1, [update(f"c{n}", 10 * (n + 1), adapter=a) for n, a in enumerate(adapters)]
+    state = aggregated(
+        ours, begun, 1, [update(f"c{n}", 10 * (n + 1), adapter=a) for n, a in enumerate(adapters)]
     )
     shares = torch.tensor([1 / 6, 2 / 6, 3 / 6], dtype=torch.float64)
     want = {
@@ -55,8 +57,8 @@ def test_the_server_takes_the_mean_of_each_factor_of_the_global_adapter(name: st
         )
         for s in SITES
     }
-    near(state["global"], want)
-    assert list(state) == list(begun)
+    near(state.whole, want)
+    assert type(state) is type(begun)
 
 
 def test_the_global_adapter_weighs_cap_times_the_mean_cosine() -> None:
@@ -81,8 +83,8 @@ def test_the_global_adapter_weighs_cap_times_the_mean_cosine() -> None:
 
 def test_a_round_of_t_trains_the_local_adapter_then_the_global_one_alone() -> None:
     ours = method("feddpa-t", local_share=0.25, references=3)
-    offer = {"global": adapter(1)}
-    first = list(ours.plan(info("a"), offer, {}, 1))
+    offer = Down(adapter(1))
+    first = list(ours.plan(info("a"), offer, Kept(), 1))
     assert [step.measure for step in first] == ["features", "train", "train"]
     assert first[0].count == 3
     local, alone = first[1:]
@@ -91,12 +93,11 @@ def test_a_round_of_t_trains_the_local_adapter_then_the_global_one_alone() -> No
         "global": ("", "server"),
         "own": ("AB", "client"),
     }
-    assert same(local.assembly.adapter("own"), offer["global"])
+    assert offer.whole is not None
+    assert same(local.assembly.adapter("own"), offer.whole)
     assert [(t.name, t.train) for t in alone.assembly.terms] == [("global", "AB")]
     assert (local.share, alone.share) == (0.25, 0.75)
-    later = list(
-        ours.plan(info("a"), offer, {"own": adapter(2), "references": torch.ones(3, 2)}, 2)
-    )
+    later = list(ours.plan(info("a"), offer, Kept(adapter(2), torch.ones(3, 2)), 2))
     assert len(later) == 2
     assert same(later[0].assembly.adapter("own"), adapter(2))
 
@@ -107,9 +108,11 @@ def test_a_round_of_t_trains_the_local_adapter_then_the_global_one_alone() -> No
 def test_the_last_rounds_of_f_are_local(rounds: int, share: float, federated: int) -> None:
     ours = method("feddpa-f", rounds=rounds, local_rounds=share)
     assert ours.federated_rounds == federated
-    offer = {"global": adapter(1)}
+    offer = Down(adapter(1))
     for round in range(1, rounds + 1):
-        names = [[t.name for t in s.assembly.terms] for s in ours.plan(info("a"), offer, {}, round)]
+        names = [
+            [t.name for t in s.assembly.terms] for s in ours.plan(info("a"), offer, Kept(), round)
+        ]
         assert names == ([["global"]] if round <= federated else [[], ["global", "own"]])
 
 
@@ -136,10 +139,10 @@ def test_what_travels_and_what_stays(
     assert sent(tmp_path / "out", "site-0") == want
     assert not wire.leaks()
     last = wire.kept[-1]
-    assert reveal(last)["references"].shape == (5, 32)
-    for name in ("own", "references"):
-        assert name in last
-        refuses_to_send(last[name])
+    assert reveal(last).references.shape == (5, 32)
+    assert last.own is not None
+    for private in (last.own, last.references):
+        refuses_to_send(private)
 
 
 @pytest.mark.parametrize("job", [F, T], ids=["f", "t"])
@@ -173,6 +176,53 @@ def test_a_client_without_a_local_adapter_deploys_the_global_one() -> None:
     for name in ("feddpa-f", "feddpa-t"):
         ours = method(name)
         state = ours.begin([info("a")])
-        assembly = ours.personal(info("new"), ours.welcome(state, info("new"), None), {})
+        assembly = ours.personal(info("new"), ours.welcome(state, info("new"), None), Kept())
         assert [(t.name, t.train) for t in assembly.terms] == [("global", "AB")]
         assert assembly.mix.linear
+
+
+def test_with_renew_the_local_adapter_starts_afresh_in_round_2() -> None:
+    offer, mine = Down(adapter(1)), Kept(adapter(2), torch.ones(3, 2))
+    for renew, round, fresh in ((True, 2, True), (True, 3, False), (False, 2, False)):
+        ours = method("feddpa-t", renew=renew)
+        start = next(ours.plan(info("a"), offer, mine, round)).assembly.adapter("own")
+        if fresh:
+            assert all(f.A.any() and not f.B.any() for f in start.values())
+        else:
+            assert same(start, adapter(2))
+
+
+def test_features_of_the_base_with_the_local_adapter(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    """References and examples are both read with the local adapter as it is deployed."""
+    job: dict[str, Any] = {
+        "method": {"name": "feddpa-t", "features": "local"},
+        "run": {"rounds": 2},
+    }
+    opened: Opened = exports(tiny_bert, silos, tmp_path, **job)
+    assembly = opened.assembly("site-1")
+    assert isinstance(assembly.mix, ByLocalExample)
+    kernel = opened.prepared.engine.half.kernel
+    alone = Assembly((Term("own", assembly.adapter("own")),))
+    features = kernel.features(opened.examples, alone)
+    bare = kernel.features(opened.examples)
+    assert not torch.allclose(features, bare, atol=1e-3)
+    references = reveal(opened.stores["site-1"]["mine"])["references"]
+    training = opened.prepared.engine.data["site-1"]["train"]
+    every = kernel.features(training, alone)
+    for row in references:  # each is a training example's
+        assert float((every - row).norm(dim=1).min()) < 1e-4
+    got = opened.logits(assembly)
+    head = {name: e for name, e in assembly.extras.items() if name.startswith("head.")}
+    for n, example in enumerate(opened.examples):
+        cosines = torch.nn.functional.cosine_similarity(features[n][None], references, dim=1)
+        weight = 0.5 * max(0.0, float(cosines.mean()))
+        mix = Weighted({"global": weight, "own": 1 - weight})
+        fixed = Assembly(tuple(Term(t.name, t.adapter) for t in assembly.terms), mix, head)
+        torch.testing.assert_close(kernel.logits(fixed, [example])[0], got[n], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"features": "local"}, {"renew": True}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FedDPAT, **options)

@@ -14,6 +14,7 @@ from tests.methods.kit import (
     PER_RANK,
     SITES,
     adapter,
+    aggregated,
     exports,
     files,
     info,
@@ -21,6 +22,7 @@ from tests.methods.kit import (
     near,
     resumes,
     same,
+    satisfies,
     sent,
     update,
 )
@@ -29,7 +31,8 @@ from tests.tiny import save_silos, tiny_job
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Junction
 from fedgrove.ground.errors import JobError
-from fedgrove.methods.fedlease import TopExperts
+from fedgrove.methods.fedlease import Bases, FedLEASE, TopExperts
+from fedgrove.methods.records import Own
 from fedgrove.start import run
 
 JOB: dict[str, Any] = {
@@ -74,11 +77,12 @@ def grouped(**options: Any) -> tuple[Any, dict[str, Adapter], Any]:
     adapters = {f"c{n}": leaning(n, kinds[n % 3], size=10.0**n) for n in range(6)}
     clients = [info(name) for name in adapters]
     state = ours.begin(clients)
-    assert ours.aggregate(state, 1, [update(name, 10) for name in adapters]) is state
+    assert aggregated(ours, state, 1, [update(name, 10) for name in adapters]) is state
     return (
         ours,
         adapters,
-        ours.aggregate(
+        aggregated(
+            ours,
             state,
             2,
             [update(name, 10 * (n + 1), expert=a) for n, (name, a) in enumerate(adapters.items())],
@@ -88,21 +92,21 @@ def grouped(**options: Any) -> tuple[Any, dict[str, Adapter], Any]:
 
 def test_clusters_come_from_the_cosines_of_b_and_the_silhouette() -> None:
     ours, adapters, state = grouped()
-    assert state["labels"] == {"c0": 0, "c1": 1, "c2": 2, "c3": 0, "c4": 1, "c5": 2}
-    assert list(state["scores"]) == ["2", "3", "4", "5"]
-    assert max(state["scores"], key=state["scores"].get) == "3"
+    assert state.labels == {"c0": 0, "c1": 1, "c2": 2, "c3": 0, "c4": 1, "c5": 2}
+    assert list(state.scores) == ["2", "3", "4", "5"]
+    assert max(state.scores, key=state.scores.get) == "3"
     for number in range(3):
         near(
-            state["experts"][number],
+            state.experts[number],
             mean_of([adapters[f"c{number}"], adapters[f"c{number + 3}"]], [number + 1, number + 4]),
         )
-    assert {tuple(G.shape) for G in state["routers"][0].values()} == {
+    assert {tuple(G.shape) for G in state.routers[0].values()} == {
         (5, s.in_features) for s in SITES.values()
     }
     assert ours.artefacts(state)["experts.json"]["count"] == 3
     fewer = grouped(max_experts=2)[2]
-    assert len(fewer["experts"]) == 2
-    assert len(grouped(experts=4)[2]["experts"]) == 4
+    assert len(fewer.experts) == 2
+    assert len(grouped(experts=4)[2].experts) == 4
 
 
 def test_expert_and_router_are_averaged_within_the_cluster_over_those_that_came() -> None:
@@ -113,25 +117,25 @@ def test_expert_and_router_are_averaged_within_the_cluster_over_those_that_came(
     came = [
         update(f"c{n}", 10 * (n + 1), expert=adapter(70 + n), router=routers[n]) for n in (0, 3, 4)
     ]
-    after = ours.aggregate(state, 3, came)
-    near(after["experts"][0], mean_of([adapter(70), adapter(73)], [1, 4]))
-    near(after["experts"][1], adapter(74))
-    assert same(after["experts"][2], state["experts"][2])
-    assert torch.allclose(after["routers"][0]["layer.0.query"], torch.tensor(3 * 4 / 5))
-    assert torch.equal(after["routers"][2]["layer.0.query"], state["routers"][2]["layer.0.query"])
-    assert after["anchors"] is state["anchors"]
+    after = aggregated(ours, state, 3, came)
+    near(after.experts[0], mean_of([adapter(70), adapter(73)], [1, 4]))
+    near(after.experts[1], adapter(74))
+    assert same(after.experts[2], state.experts[2])
+    assert torch.allclose(after.routers[0]["layer.0.query"], torch.tensor(3 * 4 / 5))
+    assert torch.equal(after.routers[2]["layer.0.query"], state.routers[2]["layer.0.query"])
+    assert after.anchors is state.anchors
 
 
 def test_one_or_two_clients_are_one_cluster() -> None:
     for count in (1, 2):
         ours = method("fedlease", rounds=3)
         state = ours.begin([info(f"c{n}") for n in range(count)])
-        state = ours.aggregate(
-            state, 1, [update(f"c{n}", 10, expert=adapter(n)) for n in range(count)]
+        state = aggregated(
+            ours, state, 1, [update(f"c{n}", 10, expert=adapter(n)) for n in range(count)]
         )
-        assert len(state["experts"]) == 1
-        assert state["routers"] == []
-        assembly = ours.personal(info("c0"), ours.offer(state, 2, info("c0")), {})
+        assert len(state.experts) == 1
+        assert state.routers == []
+        assembly = ours.personal(info("c0"), ours.offer(state, 2, info("c0")), Own())
         assert [(t.name, t.train) for t in assembly.terms] == [("expert.0", "AB")]
         assert not assembly.extras
 
@@ -159,20 +163,35 @@ def test_the_router_takes_the_top_m_of_its_outputs(own: int, normalise: bool) ->
             assert float(got[n][b, t, 0]) == pytest.approx(want[n])  # type: ignore[index]
 
 
+def test_the_weights_add_up_to_one_by_default_as_the_authors_have_it() -> None:
+    ours, _, state = grouped()
+    (client,) = [info("c0")]
+    mix = ours.personal(client, ours.offer(state, 3, client), Own()).mix
+    assert mix.normalise
+    assert not grouped(normalise=False)[0].options.normalise
+    site = SITES["layer.0.query"]
+    x = torch.randn(2, 3, site.in_features)
+    even = torch.zeros(5, site.in_features)
+    weights = mix.weigh(
+        Junction(site, x, [f"expert.{n}" for n in range(3)], {f"router.{site.name}": even})
+    )
+    torch.testing.assert_close(sum(weights), torch.ones(2, 3, 1))
+
+
 def test_a_newcomer_runs_the_even_mix_then_joins_the_expert_closest_to_its_probe() -> None:
     ours, adapters, state = grouped()
     new = info("c0-again")
     at_once = ours.welcome(state, new, None)
-    even = ours.personal(new, at_once, {})
+    even = ours.personal(new, at_once, Own())
     assert even.mix.linear
     assert dict(even.mix.weights) == {f"expert.{n}": 1 / 3 for n in range(3)}
     assert ours.probe(new, at_once) is not None
     for number in range(3):
-        probe = {"B": {s: f.B for s, f in leaning(99, adapters[f"c{number}"], 7.0).items()}}
+        probe = Bases({s: f.B for s, f in leaning(99, adapters[f"c{number}"], 7.0).items()})
         placed = ours.welcome(state, new, probe)
-        assert placed["label"] == number
-        assert f"expert {number} of 3" in placed["placed"]
-        assert ours.personal(new, placed, {}).mix == TopExperts(number, 3)
+        assert placed.label == number
+        assert f"expert {number} of 3" in placed.placed
+        assert ours.personal(new, placed, Own()).mix == TopExperts(number, 3)
 
 
 def test_a_warm_up_that_cannot_be_is_refused() -> None:
@@ -239,3 +258,8 @@ def test_held_out_clients_are_placed(tiny_bert: Path, four: Path, tmp_path: Path
         found.client("site-3").evaluate()["accuracy"]
         == found.summary["clients"]["site-3"]["metric"]
     )
+
+
+@pytest.mark.parametrize("options", [{"experts": 3}, {"experts": 1, "warmup_rounds": 0}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FedLEASE, **options)

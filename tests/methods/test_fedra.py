@@ -13,6 +13,7 @@ from tests.methods.kit import (
     PER_RANK,
     SITES,
     adapter,
+    aggregated,
     equal_runs,
     exports,
     info,
@@ -31,6 +32,7 @@ from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.ground.seeds import generator
 from fedgrove.methods._layers import budgets, mean_where_held, part, random_rows
+from fedgrove.methods._some_layers import LayersState
 from fedgrove.start import run
 
 JOB: dict[str, Any] = {"method": {"name": "fedra", "layers": [0.5, 1.0]}, "run": {"rounds": 2}}
@@ -67,9 +69,9 @@ def test_each_layer_becomes_the_mean_over_those_that_had_it() -> None:
         mean_where_held(previous, parts, list(weight.values())), dense(previous, held, rows, weight)
     )
     ours = method("fedra")
-    state = {"global": previous, "counts": {}}
+    state = LayersState(previous)
     updates = [update(f"c{n}", int(weight[n]), adapter=parts[n]) for n in range(3)]
-    after = ours.aggregate(state, 1, updates)["global"]
+    after = aggregated(ours, state, 1, updates).whole
     near(after, dense(previous, held, rows, weight))
     assert same(part(after, SITES, [1, 3]), part(previous, SITES, [1, 3]))
 
@@ -109,12 +111,12 @@ def test_a_client_gets_and_runs_its_layers_alone_and_deploys_all() -> None:
     state = ours.begin(clients)
     for round in (1, 2):
         offer = offered(ours, state, round, clients[0])
-        assert len(offer["layers"]) == 2
-        assert {SITES[name].layer for name in offer["global"]} == set(offer["layers"])
+        assert len(offer.layers) == 2
+        assert {SITES[name].layer for name in offer.adapter} == set(offer.layers)
         (step,) = ours.plan(clients[0], offer, {}, round)
-        assert step.assembly.layers == frozenset(offer["layers"])
-        assert list(ours.deploy(state, round, clients[0])["global"]) == list(SITES)
-    assert list(ours.deploy(state, 6, clients[0])) == ["global"]
+        assert step.assembly.layers == frozenset(offer.layers)
+        assert list(ours.deploy(state, round, clients[0]).adapter) == list(SITES)
+    assert ours.deploy(state, 6, clients[0]).layers is None
     assert ours.personal(clients[0], ours.deploy(state, 6, clients[0]), {}).layers is None
 
 

@@ -15,11 +15,13 @@ from tests.methods.kit import (
     SITES,
     Opened,
     adapter,
+    aggregated,
     exports,
     info,
     method,
     refuses_to_send,
     resumes,
+    satisfies,
     sent,
     update,
     watched,
@@ -27,9 +29,10 @@ from tests.methods.kit import (
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.assembly import as_one_adapter
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.methods.contract import reveal
-from fedgrove.methods.sdflora import clipped
+from fedgrove.methods.sdflora import Private, SDFLoRA, Shared, clipped
 from fedgrove.start import run
 
 JOB: dict[str, Any] = {
@@ -53,9 +56,9 @@ def test_each_client_gets_the_best_approximation_of_its_rank_of_the_mean_product
         update(f"c{n}", int(100 * p), adapter=a)
         for n, (a, p) in enumerate(zip(adapters, shares, strict=True))
     ]
-    state = ours.aggregate({}, 1, updates)
+    state = aggregated(ours, {"whole": {}}, 1, updates)
     for rank in (1, 2, 4):
-        offer = ours.offer(state, 2, info("x", rank=rank))["shared"]
+        offer = ours.offer(state, 2, info("x", rank=rank)).shared
         for site in SITES:
             want = dense(adapters, shares, site)
             u, s, vh = torch.linalg.svd(want, full_matrices=False)
@@ -66,7 +69,7 @@ def test_each_client_gets_the_best_approximation_of_its_rank_of_the_mean_product
             )
     # the stack has rank 4, so a client of that rank holds the mean exactly
     torch.testing.assert_close(
-        state["global"]["layer.3.query"].product(), dense(adapters, shares, "layer.3.query")
+        state.whole["layer.3.query"].product(), dense(adapters, shares, "layer.3.query")
     )
 
 
@@ -112,8 +115,8 @@ def test_noise_falls_on_the_shared_module_alone(
         run(job, tmp_path / out)
         stores.append(Opened(job, tmp_path / out))
     calm, noisy = stores
-    for site, factors in calm.state["global"].items():
-        assert not torch.allclose(factors.product(), noisy.state["global"][site].product())
+    for site, factors in calm.state.whole.items():
+        assert not torch.allclose(factors.product(), noisy.state.whole[site].product())
     for name, store in calm.stores.items():
         mine, other = reveal(store["mine"])["own"], reveal(noisy.stores[name]["mine"])["own"]
         assert all(torch.equal(mine[s].B, other[s].B) and mine[s].B.any() for s in mine)
@@ -139,7 +142,8 @@ def test_what_travels_and_what_stays(
     assert wire.private
     assert not wire.leaks()
     for mine in itertools.islice(wire.kept, 2):
-        assert set(mine) == {"own"}
+        assert mine.own
+        assert not mine.fusion
         refuses_to_send(mine)
 
 
@@ -150,3 +154,28 @@ def test_the_export_is_the_sum_of_both_modules(
         assert [t.name for t in assembly.terms] == ["shared", "own"]  # type: ignore[attr-defined]
 
     exports(tiny_bert, silos, tmp_path, both, **JOB)
+
+
+def test_two_sigmoids_weigh_the_modules_as_in_the_authors_code(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    ours = method("sdflora", fusion="sigmoid")
+    one, two = adapter(1), adapter(2)
+    assembly = ours.personal(info("a"), Shared(one), Private(two))
+    whole = as_one_adapter(assembly, SITES)
+    for site in SITES:
+        want = 0.6682 * one[site].product() + 0.5744 * two[site].product()
+        torch.testing.assert_close(whole[site].product(), want, rtol=1e-4, atol=1e-4)
+    assert {each.home for each in assembly.extras.values()} == {"client"}
+    job: dict[str, Any] = {**JOB, "method": {"name": "sdflora", "fusion": "sigmoid"}}
+    opened = exports(tiny_bert, silos, tmp_path, **job)
+    for store in opened.stores.values():
+        weights = reveal(store["mine"])["fusion"]
+        assert len(weights) == 2 * 4
+        assert all(float(w) not in (0.7, 0.3) for w in weights.values())  # they trained
+        refuses_to_send(store["mine"])
+
+
+@pytest.mark.parametrize("options", [{"fusion": "sigmoid"}, {"dp_clip": 1.0, "dp_noise": 0.1}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(SDFLoRA, **options)

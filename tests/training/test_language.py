@@ -80,7 +80,8 @@ def test_logits_at_the_completion_are_those_of_the_plain_model(kernel: Kernel) -
     expected = []
     for example in examples:
         whole = plain_logits(base, adapter_of(base), torch.tensor(example["input_ids"]))
-        expected.append(whole[example["start"] - 1 : -1])
+        (span,) = example["spans"]  # the completion alone, to the end
+        expected.append(whole[span[0] - 1 : -1])
     sizes: list[torch.Size] = []
     hook = base.model.get_output_embeddings().register_forward_hook(
         lambda m, a, out: sizes.append(out.shape)
@@ -103,9 +104,9 @@ def test_an_adapted_output_layer_keeps_its_adapter(tmp_path: Path) -> None:
     batch = kernel._batch([example])
     with torch.inference_mode(), running(kernel, assembly_of(base), batch) as live:
         logits = kernel.reader.logits(live.head, batch)
-    expected = plain_logits(base, adapter_of(base), torch.tensor(example["input_ids"]))[
-        example["start"] - 1 : -1
-    ]
+    ((start, _),) = example["spans"]
+    whole = plain_logits(base, adapter_of(base), torch.tensor(example["input_ids"]))
+    expected = whole[start - 1 : -1]
     assert torch.allclose(logits, expected, atol=1e-11)
 
 

@@ -38,6 +38,7 @@ class Term:
     )
     unit: bool = False  # run with unit columns of B and unit rows of A (FedRoRA)
     lr: float = 1.0  # multiplies the job's learning rate
+    diagonal_lr: float = 1.0  # multiplies the diagonal's learning rate once more
 
     def __post_init__(self) -> None:
         if set(self.train) - set("ABD"):
@@ -89,9 +90,10 @@ class Mix:
 
     #: False where the weights depend on the input, so that no single LoRA adapter computes the same
     linear: bool = True
-    #: reads the untouched base's pooled features of each example (``Junction.features`` is then not
-    #: None)
+    #: reads the base's pooled features of each example (``Junction.features`` is then not None)
     needs_features: bool = False
+    #: these terms are added to the base, as they are, while it reads them
+    features_with: Sequence[str] = ()
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
         """One weight per term: a float, a scalar tensor, or a tensor that broadcasts over ``[batch,

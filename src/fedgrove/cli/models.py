@@ -18,6 +18,7 @@ commands = typer.Typer(rich_markup_mode="rich")
     epilog=examples(
         "fedgrove export runs/fedit --client clinic-3 --out adapters/clinic-3",
         "fedgrove export runs/hilora --client clinic-3 --tier leaf --out adapters/clinic-3-leaf",
+        "fedgrove export runs/flora --client clinic-3 --rank 16 --out adapters/clinic-3-small",
     )
 )
 def export(
@@ -39,11 +40,24 @@ def export(
             show_default=False,
         ),
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            min=1,
+            help="The best approximation of this rank at every site; its error is told.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write one client's model as a standard PEFT adapter (or a merged model) for use elsewhere."""
     from fedgrove.use.result import Result
 
-    Result(run).client(client).export(out, merge=merge, tier=tier)
+    Result(run).client(client).export(out, merge=merge, tier=tier, rank=rank)
+    if rank is not None:
+        from fedgrove.interop import shrink
+
+        print(shrink.read_loss(out).words())
     print(f"Wrote {out}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -55,6 +56,29 @@ def whole_directory(folder: Path) -> Iterator[Path]:
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def same_file(path: Path, origin: Path) -> bool:
+    """Make ``path``, of ``origin``'s content, the same file as it; whether that could be done.
+
+    A hard link: where the file system has none, or no more of this file, ``path`` stays a copy.
+    """
+    if path.samefile(origin):
+        return True
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(origin, partial)
+    except OSError:
+        return False
+    os.replace(partial, path)
+    return True
 
 
 def unwritable(path: Path, error: OSError) -> RunError:

@@ -79,6 +79,28 @@ def save_adapter(
         )
 
 
+def rewrite(
+    folder: Path,
+    adapter: Adapter,
+    head: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    card: Mapping[str, Any],
+) -> None:
+    """Write a directory of other factors with the head and the configuration of one that was
+    read.
+    """
+    save_adapter(
+        folder,
+        adapter,
+        base=str(config["base_model_name_or_path"]),
+        head=head,
+        head_kind=card["head"],
+        head_modules=tuple(config.get("modules_to_save") or ()),
+        card=card,
+    )
+
+
 def _config(adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | None) -> Any:
     from peft import LoraConfig
 

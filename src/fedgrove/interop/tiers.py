@@ -30,16 +30,9 @@ def write_tier(source: Path, out: Path, tier: str) -> None:
     adapter, head, config = peft.read_adapter(source)
     names = list(tiers)
     first = sum(tiers[name] for name in names[: names.index(tier)])
-    modules = tuple(config.get("modules_to_save") or ())
-    peft.save_adapter(
-        out,
-        _slice(adapter, first, first + tiers[tier]),
-        base=str(config["base_model_name_or_path"]),
-        head=head,
-        head_kind=card["head"],
-        head_modules=modules,
-        card={**card, "tiers": {tier: tiers[tier]}},
-    )
+    card = {key: value for key, value in card.items() if key != "same_weights_as"}
+    part = _slice(adapter, first, first + tiers[tier])
+    peft.rewrite(out, part, head, config, card={**card, "tiers": {tier: tiers[tier]}})
 
 
 def _slice(adapter: Adapter, first: int, last: int) -> Adapter:

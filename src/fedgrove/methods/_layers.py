@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from fedgrove.adapters.adapter import Adapter, Site
@@ -24,21 +25,19 @@ def part(
 ) -> Adapter:
     """The adapter at the sites of these layers (or, not ``inside``, at the others)."""
     wanted = set(layers)
-    return {
-        name: factors
-        for name, factors in adapter.items()
-        if (sites[name].layer in wanted) == inside
-    }
+    found: Adapter = {}
+    for name, factors in adapter.items():
+        if (sites[name].layer in wanted) == inside:
+            found[name] = factors
+    return found
 
 
 def budgets(names: Sequence[str], affordable: Sequence[float], layers: int) -> dict[str, int]:
     """How many layers each client trains: the shares are dealt to the clients in turn; at least one
     layer.
     """
-    return {
-        name: max(1, round(affordable[n % len(affordable)] * layers))
-        for n, name in enumerate(names)
-    }
+    counts = [max(1, round(share * layers)) for share in affordable]
+    return {name: counts[place % len(counts)] for place, name in enumerate(names)}
 
 
 def mean_where_held(
@@ -52,14 +51,12 @@ def mean_where_held(
     """
     result: Adapter = {}
     for site, old in previous.items():
-        held = [
-            (adapter, weight)
-            for adapter, weight in zip(adapters, weights, strict=True)
-            if site in adapter
-        ]
-        result[site] = (
-            mean([{site: a[site]} for a, _ in held], [w for _, w in held])[site] if held else old
-        )
+        pairs = zip(adapters, weights, strict=True)
+        held = [({site: each[site]}, weight) for each, weight in pairs if site in each]
+        result[site] = old
+        if held:
+            parts, own = zip(*held, strict=True)
+            result[site] = mean(list(parts), list(own))[site]
     return result
 
 
@@ -72,15 +69,32 @@ def random_rows(counts: Sequence[int], layers: int, rng: torch.Generator) -> lis
     rows = [set(torch.randperm(layers, generator=rng)[:count].tolist()) for count in counts]
     missing = sorted(set(range(layers)) - set().union(*rows))
     for layer in missing:
-        holders = [sum(other in row for row in rows) for other in range(layers)]
-        swaps = [
-            (n, other) for n, row in enumerate(rows) for other in sorted(row) if holders[other] > 1
-        ]
+        held = [sum(other in row for row in rows) for other in range(layers)]
+        swaps = []
+        for place, row in enumerate(rows):
+            swaps += [(place, other) for other in sorted(row) if held[other] > 1]
         if not swaps:
             break
         client, other = swaps[int(torch.randint(len(swaps), (1,), generator=rng))]
         rows[client] = rows[client] - {other} | {layer}
     return [sorted(row) for row in rows]
+
+
+def score_groups(scores: Sequence[float], groups: int = 3) -> list[int]:
+    """For each score its group by k-means in one dimension, 0 being the lowest.
+
+    Fewer groups where there are fewer distinct scores; the highest is then still ``groups - 1``, so
+    that equal scores are all in it.
+    """
+    from sklearn.cluster import KMeans
+
+    distinct = len(set(scores))
+    wanted = min(groups, distinct)
+    points = np.array(scores, dtype=np.float64)[:, None]
+    found = KMeans(n_clusters=wanted, n_init=10, random_state=0).fit(points)
+    order = np.argsort(found.cluster_centers_[:, 0])
+    rank = {int(label): groups - wanted + place for place, label in enumerate(order)}
+    return [rank[int(label)] for label in found.labels_]
 
 
 #: How the share of clients that train a layer changes with its depth.
@@ -108,12 +122,10 @@ def holders(shape: str, places: int, clients: int, layers: int) -> list[int]:
     shallower.
     """
     wanted = profile(shape, layers)
-    counts = [1 if places >= layers else 0] * layers
+    counts = [int(places >= layers)] * layers
     for _ in range(min(places, clients * layers) - sum(counts)):
-        best = max(
-            (n for n in range(layers) if counts[n] < clients),
-            key=lambda n: (wanted[n] / (counts[n] + 1), -n),
-        )
+        free = [n for n in range(layers) if counts[n] < clients]
+        best = max(free, key=lambda n: (wanted[n] / (counts[n] + 1), -n))
         counts[best] += 1
     return counts
 

@@ -5,7 +5,8 @@ LoRA.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar
 
 from pydantic import Field, Strict
 
@@ -18,12 +19,11 @@ from fedgrove.methods.contract import (
     ClientInfo,
     Method,
     Mine,
-    Offer,
     Setting,
-    State,
     Update,
     shares,
 )
+from fedgrove.methods.records import OneAdapter
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -39,19 +39,40 @@ class LayerOptions(contract.WeightedOptions):
     )
 
 
+@dataclass(frozen=True, eq=False)
+class LayersState:
+    """The server's memory: how many layers each client trains, and, once ``open`` drew them,
+    which.
+    """
+
+    whole: Adapter
+    counts: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SomeOfIt:
+    """What goes down: an adapter, and the layers to train, or how many; neither to a newcomer."""
+
+    adapter: Adapter
+    layers: list[int] | None = None
+    count: int | None = None
+
+
 class SomeLayers(Method):
     """One global LoRA, each layer the mean over those that trained it; ``draw`` says who trains
     which in a round.
     """
 
     averages_factors = True
+    State, Offer, Sent = LayersState, SomeOfIt, OneAdapter
     Options: ClassVar[type[contract.Options]] = LayerOptions
     no_rule = (
         "each client trains other layers, and a directory does not say which of its layers "
         "were trained"
     )
 
-    def __init__(self, options: Any, setting: Setting):
+    def __init__(self, options: LayerOptions, setting: Setting):
         super().__init__(options, setting)
         self.layers = layers_of(setting.sites)
 
@@ -61,38 +82,37 @@ class SomeLayers(Method):
         """
         raise NotImplementedError
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        counts = budgets([client.name for client in clients], self.options.layers, len(self.layers))
-        return {"global": self.setting.shared_draw(), "counts": counts}
+    def begin(self, clients: Sequence[ClientInfo]) -> LayersState:
+        names = [client.name for client in clients]
+        counts = budgets(names, self.options.layers, len(self.layers))
+        return LayersState(self.setting.shared_draw(), counts)
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
-        return {
-            **state,
-            "global": mean_where_held(state["global"], adapters, self.weights(updates)),
-        }
+    def open(self, state: LayersState, round: int) -> LayersState:
+        drawn = self.draw(list(state.counts.values()), round)
+        rows: dict[str, list[int]] = {}
+        for name, row in zip(state.counts, drawn, strict=True):
+            rows[name] = [self.layers[place] for place in row]
+        return replace(state, rows=rows)
 
-    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+    def aggregate(
+        self, state: LayersState, round: int, updates: Sequence[Update[OneAdapter]]
+    ) -> LayersState:
+        adapters = [update.content.adapter for update in updates]
+        whole = mean_where_held(state.whole, adapters, self.weights(updates))
+        return replace(state, whole=whole)
+
+    def deploy(self, state: LayersState, round: int, client: ClientInfo) -> SomeOfIt:
         """All layers, whichever the client would train next."""
-        return {"global": state["global"]}
+        return SomeOfIt(state.whole)
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return Assembly((Term("global", offer["global"]),))
+    def personal(self, client: ClientInfo, offer: SomeOfIt, mine: Mine) -> Assembly:
+        return Assembly((Term("global", offer.adapter),))
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),))
+    def global_assembly(self, state: LayersState) -> Assembly:
+        return Assembly((Term("global", state.whole),))
 
-    def modules(self, update: Update) -> tuple[Adapter, Indices | None]:
-        return update.content["adapter"], None
+    def modules(self, update: Update[OneAdapter]) -> tuple[Adapter, Indices | None]:
+        return update.content.adapter, None
 
     def weights(self, updates: Sequence[Update]) -> list[float]:
         return shares(updates, self.options.weights)
-
-    def open(self, state: State, round: int) -> State:
-        """With ``rows``: the layers that each client trains in this round."""
-        counts: dict[str, int] = state["counts"]
-        drawn = self.draw(list(counts.values()), round)
-        rows = {
-            name: [self.layers[n] for n in row] for name, row in zip(counts, drawn, strict=True)
-        }
-        return {**state, "rows": rows}

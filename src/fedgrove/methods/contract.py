@@ -152,8 +152,8 @@ class Step:
     measure: Literal["train", "fisher", "features"] = "train"
     # "fisher": nothing changes, the mean squared gradient of each trained factor comes back in
     # ``Trained.scores``
-    # "features": nothing runs but the untouched base; ``Trained.features`` holds the pooled
-    # features of some examples
+    # "features": nothing trains; ``Trained.features`` holds the pooled features of some examples,
+    # of the base with what the assembly adds to it
     count: int = (
         0  # how many examples, for "train" and "features" (for "fisher": batches); 0 is all
     )

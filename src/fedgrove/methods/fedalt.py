@@ -17,28 +17,28 @@ ablations; the latter is Local, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.assembly import Assembly, Extra, Junction, Mix, Term, Weighted
 from fedgrove.adapters.groups import group_means
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
-    Mine,
-    Offer,
     Plan,
-    State,
+    Probed,
     Step,
     Trained,
     Update,
 )
+from fedgrove.methods.records import OneAdapter
 
 
 class ALTOptions(contract.Options):
@@ -64,10 +64,38 @@ class Gated(Mix):
     linear = False
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
-        weights = torch.softmax(
-            torch.nn.functional.linear(at.x, at.extras[f"gate.{at.site.name}"]), dim=-1
-        )
-        return [weights[..., :1] if term == "own" else weights[..., 1:] for term in at.terms]
+        """As in Mix, each [batch, tokens, 1]."""
+        gate = at.extras[f"gate.{at.site.name}"]
+        own, rest = torch.softmax(torch.nn.functional.linear(at.x, gate), dim=-1).split(1, dim=-1)
+        named = {"own": own, "rest": rest}
+        return [named[term] for term in at.terms]
+
+
+@dataclass(frozen=True, eq=False)
+class ALTState:
+    """The server's memory by client, in the order of the names; and, once ``open`` made them, the
+    mean of the others for each client and that of everyone, both empty before anybody has sent.
+    """
+
+    latest: dict[str, Adapter] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    rest: dict[str, Adapter] = field(default_factory=dict)
+    everyone: Adapter = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """The mean of the others; empty where there is none."""
+
+    rest: Adapter = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnAndGates:
+    """What stays with a client: its LoRA, and the gates [2, in] by the names of their extras."""
+
+    own: Adapter | None = None
+    gates: dict[str, Tensor] = field(default_factory=dict)
 
 
 class FedALT(Method):
@@ -78,6 +106,7 @@ class FedALT(Method):
     shares = "a copy of A, B"
     keeps = "own A, B; gates"
     mixes = (Gated,)
+    State, Offer, Mine, Sent = ALTState, Rest, OwnAndGates, OneAdapter
     Options: ClassVar[type[contract.Options]] = ALTOptions
     no_rule = (
         "a client keeps two adapters and a gate that depends on the input, which is no single "
@@ -88,77 +117,68 @@ class FedALT(Method):
     def needs_each(self) -> str:
         return "each client gets the mean of all the others"
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"latest": {}, "examples": {}}
-
-    def open(self, state: State, round: int) -> State:
-        """With ``rest``, the mean of the others for each client that has sent something, and
-        ``everyone``, the mean of all; both empty before anybody has.
-        """
-        names = list(state["latest"])
+    def open(self, state: ALTState, round: int) -> ALTState:
+        names = list(state.latest)
         if not names:
-            return {**state, "rest": {}, "everyone": {}}
+            return state
         weights = [1.0] * len(names)
         if self.options.weights == "examples":
-            weights = [float(state["examples"][name]) for name in names]
-        means = group_means(list(state["latest"].values()), range(len(names)), weights)
-        return {
-            **state,
-            "rest": dict(zip(names, means.rest, strict=True)),
-            "everyone": means.everyone,
-        }
+            weights = [float(state.examples[name]) for name in names]
+        means = group_means(list(state.latest.values()), range(len(names)), weights)
+        rest = dict(zip(names, means.rest, strict=True))
+        return replace(state, rest=rest, everyone=means.everyone)
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        rest = state["rest"].get(client.name, state["everyone"])
-        return {"rest": rest} if rest and self.options.gate != "own" else {}
+    def offer(self, state: ALTState, round: int, client: ClientInfo) -> Rest:
+        if self.options.gate == "own":
+            return Rest()
+        return Rest(state.rest.get(client.name, state.everyone))
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        latest = {
-            **state["latest"],
-            **{u.client: u.content["adapter"] for u in updates if u.content},
-        }
-        examples = {**state["examples"], **{u.client: u.examples for u in updates}}
-        return {"latest": dict(sorted(latest.items())), "examples": dict(sorted(examples.items()))}
+    def aggregate(
+        self, state: ALTState, round: int, updates: Sequence[Update[OneAdapter]]
+    ) -> ALTState:
+        latest, examples = dict(state.latest), dict(state.examples)
+        for each in updates:
+            examples[each.client] = each.examples
+            if each.content.adapter:
+                latest[each.client] = each.content.adapter
+        return ALTState(dict(sorted(latest.items())), dict(sorted(examples.items())))
 
-    def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
-        return {"rest": state["everyone"]} if state["everyone"] else {}
+    def welcome(self, state: ALTState, client: ClientInfo, probe: Probed | None) -> Rest:
+        return Rest(state.everyone)
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
+    def plan(self, client: ClientInfo, offer: Rest, mine: OwnAndGates, round: int) -> Plan:
         return [Step(self._assembly(client, offer, mine))]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Rest,
+        mine: OwnAndGates,
+        round: int,
+    ) -> tuple[OneAdapter, OwnAndGates]:
         own = trained[-1].adapter("own")
-        gates = {
-            name: e.value
-            for name, e in trained[-1].assembly.extras.items()
-            if name.startswith("gate.")
-        }
-        up = {} if self.options.gate == "own" else {"adapter": own}
-        return up, {"own": own, "gates": gates}
+        extras = trained[-1].assembly.extras
+        gates = {name: each.value for name, each in extras.items() if name.startswith("gate.")}
+        if self.options.gate == "own":
+            return OneAdapter(), OwnAndGates(own, gates)
+        return OneAdapter(own), OwnAndGates(own, gates)
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        if "own" not in mine and "rest" in offer:
-            return Assembly((Term("rest", offer["rest"]),))
+    def personal(self, client: ClientInfo, offer: Rest, mine: OwnAndGates) -> Assembly:
+        if mine.own is None and offer.rest:
+            return Assembly((Term("rest", offer.rest),))
         return self._assembly(client, offer, mine)
 
-    def _assembly(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        own = Term("own", mine["own"] if "own" in mine else self.setting.shared_draw(client.rank))
+    def _assembly(self, client: ClientInfo, offer: Rest, mine: OwnAndGates) -> Assembly:
+        own = Term("own", mine.own or self.setting.shared_draw(client.rank))
         if self.options.gate == "own":
             return Assembly((own,))
-        rest = Term(
-            "rest",
-            offer["rest"] if "rest" in offer else self.setting.shared_draw(client.rank),
-            train="",
-        )
+        terms = (own, Term("rest", offer.rest or self.setting.shared_draw(client.rank), train=""))
         if self.options.gate == "even":
-            return Assembly((own, rest), Weighted({"own": 0.5, "rest": 0.5}))
-        gates = mine.get("gates") or {
+            return Assembly(terms, Weighted({"own": 0.5, "rest": 0.5}))
+        gates = mine.gates or {
             f"gate.{name}": torch.zeros(2, site.in_features)
             for name, site in self.setting.sites.items()
         }
-        return Assembly(
-            (own, rest), Gated(), {name: Extra(gate, lr=1.0) for name, gate in gates.items()}
-        )
+        return Assembly(terms, Gated(), {name: Extra(gate, lr=1.0) for name, gate in gates.items()})

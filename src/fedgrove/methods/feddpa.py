@@ -9,20 +9,24 @@ the client's own training examples gives the *global* adapter the weight
 ``w = cap · c`` (not below 0) and the local one ``1 − w``: the direction and the formula of the
 official code.
 
+Two habits of the official code are options: ``features = "local"`` reads features from the base
+with the client's *local* adapter, and its references anew after each local training; FedDPA-T with
+``renew = true`` starts the local adapter afresh in round 2.
+
 Where we differ: features are the masked mean of the base's last hidden states (the official code
 takes a decoder's last token), and the references are drawn once and kept. The last rounds of
-FedDPA-F count in the budget and also run in the
-0.5 / 0.5 mix; the local adapter starts from the global one. A client without a local adapter
-deploys the global one.
+FedDPA-F count in the budget and also run in the 0.5 / 0.5 mix; the local adapter starts from the
+global one. A client without a local adapter deploys the global one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -33,9 +37,7 @@ from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
-    Mine,
-    Offer,
-    State,
+    Probed,
     Step,
     Trained,
     Update,
@@ -43,9 +45,15 @@ from fedgrove.methods.contract import (
     reveal,
     shares,
 )
+from fedgrove.methods.records import OneAdapter, Whole
 
 
 class _DPAOptions(contract.WeightedOptions):
+    features: Literal["base", "local"] = Field(
+        "base",
+        description="What examples are compared by: the features of the base, or those of the base "
+        "with the client's local adapter, as in the official code.",
+    )
     references: int = Field(
         5, ge=1, description="Local training examples that an example is compared with."
     )
@@ -78,6 +86,11 @@ class DPATOptions(_DPAOptions):
         lt=1,
         description="Share of a round's local budget that trains the local adapter.",
     )
+    renew: bool = Field(
+        False,
+        description="Start the local adapter afresh, from a random A and B = 0, in round 2, as the "
+        "official code does.",
+    )
 
 
 @dataclass(frozen=True)
@@ -92,12 +105,45 @@ class ByExample(Mix):
     needs_features = True
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+        """As in Mix, each [batch, 1, 1]."""
         assert at.features is not None  # the kernel provides them: needs_features
-        near = torch.nn.functional.cosine_similarity(
-            at.features[:, None, :], at.extras["references"][None], dim=-1
-        )
-        weight = (self.cap * near.mean(1)).clamp_min(0.0)[:, None, None]
-        return [weight if term == "global" else 1 - weight for term in at.terms]
+        weight = self.cap * mean_cosine(at.features, at.extras["references"])
+        shared = weight.clamp_min(0.0)[:, None, None]
+        named = {"global": shared, "own": 1 - shared}
+        return [named[term] for term in at.terms]
+
+
+@dataclass(frozen=True)
+class ByLocalExample(ByExample):
+    """The same with features of the base and the client's local adapter."""
+
+    features_with = ("own",)
+
+
+def mean_cosine(
+    features: Float[Tensor, "b hidden"], references: Float[Tensor, "count hidden"]
+) -> Float[Tensor, " b"]:
+    """Each example's mean cosine similarity with the references."""
+    near = torch.nn.functional.cosine_similarity(features[:, None, :], references[None], dim=-1)
+    return near.mean(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Down:
+    """The global adapter; None to who holds the finished one."""
+
+    whole: Adapter | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What stays with a client: its local adapter, the features of its references [count, hidden],
+    and, of FedDPA-F, the finished global adapter.
+    """
+
+    own: Adapter | None = None
+    references: Tensor | None = None
+    whole: Adapter | None = None
 
 
 class _FedDPA(Method):
@@ -108,121 +154,160 @@ class _FedDPA(Method):
     no_rule = (
         "its server averages the clients' global adapters as fedit does; aggregate those with fedit"
     )
-    mixes = (ByExample,)
-
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw()}
-
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"global": state["global"]}
-
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
-        return {**state, "global": mean(adapters, shares(updates, self.options.weights))}
-
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),))
+    mixes = (ByExample, ByLocalExample)
+    Offer, Mine, Sent = Down, Kept, OneAdapter
 
     def reads(self) -> str:
         return "the features of some training examples, which its model keeps"
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        shared = offer["global"] if "global" in offer else mine["global"]
-        if "own" not in mine:
+    def personal(self, client: ClientInfo, offer: Down, mine: Kept) -> Assembly:
+        shared = _shared(offer, mine)
+        if mine.own is None or mine.references is None:
             return Assembly((Term("global", shared),))
-        return Assembly(
-            (Term("global", shared, train=""), Term("own", mine["own"], home="client")),
-            ByExample(self.options.cap),
-            {"references": Extra(mine["references"], train=False)},
-        )
+        terms = (Term("global", shared, train=""), Term("own", mine.own, home="client"))
+        kind = ByExample
+        if self.options.features == "local":
+            kind = ByLocalExample
+        references = {"references": Extra(mine.references, train=False)}
+        return Assembly(terms, kind(self.options.cap), references)
 
-    def _local(self, shared: Adapter, mine: Mine, share: float) -> Generator[Step, Trained, None]:
-        """The references, once, then the local adapter beside the frozen global one."""
-        if "references" not in mine:
-            yield Step(Assembly(), measure="features", count=self.options.references)
+    def _mean(self, updates: Sequence[Update[OneAdapter]]) -> Adapter:
+        """FedIT's mean of the global adapters."""
+        adapters = [update.content.adapter for update in updates]
+        return mean(adapters, shares(updates, self.options.weights))
+
+    def _local(
+        self, shared: Adapter, start: Adapter | None, mine: Kept, share: float
+    ) -> Generator[Step, Trained, None]:
+        """The local adapter beside the frozen global one, and the references: once before it, or
+        after each training of the adapter that they are read with.
+        """
+        look = Step(Assembly(), measure="features", count=self.options.references)
+        by_base = self.options.features == "base"
+        if by_base and mine.references is None:
+            yield look
+        terms = (Term("global", shared, train=""), Term("own", start or shared, home="client"))
         weight = self.options.training_weight
-        yield Step(
-            Assembly(
-                (
-                    Term("global", shared, train=""),
-                    Term("own", reveal(mine).get("own", shared), home="client"),
-                ),
-                Weighted({"global": weight, "own": 1 - weight}),
-            ),
-            share=share,
-            stream="local",
-        )
+        mix = Weighted({"global": weight, "own": 1 - weight})
+        trained = yield Step(Assembly(terms, mix), share=share, stream="local")
+        if not by_base:
+            alone = Term("own", reveal(trained.adapter("own")), train="", home="client")
+            yield replace(look, assembly=Assembly((alone,)), stream="references")
 
-    def _kept(self, trained: Sequence[Trained], mine: Mine) -> Mine:
+    def _kept(self, trained: Sequence[Trained], mine: Kept) -> Kept:
         """What stays after ``_local``."""
-        features = next((t.features for t in trained if t.features is not None), None)
-        own = next(
-            t.adapter("own")
-            for t in trained
-            if any(term.name == "own" for term in t.assembly.terms)
-        )
-        references = mine["references"] if features is None else keep(features)
-        return {"own": own, "references": references}
+        local = [each for each in trained if _trains_own(each)]
+        features = [each.features for each in trained if each.features is not None]
+        references = mine.references
+        if features:
+            references = keep(features[0])
+        return replace(mine, own=local[0].adapter("own"), references=references)
+
+
+def _shared(offer: Down, mine: Kept) -> Adapter:
+    """The global adapter, as it came down now or as it is held."""
+    found = offer.whole or mine.whole
+    assert found is not None  # who holds none is offered it
+    return found
+
+
+def _trains_own(trained: Trained) -> bool:
+    return any(term.name == "own" and term.train for term in trained.assembly.terms)
+
+
+@dataclass(frozen=True, eq=False)
+class DPAFState:
+    """The global adapter, and who has the finished one."""
+
+    whole: Adapter
+    holds: list[str] = field(default_factory=list)
 
 
 class FedDPAF(_FedDPA):
     name = "feddpa-f"
     title = "FedDPA-F"
     paper = "arXiv 2403.19211"
+    State = DPAFState
     Options: ClassVar[type[contract.Options]] = DPAFOptions
 
     @property
     def federated_rounds(self) -> int:
         """Rounds that train the global adapter: at least one."""
         wanted = self.options.local_rounds * self.setting.rounds
-        local = max(1, round(wanted)) if wanted else 0
+        local = 0
+        if wanted:
+            local = max(1, round(wanted))
         return max(1, self.setting.rounds - local)
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {**super().begin(clients), "holds": []}  # who has the finished global adapter
+    def begin(self, clients: Sequence[ClientInfo]) -> DPAFState:
+        return DPAFState(self.setting.shared_draw())
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {} if client.name in state["holds"] else {"global": state["global"]}
+    def offer(self, state: DPAFState, round: int, client: ClientInfo) -> Down:
+        if client.name in state.holds:
+            return Down()
+        return Down(state.whole)
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+    def aggregate(
+        self, state: DPAFState, round: int, updates: Sequence[Update[OneAdapter]]
+    ) -> DPAFState:
         if round <= self.federated_rounds:
-            return super().aggregate(state, round, updates)
-        return {**state, "holds": sorted({*state["holds"], *(update.client for update in updates)})}
+            return replace(state, whole=self._mean(updates))
+        came = [update.client for update in updates]
+        return replace(state, holds=sorted({*state.holds, *came}))
+
+    def global_assembly(self, state: DPAFState) -> Assembly:
+        return Assembly((Term("global", state.whole),))
 
     def plan(
-        self, client: ClientInfo, offer: Offer, mine: Mine, round: int
+        self, client: ClientInfo, offer: Down, mine: Kept, round: int
     ) -> Generator[Step, Trained, None]:
+        shared = _shared(offer, mine)
         if round <= self.federated_rounds:
-            yield Step(Assembly((Term("global", offer["global"]),)))
-        else:
-            yield from self._local(
-                offer["global"] if "global" in offer else mine["global"], mine, 1.0
-            )
+            yield Step(Assembly((Term("global", shared),)))
+            return
+        yield from self._local(shared, reveal(mine.own), mine, 1.0)
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Down, mine: Kept, round: int
+    ) -> tuple[OneAdapter, Kept]:
         if round <= self.federated_rounds:
-            return {"adapter": trained[-1].adapter("global")}, mine
-        return {}, {"global": trained[-1].adapter("global"), **self._kept(trained, mine)}
+            return OneAdapter(trained[-1].adapter("global")), mine
+        kept = replace(self._kept(trained, mine), whole=_shared(offer, mine))
+        return OneAdapter(), kept
 
-    def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
-        return {"global": state["global"]}
+    def welcome(self, state: DPAFState, client: ClientInfo, probe: Probed | None) -> Down:
+        return Down(state.whole)
 
 
 class FedDPAT(_FedDPA):
     name = "feddpa-t"
     title = "FedDPA-T"
     paper = "arXiv 2403.19211"
+    State = Whole
     Options: ClassVar[type[contract.Options]] = DPATOptions
 
+    def begin(self, clients: Sequence[ClientInfo]) -> Whole:
+        return Whole(self.setting.shared_draw())
+
+    def offer(self, state: Whole, round: int, client: ClientInfo) -> Down:
+        return Down(state.whole)
+
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+        return Whole(self._mean(updates))
+
+    def global_assembly(self, state: Whole) -> Assembly:
+        return Assembly((Term("global", state.whole),))
+
     def plan(
-        self, client: ClientInfo, offer: Offer, mine: Mine, round: int
+        self, client: ClientInfo, offer: Down, mine: Kept, round: int
     ) -> Generator[Step, Trained, None]:
-        yield from self._local(offer["global"], mine, self.options.local_share)
-        yield Step(Assembly((Term("global", offer["global"]),)), share=1 - self.options.local_share)
+        shared, start = _shared(offer, mine), reveal(mine.own)
+        if self.options.renew and round == 2:
+            start = self.setting.shared_draw(purpose="local")
+        yield from self._local(shared, start, mine, self.options.local_share)
+        yield Step(Assembly((Term("global", shared),)), share=1 - self.options.local_share)
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        return {"adapter": trained[-1].adapter("global")}, self._kept(trained, mine)
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Down, mine: Kept, round: int
+    ) -> tuple[OneAdapter, Kept]:
+        return OneAdapter(trained[-1].adapter("global")), self._kept(trained, mine)

@@ -5,8 +5,9 @@ Source: Wang et al., "Adaptive LoRA Experts Allocation and Selection for Federat
 arXiv 2509.15087. After a local warm-up, ``d_ij`` is the mean over sites of ``1 − cos(B_i, B_j)``;
 average linkage, the number of clusters by silhouette in ``2..M_max``; an expert is the mean of its
 cluster. A client trains its own expert, beside the frozen others, and a router ``G [2M − 1, in]``
-per site: of ``softmax(G x)`` the ``M`` largest count, the first ``M`` outputs all standing for the
-own expert and one for each other. Expert and router are averaged within the cluster.
+per site: of ``softmax(G x)`` the ``M`` largest count, divided by their sum (as in the authors'
+code), the first ``M`` outputs all standing for the own expert and one for each other. Expert and
+router are averaged within the cluster.
 
 Where we differ: routers start from one small random draw (as a linear layer does). Too few clients
 for a silhouette (fewer than three) make one cluster, and one cluster needs no router. The warm-up
@@ -18,10 +19,11 @@ joins the expert whose ``B`` after the warm-up is closest; before that it runs t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -35,17 +37,17 @@ from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
-    Mine,
-    Offer,
     Plan,
     Setting,
-    State,
     Step,
     Trained,
     Update,
     draw,
     shares,
 )
+from fedgrove.methods.records import Own
+
+Tensors = dict[str, Tensor]  # by site
 
 
 class LEASEOptions(contract.WeightedOptions):
@@ -67,9 +69,9 @@ class LEASEOptions(contract.WeightedOptions):
         examples=[3],
     )
     normalise: bool = Field(
-        False,
+        True,
         description="Divide the weights of the chosen router outputs by their sum, so that they "
-        "add up to 1.",
+        "add up to 1, as the authors' code does; false takes them as the softmax gives them.",
     )
 
 
@@ -84,25 +86,60 @@ class TopExperts(Mix):
 
     own: int
     count: int
-    normalise: bool = False
+    normalise: bool = True
 
     linear = False
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
-        shares = torch.softmax(
-            torch.nn.functional.linear(at.x, at.extras[f"router.{at.site.name}"]), dim=-1
-        )
+        """As in Mix, each [batch, tokens, 1]."""
+        router = at.extras[f"router.{at.site.name}"]
+        shares = torch.softmax(torch.nn.functional.linear(at.x, router), dim=-1)
         top = shares.topk(self.count, dim=-1)
         kept = torch.zeros_like(shares).scatter(-1, top.indices, top.values)
         if self.normalise:
             kept = kept / kept.sum(-1, keepdim=True)
-        weights = (
-            kept[..., : self.count].sum(-1, keepdim=True),
-            *kept[..., self.count :].split(1, dim=-1),
-        )
+        own = kept[..., : self.count].sum(-1, keepdim=True)
+        others = kept[..., self.count :].split(1, dim=-1)
         order = [self.own, *(n for n in range(self.count) if n != self.own)]
-        named = {f"expert.{n}": weight for n, weight in zip(order, weights, strict=True)}
+        pairs = zip(order, (own, *others), strict=True)
+        named = {f"expert.{n}": weight for n, weight in pairs}
         return [named[term] for term in at.terms]
+
+
+@dataclass(frozen=True, eq=False)
+class LEASEState:
+    """The server's memory; all of it is empty until the clusters are made."""
+
+    labels: dict[str, int] = field(default_factory=dict)  # client -> its cluster
+    experts: list[Adapter] = field(default_factory=list)  # one for each cluster
+    routers: list[Tensors] = field(default_factory=list)  # site -> [2M - 1, in]; none with M = 1
+    anchors: list[Tensors] = field(default_factory=list)  # each expert's first B, [out, rank]
+    scores: dict[str, float] = field(default_factory=dict)  # silhouette by number of clusters
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """What goes down: nothing before there are clusters. A newcomer has no label yet."""
+
+    experts: list[Adapter] = field(default_factory=list)
+    label: int | None = None
+    router: Tensors = field(default_factory=dict)  # that of the label's cluster
+    placed: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """What goes up: the own expert and its router; in the warm-up, the own adapter at its end."""
+
+    expert: Adapter = field(default_factory=dict)
+    router: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Bases:
+    """What a newcomer's probe sends: its B at each site, [out, rank]."""
+
+    B: Tensors
 
 
 class FedLEASE(Method):
@@ -113,13 +150,15 @@ class FedLEASE(Method):
     shares = "expert, router"
     keeps = "nothing"
     mixes = (TopExperts,)
+    State, Offer, Mine, Sent, Probed = LEASEState, Experts, Own, Expert, Bases
     Options: ClassVar[type[contract.Options]] = LEASEOptions
     no_rule = "it averages routers beside the adapters, and a PEFT adapter directory holds none"
 
-    def __init__(self, options: Any, setting: Setting):
+    def __init__(self, options: LEASEOptions, setting: Setting):
         super().__init__(options, setting)
-        default = max(1, min(5, setting.rounds // 3))
-        self.warmup: int = default if options.warmup_rounds is None else options.warmup_rounds
+        self.warmup = max(1, min(5, setting.rounds // 3))
+        if options.warmup_rounds is not None:
+            self.warmup = options.warmup_rounds
         if self.warmup > setting.rounds:
             raise JobError(
                 f"method.warmup_rounds = {self.warmup} is more than run.rounds = {setting.rounds}; "
@@ -140,177 +179,178 @@ class FedLEASE(Method):
         most = self.options.experts or self.options.max_experts
         return 2 * most - 1
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        state: State = {"labels": {}, "experts": [], "routers": [], "anchors": [], "scores": {}}
+    def begin(self, clients: Sequence[ClientInfo]) -> LEASEState:
         if self.warmup:
-            return state
-        return {
-            **state,
-            "labels": {c.name: 0 for c in clients},
-            "experts": [self.setting.shared_draw()],
-        }
+            return LEASEState()
+        return LEASEState({client.name: 0 for client in clients}, [self.setting.shared_draw()])
 
     def select(
-        self, state: State, round: int, available: Sequence[str], fraction: float
+        self, state: LEASEState, round: int, available: Sequence[str], fraction: float
     ) -> list[str]:
         if round <= self.warmup:
             return list(available)
         return draw(available, fraction, self.setting.rng(round, "select"))
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        if not state["experts"]:
-            return {}
-        label = state["labels"].get(client.name)
-        return self._placed(state, label)
+    def offer(self, state: LEASEState, round: int, client: ClientInfo) -> Experts:
+        return self._of_cluster(state, state.labels.get(client.name))
 
-    def _placed(self, state: State, label: int | None) -> Offer:
-        offer: Offer = {"experts": state["experts"], "label": label}
-        if label is not None and state["routers"]:
-            offer["router"] = state["routers"][label]
-        return offer
+    def _of_cluster(self, state: LEASEState, label: int | None) -> Experts:
+        if not state.experts:
+            return Experts()
+        if label is None or not state.routers:
+            return Experts(state.experts, label)
+        return Experts(state.experts, label, state.routers[label])
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+    def aggregate(
+        self, state: LEASEState, round: int, updates: Sequence[Update[Expert]]
+    ) -> LEASEState:
         if round < self.warmup:
             return state
         if round == self.warmup:
             return self._group(updates)
-        experts, routers = list(state["experts"]), list(state["routers"])
+        experts, routers = list(state.experts), list(state.routers)
         for number in range(len(experts)):
-            members = [u for u in updates if state["labels"][u.client] == number]
+            members = [each for each in updates if state.labels[each.client] == number]
             if not members:
                 continue
             weights = shares(members, self.options.weights)
-            experts[number] = mean([u.content["expert"] for u in members], weights)
+            experts[number] = mean([each.content.expert for each in members], weights)
             if routers:
-                routers[number] = _mean_tensors([u.content["router"] for u in members], weights)
-        return {**state, "experts": experts, "routers": routers}
+                routers[number] = _mean_tensors([each.content.router for each in members], weights)
+        return replace(state, experts=experts, routers=routers)
 
-    def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
-        if not state["experts"]:
-            return {}
-        if len(state["experts"]) == 1:
-            return self._placed(state, 0)
-        if probe is None:
-            return self._placed(state, None)
-        distances = towards(probe["B"], state["anchors"], self.setting.sites, "cosine").mean(0)
+    def welcome(self, state: LEASEState, client: ClientInfo, probe: Bases | None) -> Experts:
+        if len(state.experts) == 1:
+            return self._of_cluster(state, 0)
+        if probe is None or not state.experts:
+            return self._of_cluster(state, None)
+        distances = towards(probe.B, state.anchors, self.setting.sites, "cosine").mean(0)
         label = int(distances.argmin())
-        offer = self._placed(state, label)
         listed = ", ".join(f"{value:.3f}" for value in distances.tolist())
-        offer["placed"] = f"expert {label} of {len(state['experts'])} (1 − cos with each: {listed})"
-        return offer
+        where = f"expert {label} of {len(state.experts)} (1 − cos with each: {listed})"
+        return replace(self._of_cluster(state, label), placed=where)
 
-    def artefacts(self, state: State) -> dict[str, Any]:
-        if not state["experts"]:
+    def artefacts(self, state: LEASEState) -> dict[str, Any]:
+        """``experts.json``: the clusters and the silhouettes that chose their number."""
+        if not state.experts:
             return {}
-        labels, scores = state["labels"], state["scores"]
-        return {
-            "experts.json": {
-                "labels": dict(labels),
-                "count": len(state["experts"]),
-                "silhouettes": dict(scores),
-            }
+        found = {
+            "labels": dict(state.labels),
+            "count": len(state.experts),
+            "silhouettes": dict(state.scores),
         }
+        return {"experts.json": found}
 
-    def _group(self, updates: Sequence[Update]) -> State:
+    def _group(self, updates: Sequence[Update[Expert]]) -> LEASEState:
         """The clusters, once, from what everybody trained in the warm-up."""
-        adapters = [update.content["expert"] for update in updates]
-        bases = [{site: factors.B for site, factors in adapter.items()} for adapter in adapters]
-        distances = between(bases, self.setting.sites, "cosine").mean(0).numpy()
+        adapters = [_up(each.content.expert) for each in updates]
+        distances = between(adapters, self.setting.sites, "cosine").mean(0).numpy()
         tree = merge_tree(distances)
-        wanted, clients = self.options.experts, len(updates)
+        most = min(self.options.max_experts, len(updates) - 1)
         scores = {
-            str(count): silhouette(cut(tree, count), distances)
-            for count in range(2, min(self.options.max_experts, clients - 1) + 1)
+            str(count): silhouette(cut(tree, count), distances) for count in range(2, most + 1)
         }
-        if wanted is not None:
-            count = min(wanted, clients)
-        else:
-            count = max((int(c) for c in scores), key=lambda c: (scores[str(c)], -c), default=1)
+        count = self._count(scores, len(updates))
         labels = cut(tree, count).tolist()
-        groups = [
-            [n for n, label in enumerate(labels) if label == number] for number in range(count)
-        ]
-        experts = [
-            mean(
-                [adapters[n] for n in group],
-                shares([updates[n] for n in group], self.options.weights),
-            )
-            for group in groups
-        ]
-        return {
-            "labels": {
-                update.client: int(label) for update, label in zip(updates, labels, strict=True)
-            },
-            "experts": experts,
-            "routers": [self._router(count) for _ in experts] if count > 1 else [],
-            "anchors": [
-                {site: factors.B for site, factors in expert.items()} for expert in experts
-            ],
-            "scores": scores,
-        }
+        experts = [self._expert(updates, labels, number) for number in range(count)]
+        routers = []
+        if count > 1:
+            routers = [self._router(count) for _ in experts]
+        names = [each.client for each in updates]
+        return LEASEState(
+            labels=dict(zip(names, labels, strict=True)),
+            experts=experts,
+            routers=routers,
+            anchors=[_up(expert) for expert in experts],
+            scores=scores,
+        )
 
-    def _router(self, experts: int) -> dict[str, Tensor]:
-        """One draw for all clusters: uniform within ``1 / sqrt(in)``, as a new linear layer has."""
+    def _count(self, scores: Mapping[str, float], clients: int) -> int:
+        """How many experts: as the job says, or the best silhouette (ties: fewer)."""
+        wanted: int | None = self.options.experts
+        if wanted is not None:
+            return min(wanted, clients)
+        counts = [int(count) for count in scores]
+        return max(counts, key=lambda count: (scores[str(count)], -count), default=1)
+
+    def _expert(
+        self, updates: Sequence[Update[Expert]], labels: Sequence[int], number: int
+    ) -> Adapter:
+        """The mean of one cluster's members."""
+        pairs = zip(updates, labels, strict=True)
+        members = [each for each, label in pairs if label == number]
+        weights = shares(members, self.options.weights)
+        return mean([each.content.expert for each in members], weights)
+
+    def _router(self, experts: int) -> Tensors:
+        """One draw for all clusters: uniform within ``1 / sqrt(in)``, as a new linear layer has;
+        site -> [2M − 1, in].
+        """
         rng = self.setting.rng("router")
-        result = {}
+        result: Tensors = {}
         for name in sorted(self.setting.sites):
             width = self.setting.sites[name].in_features
-            result[name] = (2 * torch.rand(2 * experts - 1, width, generator=rng) - 1) * width**-0.5
+            uniform = 2 * torch.rand(2 * experts - 1, width, generator=rng) - 1
+            result[name] = uniform * width**-0.5
         return result
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        return [Step(self.personal(client, offer, mine))]
-
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Experts, mine: Own, round: int
+    ) -> tuple[Expert, Own]:
         last = trained[-1]
-        if "experts" not in offer:
+        if not offer.experts:
             own = last.adapter("own")
-            return ({"expert": own} if round == self.warmup else {}), {"own": own}
-        up: dict[str, Any] = {"expert": last.adapter(f"expert.{offer['label']}")}
-        if "router" in offer:
-            up["router"] = {site: last.extra(f"router.{site}") for site in offer["router"]}
-        return up, {}
+            if round == self.warmup:
+                return Expert(own), Own(own)
+            return Expert(), Own(own)
+        router = {site: last.extra(f"router.{site}") for site in offer.router}
+        return Expert(last.adapter(f"expert.{offer.label}"), router), Own()
 
-    def probe(self, client: ClientInfo, offer: Offer) -> Plan | None:
-        if offer.get("label") is not None or "experts" not in offer:
+    def probe(self, client: ClientInfo, offer: Experts) -> Plan | None:
+        """One training of an adapter alone, as in the warm-up."""
+        if offer.label is not None or not offer.experts:
             return None
         return [Step(Assembly((Term("own", self.setting.shared_draw()),)))]
 
-    def probe_report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer
-    ) -> dict[str, Any]:
-        return {"B": {site: factors.B for site, factors in trained[-1].adapter("own").items()}}
+    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Experts) -> Bases:
+        return Bases(_up(trained[-1].adapter("own")))
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        if "experts" not in offer:
-            own: Adapter = mine["own"] if "own" in mine else self.setting.shared_draw()
-            return Assembly((Term("own", own),))
-        experts, label = offer["experts"], offer["label"]
-        terms = tuple(
-            Term(f"expert.{n}", expert, train="AB" if label in (n, None) else "")
-            for n, expert in enumerate(experts)
-        )
-        if len(experts) == 1:
+    def personal(self, client: ClientInfo, offer: Experts, mine: Own) -> Assembly:
+        if not offer.experts:
+            return Assembly((Term("own", mine.own or self.setting.shared_draw()),))
+        terms = tuple(_term(number, each, offer) for number, each in enumerate(offer.experts))
+        if len(terms) == 1:
             return Assembly(terms)
-        if label is None:
+        if offer.label is None:
             return Assembly(terms, Weighted({term.name: 1 / len(terms) for term in terms}))
         routers = {
-            f"router.{site}": Extra(G, home="server", lr=1.0) for site, G in offer["router"].items()
+            f"router.{site}": Extra(G, home="server", lr=1.0) for site, G in offer.router.items()
         }
-        return Assembly(terms, TopExperts(label, len(experts), self.options.normalise), routers)
+        mix = TopExperts(offer.label, len(terms), self.options.normalise)
+        return Assembly(terms, mix, routers)
+
+
+def _term(number: int, expert: Adapter, offer: Experts) -> Term:
+    """An expert as the client runs it: its own trains, and all do of who has none."""
+    if offer.label in (number, None):
+        return Term(f"expert.{number}", expert)
+    return Term(f"expert.{number}", expert, train="")
+
+
+def _up(adapter: Adapter) -> Tensors:
+    """B [out, rank] at each site."""
+    return {site: factors.B for site, factors in adapter.items()}
 
 
 def _mean_tensors(
-    parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
-) -> dict[str, Tensor]:
+    parts: Sequence[Mapping[str, Float[Tensor, "*any"]]], weights: Sequence[float]
+) -> Tensors:
     """The weighted mean of each tensor, summed in float64; the weights add up to 1."""
-    return {
-        name: sum(
-            (w * each[name].double() for each, w in zip(parts, weights, strict=True)),
-            torch.zeros(()),
-        ).to(first)
-        for name, first in parts[0].items()
-    }
+    result: Tensors = {}
+    for name, first in parts[0].items():
+        total = torch.zeros(())
+        for part, weight in zip(parts, weights, strict=True):
+            total = total + weight * part[name].double()
+        result[name] = total.to(first)
+    return result

@@ -15,12 +15,12 @@ this is FedIT.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods._layers import part, random_rows
-from fedgrove.methods._some_layers import SomeLayers
-from fedgrove.methods.contract import ClientInfo, Mine, Offer, Plan, State, Step, Trained
+from fedgrove.methods._some_layers import LayersState, SomeLayers, SomeOfIt
+from fedgrove.methods.contract import ClientInfo, Mine, Plan, Step, Trained
+from fedgrove.methods.records import OneAdapter
 
 
 class FedRA(SomeLayers):
@@ -32,28 +32,28 @@ class FedRA(SomeLayers):
     keeps = "nothing"
 
     # ------------------------------------------------------------------ server
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        row = state["rows"].get(client.name)
+    def offer(self, state: LayersState, round: int, client: ClientInfo) -> SomeOfIt:
+        row = state.rows.get(client.name)
         if row is None:  # a newcomer
             return self.deploy(state, round, client)
-        return {"global": part(state["global"], self.setting.sites, row), "layers": row}
+        return SomeOfIt(part(state.whole, self.setting.sites, row), layers=row)
 
     def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
         return random_rows(counts, len(self.layers), self.setting.rng(round, "allocation"))
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        some = len(offer["layers"]) < len(self.layers)
-        return [
-            Step(
-                Assembly(
-                    (Term("global", offer["global"]),),
-                    layers=frozenset(offer["layers"]) if some else None,
-                )
-            )
-        ]
+    def plan(self, client: ClientInfo, offer: SomeOfIt, mine: Mine, round: int) -> Plan:
+        terms = (Term("global", offer.adapter),)
+        if offer.layers is None or len(offer.layers) == len(self.layers):
+            return [Step(Assembly(terms))]
+        return [Step(Assembly(terms, layers=frozenset(offer.layers)))]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        return {"adapter": trained[-1].adapter("global")}, mine
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: SomeOfIt,
+        mine: Mine,
+        round: int,
+    ) -> tuple[OneAdapter, Mine]:
+        return OneAdapter(trained[-1].adapter("global")), mine

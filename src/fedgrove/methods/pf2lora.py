@@ -71,8 +71,9 @@ class PF2LoRA(FedIT):
     def report(
         self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Own, round: int
     ) -> tuple[OneAdapter, Own]:
-        kept = Own(trained[0].adapter("own")) if self.options.private_share else mine
-        return OneAdapter(trained[-1].adapter("global")), kept
+        if self.options.private_share:
+            mine = Own(trained[0].adapter("own"))
+        return OneAdapter(trained[-1].adapter("global")), mine
 
     def personal(self, client: ClientInfo, offer: Whole, mine: Own) -> Assembly:
         shared = Term("global", offer.whole)

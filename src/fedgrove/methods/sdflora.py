@@ -6,7 +6,9 @@ arXiv 2601.11219.
 ``W0 + s B A + s B_own A_own``: the server stacks the clients' shared modules with their weights, so
 that the product is exactly ``Σ p_i s_i B_i A_i`` whatever the ranks, and gives each client the best
 approximation of its own rank (SVD). The private module never travels. Noise for differential
-privacy, where wanted, falls on the shared module alone.
+privacy, where wanted, falls on the shared module alone. With ``fusion = "sigmoid"`` the two are
+mixed as in the authors' code, at each site by two trained weights ``sigmoid(w)`` that stay with the
+client and start at .67 (shared) and .57 (private); else (ours) they add up.
 
 Where we differ: the stack is recompressed to R once and a client gets its first ``r_i`` directions,
 which is the same.
@@ -17,32 +19,40 @@ protects nobody from someone who knows the seed; no privacy budget is computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, fresh
 from fedgrove.adapters.algebra import rescale, truncate
-from fedgrove.adapters.assembly import Assembly, Term
+from fedgrove.adapters.assembly import Assembly, Extra, Junction, Mix, Term
 from fedgrove.adapters.lowrank import product_mean
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
-    Mine,
-    Offer,
-    Plan,
-    State,
-    Step,
     Trained,
     Update,
     shares,
 )
+from fedgrove.methods.records import OneAdapter, Whole
+
+#: Where the authors' code starts the two weights, before the sigmoid.
+FUSION_STARTS = {"shared": 0.7, "own": 0.3}
 
 
 class SDFOptions(contract.WeightedOptions):
+    """The keys of ``[method]`` for SDFLoRA."""
+
+    fusion: Literal["sum", "sigmoid"] = Field(
+        "sum",
+        description="How the two modules' outputs meet: they add up, or are weighed at each layer "
+        "by two trained sigmoids, as in the authors' code.",
+    )
     private_rank: int | None = Field(
         None,
         ge=1,
@@ -71,6 +81,30 @@ class SDFOptions(contract.WeightedOptions):
         return self
 
 
+@dataclass(frozen=True)
+class Sigmoids(Mix):
+    """Each term with the weight ``sigmoid(w)``, w being the extra ``fusion.<term>.<site>``."""
+
+    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+        """As in Mix, a scalar each."""
+        return [torch.sigmoid(at.extras[_weight(term, at.site.name)]) for term in at.terms]
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """The shared module at a client's rank, as it goes down."""
+
+    shared: Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Private:
+    """What stays with a client: its module, and the weights before the sigmoid, scalars by name."""
+
+    own: Adapter | None = None
+    fusion: dict[str, Tensor] = field(default_factory=dict)
+
+
 class SDFLoRA(Method):
     name = "sdflora"
     title = "SDFLoRA"
@@ -79,6 +113,7 @@ class SDFLoRA(Method):
     shares = "A, B of the shared"
     keeps = "private module"
     ranks = "mixed"
+    State, Offer, Mine, Sent = Whole, Shared, Private, OneAdapter
     Options: ClassVar[type[contract.Options]] = SDFOptions
     no_rule = (
         "its server recompresses the clients' shared adapters as flexlora does; aggregate "
@@ -86,42 +121,57 @@ class SDFLoRA(Method):
     )
 
     # ------------------------------------------------------------------ server
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw()}
+    def begin(self, clients: Sequence[ClientInfo]) -> Whole:
+        return Whole(self.setting.shared_draw())
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {
-            "shared": rescale(
-                truncate(state["global"], client.rank), self.setting.scale(client.rank)
-            )
-        }
+    def offer(self, state: Whole, round: int, client: ClientInfo) -> Shared:
+        first = truncate(state.whole, client.rank)
+        return Shared(rescale(first, self.setting.scale(client.rank)))
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+        adapters = [update.content.adapter for update in updates]
         rank = self.setting.rank
         weights = shares(updates, self.options.weights)
-        return {"global": product_mean(adapters, weights, rank, self.setting.scale(rank))}
+        return Whole(product_mean(adapters, weights, rank, self.setting.scale(rank)))
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("shared", state["global"]),))
+    def global_assembly(self, state: Whole) -> Assembly:
+        return Assembly((Term("shared", state.whole),))
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        return [Step(self.personal(client, offer, mine))]
-
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        after = trained[-1].adapter("shared")
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Shared,
+        mine: Private,
+        round: int,
+    ) -> tuple[OneAdapter, Private]:
+        last = trained[-1]
+        after = last.adapter("shared")
         if self.options.dp_clip:
             clip = self.options.dp_clip
             noise = self.setting.rng(round, client.name, "noise")
-            after = clipped(offer["shared"], after, clip, self.options.dp_noise * clip, noise)
-        return {"adapter": after}, {"own": trained[-1].adapter("own")}
+            after = clipped(offer.shared, after, clip, self.options.dp_noise * clip, noise)
+        fusion = {name: last.extra(name) for name in self._starts()}
+        return OneAdapter(after), Private(last.adapter("own"), fusion)
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        own = mine["own"] if "own" in mine else self._fresh(client)
-        return Assembly((Term("shared", offer["shared"]), Term("own", own, home="client")))
+    def personal(self, client: ClientInfo, offer: Shared, mine: Private) -> Assembly:
+        own = mine.own or self._fresh(client)
+        terms = (Term("shared", offer.shared), Term("own", own, home="client"))
+        if self.options.fusion == "sum":
+            return Assembly(terms)
+        values = mine.fusion or self._starts()
+        return Assembly(terms, Sigmoids(), {name: Extra(value) for name, value in values.items()})
+
+    def _starts(self) -> dict[str, Tensor]:
+        """The weights of a client that has trained none, scalars; empty where the terms add up."""
+        if self.options.fusion == "sum":
+            return {}
+        return {
+            _weight(term, site): torch.tensor(start)
+            for site in self.setting.sites
+            for term, start in FUSION_STARTS.items()
+        }
 
     def _fresh(self, client: ClientInfo) -> Adapter:
         rank = self.options.private_rank or client.rank
@@ -131,27 +181,42 @@ class SDFLoRA(Method):
         )
 
 
+def _weight(term: str, site: str) -> str:
+    return f"fusion.{term}.{site}"
+
+
 def clipped(
     before: Adapter, after: Adapter, clip: float, sigma: float, rng: torch.Generator
 ) -> Adapter:
     """``before`` plus the change of all its numbers, of norm at most ``clip``, plus noise of
     deviation ``sigma``.
     """
-    changes = [c for site in after for c in _change(before[site], after[site])]
-    norm = float(torch.cat([change.flatten() for change in changes]).norm())
-    shrink = min(1.0, clip / norm) if norm else 1.0
+    norm = _distance(before, after)
+    shrink = 1.0
+    if norm > clip:
+        shrink = clip / norm
 
-    def moved(old: Tensor, new: Tensor) -> Tensor:
+    def moved(
+        old: Float[Tensor, "rows columns"], new: Float[Tensor, "rows columns"]
+    ) -> Float[Tensor, "rows columns"]:
         change = (new.double() - old.double()) * shrink
         if sigma:
             change = change + sigma * torch.randn(change.shape, generator=rng, dtype=torch.float64)
         return (old.double() + change).to(new.dtype)
 
-    return {
-        site: Factors(moved(before[site].A, new.A), moved(before[site].B, new.B), new.scale)
-        for site, new in after.items()
-    }
+    result: Adapter = {}
+    for site, new in after.items():
+        A = moved(before[site].A, new.A)
+        B = moved(before[site].B, new.B)
+        result[site] = Factors(A, B, new.scale)
+    return result
 
 
-def _change(before: Factors, after: Factors) -> tuple[Tensor, Tensor]:
-    return after.A.double() - before.A.double(), after.B.double() - before.B.double()
+def _distance(before: Adapter, after: Adapter) -> float:
+    """The norm of the change of all numbers, in float64."""
+    changes: list[Tensor] = []
+    for site, new in after.items():
+        old = before[site]
+        changes.append((new.A.double() - old.A.double()).flatten())
+        changes.append((new.B.double() - old.B.double()).flatten())
+    return float(torch.cat(changes).norm())

@@ -15,6 +15,7 @@ from fedgrove.methods.protocols import ServerArtefacts, global_assembly
 from fedgrove.report import write_report
 from fedgrove.runs.engine import Absence, Leaving
 from fedgrove.runs.leave import write_adapter
+from fedgrove.runs.linked import link_equal
 from fedgrove.tracking import summary as summaries
 from fedgrove.training.profile import span
 
@@ -28,6 +29,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     with loop.ledger.clock("evaluation"):
         left = farewell(loop)
     write_global(loop)
+    link(loop)
     for file, content in artefacts(loop, left).items():
         write_json(out / file, content)
     write_texts(out, left)
@@ -170,6 +172,18 @@ def write_global(loop: Loop) -> None:
         with_head = loop.prepared.head.attach(assembly, head, {})
         folder = loop.out / "adapters" / "_global"
         write_adapter(loop.prepared.parts, folder, with_head, client=None)
+
+
+def link(loop: Loop) -> None:
+    """Keep equal adapters once, and say so."""
+    adapters = loop.out / "adapters"
+    linked = link_equal(adapters) if adapters.exists() else 0
+    if linked:
+        loop.watch.remark(
+            f"{linked} of the adapters in {adapters} have the weights of another there and take no "
+            f"room of their own (hard links; same_weights_as in fedgrove.json names it): copy one "
+            f"before you change it in place."
+        )
 
 
 def flat(numbers: dict[str, list[int]]) -> list[int]:

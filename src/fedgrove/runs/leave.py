@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
+from fedgrove.adapters.lowrank import lean
 from fedgrove.adapters.private import unseal
 from fedgrove.ground.files import write_json
 from fedgrove.ground.names import folder_of
@@ -142,7 +143,8 @@ def write_adapter(
     client: str | None,
     privacy: Given | None = None,
 ) -> None:
-    """One standard PEFT directory; several terms become one adapter by exact concatenation.
+    """One standard PEFT directory; several terms become one adapter by exact concatenation, which
+    is compacted where it would have more modules than a site has inputs or outputs.
 
     Where the mix depends on the input there is no such adapter: then our own format
     (``interop.assembly_file``).
@@ -170,9 +172,10 @@ def write_adapter(
             card={**card, "peft": False, "why": why(assembly, parts.method.title)},
         )
         return
+    whole = as_one_adapter(assembly, base.sites)
     save_adapter(
         folder,
-        as_one_adapter(assembly, base.sites),
+        whole if tiers else lean(whole),  # a tier is a slice of the concatenation
         base=base.upstream,
         head={name: unseal(value) for name, value in parts.head.after(assembly).items()},
         head_kind=base.head,

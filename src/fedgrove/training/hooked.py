@@ -96,9 +96,9 @@ class HookedBase:
             self._running = self._layout = None
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
-        """Inside a running batch: nothing is added to the base."""
-        running, self._running = self._running, None
+    def instead(self, what: Running | None) -> Iterator[None]:
+        """Inside a running batch: ``what`` alone is added to the base, or nothing."""
+        running, self._running = self._running, what
         try:
             yield
         finally:

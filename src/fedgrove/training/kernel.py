@@ -109,7 +109,9 @@ class Kernel:
             )
         if step.measure == "features":
             chosen = some(work.examples, step, work.clock)
-            return Trained(step.assembly, math.nan, 0, features=self.features(chosen))
+            return Trained(
+                step.assembly, math.nan, 0, features=self.features(chosen, step.assembly)
+            )
         if trained_parameters(step.assembly) == 0:
             return Trained(step.assembly, math.nan, 0)
         if step.measure == "fisher":
@@ -290,10 +292,14 @@ class Kernel:
         return torch.stack([rows[index] for index in range(len(examples))])
 
     @torch.inference_mode()
-    def features(self, examples: Sequence[Example]) -> Float[Tensor, "examples h"]:
-        """Pooled features of the untouched base, in the given order, on the CPU."""
+    def features(
+        self, examples: Sequence[Example], assembly: Assembly | None = None
+    ) -> Float[Tensor, "examples h"]:
+        """Pooled features of the base (of the untouched one without an assembly), in the given
+        order, on the CPU.
+        """
         rows: dict[int, Tensor] = {}
-        with self.opened(Assembly(), train=False) as live:
+        with self.opened(assembly or Assembly(), train=False) as live:
             for indices, batch in self.passes(live, examples):
                 pooled = self.reader.features(batch)
                 rows.update(zip(indices, pooled.cpu(), strict=True))
@@ -346,8 +352,10 @@ class Kernel:
     def _prepare(self, lives: Sequence[LiveAssembly], batch: Batch) -> None:
         """Give a live assembly whose mix reads them the running batch's features."""
         for live in lives:
-            if live.assembly.mix.needs_features:
-                with self.hooked.bare(), torch.no_grad():
+            mix = live.assembly.mix
+            if mix.needs_features:
+                added = live.part(mix.features_with)
+                with self.hooked.instead(added), torch.no_grad():
                     live.features = self.reader.features(batch)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -171,6 +171,14 @@ class LiveAssembly:
         up = torch.cat([B for _, B in pairs], 1)
         return down.to(x.dtype), up.T.to(output.dtype).contiguous()
 
+    def part(self, names: Sequence[str]) -> LiveAssembly | None:
+        """The terms of these names alone, added up as they are now; None where there are none."""
+        terms = tuple(term for term in self.terms if term.name in names)
+        if not terms:
+            return None
+        plain = Assembly(terms)
+        return LiveAssembly(plain, device=self.device, dtype=self.dtype, train=False)
+
     def copy(self) -> LiveAssembly:
         """The same numbers in the same place, with gradients of their own."""
         other = copy.copy(self)
@@ -223,7 +231,7 @@ class LiveAssembly:
             B = self._place(factors.B, "B" in letters, term.lr)
             adapter[site] = Factors(A, B, factors.scale)
         diagonal = {
-            site: self._place(values, "D" in letters, term.lr)
+            site: self._place(values, "D" in letters, term.lr * term.diagonal_lr)
             for site, values in (term.diagonal or {}).items()
         }
         return replace(term, adapter=adapter, diagonal=diagonal)

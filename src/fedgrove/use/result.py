@@ -113,11 +113,19 @@ class ClientResult:
             return self.result.tests[self.name]
         return rows_of(Path(data), self.result.job)
 
-    def export(self, out: str | Path, *, merge: bool = False, tier: str | None = None) -> Path:
+    def export(
+        self,
+        out: str | Path,
+        *,
+        merge: bool = False,
+        tier: str | None = None,
+        rank: int | None = None,
+    ) -> Path:
         """Copy the adapter to a new directory, or write the whole model with the adapter merged
         into it.
 
-        ``tier``: one tier alone, of a method that has tiers (HiLoRA: root, cluster, leaf).
+        ``tier``: one tier alone, of a method that has tiers (HiLoRA: root, cluster, leaf). ``rank``:
+        the best approximation with no site above it; ``truncated`` in the card has its error.
         """
         out = Path(out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -128,8 +136,13 @@ class ClientResult:
             if tier is not None:
                 from fedgrove.interop.tiers import write_tier
 
-                source = Path(folder) / folder_of(self.name)
-                write_tier(self.path, source, tier)
+                whole, source = source, Path(folder) / "tier" / folder_of(self.name)
+                write_tier(whole, source, tier)
+            if rank is not None:
+                from fedgrove.interop.shrink import write_truncated
+
+                whole, source = source, Path(folder) / "rank" / folder_of(self.name)
+                write_truncated(whole, source, rank)
             if merge:
                 from fedgrove.use.personal import merge as write
 

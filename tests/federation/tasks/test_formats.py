@@ -231,7 +231,8 @@ def test_a_model_that_goes_on_with_texts(tmp_path: Path, write_rows: WriteRows) 
     )
     result = fg.run(job, tmp_path / "out")
     site = result.client("site-0")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    written_lines = (tmp_path / "out" / "metrics.jsonl").read_text("utf-8").splitlines()
+    lines = [json.loads(row) for row in written_lines]
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     assert losses[-1] < losses[0]
     model_of_site = site.model()

@@ -41,7 +41,7 @@ def tree(left: Left) -> list[Section]:
             "The tree: who shares with whom, layer by layer",
             _story(found),
             partial(grown, found),
-            _table(found),
+            table(found),
         )
     ]
     if any(found.shares.get(str(layer.index)) for layer in found.layers if len(layer.groups) > 1):
@@ -319,7 +319,8 @@ def _story(tree: Tree) -> str:
     return f"{found}\n\n{how}"
 
 
-def _table(tree: Tree) -> list[list[str]]:
+def table(tree: Tree) -> list[list[str]]:
+    """Who shares which layers, a row for each run of layers with the same groups."""
     rows = [["who shares", "layers", "groups", "score"]]
     for layers, groups, scores in tree.spans():
         who = (
