@@ -211,6 +211,7 @@ def split_of(options: HiLoRAOptions) -> Split:
 class HiLoRA(Method):
     name = "hilora"
     title = "HiLoRA"
+    laid_out = ("lengths",)
     pictures = "fedgrove.report.pictures.clusters:clusters"
     paper = "arXiv 2603.02785"
     trains = "A, B of one tier at a time"
