@@ -286,6 +286,7 @@ class Upload:
 class HiLoRA(Method):
     name = "hilora"
     title = "HiLoRA"
+    laid_out = ("lengths",)
     pictures = "fedgrove.report.pictures.clusters:clusters"
     paper = "arXiv 2603.02785"
     trains = "A, B of one tier at a time"
