@@ -216,6 +216,7 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
         )
     present = {row["label"] for row in loaded.every_row()}
     labels = tuple(sorted(trained | present, key=_natural_order))
+    _refuse_unordered(labels, job)
     spelt: dict[str, str] = {}
     for label in labels:
         other = spelt.setdefault(label.casefold(), label)
@@ -226,6 +227,15 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
                 "data.labels if they are two"
             )
     return labels
+
+
+def _refuse_unordered(labels: Sequence[str], job: Job) -> None:
+    """Steps that are no numbers have no order of their own."""
+    if getattr(job.data, "ordinal", False) and any(_natural_order(each)[0] for each in labels):
+        raise DataError(
+            f"data.ordinal = true, but the labels {', '.join(map(repr, labels[:4]))} have no order "
+            "of their own; list them from the first step to the last in data.labels"
+        )
 
 
 def _natural_order(label: str) -> tuple[bool, int, str]:

@@ -25,7 +25,7 @@ def measured(
     number, a number for each class, or None where it is not defined.
     """
     task = kernel.task
-    names = asked(type(task), more)
+    names = asked(task, more)
     if not names:
         return {}
     if not kernel.writes:

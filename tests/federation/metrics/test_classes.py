@@ -101,9 +101,9 @@ def test_a_class_that_does_not_occur_is_left_out() -> None:
 
 
 def test_a_task_has_metrics_and_a_job_may_ask_for_more() -> None:
-    assert asked(ClassifyText) == NAMES
-    assert asked(ClassifyText, ["ece", "mine"]) == [*NAMES, "mine"]
-    assert asked(Generate, ["rouge_1"]) == ["rouge_1"]
+    assert asked(ClassifyText(("a", "b"))) == NAMES
+    assert asked(ClassifyText(("a", "b")), ["ece", "mine"]) == [*NAMES, "mine"]
+    assert asked(Generate(), ["rouge_1"]) == ["rouge_1"]
     assert not METRICS.find("ece").higher
     assert METRICS.find("mcc").higher
 

@@ -38,9 +38,9 @@ def measures(names: Iterable[str], answers: Answers) -> Plain:
     return {name: _plain(METRICS.find(name)()(answers)) for name in names}
 
 
-def asked(task: type[Task[Any]], more: Iterable[str] = ()) -> list[str]:
+def asked(task: Task[Any], more: Iterable[str] = ()) -> list[str]:
     """The names of a task's own metrics and of those that a job asks for besides."""
-    return list(dict.fromkeys([*task.metrics, *more]))
+    return list(dict.fromkeys([*task.wanted(), *more]))
 
 
 def _plain(value: Measured) -> Any:

@@ -115,6 +115,36 @@ class CalibrationError(Metric):
         return float(np.abs(gaps).sum() / len(sure))
 
 
+class QuadraticKappa(Metric):
+    """Cohen's kappa of classes that are steps, disagreements weighed by the square of their
+    distance.
+    """
+
+    name: ClassVar[str] = "qwk"
+
+    def __call__(self, answers: Answers) -> float:
+        """At most 1; nan where both sides are of one class."""
+        from sklearn.metrics import cohen_kappa_score
+
+        steps = list(range(len(answers.labels)))
+        if len(np.union1d(_of(answers.truth), _of(answers.predicted))) < 2:
+            return math.nan
+        return float(
+            cohen_kappa_score(answers.truth, answers.predicted, labels=steps, weights="quadratic")
+        )
+
+
+class StepsOff(Metric):
+    """How many steps an answer is off, in the mean."""
+
+    name: ClassVar[str] = "steps_off"
+    higher: ClassVar[bool] = False
+
+    def __call__(self, answers: Answers) -> float:
+        """In steps."""
+        return float(np.abs(_of(answers.truth) - _of(answers.predicted)).mean())
+
+
 def _of(values: NDArray[np.float64] | None) -> NDArray[np.float64]:
     assert values is not None  # the metric says that it needs them
     return values

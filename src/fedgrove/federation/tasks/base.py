@@ -177,6 +177,10 @@ class Task(ABC, Generic[Keys]):
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Means out of sums: "loss", the task's metric, and "examples"."""
 
+    def wanted(self) -> tuple[str, ...]:
+        """The names of the metrics that a finished model is measured by."""
+        return self.metrics
+
     def compared(self, found: Any, examples: Sequence[Example]) -> Answers:
         """What a model answered beside what was right, for metrics: ``found`` are logits [n, c], of
         a writer the n texts that it wrote.

@@ -4,8 +4,9 @@ cross-entropy and accuracy.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +37,20 @@ class ClassOptions(Options):
         examples=[["negative", "positive"]],
     )
 
+    class_weights: Annotated[
+        Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]], OF_THE_DATA
+    ] = Field(
+        "none",
+        description="How much each class counts in training: balanced, the rarer at a client the "
+        "more, so that its classes count alike; or a table { label = weight }, 1 for the others.",
+        examples=["balanced"],
+    )
+    ordinal: Annotated[bool, OF_THE_DATA] = Field(
+        False,
+        description="Whether the classes are steps, in the order of data.labels or of their "
+        "numbers: an answer costs the less the nearer it is.",
+    )
+
     @field_validator("labels")
     @classmethod
     def _each_class_once(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -60,6 +75,12 @@ class Classifier:
         "ece",
     )
     labels: tuple[str, ...]
+    class_weights: str | dict[str, float]
+    ordinal: bool
+
+    def wanted(self) -> tuple[str, ...]:
+        """As in Task: of steps also how far answers are off."""
+        return (*self.metrics, "qwk", "steps_off") if self.ordinal else self.metrics
 
     @property
     def outputs(self) -> int:
@@ -78,13 +99,53 @@ class Classifier:
                 f"row {number} has the label {row['label']!r}, but the model knows only: {known}"
             ) from None
 
+    def weigh(self, examples: Sequence[Example]) -> None:
+        """Give the examples of one client their ``"weight"`` in the loss, where the job weighs
+        classes. Balanced weights are n / (k n_c) for n examples of k classes, n_c of the own, whose
+        mean is 1 (as in scikit-learn). Raises DataError for a weight of no class.
+        """
+        if self.class_weights == "none" or not all("label" in each for each in examples):
+            return
+        weights = self._weights(Counter(each["label"] for each in examples))
+        for each in examples:
+            each["weight"] = weights[each["label"]]
+
+    def _weights(self, counts: Counter[int]) -> dict[int, float]:
+        if isinstance(self.class_weights, str):
+            alike = counts.total() / len(counts)
+            return {number: alike / count for number, count in counts.items()}
+        for label in self.class_weights:
+            if label not in self.labels:
+                raise DataError(
+                    f"data.class_weights has {label!r}, which is no class; the classes are "
+                    f"{', '.join(map(repr, self.labels))}"
+                )
+        return {number: self.class_weights.get(self.labels[number], 1.0) for number in counts}
+
+    def label_tensors(self, examples: Sequence[Example]) -> Batch:
+        """The classes' numbers [b], and where classes are weighed the examples' weights [b]."""
+        found: Batch = {"labels": self.targets(examples)}
+        if all("weight" in each for each in examples):
+            found["weights"] = torch.tensor([each["weight"] for each in examples])
+        return found
+
     def targets(self, examples: Sequence[Example]) -> Int[Tensor, " b"]:
         """The classes' numbers."""
         return torch.tensor([example["label"] for example in examples], dtype=torch.long)
 
     def loss(self, logits: Float[Tensor, "b c"], batch: Batch) -> Float[Tensor, ""]:
-        """The mean cross-entropy."""
-        return F.cross_entropy(logits, batch["labels"])
+        """The mean cross-entropy, each example's by its weight; of steps to targets that fall off
+        with the square of the distance (soft labels: Díaz and Marathe, CVPR 2019).
+        """
+        targets = batch["labels"]
+        if self.ordinal:
+            steps = torch.arange(len(self.labels), device=targets.device)
+            off = (steps - targets[:, None]).square().to(logits.dtype)
+            targets = torch.softmax(-off, dim=-1)
+        if "weights" not in batch:
+            return F.cross_entropy(logits, targets)
+        each = F.cross_entropy(logits, targets, reduction="none")
+        return (each * batch["weights"].to(each.dtype)).mean()
 
     def score(self, logits: Float[Tensor, "b c"], batch: Batch) -> dict[str, float]:
         """Sums: the loss, how many are correct, how many there are."""

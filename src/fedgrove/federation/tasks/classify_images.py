@@ -4,7 +4,7 @@ and a linear head on the mean of the last hidden states (all of them, [CLS] incl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 from fedgrove.federation.images import Picture, labelled, picture_of, purposes
 from fedgrove.federation.purposes import marked
 from fedgrove.federation.readers import Found, Place, Row
-from fedgrove.federation.tasks.base import Batch, Example, HeadedTask
+from fedgrove.federation.tasks.base import SAID_WHERE_SET, Batch, Example, HeadedTask
 from fedgrove.federation.tasks.classifier import Classifier, ClassOptions, class_of
 from fedgrove.ground.options import Column
 
@@ -69,6 +69,8 @@ class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
     folders: ClassVar[bool] = True
 
     labels: tuple[str, ...]
+    class_weights: str | dict[str, float] = field(default="none", metadata=SAID_WHERE_SET)
+    ordinal: bool = field(default=False, metadata=SAID_WHERE_SET)
 
     @classmethod
     def columns(cls, data: ImageOptions) -> list[str]:
@@ -124,6 +126,7 @@ class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
                 if self.learns in row:
                     example["label"] = self.target(row, number)
                 examples.append(example)
+        self.weigh(examples)
         return examples
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
@@ -131,7 +134,7 @@ class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
         pixels = torch.stack([example["pixels"] for example in examples])
         batch = {"pixel_values": examples[0]["scaling"](pixels)}
         if all("label" in example for example in examples):
-            batch["labels"] = self.targets(examples)
+            batch |= self.label_tensors(examples)
         return batch
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:

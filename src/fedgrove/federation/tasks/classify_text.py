@@ -5,10 +5,11 @@ last hidden states.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fedgrove.federation.readers import Place, Row
+from fedgrove.federation.tasks.base import SAID_WHERE_SET
 from fedgrove.federation.tasks.classifier import Classifier, ClassOptions, class_of
 from fedgrove.federation.tasks.texts import ReadsText, TextOptions
 
@@ -27,6 +28,8 @@ class ClassifyText(Classifier, ReadsText[ClassifyTextOptions]):
 
     labels: tuple[str, ...]
     max_length: int = 128
+    class_weights: str | dict[str, float] = field(default="none", metadata=SAID_WHERE_SET)
+    ordinal: bool = field(default=False, metadata=SAID_WHERE_SET)
 
     @classmethod
     def columns(cls, data: ClassifyTextOptions) -> list[str]:

@@ -45,6 +45,7 @@ class TextOptions(LengthOptions):
     )
 
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TextKeys = TypeVar("TextKeys", bound=TextOptions)
 
 
@@ -70,6 +71,13 @@ class ReadsText(HeadedTask[TextKeys]):
     def tokens(self) -> dict[str, int]:
         """As in Task."""
         return {"max_length": self.max_length}
+
+    def label_tensors(self, examples: Sequence[Example]) -> Batch:
+        """What a batch holds beside the model's inputs, a row for each example."""
+        return {"labels": self.targets(examples)}
+
+    def weigh(self, examples: Sequence[Example]) -> None:
+        """Note on the examples of one client what the loss asks of them beside their labels."""
 
     # -------------------------------------------------------------------- rows
     @staticmethod
@@ -101,6 +109,7 @@ class ReadsText(HeadedTask[TextKeys]):
                     f"row {number} has a text that the tokenizer turns into nothing; remove it"
                 )
             examples.append(example)
+        self.weigh(examples)
         return examples
 
     def lengths(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase) -> list[int]:
@@ -122,7 +131,7 @@ class ReadsText(HeadedTask[TextKeys]):
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """As in Task."""
-        return {name: value for name, value in batch.items() if name != "labels"}
+        return {name: batch[name] for name in INPUTS if name in batch}
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """As in Task; padded on the right to the longest example of the batch."""
@@ -136,7 +145,7 @@ class ReadsText(HeadedTask[TextKeys]):
             kinds = [example.get("token_type_ids", []) for example in examples]
             batch["token_type_ids"] = padded(kinds, longest, 0)
         if all("label" in example for example in examples):
-            batch["labels"] = self.targets(examples)
+            batch |= self.label_tensors(examples)
         return batch
 
     def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
