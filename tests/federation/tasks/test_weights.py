@@ -138,7 +138,7 @@ def test_keys(make_job: MakeJob) -> None:
     assert set(ClassifyText(LABELS).card()) == {"task", "labels", "max_length"}
 
 
-@pytest.mark.parametrize("more", [{}, {"privacy": {"example_clip": 1.0, "randomness": "seed"}}])
+@pytest.mark.parametrize("more", [{}, {"privacy": {"example_clip": 100.0, "randomness": "seed"}}])
 def test_a_run_with_weights(
     more: dict[str, Any], tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
