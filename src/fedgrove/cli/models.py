@@ -203,7 +203,7 @@ def evaluate(
             )
         _everybody(result, wanted)
         return
-    for name in [client] if client else result.models():
+    for name in [client] if client else result.answering():
         found = result.client(name).measures(data)
         if unknown := [each for each in wanted if each not in found]:
             known = ", ".join(found)
@@ -222,7 +222,7 @@ def _everybody(result: Result, wanted: list[str]) -> None:
 
     console = printer()
     with Progress(transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("Measuring", total=len(result.models()))
+        bar = progress.add_task("Measuring", total=len(result.answering()))
         found = matrix(result, lambda _: progress.advance(bar))
     files = write(result.path, found)
     for metric in wanted or [task_class(result.job.data).metric]:

@@ -22,7 +22,7 @@ def matrix(result: Result, advance: Callable[[str], None] = lambda _: None) -> M
     """
     tests, more = result.tests, result.job.data.metrics
     found: Matrix = {}
-    for name in result.models():
+    for name in result.answering():
         model = result.client(name).model()
         found[name] = {each: model.measures(rows, more) for each, rows in tests.items()}
         advance(name)

@@ -48,6 +48,21 @@ class Result:
         common = (self.path / "adapters" / GLOBAL).is_dir()
         return [*self.names(), *([GLOBAL] if common else [])]
 
+    def answering(self) -> list[str]:
+        """Those of ``models`` that can be measured: where each client kept its head, the common
+        model has none that was trained.
+        """
+        return self.models() if self.common_head else self.names()
+
+    @property
+    def common_head(self) -> bool:
+        """Whether the common model's head is the clients' mean, frozen for all, or needs none."""
+        from fedgrove.federation.tasks import task_class
+
+        job = self.job
+        mean = job.federation.head != "local" or job.federation.newcomer_head is True
+        return mean or task_class(job.data).writes
+
     @property
     def report(self) -> Path:
         return self.path / "report.html"
@@ -166,4 +181,6 @@ class ClientResult:
         """The client's model, ready to predict; options as of ``fedgrove.load``."""
         from fedgrove.use.personal import load
 
-        return load(self.path, **options)
+        model = load(self.path, **options)
+        model.headless |= self.name == GLOBAL and not self.result.common_head
+        return model
