@@ -17,6 +17,7 @@ from tests.tiny import tiny_job
 import fedgrove as fg
 from fedgrove.cli import main
 from fedgrove.ground.errors import FedgroveError, JobError, RunError
+from fedgrove.runs.directory import refuse_longer
 from fedgrove.start import run
 from fedgrove.tracking.metrics import read
 
@@ -321,3 +322,56 @@ def test_a_run_says_that_rows_are_cut(
         "rows fill data.max_length = 4 tokens, and longer ones are cut there"
         in capsys.readouterr().out
     )
+
+
+def test_a_finished_run_goes_on_to_more_rounds(
+    tiny_bert: Path, silos: Path, finished: Path, tmp_path: Path
+) -> None:
+    job = tiny_job(tiny_bert, silos)
+    short = tmp_path / "short"
+    run(job.replace(run={"rounds": 1}), short)
+    with pytest.raises(RunError, match=r"run\.rounds is 1 there, 3 here"):
+        run(job, short, resume=True, engine="flower")
+    with pytest.raises(KeyboardInterrupt):
+        run(job, short, resume=True, callbacks=[StopAfter(2)])
+    assert not (short / "summary.json").exists()
+    run(job, short, resume=True)
+    assert adapters(short) == adapters(finished)
+    assert summary(short) == summary(finished)
+    assert lines(short) == lines(finished)
+    with pytest.raises(RunError, match=r"run\.rounds is 3 there, 2 here"):
+        run(job.replace(run={"rounds": 2}), short, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": {"schedule": "cosine"}}, "learning rate follows the whole run"),
+        ({"train": {"warmup_fraction": 0.1}}, "learning rate follows the whole run"),
+        (
+            {
+                "privacy": {"example_noise": 1.0, "example_clip": 1.0},
+                "train": {"final_local_epochs": 1},
+            },
+            "final_local_epochs",
+        ),
+    ],
+)
+def test_a_job_whose_rounds_depend_on_their_number_does_not_go_on(
+    changes: Any, words: str, tiny_bert: Path, silos: Path
+) -> None:
+    job = tiny_job(tiny_bert, silos, **changes)
+    refuse_longer(job, job)
+    with pytest.raises(RunError, match=words):
+        refuse_longer(job.replace(run={"rounds": 9}), job)
+
+
+def test_a_method_that_lays_out_the_whole_run_does_not_go_on(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    job = tiny_job(tiny_bert, silos, method={"name": "hilora"})
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "out", callbacks=[StopAfter(1)])
+    with pytest.raises(RunError, match="HiLoRA lays out its phases"):
+        run(job.replace(run={"rounds": 9}), tmp_path / "out", resume=True)
+    assert fg.Job.load(tmp_path / "out" / "job.toml").run.rounds == 3

@@ -45,7 +45,8 @@ def run(
 
     ``engine``: "local" trains all clients in this process, "flower" simulates them on Flower and
     Ray, an ``Opener`` brings its own. With ``resume`` a stopped run goes on bit-identically from
-    its last checkpoint, a finished one is left as it is, and another job's directory is refused.
+    its last checkpoint, a finished one is left as it is unless the job has more rounds (local
+    engine), and another job's directory is refused.
     ``baselines`` are finished runs that the report shows beside this one.
     Raises ``FedgroveError`` for bad input before anything is written; ``KeyboardInterrupt`` leaves
     a resumable run.
@@ -53,15 +54,16 @@ def run(
     from fedgrove.use.result import Result
 
     directory = RunDirectory(Path(out) if out is not None else job.directory())
-    job = directory.admit(job, resume=resume)
-    if resume and directory.finished():
+    job = directory.admit(job, resume=resume, longer=engine == "local")
+    done = directory.finished() and job.run.rounds == directory.recorded_rounds()
+    if resume and done:
         return Result(directory.path)
     watch = Callbacks(callbacks)
     try:
         with directory.lock():
             watch.phase("loading model and data")
             with opener(engine)(job, directory, resume=resume, watch=watch) as stage:
-                for remark in stage.federation.remarks:
+                for remark in (*stage.federation.remarks, *stage.base.notes):
                     watch.remark(remark)
                 conduct(stage, directory, watch, resume=resume, baselines=baselines)
     finally:

@@ -38,7 +38,11 @@ def run(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the last checkpoint; start where there is none."),
+        typer.Option(
+            "--resume",
+            help="Go on from the last checkpoint, of a finished run with more --rounds too; start "
+            "where there is none.",
+        ),
     ] = False,
     engine: Annotated[
         str,

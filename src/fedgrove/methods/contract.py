@@ -211,6 +211,9 @@ class Method(Kinds):
     #: True where an update means the same in a later round than the one it was trained in
     #: (``federation.late``)
     stale: ClassVar[bool] = False
+    #: attributes that ``run.rounds`` decides for rounds long before the last: a run that differs in
+    #: one cannot go on to more rounds
+    laid_out: ClassVar[tuple[str, ...]] = ()
     #: False where nothing is averaged, so that clients learn nothing from each other
     federated: ClassVar[bool] = True
     Options: ClassVar[type[Options]] = Options

@@ -99,6 +99,7 @@ class Personal:
 class FDLoRA(FedIT):
     name = "fdlora"
     title = "FDLoRA"
+    laid_out = ("last",)
     paper = "arXiv 2406.07925"
     stale = False
     trains = "A, B of both; two weights"
@@ -118,7 +119,11 @@ class FDLoRA(FedIT):
 
     def _local(self, round: int) -> bool:
         """Whether the round is the local one that ends a run; a run of one round has none."""
-        return round == self.setting.rounds > 1
+        return round == self.last > 1
+
+    @property
+    def last(self) -> int:
+        return self.setting.rounds
 
     def _alone(self, round: int) -> bool:
         """Whether the round is the one whose personal LoRAs make the first global one."""

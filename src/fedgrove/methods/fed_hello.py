@@ -86,6 +86,7 @@ class Scores:
 class FedHeLLo(SomeLayers):
     name = "fed-hello"
     title = "Fed-HeLLo"
+    laid_out = ("warm",)
     paper = "arXiv 2506.12213"
     trains = "A, B of some layers"
     shares = "those layers"

@@ -226,6 +226,7 @@ class DPAFState:
 class FedDPAF(_FedDPA):
     name = "feddpa-f"
     title = "FedDPA-F"
+    laid_out = ("federated_rounds",)
     paper = "arXiv 2403.19211"
     State = DPAFState
     Options: ClassVar[type[contract.Options]] = DPAFOptions

@@ -145,6 +145,7 @@ class Bases:
 class FedLEASE(Method):
     name = "fedlease"
     title = "FedLEASE"
+    laid_out = ("warmup",)
     paper = "arXiv 2509.15087"
     trains = "own expert A, B; router"
     shares = "expert, router"

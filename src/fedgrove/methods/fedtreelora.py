@@ -206,6 +206,7 @@ class GroupMeans:
 class FedTreeLoRA(Method):
     name = "fedtreelora"
     title = "FedTreeLoRA"
+    laid_out = ("warmup",)
     pictures = "fedgrove.report.pictures.tree:tree"
     paper = "arXiv 2603.13282"
     trains = "A, B, λ"

@@ -160,6 +160,7 @@ class Changed:
 class Grove(Method):
     name = "grove"
     title = "Grove"
+    laid_out = ("root_rounds",)
     paper = "ours"
     trains = "r_i modules of the path"
     shares = "those modules"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 _BEFORE = ("run.lock", "flower.json", "sites", "events.jsonl")
 
 
+_PLACE = (("run", "out"),)  # where a run lies is no part of it
+
+
 class RunDirectory:
     """``RUN/`` with job.toml, federation.json, metrics.jsonl, checkpoints/, adapters/, summary.json
     and report.html.
@@ -33,10 +37,13 @@ class RunDirectory:
     def finished(self) -> bool:
         return (self.path / "summary.json").exists() and (self.path / "report.html").exists()
 
-    def admit(self, job: Job, *, resume: bool) -> Job:
+    def admit(self, job: Job, *, resume: bool, longer: bool = False) -> Job:
         """The job to run here, before anything is written: refuses foreign or used directories.
 
         With ``resume`` the automatic choices recorded in the directory replace the job's "auto".
+
+        Args:
+            longer: whether the engine can go on with a recorded run to more rounds.
         """
         recorded = self.path / "job.toml"
         if self.path.exists() and not self.path.is_dir():
@@ -63,15 +70,28 @@ class RunDirectory:
         before = Job.load(recorded)
         now = job.resolved().adopting(before)
         different = differences(now, before)
+        if longer and now.run.rounds > before.run.rounds:
+            different = differences(now, before, but=[("run", "rounds")])
         if different:
             raise RunError(
                 f"{self.path} holds another job ({'; '.join(different[:3])}); "
                 "resume it with its own job, or choose another --out."
             )
+        refuse_longer(now, before)
         return now
 
+    def recorded_rounds(self) -> int | None:
+        """``run.rounds`` of the run that is here; None where there is none."""
+        recorded = self.path / "job.toml"
+        return Job.load(recorded).run.rounds if recorded.exists() else None
+
     def open(self, stage: Stage[Engine], *, resume: bool) -> None:
-        """Write what is known before the first round."""
+        """Write what is known before the first round; of a run that goes on to more rounds, take
+        away what says that it is finished.
+        """
+        if resume and (rounds := self.recorded_rounds()) not in (None, stage.job.run.rounds):
+            refuse_other_layout(stage, rounds)
+            (self.path / "summary.json").unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         table = self.path / "federation.json"
         described = {
@@ -122,13 +142,49 @@ class RunDirectory:
             )
 
 
-def differences(job: Job, recorded: Job) -> list[str]:
-    """The keys in which two jobs differ, ``run.out`` aside."""
+def refuse_longer(job: Job, recorded: Job) -> None:
+    """Raise ``RunError`` where the recorded run cannot go on to the job's rounds: its learning rate
+    or its privacy would have been another.
+    """
+    if job.run.rounds == recorded.run.rounds:
+        return
+    train = job.train
+    more = f"run.rounds is {recorded.run.rounds} there and {job.run.rounds} here, but "
+    if train.schedule != "constant" or train.warmup_fraction > 0:
+        raise RunError(
+            f"{more}the learning rate follows the whole run (train.schedule = "
+            f'"{train.schedule}", train.warmup_fraction = {train.warmup_fraction:g}); run the '
+            f"longer job into another --out."
+        )
+    if job.privacy.example_level and train.final_local_epochs:
+        raise RunError(
+            f"{more}the local fine-tuning at its end (train.final_local_epochs) spent of the "
+            f"examples' privacy, which the rounds do not count; run the longer job into another "
+            f"--out."
+        )
+
+
+def refuse_other_layout(stage: Stage[Engine], rounds: int) -> None:
+    """Raise ``RunError`` where the method lays out its rounds over the whole run, and otherwise
+    over ``rounds``, the recorded number.
+    """
+    method = stage.method
+    before = type(method)(method.options, replace(method.setting, rounds=rounds))
+    if any(getattr(before, name) != getattr(method, name) for name in method.laid_out):
+        raise RunError(
+            f"run.rounds is {rounds} there and {stage.job.run.rounds} here, but {method.title} lays "
+            f"out its phases over the whole run, so the longer run would have been another from "
+            f"the start; run it into another --out."
+        )
+
+
+def differences(job: Job, recorded: Job, but: Collection[tuple[str, str]] = ()) -> list[str]:
+    """The keys in which two jobs differ, those of ``but`` and ``run.out`` aside."""
     mine, theirs = job.to_dict(), recorded.to_dict()
     found = []
     for section in mine:
         for key in sorted(set(mine[section]) | set(theirs[section])):
-            if (section, key) == ("run", "out"):
+            if (section, key) in _PLACE or (section, key) in but:
                 continue
             if mine[section].get(key) != theirs[section].get(key):
                 found.append(

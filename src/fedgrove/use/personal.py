@@ -237,10 +237,12 @@ def merge(source: Path, out: Path) -> None:
             merge(tidied(source, Path(folder) / "adapter"), out)
         return
     revision = card.get("revision")
-    classes = {"num_labels": len(card["labels"])} if card["head"] == "stock" else {}
-    base = from_pretrained(
-        model_class(card["task"], card["head"]), card["model"], revision, **classes
-    )
+    options: dict[str, Any] = {}
+    if card["head"] == "stock":  # the trained head replaces the checkpoint's, whatever its shape
+        outputs = TASKS.find(card["task"]).from_card(card).outputs
+        options = {"num_labels": outputs, "ignore_mismatched_sizes": True}
+    kind = model_class(card["task"], card["head"])
+    base = from_pretrained(kind, card["model"], revision, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's calls of names that transformers deprecates
         whole = PeftModel.from_pretrained(base.to(torch.float32), str(source)).merge_and_unload()
