@@ -334,7 +334,7 @@ def test_permuting_the_clients_permutes_the_result(seed: int, order: list[int]) 
         one, two = chosen.offer(second, 4, info(name)), chosen.offer(first, 4, info(other))
         for term in ("cluster", "external"):
             for site in SITES:
-                close(one[term][site].B, two[term][site].B.double())
+                close(getattr(one, term)[site].B, getattr(two, term)[site].B.double())
 
 
 def planted(name: str, layer: int) -> float:
