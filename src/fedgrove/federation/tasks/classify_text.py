@@ -38,5 +38,5 @@ class ClassifyText(Classifier, ReadsText[ClassifyTextOptions]):
         """``{"text": str, "label": str}``, and ``"pair": str`` where the rows are pairs of
         texts.
         """
-        label = class_of(values[data.label], data, place)
-        return {**cls.texts(values, data, place), "label": label}
+        row = cls.texts(values, data, place)
+        return {**row, "label": class_of(values[data.label], data, place)}
