@@ -24,7 +24,7 @@ from fedgrove.ground.errors import RunError
 from fedgrove.ground.lines import append, read, truncate_after
 from fedgrove.ground.seeds import generator
 from fedgrove.methods.contract import Method, Options, Setting, State, Update, WeightedOptions
-from fedgrove.methods.fed_plora import FedPLoRA, PLoRAOptions
+from fedgrove.methods.fed_plora import FedPLoRA, Modules, PLoRAOptions
 from fedgrove.methods.fedit import FedIT
 from fedgrove.methods.protocols import global_assembly
 from fedgrove.methods.records import OneAdapter, Whole
@@ -180,25 +180,25 @@ def test_fed_plora_loses_nothing_down_and_the_true_bound_holds(
 ) -> None:
     method, before = FedPLoRA(PLoRAOptions(), SETTING), draw(seed)
     seen = []
-    content: list[dict[str, Any]] = []
+    content: list[Modules] = []
     for number, own in enumerate(chosen):
         start = method._training(before, own)
         trained = {
             s: replace(f, A=f.A * stretch) for s, f in draw(seed + 1 + number, len(own)).items()
         }
         seen.append((start, replace(start, terms=(replace(start.terms[0], adapter=trained),))))
-        content.append({"modules": trained, "indices": own})
-    after = method.aggregate({"global": before}, 2, [Update("", 1, c) for c in content])
-    line = measured(method, {"global": before}, after, seen, content)
+        content.append(Modules(trained, own))
+    after = method.aggregate(Whole(before), 2, [Update("", 1, c) for c in content])
+    line = measured(method, Whole(before), after, seen, content)
     assert line["n_init"] == 0.0
     assert line["n_init_adapter"] == 0.0
     assert all(site["n_init"] == 0.0 for site in line["sites"].values())
     lost, bound = {}, {}
     for s in SITES:
-        lost[s], bound[s] = dense(after["global"], s), 0.0
+        lost[s], bound[s] = dense(after.whole, s), 0.0
         for j in range(RANK):
             held = [
-                (c["modules"][s], own.index(j))
+                (c.modules[s], own.index(j))
                 for c, own in zip(content, chosen, strict=True)
                 if j in own
             ]
@@ -206,8 +206,8 @@ def test_fed_plora_loses_nothing_down_and_the_true_bound_holds(
                 lost[s] = lost[s] - S * torch.outer(f.B[:, row], f.A[row]) / max(1, len(held))
             for f, row in held:
                 off_a, off_b = (
-                    f.A[row] - after["global"][s].A[j],
-                    f.B[:, row] - after["global"][s].B[:, j],
+                    f.A[row] - after.whole[s].A[j],
+                    f.B[:, row] - after.whole[s].B[:, j],
                 )
                 bound[s] += S * float(off_a.norm() * off_b.norm()) / len(held)
     assert_is(line, "n_agg", norm(lost)[0], 1e-9 * stretch)
@@ -223,8 +223,8 @@ def test_zero_is_found_and_not_assumed() -> None:
     wrong = replace(
         start, base_delta={s: replace(f, scale=2 * S) for s, f in (start.base_delta or {}).items()}
     )
-    content = {"modules": start.adapter("selected"), "indices": [0, 2]}
-    line = measured(method, {"global": before}, {"global": before}, [(wrong, wrong)], [content])
+    content = Modules(start.adapter("selected"), [0, 2])
+    line = measured(method, Whole(before), Whole(before), [(wrong, wrong)], [content])
     rest = {
         s: S * sum((torch.outer(f.B[:, j], f.A[j]) for j in (1, 3)), torch.zeros(()))
         for s, f in before.items()
@@ -240,13 +240,13 @@ def test_the_printed_bound_is_false_and_the_true_one_is_tight() -> None:
     site = {"q": Site("q", 0, 1, 1)}
     method = FedPLoRA(PLoRAOptions(), Setting(sites=site, rank=1, alpha=1.0, rounds=1, seed=0))
     ends = [{"q": Factors(torch.tensor([[x]]), torch.tensor([[x]]), 1.0)} for x in (3.0, -3.0)]
-    content = [{"modules": end, "indices": [0]} for end in ends]
+    content = [Modules(end, [0]) for end in ends]
     updates = [Update(f"c{n}", 1, c) for n, c in enumerate(content)]
     before = method.begin([])
     lab = NoiseLab(method, site, Path())
     lab.begin(1, before)
     for update, end in zip(updates, ends, strict=True):
-        lab.seen((1, update.client), one(before["global"]), one(end))
+        lab.seen((1, update.client), one(before.whole), one(end))
     line, _ = lab.measure(method.aggregate(before, 1, updates), updates)
     printed = sum(abs(float(end["q"].A)) + abs(float(end["q"].B)) for end in ends) / 2
     assert printed == 6.0

@@ -63,7 +63,7 @@ def run(
         with directory.lock():
             watch.phase("loading model and data")
             with opener(engine)(job, directory, resume=resume, watch=watch) as stage:
-                for remark in stage.federation.remarks:
+                for remark in (*stage.federation.remarks, *stage.base.notes):
                     watch.remark(remark)
                 conduct(stage, directory, watch, resume=resume, baselines=baselines)
     finally:

@@ -23,6 +23,7 @@ from tests.methods.kit import (
     refuses_to_send,
     resumes,
     same,
+    satisfies,
     sent,
     update,
     watched,
@@ -33,7 +34,7 @@ from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter
 from fedgrove.engines.local import prepare
 from fedgrove.methods.contract import Step, Trained, keep, reveal
-from fedgrove.methods.fdlora import FUSION, Fused, Personal
+from fedgrove.methods.fdlora import FUSION, FDLoRA, Fused, Personal
 from fedgrove.methods.records import Whole
 from fedgrove.start import run
 from fedgrove.training.kernel import Clock, some
@@ -195,3 +196,8 @@ def test_a_step_with_a_count_sees_so_many_examples(
     assert drawn != some(examples, Step(Assembly(), count=3), Clock(0, (1, "site-1")))
     assert same(after(3, examples), after(0, drawn))
     assert not same(after(3, examples), after(0, examples))
+
+
+@pytest.mark.parametrize("options", [{"start": "local"}, {"fusion_share": 0.0}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FDLoRA, **options)

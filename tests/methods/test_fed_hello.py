@@ -23,6 +23,7 @@ from tests.methods.kit import (
     offered,
     resumes,
     same,
+    satisfies,
     sent,
     update,
 )
@@ -33,7 +34,7 @@ from fedgrove.ground.seeds import generator
 from fedgrove.methods._layers import SHAPES, holders, part, score_groups, shaped_rows
 from fedgrove.methods._some_layers import LayersState, SomeOfIt
 from fedgrove.methods.contract import Trained
-from fedgrove.methods.fed_hello import Scores
+from fedgrove.methods.fed_hello import FedHeLLo, Scores
 from fedgrove.start import run
 
 FIM: dict[str, Any] = {"method": {"name": "fed-hello", "layers": [0.5]}, "run": {"rounds": 3}}
@@ -200,3 +201,8 @@ def test_only_the_trained_layers_travel_up(tiny_bert: Path, silos: Path, tmp_pat
     whole = 4 * 4 * PER_RANK
     for name in ("site-0", "site-1", "site-2"):
         assert sent(tmp_path / "out", name) == [(whole // 2, whole)] * 3
+
+
+@pytest.mark.parametrize("options", [{"choice": "groups"}, {"allocation": "triangle"}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FedHeLLo, **options)

@@ -26,8 +26,9 @@ from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import Base, load_base
 from fedgrove.job.sections import TrainSection
 from fedgrove.methods.contract import ClientInfo, Setting, Step, Trained, Update, WeightedOptions
-from fedgrove.methods.fed_plora import FedPLoRA, PLoRAOptions, best
+from fedgrove.methods.fed_plora import Counts, FedPLoRA, PLoRAOptions, best
 from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.records import Whole
 from fedgrove.start import run
 from fedgrove.tracking.metrics import read
 from fedgrove.training.kernel import Kernel
@@ -90,7 +91,7 @@ def test_aggregation_is_the_mean_of_each_index(
         )  # the number of examples does not matter
         for n, (modules, own) in enumerate(zip(sent, chosen, strict=True))
     ]
-    after = method().aggregate({"global": before}, 1, updates)["global"]
+    after = aggregated(method(), Whole(before), 1, updates).whole
     for site in SITES:
         assert after[site].scale == before[site].scale
         for j in range(RANK):
@@ -113,7 +114,7 @@ def test_indices_may_differ_from_site_to_site() -> None:
         Update("a", 1, {"modules": first, "indices": {"q": [3], "v": [0]}}),
         Update("b", 1, {"modules": second, "indices": {"q": [2, 3], "v": [1, 2]}}),
     ]
-    after = method().aggregate({"global": before}, 1, updates)["global"]
+    after = aggregated(method(), Whole(before), 1, updates).whole
     torch.testing.assert_close(after["q"].A[3], (first["q"].A[0] + second["q"].A[1]) / 2)
     torch.testing.assert_close(after["v"].A[0], first["v"].A[0])
     assert torch.equal(after["v"].A[3], before["v"].A[3])
@@ -130,7 +131,7 @@ def test_the_full_mean_is_fedits_for_any_number_of_clients() -> None:
             for n, m in enumerate(sent)
         ]
         plain = [Update(f"c{n}", 1 + n, {"adapter": m}) for n, m in enumerate(sent)]
-        mine = ours.aggregate({"global": sent[0]}, 1, tagged)["global"]
+        mine = aggregated(ours, Whole(sent[0]), 1, tagged).whole
         for site, factors in aggregated(theirs, {"whole": {}}, 1, plain).whole.items():
             assert torch.equal(mine[site].A, factors.A)
             assert torch.equal(mine[site].B, factors.B)
@@ -174,23 +175,23 @@ def test_a_client_starts_from_exactly_the_global_model(
     base: Base, examples: Any, folding: str
 ) -> None:
     chosen = method(sites=base.sites, folding=folding)
-    offer = {"global": draw(1, RANK, base.sites, stretch=0.3)}
+    offer = Whole(draw(1, RANK, base.sites, stretch=0.3))
     kernel = Kernel(base, TASK, unclipped())
     try:
         whole = kernel.logits(
-            with_head(base, chosen.personal(ClientInfo("c", 2, 9), offer, {})), examples
+            with_head(base, chosen.personal(ClientInfo("c", 2, 9), offer, Counts())), examples
         )
         nothing = kernel.logits(with_head(base, Assembly()), examples)
         assert (whole - nothing).norm() > 0.1 * nothing.norm()
         for rank in (1, 2, RANK):
-            step, _ = steps(chosen, ClientInfo("c", rank, 9), offer, {}, 1)
+            step, _ = steps(chosen, ClientInfo("c", rank, 9), offer, Counts(), 1)
             (term,) = step.assembly.terms  # one dense LoRA of the client's rank, whatever is folded
             assert {f.rank for f in term.adapter.values()} == {rank}
             torch.testing.assert_close(
                 kernel.logits(with_head(base, step.assembly), examples), whole, rtol=0, atol=1e-10
             )
             for site, factors in as_one_adapter(step.assembly, base.sites).items():
-                torch.testing.assert_close(factors.product(), offer["global"][site].product())
+                torch.testing.assert_close(factors.product(), offer.whole[site].product())
     finally:
         kernel.close()
 
@@ -208,51 +209,50 @@ def test_a_client_starts_from_exactly_the_global_model(
 def test_both_foldings_train_alike_and_move_nothing_but_the_selected(
     base: Base, examples: Any, options: Any
 ) -> None:
-    offer = {"global": draw(1, RANK, base.sites, stretch=0.3)}
-    found = {}
+    offer = Whole(draw(1, RANK, base.sites, stretch=0.3))
+    found: dict[str, Any] = {}
     for folding in ("side", "dense"):
         chosen = method(sites=base.sites, folding=folding)
         client = ClientInfo("c", 2, 9)
-        (step,) = list(chosen.plan(client, offer, {}, 1))
+        (step,) = list(chosen.plan(client, offer, Counts(), 1))
         trained = trained_by(base, examples, step, options)
-        sent, _ = chosen.report(client, [trained], offer, {}, 1)
+        sent, _ = chosen.report(client, [trained], offer, Counts(), 1)
         found[folding] = sent
         frozen = trained.assembly.base_delta if folding == "side" else trained.assembly.folded
-        others = [j for j in range(RANK) if j not in sent["indices"]]
+        others = [j for j in range(RANK) if j not in sent.indices]
         for site, factors in (frozen or {}).items():
-            assert torch.equal(factors.A, offer["global"][site].A[others])
-            assert torch.equal(factors.B, offer["global"][site].B[:, others])
+            assert torch.equal(factors.A, offer.whole[site].A[others])
+            assert torch.equal(factors.B, offer.whole[site].B[:, others])
         assert frozen
-    assert found["side"]["indices"] == found["dense"]["indices"]
-    for site, factors in found["side"]["modules"].items():
-        moved = (factors.A - offer["global"][site].A[found["side"]["indices"]]).norm()
+    assert found["side"].indices == found["dense"].indices
+    for site, factors in found["side"].modules.items():
+        moved = (factors.A - offer.whole[site].A[found["side"].indices]).norm()
         assert moved > 1e-4
-        assert (factors.A - found["dense"]["modules"][site].A).norm() < 1e-8 * moved
-        assert (factors.B - found["dense"]["modules"][site].B).norm() < 1e-8
+        assert (factors.A - found["dense"].modules[site].A).norm() < 1e-8 * moved
+        assert (factors.B - found["dense"].modules[site].B).norm() < 1e-8
 
 
 def test_the_upload_is_the_selected_modules_in_ascending_order() -> None:
-    chosen, offer = method(), {"global": draw(1, RANK)}
+    chosen, offer = method(), Whole(draw(1, RANK))
     for round in range(1, 9):
-        _, (sent, kept) = steps(chosen, ClientInfo("c", 3, 9), offer, {}, round)
-        assert set(sent) == {"modules", "indices"}
-        assert kept == {}
-        assert sent["indices"] == sorted(set(sent["indices"]))
-        assert len(sent["indices"]) == 3
-        for site, factors in sent["modules"].items():
-            assert torch.equal(factors.A, offer["global"][site].A[sent["indices"]])
-            assert torch.equal(factors.B, offer["global"][site].B[:, sent["indices"]])
+        _, (sent, kept) = steps(chosen, ClientInfo("c", 3, 9), offer, Counts(), round)
+        assert kept.counts == {}
+        assert sent.indices == sorted(set(sent.indices))
+        assert len(sent.indices) == 3
+        for site, factors in sent.modules.items():
+            assert torch.equal(factors.A, offer.whole[site].A[sent.indices])
+            assert torch.equal(factors.B, offer.whole[site].B[:, sent.indices])
             assert factors.scale == 4 / 3
 
 
 def test_a_client_with_the_full_budget_folds_nothing() -> None:
     for selection in ("random", "magnitude", "gradient", "least_trained"):
         chosen = method(selection=selection)
-        step, (sent, _) = steps(chosen, ClientInfo("c", RANK, 9), {"global": draw(1, RANK)}, {}, 1)
+        step, (sent, _) = steps(chosen, ClientInfo("c", RANK, 9), Whole(draw(1, RANK)), Counts(), 1)
         assert step.measure == "train"
         assert step.assembly.base_delta is None
         assert step.assembly.folded is None
-        assert sent["indices"] == list(range(RANK))
+        assert sent.indices == list(range(RANK))
 
 
 def test_a_client_scale_is_refused_unless_it_is_the_global_one() -> None:
@@ -274,8 +274,8 @@ def indices(
     mine: Any = None,
     offer: Any = None,
 ) -> Any:
-    offer = offer or {"global": draw(1, RANK)}
-    return steps(chosen, ClientInfo(client, rank, 9), offer, mine or {}, round)[1][0]["indices"]
+    offer = offer or Whole(draw(1, RANK))
+    return steps(chosen, ClientInfo(client, rank, 9), offer, mine or Counts(), round)[1][0].indices
 
 
 def test_random_is_a_uniform_draw_for_each_round_and_client() -> None:
@@ -308,7 +308,7 @@ def test_magnitude_takes_the_largest_updates() -> None:
         for s, f in whole.items()
     }
     total = [sum(size[s][j] ** 2 for s in SITES) for j in range(RANK)]
-    offer = {"global": whole}
+    offer = Whole(whole)
     for rank in (1, 2, 3):
         largest = sorted(sorted(range(RANK), key=lambda j: -total[j])[:rank])
         assert {
@@ -322,9 +322,8 @@ def test_magnitude_takes_the_largest_updates() -> None:
 
 
 def test_equal_scores_are_drawn() -> None:
-    nothing = {
-        "global": fresh(SITES, RANK, 4 / 3, generator(0, "x"))
-    }  # B = 0: every module is of size zero
+    # B = 0: every module is of size zero
+    nothing = Whole(fresh(SITES, RANK, 4 / 3, generator(0, "x")))
     found = Counter(
         tuple(indices(method(selection="magnitude"), round, offer=nothing)) for round in range(60)
     )
@@ -350,16 +349,16 @@ def test_gradient_takes_the_largest_gradients_and_magnitude_does_not(
             torch.tensor([0.0, 0.0, 1e-3, 0.0]).double(),
         )
         whole[site] = Factors(f.A * keep_a[:, None], f.B * keep_b, f.scale)
-    offer, client = {"global": whole}, ClientInfo("c", 1, 16)
+    offer, client = Whole(whole), ClientInfo("c", 1, 16)
     chosen = method(sites=base.sites, selection="gradient", batches=3)
-    plan = chosen.plan(client, offer, {}, 1)
+    plan = chosen.plan(client, offer, Counts(), 1)
     look = next(plan)
     assert (look.measure, look.count, look.head) == ("fisher", 3, False)
     assert look.assembly.base_delta is None
     looked = trained_by(base, examples, look, unclipped(batch_size=4))
     step = plan.send(looked)
-    sent, _ = chosen.report(client, [looked, Trained(step.assembly, 0.0, 1)], offer, {}, 1)
-    assert sent["indices"] == [1]
+    sent, _ = chosen.report(client, [looked, Trained(step.assembly, 0.0, 1)], offer, Counts(), 1)
+    assert sent.indices == [1]
     assert indices(method(sites=base.sites, selection="magnitude"), 1, rank=1, offer=offer) == [2]
 
 
@@ -367,22 +366,19 @@ def test_least_trained_takes_turns_by_the_clients_own_count() -> None:
     for per_site in (False, True):
         chosen, offer = (
             method(rank=5, selection="least_trained", per_site=per_site),
-            {"global": draw(1, 5)},
+            Whole(draw(1, 5)),
         )
-        mine: dict[str, Any] = {}
+        mine = Counts()
         counts: dict[str, Counter[int]] = {site: Counter() for site in SITES}
         for round in range(1, 11):
             _, (sent, mine) = steps(chosen, ClientInfo("c", 2, 9), offer, mine, round)
-            assert set(sent) == {"modules", "indices"}  # the counts stay
             for site in SITES:
-                counts[site].update(sent["indices"][site] if per_site else sent["indices"])
+                counts[site].update(sent.indices[site] if per_site else sent.indices)
                 found = [counts[site][j] for j in range(5)]
                 assert max(found) - min(found) <= 1
         assert [counts["q"][j] for j in range(5)] == [4] * 5
     drawn = Counter(
-        j
-        for round in range(1, 11)
-        for j in indices(method(rank=5), round, offer={"global": draw(1, 5)})
+        j for round in range(1, 11) for j in indices(method(rank=5), round, offer=Whole(draw(1, 5)))
     )
     assert max(drawn.values()) - min(drawn.values()) > 1  # which chance does not do
 

@@ -23,6 +23,7 @@ from tests.methods.kit import (
     offered,
     refuses_to_send,
     resumes,
+    satisfies,
     sent,
     update,
     watched,
@@ -34,7 +35,7 @@ from tests.tiny import tiny_job
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Junction
 from fedgrove.methods.contract import reveal
-from fedgrove.methods.fedalt import Gated, OwnAndGates, Rest
+from fedgrove.methods.fedalt import FedALT, Gated, OwnAndGates, Rest
 from fedgrove.start import run
 from fedgrove.training.live import LiveAssembly
 
@@ -175,3 +176,8 @@ def test_an_even_gate_is_a_plain_peft_adapter(tiny_bert: Path, silos: Path, tmp_
         tiny_bert, silos, tmp_path, method={"name": "fedalt", "gate": "even"}, run={"rounds": 2}
     )
     assert any(name.endswith("adapter_model.safetensors") for name in files(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("options", [{"gate": "even"}, {"gate": "own"}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FedALT, **options)

@@ -23,6 +23,7 @@ from tests.methods.kit import (
     refuses_to_send,
     resumes,
     same,
+    satisfies,
     sent,
     update,
     watched,
@@ -32,7 +33,7 @@ from tests.tiny import tiny_job
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Extra, Junction, Term, Weighted
 from fedgrove.methods.contract import reveal
-from fedgrove.methods.feddpa import ByExample, ByLocalExample, Down, Kept
+from fedgrove.methods.feddpa import ByExample, ByLocalExample, Down, FedDPAT, Kept
 from fedgrove.start import run
 
 F: dict[str, Any] = {"method": {"name": "feddpa-f"}, "run": {"rounds": 3}}
@@ -92,6 +93,7 @@ def test_a_round_of_t_trains_the_local_adapter_then_the_global_one_alone() -> No
         "global": ("", "server"),
         "own": ("AB", "client"),
     }
+    assert offer.whole is not None
     assert same(local.assembly.adapter("own"), offer.whole)
     assert [(t.name, t.train) for t in alone.assembly.terms] == [("global", "AB")]
     assert (local.share, alone.share) == (0.25, 0.75)
@@ -219,3 +221,8 @@ def test_features_of_the_base_with_the_local_adapter(
         mix = Weighted({"global": weight, "own": 1 - weight})
         fixed = Assembly(tuple(Term(t.name, t.adapter) for t in assembly.terms), mix, head)
         torch.testing.assert_close(kernel.logits(fixed, [example])[0], got[n], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"features": "local"}, {"renew": True}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FedDPAT, **options)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.methods.kit import fedit_mean
+from tests.methods.kit import aggregated, fedit_mean
 from tests.methods.rules import (
     CLIENTS,
     ONE,
@@ -25,6 +25,8 @@ from tests.methods.rules import (
     small_job,
 )
 
+from fedgrove.methods._merged import Held
+
 EQUAL = (4, 4, 4, 4)
 
 
@@ -36,25 +38,25 @@ def test_mean_and_residual_are_the_exact_mean(stretch: float, weights: str) -> N
     state, merged = chosen.begin(CLIENTS), {site: torch.zeros(()) for site in SITES}
     for round in (1, 2, 3):
         adapters = client_draws(chosen, stretch + round, EQUAL)
-        state = chosen.aggregate(state, round, sent(adapters))
+        state = aggregated(chosen, state, round, sent(adapters))
         plain = fedit_mean(sent(adapters), weights)
         for site, place in SITES.items():
-            assert torch.equal(state["global"][site].A, plain[site].A)
-            assert torch.equal(state["global"][site].B, plain[site].B)
+            assert torch.equal(state.whole[site].A, plain[site].A)
+            assert torch.equal(state.whole[site].B, plain[site].B)
             whole = dense(adapters, parts, site)
             close(model(chosen.global_assembly(state), site), merged[site] + whole, 1e-10)
             merged[site] = merged[site] + whole - plain[site].product()
-            assert state["delta"][site].rank <= min(place.in_features, place.out_features)
+            assert state.merged.delta[site].rank <= min(place.in_features, place.out_features)
 
 
 def test_what_goes_down_brings_every_client_to_the_global_model() -> None:
     chosen = method("fedex-lora")
     state = chosen.begin(CLIENTS)
-    before = [chosen.aggregate(state, 1, sent(client_draws(chosen, 2.0, EQUAL)))]
-    state = chosen.aggregate(before[0], 2, sent(client_draws(chosen, 3.0, (4, 4))))  # c0 and c1
-    for client, mine in ((CLIENTS[0], {"delta": before[0]["delta"]}), (CLIENTS[2], {})):
+    before = [aggregated(chosen, state, 1, sent(client_draws(chosen, 2.0, EQUAL)))]
+    state = aggregated(chosen, before[0], 2, sent(client_draws(chosen, 3.0, (4, 4))))  # c0 and c1
+    for client, mine in ((CLIENTS[0], Held(before[0].merged.delta)), (CLIENTS[2], Held())):
         offer = chosen.offer(state, 3, client)
-        assert ("increment" in offer) == bool(mine)
+        assert (offer.residual.increment is None) == (mine.delta is None)
         for site in SITES:
             want = model(chosen.global_assembly(state), site)
             assert torch.equal(model(chosen.personal(client, offer, mine), site), want)
@@ -63,11 +65,11 @@ def test_what_goes_down_brings_every_client_to_the_global_model() -> None:
 def test_one_client_leaves_no_residual() -> None:
     chosen = method("fedex-lora")
     (adapter,) = client_draws(chosen, ranks=(4,))
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent([adapter]))
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent([adapter]))
     for site in SITES:
         close(model(chosen.global_assembly(state), site), dense([adapter], [1.0], site))
-        assert state["delta"][site].product().norm() <= 1e-12 * adapter[site].product().norm()
-        assert state["delta"][site].rank == 1
+        assert state.merged.delta[site].product().norm() <= 1e-12 * adapter[site].product().norm()
+        assert state.merged.delta[site].rank == 1
 
 
 def test_a_run(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.methods.kit import (
     near,
     resumes,
     same,
+    satisfies,
     sent,
     update,
 )
@@ -30,7 +31,7 @@ from tests.tiny import save_silos, tiny_job
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Junction
 from fedgrove.ground.errors import JobError
-from fedgrove.methods.fedlease import Bases, TopExperts
+from fedgrove.methods.fedlease import Bases, FedLEASE, TopExperts
 from fedgrove.methods.records import Own
 from fedgrove.start import run
 
@@ -257,3 +258,8 @@ def test_held_out_clients_are_placed(tiny_bert: Path, four: Path, tmp_path: Path
         found.client("site-3").evaluate()["accuracy"]
         == found.summary["clients"]["site-3"]["metric"]
     )
+
+
+@pytest.mark.parametrize("options", [{"experts": 3}, {"experts": 1, "warmup_rounds": 0}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(FedLEASE, **options)

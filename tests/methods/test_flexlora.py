@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.methods.kit import aggregated
 from tests.methods.rules import (
     CLIENTS,
     ONE,
@@ -38,11 +39,11 @@ def best(matrix: Tensor, rank: int) -> Tensor:
 def test_every_client_gets_its_own_truncation(scaling: Any, stretch: float, split: str) -> None:
     chosen = method("flexlora", scaling, split=split)
     adapters = client_draws(chosen, stretch)
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters))
     for client in CLIENTS:
         offer = chosen.offer(state, 2, client)
         for site in SITES:
-            f = offer["adapter"][site]
+            f = offer.adapter[site]
             assert f.rank == client.rank
             assert f.scale == chosen.setting.scale(client.rank)
             close(
@@ -62,7 +63,7 @@ def test_at_full_rank_it_is_exact() -> None:
         chosen = method("flexlora", rank=rank, sites=sites)
         adapters = client_draws(chosen)
         big = [ClientInfo("c0", min(rank, 6), 5)]
-        state = chosen.aggregate(chosen.begin(big), 1, sent(adapters))
+        state = aggregated(chosen, chosen.begin(big), 1, sent(adapters))
         close(model(chosen.global_assembly(state), "v"), dense(adapters, WEIGHTS, "v"))
 
 
@@ -74,7 +75,7 @@ def test_the_server_loses_nothing() -> None:
     adapters = client_draws(chosen)
     state = chosen.begin(CLIENTS)
     for round in (1, 2):
-        state = chosen.aggregate(state, round, sent(adapters))
+        state = aggregated(chosen, state, round, sent(adapters))
         whole = chosen.global_assembly(state)
         for site in SITES:
             close(model(whole, site), dense(adapters, WEIGHTS, site))
@@ -87,7 +88,7 @@ def test_round_1_starts_from_the_shared_draw_whatever_the_scale(name: str, split
     state = chosen.begin(CLIENTS)
     for client in CLIENTS:
         draw = chosen.setting.shared_draw(client.rank)
-        for site, f in chosen.offer(state, 1, client)["adapter"].items():
+        for site, f in chosen.offer(state, 1, client).adapter.items():
             assert torch.equal(f.A, draw[site].A)
             assert not f.B.any()
             assert f.scale == chosen.setting.scale(client.rank)
@@ -96,8 +97,8 @@ def test_round_1_starts_from_the_shared_draw_whatever_the_scale(name: str, split
 def test_with_the_authors_split_no_row_of_a_is_zero() -> None:
     chosen = method("flexlora")
     adapters = client_draws(chosen, ranks=(2,))  # the others are away
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
-    for site, f in state["global"].items():
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters))
+    for site, f in state.whole.items():
         close(f.product(), dense(adapters, [1.0], site))
         torch.testing.assert_close(f.A @ f.A.T, torch.eye(4, dtype=f.A.dtype))
 
@@ -106,16 +107,16 @@ def test_with_the_authors_split_no_row_of_a_is_zero() -> None:
 def test_a_direction_that_nobody_trained_is_alive(scaling: Any) -> None:
     chosen = method("flexlora", scaling, split="balanced")
     adapters = client_draws(chosen, ranks=(2,))  # the others are away
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
-    for site, f in state["global"].items():
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters))
+    for site, f in state.whole.items():
         close(f.product(), dense(adapters, [1.0], site))
         assert not f.B[:, 2:].any()
         torch.testing.assert_close(f.A[2:], chosen.setting.shared_draw()[site].A[2:].double())
-    offer = chosen.offer(state, 2, CLIENTS[3])["adapter"]  # rank 3; its third module
+    offer = chosen.offer(state, 2, CLIENTS[3]).adapter  # rank 3; its third module
     torch.testing.assert_close(offer["q"].A[2:], chosen.setting.shared_draw()["q"].A[2:3].double())
     zero = {site: f.map(torch.zeros_like) for site, f in adapters[0].items()}
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent([zero]))
-    assert torch.equal(state["global"]["q"].A, chosen.setting.shared_draw()["q"].A.double())
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent([zero]))
+    assert torch.equal(state.whole["q"].A, chosen.setting.shared_draw()["q"].A.double())
 
 
 def test_a_run(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.methods.kit import aggregated
 from tests.methods.rules import (
     CLIENTS,
     ONE,
@@ -26,6 +27,7 @@ from tests.methods.rules import (
 
 from fedgrove.adapters import Assembly, Term
 from fedgrove.ground.errors import RunError
+from fedgrove.methods._merged import Brought, Held
 from fedgrove.methods.contract import Trained, Update
 from fedgrove.methods.flora import Stack
 from fedgrove.methods.rule import Arrivals, Round, combine
@@ -36,7 +38,7 @@ from fedgrove.methods.rule import Arrivals, Round, combine
 def test_the_stack_is_the_exact_mean_of_the_products(scaling: Any, stretch: float) -> None:
     chosen = method("flora", scaling)
     adapters = client_draws(chosen, stretch)
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters))
     for site in SITES:
         close(model(chosen.global_assembly(state), site), dense(adapters, WEIGHTS, site))
 
@@ -61,17 +63,17 @@ def test_rounds_add_up_and_the_rank_stays_bounded() -> None:
     state, want = chosen.begin(CLIENTS), {site: torch.zeros(()) for site in SITES}
     for round in range(1, rounds + 1):
         adapters = client_draws(chosen, 2.0 + round)
-        state = chosen.aggregate(state, round, sent(adapters))
+        state = aggregated(chosen, state, round, sent(adapters))
         want = {site: want[site] + dense(adapters, WEIGHTS, site) for site in SITES}
     for site, place in SITES.items():
         close(model(chosen.global_assembly(state), site), want[site], 1e-10)
-        assert state["delta"][site].rank <= min(place.in_features, place.out_features)
+        assert state.delta[site].rank <= min(place.in_features, place.out_features)
 
 
 def test_absent_and_present_clients_hold_the_servers_bits() -> None:
     chosen = method("flora")
     state = chosen.begin(CLIENTS)
-    stores: dict[str, dict[str, Any]] = {client.name: {} for client in CLIENTS}
+    stores: dict[str, Held] = {client.name: Held() for client in CLIENTS}
     present = [[0, 1], [0, 2], [0, 1], [1, 2, 3], [0]]
     for round, chosen_now in enumerate(present, start=1):
         arrived = []
@@ -80,8 +82,8 @@ def test_absent_and_present_clients_hold_the_servers_bits() -> None:
             offer = chosen.offer(state, round, client)
             (step,) = chosen.plan(client, offer, stores[client.name], round)
             held = step.assembly.base_delta or {}
-            assert held.keys() == state["delta"].keys()
-            for site, factors in state["delta"].items():
+            assert held.keys() == state.delta.keys()
+            for site, factors in state.delta.items():
                 assert torch.equal(held[site].A, factors.A)
                 assert torch.equal(held[site].B, factors.B)
             (term,) = step.assembly.terms
@@ -94,8 +96,8 @@ def test_absent_and_present_clients_hold_the_servers_bits() -> None:
                 client, [done], offer, stores[client.name], round
             )
             arrived.append((n, content))
-        state = chosen.aggregate(
-            state, round, [Update(f"c{n}", 1 + n, content) for n, content in arrived]
+        state = aggregated(
+            chosen, state, round, [Update(f"c{n}", 1 + n, content) for n, content in arrived]
         )
 
 
@@ -104,7 +106,7 @@ def test_every_round_starts_from_another_draw_that_all_clients_share() -> None:
     start = {}
     for round in (1, 2, 3):
         for client in CLIENTS:
-            (step,) = chosen.plan(client, {"delta": {}}, {}, round)
+            (step,) = chosen.plan(client, Brought({}), Held(), round)
             start[round, client.name] = step.assembly.adapter("fresh")["q"].A
     assert torch.equal(start[1, "c1"], chosen.setting.shared_draw()["q"].A)
     assert torch.equal(start[2, "c0"], start[2, "c1"][:2])
@@ -131,7 +133,7 @@ def test_a_run(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
 
 def test_a_client_that_lost_its_store_is_told_so() -> None:
     chosen = method("flora")
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(client_draws(chosen, 2.0, (1, 1))))
-    state = chosen.aggregate(state, 2, sent(client_draws(chosen, 3.0, (1, 1))))
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(client_draws(chosen, 2.0, (1, 1))))
+    state = aggregated(chosen, state, 2, sent(client_draws(chosen, 3.0, (1, 1))))
     with pytest.raises(RunError, match="store of the rounds before it is gone"):
-        chosen.personal(CLIENTS[0], chosen.offer(state, 3, CLIENTS[0]), {})
+        chosen.personal(CLIENTS[0], chosen.offer(state, 3, CLIENTS[0]), Held())

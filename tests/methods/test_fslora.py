@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.kit import fedit_mean
+from tests.methods.kit import aggregated, fedit_mean
 from tests.methods.rules import (
     CLIENTS,
     EXAMPLES,
@@ -31,20 +31,21 @@ from tests.methods.rules import (
 from fedgrove.adapters import Adapter, Assembly, Term
 from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import ClientInfo, Trained
+from fedgrove.methods.records import Whole
 
 
 def work(
     chosen: Any, client: ClientInfo, start: Adapter, round: int, seed: int, stretch: float
 ) -> Any:
     """What a client sends if its sketch moved by a random draw, and that draw."""
-    (step,) = chosen.plan(client, {"global": start}, {}, round)
+    (step,) = chosen.plan(client, Whole(start), {}, round)
     moved = draw(seed, client.rank, stretch=stretch)
     end = {
         s: type(f)(f.A + moved[s].A, f.B + moved[s].B, f.scale)
         for s, f in step.assembly.adapter("sketch").items()
     }
     done = Trained(Assembly((Term("sketch", end),)), 0.0, 1)
-    content, mine = chosen.report(client, [done], {"global": start}, {}, round)
+    content, mine = chosen.report(client, [done], Whole(start), {}, round)
     assert mine == {}
     return content, moved
 
@@ -58,14 +59,14 @@ def test_changes_are_averaged_over_all_sampled_clients(weights: str, stretch: fl
         arrived = [
             work(chosen, c, start, round, n, stretch ** (n - 1)) for n, c in enumerate(CLIENTS)
         ]
-        after = chosen.aggregate(
-            {"global": start}, round, updates([content for content, _ in arrived])
-        )["global"]
+        after = aggregated(
+            chosen, Whole(start), round, updates([content for content, _ in arrived])
+        ).whole
         for site in SITES:
             a, b = start[site].A.clone(), start[site].B.clone()
             for client, (content, moved), weight in zip(CLIENTS, arrived, parts, strict=True):
                 chosen_now = chosen.mask(client, round)
-                assert content["indices"] == chosen_now
+                assert content.indices == chosen_now
                 for row, j in enumerate(chosen_now):
                     a[j] += weight * moved[site].A[row]
                     b[:, j] += weight * moved[site].B[:, row]
@@ -79,12 +80,12 @@ def test_the_client_runs_b_s_a_with_the_unbiased_mask() -> None:
     chosen, start = method("fslora"), draw(50, 4)
     for round in (1, 2, 3):
         for client in CLIENTS:
-            (step,) = chosen.plan(client, {"global": start}, {}, round)
+            (step,) = chosen.plan(client, Whole(start), {}, round)
             mask = torch.zeros(4, dtype=torch.float64)
             mask[chosen.mask(client, round)] = 4 / client.rank
             for site, f in start.items():
                 close(model(step.assembly, site), f.scale * f.B @ mask.diag() @ f.A)
-                close(model(chosen.personal(client, {"global": start}, {}), site), f.product())
+                close(model(chosen.personal(client, Whole(start), {}), site), f.product())
 
 
 def test_the_mask_is_uniform_and_new_in_each_round() -> None:
@@ -108,9 +109,7 @@ def test_at_full_budget_it_is_fedit() -> None:
         for _, moved in arrived
     ]
     plain = fedit_mean(sent(ends))
-    after = chosen.aggregate({"global": start}, 1, updates([content for content, _ in arrived]))[
-        "global"
-    ]
+    after = aggregated(chosen, Whole(start), 1, updates([content for content, _ in arrived])).whole
     for site in SITES:
         close(after[site].A, plain[site].A)
         close(after[site].B, plain[site].B)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.kit import fedit_mean
+from tests.methods.kit import aggregated, fedit_mean
 from tests.methods.rules import (
     CLIENTS,
     ONE,
@@ -29,7 +29,9 @@ from tests.methods.rules import (
 
 from fedgrove.adapters import Adapter, Assembly, Factors, Term
 from fedgrove.ground.errors import JobError
-from fedgrove.methods.contract import ClientInfo, Live, Trained
+from fedgrove.methods.contract import ClientInfo, Live, Trained, Update
+from fedgrove.methods.hetlora import WholeAndRanks
+from fedgrove.methods.records import OneAdapter, Whole
 
 
 def norms(adapters: list[Adapter]) -> list[float]:
@@ -49,7 +51,7 @@ def test_padded_factors_are_averaged(variant: str, scaling: Any, stretch: float)
     )
     chosen.check(CLIENTS)
     adapters = client_draws(chosen, stretch)
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters))
     parts = norms(adapters) if variant == "full" else WEIGHTS
     for site, place in SITES.items():
         a, b = (
@@ -60,11 +62,11 @@ def test_padded_factors_are_averaged(variant: str, scaling: Any, stretch: float)
             f = adapter[site]
             a[: f.rank] += weight * f.A
             b[:, : f.rank] += weight * f.B * f.scale / 1.25
-        close(state["global"][site].A, a)
-        close(state["global"][site].B, b)
-        assert state["global"][site].scale == 1.25
+        close(state.whole[site].A, a)
+        close(state.whole[site].B, b)
+        assert state.whole[site].scale == 1.25
         for client in CLIENTS:
-            f = chosen.offer(state, 2, client)["global"][site]
+            f = chosen.offer(state, 2, client).whole[site]
             assert f.scale == chosen.setting.scale(client.rank)
             close(f.product(), 1.25 * b[:, : client.rank] @ a[: client.rank])
 
@@ -84,7 +86,7 @@ def test_with_equal_ranks_and_norms_it_is_fedit() -> None:
         for n, a in enumerate(adapters)
     ]
     plain = fedit_mean(sent(even), "uniform")
-    after = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(even))["global"]
+    after = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(even)).whole
     for site in SITES:
         close(after[site].A, plain[site].A)
         close(after[site].B, plain[site].B)
@@ -93,12 +95,12 @@ def test_with_equal_ranks_and_norms_it_is_fedit() -> None:
 def test_a_module_that_nobody_held_keeps_its_value() -> None:
     chosen = method("hetlora")
     state = chosen.begin(CLIENTS)
-    after = chosen.aggregate(state, 1, sent(client_draws(chosen, ranks=(2,))))
-    for site, f in after["global"].items():
-        assert torch.equal(f.A[2:], state["global"][site].A[2:].double())
+    after = aggregated(chosen, state, 1, sent(client_draws(chosen, ranks=(2,))))
+    for site, f in after.whole.items():
+        assert torch.equal(f.A[2:], state.whole[site].A[2:].double())
         assert f.A[2:].any()
     nothing = [{s: f.map(torch.zeros_like) for s, f in draw(1, 2).items()}] * 2
-    assert chosen.weights(sent(nothing)) == [0.5, 0.5]
+    assert chosen.weights([Update("c", 1, OneAdapter(each)) for each in nothing]) == [0.5, 0.5]
 
 
 def test_the_penalty_is_on_the_tail_alone() -> None:
@@ -129,7 +131,7 @@ def test_the_penalty_is_on_the_tail_alone() -> None:
     assert method("hetlora", variant="reduced").tail_penalty(4) is None
     assert method("hetlora", lam=0.0).tail_penalty(4) is None
     assert method("hetlora").tail_penalty(1) is None
-    (step,) = chosen.plan(CLIENTS[1], {"global": adapter}, {}, 1)
+    (step,) = chosen.plan(CLIENTS[1], Whole(adapter), {}, 1)
     assert step.penalty is not None
 
 
@@ -141,7 +143,7 @@ def test_the_rank_that_survives() -> None:
 
 def test_a_tail_that_shrank_is_pruned_for_good() -> None:
     chosen, start = method("hetlora", gamma=0.6), draw(7, 4)
-    client, state = CLIENTS[1], {"global": start, "ranks": {c.name: c.rank for c in CLIENTS}}
+    client, state = CLIENTS[1], WholeAndRanks(start, {c.name: c.rank for c in CLIENTS})
     for factor, rank in ((0.9, 2), (1.1, 4)):
         end = {
             s: Factors(f.A, f.B * torch.tensor([1.0, 1.0, factor, factor]), f.scale)
@@ -149,21 +151,21 @@ def test_a_tail_that_shrank_is_pruned_for_good() -> None:
         }
         done = Trained(Assembly((Term("global", end),)), 0.0, 1)
         content, _ = chosen.report(client, [done], chosen.offer(state, 2, client), {}, 2)
-        assert {f.rank for f in content["adapter"].values()} == {rank}
-        update = [type(u)("c1", u.examples, u.content) for u in sent([content["adapter"]])]
-        after = chosen.aggregate(state, 2, update)
-        assert after["ranks"] == {"c0": 2, "c1": rank, "c2": 1, "c3": 3}
-        assert {f.rank for f in chosen.offer(after, 3, client)["global"].values()} == {rank}
+        assert {f.rank for f in content.adapter.values()} == {rank}
+        update = [type(u)("c1", u.examples, u.content) for u in sent([content.adapter])]
+        after = aggregated(chosen, state, 2, update)
+        assert after.ranks == {"c0": 2, "c1": rank, "c2": 1, "c3": 3}
+        assert {f.rank for f in chosen.offer(after, 3, client).whole.values()} == {rank}
         reduced = method("hetlora", variant="reduced", gamma=0.6)
-        whole, _ = reduced.report(client, [done], {"global": start}, {}, 2)
-        assert {f.rank for f in whole["adapter"].values()} == {4}
+        whole, _ = reduced.report(client, [done], Whole(start), {}, 2)
+        assert {f.rank for f in whole.adapter.values()} == {4}
     assert chosen.artefacts(after) == {"ranks.json": {"c0": 2, "c1": 4, "c2": 1, "c3": 3}}
 
 
 def test_a_newcomer_gets_its_own_rank() -> None:
     chosen = method("hetlora")
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(client_draws(chosen)))
-    assert chosen.welcome(state, ClientInfo("new", 3, 1), None)["global"]["q"].rank == 3
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(client_draws(chosen)))
+    assert chosen.welcome(state, ClientInfo("new", 3, 1), None).whole["q"].rank == 3
 
 
 @pytest.mark.parametrize("variant", ["full", "reduced"])

@@ -19,12 +19,22 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site, fresh
 from fedgrove.adapters.assembly import Assembly, as_one_adapter, sealed
-from fedgrove.adapters.tree import Tree, leaves, numbers, pack, unpack
+from fedgrove.adapters.tree import leaves, numbers, pack, typed, unpack
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.seeds import generator
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, Live, Setting, Trained, Update
-from fedgrove.methods.hilora import HiLoRA, HiLoRAOptions, tier_lengths
+from fedgrove.methods.hilora import (
+    Done,
+    HiLoRA,
+    HiLoRAOptions,
+    HiLoRAState,
+    Kept,
+    Probe,
+    Tiers,
+    Upload,
+    tier_lengths,
+)
 from fedgrove.training.client import carry
 
 SITES = {
@@ -86,7 +96,7 @@ class Federation:
     method: HiLoRA
     clients: Sequence[ClientInfo]
     change: Change = drift
-    state: Tree = field(default_factory=dict)
+    state: HiLoRAState = field(init=False)
     mine: dict[str, bytes] = field(default_factory=dict)
     sent: list[tuple[int, str, str, bytes]] = field(
         default_factory=list
@@ -95,8 +105,10 @@ class Federation:
     def __post_init__(self) -> None:
         self.state = self.method.begin(self.clients)
 
-    def store(self, name: str) -> Tree:
-        return unpack(self.mine[name])["mine"] if name in self.mine else {}
+    def store(self, name: str) -> Kept:
+        if name not in self.mine:
+            return Kept()
+        return typed(Kept, unpack(self.mine[name])["mine"])
 
     def run(
         self, rounds: int, absent: Mapping[int, Sequence[str]] | None = None, first: int = 1
@@ -104,11 +116,12 @@ class Federation:
         for round in range(first, rounds + 1):
             here = [c for c in self.clients if c.name not in (absent or {}).get(round, ())]
             updates = [self.client(round, client) for client in here]
-            self.state = unpack(pack(self.method.aggregate(self.state, round, updates)))
+            after = self.method.aggregate(self.state, round, updates)
+            self.state = typed(HiLoRAState, unpack(pack(after)))
 
     def client(self, round: int, client: ClientInfo) -> Update:
         down = pack(self.method.offer(self.state, round, client))
-        offer, mine = unpack(down), self.store(client.name)
+        offer, mine = typed(Tiers, unpack(down)), self.store(client.name)
         done: list[Trained] = []
         for step in self.method.plan(client, offer, mine, round):
             done.append(self.trained(client.name, carry(step, done).assembly))
@@ -116,7 +129,7 @@ class Federation:
         up = pack(content)
         self.mine[client.name] = pack({"mine": mine}, private=True)
         self.sent += [(round, client.name, "down", down), (round, client.name, "up", up)]
-        return Update(client.name, client.examples, unpack(up))
+        return Update(client.name, client.examples, typed(Upload, unpack(up)))
 
     def trained(self, client: str, assembly: Assembly) -> Trained:
         terms = []
@@ -128,8 +141,14 @@ class Federation:
         return Trained(replace(assembly, terms=tuple(terms)), 0.5, 1)
 
     def final(self, client: ClientInfo) -> Assembly:
-        offer = unpack(pack(self.method.offer(self.state, self.method.setting.rounds + 1, client)))
+        sent = pack(self.method.offer(self.state, self.method.setting.rounds + 1, client))
+        offer = typed(Tiers, unpack(sent))
         return self.method.personal(client, offer, self.store(client.name))
+
+
+def sent_fields(blob: bytes) -> set[str]:
+    """The fields of a message that say something."""
+    return {name for name, value in unpack(blob).items() if value is not None}
 
 
 def plain(adapter: Adapter) -> Adapter:
@@ -171,21 +190,19 @@ def test_root_and_cluster_are_the_truncated_svd_of_the_mean_product(
         for i, (r, s, z) in enumerate(zip(ranks, scales, sizes, strict=True))
     ]
     updates = [
-        Update(f"c{i}", n, {"adapter": a})
+        Update(f"c{i}", n, Upload(a))
         for i, (n, a) in enumerate(zip(examples, adapters, strict=True))
     ]
     state = chosen.begin([])
     groups = [list(range(4))]
     if tier == "cluster":
         groups = [[0, 2], [1, 3]]
-        state |= {
-            "tier": "cluster",
-            "labels": {"c0": 0, "c1": 1, "c2": 0, "c3": 1},
-            "clusters": [None, None],
-        }
+        labels = {"c0": 0, "c1": 1, "c2": 0, "c3": 1}
+        state = replace(state, tier="cluster", labels=labels, clusters=[None, None])
     state = chosen.aggregate(state, 2, updates)
-    results = [state["root"]] if tier == "root" else state["clusters"]
+    results = [state.root] if tier == "root" else state.clusters
     for members, found in zip(groups, results, strict=True):
+        assert found is not None
         weights = [examples[i] / sum(examples[j] for j in members) for i in members]
         for site in SITES:
             whole = dense([adapters[i] for i in members], weights, site)
@@ -208,12 +225,13 @@ def test_uniform_weights() -> None:
     state = chosen.aggregate(
         chosen.begin([]),
         1,
-        [Update(f"c{i}", 10**i, {"adapter": a}) for i, a in enumerate(adapters)],
+        [Update(f"c{i}", 10**i, Upload(a)) for i, a in enumerate(adapters)],
     )
     whole = dense(adapters, [1 / 3] * 3, "0.query")
     u, s, vh = torch.linalg.svd(whole)
+    assert state.root is not None
     assert torch.allclose(
-        state["root"]["0.query"].product(),
+        state.root["0.query"].product(),
         u[:, :RANK] @ torch.diag(s[:RANK]) @ vh[:RANK],
         atol=1e-9,
     )
@@ -232,9 +250,9 @@ def test_averaged_bases_and_distances_again_with_numpy(basis: str) -> None:
         for i, client in enumerate(clients):
             if (round, i) in {(1, 4), (2, 0)}:
                 continue
-            start = chosen.offer(state, round, client).get("root")
+            start = chosen.offer(state, round, client).root
             own = draw((round, i), client.rank)
-            updates.append(Update(client.name, client.examples, {"adapter": own}))
+            updates.append(Update(client.name, client.examples, Upload(own)))
             for site in SITES:
                 B = own[site].B.numpy()
                 if basis != "B" and start is not None:
@@ -242,10 +260,11 @@ def test_averaged_bases_and_distances_again_with_numpy(basis: str) -> None:
                 past = means.setdefault(client.name, {}).get(site, np.zeros_like(B))
                 means[client.name][site] = 0.7 * past + 0.3 * B / np.sqrt((B**2).sum())
         state = chosen.aggregate(state, round, updates)
-    found = state["grouping"]
-    assert found["clients"] == ["c0", "c1", "c2", "c3", "c4"]
-    for i, one in enumerate(found["clients"]):
-        for j, other in enumerate(found["clients"]):
+    found = state.grouping
+    assert found is not None
+    assert found.clients == ["c0", "c1", "c2", "c3", "c4"]
+    for i, one in enumerate(found.clients):
+        for j, other in enumerate(found.clients):
             each = []
             for site in SITES:
                 u = np.linalg.svd(means[one][site], full_matrices=False)[0]
@@ -253,8 +272,8 @@ def test_averaged_bases_and_distances_again_with_numpy(basis: str) -> None:
                 cosines = np.linalg.svd(u.T @ v, compute_uv=False)
                 each.append(1 - (cosines**2).sum() / min(u.shape[1], v.shape[1]))
             expected = 0.0 if i == j else float(np.mean(each))
-            assert float(found["distances"][i, j]) == pytest.approx(expected, abs=1e-9)
-    assert state["ema"] == {}  # done with
+            assert float(found.distances[i, j]) == pytest.approx(expected, abs=1e-9)
+    assert state.ema == {}  # done with
 
 
 def planted(noise: float, step: float, groups: int) -> tuple[Change, Callable[[str], int]]:
@@ -303,27 +322,31 @@ def test_planted_clusters_are_found_and_newcomers_routed(basis: str) -> None:
     chosen = method(rounds=12, sites=WIDE, fractions=(1, 1, 1), basis=basis)
     here = Federation(chosen, people(12), change)
     here.run(12)
-    labels = here.state["labels"]
-    assert len(here.state["clusters"]) == 3
+    labels = here.state.labels
+    assert len(here.state.clusters) == 3
     for one in labels:
         for other in labels:
             assert (labels[one] == labels[other]) == (group(one) == group(other))
     for number in range(3):
         newcomer = ClientInfo(f"n{number + 30}", RANK, 8)
-        offer = unpack(pack(chosen.welcome(here.state, newcomer, None)))
-        assert {term.name for term in chosen.personal(newcomer, offer, {}).terms} == {
+        offer = typed(Tiers, unpack(pack(chosen.welcome(here.state, newcomer, None))))
+        assert {term.name for term in chosen.personal(newcomer, offer, Kept()).terms} == {
             "root",
             "leaf",
         }
         (step,) = chosen.probe(newcomer, offer) or ()
         assert step.share == 4.0
         report = chosen.probe_report(newcomer, [here.trained(newcomer.name, step.assembly)], offer)
-        placed = unpack(pack(chosen.welcome(here.state, newcomer, unpack(pack(report)))))
+        probe = typed(Probe, unpack(pack(report)))
+        placed = typed(Tiers, unpack(pack(chosen.welcome(here.state, newcomer, probe))))
         expected = labels[f"c{number:02d}"]
-        assert placed["placed"].startswith(f"cluster {expected} of 3")
-        for site, factors in here.state["clusters"][expected].items():
-            assert torch.equal(placed["cluster"][site].B, factors.B)
-        terms = chosen.personal(newcomer, placed, {}).terms
+        assert placed.placed.startswith(f"cluster {expected} of 3")
+        cluster = here.state.clusters[expected]
+        assert cluster is not None
+        assert placed.cluster is not None
+        for site, factors in cluster.items():
+            assert torch.equal(placed.cluster[site].B, factors.B)
+        terms = chosen.personal(newcomer, placed, Kept()).terms
         assert [(term.name, term.train, term.home) for term in terms] == [
             ("root", "", "server"),
             ("cluster", "", "server"),
@@ -340,18 +363,18 @@ def test_a_newcomer_never_joins_a_cluster_that_nobody_trained() -> None:
     here = Federation(chosen, people(12), change)
     late = {round: ["c10"] for round in range(1, 8)}
     here.run(4, late)
-    away = [name for name, label in here.state["labels"].items() if label == 0]
+    away = [name for name, label in here.state.labels.items() if label == 0]
     here.run(12, {round: [*away, *late.get(round, [])] for round in range(1, 13)}, first=5)
-    assert [adapter is None for adapter in here.state["clusters"]] == [True, False, False]
-    assert here.state["late"] == ["c10"]
+    assert [adapter is None for adapter in here.state.clusters] == [True, False, False]
+    assert here.state.late == ["c10"]
     for name, expected in (("c10", "c01"), ("n31", "c01"), ("n32", "c02")):
         offer = chosen.welcome(here.state, ClientInfo(f"{name}-again", RANK, 8), None)
         (step,) = chosen.probe(here.clients[0], offer) or ()
         report = chosen.probe_report(here.clients[0], [here.trained(name, step.assembly)], offer)
         placed = chosen.welcome(here.state, ClientInfo(f"{name}-again", RANK, 8), report)
-        assert placed["placed"].startswith(f"cluster {here.state['labels'][expected]} of 3")
-        assert "untrained" in placed["placed"]
-    assert here.state["labels"]["c10"] == here.state["labels"]["c01"]
+        assert placed.placed.startswith(f"cluster {here.state.labels[expected]} of 3")
+        assert "untrained" in placed.placed
+    assert here.state.labels["c10"] == here.state.labels["c01"]
     member = next(client for client in here.clients if client.name == away[0])
     assert [term.name for term in here.final(member).terms] == ["root", "cluster", "leaf"]
     assert not any(factors.B.any() for factors in here.final(member).adapter("cluster").values())
@@ -378,7 +401,7 @@ def test_small_steps_from_a_common_start_hide_groups_in_b_but_not_in_its_change(
             method(rounds=12, sites=WIDE, fractions=(1, 1, 1), basis=basis), people(12), change
         )
         here.run(4)
-        labels = here.state["labels"]
+        labels = here.state.labels
         found[basis] = all(
             (labels[a] == labels[b]) == (group(a) == group(b)) for a in labels for b in labels
         )
@@ -435,7 +458,7 @@ def test_no_penalty_where_nothing_is_frozen_or_gamma_is_zero() -> None:
         )
         assert step.penalty is None
         here.run(round, first=round)
-    (step,) = method(rounds=3).plan(here.clients[0], {"tier": "root"}, {}, 1)
+    (step,) = method(rounds=3).plan(here.clients[0], Tiers("root"), Kept(), 1)
     assert step.penalty is None
 
 
@@ -466,10 +489,10 @@ def test_what_is_sent_when() -> None:
         0,
         0,
     ]  # 4: the root's last; 5–7: the cluster; 8: the cluster's last
-    assert here.state["done"] == [
-        {"tier": "root", "first": 1, "last": 3},
-        {"tier": "cluster", "first": 4, "last": 7},
-        {"tier": "leaf", "first": 8, "last": 10},
+    assert here.state.done == [
+        Done("root", 1, 3),
+        Done("cluster", 4, 7),
+        Done("leaf", 8, 10),
     ]
 
 
@@ -481,10 +504,10 @@ def test_no_leaf_is_ever_sent_and_the_search_would_find_it() -> None:
             round, absent={1: ["c04"], 2: ["c04"], 3: ["c04"], 5: ["c00"], 8: ["c02"]}, first=round
         )
         for client in here.clients:
-            for name, adapter in here.store(client.name).items():
+            for name, adapter in vars(here.store(client.name)).items():
                 seen[name] |= {
                     tensor.detach().as_subclass(Tensor).numpy().tobytes()
-                    for _, tensor in leaves(plain(adapter))
+                    for _, tensor in leaves(plain(adapter or {}))
                 }
     assert len(seen["leaf"]) >= 5 * 2 * len(SITES)
     everything = b"".join(blob for *_, blob in here.sent)
@@ -496,22 +519,20 @@ def test_no_leaf_is_ever_sent_and_the_search_would_find_it() -> None:
 def test_frozen_tiers_never_change() -> None:
     here = Federation(method(), people(4))
     here.run(3)
-    root = pack({"root": here.state["root"]})
+    root = pack({"root": here.state.root})
     here.run(7, first=4)
-    clusters = pack({"clusters": here.state["clusters"]})
+    clusters = pack({"clusters": here.state.clusters})
     here.run(10, first=8)
-    assert pack({"root": here.state["root"]}) == root
-    assert pack({"clusters": here.state["clusters"]}) == clusters
+    assert pack({"root": here.state.root}) == root
+    assert pack({"clusters": here.state.clusters}) == clusters
     for client in here.clients:
         mine = here.store(client.name)
-        label = here.state["labels"][client.name]
-        assert pack({"root": mine["root"]}) == root
-        assert pack({"cluster": mine["cluster"]}) == pack(
-            {"cluster": here.state["clusters"][label]}
-        )
+        label = here.state.labels[client.name]
+        assert pack({"root": mine.root}) == root
+        assert pack({"cluster": mine.cluster}) == pack({"cluster": here.state.clusters[label]})
         whole, parts = (
             here.final(client),
-            [here.state["root"], here.state["clusters"][label], plain(mine["leaf"])],
+            [here.state.root or {}, here.state.clusters[label] or {}, plain(mine.leaf or {})],
         )
         merged = as_one_adapter(whole, SITES)
         for site in SITES:
@@ -536,7 +557,7 @@ def test_a_tier_starts_from_nothing_and_one_shared_draw() -> None:
             assert not torch.equal(
                 start.A, fresh(SITES, RANK, 1.0, here.method.setting.rng("shared", "init"))[site].A
             )
-    first = method().personal(here.clients[0], {"tier": "root"}, {}).adapter("root")
+    first = method().personal(here.clients[0], Tiers("root"), Kept()).adapter("root")
     shared = here.method.setting.shared_draw()
     assert all(
         torch.equal(first[site].A, shared[site].A) for site in SITES
@@ -547,22 +568,23 @@ def test_a_client_that_missed_the_root_joins_by_a_probe() -> None:
     here = Federation(method(), people(6))
     missing = {round: ["c05"] for round in (1, 2, 3, 4)}
     here.run(4, missing)
-    assert "c05" not in here.state["labels"]
+    assert "c05" not in here.state.labels
     assert {term.name for term in here.final(here.clients[5]).terms} == {
         "root"
     }  # works, though it has no cluster yet
-    frozen = pack({"clusters": here.state["clusters"]})
+    frozen = pack({"clusters": here.state.clusters})
     updates = [here.client(5, here.clients[5])]
     after = here.method.aggregate(here.state, 5, updates)
-    assert pack({"clusters": after["clusters"]}) == frozen  # a probe is no vote
-    assert set(updates[0].content) == {"probe"}
-    assert after["late"] == ["c05"]
+    assert pack({"clusters": after.clusters}) == frozen  # a probe is no vote
+    assert updates[0].content.adapter is None
+    assert updates[0].content.probe is not None
+    assert after.late == ["c05"]
     here.state = after
     here.run(10, first=6)
     assert {term.name for term in here.final(here.clients[5]).terms} == {"root", "cluster", "leaf"}
     content = here.method.artefacts(here.state)["clusters.json"]
     assert "c05" not in content["clients"]
-    assert content["late"] == {"c05": here.state["labels"]["c05"]}
+    assert content["late"] == {"c05": here.state.labels["c05"]}
 
 
 def test_a_client_that_comes_in_the_leaf_tier_or_never() -> None:
@@ -571,10 +593,15 @@ def test_a_client_that_comes_in_the_leaf_tier_or_never() -> None:
     late = {round: ["c04", "c05"] for round in range(1, 9)}
     here.run(10, {**always, **late})
     ways = {
-        (round, way): set(unpack(blob)) for round, name, way, blob in here.sent if name == "c05"
+        (round, way): sent_fields(blob) for round, name, way, blob in here.sent if name == "c05"
     }
     assert ways[9, "up"] == {"probe"}
-    assert ways[10, "down"] == {"tier", "cluster"}  # the root it holds since round 9
+    assert ways[10, "down"] == {
+        "tier",
+        "cluster",
+        "place",
+        "placed",
+    }  # the root it holds since round 9
     assert ways[10, "up"] == set()
     assert {term.name for term in here.final(here.clients[5]).terms} == {"root", "cluster", "leaf"}
     never = here.final(here.clients[4])
@@ -586,8 +613,8 @@ def test_few_clients_are_one_cluster() -> None:
     for count in (1, 2):
         here = Federation(method(rounds=3), people(count))
         here.run(3)
-        assert here.state["labels"] == {client.name: 0 for client in here.clients}
-        assert len(here.state["clusters"]) == 1
+        assert here.state.labels == {client.name: 0 for client in here.clients}
+        assert len(here.state.clusters) == 1
         json.dumps(here.method.artefacts(here.state), allow_nan=False)
 
 
@@ -599,7 +626,7 @@ def test_k_min_and_k_max_bound_the_number_of_clusters() -> None:
     ):
         here = Federation(method(**options), people(8))
         here.run(3)
-        assert len(here.state["clusters"]) in allowed
+        assert len(here.state.clusters) in allowed
 
 
 # ------------------------------------------------------------ ranks and scales
@@ -609,7 +636,7 @@ def test_mixed_ranks_get_the_best_part_of_each_tier() -> None:
     here.run(4)
     for client in clients:
         for tier in ("root", "cluster"):
-            full = here.state["root"] if tier == "root" else here.state["clusters"][0]
+            full: Any = here.state.root if tier == "root" else here.state.clusters[0]
             given = here.final(client).adapter(tier)
             for site in SITES:
                 u, s, vh = torch.linalg.svd(full[site].product().double())
@@ -698,8 +725,8 @@ def test_variants_without_cluster_or_leaf() -> None:
         assert [term.name for term in assembly.terms] == names
         assert [term.name for term in assembly.terms if term.train] == names[-1:]
         assert set(here.method.artefacts(here.state)) == files
-        assert sum(part["last"] - part["first"] + 1 for part in here.state["done"]) == 6
-        mine = {**here.method.client_artefacts(clients[0], {}, here.store("c00"))}
+        assert sum(part.last - part.first + 1 for part in here.state.done) == 6
+        mine = {**here.method.client_artefacts(clients[0], Tiers("leaf"), here.store("c00"))}
         assert mine == {}
         welcome = here.method.welcome(here.state, ClientInfo("new", RANK, 5), None)
         assert (here.method.probe(clients[0], welcome) is None) == ("cluster" not in names)
@@ -716,13 +743,13 @@ def test_the_root_may_end_early_and_gives_its_rounds_to_the_tiers_below() -> Non
 
     here = Federation(method(rounds=20, tau_rel=0.01), people(4), still)
     here.run(20)
-    lengths = {part["tier"]: part["last"] - part["first"] + 1 for part in here.state["done"]}
+    lengths = {part.tier: part.last - part.first + 1 for part in here.state.done}
     assert lengths == {"root": 2, "cluster": 10, "leaf": 8}  # 18 left, as 0.4 to 0.3
-    assert here.state["steps"][0] is None
-    assert here.state["steps"][1] < 1e-5
+    assert here.state.steps[0] is None
+    assert (here.state.steps[1] or 1.0) < 1e-5
     never = Federation(method(rounds=20), people(4), still)
     never.run(6)
-    assert len(never.state["steps"]) == 6
+    assert len(never.state.steps) == 6
 
 
 def test_the_relative_step_is_the_formula() -> None:
@@ -730,7 +757,7 @@ def test_the_relative_step_is_the_formula() -> None:
     before: Adapter = {}
     for round in (1, 2, 3):
         here.run(round, first=round)
-        now, step = here.state["root"], here.state["steps"][-1]
+        now, step = here.state.root or {}, here.state.steps[-1]
         if before:
             change = sum(
                 float((now[s].product() - before[s].product()).double().square().sum())
@@ -750,27 +777,29 @@ def test_artefacts_say_who_is_with_whom_and_how_tiers_overlap() -> None:
     content = here.method.artefacts(here.state)["clusters.json"]
     json.dumps(content, allow_nan=False)
     assert content["clients"] == [client.name for client in here.clients]
-    assert content["labels"] == [here.state["labels"][name] for name in content["clients"]]
+    assert content["labels"] == [here.state.labels[name] for name in content["clients"]]
     assert len(content["eigenvalues"]) == 5
     assert [len(row) for row in content["distances"]] == [5] * 5
     assert content["layers"] == [0, 1]
-    own = here.method.client_artefacts(here.clients[0], {}, here.store("c00"))["clusters.json"][
-        "overlap"
-    ]
+    own = here.method.client_artefacts(here.clients[0], Tiers("leaf"), here.store("c00"))[
+        "clusters.json"
+    ]["overlap"]
     assert set(own) == {"root-leaf", "cluster-leaf"}
     mine = here.store("c00")
     for pair, first, second in (
-        (own["root-leaf"]["c00"], mine["root"], mine["leaf"]),
-        (own["cluster-leaf"]["c00"], mine["cluster"], mine["leaf"]),
+        (own["root-leaf"]["c00"], mine.root, mine.leaf),
+        (own["cluster-leaf"]["c00"], mine.cluster, mine.leaf),
         (
-            content["overlap"]["root-cluster"][here.state["labels"]["c00"]],
-            mine["root"],
-            mine["cluster"],
+            content["overlap"]["root-cluster"][here.state.labels["c00"]],
+            mine.root,
+            mine.cluster,
         ),
     ):
         values = {}
         for site in SITES:
-            u, v = (np.linalg.qr(plain(a)[site].B.double().numpy())[0] for a in (first, second))
+            u, v = (
+                np.linalg.qr(plain(a or {})[site].B.double().numpy())[0] for a in (first, second)
+            )
             values[site] = float((np.linalg.svd(u.T @ v, compute_uv=False) ** 2).mean())
         expected = [(values["0.query"] + values["0.value"]) / 2, values["1.query"]]
         assert pair == pytest.approx(expected, abs=1e-6)

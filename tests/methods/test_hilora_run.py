@@ -17,13 +17,14 @@ from tests.tiny import FILLER, save_silos, tiny_job
 
 from fedgrove.adapters import Assembly
 from fedgrove.adapters.private import unseal
-from fedgrove.adapters.tree import leaves, numbers, pack, unpack
+from fedgrove.adapters.tree import leaves, numbers, pack, typed, unpack
 from fedgrove.cli import main
 from fedgrove.engines.local import LocalEngine, prepare
 from fedgrove.federation import build
 from fedgrove.federation.tasks import ClassifyText
 from fedgrove.ground.errors import JobError, RunError
 from fedgrove.interop.peft import read_adapter
+from fedgrove.methods.hilora import HiLoRAState
 from fedgrove.runs.engine import Arrival
 from fedgrove.start import run
 from fedgrove.tracking.checkpoint import Checkpoints
@@ -73,7 +74,7 @@ class Wire:
             for arrival in train(engine, round, clients, given):
                 name = arrival.update.client
                 wire.up.append((round, name, pack(dict(arrival.update.content))))
-                leaf = engine.store(name)["mine"].get("leaf", {})
+                leaf = engine.store(name)["mine"].leaf or {}
                 wire.leaves |= {unseal(tensor).numpy().tobytes() for _, tensor in leaves(leaf)}
                 yield arrival
 
@@ -188,7 +189,9 @@ def test_each_tier_exported_gives_the_kernels_logits(
     )
     prepared = prepare(Result(out).job)
     _, server, stores = Checkpoints(out / "checkpoints").load()
-    offer = prepared.method.offer(server["state"], 6, prepared.clients["site-3"])
+    offer = prepared.method.offer(
+        typed(HiLoRAState, server["state"]), 6, prepared.clients["site-3"]
+    )
     assembly = prepared.engine.half.personal(
         prepared.clients["site-3"], {"method": offer}, stores["site-3"]
     )

@@ -4,11 +4,13 @@ equal.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.methods.kit import aggregated
 from tests.methods.rules import (
     CLIENTS,
     EXAMPLES,
@@ -29,8 +31,10 @@ from tests.methods.rules import (
 from torch import Tensor
 
 from fedgrove.adapters import Adapter
-from fedgrove.methods.contract import ClientInfo, Update
+from fedgrove.adapters.tree import map_tensors
+from fedgrove.methods.contract import ClientInfo
 from fedgrove.methods.raflora import partition_mean
+from fedgrove.methods.records import OneAdapter
 from fedgrove.runs.noise import NoiseLab
 
 
@@ -58,7 +62,7 @@ def partitioned(adapters: list[Adapter], site: str, examples: tuple[int, ...] = 
 def test_each_partition_is_averaged_over_its_owners(scaling: Any, stretch: float) -> None:
     chosen = method("raflora", scaling)
     adapters = client_draws(chosen, stretch)
-    state = chosen.aggregate(chosen.begin(CLIENTS), 1, sent(adapters))
+    state = aggregated(chosen, chosen.begin(CLIENTS), 1, sent(adapters))
     for client in CLIENTS:
         offer = chosen.offer(state, 2, client)
         for site in SITES:
@@ -91,11 +95,11 @@ def test_with_one_rank_it_is_flexlora() -> None:
         {s: f.map(torch.Tensor.float) for s, f in draw(n, 3, stretch=10.0).items()}
         for n in range(4)
     ]
-    mine = ours.aggregate(ours.begin(clients), 1, sent(adapters))
-    flex = theirs.aggregate(theirs.begin(clients), 1, sent(adapters))
+    mine = aggregated(ours, ours.begin(clients), 1, sent(adapters))
+    flex = aggregated(theirs, theirs.begin(clients), 1, sent(adapters))
     ours_down, theirs_down = ours.offer(mine, 2, clients[0]), theirs.offer(flex, 2, clients[0])
     for site in SITES:
-        a, b = ours_down["adapter"][site], theirs_down["adapter"][site]
+        a, b = ours_down.adapter[site], theirs_down.adapter[site]
         close(a.product(), b.product(), 1e-6)
         assert (a.rank, a.scale) == (b.rank, b.scale)
     mixed = client_draws(ours)
@@ -105,13 +109,14 @@ def test_with_one_rank_it_is_flexlora() -> None:
 
 def test_the_noise_is_what_the_svd_drops(tmp_path: Path) -> None:
     chosen = method("raflora")
-    state = chosen.begin(CLIENTS)
-    state = {"global": {s: f.map(torch.Tensor.double) for s, f in state["global"].items()}}
+    state = map_tensors(chosen.begin(CLIENTS), torch.Tensor.double)
     adapters = client_draws(chosen, 2.0)
-    updates: list[Update] = sent(adapters)
+    updates = [
+        replace(each, content=OneAdapter(each.content["adapter"])) for each in sent(adapters)
+    ]
     lab = NoiseLab(chosen, SITES, tmp_path)
     lab.begin(1, state)
-    line, _ = lab.measure(chosen.aggregate(state, 1, updates), updates)
+    line, _ = lab.measure(aggregated(chosen, state, 1, updates), updates)
     for site in SITES:
         tail = torch.linalg.svdvals(partitioned(adapters, site))[max(RANKS) :].norm()
         assert line["sites"][site]["n_agg"] == pytest.approx(float(tail), rel=1e-9)

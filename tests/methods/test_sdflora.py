@@ -21,6 +21,7 @@ from tests.methods.kit import (
     method,
     refuses_to_send,
     resumes,
+    satisfies,
     sent,
     update,
     watched,
@@ -31,7 +32,7 @@ from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.assembly import as_one_adapter
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.methods.contract import reveal
-from fedgrove.methods.sdflora import Private, Shared, clipped
+from fedgrove.methods.sdflora import Private, SDFLoRA, Shared, clipped
 from fedgrove.start import run
 
 JOB: dict[str, Any] = {
@@ -173,3 +174,8 @@ def test_two_sigmoids_weigh_the_modules_as_in_the_authors_code(
         assert len(weights) == 2 * 4
         assert all(float(w) not in (0.7, 0.3) for w in weights.values())  # they trained
         refuses_to_send(store["mine"])
+
+
+@pytest.mark.parametrize("options", [{"fusion": "sigmoid"}, {"dp_clip": 1.0, "dp_noise": 0.1}])
+def test_with_its_options_it_keeps_what_a_method_promises(options: dict[str, Any]) -> None:
+    satisfies(SDFLoRA, **options)

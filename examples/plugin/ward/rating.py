@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedgrove.federation.metrics import Answers
+from fedgrove.federation.otherwise import NUMBERS
 from fedgrove.federation.readers import Place, Row
 from fedgrove.federation.tasks.base import Batch, Example
 from fedgrove.federation.tasks.texts import ReadsText, TextOptions
@@ -36,6 +37,7 @@ class RateText(ReadsText[RatingOptions]):
     metric: ClassVar[str] = "r2"
     gives: ClassVar[tuple[str, ...]] = ("truth", "predicted")
     learns: ClassVar[str] = "rating"
+    suits: ClassVar[tuple[str, ...]] = (NUMBERS,)
     Options: ClassVar[type[RatingOptions]] = RatingOptions
 
     max_length: int = 128

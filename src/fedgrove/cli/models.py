@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedgrove.cli.shared import ClientName, RunDirectory, examples, printer
+from fedgrove.cli.shared import ClientName, RunDirectory, examples, printer, say
+from fedgrove.ground.errors import RunError
 from fedgrove.ground.plain import Plain
+
+if TYPE_CHECKING:
+    from fedgrove.use.result import Result
 
 commands = typer.Typer(rich_markup_mode="rich")
 
@@ -144,13 +148,19 @@ def _private_words(spent: Mapping[str, Any]) -> str:
     epilog=examples(
         "fedgrove evaluate runs/fedit",
         "fedgrove evaluate runs/fedit --client clinic-3 --data new.csv",
+        "fedgrove evaluate runs/fedit --client _global",
+        "fedgrove evaluate runs/fedit --on all --metrics f1_macro,ece",
     )
 )
 def evaluate(
     run: RunDirectory,
     client: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="One client; without it, every one.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="One client, or _global, the common model; without it, every one.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -161,49 +171,154 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="WHAT",
+            help="own: each model on its client's test data; all: every model on every client's, a "
+            "table here, matrix.json and matrix.csv in the run.",
+        ),
+    ] = "own",
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="M,...",
+            help="Which measures to show, such as f1_macro, mcc, balanced_accuracy, auroc, ece; "
+            "without it, all, and of --on all the task's own.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Measure the finished clients' models on their test data, or on a file."""
+    """Measure the finished clients' models on their test data, on everybody's, or on a file."""
     from fedgrove.use.result import Result
 
     result = Result(run)
-    for name in [client] if client else result.names():
-        print(*_measured(name, result.client(name).measures(data)), sep="\n")
+    wanted = [name.strip() for name in metrics.split(",")] if metrics else []
+    if on not in ("own", "all"):
+        raise RunError(f"--on {on}: give own or all.")
+    if on == "all":
+        if client or data:
+            raise RunError(
+                "--on all takes every model and all test data; leave out --client, --data."
+            )
+        _everybody(result, wanted)
+        return
+    for name in [client] if client else result.models():
+        found = result.client(name).measures(data)
+        if unknown := [each for each in wanted if each not in found]:
+            known = ", ".join(found)
+            raise RunError(f"--metrics: there is no measure {unknown[0]!r}; choose from {known}.")
+        shown = {key: found[key] for key in wanted or found}
+        print(*_measured(name, shown), sep="\n")
+
+
+def _everybody(result: Result, wanted: list[str]) -> None:
+    """The matrix of models and data: a table of each measure, and two files."""
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from fedgrove.federation.tasks import task_class
+    from fedgrove.use.matrix import grid, matrix, write
+
+    console = printer()
+    with Progress(transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("Measuring", total=len(result.models()))
+        found = matrix(result, lambda _: progress.advance(bar))
+    files = write(result.path, found)
+    for metric in wanted or [task_class(result.job.data).metric]:
+        table = Table(f"{metric}: model", *result.tests, box=None, pad_edge=False)
+        for line in grid(found, metric):
+            table.add_row(*line)
+        console.print(table)
+    print(f"Wrote {files[0]} and {files[1]}.")
 
 
 def _measured(name: str, measures: Plain) -> Iterator[str]:
     """A line of numbers, and one below for each metric that has a number by class."""
-    plain = [f"{key} {_figure(value)}" for key, value in measures.items() if not _by_class(value)]
+    from fedgrove.use.matrix import figure
+
+    plain = [f"{key} {figure(value)}" for key, value in measures.items() if not _by_class(value)]
     yield "  ".join([name, *plain])
     for key, value in measures.items():
         if _by_class(value):
-            yield "  ".join([f"    {key}", *(f"{each} {_figure(x)}" for each, x in value.items())])
+            yield "  ".join([f"    {key}", *(f"{each} {figure(x)}" for each, x in value.items())])
 
 
 def _by_class(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
 @commands.command(
-    epilog=examples('fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"')
+    epilog=examples(
+        'fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"',
+        "fedgrove predict runs/fedit --client tweets-0 --data new.csv --out answers.csv",
+    )
 )
 def predict(
     run: RunDirectory,
-    texts: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TEXT...", help="One or more texts, prompts or image files.", show_default=False
-        ),
-    ],
     client: ClientName,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT...]",
+            help="One or more texts, prompts or image files.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A table with the job's columns instead of texts (it needs no labels), or a "
+            "folder of images.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the answers, with the scores of all classes, as .csv or .jsonl.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Ask one client's model about texts or images: the likeliest label, or what it writes after a
-    prompt.
+    """Ask one client's model about texts, images or a table: the likeliest label and its score, or
+    what it writes after a prompt.
     """
+    from fedgrove.federation.tasks import task_class
+    from fedgrove.use.asked import questions
+    from fedgrove.use.predictions import check_out, predictions, questions_of, write
     from fedgrove.use.result import Result
 
-    for text, answer in zip(texts, Result(run).client(client).predict(texts), strict=True):
-        print(f"{answer}\t{text}")
+    if bool(texts) == bool(data):
+        raise RunError("Give texts to ask about, or a table with --data, one of the two.")
+    if out is not None:
+        check_out(out)
+    result = Result(run)
+    chosen, task = result.client(client), task_class(result.job.data)
+    for text in texts or ():
+        if task.asks != "image" and _is_file(text):
+            say(
+                f"{text} is a file, and its name is asked about; for its rows, use --data {text}.",
+                0,
+            )
+    rows = questions_of(data, result.job) if data else None
+    model = chosen.model()
+    if rows is None:
+        rows = questions(model.kernel.task, texts or [])
+    found = predictions(model, rows)
+    if out is not None:
+        write(out, found)
+        print(f"Wrote {out}, {len(found)} rows.")
+        return
+    for each in found:
+        score = f"{each.scores[each.predicted]:.3f}\t" if data and each.scores else ""
+        print(f"{each.predicted}\t{score}{each.asked}")
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # a long text is no name of a file
+        return False

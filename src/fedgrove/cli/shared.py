@@ -34,7 +34,13 @@ RunDirectory = Annotated[
     Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)
 ]
 ClientName = Annotated[
-    str, typer.Option("--client", metavar="NAME", help="One client of the run.", show_default=False)
+    str,
+    typer.Option(
+        "--client",
+        metavar="NAME",
+        help="One client of the run, or _global, the common model.",
+        show_default=False,
+    ),
 ]
 
 

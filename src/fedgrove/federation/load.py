@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.federation.labels import classes_of, merged
+from fedgrove.federation.otherwise import NUMBERS, OtherRows, are_measures
 from fedgrove.federation.purposes import purpose_of
 from fedgrove.federation.readers import KINDS, Found, Place, Row, Values, label_of
 from fedgrove.federation.sources.base import Clients, Origin, Rows, Source
 from fedgrove.federation.tables import files_of, rows_at
-from fedgrove.federation.tasks import Task, task_class
+from fedgrove.federation.tasks import TASKS, Task, task_class
 from fedgrove.ground.errors import DataError, JobError
+from fedgrove.ground.toml import value_text
 
 if TYPE_CHECKING:
     from fedgrove.job import DataSection, Job
@@ -77,6 +79,7 @@ def load(job: Job) -> Table | Silos:
         loaded = _table(job.data, source)
     loaded.remarks.extend(source.remarks.sentences())
     if source.task.classifies and not job.data.classes:
+        _refuse_measures(loaded, getattr(job.data, "label", ""))
         _merge_spellings(loaded, getattr(job.data, "label", ""))
     return loaded
 
@@ -214,6 +217,16 @@ def _of_groups(data: DataSection, found: Found, group: str | None) -> Found:
 
 
 # ------------------------------------------------------------------ both
+def _refuse_measures(loaded: Table | Silos, column: str) -> None:
+    rows = list(loaded.every_row())
+    labels = {row["label"] for row in rows}
+    if are_measures(labels, len(rows)):
+        raise DataError(
+            f"the column {column!r} has {len(labels)} different numbers in {len(rows)} rows, such "
+            f"as {min(labels)}: {_whose(NUMBERS)}; if they are classes, list them in data.labels"
+        )
+
+
 def _merge_spellings(loaded: Table | Silos, column: str) -> None:
     """Give rows that spell one label in several ways the same one, and say so."""
     rows = list(loaded.every_row())
@@ -233,9 +246,21 @@ def _merge_spellings(loaded: Table | Silos, column: str) -> None:
 def _checked(
     task: type[Task[Any]], data: DataSection, found: Found
 ) -> Iterator[tuple[Row, Place, Values]]:
-    """Each row as the task reads it, its place, and its raw values."""
-    for place, values in found:
-        yield task.row(values, data, place), place, values
+    """Each row as the task reads it, its place, and its raw values. Rows of another task are told
+    whose they are.
+    """
+    try:
+        for place, values in found:
+            yield task.row(values, data, place), place, values
+    except OtherRows as error:
+        raise DataError(f"{error}: {_whose(error.kind)}") from error
+
+
+def _whose(kind: str) -> str:
+    names = [name for name, task in TASKS.catalogue().items() if kind in task.suits]
+    if names:
+        return f"{kind} is learnt with data.task = {' or '.join(map(value_text, names))}"
+    return f"{kind} is another task, which Fedgrove does not have yet"
 
 
 def _told(source: Source[Any], rows: list[Row]) -> Origin:

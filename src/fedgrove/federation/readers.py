@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedgrove.federation.otherwise import TOKENS, OtherRows, other_columns
 from fedgrove.ground.errors import DataError
 
 if TYPE_CHECKING:
@@ -328,11 +329,13 @@ KINDS = ", ".join(READERS)
 
 def _need(columns: Sequence[str], present: Any, place: Place) -> None:
     missing = [name for name in columns if name not in present]
-    if missing:
-        there = ", ".join(map(str, present)) or "none"
-        raise DataError(
-            f"{place} has no column {missing[0]!r}; it has: {there} ({_hint(missing[0], present)})"
-        )
+    if not missing:
+        return
+    there = ", ".join(map(str, present)) or "none"
+    sentence = f"{place} has no column {missing[0]!r}; it has: {there}"
+    if kind := other_columns(present):
+        raise OtherRows(sentence, kind)
+    raise DataError(f"{sentence} ({_hint(missing[0], present)})")
 
 
 def _hint(missing: str, present: Any) -> str:
@@ -347,8 +350,6 @@ def _hint(missing: str, present: Any) -> str:
                 f'set data.template = "{{instruction}}{inputs}" and data.completion = "output" to '
                 "learn instructions"
             )
-        if "chosen" in present and "rejected" in present:
-            return "preferences between two answers: there is no task for them yet"
         if "text" in present:
             return 'set data.plain = "text" to learn plain texts'
     return "the [data] section names the columns"
@@ -358,11 +359,12 @@ def text_of(value: Any, column: str, place: Place) -> str:
     """``value`` as a text with something in it. Raises DataError with its place."""
     if isinstance(value, str) and value.strip():
         return whole(value, column, place)
-    what = (
-        "is empty"
-        if value is None or isinstance(value, str)
-        else f"is a {type(value).__name__}, not a text"
-    )
+    if isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value):
+        raise OtherRows(f"{place}: the column {column!r} is a list of words, not a text", TOKENS)
+    if value is None or isinstance(value, str):
+        what = "is empty"
+    else:
+        what = f"is a {type(value).__name__}, not a text"
     raise DataError(f"{place}: the column {column!r} {what}; correct or remove the row")
 
 

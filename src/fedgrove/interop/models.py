@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.adapters.adapter import Site
+from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import ModelError
 from fedgrove.ground.seeds import derive
 from fedgrove.interop import quantise
@@ -59,6 +60,7 @@ class Base:
     stock_head: dict[str, Tensor]  # their initial values, by parameter name
     dtype: torch.dtype
     device: torch.device
+    notes: tuple[str, ...] = ()  # what a user may want to know of how it was loaded
 
     @property
     def adapter_dtype(self) -> torch.dtype:
@@ -117,7 +119,8 @@ def load_processor(name: str, revision: str | None, task: str, config: Any = Non
     """
     config = config or load_config(name, revision)
     images = hasattr(config, "num_channels") or hasattr(config, "image_size")
-    if images != (task == "classify-images") and (images or hasattr(config, "vocab_size")):
+    wanted = reads_images(task)
+    if images != wanted and (images or hasattr(config, "vocab_size")):
         reads, other = (
             ("images, not text", "minilm") if images else ("text, not images", "grove-vit")
         )
@@ -125,7 +128,12 @@ def load_processor(name: str, revision: str | None, task: str, config: Any = Non
             f"model.name: '{name}' reads {reads}; for data.task = {task!r} choose another model, "
             f"such as {other!r}."
         )
-    return (load_image_processor if task == "classify-images" else load_tokenizer)(name, revision)
+    return load_image_processor(name, revision) if wanted else load_tokenizer(name, revision)
+
+
+def reads_images(task: str) -> bool:
+    """Whether a task's rows are images."""
+    return TASKS.find(task).reads == "images"
 
 
 def model_class(task: str, head: str) -> Any:
@@ -136,7 +144,7 @@ def model_class(task: str, head: str) -> Any:
         return transformers.AutoModel
     if head == "lm":
         return transformers.AutoModelForCausalLM
-    if task == "classify-images":
+    if reads_images(task):
         return transformers.AutoModelForImageClassification
     return transformers.AutoModelForSequenceClassification
 
@@ -175,17 +183,16 @@ def load_base(
     for key in _DROPOUTS:
         if isinstance(getattr(config, key, None), float):
             setattr(config, key, 0.0)
+    notes: tuple[str, ...] = ()
     if head == "stock":
+        notes = _new_head(name, config, classes)
         config.num_labels = classes
-        if task != "classify-images":
+        if not reads_images(task):
             config.pad_token_id = processor.pad_token_id
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(
-            derive(seed, "stock head")
-        )  # weights that the checkpoint lacks are drawn here
-        model = from_pretrained(
-            model_class(task, head), name, revision, config=config, dtype=dtype, **placed
-        )
+        # weights that the checkpoint lacks are drawn here
+        torch.manual_seed(derive(seed, "stock head"))
+        model = _loaded(name, revision, task, head, config=config, dtype=dtype, **placed)
     if head == "lm":
         model.generation_config = type(
             model.generation_config
@@ -235,7 +242,38 @@ def load_base(
         stock_head=stock,
         dtype=dtype,
         device=torch.device(device),
+        notes=notes,
     )
+
+
+def _new_head(name: str, config: Any, classes: int) -> tuple[str, ...]:
+    """A sentence where the checkpoint has a classifier of another number of classes."""
+    has_one = any("Classification" in str(kind) for kind in config.architectures or [])
+    if not has_one or config.num_labels == classes:
+        return ()
+    return (
+        f"The head of {name} is for {config.num_labels} classes; for these {classes} a new one is "
+        "drawn.",
+    )
+
+
+def _loaded(name: str, revision: str | None, task: str, head: str, **options: Any) -> Any:
+    """The model, its head drawn anew where the checkpoint's has another shape. Raises
+    ``ModelError`` where anything else has.
+    """
+    kind = model_class(task, head)
+    if head != "stock":
+        return from_pretrained(kind, name, revision, **options)
+    model, told = from_pretrained(
+        kind, name, revision, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    for key, *_ in told["mismatched_keys"]:
+        if key.startswith(f"{model.base_model_prefix}."):
+            raise ModelError(
+                f"model.name: the weights of '{name}' do not have the shapes that its config.json "
+                f"says ({key.removeprefix(model.base_model_prefix + '.')}); repair the checkpoint."
+            )
+    return model
 
 
 def _hidden_size(name: str, config: Any) -> int:

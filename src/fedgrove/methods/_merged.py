@@ -8,8 +8,8 @@ the same function, so they hold the same bits, whichever way a client got there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,49 +17,67 @@ from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.lowrank import lean
 from fedgrove.adapters.tree import numbers
 from fedgrove.ground.errors import RunError
-from fedgrove.methods.contract import ClientInfo, Mine, Offer, State
+from fedgrove.methods.contract import ClientInfo, Trained
 
 
-def nothing_merged() -> State:
-    """The part of the server's state before the first round."""
-    return {"delta": {}, "increment": {}, "trained": []}
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """At the server: all that was merged so far; before the first round, nothing."""
+
+    delta: Adapter = field(default_factory=dict)
+    increment: Adapter = field(default_factory=dict)  # what the last round added to it
+    trained: list[str] = field(default_factory=list)  # who trained in the last round
 
 
-def advance(state: Mapping[str, Any], increment: Adapter, trained: Sequence[str]) -> State:
-    """The part of the server's state after a round that adds ``increment``, in which ``trained``
-    took part.
-    """
+@dataclass(frozen=True, eq=False)
+class Brought:
+    """What goes down: the whole update, or only what the last round added. The other is None."""
+
+    delta: Adapter | None = None
+    increment: Adapter | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """At the client: the update as it last merged it; None before it has trained."""
+
+    delta: Adapter | None = None
+
+
+def advance(state: Merged, increment: Adapter, trained: Sequence[str]) -> Merged:
+    """The state after a round that adds ``increment``, in which ``trained`` took part."""
     increment = lean(increment)
-    return {
-        "delta": merge(state["delta"], increment),
-        "increment": increment,
-        "trained": list(trained),
-    }
+    return Merged(merge(state.delta, increment), increment, list(trained))
 
 
-def merged_part(state: Mapping[str, Any], client: ClientInfo) -> Offer:
+def brought(state: Merged, client: ClientInfo) -> Brought:
     """What goes down: the last round's increment to who can build on it, and where that is less;
     else the whole.
     """
-    if client.name in state["trained"] and numbers(state["increment"]) < numbers(state["delta"]):
-        return {"increment": state["increment"]}
-    return {"delta": state["delta"]}
+    smaller = numbers(state.increment) < numbers(state.delta)
+    if client.name in state.trained and smaller:
+        return Brought(increment=state.increment)
+    return Brought(delta=state.delta)
 
 
-def held(offer: Offer, mine: Mine) -> Adapter:
-    """At the client: the whole merged update that the offer brings it to; ``mine["delta"]`` is its
-    last one.
+def held(offer: Brought, mine: Held) -> Adapter | None:
+    """At the client: the whole merged update that the offer brings it to; None where it is empty.
+
+    RunError where the client no longer holds what the offer builds on.
     """
-    if "delta" in offer:
-        delta: Adapter = offer["delta"]
-        return delta
-    if "delta" not in mine:
+    if offer.delta is not None:
+        return offer.delta or None
+    if mine.delta is None or offer.increment is None:
         raise RunError(
             "The server sent what the last round added, but this client's store of the rounds "
-            "before it is gone; "
-            "restore the store, or start the run again."
+            "before it is gone; restore the store, or start the run again."
         )
-    return merge(mine["delta"], offer["increment"])
+    return merge(mine.delta, offer.increment) or None
+
+
+def stays(trained: Trained) -> Held:
+    """What the client keeps of a round: the update that its base had while it trained."""
+    return Held(trained.assembly.base_delta or {})
 
 
 def merge(delta: Adapter, increment: Adapter) -> Adapter:
@@ -70,13 +88,9 @@ def merge(delta: Adapter, increment: Adapter) -> Adapter:
     """
     if not delta:
         return increment
-    return lean(
-        {
-            site: Factors(
-                torch.cat([old.A, increment[site].A]),
-                torch.cat([old.B, increment[site].B], 1),
-                old.scale,
-            )
-            for site, old in delta.items()
-        }
-    )
+    both: Adapter = {}
+    for site, old in delta.items():
+        A = torch.cat([old.A, increment[site].A])
+        B = torch.cat([old.B, increment[site].B], 1)
+        both[site] = Factors(A, B, old.scale)
+    return lean(both)

@@ -5,10 +5,12 @@ directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.adapters.lowrank import Split, leading
 from fedgrove.methods import contract
@@ -16,13 +18,10 @@ from fedgrove.methods.contract import (
     ClientInfo,
     Method,
     Mine,
-    Offer,
-    Plan,
-    State,
-    Step,
     Trained,
     WeightedOptions,
 )
+from fedgrove.methods.records import OneAdapter, Whole
 
 
 class SplitOptions(WeightedOptions):
@@ -37,7 +36,16 @@ class SplitOptions(WeightedOptions):
     @property
     def side(self) -> Split:
         """The split in the words of ``adapters.lowrank``."""
-        return "right" if self.split == "authors" else "balanced"
+        if self.split == "authors":
+            return "right"
+        return "balanced"
+
+
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """What goes down: the update's leading directions, as many as the client's rank."""
+
+    adapter: Adapter
 
 
 class Truncations(Method):
@@ -49,29 +57,32 @@ class Truncations(Method):
     shares = "A, B"
     keeps = "nothing"
     ranks = "mixed"
+    State: ClassVar[type[Whole]] = Whole
+    Offer, Sent = Truncation, OneAdapter
     Options: ClassVar[type[contract.Options]] = SplitOptions
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw(max(client.rank for client in clients))}
+    def begin(self, clients: Sequence[ClientInfo]) -> Whole:
+        return Whole(self.setting.shared_draw(max(client.rank for client in clients)))
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
+    def offer(self, state: Whole, round: int, client: ClientInfo) -> Truncation:
         scale = self.setting.scale(client.rank)
-        adapter = {
-            site: leading(factors, client.rank, scale, self.options.side)
-            for site, factors in state["global"].items()
-        }
-        return {"adapter": adapter}
+        adapter: Adapter = {}
+        for site, factors in state.whole.items():
+            adapter[site] = leading(factors, client.rank, scale, self.options.side)
+        return Truncation(adapter)
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("adapter", state["global"]),))
-
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        return [Step(self.personal(client, offer, mine))]
+    def global_assembly(self, state: Whole) -> Assembly:
+        return Assembly((Term("adapter", state.whole),))
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        return {"adapter": trained[-1].adapter("adapter")}, mine
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Truncation,
+        mine: Mine,
+        round: int,
+    ) -> tuple[OneAdapter, Mine]:
+        return OneAdapter(trained[-1].adapter("adapter")), mine
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return Assembly((Term("adapter", offer["adapter"]),))
+    def personal(self, client: ClientInfo, offer: Truncation, mine: Mine) -> Assembly:
+        return Assembly((Term("adapter", offer.adapter),))

@@ -18,8 +18,8 @@ round trains all R modules, because it trains the personal model.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,7 +30,8 @@ from fedgrove.adapters.algebra import Indices, index_mean, split
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
-from fedgrove.methods.contract import ClientInfo, Method, Mine, Offer, State, Step, Trained, Update
+from fedgrove.methods.contract import ClientInfo, Method, Step, Trained, Update
+from fedgrove.methods.records import Whole
 from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
 ALL = ""  # the one place of a draw that serves all sites
@@ -42,9 +43,8 @@ class PLoRAOptions(contract.Options):
     selection: Literal["random", "magnitude", "gradient", "least_trained"] = Field(
         "random",
         description="Which modules a client trains in a round: a uniform draw, those with the "
-        "largest update, those "
-        "with the largest gradient on its own data, or those that it trained least often; ties are "
-        "drawn.",
+        "largest update, those with the largest gradient on its own data, or those that it trained "
+        "least often; ties are drawn.",
     )
     per_site: bool = Field(
         False,
@@ -77,6 +77,25 @@ class MeanOfModules:
         return Outcome(whole=made[given.name])
 
 
+@dataclass(frozen=True, eq=False)
+class Modules:
+    """The modules that a client trained, ascending, and their indices among all R (by site with
+    ``per_site``).
+    """
+
+    modules: Adapter
+    indices: Indices
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """How often the client trained each of the R modules, by site or for all at once; empty before
+    it has trained, and with the selections that do not ask.
+    """
+
+    counts: dict[str, list[int]] = field(default_factory=dict)
+
+
 class FedPLoRA(Method):
     name = "fed-plora"
     title = "Fed-PLoRA"
@@ -86,6 +105,7 @@ class FedPLoRA(Method):
     keeps = "nothing"
     ranks = "mixed"
     averages_factors = True
+    State, Offer, Mine, Sent = Whole, Whole, Counts, Modules
     Options: ClassVar[type[contract.Options]] = PLoRAOptions
     Rule: ClassVar[type[ServerRule]] = MeanOfModules
 
@@ -96,108 +116,95 @@ class FedPLoRA(Method):
             if setting.scaling == "client" and client.rank != setting.rank:
                 raise JobError(
                     f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, '
-                    f"but Fed-PLoRA needs "
-                    f"alpha / {setting.rank} for every module of every client; set lora.scaling = "
-                    f'"global".'
+                    f"but Fed-PLoRA needs alpha / {setting.rank} for every module of every "
+                    'client; set lora.scaling = "global".'
                 )
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw()}
+    def begin(self, clients: Sequence[ClientInfo]) -> Whole:
+        return Whole(self.setting.shared_draw())
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"global": state["global"]}
+    def offer(self, state: Whole, round: int, client: ClientInfo) -> Whole:
+        return state
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[Modules]]) -> Whole:
         arrivals = Arrivals(
             self.setting,
-            [update.content["modules"] for update in updates],
+            [update.content.modules for update in updates],
             [1.0] * len(updates),  # over each index's holders: an exact 1 / count
-            previous=state["global"],
-            indices=[update.content["indices"] for update in updates],
+            previous=state.whole,
+            indices=[update.content.indices for update in updates],
         )
         rule = self.Rule(self.options, Round(self.setting.sites, round))
-        return {"global": combine(rule, arrivals).whole}
+        return Whole(combine(rule, arrivals).whole)
 
     def needs_each(self) -> str:
-        # "magnitude" and "random" are known to the server without being told; the others depend on
-        # what stays
-        if self.options.selection in ("random", "magnitude"):
+        # The server knows what "random" and "magnitude" choose without being told; the others
+        # depend on what stays.
+        selection = self.options.selection
+        if selection in ("random", "magnitude"):
             return ""
-        return f'with method.selection = "{self.options.selection}" only the client knows which modules it trained'
-
-    def addend(self, content: dict[str, Any], offer: Offer) -> dict[str, Any]:
-        return {
-            "modules": self._spread(content, offer["global"]),
-            "indices": list(range(self.setting.rank)),
-        }
-
-    def divisors(self, contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """How many clients drew each index; 1 where nobody did, whose sum is 0."""
-        modules = contents[0]["modules"].items()
-        R = self.setting.rank
-        total = {
-            site: Factors(f.A.new_zeros(R, f.A.shape[1]), f.B.new_zeros(f.B.shape[0], R), f.scale)
-            for site, f in modules
-        }
-        for content in contents:
-            ones = {site: f.map(torch.ones_like) for site, f in content["modules"].items()}
-            held = self._spread(
-                {**content, "modules": ones}, {s: f.map(torch.zeros_like) for s, f in total.items()}
-            )
-            total = {
-                site: Factors(f.A + held[site].A, f.B + held[site].B, f.scale)
-                for site, f in total.items()
-            }
-        return {
-            "modules": {site: f.map(lambda count: count.clamp_min(1)) for site, f in total.items()}
-        }
-
-    def _spread(self, content: Mapping[str, Any], base: Adapter) -> Adapter:
-        """All R modules: those of the content at their places, the others those of ``base``."""
-        whole: Adapter = {}
-        for site, f in content["modules"].items():
-            chosen = content["indices"]
-            rows = chosen[site] if isinstance(chosen, Mapping) else chosen
-            A, B = base[site].A.clone(), base[site].B.clone()
-            A[rows], B[:, rows] = f.A, f.B
-            whole[site] = Factors(A, B, f.scale)
-        return whole
-
-    def reads(self) -> str:
         return (
-            "the gradients that choose its modules" if self.options.selection == "gradient" else ""
+            f'with method.selection = "{selection}" only the client knows which modules it trained'
         )
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),))
+    def addend(self, content: Modules, offer: Whole) -> Modules:
+        return Modules(_spread(content, offer.whole), list(range(self.setting.rank)))
 
-    def modules(self, update: Update) -> tuple[Adapter, Indices | None]:
-        return update.content["modules"], update.content["indices"]
+    def divisors(self, contents: Sequence[Modules]) -> dict[str, Adapter]:
+        """How many clients drew each index; 1 where nobody did, whose sum is 0."""
+        nothing: Adapter = {}
+        for site, factors in contents[0].modules.items():
+            nothing[site] = factors.zeros(self.setting.rank, factors.scale)
+        drawn = nothing
+        for content in contents:
+            ones = {site: f.map(torch.ones_like) for site, f in content.modules.items()}
+            held = _spread(Modules(ones, content.indices), nothing)
+            for site, factors in drawn.items():
+                A, B = factors.A + held[site].A, factors.B + held[site].B
+                drawn = {**drawn, site: Factors(A, B, factors.scale)}
+        least = {site: f.map(lambda count: count.clamp_min(1)) for site, f in drawn.items()}
+        return {"modules": least}
+
+    def reads(self) -> str:
+        if self.options.selection == "gradient":
+            return "the gradients that choose its modules"
+        return ""
+
+    def global_assembly(self, state: Whole) -> Assembly:
+        return Assembly((Term("global", state.whole),))
+
+    def modules(self, update: Update[Modules]) -> tuple[Adapter, Indices | None]:
+        return update.content.modules, update.content.indices
 
     # ------------------------------------------------------------------ client
     def plan(
-        self, client: ClientInfo, offer: Offer, mine: Mine, round: int
+        self, client: ClientInfo, offer: Whole, mine: Counts, round: int
     ) -> Generator[Step, Trained, None]:
         gradients = None
         if self.options.selection == "gradient" and client.rank < self.setting.rank:
-            probe = Assembly((Term("global", offer["global"]),))
+            probe = Assembly((Term("global", offer.whole),))
             looked = yield Step(
                 probe, head=False, measure="fisher", stream="select", count=self.options.batches
             )
             gradients = looked.scores
         chosen = self._choose(client, offer, mine, round, gradients)
-        yield Step(self._training(offer["global"], chosen))
+        yield Step(self._training(offer.whole, chosen))
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Whole,
+        mine: Counts,
+        round: int,
+    ) -> tuple[Modules, Counts]:
         chosen = self._choose(client, offer, mine, round, trained[0].scores)
         if self.options.selection == "least_trained":
-            mine = {**mine, "counts": self._counted(mine, chosen)}
-        return {"modules": trained[-1].adapter("selected"), "indices": chosen}, mine
+            mine = self._counted(mine, chosen)
+        return Modules(trained[-1].adapter("selected"), chosen), mine
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return Assembly((Term("global", offer["global"]),))
+    def personal(self, client: ClientInfo, offer: Whole, mine: Counts) -> Assembly:
+        return Assembly((Term("global", offer.whole),))
 
     def _training(self, adapter: Adapter, chosen: Indices) -> Assembly:
         """The chosen modules as one LoRA that trains, the others folded into the frozen base."""
@@ -205,84 +212,100 @@ class FedPLoRA(Method):
         terms = (Term("selected", selected),)
         if not any(factors.rank for factors in others.values()):
             return Assembly(terms)
-        return (
-            Assembly(terms, folded=others)
-            if self.options.folding == "dense"
-            else Assembly(terms, base_delta=others)
-        )
+        if self.options.folding == "dense":
+            return Assembly(terms, folded=others)
+        return Assembly(terms, base_delta=others)
 
     # --------------------------------------------------------------- selection
     def _choose(
         self,
         client: ClientInfo,
-        offer: Offer,
-        mine: Mine,
+        offer: Whole,
+        mine: Counts,
         round: int,
         gradients: Mapping[str, Adapter] | None,
     ) -> list[int] | dict[str, list[int]]:
         """The rank indices that the client trains in this round, ascending; by site with
         ``per_site``.
         """
-        scores = self._scores(offer["global"], mine, gradients)
-        chosen = {
-            place: best(score, client.rank, self.setting.rng(round, client.name, "modules", place))
-            for place, score in scores.items()
-        }
-        return chosen if self.options.per_site else chosen[ALL]
+        chosen: dict[str, list[int]] = {}
+        for place, score in self._scores(offer.whole, mine, gradients).items():
+            rng = self.setting.rng(round, client.name, "modules", place)
+            chosen[place] = best(score, client.rank, rng)
+        if self.options.per_site:
+            return chosen
+        return chosen[ALL]
 
     def _scores(
-        self, adapter: Adapter, mine: Mine, gradients: Mapping[str, Adapter] | None
+        self, adapter: Adapter, mine: Counts, gradients: Mapping[str, Adapter] | None
     ) -> dict[str, Tensor]:
         """How much each of the R modules is wanted (float64 [R]), by site or for all sites at
         once.
         """
         selection = self.options.selection
         if selection == "least_trained":
-            return {
-                place: -torch.tensor(counts, dtype=torch.float64)
-                for place, counts in self._counts(mine).items()
-            }
-        if selection == "magnitude":
-            by_site = {
-                site: _square(f.A, 1) * _square(f.B, 0) * f.scale**2 for site, f in adapter.items()
-            }
-        elif (
-            selection == "gradient" and gradients is not None
-        ):  # of squared gradients the mean is there already
-            by_site = {
-                s: f.A.double().sum(1) + f.B.double().sum(0) for s, f in gradients["global"].items()
-            }
-        else:
-            by_site = {
-                site: torch.zeros(f.rank, dtype=torch.float64) for site, f in adapter.items()
-            }
-        return (
-            by_site if self.options.per_site else {ALL: torch.stack(list(by_site.values())).sum(0)}
-        )
+            return self._least_trained(mine)
+        by_site: dict[str, Tensor] = {}
+        for site, factors in adapter.items():
+            if selection == "magnitude":
+                by_site[site] = magnitudes(factors)
+            elif selection == "gradient" and gradients is not None:
+                squares = gradients["global"][site]  # of gradients, the means of their squares
+                by_site[site] = squares.A.double().sum(1) + squares.B.double().sum(0)
+            else:
+                by_site[site] = torch.zeros(factors.rank, dtype=torch.float64)
+        if self.options.per_site:
+            return by_site
+        return {ALL: torch.stack(list(by_site.values())).sum(0)}
 
-    def _counts(self, mine: Mine) -> dict[str, list[int]]:
-        """How often this client trained each module."""
-        places = list(self.setting.sites) if self.options.per_site else [ALL]
-        counts: dict[str, list[int]] = mine.get("counts") or {
-            place: [0] * self.setting.rank for place in places
-        }
-        return counts
+    def _least_trained(self, mine: Counts) -> dict[str, Tensor]:
+        """Less the more often this client trained a module: float64 [R], by place."""
+        scores: dict[str, Tensor] = {}
+        for place, counts in self._counts(mine).items():
+            scores[place] = -torch.tensor(counts, dtype=torch.float64)
+        return scores
 
-    def _counted(self, mine: Mine, chosen: Indices) -> dict[str, list[int]]:
-        at = chosen if isinstance(chosen, Mapping) else {ALL: chosen}
-        return {
-            place: [count + (index in at[place]) for index, count in enumerate(counts)]
-            for place, counts in self._counts(mine).items()
-        }
+    def _counts(self, mine: Counts) -> dict[str, list[int]]:
+        """How often this client trained each module, by place."""
+        if mine.counts:
+            return mine.counts
+        places = [ALL]
+        if self.options.per_site:
+            places = list(self.setting.sites)
+        return {place: [0] * self.setting.rank for place in places}
+
+    def _counted(self, mine: Counts, chosen: Indices) -> Counts:
+        """The counts after one more training."""
+        counts: dict[str, list[int]] = {}
+        for place, before in self._counts(mine).items():
+            trained = chosen[place] if isinstance(chosen, Mapping) else chosen
+            counts[place] = [count + (index in trained) for index, count in enumerate(before)]
+        return Counts(counts)
+
+
+def _spread(content: Modules, base: Adapter) -> Adapter:
+    """All R modules: those of the content at their places, the others those of ``base``."""
+    whole: Adapter = {}
+    for site, factors in content.modules.items():
+        chosen = content.indices
+        rows = list(chosen[site] if isinstance(chosen, Mapping) else chosen)
+        A, B = base[site].A.clone(), base[site].B.clone()
+        A[rows], B[:, rows] = factors.A, factors.B
+        whole[site] = Factors(A, B, factors.scale)
+    return whole
 
 
 def best(score: Tensor, count: int, rng: torch.Generator) -> list[int]:
-    """The indices of the ``count`` largest scores, ascending; among equal scores a uniform draw."""
+    """The indices of the ``count`` largest of the scores [R], ascending; among equal scores a
+    uniform draw.
+    """
     shuffled = torch.randperm(len(score), generator=rng)
     order = torch.argsort(score[shuffled], descending=True, stable=True)
     return sorted(shuffled[order[:count]].tolist())
 
 
-def _square(factor: Tensor, dim: int) -> Tensor:
-    """Squared length of each row (``dim`` 1) or column (0), in float64."""
-    return factor.double().square().sum(dim)
+def magnitudes(factors: Factors) -> Tensor:
+    """The squared Frobenius norm of each module's update, float64 [rank]."""
+    rows = factors.A.double().square().sum(1)
+    columns = factors.B.double().square().sum(0)
+    return rows * columns * factors.scale**2

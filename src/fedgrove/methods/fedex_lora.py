@@ -14,25 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.adapters.residual import fedex_residual
 from fedgrove.methods import contract
-from fedgrove.methods._merged import advance, held, merged_part, nothing_merged
+from fedgrove.methods._merged import Brought, Held, Merged, advance, brought, held, stays
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
-    Mine,
-    Offer,
-    Plan,
-    State,
-    Step,
     Trained,
     Update,
     shares,
 )
+from fedgrove.methods.records import OneAdapter
 from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
 
@@ -46,9 +43,24 @@ class MeanAndResidual:
 
     def site(self, given: Arrived) -> Outcome:
         residual = fedex_residual(given.adapters, given.weights)
-        return Outcome(
-            whole=mean(given.adapters, given.weights)[given.name], base=residual[given.name]
-        )
+        whole = mean(given.adapters, given.weights)
+        return Outcome(whole=whole[given.name], base=residual[given.name])
+
+
+@dataclass(frozen=True, eq=False)
+class MeanAndMerged:
+    """The server's state: the means of the factors, and all residuals merged so far."""
+
+    whole: Adapter
+    merged: Merged
+
+
+@dataclass(frozen=True, eq=False)
+class MeanAndBrought:
+    """What goes down: the means of the factors, and the residuals that the client lacks."""
+
+    whole: Adapter
+    residual: Brought
 
 
 class FedExLoRA(Method):
@@ -58,36 +70,41 @@ class FedExLoRA(Method):
     trains = "A, B"
     shares = "A, B"
     keeps = "nothing"
+    State, Offer, Mine, Sent = MeanAndMerged, MeanAndBrought, Held, OneAdapter
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
     Rule: ClassVar[type[ServerRule]] = MeanAndResidual
 
     # ------------------------------------------------------------------ server
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw(), **nothing_merged()}
+    def begin(self, clients: Sequence[ClientInfo]) -> MeanAndMerged:
+        return MeanAndMerged(self.setting.shared_draw(), Merged())
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"global": state["global"], **merged_part(state, client)}
+    def offer(self, state: MeanAndMerged, round: int, client: ClientInfo) -> MeanAndBrought:
+        return MeanAndBrought(state.whole, brought(state.merged, client))
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
+    def aggregate(
+        self, state: MeanAndMerged, round: int, updates: Sequence[Update[OneAdapter]]
+    ) -> MeanAndMerged:
+        adapters = [update.content.adapter for update in updates]
         rule = self.Rule(self.options, Round(self.setting.sites, round))
         weights = shares(updates, self.options.weights)
         made = combine(rule, Arrivals(self.setting, adapters, weights))
         names = [update.client for update in updates]
-        return {"global": made.whole, **advance(state, made.base, names)}
+        return MeanAndMerged(made.whole, advance(state.merged, made.base, names))
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),), base_delta=state["delta"] or None)
+    def global_assembly(self, state: MeanAndMerged) -> Assembly:
+        return Assembly((Term("global", state.whole),), base_delta=state.merged.delta or None)
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        return [Step(self.personal(client, offer, mine))]
-
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        base = trained[-1].assembly.base_delta or {}
-        return {"adapter": trained[-1].adapter("global")}, {"delta": base}
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: MeanAndBrought,
+        mine: Held,
+        round: int,
+    ) -> tuple[OneAdapter, Held]:
+        return OneAdapter(trained[-1].adapter("global")), stays(trained[-1])
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return Assembly((Term("global", offer["global"]),), base_delta=held(offer, mine) or None)
+    def personal(self, client: ClientInfo, offer: MeanAndBrought, mine: Held) -> Assembly:
+        term = Term("global", offer.whole)
+        return Assembly((term,), base_delta=held(offer.residual, mine))

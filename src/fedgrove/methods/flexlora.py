@@ -25,7 +25,8 @@ from typing import ClassVar
 
 from fedgrove.adapters.lowrank import leading, truncated
 from fedgrove.methods._products import SplitOptions, Truncations
-from fedgrove.methods.contract import ClientInfo, State, Update, shares
+from fedgrove.methods.contract import ClientInfo, Update, shares
+from fedgrove.methods.records import OneAdapter, Whole
 from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
 
@@ -49,19 +50,31 @@ class TruncatedMean:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class WholeMean(Whole):
+    """The server's state: the mean, of more modules than any client holds."""
+
+    largest: int  # rank of a client
+
+
 class FlexLoRA(Truncations):
     name = "flexlora"
     title = "FlexLoRA"
     paper = "arXiv 2402.11505"
     stale = True
+    State = WholeMean
     Rule: ClassVar[type[ServerRule]] = TruncatedMean
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {**super().begin(clients), "largest": max(client.rank for client in clients)}
+    def begin(self, clients: Sequence[ClientInfo]) -> WholeMean:
+        largest = max(client.rank for client in clients)
+        return WholeMean(self.setting.shared_draw(largest), largest)
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
-        largest = state["largest"]
+    def aggregate(
+        self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]
+    ) -> WholeMean:
+        assert isinstance(state, WholeMean)
+        adapters = [update.content.adapter for update in updates]
+        largest = state.largest
         arrived = sum(next(iter(adapter.values())).rank for adapter in adapters)
         ranks = {}  # every direction of the mean, and never fewer than anybody holds
         for name, site in self.setting.sites.items():
@@ -75,4 +88,4 @@ class FlexLoRA(Truncations):
             start=self.setting.shared_draw(largest),
         )
         rule = self.Rule(self.options, Round(self.setting.sites, round))
-        return {"global": combine(rule, arrivals).whole, "largest": largest}
+        return WholeMean(combine(rule, arrivals).whole, largest)

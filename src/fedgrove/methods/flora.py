@@ -17,26 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods import contract
-from fedgrove.methods._merged import advance, held, merged_part, nothing_merged
+from fedgrove.methods._merged import Brought, Held, Merged, advance, brought, held, stays
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
-    Mine,
-    Offer,
     Plan,
-    State,
     Step,
     Trained,
     Update,
     shares,
 )
+from fedgrove.methods.records import OneAdapter
 from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
 
@@ -64,43 +62,47 @@ class FLoRA(Method):
     shares = "A, B"
     keeps = "nothing"
     ranks = "mixed"
+    State, Offer, Mine, Sent = Merged, Brought, Held, OneAdapter
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
     Rule: ClassVar[type[ServerRule]] = Stack
 
     # ------------------------------------------------------------------ server
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return nothing_merged()
+    def begin(self, clients: Sequence[ClientInfo]) -> Merged:
+        return Merged()
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return merged_part(state, client)
+    def offer(self, state: Merged, round: int, client: ClientInfo) -> Brought:
+        return brought(state, client)
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
+    def aggregate(self, state: Merged, round: int, updates: Sequence[Update[OneAdapter]]) -> Merged:
+        adapters = [update.content.adapter for update in updates]
         rule = self.Rule(self.options, Round(self.setting.sites, round))
         weights = shares(updates, self.options.weights)
         stack = combine(rule, Arrivals(self.setting, adapters, weights)).base
         return advance(state, stack, [update.client for update in updates])
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly(base_delta=state["delta"] or None)
+    def global_assembly(self, state: Merged) -> Assembly:
+        return Assembly(base_delta=state.delta or None)
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
+    def plan(self, client: ClientInfo, offer: Brought, mine: Held, round: int) -> Plan:
         # The first round starts from the draw that every method starts from.
         purpose = "init" if round == 1 else f"round-{round}"
         return [Step(self._assembly(client, offer, mine, purpose))]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        base = trained[-1].assembly.base_delta or {}
-        return {"adapter": trained[-1].adapter("fresh")}, {"delta": base}
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Brought,
+        mine: Held,
+        round: int,
+    ) -> tuple[OneAdapter, Held]:
+        return OneAdapter(trained[-1].adapter("fresh")), stays(trained[-1])
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return self._assembly(
-            client, offer, mine, "init"
-        )  # B = 0: what local fine-tuning would train
+    def personal(self, client: ClientInfo, offer: Brought, mine: Held) -> Assembly:
+        # The fresh adapter has B = 0: it is what local fine-tuning would train.
+        return self._assembly(client, offer, mine, "init")
 
-    def _assembly(self, client: ClientInfo, offer: Offer, mine: Mine, purpose: str) -> Assembly:
+    def _assembly(self, client: ClientInfo, offer: Brought, mine: Held, purpose: str) -> Assembly:
         fresh = self.setting.shared_draw(client.rank, purpose)
-        return Assembly((Term("fresh", fresh),), base_delta=held(offer, mine) or None)
+        return Assembly((Term("fresh", fresh),), base_delta=held(offer, mine))

@@ -17,11 +17,12 @@ that never matches; ours has no such test.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import select
@@ -32,15 +33,14 @@ from fedgrove.methods.contract import (
     ClientInfo,
     Method,
     Mine,
-    Offer,
     Plan,
-    State,
     Step,
     Trained,
     Update,
     WeightedOptions,
     shares,
 )
+from fedgrove.methods.records import Whole
 
 
 class SketchOptions(WeightedOptions):
@@ -53,6 +53,22 @@ class SketchOptions(WeightedOptions):
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What training changed in one site's k modules."""
+
+    A: Tensor  # [k, in]
+    B: Tensor  # [out, k]
+
+
+@dataclass(frozen=True, eq=False)
+class Sketched:
+    """What training changed in the modules of the sketch."""
+
+    change: dict[str, Change]
+    indices: list[int]  # the modules' places among all R, ascending
+
+
 class FSLoRA(Method):
     name = "fslora"
     title = "FSLoRA"
@@ -61,6 +77,7 @@ class FSLoRA(Method):
     shares = "their changes"
     keeps = "nothing"
     ranks = "mixed"
+    State, Offer, Sent = Whole, Whole, Sketched
     Options: ClassVar[type[contract.Options]] = SketchOptions
     no_rule = (
         "it averages changes since the start of the round under random masks, which a "
@@ -74,61 +91,59 @@ class FSLoRA(Method):
             if setting.scaling == "client" and client.rank != setting.rank:
                 raise JobError(
                     f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, '
-                    f"but the sketch "
-                    f"corrects alpha / {setting.rank} for the smaller rank by itself; set "
-                    f'lora.scaling = "global".'
+                    f"but the sketch corrects alpha / {setting.rank} for the smaller rank by "
+                    f'itself; set lora.scaling = "global".'
                 )
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {"global": self.setting.shared_draw()}
+    def begin(self, clients: Sequence[ClientInfo]) -> Whole:
+        return Whole(self.setting.shared_draw())
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        return {"global": state["global"]}
+    def offer(self, state: Whole, round: int, client: ClientInfo) -> Whole:
+        return state
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[Sketched]]) -> Whole:
         weights = shares(updates, self.options.weights)
         result: Adapter = {}
-        for site, old in state["global"].items():
+        for site, old in state.whole.items():
             a, b = old.A.double().clone(), old.B.double().clone()
             for update, weight in zip(updates, weights, strict=True):
-                change, row = update.content["change"][site], update.content["indices"]
-                a[row] += weight * change["A"].double()
-                b[:, row] += weight * change["B"].double()
+                change, rows = update.content.change[site], update.content.indices
+                a[rows] += weight * change.A.double()
+                b[:, rows] += weight * change.B.double()
             result[site] = Factors(a.to(old.A.dtype), b.to(old.B.dtype), old.scale)
-        return {"global": result}
+        return Whole(result)
 
-    def addend(self, content: dict[str, Any], offer: Offer) -> dict[str, Any]:
-        whole: dict[str, dict[str, torch.Tensor]] = {}
-        for site, change in content["change"].items():
-            a, b = change["A"], change["B"]
-            A, B = (
-                a.new_zeros(self.setting.rank, a.shape[1]),
-                b.new_zeros(b.shape[0], self.setting.rank),
-            )
-            A[content["indices"]], B[:, content["indices"]] = a, b
-            whole[site] = {"A": A, "B": B}
-        return {"change": whole, "indices": list(range(self.setting.rank))}
+    def addend(self, content: Sketched, offer: Whole) -> Sketched:
+        rank = self.setting.rank
+        whole: dict[str, Change] = {}
+        for site, change in content.change.items():
+            A = change.A.new_zeros(rank, change.A.shape[1])
+            B = change.B.new_zeros(change.B.shape[0], rank)
+            A[content.indices] = change.A
+            B[:, content.indices] = change.B
+            whole[site] = Change(A, B)
+        return Sketched(whole, list(range(rank)))
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),))
+    def global_assembly(self, state: Whole) -> Assembly:
+        return Assembly((Term("global", state.whole),))
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        sketch = self.sketch(offer["global"], self.mask(client, round))
+    def plan(self, client: ClientInfo, offer: Whole, mine: Mine, round: int) -> Plan:
+        sketch = self.sketch(offer.whole, self.mask(client, round))
         return [Step(Assembly((Term("sketch", sketch),)))]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+    ) -> tuple[Sketched, Mine]:
         chosen = self.mask(client, round)
-        start, end = self.sketch(offer["global"], chosen), trained[-1].adapter("sketch")
-        change = {
-            site: {"A": f.A - start[site].A, "B": f.B - start[site].B} for site, f in end.items()
-        }
-        return {"change": change, "indices": chosen}, mine
+        start = self.sketch(offer.whole, chosen)
+        change: dict[str, Change] = {}
+        for site, end in trained[-1].adapter("sketch").items():
+            change[site] = Change(end.A - start[site].A, end.B - start[site].B)
+        return Sketched(change, chosen), mine
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return Assembly((Term("global", offer["global"]),))
+    def personal(self, client: ClientInfo, offer: Whole, mine: Mine) -> Assembly:
+        return Assembly((Term("global", offer.whole),))
 
     def mask(self, client: ClientInfo, round: int) -> list[int]:
         """The rank indices that the client trains in the round, ascending."""
@@ -138,4 +153,7 @@ class FSLoRA(Method):
     def sketch(self, adapter: Adapter, chosen: Sequence[int]) -> Adapter:
         """The adapter ``B S A`` of the chosen modules alone."""
         stronger = self.setting.rank / len(chosen)
-        return {s: replace(f, scale=f.scale * stronger) for s, f in select(adapter, chosen).items()}
+        sketch: Adapter = {}
+        for site, factors in select(adapter, chosen).items():
+            sketch[site] = replace(factors, scale=factors.scale * stronger)
+        return sketch

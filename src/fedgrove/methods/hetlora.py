@@ -36,15 +36,14 @@ from fedgrove.methods.contract import (
     Live,
     Method,
     Mine,
-    Offer,
     Plan,
-    State,
     Step,
     Trained,
     Update,
     WeightedOptions,
     shares,
 )
+from fedgrove.methods.records import OneAdapter, Whole
 from fedgrove.methods.rule import (
     Arrivals,
     Arrived,
@@ -63,8 +62,7 @@ class HetOptions(WeightedOptions):
     variant: Literal["full", "reduced"] = Field(
         "full",
         description='"full" is the paper\'s; "reduced" has no penalty and no pruning and averages '
-        "by `weights`, "
-        "which the full one does not read.",
+        "by `weights`, which the full one does not read.",
     )
     gamma: float = Field(0.99, gt=0, lt=1, description="Share of the rank that survives a pruning.")
     lam: float = Field(
@@ -74,8 +72,7 @@ class HetOptions(WeightedOptions):
     rescale: Literal["B"] | None = Field(
         None,
         description='"B" folds different scales (lora.scaling = "client" with different ranks) '
-        "into B before the mean "
-        "of the factors; not set: such a job is refused.",
+        "into B before the mean of the factors; not set: such a job is refused.",
     )
 
 
@@ -116,13 +113,18 @@ class PaddedMean:
         whole = mean([pad(each, most) for each in adapters], given.weights)[given.name]
         old = given.previous
         if old is not None and old.rank > most:  # what no client of the round holds stays
-            whole = replace(
-                whole,
-                A=torch.cat([whole.A, old.A[most:]]),
-                B=torch.cat([whole.B, old.B[:, most:]], 1),
-            )
+            A = torch.cat([whole.A, old.A[most:]])
+            B = torch.cat([whole.B, old.B[:, most:]], 1)
+            whole = replace(whole, A=A, B=B)
         own = [truncate({given.name: whole}, each.rank)[given.name] for each in given.factors]
         return Outcome(whole=whole, own=own)
+
+
+@dataclass(frozen=True, eq=False)
+class WholeAndRanks(Whole):
+    """The server's state: the global adapter, and each client's rank so far."""
+
+    ranks: dict[str, int]
 
 
 class HETLoRA(Method):
@@ -133,6 +135,7 @@ class HETLoRA(Method):
     shares = "first r_i of A, B"
     keeps = "nothing"
     ranks = "mixed"
+    State, Offer, Sent = WholeAndRanks, Whole, OneAdapter
     Options: ClassVar[type[contract.Options]] = HetOptions
     Rule: ClassVar[type[ServerRule]] = PaddedMean
 
@@ -145,65 +148,64 @@ class HETLoRA(Method):
                 'set lora.scaling = "global" or method.rescale = "B".'
             )
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {
-            "global": self.setting.shared_draw(),
-            "ranks": {client.name: client.rank for client in clients},
-        }
+    def begin(self, clients: Sequence[ClientInfo]) -> WholeAndRanks:
+        ranks = {client.name: client.rank for client in clients}
+        return WholeAndRanks(self.setting.shared_draw(), ranks)
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        rank = state["ranks"].get(client.name, client.rank)
+    def offer(self, state: WholeAndRanks, round: int, client: ClientInfo) -> Whole:
+        first = truncate(state.whole, state.ranks.get(client.name, client.rank))
         # A pruned client keeps the scale of the rank that it began with.
-        return {"global": rescale(truncate(state["global"], rank), self.setting.scale(client.rank))}
+        return Whole(rescale(first, self.setting.scale(client.rank)))
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        arrivals = self._arrivals(updates, state["global"])
-        ranks = {update.client: rank_of(update.content["adapter"]) for update in updates}
-        return {
-            "global": combine(self._rule(), arrivals).whole,
-            "ranks": {**state["ranks"], **ranks},
-        }
+    def aggregate(
+        self, state: WholeAndRanks, round: int, updates: Sequence[Update[OneAdapter]]
+    ) -> WholeAndRanks:
+        arrivals = self._arrivals(updates, state.whole)
+        ranks = dict(state.ranks)
+        for update in updates:
+            ranks[update.client] = rank_of(update.content.adapter)
+        return WholeAndRanks(combine(self._rule(), arrivals).whole, ranks)
 
-    def weights(self, updates: Sequence[Update]) -> list[float]:
+    def weights(self, updates: Sequence[Update[OneAdapter]]) -> list[float]:
         arrivals = self._arrivals(updates)
         return list(prepared(self._rule(), arrivals, arrivals.weights))
 
     def _rule(self) -> ServerRule:
         return self.Rule(self.options, Round(self.setting.sites))
 
-    def _arrivals(self, updates: Sequence[Update], previous: Adapter | None = None) -> Arrivals:
-        adapters = [update.content["adapter"] for update in updates]
+    def _arrivals(
+        self, updates: Sequence[Update[OneAdapter]], previous: Adapter | None = None
+    ) -> Arrivals:
+        adapters = [update.content.adapter for update in updates]
         weights = shares(updates, self.options.weights)
         return Arrivals(self.setting, adapters, weights, previous=previous)
 
-    def global_assembly(self, state: State) -> Assembly:
-        return Assembly((Term("global", state["global"]),))
+    def global_assembly(self, state: WholeAndRanks) -> Assembly:
+        return Assembly((Term("global", state.whole),))
 
-    def artefacts(self, state: State) -> dict[str, Any]:
-        return {"ranks.json": dict(state["ranks"])}
+    def artefacts(self, state: WholeAndRanks) -> dict[str, Any]:
+        """``ranks.json``: each client's rank, as pruned so far."""
+        return {"ranks.json": dict(state.ranks)}
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        return [
-            Step(
-                self.personal(client, offer, mine),
-                penalty=self.tail_penalty(rank_of(offer["global"])),
-            )
-        ]
+    def plan(self, client: ClientInfo, offer: Whole, mine: Mine, round: int) -> Plan:
+        penalty = self.tail_penalty(rank_of(offer.whole))
+        return [Step(self.personal(client, offer, mine), penalty=penalty)]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+    ) -> tuple[OneAdapter, Mine]:
         adapter = trained[-1].adapter("global")
         kept = self.kept(rank_of(adapter))
         if self.options.variant == "full" and kept < rank_of(adapter):
-            before, after = (float(tail_size(each, kept)) for each in (offer["global"], adapter))
+            before = float(tail_size(offer.whole, kept))
+            after = float(tail_size(adapter, kept))
             if after < before:
                 adapter = truncate(adapter, kept)
-        return {"adapter": adapter}, mine
+        return OneAdapter(adapter), mine
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        return Assembly((Term("global", offer["global"]),))
+    def personal(self, client: ClientInfo, offer: Whole, mine: Mine) -> Assembly:
+        return Assembly((Term("global", offer.whole),))
 
     def kept(self, rank: int) -> int:
         """The rank that a pruning leaves of ``rank``."""
@@ -221,8 +223,9 @@ class HETLoRA(Method):
 
 
 def tail_size(adapter: Adapter, kept: int) -> Tensor:
-    """``||B[:, kept:]|| ||A[kept:, :]||`` summed over the sites."""
-    return torch.stack([f.B[:, kept:].norm() * f.A[kept:].norm() for f in adapter.values()]).sum()
+    """``||B[:, kept:]|| ||A[kept:, :]||`` summed over the sites, [] (a scalar)."""
+    sizes = [f.B[:, kept:].norm() * f.A[kept:].norm() for f in adapter.values()]
+    return torch.stack(sizes).sum()
 
 
 def rank_of(adapter: Adapter) -> int:

@@ -19,7 +19,8 @@ leaf never leaves it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from statistics import mean
@@ -46,11 +47,9 @@ from fedgrove.methods.contract import (
     ClientInfo,
     Live,
     Method,
-    Mine,
-    Offer,
+    Penalty,
     Plan,
     Setting,
-    State,
     Step,
     Trained,
     Update,
@@ -65,18 +64,18 @@ Tensors = dict[str, Tensor]  # site -> [out, r]
 
 
 class HiLoRAOptions(WeightedOptions):
+    """HiLoRA's keys."""
+
     fractions: Annotated[tuple[float, ...], Strict(False)] = Field(
         (0.3, 0.4, 0.3),
         description="Shares of run.rounds for root, cluster and leaf, by largest remainder, at "
-        "least one round each. "
-        "A share of 0 leaves the cluster or the leaf tier out.",
+        "least one round each. A share of 0 leaves the cluster or the leaf tier out.",
         examples=[[0.5, 0.0, 0.5], [0.5, 0.5, 0.0]],
     )
     tier_ranks: Annotated[tuple[int, ...], Strict(False)] | None = Field(
         None,
         description="Ranks of root, cluster and leaf for a client of the global rank R; a client "
-        "of rank r has r / R "
-        "of them. Not set: the client's own rank in each tier.",
+        "of rank r has r / R of them. Not set: the client's own rank in each tier.",
         examples=[[8, 4, 4]],
     )
     balanced: bool = Field(
@@ -121,19 +120,17 @@ class HiLoRAOptions(WeightedOptions):
         if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or shares[0] == 0:
             raise ValueError(
                 f"method.fractions = {list(shares)} must be three shares of 0 or more, for root, "
-                f"cluster and leaf, and "
-                "the root's above 0; for example [0.3, 0.4, 0.3]."
+                "cluster and leaf, and the root's above 0; for example [0.3, 0.4, 0.3]."
             )
         if ranks is not None and (len(ranks) != 3 or min(ranks) < 1):
             raise ValueError(
                 f"method.tier_ranks = {list(ranks)} must be three ranks of 1 or more, for root, "
-                f"cluster and leaf; for "
-                "example [8, 4, 4]."
+                "cluster and leaf; for example [8, 4, 4]."
             )
         if self.k_max < self.k_min:
             raise ValueError(
                 f"method.k_min = {self.k_min} is above method.k_max = {self.k_max}; lower it, or "
-                f"raise the other."
+                "raise the other."
             )
         return self
 
@@ -205,7 +202,85 @@ class ClusterMeans:
 
 def split_of(options: HiLoRAOptions) -> Split:
     """Where the singular values of a tier go."""
-    return "balanced" if options.balanced else "left"
+    if options.balanced:
+        return "balanced"
+    return "left"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A tier that is trained to its end."""
+
+    tier: str
+    first: int  # its first round
+    last: int  # its last
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """The one clustering, at the end of the root tier."""
+
+    clients: list[str]  # the rows of the distances
+    distances: Tensor  # float64 [N, N]
+    eigenvalues: Tensor  # float64 [N]
+    sigma: float
+
+
+@dataclass(frozen=True, eq=False)
+class HiLoRAState:
+    """The server's memory."""
+
+    tier: str  # the one in training
+    since: int  # its first round
+    until: int  # its last
+    lengths: dict[str, int]  # rounds of each tier
+    done: list[Done] = field(default_factory=list)
+    #: relative step of the root tier by round; None for the first
+    steps: list[float | None] = field(default_factory=list)
+    root: Adapter | None = None  # None: still the shared draw
+    #: client -> site -> moving average of its normalised B, [out, r]; empty after the root tier
+    ema: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)  # client -> cluster
+    clusters: list[Adapter | None] = field(default_factory=list)  # None: still the shared draw
+    grouping: Grouping | None = None
+    late: list[str] = field(default_factory=list)  # clients that were placed by a probe
+    #: client -> the frozen tiers that it was sent and keeps
+    holds: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiers:
+    """What goes down: the tier in training, and those tiers that the client does not hold."""
+
+    tier: str
+    root: Adapter | None = None
+    cluster: Adapter | None = None
+    place: bool = False  # no cluster yet: a probe finds one
+    placed: str = ""  # which one it was, in words
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A client's frozen tiers, and its leaf, which never leaves it; None: not there yet."""
+
+    root: Adapter | None = None
+    cluster: Adapter | None = None
+    leaf: Adapter | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The B of a probe's fresh adapter, by site [out, r]."""
+
+    B: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """The trained root or cluster tier, or the probe of who has no cluster; nothing of a leaf."""
+
+    adapter: Adapter | None = None
+    probe: Probe | None = None
 
 
 class HiLoRA(Method):
@@ -219,6 +294,7 @@ class HiLoRA(Method):
     keeps = "leaf tier"
     ranks = "mixed"
     tiers: ClassVar[tuple[str, ...]] = TIERS
+    State, Offer, Mine, Sent, Probed = HiLoRAState, Tiers, Kept, Upload, Probe
     Options = HiLoRAOptions
     Rule: ClassVar[type[ServerRule]] = ClusterMeans
 
@@ -228,12 +304,10 @@ class HiLoRA(Method):
         if options.tier_ranks is not None and max(options.tier_ranks) > smallest:
             raise JobError(
                 f"method.tier_ranks = {list(options.tier_ranks)} has a rank above {smallest}, the "
-                f"smallest side of an "
-                f"adapted layer; lower it to {smallest} or less."
+                f"smallest side of an adapted layer; lower it to {smallest} or less."
             )
-        self.lengths = dict(
-            zip(TIERS, tier_lengths(setting.rounds, options.fractions), strict=True)
-        )
+        lengths = tier_lengths(setting.rounds, options.fractions)
+        self.lengths = dict(zip(TIERS, lengths, strict=True))
 
     # ------------------------------------------------------------------ server
     def needs_each(self) -> str:
@@ -242,221 +316,215 @@ class HiLoRA(Method):
     def most_rank(self) -> int:
         return max(self._full(tier) for tier in TIERS)
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        return {
-            "tier": "root",  # the one in training
-            "since": 1,  # its first round
-            "until": self.lengths["root"],  # its last
-            "lengths": dict(self.lengths),
-            "done": [],  # {"tier", "first", "last"} of each tier that is trained to its end
-            "steps": [],  # relative step of the root tier by round, None for the first
-            "root": None,  # None: still the shared draw
-            "ema": {},  # client -> site -> moving average of its normalised B
-            "labels": {},  # client -> cluster
-            "clusters": [],  # adapter, or None: still the shared draw
-            "grouping": None,
-            "late": [],  # clients that were placed by a probe
-            "holds": {},  # client -> the frozen tiers that it was sent and keeps
-        }
+    def begin(self, clients: Sequence[ClientInfo]) -> HiLoRAState:
+        return HiLoRAState("root", 1, self.lengths["root"], dict(self.lengths))
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
-        tier, holds = state["tier"], state["holds"].get(client.name, [])
-        offer: Offer = {"tier": tier}
-        if state["root"] is not None and "root" not in holds:
-            offer["root"] = self._cut(state["root"], "root", client)
-        if tier == "root" or not self.lengths["cluster"]:
+    def offer(self, state: HiLoRAState, round: int, client: ClientInfo) -> Tiers:
+        holds = state.holds.get(client.name, [])
+        offer = Tiers(state.tier)
+        if state.root is not None and "root" not in holds:
+            offer = replace(offer, root=self._cut(state.root, "root", client))
+        if state.tier == "root" or not self.lengths["cluster"]:
             return offer
-        label = state["labels"].get(client.name)
+        label = state.labels.get(client.name)
         if label is None:
-            offer["place"] = True
-        elif state["clusters"][label] is not None and "cluster" not in holds:
-            offer["cluster"] = self._cut(state["clusters"][label], "cluster", client)
-        return offer
-
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        state = (
-            self._root(state, updates) if state["tier"] == "root" else self._below(state, updates)
-        )
-        return (
-            self._advance(state, round)
-            if round == state["until"] or self._settled(state)
-            else state
-        )
-
-    def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
-        offer = self.offer(state, self.setting.rounds + 1, client)
-        if probe is None or "place" not in offer or not any(state["clusters"]):
+            return replace(offer, place=True)
+        cluster = state.clusters[label]
+        if cluster is None or "cluster" in holds:
             return offer
-        del offer["place"]
-        winner, scores = self._closest(state["clusters"], probe["B"])
-        offer["cluster"] = self._cut(state["clusters"][winner], "cluster", client)
+        return replace(offer, cluster=self._cut(cluster, "cluster", client))
+
+    def aggregate(
+        self, state: HiLoRAState, round: int, updates: Sequence[Update[Upload]]
+    ) -> HiLoRAState:
+        if state.tier == "root":
+            state = self._root(state, updates)
+        else:
+            state = self._below(state, updates)
+        if round == state.until or self._settled(state):
+            return self._advance(state, round)
+        return state
+
+    def welcome(self, state: HiLoRAState, client: ClientInfo, probe: Probe | None) -> Tiers:
+        offer = self.offer(state, self.setting.rounds + 1, client)
+        if probe is None or not offer.place or not any(state.clusters):
+            return offer
+        winner, scores = self._closest(state.clusters, probe.B)
+        cluster = self._cut(state.clusters[winner] or {}, "cluster", client)
         listed = ", ".join("untrained" if score is None else f"{score:.3f}" for score in scores)
-        offer["placed"] = f"cluster {winner} of {len(scores)} (mean cos² with each: {listed})"
-        return offer
+        placed = f"cluster {winner} of {len(scores)} (mean cos² with each: {listed})"
+        return replace(offer, place=False, cluster=cluster, placed=placed)
 
-    def global_assembly(self, state: State) -> Assembly | None:
+    def global_assembly(self, state: HiLoRAState) -> Assembly | None:
         """The root, as long as it is what everyone runs."""
-        if state["root"] is None or state["tier"] != "root":
+        if state.root is None or state.tier != "root":
             return None
-        return Assembly((Term("root", state["root"]),))
+        return Assembly((Term("root", state.root),))
 
-    def artefacts(self, state: State) -> dict[str, Any]:
-        found = state["grouping"]
+    def artefacts(self, state: HiLoRAState) -> dict[str, Any]:
+        """``clusters.json``: who is with whom and why, and how much of the root each cluster's
+        subspace has, by layer.
+        """
+        found = state.grouping
         if found is None:
             return {}
-        sites, root = self.setting.sites, bases(state["root"])
-        spans = [None if adapter is None else bases(adapter) for adapter in state["clusters"]]
-        return {
-            "clusters.json": {
-                "clients": list(found["clients"]),
-                "labels": [state["labels"][name] for name in found["clients"]],
-                "eigenvalues": found["eigenvalues"].tolist(),
-                "distances": found["distances"].tolist(),
-                "sigma": found["sigma"],
-                "basis": self.options.basis,
-                "late": {name: state["labels"][name] for name in state["late"]},
-                "tiers": [dict(part) for part in state["done"]],
-                "steps": list(state["steps"]),
-                "layers": sorted({site.layer for site in sites.values()}),
-                "overlap": {
-                    "root-cluster": [
-                        None if u is None else overlap_by_layer(root, u, sites) for u in spans
-                    ]
-                },
-                "chance": {
-                    f"{one}-{other}": self._chance(one, other)
-                    for one, other in combinations(TIERS, 2)
-                },
-            }
+        content = {
+            "clients": list(found.clients),
+            "labels": [state.labels[name] for name in found.clients],
+            "eigenvalues": found.eigenvalues.tolist(),
+            "distances": found.distances.tolist(),
+            "sigma": found.sigma,
+            "basis": self.options.basis,
+            "late": {name: state.labels[name] for name in state.late},
+            "tiers": [{"tier": d.tier, "first": d.first, "last": d.last} for d in state.done],
+            "steps": list(state.steps),
+            "layers": sorted({site.layer for site in self.setting.sites.values()}),
+            "overlap": {"root-cluster": self._overlaps(state)},
+            "chance": {f"{a}-{b}": self._chance(a, b) for a, b in combinations(TIERS, 2)},
         }
+        return {"clusters.json": content}
+
+    def _overlaps(self, state: HiLoRAState) -> list[list[float] | None]:
+        """By layer, how much of the root each cluster spans; None for one that nobody trained."""
+        root = bases(state.root or {})
+        overlaps: list[list[float] | None] = []
+        for cluster in state.clusters:
+            if cluster is None:
+                overlaps.append(None)
+            else:
+                overlaps.append(overlap_by_layer(root, bases(cluster), self.setting.sites))
+        return overlaps
 
     def _chance(self, one: str, other: str) -> float:
         """The overlap that two random tiers would have."""
-        return max(self._full(one), self._full(other)) / mean(
-            site.out_features for site in self.setting.sites.values()
-        )
+        sizes = [site.out_features for site in self.setting.sites.values()]
+        return max(self._full(one), self._full(other)) / mean(sizes)
 
-    def _root(self, state: State, updates: Sequence[Update]) -> State:
+    def _root(self, state: HiLoRAState, updates: Sequence[Update[Upload]]) -> HiLoRAState:
         """The root tier after a round."""
-        before, after = state["root"], self._mean(updates, "root")
-        ema = dict(state["ema"])
+        before, after = state.root, self._mean(updates, "root")
+        ema = dict(state.ema)
         for update in updates:
-            ema[update.client] = self._follow(
-                ema.get(update.client), update.content["adapter"], before
-            )
+            adapter = update.content.adapter or {}
+            ema[update.client] = self._follow(ema.get(update.client), adapter, before)
         # ‖ΔW' − ΔW‖ / (‖ΔW‖ + ε); the first step is from zero, and never a small one
         step = None
         if before is not None:
             step = product_norm(subtract_products(after, before)) / (product_norm(before) + 1e-12)
-        return {**state, "root": after, "ema": ema, "steps": [*state["steps"], step]}
+        return replace(state, root=after, ema=ema, steps=[*state.steps, step])
 
-    def _settled(self, state: State) -> bool:
+    def _settled(self, state: HiLoRAState) -> bool:
         """Whether the root tier may end early, in favour of the tiers below."""
-        step = state["steps"][-1] if state["tier"] == "root" else None
-        below = self.lengths["cluster"] + self.lengths["leaf"] > 0
-        return (
-            step is not None and below and self.options.tau_rel > 0 and step <= self.options.tau_rel
-        )
+        below = self.lengths["cluster"] + self.lengths["leaf"]
+        if state.tier != "root" or below == 0 or self.options.tau_rel == 0:
+            return False
+        step = state.steps[-1]
+        return step is not None and step <= float(self.options.tau_rel)
 
     def _follow(self, past: Tensors | None, adapter: Adapter, start: Adapter | None) -> Tensors:
         """``B̄ ← λ B̄ + (1 − λ) B / ‖B‖`` per site, from zero; ``B`` or its change since the start
-        of the round.
+        of the round, all [out, r].
         """
+        weight = self.options.ema
         result: Tensors = {}
         for site, factors in adapter.items():
             B = factors.B.double()
             if self.options.basis == "B - B_start" and start is not None:
                 begun = leading(start[site], factors.rank, factors.scale, split_of(self.options))
                 B = B - begun.B.double()
-            now = (1 - self.options.ema) * B / B.norm().clamp_min(torch.finfo(B.dtype).tiny)
-            result[site] = (
-                now if past is None else self.options.ema * past[site].double() + now
-            ).to(factors.B.dtype)
+            now = (1 - weight) * B / B.norm().clamp_min(torch.finfo(B.dtype).tiny)
+            if past is not None:
+                now = weight * past[site].double() + now
+            result[site] = now.to(factors.B.dtype)
         return result
 
-    def _group(self, state: State) -> State:
+    def _group(self, state: HiLoRAState) -> HiLoRAState:
         """The clustering, once: principal angles between the clients' bases, averaged over sites;
         then spectral.
         """
-        names = sorted(state["ema"])
+        names = sorted(state.ema)
         seed = self.setting.integer("hilora", "clusters")
         rule = ClusterMeans(self.options, Round(self.setting.sites, seed=seed))
         for site in self.setting.sites:
-            rule.see([state["ema"][name][site] for name in names])
+            rule.see([state.ema[name][site] for name in names])
         found = rule.found
-        grouping = {
-            "clients": names,
-            "distances": rule.distances,
-            "eigenvalues": torch.from_numpy(found.eigenvalues.copy()),
-            "sigma": found.sigma,
-        }
+        assert rule.distances is not None
+        eigenvalues = torch.from_numpy(found.eigenvalues.copy())
+        grouping = Grouping(names, rule.distances, eigenvalues, found.sigma)
         labels = {name: int(label) for name, label in zip(names, found.labels, strict=True)}
         clusters: list[Adapter | None] = [None] * found.k
-        return {**state, "labels": labels, "clusters": clusters, "grouping": grouping}
+        return replace(state, labels=labels, clusters=clusters, grouping=grouping)
 
-    def _below(self, state: State, updates: Sequence[Update]) -> State:
+    def _below(self, state: HiLoRAState, updates: Sequence[Update[Upload]]) -> HiLoRAState:
         """Cluster tier: the mean within each cluster. Leaf tier: nothing arrives. In both,
         latecomers are placed.
         """
-        labels, holds, clusters = (
-            dict(state["labels"]),
-            dict(state["holds"]),
-            list(state["clusters"]),
-        )
-        if state["tier"] == "cluster":
+        labels, holds, clusters = dict(state.labels), dict(state.holds), list(state.clusters)
+        if state.tier == "cluster":
             for number in range(len(clusters)):
                 members = [u for u in updates if labels.get(u.client) == number]
                 if members:
                     clusters[number] = self._mean(members, "cluster")
-        late = list(state["late"])
+        late = list(state.late)
         for update in updates:
-            placed = update.client in labels
-            holds[update.client] = (
-                ["root", "cluster"] if placed and state["tier"] == "leaf" else ["root"]
-            )
-            if "probe" in update.content and any(clusters):
-                labels[update.client] = self._closest(clusters, update.content["probe"]["B"])[0]
+            holds[update.client] = ["root"]
+            if state.tier == "leaf" and update.client in labels:
+                holds[update.client] = ["root", "cluster"]
+            probe = update.content.probe
+            if probe is not None and any(clusters):
+                labels[update.client] = self._closest(clusters, probe.B)[0]
                 late.append(update.client)
-        return {**state, "labels": labels, "holds": holds, "clusters": clusters, "late": late}
+        return replace(state, labels=labels, holds=holds, clusters=clusters, late=late)
 
-    def _advance(self, state: State, round: int) -> State:
+    def _advance(self, state: HiLoRAState, round: int) -> HiLoRAState:
         """The next tier, where there is one. Rounds that an early stop saved go to the tiers that
         are left.
         """
-        tier, lengths = state["tier"], state["lengths"]
-        done = [*state["done"], {"tier": tier, "first": state["since"], "last": round}]
+        tier, lengths = state.tier, state.lengths
+        done = [*state.done, Done(tier, state.since, round)]
         later = [name for name in TIERS[TIERS.index(tier) + 1 :] if lengths[name]]
         if not later:
-            return {**state, "done": done}
-        if round < state["until"]:
+            return replace(state, done=done)
+        if round < state.until:
             wanted = [self.options.fractions[TIERS.index(name)] for name in later]
             again = tier_lengths(self.setting.rounds - round, wanted)
             lengths = {**lengths, **dict(zip(later, again, strict=True))}
         if tier == "root" and later[0] == "cluster":
             state = self._group(state)
-        now = {"tier": later[0], "since": round + 1, "until": round + lengths[later[0]]}
-        return {**state, **now, "lengths": lengths, "done": done, "ema": {}}
+        return replace(
+            state,
+            tier=later[0],
+            since=round + 1,
+            until=round + lengths[later[0]],
+            lengths=lengths,
+            done=done,
+            ema={},
+        )
 
-    def _mean(self, updates: Sequence[Update], tier: str) -> Adapter:
+    def _mean(self, updates: Sequence[Update[Upload]], tier: str) -> Adapter:
         """``Σ p_i s_i B_i A_i`` truncated to the tier's full rank."""
+        rank = self._full(tier)
         return product_mean(
-            [update.content["adapter"] for update in updates],
+            [update.content.adapter or {} for update in updates],
             shares(updates, self.options.weights),
-            self._full(tier),
-            self.setting.scale(self._full(tier)),
+            rank,
+            self.setting.scale(rank),
             split_of(self.options),
         )
 
     def _closest(
         self, clusters: Sequence[Adapter | None], B: Tensors
     ) -> tuple[int, list[float | None]]:
-        """The trained cluster whose subspace is closest to a probe's, and the score of each."""
-        trained = [number for number, adapter in enumerate(clusters) if adapter is not None]
+        """The trained cluster whose subspace is closest to a probe's B, by site [out, r], and the
+        score of each.
+        """
         probe = {site: basis(value.double()).numpy() for site, value in B.items()}
-        spans = [
-            {site: span.numpy() for site, span in bases(clusters[number] or {}).items()}
-            for number in trained
-        ]
+        trained = []
+        spans = []
+        for number, cluster in enumerate(clusters):
+            if cluster is not None:
+                trained.append(number)
+                spans.append({site: span.numpy() for site, span in bases(cluster).items()})
         winner, scores = match(probe, spans)
         listed: list[float | None] = [None] * len(clusters)
         for number, score in zip(trained, scores, strict=True):
@@ -464,127 +532,132 @@ class HiLoRA(Method):
         return trained[winner], listed
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        if offer.get("place"):
+    def plan(self, client: ClientInfo, offer: Tiers, mine: Kept, round: int) -> Plan:
+        if offer.place:
             return self._probing(client, offer, mine)
         return [Step(self.personal(client, offer, mine), penalty=self.penalty(client, offer, mine))]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
-        tier, last = offer["tier"], trained[-1]
-        if tier == "root":
-            return {"adapter": last.adapter("root")}, mine
-        kept = {"root": last.adapter("root")}
-        if offer.get("place"):
-            return {"probe": self.probe_report(client, trained, offer)}, kept
-        if tier == "cluster":
-            return {"adapter": last.adapter("cluster")}, kept
-        return {}, {term.name: term.adapter for term in last.assembly.terms}
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Tiers,
+        mine: Kept,
+        round: int,
+    ) -> tuple[Upload, Kept]:
+        last = trained[-1]
+        root = last.adapter("root")
+        if offer.tier == "root":
+            return Upload(root), mine
+        if offer.place:
+            return Upload(probe=self.probe_report(client, trained, offer)), Kept(root)
+        if offer.tier == "cluster":
+            return Upload(last.adapter("cluster")), Kept(root)
+        tiers = {term.name: term.adapter for term in last.assembly.terms}
+        return Upload(), Kept(root, tiers.get("cluster"), tiers["leaf"])
 
-    def probe(self, client: ClientInfo, offer: Offer) -> Plan | None:
-        return self._probing(client, offer, {}) if offer.get("place") else None
+    def probe(self, client: ClientInfo, offer: Tiers) -> Plan | None:
+        if not offer.place:
+            return None
+        return self._probing(client, offer, Kept())
 
-    def probe_report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer
-    ) -> dict[str, Any]:
-        return {"B": {site: factors.B for site, factors in trained[-1].adapter("cluster").items()}}
+    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Tiers) -> Probe:
+        cluster = trained[-1].adapter("cluster")
+        return Probe({site: factors.B for site, factors in cluster.items()})
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        tier = offer["tier"]
+    def personal(self, client: ClientInfo, offer: Tiers, mine: Kept) -> Assembly:
         names = ["root"]
-        if self.lengths["cluster"] and tier != "root" and not offer.get("place"):
+        if self.lengths["cluster"] and offer.tier != "root" and not offer.place:
             names.append("cluster")
-        if tier == "leaf":
+        if offer.tier == "leaf":
             names.append("leaf")
-        return Assembly(
-            tuple(self._term(name, client, offer, mine, train=name == tier) for name in names)
-        )
+        tier = offer.tier
+        terms = [self._term(name, client, offer, mine, train=name == tier) for name in names]
+        return Assembly(tuple(terms))
 
-    def penalty(
-        self, client: ClientInfo, offer: Offer, mine: Mine
-    ) -> Callable[[Live], Tensor] | None:
-        assembly = self.personal(client, offer, mine)
-        return self._penalty(assembly, offer["tier"])
+    def penalty(self, client: ClientInfo, offer: Tiers, mine: Kept) -> Penalty | None:
+        return self._penalty(self.personal(client, offer, mine), offer.tier)
 
-    def client_artefacts(self, client: ClientInfo, offer: Offer, mine: Mine) -> dict[str, Any]:
-        if "leaf" not in mine or "cluster" not in mine:
+    def client_artefacts(self, client: ClientInfo, offer: Tiers, mine: Kept) -> dict[str, Any]:
+        """For ``clusters.json``: how much of each frozen tier the leaf spans, by layer."""
+        own = reveal(mine)
+        if own.root is None or own.cluster is None or own.leaf is None:
             return {}
-        spans = {name: bases(reveal(adapter)) for name, adapter in mine.items()}
-        found = {
-            f"{above}-leaf": {
-                client.name: overlap_by_layer(spans[above], spans["leaf"], self.setting.sites)
-            }
-            for above in ("root", "cluster")
-        }
+        leaf = bases(own.leaf)
+        found = {}
+        for name, above in (("root", own.root), ("cluster", own.cluster)):
+            overlap = overlap_by_layer(bases(above), leaf, self.setting.sites)
+            found[f"{name}-leaf"] = {client.name: overlap}
         return {"clusters.json": {"overlap": found}}
 
-    def _probing(self, client: ClientInfo, offer: Offer, mine: Mine) -> list[Step]:
+    def _probing(self, client: ClientInfo, offer: Tiers, mine: Kept) -> list[Step]:
         """A fresh adapter on ``W0 + root``, as any client trains it in the first round of the
         cluster tier.
         """
         root = self._term("root", client, offer, mine, train=False)
         assembly = Assembly((root, Term("cluster", self._draw("cluster", client))))
-        return [
-            Step(assembly, penalty=self._penalty(assembly, "cluster"), share=self.options.probe)
-        ]
+        penalty = self._penalty(assembly, "cluster")
+        return [Step(assembly, penalty=penalty, share=self.options.probe)]
 
     def _term(
-        self, name: str, client: ClientInfo, offer: Offer, mine: Mine, *, train: bool
+        self, name: str, client: ClientInfo, offer: Tiers, mine: Kept, *, train: bool
     ) -> Term:
         """A tier as the client holds it, else as it was offered, else as the shared draw."""
-        adapter = (
-            mine[name]
-            if name in mine
-            else offer[name]
-            if name in offer
-            else self._draw(name, client)
-        )
-        return Term(
-            name,
-            adapter,
-            train="AB" if train else "",
-            home="client" if name == "leaf" else "server",
-        )
+        held = {"root": mine.root, "cluster": mine.cluster, "leaf": mine.leaf}
+        came = {"root": offer.root, "cluster": offer.cluster}
+        adapter = held[name]
+        if adapter is None:
+            adapter = came.get(name)
+        if adapter is None:
+            adapter = self._draw(name, client)
+        if name == "leaf":
+            return Term(name, adapter, train="AB" if train else "", home="client")
+        return Term(name, adapter, train="AB" if train else "")
 
-    def _penalty(self, assembly: Assembly, tier: str) -> Callable[[Live], Tensor] | None:
+    def _penalty(self, assembly: Assembly, tier: str) -> Penalty | None:
         """``γ ‖B_frozenᵀ B‖²`` over the tiers above, summed over sites; ``B_frozen``
         orthonormal.
         """
         gammas = {"root": self.options.gamma_c, "cluster": self.options.gamma_l}
-        frozen = {
-            term.name: self._orthonormal(term.adapter)
-            for term in assembly.terms
-            if not term.train and gammas.get(term.name, 0.0) > 0
-        }
+        frozen: dict[str, Tensors] = {}
+        for term in assembly.terms:
+            if not term.train and gammas.get(term.name, 0.0) > 0:
+                frozen[term.name] = self._orthonormal(term.adapter)
         if not frozen or not any(term.train for term in assembly.terms):
             return None  # a client that is not placed yet runs frozen tiers alone
 
         def penalty(live: Live) -> Tensor:
+            """Over the live B, each [out, r]: a scalar, []."""
             total = torch.zeros(())
             for name, frames in frozen.items():
                 for site, factors in live.terms[tier].items():
                     frames[site] = frames[site].to(factors.B)  # moves once, then stays
-                    total = total.to(factors.B) + gammas[name] * orthogonal_projector_penalty(
-                        frames[site], factors.B
-                    )
+                    overlap = orthogonal_projector_penalty(frames[site], factors.B)
+                    total = total.to(factors.B) + gammas[name] * overlap
             return total
 
         return penalty
 
     def _orthonormal(self, adapter: Adapter) -> Tensors:
         """The frozen B's: orthonormal as they are, unless the singular values were split; a zero B
-        has no span.
+        has no span. By site [out, r].
         """
         if not self.options.balanced:
             return {site: factors.B for site, factors in adapter.items()}
-        return {site: basis(f.B) if f.B.any() else f.B for site, f in adapter.items()}
+        frames: Tensors = {}
+        for site, factors in adapter.items():
+            frames[site] = factors.B
+            if factors.B.any():
+                frames[site] = basis(factors.B)
+        return frames
 
     # ------------------------------------------------------------------ ranks and draws
     def _full(self, tier: str) -> int:
         """The tier's rank at the server."""
         ranks = self.options.tier_ranks
-        return self.setting.rank if ranks is None else int(ranks[TIERS.index(tier)])
+        if ranks is None:
+            return self.setting.rank
+        return int(ranks[TIERS.index(tier)])
 
     def _rank(self, tier: str, client: ClientInfo) -> int:
         return max(1, self._full(tier) * client.rank // self.setting.rank)
@@ -594,23 +667,19 @@ class HiLoRA(Method):
         of every method.
         """
         purpose = "init" if tier == "root" else tier
-        whole = fresh(
-            self.setting.sites, self._full(tier), 1.0, self.setting.rng("shared", purpose)
-        )
+        rng = self.setting.rng("shared", purpose)
         rank = self._rank(tier, client)
         scale = self.setting.scale(rank)
-        return {
-            site: Factors(f.A[:rank].clone(), f.B[:, :rank].clone(), scale)
-            for site, f in whole.items()
-        }
+        drawn: Adapter = {}
+        for site, whole in fresh(self.setting.sites, self._full(tier), 1.0, rng).items():
+            drawn[site] = Factors(whole.A[:rank].clone(), whole.B[:, :rank].clone(), scale)
+        return drawn
 
     def _cut(self, adapter: Adapter, tier: str, client: ClientInfo) -> Adapter:
         """The best part of a tier that the client's rank allows, at the client's scale."""
         rank = self._rank(tier, client)
-        return {
-            site: leading(factors, rank, self.setting.scale(rank), split_of(self.options))
-            for site, factors in adapter.items()
-        }
+        scale, split = self.setting.scale(rank), split_of(self.options)
+        return {site: leading(factors, rank, scale, split) for site, factors in adapter.items()}
 
 
 def tier_lengths(rounds: int, fractions: Sequence[float]) -> list[int]:
@@ -624,8 +693,7 @@ def tier_lengths(rounds: int, fractions: Sequence[float]) -> list[int]:
         names = ", ".join(TIERS[number] for number in wanted)
         raise JobError(
             f"run.rounds = {rounds} is too few for HiLoRA's tiers ({names}), which need a round "
-            f"each; set run.rounds "
-            f"to {len(wanted)} or more."
+            f"each; set run.rounds to {len(wanted)} or more."
         )
     total = math.fsum(fractions)
     quotas = [rounds * share / total for share in fractions]

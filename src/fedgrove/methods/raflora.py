@@ -26,7 +26,8 @@ from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import Indices, check, concat, index_shares, widen
 from fedgrove.adapters.lowrank import leading, truncated
 from fedgrove.methods._products import SplitOptions, Truncations
-from fedgrove.methods.contract import State, Update, shares
+from fedgrove.methods.contract import Update, shares
+from fedgrove.methods.records import OneAdapter, Whole
 from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
 
@@ -57,24 +58,23 @@ class RaFLoRA(Truncations):
     paper = "arXiv 2602.13486"
     Rule: ClassVar[type[ServerRule]] = TruncatedPartitions
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = [update.content["adapter"] for update in updates]
-        previous: Adapter = state["global"]
-        rank = next(iter(previous.values())).rank
+    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+        adapters = [update.content.adapter for update in updates]
+        rank = next(iter(state.whole.values())).rank
         arrivals = Arrivals(
             self.setting,
             adapters,
             shares(updates, self.options.weights),
             rank=rank,
             scale=self.setting.scale(rank),
-            previous=previous,
+            previous=state.whole,
             start=self.setting.shared_draw(rank),
         )
         rule = self.Rule(self.options, Round(self.setting.sites, round))
-        return {"global": combine(rule, arrivals).whole}
+        return Whole(combine(rule, arrivals).whole)
 
-    def modules(self, update: Update) -> tuple[Adapter, Indices | None]:
-        return update.content["adapter"], None
+    def modules(self, update: Update[OneAdapter]) -> tuple[Adapter, Indices | None]:
+        return update.content.adapter, None
 
 
 def partition_mean(
@@ -92,11 +92,10 @@ def partition_mean(
     rest: Adapter = {}
     for site, old in previous.items():
         rows = [torch.arange(adapter[site].rank) for adapter in adapters]
-        for part, adapter, share in zip(
-            parts, adapters, index_shares(rows, weights, old.rank), strict=True
-        ):
+        portions = index_shares(rows, weights, old.rank)
+        for part, adapter, portion in zip(parts, adapters, portions, strict=True):
             f = adapter[site]
-            part[site] = replace(f, A=f.A.double(), B=f.B.double() * share.to(f.B.device))
+            part[site] = replace(f, A=f.A.double(), B=f.B.double() * portion.to(f.B.device))
         owned = max(adapter[site].rank for adapter in adapters)
         rest[site] = Factors(old.A[owned:], old.B[:, owned:], old.scale)
     return concat([*parts, widen(rest)])

@@ -7,14 +7,16 @@ import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Extra, Term
+from fedgrove.federation.readers import Row
 from fedgrove.federation.tasks import TASKS
-from fedgrove.ground.errors import AdapterError, DataError, RunError
+from fedgrove.ground.errors import AdapterError, DataError, ModelError, RunError
 from fedgrove.ground.plain import Plain
 from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.models import EMBEDDED_MODELS, load_base
@@ -25,6 +27,7 @@ from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.measured import measured
 from fedgrove.use.asked import answered, questions
+from fedgrove.use.foreign import is_adapter, opened, tidied
 
 
 class ClientModel:
@@ -33,6 +36,7 @@ class ClientModel:
     def __init__(self, kernel: Kernel, assembly: Assembly, card: Plain):
         self.kernel, self.assembly, self.card = kernel, assembly, card
         self.labels: tuple[str, ...] = tuple(card["labels"])
+        self.headless = card["head"] == "pooled" and not assembly.extras
 
     def logits(self, texts: Sequence[Any]) -> Tensor:
         """Logits ``[texts, classes]`` in float32, columns in the order of ``labels``.
@@ -40,10 +44,13 @@ class ClientModel:
         Of a language model ``[prompts, vocabulary]``: about the first token of the answer.
         Where the model reads images, ``texts`` are their files' paths or bytes, or PIL images.
         """
-        rows = questions(self.kernel.task, texts)
-        return self.kernel.logits(
-            self.assembly, self.kernel.task.encode(rows, self.kernel.base.processor)
-        ).clone()
+        return self.answers(questions(self.kernel.task, texts))
+
+    def answers(self, rows: Sequence[Row]) -> Tensor:
+        """As ``logits``, of checked rows, whose labels do not matter."""
+        self._check_head()
+        examples = self.kernel.task.encode(rows, self.kernel.base.processor)
+        return self.kernel.logits(self.assembly, examples).clone()
 
     def probabilities(self, texts: Sequence[Any]) -> Tensor:
         return torch.softmax(self.logits(texts).float(), dim=-1)
@@ -81,6 +88,7 @@ class ClientModel:
         """The task's measures on rows ``{"text": …, "label": …}``, or with the columns of another
         task.
         """
+        self._check_head()
         task = self.kernel.task
         return self.kernel.evaluate(
             self.assembly, task.encode(answered(task, rows), self.kernel.base.processor)
@@ -90,18 +98,36 @@ class ClientModel:
         """As ``evaluate``, with every metric of the task, and ``more`` by their names; by class
         where a metric has a value for each, None where one is not defined.
         """
+        self._check_head()
         task = self.kernel.task
         examples = task.encode(answered(task, rows), self.kernel.base.processor)
         found: Plain = dict(self.kernel.evaluate(self.assembly, examples))
         return found | measured(self.kernel, self.assembly, examples, more)
 
+    def _check_head(self) -> None:
+        if self.headless:
+            raise AdapterError(
+                f"The adapter of {self.card['model']} has no head, so it names no classes: load "
+                "one with its head (modules_to_save, or head.safetensors); without it, it can be "
+                "merged and exported."
+            )
 
-def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -> ClientModel:
-    """A client's model from an adapter directory that a run or ``fedgrove export`` wrote (merged
-    ones too).
+
+def load(
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    labels: Sequence[str] | None = None,
+    base: str | None = None,
+) -> ClientModel:
+    """A model from an adapter directory: of a run, of ``fedgrove export`` (merged ones too), of
+    ``fedgrove aggregate``, or of PEFT.
 
     ``dtype`` is the base's precision, by default the one the run used, so that the logits are the
-    run's. Raises ``AdapterError`` where the directory is incomplete, ``ModelError`` where the base
+    run's; float32 for an adapter that was not trained here. ``labels`` names the classes in the
+    order of the head's outputs, ``base`` the base model, where the directory says neither or is
+    wrong. Raises ``AdapterError`` where the directory is incomplete, ``ModelError`` where the base
     cannot be loaded.
     """
     folder = Path(folder)
@@ -114,7 +140,11 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -
             f"{folder} is a run; name one of its adapters, such as "
             f"{folder / 'adapters' / 'CLIENT'}."
         )
-    card = peft.read_json(folder / peft.CARD)
+    if not is_adapter(folder):
+        raise AdapterError(
+            f"{folder / peft.CONFIG} does not exist; {folder} is not an adapter directory."
+        )
+    card = peft.read_json(folder / peft.CARD) if (folder / peft.CARD).exists() else {}
     merged = bool(card.get("merged"))
     adapter: Adapter = {}
     own: Assembly | None = None
@@ -127,21 +157,32 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: str | None = None) -
     elif merged:
         head = peft.read_tensors(folder / peft.HEAD) if (folder / peft.HEAD).exists() else {}
     else:
-        adapter, head, _ = peft.read_adapter(folder)
-    kernel = _kernel(
-        str(folder) if merged else card["model"],
-        None if merged else card.get("revision"),
-        card["head"],
-        json.dumps({key: card.get(key) for key in TASKS.find(card["task"]).from_card(card).card()}),
-        tuple(sorted(adapter)),
-        dtype or card["dtype"],
-        device,
-    )
-    base = kernel.base
-    if card["head"] == "stock" and merged:
-        head = base.stock_head
+        found = opened(folder, labels, base)
+        adapter, head, card = found.adapter, found.head, found.card
+    try:
+        kernel = _kernel(
+            str(folder) if merged else card["model"],
+            None if merged else card.get("revision"),
+            card["head"],
+            json.dumps(
+                {key: card.get(key) for key in TASKS.find(card["task"]).from_card(card).card()}
+            ),
+            tuple(sorted(adapter)),
+            dtype or card["dtype"],
+            device,
+        )
+    except ModelError as error:
+        if not str(error).startswith("lora.targets"):
+            raise
+        raise AdapterError(
+            f"{folder}: the adapter is of another model than {card['model']}, which has no layer "
+            f"'{next(iter(adapter))}' that can be adapted."
+        ) from error
+    loaded = kernel.base
+    if card["head"] == "stock" and (merged or not head):
+        head = loaded.stock_head
     for site, factors in adapter.items():
-        known = base.sites[site]
+        known = loaded.sites[site]
         if (factors.A.shape[1], factors.B.shape[0]) != (known.in_features, known.out_features):
             raise AdapterError(
                 f"{folder}: '{site}' does not have the shape of that layer in {card['model']}."
@@ -187,14 +228,20 @@ def merge(source: Path, out: Path) -> None:
 
     from fedgrove.interop.models import from_pretrained, load_processor, model_class
 
-    card = peft.read_json(source / peft.CARD)
+    card = peft.read_json(source / peft.CARD) if (source / peft.CARD).exists() else {}
     if "why" in card:
         raise AdapterError(f"{source} cannot be merged: {card['why']}")
+    if not card.get("head"):
+        with TemporaryDirectory() as folder:
+            merge(tidied(source, Path(folder) / "adapter"), out)
+        return
     revision = card.get("revision")
-    classes = {"num_labels": len(card["labels"])} if card["head"] == "stock" else {}
-    base = from_pretrained(
-        model_class(card["task"], card["head"]), card["model"], revision, **classes
-    )
+    options: dict[str, Any] = {}
+    if card["head"] == "stock":  # the trained head replaces the checkpoint's, whatever its shape
+        outputs = TASKS.find(card["task"]).from_card(card).outputs
+        options = {"num_labels": outputs, "ignore_mismatched_sizes": True}
+    kind = model_class(card["task"], card["head"])
+    base = from_pretrained(kind, card["model"], revision, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's calls of names that transformers deprecates
         whole = PeftModel.from_pretrained(base.to(torch.float32), str(source)).merge_and_unload()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fedgrove.job import Job
     from fedgrove.use.personal import ClientModel
 
+GLOBAL = "_global"  # what the common model is called, among clients and as a folder
+
 
 class Result:
     """What ``fg.run`` gives back; ``Result("runs/fedit")`` opens a finished run."""
@@ -40,6 +42,11 @@ class Result:
     def names(self) -> list[str]:
         """The clients, held-out ones included."""
         return list(self.summary["clients"])
+
+    def models(self) -> list[str]:
+        """The clients, and the common model where the method has one."""
+        common = (self.path / "adapters" / GLOBAL).is_dir()
+        return [*self.names(), *([GLOBAL] if common else [])]
 
     @property
     def report(self) -> Path:
@@ -70,11 +77,12 @@ class Result:
         return {client.name: client.test for client in federation.clients}
 
     def client(self, name: str) -> ClientResult:
-        """One client's part of the run. Raises ``RunError`` for a name that the run does not
-        have.
+        """One client's part of the run, or with ``_global`` the common model, whose test data are
+        all clients'. Raises ``RunError`` for a name that the run does not have.
         """
-        if name not in self.summary["clients"]:
-            raise RunError(f"{self.path} has no client '{name}'; it has {', '.join(self.names())}.")
+        if name not in self.models():
+            known = ", ".join(self.models())
+            raise RunError(f"{self.path} has no client '{name}'; it has {known}.")
         return ClientResult(self, name)
 
     def __repr__(self) -> str:
@@ -87,12 +95,13 @@ class ClientResult:
 
     def __init__(self, result: Result, name: str):
         self.result, self.name = result, name
-        self.summary: Plain = result.summary["clients"][name]
+        self.summary: Plain = result.summary["clients"].get(name, {})
 
     @property
     def path(self) -> Path:
         """Its adapter directory."""
-        return self.result.path / "adapters" / folder_of(self.name)
+        folder = GLOBAL if self.name == GLOBAL else folder_of(self.name)
+        return self.result.path / "adapters" / folder
 
     def predict(self, texts: Sequence[Any]) -> list[Any]:
         """The most likely label of each text, or of each image (path, bytes or PIL image)."""
@@ -109,6 +118,8 @@ class ClientResult:
     def _rows(self, data: str | Path | None) -> list[Row]:
         from fedgrove.federation.load import rows_of
 
+        if data is None and self.name == GLOBAL:
+            return [row for rows in self.result.tests.values() for row in rows]
         if data is None:
             return self.result.tests[self.name]
         return rows_of(Path(data), self.result.job)

@@ -107,7 +107,11 @@ def test_keys_that_say_nothing_together(
     [
         (ALPACA, [], r'set data.template = "{instruction}\\n\\n{input}" and data.completion = "o'),
         ([{"conversations": []}], [], r'set data.messages = "conversations" to learn'),
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], [], r"there is no task for them yet"),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+            [],
+            r"a preference between two answers is another task, which Fedgrove does not have yet",
+        ),
         ([{"text": "a"}], [], r'set data.plain = "text" to learn plain texts'),
         ([{"a": [1], "completion": "x"}], ["data.template={a}"], r"'a' is a list, not a text"),
         (

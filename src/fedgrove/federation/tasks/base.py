@@ -58,6 +58,8 @@ class Task(ABC, Generic[Keys]):
     classifies: ClassVar[bool] = False  # whether rows have classes, which all clients must agree on
     asks: ClassVar[str]  # the part of a row that a model is asked about: "text", "image", "prompt"
     learns: ClassVar[str] = "label"  # the part of a row that is to be learnt
+    #: what rows are that it learns, where another task points to it: see ``federation.otherwise``
+    suits: ClassVar[tuple[str, ...]] = ()
     #: whether rows may lie as files in a folder for each label
     folders: ClassVar[bool] = False
 

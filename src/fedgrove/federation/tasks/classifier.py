@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fedgrove.federation.labels import class_among
 from fedgrove.federation.metrics.base import Answers
+from fedgrove.federation.otherwise import SEVERAL, OtherRows, is_list
 from fedgrove.federation.readers import Place, Row, label_of
 from fedgrove.federation.tasks.base import Batch, Example
 from fedgrove.ground.errors import DataError
@@ -122,6 +123,8 @@ def class_of(value: object, data: ClassOptions, place: Place) -> str:
     """A row's class as a text, one of ``data.labels`` where the job names them. Raises
     DataError.
     """
+    if not data.labels and is_list(value):
+        raise OtherRows(f"{place}: the column {data.label!r} holds a list", SEVERAL)
     label = label_of(value, data.label, place)
     if not data.labels:
         return label

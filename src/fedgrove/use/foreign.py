@@ -1,0 +1,178 @@
+"""Adapter directories without our card: what PEFT, ``fedgrove aggregate`` or anybody else wrote.
+
+What our card says of a model is found in PEFT's configuration and in the base's: the task, its
+labels, the kind of head. A head is the adapter's own (``modules_to_save``, ``head.safetensors``) or
+the base's; where there is none, the model can be merged and exported, and says so when it is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.aggregate.inputs import Source, open_source
+from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.plain import Plain
+from fedgrove.interop import peft
+from fedgrove.interop.models import EMBEDDED_MODELS, load_config, longest_input
+
+LONGEST = 128  # tokens of a text, where nothing says how many
+#: PEFT's tasks for which there is no task here yet
+_UNKNOWN = ("TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM")
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """An adapter directory that was read: ``head`` by the names of its tensors in the base, or of
+    our own head; ``card`` as our own directories have it.
+    """
+
+    adapter: Adapter
+    head: dict[str, Tensor]
+    card: Plain
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory holds one adapter, or one model that an adapter was merged into."""
+    return (folder / peft.CONFIG).is_file() or (folder / peft.CARD).is_file()
+
+
+def opened(folder: Path, labels: Sequence[str] | None = None, base: str | None = None) -> Opened:
+    """A directory of PEFT's, with our card or without.
+
+    ``labels`` in the order of the head's outputs, and ``base``, where the base lies, win over what
+    the files say. Raises ``AdapterError`` for what cannot be understood.
+    """
+    given = peft.read_json(folder / peft.CARD) if (folder / peft.CARD).exists() else {}
+    if given.get("head"):  # a directory of a run, whole
+        adapter, head, _ = peft.read_adapter(folder)
+        card = given
+    else:
+        source = open_source(folder, folder.name)
+        adapter = {site: _single(source.read(site)) for site in source.places}
+        head = {_head_name(name): source.saved(name).float() for name in source.others}
+        card = _described(source, head, base) | given
+        card["head"] = _head_kind(card["task"], head, card)
+        if card["head"] == "pooled":
+            config = load_config(card["model"], card["revision"])
+            adapter = {_bare(site, config): factors for site, factors in adapter.items()}
+    if base is not None:
+        card = {**card, "model": base, "revision": None}
+    if labels is not None:
+        _check_labels(folder, card, labels)
+        card = {**card, "labels": list(labels)}
+    return Opened(adapter, head, card)
+
+
+def tidied(source: Path, out: Path) -> Path:
+    """The directory written anew as ours are: names that PEFT matches, one scale, a whole card."""
+    found = opened(source)
+    modules = dict.fromkeys(name.split(".")[0] for name in found.head)
+    peft.save_adapter(
+        out,
+        found.adapter,
+        base=EMBEDDED_MODELS.get(str(found.card["model"]), str(found.card["model"])),
+        head=found.head,
+        head_kind=found.card["head"],
+        head_modules=tuple(modules) if found.card["head"] == "stock" else (),
+        card=found.card,
+    )
+    return out
+
+
+def _described(source: Source, head: Mapping[str, Tensor], base: str | None) -> Plain:
+    """What can be said of an adapter without a card."""
+    name = base or source.config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(
+            f"{source.folder / peft.CONFIG} names no base model (base_model_name_or_path); give "
+            "load(..., base=...) or --base."
+        )
+    revision = None if base else source.config.get("revision")
+    config = load_config(str(name), revision)
+    task = _task(source, config)
+    limit = longest_input(config)
+    length = {} if task == "classify-images" else {"max_length": min(LONGEST, limit or LONGEST)}
+    return {
+        "format": 1,
+        "task": task,
+        "labels": [] if task == "generate" else _labels(config, head),
+        **length,
+        "model": str(name),
+        "revision": revision,
+        "dtype": "float32",
+        "method": None,
+        "client": source.name,
+    }
+
+
+def _task(source: Source, config: Any) -> str:
+    kind = source.config.get("task_type")
+    if kind in _UNKNOWN:
+        raise AdapterError(
+            f"{source.folder / peft.CONFIG}: task_type is {kind!r}, for which there is no task "
+            "here; classifiers of texts or images (SEQ_CLS) and language models (CAUSAL_LM) can "
+            "be loaded."
+        )
+    if hasattr(config, "num_channels") or hasattr(config, "image_size"):
+        return "classify-images"
+    writes = kind == "CAUSAL_LM" or (kind is None and _is_a(config, "ForCausalLM", "LMHeadModel"))
+    return "generate" if writes else "classify-text"
+
+
+def _labels(config: Any, head: Mapping[str, Tensor]) -> list[str]:
+    """The names that the base's configuration has; ``LABEL_0`` and so on where they are not as many
+    as the head's outputs, [] where there is no head.
+    """
+    named = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    if not head:
+        return named if _is_a(config, "Classification") else []
+    outputs = min(value.shape[0] for value in head.values() if value.ndim)
+    return named if len(named) == outputs else [f"LABEL_{index}" for index in range(outputs)]
+
+
+def _head_kind(task: str, head: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
+    """As ``Base.head``: our own head has two tensors of these names, any other is the base's."""
+    if task == "generate":
+        return "lm"
+    ours = not head or set(head) == {"weight", "bias"}
+    return "pooled" if ours and (head or not card["labels"]) else "stock"
+
+
+def _check_labels(folder: Path, card: Mapping[str, Any], labels: Sequence[str]) -> None:
+    known = len(card["labels"])
+    if len(set(labels)) != len(labels) or (known and len(labels) != known):
+        raise AdapterError(
+            f"{folder}: its head has {known} outputs; give {known} different labels, in their order."
+        )
+
+
+def _is_a(config: Any, *endings: str) -> bool:
+    kinds = getattr(config, "architectures", None) or []
+    return any(str(kind).endswith(endings) for kind in kinds)
+
+
+def _head_name(name: str) -> str:
+    """Without the wrapper of PEFT's ``modules_to_save``, which some versions write."""
+    plain = name.removeprefix(f"{peft.HEAD}/")
+    for wrapper in (".modules_to_save.default.", ".modules_to_save."):
+        plain = plain.replace(wrapper, ".")
+    return plain
+
+
+def _single(factors: Factors) -> Factors:
+    return Factors(factors.A.float(), factors.B.float(), factors.scale)
+
+
+def _bare(site: str, config: Any) -> str:
+    """A site of a whole classifier by its name in the encoder alone."""
+    from transformers import AutoModel
+
+    kind = AutoModel._model_mapping.get(type(config), None)
+    prefix = getattr(kind, "base_model_prefix", "")
+    return site.removeprefix(f"{prefix}.") if prefix else site

@@ -1,0 +1,63 @@
+"""How each client's model does on each client's test data: who is served by whose model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedgrove.ground.errors import RunError
+from fedgrove.ground.files import write_json, write_text
+from fedgrove.ground.plain import Plain
+from fedgrove.use.predictions import table
+from fedgrove.use.result import Result
+
+FILE = "matrix"  # .json and .csv, in the run's directory
+Matrix = dict[str, dict[str, Plain]]  # model -> whose test data -> measures
+
+
+def matrix(result: Result, advance: Callable[[str], None] = lambda _: None) -> Matrix:
+    """Every model of a run, the common one included, on every client's test rows; ``advance`` hears
+    each model's name when it is done.
+    """
+    tests, more = result.tests, result.job.data.metrics
+    found: Matrix = {}
+    for name in result.models():
+        model = result.client(name).model()
+        found[name] = {each: model.measures(rows, more) for each, rows in tests.items()}
+        advance(name)
+    return found
+
+
+def grid(found: Matrix, metric: str) -> list[list[str]]:
+    """The table of one measure: a row for each model, a column for each client's data. Raises
+    ``RunError`` for a measure that is not there or is no number.
+    """
+    first = next(iter(next(iter(found.values())).values()))
+    known = [key for key, value in first.items() if not isinstance(value, Mapping)]
+    if metric not in known:
+        raise RunError(
+            f"--metrics: there is no measure {metric!r}; choose from {', '.join(known)}."
+        )
+    return [
+        [name, *(figure(measures[metric]) for measures in row.values())]
+        for name, row in found.items()
+    ]
+
+
+def figure(value: Any) -> str:
+    """A number in a table; "-" where it is not defined."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def write(folder: Path, found: Matrix) -> tuple[Path, Path]:
+    """``matrix.json`` (model, data, measures) and ``matrix.csv`` (a line for each pair)."""
+    files = folder / f"{FILE}.json", folder / f"{FILE}.csv"
+    write_json(files[0], found)
+    lines = []
+    for model, row in found.items():
+        for data, measures in row.items():
+            plain = {key: x for key, x in measures.items() if not isinstance(x, Mapping)}
+            lines.append({"model": model, "data": data, **plain})
+    write_text(files[1], table(lines))
+    return files

@@ -1,0 +1,121 @@
+"""A model's answers to a whole table: classes with their probabilities, or texts, row by row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedgrove.federation.readers import KINDS, Row
+from fedgrove.federation.tables import files_of, rows_at
+from fedgrove.federation.tasks import task_class
+from fedgrove.ground.errors import DataError
+from fedgrove.ground.files import write_text
+
+if TYPE_CHECKING:
+    from fedgrove.job import Job
+    from fedgrove.use.personal import ClientModel
+
+SUFFIXES = (".csv", ".jsonl")
+_FILLED = "?"  # stands for an answer that a table lacks, while its row is checked
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One row's answer; ``scores`` by label, {} where the model writes."""
+
+    row: int  # from 1
+    asked: str
+    predicted: str
+    scores: dict[str, float]
+
+    def flat(self) -> dict[str, Any]:
+        """A line of a table."""
+        scores = {f"score_{label}": value for label, value in self.scores.items()}
+        return {
+            "row": self.row,
+            "asked": self.asked,
+            "predicted": self.predicted,
+        } | scores
+
+
+def questions_of(path: Path, job: Job) -> list[Row]:
+    """The rows of a table with the job's columns but for the answer, which it need not have.
+    Raises ``DataError``.
+    """
+    task, data = task_class(job.data), job.data
+    if task.folders and path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        return [{task.asks: each} for each in files]
+    if not files_of(path):
+        raise DataError(f"the table {path} does not exist or is a folder; name one file ({KINDS})")
+    answer = getattr(data, task.learns, None)
+    columns = [name for name in task.columns(data) if name != answer]
+    rows: list[Row] = []
+    for place, values in rows_at(path, columns, getattr(data, "encoding", None)):
+        known = getattr(data, "labels", None) or (_FILLED,)
+        row = task.row({**values, str(answer): known[0]}, data, place)
+        rows.append({key: value for key, value in row.items() if key != task.learns})
+    if not rows:
+        raise DataError(f"the table {path} has no rows; give a file with rows")
+    return rows
+
+
+def predictions(model: ClientModel, rows: Sequence[Row]) -> list[Prediction]:
+    """The model's answer to each row."""
+    task = model.kernel.task
+    asked = [str(row.get(task.asks, "")) for row in rows]
+    if task.writes:
+        examples = task.encode(rows, model.kernel.base.processor)
+        written = model.kernel.generate(model.assembly, examples)
+        return [
+            Prediction(number, question, text, {})
+            for number, (question, text) in enumerate(zip(asked, written, strict=True), start=1)
+        ]
+    logits = model.answers(rows)
+    told = [str(answer) for answer in task.told(logits)]
+    scores: list[list[float]] = [[] for _ in rows]
+    if task.classifies:
+        scores = logits.double().softmax(-1).tolist()
+    named = [dict(zip(model.labels, each, strict=False)) for each in scores]
+    return [
+        Prediction(number, *each)
+        for number, each in enumerate(zip(asked, told, named, strict=True), 1)
+    ]
+
+
+def check_out(out: Path) -> None:
+    """Raises ``DataError`` for a file that is no table, or is there."""
+    if out.suffix.lower() not in SUFFIXES:
+        raise DataError(f"--out {out}: name a file that ends in {' or '.join(SUFFIXES)}")
+    if out.exists():
+        raise DataError(f"--out {out} exists already; name a new file")
+
+
+def write(out: Path, found: Sequence[Prediction]) -> None:
+    """As CSV, a column for each score, or as JSON lines, by the file's ending."""
+    if out.suffix.lower() == ".csv":
+        write_text(out, table([each.flat() for each in found]))
+        return
+    lines = [
+        json.dumps(
+            {"row": each.row, "asked": each.asked, "predicted": each.predicted}
+            | ({"scores": each.scores} if each.scores else {}),
+            ensure_ascii=False,
+        )
+        for each in found
+    ]
+    write_text(out, "\n".join(lines) + "\n")
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """CSV with the first row's keys as its header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
