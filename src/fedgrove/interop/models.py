@@ -336,6 +336,13 @@ def _widen(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tupl
 def load_config(name: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
+    folder = Path(name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"model.name: '{name}' is an adapter, not a model; to train on from it, name the model "
+            f"that `fedgrove export RUN --client NAME --merge --out DIR` writes, or the base for a "
+            f"run that starts anew."
+        )
     return from_pretrained(AutoConfig, name, revision)
 
 
