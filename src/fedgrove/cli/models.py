@@ -193,7 +193,10 @@ def evaluate(
     from fedgrove.use.result import Result
 
     result = Result(run)
-    wanted = [name.strip() for name in metrics.split(",")] if metrics else []
+    if metrics:
+        wanted = [name.strip() for name in metrics.split(",")]
+    else:
+        wanted = []
     if on not in ("own", "all"):
         raise RunError(f"--on {on}: give own or all.")
     if on == "all":
@@ -303,7 +306,10 @@ def predict(
                 f"{text} is a file, and its name is asked about; for its rows, use --data {text}.",
                 0,
             )
-    rows = questions_of(data, result.job) if data else None
+    if data:
+        rows = questions_of(data, result.job)
+    else:
+        rows = None
     model = chosen.model()
     if rows is None:
         rows = questions(model.kernel.task, texts or [])
@@ -313,7 +319,10 @@ def predict(
         print(f"Wrote {out}, {len(found)} rows.")
         return
     for each in found:
-        score = f"{each.scores[each.predicted]:.3f}\t" if data and each.scores else ""
+        if data and each.scores:
+            score = f"{each.scores[each.predicted]:.3f}\t"
+        else:
+            score = ""
         print(f"{each.predicted}\t{score}{each.asked}")
 
 

@@ -238,7 +238,10 @@ class MethodSection(Section):
             return common  # the type of the name is the error; what its keys would be is unknown
         options = options_of(name)
         given = values.get("options")
-        own = given.model_dump() if isinstance(given, BaseModel) else {}
+        if isinstance(given, BaseModel):
+            own = given.model_dump()
+        else:
+            own = {}
         own |= {
             k: v
             for k, v in values.items()
@@ -289,7 +292,10 @@ def options_of(name: str) -> type[BaseModel]:
         raise ValueError(f"method.name = {shown(name)} is no method: {NOT_METHODS[name.lower()]}.")
     if name not in known:
         guess = nearest(name, known)
-        meant = f"did you mean {value_text(guess)}? There" if guess else "there"
+        if guess:
+            meant = f"did you mean {value_text(guess)}? There"
+        else:
+            meant = "there"
         raise ValueError(
             f"method.name = {shown(name)} is no method; {meant} are {join(known, 'and')}."
         )

@@ -47,7 +47,9 @@ def grid(found: Matrix, metric: str) -> list[list[str]]:
 
 def figure(value: Any) -> str:
     """A number in a table; "-" where it is not defined."""
-    return "-" if value is None else f"{value:.4g}"
+    if value is None:
+        return "-"
+    return f"{value:.4g}"
 
 
 def write(folder: Path, found: Matrix) -> tuple[Path, Path]:

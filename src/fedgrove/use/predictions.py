@@ -92,7 +92,9 @@ def predictions(model: ClientModel, rows: Sequence[Row]) -> list[Prediction]:
 
 def _words(asked: object, place: str) -> str:
     """What was asked, where it is a text or a file; else its row."""
-    return str(asked) if isinstance(asked, str | Path) else place
+    if isinstance(asked, str | Path):
+        return str(asked)
+    return place
 
 
 def check_out(out: Path) -> None:

@@ -52,7 +52,9 @@ class Result:
         """Those of ``models`` that can be measured: where each client kept its head, the common
         model has none that was trained.
         """
-        return self.models() if self.common_head else self.names()
+        if self.common_head:
+            return self.models()
+        return self.names()
 
     @property
     def common_head(self) -> bool:
@@ -115,7 +117,10 @@ class ClientResult:
     @property
     def path(self) -> Path:
         """Its adapter directory."""
-        folder = GLOBAL if self.name == GLOBAL else folder_of(self.name)
+        if self.name == GLOBAL:
+            folder = GLOBAL
+        else:
+            folder = folder_of(self.name)
         return self.result.path / "adapters" / folder
 
     def predict(self, texts: Sequence[Any]) -> list[Any]:
