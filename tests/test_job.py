@@ -634,3 +634,21 @@ def test_digest_tells_runs_apart_but_not_their_directories() -> None:
 def test_the_job_does_not_import_torch() -> None:
     code = "import sys, fedgrove.job, fedgrove.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fedavg", 'FedAvg of adapters is "fedit"'),
+        ("FedProx", "no proximal term"),
+        ("scaffold", "no control variates"),
+        ("fedadam", "no optimiser at the server"),
+        ("centralized", "one silo"),
+        ("pooled", "one silo"),
+        ("oracle", "one silo"),
+    ],
+)
+def test_names_from_elsewhere_are_answered_with_what_there_is(name: str, words: str) -> None:
+    with pytest.raises(JobError, match=words) as refused:
+        Job.build({"method": name})
+    assert "did you mean" not in str(refused.value)

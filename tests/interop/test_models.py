@@ -17,7 +17,13 @@ from tests.tiny import WORDS, save_vit, sentences, tiny_job
 from torch import nn
 
 from fedgrove.ground.errors import ModelError
-from fedgrove.interop.models import SHIFTED, first_position, load_base, longest_input
+from fedgrove.interop.models import (
+    SHIFTED,
+    first_position,
+    load_base,
+    load_config,
+    longest_input,
+)
 from fedgrove.interop.targets import find_sites, layer_index
 from fedgrove.start import run
 
@@ -184,3 +190,9 @@ def test_other_models_begin_at_nought() -> None:
     config = AutoConfig.for_model("bert", pad_token_id=5, max_position_embeddings=70)
     assert first_position(config) == 0
     assert longest_input(config) == 70
+
+
+def test_an_adapter_directory_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is an adapter, not a model"):
+        load_config(str(tmp_path))

@@ -20,11 +20,19 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.assembly import Assembly, Convex, as_one_adapter
 from fedgrove.adapters.private import is_private, seal
-from fedgrove.adapters.tree import numbers, pack, unpack
+from fedgrove.adapters.tree import numbers, pack, typed, unpack
 from fedgrove.ground.errors import JobError
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, Setting, Step, Trained, Update, reveal
-from fedgrove.methods.fedtreelora import FedTreeLoRA, TreeOptions
+from fedgrove.methods.fedtreelora import (
+    FedTreeLoRA,
+    Kept,
+    Paths,
+    Probe,
+    TreeOptions,
+    TreeState,
+    Upload,
+)
 from fedgrove.training.client import carry
 
 LAYERS = 4
@@ -36,7 +44,7 @@ SITES = {
 Drift = Callable[[str, int], float]  # (client, layer) -> where its B goes
 
 
-def method(rounds: int = 9, **options: Any) -> FedTreeLoRA:
+def method(rounds: int = 9, **options: Any) -> Any:
     return FedTreeLoRA(
         TreeOptions(**options), Setting(sites=SITES, rank=2, alpha=4.0, rounds=rounds, seed=5)
     )
@@ -63,14 +71,10 @@ def drawn(seed: int, size: float = 1.0) -> Adapter:
 def arrived(
     adapters: Mapping[str, Adapter], examples: Mapping[str, int] | None = None
 ) -> list[Update]:
-    return [
-        Update(n, (examples or {}).get(n, 10), {"adapter": a}) for n, a in sorted(adapters.items())
-    ]
+    return [Update(n, (examples or {}).get(n, 10), Upload(a)) for n, a in sorted(adapters.items())]
 
 
-def after_warmup(
-    chosen: FedTreeLoRA, adapters: Mapping[str, Adapter], **more: Any
-) -> dict[str, Any]:
+def after_warmup(chosen: FedTreeLoRA, adapters: Mapping[str, Adapter], **more: Any) -> Any:
     """The state after a warm-up that ended in these adapters."""
     state = chosen.begin([info(name) for name in adapters])
     return chosen.aggregate(state, chosen.warmup, arrived(adapters, **more))
@@ -84,7 +88,7 @@ class Field:
     def __init__(self, chosen: FedTreeLoRA, drift: Drift | None = None):
         self.method, self.drift = chosen, drift or (lambda name, layer: 0.0)
         self.mine: dict[str, Any] = {}
-        self.sent: list[dict[str, Any]] = []  # everything that went up or down
+        self.sent: list[Any] = []  # everything that went up or down
         self.done: dict[str, list[Trained]] = {}
 
     def train(self, step: Step, client: str, rng: torch.Generator) -> Trained:
@@ -111,34 +115,39 @@ class Field:
         }
         return Trained(replace(step.assembly, terms=tuple(terms), extras=extras), 1.0, 1)
 
-    def client(self, name: str, offer: dict[str, Any], round: int) -> Update:
+    def client(self, name: str, offer: Paths, round: int) -> Update:
         rng = torch.Generator().manual_seed(hash_of(name, round))
         done: list[Trained] = []
-        for step in self.method.plan(info(name), offer, self.mine.get(name, {}), round):
+        for step in self.method.plan(info(name), offer, self.mine.get(name, Kept()), round):
             assert isinstance(step, Step)
             done.append(self.train(carry(step, done), name, rng))
         self.done[name] = done
         content, self.mine[name] = self.method.report(
-            info(name), done, offer, self.mine.get(name, {}), round
+            info(name), done, offer, self.mine.get(name, Kept()), round
         )
-        self.mine[name] = unpack(pack(self.mine[name], private=True))
+        self.mine[name] = typed(Kept, unpack(pack(self.mine[name], private=True)))
         return Update(name, 10, content)
 
-    def round(self, state: dict[str, Any], number: int, clients: Sequence[str]) -> dict[str, Any]:
+    def round(self, state: TreeState, number: int, clients: Sequence[str]) -> Any:
         updates = []
         for name in clients:
-            offer = unpack(pack(self.method.offer(state, number, info(name))))
+            offer = typed(Paths, unpack(pack(self.method.offer(state, number, info(name)))))
             updates.append(self.client(name, offer, number))
-            self.sent += [offer, dict(updates[-1].content)]
-        return unpack(pack(self.method.aggregate(state, number, updates)))
+            self.sent += [offer, updates[-1].content]
+        return typed(TreeState, unpack(pack(self.method.aggregate(state, number, updates))))
 
 
 def hash_of(*keys: object) -> int:
     return sum((index + 1) * sum(map(ord, str(key))) for index, key in enumerate(keys))
 
 
-def groups(state: Mapping[str, Any], chosen: FedTreeLoRA) -> list[set[frozenset[str]]]:
-    layers = chosen.artefacts(dict(state))["tree.json"]["layers"]
+def said(record: Any) -> set[str]:
+    """The fields of a message that say something."""
+    return {name for name, value in vars(record).items() if value not in (None, False, "", {})}
+
+
+def groups(state: TreeState, chosen: FedTreeLoRA) -> list[set[frozenset[str]]]:
+    layers = chosen.artefacts(state)["tree.json"]["layers"]
     return [{frozenset(group) for group in layer["groups"]} for layer in layers]
 
 
@@ -268,11 +277,11 @@ def test_tree_cuts_and_experts_are_what_the_paper_says(
                 own = next(group for group in found[where.layer] if name in group)
                 for letter in "AB":
                     cluster, external = slow_experts(adapters, own, shares, site, letter)
-                    close(getattr(offer["cluster"][site], letter), cluster)
+                    close(getattr(offer.cluster[site], letter), cluster)
                     if external is None:
-                        assert site not in offer.get("external", {})
+                        assert site not in (offer.external or {})
                     else:
-                        close(getattr(offer["external"][site], letter), external)
+                        close(getattr(offer.external[site], letter), external)
 
 
 def close(found: Tensor, want: Tensor) -> None:
@@ -325,7 +334,7 @@ def test_permuting_the_clients_permutes_the_result(seed: int, order: list[int]) 
         one, two = chosen.offer(second, 4, info(name)), chosen.offer(first, 4, info(other))
         for term in ("cluster", "external"):
             for site in SITES:
-                close(one[term][site].B, two[term][site].B.double())
+                close(getattr(one, term)[site].B, getattr(two, term)[site].B.double())
 
 
 def planted(name: str, layer: int) -> float:
@@ -359,13 +368,13 @@ def test_one_client_and_two_clients_share_everything() -> None:
     for count in (1, 2):
         chosen = method(tau=-1.0)
         adapters = {name: drawn(i) for i, name in enumerate(names(count))}
-        state = unpack(pack(after_warmup(chosen, adapters)))
+        state = typed(TreeState, unpack(pack(after_warmup(chosen, adapters))))
         assert groups(state, chosen) == [{frozenset(names(count))}] * LAYERS
-        assert set(chosen.offer(state, 4, info("c00"))) == {"cluster"}
+        assert said(chosen.offer(state, 4, info("c00"))) == {"cluster"}
         joined = chosen.welcome(
-            state, info("new"), {"B": {site: f.B for site, f in drawn(9).items()}}
+            state, info("new"), Probe({site: f.B for site, f in drawn(9).items()})
         )
-        assert set(joined) == {"cluster", "placed"}
+        assert said(joined) == {"cluster", "placed"}
 
 
 # ------------------------------------------------------------ rounds, clients
@@ -376,29 +385,29 @@ def test_the_warm_up_is_local_counts_in_the_budget_and_travels_once() -> None:
     assert chosen.select(state, 2, names(10), 0.2) == names(10)
     assert len(chosen.select(state, 3, names(10), 0.2)) == 2
     first = field.round(state, 1, names(4))
-    assert field.sent == [{}, {}] * 4
-    alone = {name: field.mine[name]["own"] for name in names(4)}
+    assert [said(each) for each in field.sent] == [set(), set()] * 4
+    alone = {name: field.mine[name].own for name in names(4)}
     for name in names(4):
         assert (
-            chosen.personal(info(name), {}, field.mine[name]).adapter("own")["layer.0.query"]
+            chosen.personal(info(name), Paths(), field.mine[name]).adapter("own")["layer.0.query"]
             is alone[name]["layer.0.query"]
         )
     second = field.round(first, 2, names(4))
-    assert [set(tree) for tree in field.sent[8:]] == [set(), {"adapter"}] * 4
+    assert [said(each) for each in field.sent[8:]] == [set(), {"adapter"}] * 4
     for name in names(
         4
     ):  # the second round went on from the first, and its result is what the server holds
         assert torch.equal(
-            second["latest"][name]["layer.3.value"].B, field.mine[name]["own"]["layer.3.value"].B
+            second.latest[name]["layer.3.value"].B, field.mine[name].own["layer.3.value"].B
         )
         assert not torch.equal(
-            field.mine[name]["own"]["layer.3.value"].B, alone[name]["layer.3.value"].B
+            field.mine[name].own["layer.3.value"].B, alone[name]["layer.3.value"].B
         )
         assert (
-            field.mine[name]["own"]["layer.3.value"].B - alone[name]["layer.3.value"].B
+            field.mine[name].own["layer.3.value"].B - alone[name]["layer.3.value"].B
         ).abs().max() < 0.1
     field.round(second, 3, names(4))
-    assert all("cluster" in tree for tree in field.sent[16::2])
+    assert all(tree.cluster is not None for tree in field.sent[16::2])
 
 
 def test_lambda_is_one_private_number_per_split_layer() -> None:
@@ -421,7 +430,7 @@ def test_lambda_is_one_private_number_per_split_layer() -> None:
     assert {term.name: term.train for term in assembly.terms} == {"cluster": "AB", "external": ""}
     assert {SITES[site].layer for site in assembly.adapter("external")} == {1, 2, 3}
     state = field.round(state, 3, names(12))
-    kept = field.mine["c05"]["lambda"]
+    kept = field.mine["c05"].logits
     assert set(kept) == {"1", "2", "3"}
     assert all(is_private(value) for value in kept.values())
     again = chosen.personal(info("c05"), chosen.offer(state, 4, info("c05")), field.mine["c05"])
@@ -451,12 +460,12 @@ def test_what_runs_is_lambda_of_the_group_and_the_rest_of_everyone_else() -> Non
     assert assembly.mix == Convex("cluster", "external")
     found = as_one_adapter(assembly, SITES)
     for site, where in SITES.items():
-        logit = reveal(field.mine["c02"])["lambda"].get(str(where.layer))
+        logit = reveal(field.mine["c02"]).logits.get(str(where.layer))
         share = 1.0 if logit is None else float(torch.sigmoid(logit.double()))
-        cluster = offer["cluster"][site]
+        cluster = offer.cluster[site]
         want = share * 2.0 * cluster.B.double() @ cluster.A.double()
         if share < 1:
-            external = offer["external"][site]
+            external = offer.external[site]
             want += (1 - share) * 2.0 * external.B.double() @ external.A.double()
         close(found[site].product(), want)
 
@@ -468,7 +477,7 @@ def test_no_lambda_is_in_anything_that_travels() -> None:
     for number in range(1, 9):
         state = field.round(state, number, names(8))
         for mine in field.mine.values():
-            for value in reveal(mine.get("lambda", {})).values():
+            for value in reveal(mine.logits).values():
                 secrets |= {value.numpy().tobytes(), torch.sigmoid(value).numpy().tobytes()}
     assert len(secrets) > 100
     blobs = [pack(tree) for tree in field.sent] + [pack(state)]  # pack refuses what is sealed, too
@@ -488,17 +497,17 @@ def test_absent_members_count_with_their_last_adapter() -> None:
     state = field.round(state, 3, ["c01", "c05", "c06"])
     for name in names(8):
         changed = not torch.equal(
-            before["latest"][name]["layer.1.query"].A, state["latest"][name]["layer.1.query"].A
+            before.latest[name]["layer.1.query"].A, state.latest[name]["layer.1.query"].A
         )
         assert changed == (name in ("c01", "c05", "c06"))
     assert groups(state, chosen) == groups(before, chosen)
     offer, two = chosen.offer(state, 4, info("c04")), {"c00", "c01", "c04", "c05"}
     cluster, external = slow_experts(
-        state["latest"], frozenset(two), dict.fromkeys(names(8), 1), "layer.1.query", "B"
+        state.latest, frozenset(two), dict.fromkeys(names(8), 1), "layer.1.query", "B"
     )
-    close(offer["cluster"]["layer.1.query"].B, cluster)
+    close(offer.cluster["layer.1.query"].B, cluster)
     assert external is not None
-    close(offer["external"]["layer.1.query"].B, external)
+    close(offer.external["layer.1.query"].B, external)
 
 
 @pytest.mark.parametrize("tree", [True, False])
@@ -509,14 +518,16 @@ def test_a_client_that_missed_the_warm_up_joins_in_one_round(tree: bool) -> None
     early = [name for name in names(12) if name != "c06"]
     for number in (1, 2, 3, 4):
         state = field.round(state, number, early)
-    assert "c06" not in state["groups"]
+    assert "c06" not in state.groups
     offer = chosen.offer(state, 5, info("c06"))
     assert numbers(offer) == 0
     assert (
-        chosen.personal(info("c06"), offer, {}).adapter("own")["layer.0.query"].B.count_nonzero()
+        chosen.personal(info("c06"), offer, Kept())
+        .adapter("own")["layer.0.query"]
+        .B.count_nonzero()
         == 0
     )
-    before = {name: state["experts"][name] for name in state["experts"]}
+    before = {name: state.experts[name] for name in state.experts}
     state = field.round(state, 5, ["c06"])
     assert len(field.done["c06"]) == 3  # as long as everyone's warm-up
     assert numbers(field.sent[-1]) == 10 * len(SITES)  # B alone
@@ -524,16 +535,14 @@ def test_a_client_that_missed_the_warm_up_joins_in_one_round(tree: bool) -> None
     assert groups(state, chosen)[2:] == [four, four]
     assert chosen.artefacts(state)["tree.json"]["joined"] == ["c06"]
     # Its warm-up is not averaged into groups that are further on; its first trained expert is.
-    for layer, experts in state["experts"].items():
-        for new, old in zip(experts["cluster"], before[layer]["cluster"], strict=True):
+    for layer, experts in state.experts.items():
+        for new, old in zip(experts.cluster, before[layer].cluster, strict=True):
             assert all(torch.equal(new[site].B, old[site].B) for site in new)
     state = field.round(state, 6, ["c06"])
     own = frozenset({"c02", "c06", "c10"})
-    cluster, _ = slow_experts(
-        state["latest"], own, dict.fromkeys(names(12), 1), "layer.3.value", "B"
-    )
-    close(chosen.offer(state, 7, info("c02"))["cluster"]["layer.3.value"].B, cluster)
-    assert field.mine["c06"].keys() == {"lambda"}
+    cluster, _ = slow_experts(state.latest, own, dict.fromkeys(names(12), 1), "layer.3.value", "B")
+    close(chosen.offer(state, 7, info("c02")).cluster["layer.3.value"].B, cluster)
+    assert said(field.mine["c06"]) == {"logits"}
 
 
 def test_a_client_that_missed_a_part_of_the_warm_up_makes_up_for_that_part() -> None:
@@ -568,10 +577,10 @@ def test_an_unseen_client_is_welcome_at_once_and_placed_by_its_probe(tree: bool)
         state = field.round(state, number, everyone)
     newcomer = info("c13")  # of the kind of c01, c05, c09
     at_once = chosen.welcome(state, newcomer, None)
-    assembly = chosen.personal(newcomer, at_once, {})
-    mean = torch.stack(
-        [state["latest"][name]["layer.2.query"].A.double() for name in everyone]
-    ).mean(0)
+    assembly = chosen.personal(newcomer, at_once, Kept())
+    mean = torch.stack([state.latest[name]["layer.2.query"].A.double() for name in everyone]).mean(
+        0
+    )
     close(assembly.adapter("cluster")["layer.2.query"].A, mean)
     steps = list(chosen.probe(newcomer, at_once) or [])
     assert len(steps) == 3
@@ -583,22 +592,21 @@ def test_an_unseen_client_is_welcome_at_once_and_placed_by_its_probe(tree: bool)
     done: list[Trained] = []
     for step in steps:
         done.append(field.train(carry(step, done), "c13", torch.Generator().manual_seed(1)))
-    sent = unpack(pack(chosen.probe_report(newcomer, done, at_once)))
+    sent = typed(Probe, unpack(pack(chosen.probe_report(newcomer, done, at_once))))
     assert numbers(sent) == 10 * len(SITES)
     offer = chosen.welcome(state, newcomer, sent)
     twin = chosen.offer(state, 10, info("c05"))
-    assert (
-        offer.pop("placed")
-        == f"branch {state['groups']['c05'][3] + 1} of 4 in layer 3, the deepest"
-    )
-    assert set(offer) == set(twin) == {"cluster", "external"}
+    branch = state.groups["c05"][3] + 1
+    assert offer.placed == f"branch {branch} of 4 in layer 3, the deepest"
+    assert said(twin) == {"cluster", "external"}
+    assert said(offer) == {"cluster", "external", "placed"}
     for term in ("cluster", "external"):
-        for site, factors in twin[term].items():
+        for site, factors in getattr(twin, term).items():
             if (
                 SITES[site].layer > 0
             ):  # layer 0 has no groups but chance ones, which the ablation without a tree may find
-                assert torch.equal(offer[term][site].B, factors.B)
-    assert "c13" not in state["groups"]
+                assert torch.equal(getattr(offer, term)[site].B, factors.B)
+    assert "c13" not in state.groups
 
 
 def test_the_way_of_a_newcomer_is_nested_like_everyones() -> None:
@@ -607,7 +615,7 @@ def test_the_way_of_a_newcomer_is_nested_like_everyones() -> None:
     for seed in range(30, 50):
         labels = chosen._placed(state, {site: f.B for site, f in drawn(seed).items()})
         path = [
-            {n for n, own in state["groups"].items() if own[place] == label}
+            {n for n, own in state.groups.items() if own[place] == label}
             for place, label in enumerate(labels)
         ]
         assert all(fine <= coarse for coarse, fine in pairwise(path))
@@ -628,7 +636,7 @@ def test_without_the_external_expert_only_the_groups_mean_runs() -> None:
     chosen, field, state = run_field(external=False)
     assert [len(layer) for layer in groups(state, chosen)] == [1, 2, 4, 4]
     offer = chosen.offer(state, 7, info("c03"))
-    assert set(offer) == {"cluster"}
+    assert said(offer) == {"cluster"}
     assembly = chosen.personal(info("c03"), offer, field.mine["c03"])
     assert assembly.extras == {}
     assert [term.name for term in assembly.terms] == ["cluster"]
@@ -703,19 +711,19 @@ def test_lambda_lr_reaches_the_optimiser_as_a_multiple() -> None:
 def test_never_splitting_without_warm_up_is_one_mean_from_the_first_round_on() -> None:
     chosen = method(rounds=4, K=1, warmup_rounds=0)
     field, state = Field(chosen), chosen.begin([])
-    assert chosen.probe(info("c09"), {}) is None
+    assert chosen.probe(info("c09"), Paths()) is None
     first = chosen.offer(state, 1, info("c00"))
     start = chosen.setting.shared_draw()
-    assert list(first) == ["cluster"]
-    assert list(first["cluster"]) == list(SITES)
-    assert all(torch.equal(first["cluster"][site].A, start[site].A) for site in SITES)
+    assert said(first) == {"cluster"}
+    assert list(first.cluster) == list(SITES)
+    assert all(torch.equal(first.cluster[site].A, start[site].A) for site in SITES)
     state = field.round(state, 1, ["c00", "c01"])  # not everyone: there is no warm-up
-    assert [set(chosen.offer(state, 2, info(name))) for name in names(3)] == [{"cluster"}] * 3
+    assert [said(chosen.offer(state, 2, info(name))) for name in names(3)] == [{"cluster"}] * 3
     state = field.round(state, 2, ["c01", "c02"])
     model = chosen.global_assembly(state)
     assert model is not None
     for site in SITES:
-        mean = torch.stack([state["latest"][name][site].B.double() for name in names(3)]).mean(0)
+        mean = torch.stack([state.latest[name][site].B.double() for name in names(3)]).mean(0)
         close(model.adapter("cluster")[site].B, mean)
     assert groups(state, chosen) == [{frozenset(names(3))}] * 4
 
@@ -759,7 +767,7 @@ def test_an_assembly_of_a_client_never_seen_runs_before_there_is_a_tree() -> Non
     chosen = method()
     state = chosen.begin([])
     for offer in (chosen.offer(state, 1, info("x")), chosen.welcome(state, info("x"), None)):
-        assembly = chosen.personal(info("x"), offer, {})
+        assembly = chosen.personal(info("x"), offer, Kept())
         assert isinstance(assembly, Assembly)
         assert all(f.B.count_nonzero() == 0 for f in assembly.terms[0].adapter.values())
 
@@ -767,7 +775,7 @@ def test_an_assembly_of_a_client_never_seen_runs_before_there_is_a_tree() -> Non
 # ------------------------------------------------------------------ the external expert's renewal
 
 
-def two_groups(**options: Any) -> tuple[FedTreeLoRA, dict[str, Any], dict[str, Adapter]]:
+def two_groups(**options: Any) -> tuple[Any, Any, dict[str, Adapter]]:
     """Four clients in two groups, after their warm-up."""
     chosen = method(fixed_k=2, warmup_rounds=1, **options)
     adapters = {}
@@ -780,24 +788,24 @@ def two_groups(**options: Any) -> tuple[FedTreeLoRA, dict[str, Any], dict[str, A
     return chosen, after_warmup(chosen, adapters), adapters
 
 
-def mixed(offer: Mapping[str, Any], site: str) -> Tensor:
+def mixed(offer: Any, site: str) -> Tensor:
     """What runs at λ = ½, for one shared A: ``(B_cluster + B_external) / 2``."""
-    halves: Tensor = (offer["cluster"][site].B + offer["external"][site].B) / 2
+    halves: Tensor = (offer.cluster[site].B + offer.external[site].B) / 2
     return halves
 
 
 def trained_to(
-    chosen: FedTreeLoRA, state: Mapping[str, Any], round: int, goals: Mapping[str, float]
+    chosen: Any, state: TreeState, round: int, goals: Mapping[str, float]
 ) -> list[Update]:
     """Everyone trains its cluster's B until what it runs at λ = ½ is its goal, exactly."""
     updates = []
     for name, goal in goals.items():
-        offer = chosen.offer(dict(state), round, info(name))
+        offer = chosen.offer(state, round, info(name))
         adapter = {
-            site: Factors(factors.A, 2 * goal - offer["external"][site].B, factors.scale)
-            for site, factors in offer["cluster"].items()
+            site: Factors(factors.A, 2 * goal - offer.external[site].B, factors.scale)
+            for site, factors in offer.cluster.items()
         }
-        updates.append(Update(name, 10, {"adapter": adapter}))
+        updates.append(Update(name, 10, Upload(adapter)))
     return updates
 
 
@@ -832,9 +840,7 @@ def test_deployed_with_what_it_was_trained_against_a_client_has_what_it_trained(
                 run = mixed(offer, site)
                 torch.testing.assert_close(run, torch.full_like(run, goal), rtol=1e-4, atol=1e-4)
     last = chosen.offer(state, chosen.setting.rounds + 1, info("c00"))
-    assert torch.equal(
-        last["external"][site].B, chosen.deploy(state, 9, info("c00"))["external"][site].B
-    )
+    assert torch.equal(last.external[site].B, chosen.deploy(state, 9, info("c00")).external[site].B)
 
 
 def test_the_first_experts_are_deployed_as_they_are_whatever_the_renewal() -> None:
@@ -843,15 +849,17 @@ def test_the_first_experts_are_deployed_as_they_are_whatever_the_renewal() -> No
     for name in names(4):
         ours, published = chosen.deploy(state, 1, info(name)), plain.deploy(other, 1, info(name))
         for term in ("cluster", "external"):
-            assert all(torch.equal(ours[term][s].B, published[term][s].B) for s in SITES)
+            assert all(
+                torch.equal(getattr(ours, term)[s].B, getattr(published, term)[s].B) for s in SITES
+            )
 
 
 def test_a_damped_external_expert_goes_only_a_part_of_the_way() -> None:
     chosen, state, _ = two_groups(external_damping=0.25)
-    before = chosen.offer(state, 2, info("c00"))["external"]
+    before = chosen.offer(state, 2, info("c00")).external
     updates = trained_to(chosen, state, 2, GOALS)
-    after = chosen.offer(chosen.aggregate(state, 2, updates), 3, info("c00"))["external"]
-    others = [u.content["adapter"] for u in updates if u.client in ("c02", "c03")]
+    after = chosen.offer(chosen.aggregate(state, 2, updates), 3, info("c00")).external
+    others = [u.content.adapter for u in updates if u.client in ("c02", "c03")]
     for site in SITES:
         target = (others[0][site].B + others[1][site].B) / 2
         wanted = 0.25 * before[site].B + 0.75 * target
@@ -865,7 +873,7 @@ def test_half_damping_ends_the_swing_in_one_round() -> None:
     for round in range(2, 7):
         state = chosen.aggregate(state, round, trained_to(chosen, state, round, GOALS))
         offers = [chosen.offer(state, round + 1, info(name)) for name in ("c00", "c02")]
-        sums.append(sum(offer["external"][site].B for offer in offers))
+        sums.append(sum(offer.external[site].B for offer in offers))
     # the common mode of the external experts has the eigenvalue 1 - 2 (1 - damping) = 0
     for later in sums[1:]:
         torch.testing.assert_close(later, sums[0], rtol=1e-4, atol=1e-4)
@@ -875,4 +883,4 @@ def test_where_no_layer_is_split_there_is_nothing_to_damp() -> None:
     chosen = method(tau=2.0, warmup_rounds=1, external_damping=0.5, external_update="previous")
     state = after_warmup(chosen, {name: drawn(index) for index, name in enumerate(names(3))})
     again = chosen.aggregate(state, 2, arrived({name: drawn(7) for name in names(3)}))
-    assert "external" not in chosen.deploy(again, 2, info("c00"))
+    assert chosen.deploy(again, 2, info("c00")).external is None

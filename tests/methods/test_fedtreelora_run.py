@@ -17,11 +17,11 @@ from tests.tiny import save_bert, save_silos, sentences, tiny_job
 
 import fedgrove as fg
 from fedgrove.adapters.adapter import Adapter
-from fedgrove.adapters.tree import pack
+from fedgrove.adapters.tree import pack, typed
 from fedgrove.engines.local import prepare
 from fedgrove.job import Job
 from fedgrove.methods.contract import ClientInfo, reveal
-from fedgrove.methods.fedtreelora import FedTreeLoRA
+from fedgrove.methods.fedtreelora import FedTreeLoRA, TreeState
 from fedgrove.start import run
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
@@ -209,7 +209,7 @@ def test_nothing_that_an_engine_sends_holds_a_lambda(
         outcomes = usual(self, turns, round)
         for turn, outcome in zip(turns, outcomes, strict=True):
             sent.extend([pack(dict(turn.offer)), pack(dict(outcome.update.content))])
-            for logit in reveal(outcome.store["mine"].get("lambda", {})).values():
+            for logit in reveal(outcome.store["mine"].logits).values():
                 secrets.update({logit.numpy().tobytes(), torch.sigmoid(logit).numpy().tobytes()})
         return outcomes
 
@@ -260,7 +260,11 @@ def test_the_exported_adapter_is_the_personal_model(bert: Path, five: Path, tmp_
     rows = sentences(12, seed=3)
     examples = prepared.task.encode(rows, prepared.base.processor)
     for name in ("site-0", "site-4"):
-        offer = {"method": prepared.method.offer(server["state"], 5, prepared.clients[name])}
+        offer = {
+            "method": prepared.method.offer(
+                typed(TreeState, server["state"]), 5, prepared.clients[name]
+            )
+        }
         assembly = prepared.engine.personal(name, offer)
         assert [term.name for term in assembly.terms] == ["cluster", "external"]
         want = prepared.engine.half.kernel.logits(assembly, examples)
@@ -279,7 +283,7 @@ def test_an_unseen_client_is_placed_by_a_probe_on_its_own_data(
     run(job, tmp_path / "out")
     _, server, _ = Checkpoints(tmp_path / "out" / "checkpoints").load()
     prepared = prepare(job)
-    method, state = prepared.method, server["state"]
+    method, state = prepared.method, typed(TreeState, server["state"])
     for name, twin in (("site-4", "site-0"), ("site-5", "site-1")):
         newcomer = prepared.held_out[name]
         at_once = method.welcome(state, newcomer, None)
@@ -290,8 +294,8 @@ def test_an_unseen_client_is_placed_by_a_probe_on_its_own_data(
         placed = prepared.engine.half.arrive(newcomer, prepared.engine.data[name]["train"], ask)[
             "method"
         ]
-        assert same(placed["cluster"], method.offer(state, 7, prepared.clients[twin])["cluster"])
-        assert not same(placed["cluster"], at_once["cluster"])
+        assert same(placed.cluster, method.offer(state, 7, prepared.clients[twin]).cluster)
+        assert not same(placed.cluster, at_once.cluster)
 
 
 def same(one: Adapter, other: Adapter) -> bool:

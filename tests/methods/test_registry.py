@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,3 +32,13 @@ def test_a_registered_method_runs_by_its_name(tiny_bert: Path, silos: Path, tmp_
     result = run(job, tmp_path / "out")
     assert result.summary["method"] == "mine"
     assert registry.method_class("mine") is Mine
+
+
+def test_what_stands_for_other_names_is_a_method() -> None:
+    from fedgrove.job.sections import NOT_METHODS
+    from fedgrove.methods.registry import names
+
+    for words in NOT_METHODS.values():
+        quoted = re.findall(r'"(.+?)"', words)
+        assert quoted
+        assert set(quoted) <= set(names())

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import fedgrove as fg
 from fedgrove.cli.models import commands
-from fedgrove.ground.errors import DataError, RunError
+from fedgrove.ground.errors import AdapterError, DataError, RunError
 from fedgrove.use.result import Result
 
 
@@ -43,6 +43,16 @@ def test_the_common_model_counts_as_a_client(result: Result, tmp_path: Path) -> 
     with pytest.raises(RunError, match="has no client 'site-9'; it has site-0, site-1, _global"):
         result.client("site-9")
     assert said("evaluate", str(result.path)).count("accuracy") == 2 * 3  # and balanced_accuracy
+
+
+def test_a_common_model_without_a_trained_head_says_so(result: Result, tmp_path: Path) -> None:
+    job = result.job.replace(federation={"head": "local", "newcomer_head": False})
+    local = fg.run(job.replace(run={"out": str(tmp_path / "run")}))
+    assert local.models()[-1] == "_global"
+    assert local.answering() == local.names()
+    with pytest.raises(AdapterError, match="has no head that was trained"):
+        local.client("_global").predict(["good day"])
+    assert "_global" not in said("evaluate", str(local.path))
 
 
 def test_a_table_is_answered_with_scores(result: Result, tmp_path: Path) -> None:

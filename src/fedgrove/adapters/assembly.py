@@ -51,7 +51,9 @@ class Term:
     @property
     def private(self) -> str:
         """The letters that cannot travel."""
-        return "ABD" if self.home == "client" else self.kept
+        if self.home == "client":
+            return "ABD"
+        return self.kept
 
     def frozen(self) -> Term:
         return replace(self, train="")
@@ -290,7 +292,10 @@ class Product(NamedTuple):
         return Factors(A=self.A, B=self._up(self.weight).contiguous(), scale=self.scale)
 
     def _up(self, factor: float | Tensor) -> Float[Tensor, "out rank"]:
-        B = self.B if self.D is None else self.B * self.D
+        if self.D is None:
+            B = self.B
+        else:
+            B = self.B * self.D
         if _is_one(factor):
             return B
         return B * factor
@@ -328,7 +333,10 @@ def _product(term: Term, site: str, weight: float | Tensor) -> Product:
     if term.unit:
         A, B = unit_rows(A), unit_rows(B.T).T
     diagonal = (term.diagonal or {}).get(site)
-    D = None if diagonal is None else unseal(diagonal)
+    if diagonal is None:
+        D = None
+    else:
+        D = unseal(diagonal)
     return Product(term.name, A, B, D, factors.scale, weight)
 
 

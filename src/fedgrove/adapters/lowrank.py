@@ -134,7 +134,10 @@ def compact(adapter: Adapter, rank: int | None = None) -> Adapter:
         if factors.rank <= kept:
             result[site] = factors
         else:
-            scale = factors.scale if factors.scale > 0 else 1.0
+            if factors.scale > 0:
+                scale = factors.scale
+            else:
+                scale = 1.0
             triplets = u[:, :kept], s[:kept], vh[:kept]
             result[site] = _factors(triplets, factors, scale, "balanced")
     return result

@@ -89,7 +89,10 @@ def aggregation_noise(
         weights: the method's own, normalised to ``p_i``; None is uniform.
     """
     parts = shares(weights, len(ends))
-    ideal = concat([widen(end) for end in ends], parts) if len(ends) > 1 else ends[0]
+    if len(ends) > 1:
+        ideal = concat([widen(end) for end in ends], parts)
+    else:
+        ideal = ends[0]
     return _noise(norm(subtract_products(new, ideal)))
 
 

@@ -51,7 +51,10 @@ class Private(Tensor):
                 f"A private tensor was read out with {name}(); keep it in the client's own store."
             )
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        target = args[0] if writes and args else kwargs.get("out")
+        if writes and args:
+            target = args[0]
+        else:
+            target = kwargs.get("out")
         if isinstance(target, Tensor) and not isinstance(target, Private):
             raise PrivacyError(
                 f"A private tensor was written into a plain one with {name}(); seal the target "

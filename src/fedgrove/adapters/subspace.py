@@ -29,7 +29,10 @@ def basis(B: Tensor, rank: int | None = None) -> Tensor:
     columns are arbitrary (still orthonormal). Raises AdapterError for a rank that B cannot have,
     NaN or Inf.
     """
-    rank = B.shape[-1] if rank is None else rank
+    if rank is None:
+        rank = B.shape[-1]
+    else:
+        rank = rank
     if not 1 <= rank <= min(B.shape[-2:]):
         raise AdapterError(
             f"A basis of rank {rank} does not exist in B {list(B.shape)}: use "

@@ -94,7 +94,10 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def joined(path: str, keys: Keys) -> str:
     """A path in words: ``offer/method/layer.0``."""
-    words = [path] if path else []
+    if path:
+        words = [path]
+    else:
+        words = []
     return "/".join([*words, *map(str, keys)])
 
 
@@ -116,7 +119,9 @@ def map_leaves(
         return change(keys, tree)
     if (parts := table(tree)) is not None:
         changed = {key: below(key, value) for key, value in parts.items()}
-        return dataclasses.replace(tree, **changed) if is_record(tree) else changed
+        if is_record(tree):
+            return dataclasses.replace(tree, **changed)
+        return changed
     if isinstance(tree, list):
         return [below(index, value) for index, value in enumerate(tree)]
     return change(keys, tree)
@@ -190,7 +195,9 @@ def _encode(node: Any, tensors: dict[str, Tensor], private: bool, path: str) -> 
         key = f"t{len(tensors):06d}"
         # A copy: safetensors refuses tensors that share memory, and views are common here.
         tensors[key] = unseal(node).detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"t": key, "p": 1} if sealed else {"t": key}
+        if sealed:
+            return {"t": key, "p": 1}
+        return {"t": key}
     if isinstance(node, Factors):
         return {
             "f": [
@@ -220,7 +227,9 @@ def _plain(value: Any, path: str) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
+        if math.isfinite(value):
+            return value
+        return {"float": str(value)}
     raise TypeError(
         f"'{path}' is a {type(value).__name__}; a tree holds tensors, factors and plain values."
     )
@@ -228,7 +237,9 @@ def _plain(value: Any, path: str) -> Any:
 
 def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
     if "t" in node:
-        return seal(tensors[node["t"]]) if node.get("p") else tensors[node["t"]]
+        if node.get("p"):
+            return seal(tensors[node["t"]])
+        return tensors[node["t"]]
     if "f" in node:
         return Factors(
             A=_decode(node["f"][0], tensors),
@@ -243,7 +254,9 @@ def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _value(value: Any) -> Any:
-    return float(value["float"]) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return float(value["float"])
+    return value
 
 
 # --------------------------------------------------------------------------------------- records
@@ -343,8 +356,14 @@ def _fit_union(hint: Any, value: Any, path: str) -> Any:
 
 
 def _misfit(hint: Any, value: Any, path: str) -> AdapterError:
-    where = f"'{path}'" if path else "The data"
-    found = "None" if value is None else f"a {type(value).__name__}"
+    if path:
+        where = f"'{path}'"
+    else:
+        where = "The data"
+    if value is None:
+        found = "None"
+    else:
+        found = f"a {type(value).__name__}"
     return AdapterError(f"{where} is {found}, where {_words(hint)} is expected.")
 
 
@@ -356,7 +375,9 @@ def _words(hint: Any) -> str:
 
 def _below(path: str, key: object) -> str:
     name = str(key)[:80]
-    return f"{path}/{name}" if path else name
+    if path:
+        return f"{path}/{name}"
+    return name
 
 
 @cache

@@ -144,7 +144,10 @@ def _opened(
             f"--weights '{weights}': {method} needs weights above 0, since every group needs a "
             f"mean."
         )
-    last = _previous(previous, sources[0], base) if previous else None
+    if previous:
+        last = _previous(previous, sources[0], base)
+    else:
+        last = None
     number = chosen.directories.round or _last_round(previous) + 1
     if needs.rounds and number > 1 and last is None:
         raise AdapterError(
@@ -212,7 +215,10 @@ def _write(
     noise: dict[str, float | None] = {}
     for given in _counted(directories.arrivals(weights), tick):
         whole, own = directories.adapters(given, rule.site(given))
-        parts = {} if whole is None else {GLOBAL: whole}
+        if whole is None:
+            parts = {}
+        else:
+            parts = {GLOBAL: whole}
         for n, factors in enumerate(own):
             parts[sources[n].name] = factors
         for name, factors in parts.items():
@@ -234,7 +240,9 @@ def _write(
 def _total(noise: Sequence[float | None]) -> float | None:
     """The root of the sum of squares; None where a site has no global factors."""
     squares = [value * value for value in noise if value is not None]
-    return math.sqrt(math.fsum(squares)) if len(squares) == len(noise) else None
+    if len(squares) == len(noise):
+        return math.sqrt(math.fsum(squares))
+    return None
 
 
 def _check_rank(rank: int | None, method: str, needs: Needs) -> None:
@@ -302,7 +310,9 @@ def _dtype(sources: Sequence[Source]) -> torch.dtype:
     half precision.
     """
     wide = any(source.dtype == torch.float64 for source in sources)
-    return torch.float64 if wide else torch.float32
+    if wide:
+        return torch.float64
+    return torch.float32
 
 
 def _notes(rule: ServerRule, directories: Directories) -> list[str]:

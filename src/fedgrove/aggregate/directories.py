@@ -177,7 +177,9 @@ def _close(first: float, second: float) -> bool:
 
 
 def _beyond_rounding(found: Noise, given: Arrived, parts: Sequence[float]) -> float:
-    return 0.0 if found.total <= _ROUNDING * _sum(given, parts) else found.total
+    if found.total <= _ROUNDING * _sum(given, parts):
+        return 0.0
+    return found.total
 
 
 def _sum(given: Arrived, parts: Sequence[float]) -> float:

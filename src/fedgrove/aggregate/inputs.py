@@ -117,7 +117,9 @@ class Source:
 
     def card(self) -> dict[str, Any]:
         """``fedgrove.json``, or nothing where there is none."""
-        return read_json(self.folder / CARD) if (self.folder / CARD).exists() else {}
+        if (self.folder / CARD).exists():
+            return read_json(self.folder / CARD)
+        return {}
 
 
 def open_clients(folders: Sequence[Path], *, base: str | None = None) -> list[Source]:

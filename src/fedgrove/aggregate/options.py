@@ -158,14 +158,20 @@ def _wrong(key: str, field: FieldInfo, value: Any) -> AdapterError:
     guess = None
     if isinstance(value, str):
         guess = nearest(value, choices(field.annotation))
-    hint = f"; did you mean {key}={guess}?" if guess else "."
+    if guess:
+        hint = f"; did you mean {key}={guess}?"
+    else:
+        hint = "."
     return AdapterError(f"--option {key} must be {field_kind(field)}, not {shown(value)}{hint}")
 
 
 def _unknown(name: str) -> AdapterError:
     known = rules()
     guess = nearest(name, catalogue())
-    meant = f"did you mean {guess}?" if guess else f"the rules are {join(list(known), 'and')}."
+    if guess:
+        meant = f"did you mean {guess}?"
+    else:
+        meant = f"the rules are {join(list(known), 'and')}."
     return AdapterError(f"The method '{name}' is unknown; {meant}")
 
 
@@ -173,7 +179,9 @@ def _meant(key: str, known: Sequence[str]) -> str:
     if not known:
         return "it takes none."
     guess = nearest(key, known)
-    return f"did you mean {guess}?" if guess else f"its keys are {join(list(known), 'and')}."
+    if guess:
+        return f"did you mean {guess}?"
+    return f"its keys are {join(list(known), 'and')}."
 
 
 def _example(fields: Mapping[str, FieldInfo]) -> str:

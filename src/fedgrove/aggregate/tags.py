@@ -37,7 +37,10 @@ class Tags:
         if not untouched:
             return []
         words = ", ".join(map(str, untouched))
-        where = "are zero (no --previous)" if previous is None else "were kept from --previous"
+        if previous is None:
+            where = "are zero (no --previous)"
+        else:
+            where = "were kept from --previous"
         return [f"Nobody trained the rank indices {words}: they {where}."]
 
 

@@ -107,7 +107,10 @@ def shared_config(
         # PEFT would load such an adapter without a word, and it would do nothing
         chosen = {"target_modules": sorted(sources[0].places)}
     tasks = {source.config.get("task_type") for source in sources}
-    task = next(iter(tasks)) if len(tasks) == 1 else None
+    if len(tasks) == 1:
+        task = next(iter(tasks))
+    else:
+        task = None
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base or first.get("base_model_name_or_path"),
@@ -193,4 +196,6 @@ def _tidy(alpha: float) -> int | float:
     as one.
     """
     whole = round(alpha)
-    return whole if whole > 0 and abs(alpha - whole) <= 1e-12 * whole else alpha
+    if whole > 0 and abs(alpha - whole) <= 1e-12 * whole:
+        return whole
+    return alpha

@@ -87,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
         # typer turns Ctrl-C into this code without a word
-        return say("Interrupted.", code) if code == 130 else int(code or 0)
+        if code == 130:
+            return say("Interrupted.", code)
+        return int(code or 0)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -108,9 +110,15 @@ def explain(error: Exception) -> tuple[str, int]:
     """What to tell the user about an error, and the exit code."""
     if isinstance(error, FedgroveError):
         return str(error), 2
-    file = error.filename if isinstance(error, OSError) else None
+    if isinstance(error, OSError):
+        file = error.filename
+    else:
+        file = None
     number = getattr(error, "errno", None)
-    where = f" while writing {file}" if file else ""
+    if file:
+        where = f" while writing {file}"
+    else:
+        where = ""
     elsewhere = "free some, or choose another place with --out."
     if number == errno.ENOSPC or "No space left on device" in str(error):
         return f"There is no space left on the disk{where}; {elsewhere}", 2

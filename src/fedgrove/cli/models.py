@@ -193,7 +193,10 @@ def evaluate(
     from fedgrove.use.result import Result
 
     result = Result(run)
-    wanted = [name.strip() for name in metrics.split(",")] if metrics else []
+    if metrics:
+        wanted = [name.strip() for name in metrics.split(",")]
+    else:
+        wanted = []
     if on not in ("own", "all"):
         raise RunError(f"--on {on}: give own or all.")
     if on == "all":
@@ -203,7 +206,7 @@ def evaluate(
             )
         _everybody(result, wanted)
         return
-    for name in [client] if client else result.models():
+    for name in [client] if client else result.answering():
         found = result.client(name).measures(data)
         if unknown := [each for each in wanted if each not in found]:
             known = ", ".join(found)
@@ -222,7 +225,7 @@ def _everybody(result: Result, wanted: list[str]) -> None:
 
     console = printer()
     with Progress(transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("Measuring", total=len(result.models()))
+        bar = progress.add_task("Measuring", total=len(result.answering()))
         found = matrix(result, lambda _: progress.advance(bar))
     files = write(result.path, found)
     for metric in wanted or [task_class(result.job.data).metric]:
@@ -303,7 +306,10 @@ def predict(
                 f"{text} is a file, and its name is asked about; for its rows, use --data {text}.",
                 0,
             )
-    rows = questions_of(data, result.job) if data else None
+    if data:
+        rows = questions_of(data, result.job)
+    else:
+        rows = None
     model = chosen.model()
     if rows is None:
         rows = questions(model.kernel.task, texts or [])
@@ -313,7 +319,10 @@ def predict(
         print(f"Wrote {out}, {len(found)} rows.")
         return
     for each in found:
-        score = f"{each.scores[each.predicted]:.3f}\t" if data and each.scores else ""
+        if data and each.scores:
+            score = f"{each.scores[each.predicted]:.3f}\t"
+        else:
+            score = ""
         print(f"{each.predicted}\t{score}{each.asked}")
 
 

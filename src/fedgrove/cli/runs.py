@@ -81,7 +81,10 @@ def run(
                 chosen, resume=resume, callbacks=[progress(), *trackers(track or [])], engine=engine
             )
     except KeyboardInterrupt:
-        given = f" {job}" if job else ""
+        if job:
+            given = f" {job}"
+        else:
+            given = ""
         if (chosen.directory() / "job.toml").exists():
             where = (
                 f"--out {chosen.directory()}{'' if engine == 'local' else f' --engine {engine}'}"

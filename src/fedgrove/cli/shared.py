@@ -62,7 +62,10 @@ def job_of(
     from fedgrove.job import Job
     from fedgrove.job.toml import value_text
 
-    job = Job.load(path) if path else Job.default()
+    if path:
+        job = Job.load(path)
+    else:
+        job = Job.default()
     named = {"method.name": method, "run.rounds": rounds, "run.seed": seed}
     flags = [f"{key}={value_text(value)}" for key, value in named.items() if value is not None]
     if out:

@@ -59,7 +59,10 @@ def spectral(D: ArrayLike, k_min: int = 2, k_max: int = 10, seed: int = 0) -> Cl
     least = min(k_min, most)
     gaps = values[least : most + 1] - values[least - 1 : most]
     # Equal gaps (clients all at one distance) differ by rounding alone: the first within it wins.
-    k = least + int(np.argmax(gaps >= gaps.max() - 1e-9)) if len(gaps) else 1
+    if len(gaps):
+        k = least + int(np.argmax(gaps >= gaps.max() - 1e-9))
+    else:
+        k = 1
     labels = _k_means(vectors[:, :k], k, seed)
     return Clusters(labels=labels, eigenvalues=values, k=int(labels.max()) + 1, sigma=sigma)
 
@@ -106,7 +109,9 @@ def _bandwidth(matrix: NDArray[np.float64]) -> float:
     if not pairs.any():
         return 1.0
     middle = float(np.median(pairs))
-    return middle if middle > 0 else float(pairs[pairs > 0].mean())
+    if middle > 0:
+        return middle
+    return float(pairs[pairs > 0].mean())
 
 
 def _k_means(vectors: NDArray[np.float64], k: int, seed: int) -> NDArray[np.int64]:

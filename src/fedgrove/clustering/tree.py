@@ -182,7 +182,10 @@ def _best(
     best: LayerCut | None = None
     for count in candidates:
         labels = cut(Z, count)
-        score = tau if count == 1 else _silhouette(labels, matrix)
+        if count == 1:
+            score = tau
+        else:
+            score = _silhouette(labels, matrix)
         if best is None or score > best.score + _TIE:
             best = LayerCut(layer, count, float(score), labels)
     assert best is not None

@@ -131,7 +131,9 @@ def validation_score(result: Result) -> float | None:
     if any(line.get("loss") is None for line in lines) or any(value is None for value in values):
         return None
     score = mean(values)
-    return score if math.isfinite(score) else None
+    if math.isfinite(score):
+        return score
+    return None
 
 
 def _same_clients(done: Done, seed: int) -> None:

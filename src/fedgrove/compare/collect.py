@@ -42,7 +42,10 @@ def collect(done: Done) -> dict[str, Any]:
         for value in by_client.values()
     ]
     writes = first[0].summary.get("task") == "generate"
-    base_label = "base" if writes else "base, head alone"
+    if writes:
+        base_label = "base"
+    else:
+        base_label = "base, head alone"
     content: dict[str, Any] = {
         "format": 1,
         "fedgrove": fedgrove.__version__,
@@ -242,12 +245,18 @@ def _flat(row: Mapping[str, Any], measure: str) -> dict[tuple[str, str], float]:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
+    if values:
+        return fmean(values)
+    return None
 
 
 def _std(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
+    if len(values) > 1:
+        return stdev(values)
+    return None
 
 
 def _whole(value: float) -> int | float:
-    return int(value) if value == int(value) else value
+    if value == int(value):
+        return int(value)
+    return value

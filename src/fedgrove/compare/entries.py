@@ -66,7 +66,10 @@ def parse_methods(texts: str | Iterable[str]) -> list[Entry]:
     Raises ``JobError`` for a broken entry and for two of one label. Whether methods and options
     exist, the job checks.
     """
-    parts = _split(texts) if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str):
+        parts = _split(texts)
+    else:
+        parts = list(texts)
     entries = [_entry(part) for part in parts]
     if not entries:
         raise JobError(
@@ -76,11 +79,10 @@ def parse_methods(texts: str | Iterable[str]) -> list[Entry]:
     for entry in entries:
         twin = seen.setdefault(entry.slug.casefold(), entry)
         if twin is not entry:
-            which = (
-                f"'{entry.label}' twice"
-                if twin.label == entry.label
-                else f"'{twin.label}' and '{entry.label}'"
-            )
+            if twin.label == entry.label:
+                which = f"'{entry.label}' twice"
+            else:
+                which = f"'{twin.label}' and '{entry.label}'"
             raise JobError(
                 f"--methods has {which}, whose runs would share a directory; leave one out, or "
                 f"name it: "
@@ -91,11 +93,10 @@ def parse_methods(texts: str | Iterable[str]) -> list[Entry]:
 
 def parse_seeds(text: str | Iterable[int]) -> list[int]:
     """``0,1,2``: whole numbers of at least 0, each once."""
-    given = (
-        [part.strip() for part in text.split(",")]
-        if isinstance(text, str)
-        else [str(seed) for seed in text]
-    )
+    if isinstance(text, str):
+        given = [part.strip() for part in text.split(",")]
+    else:
+        given = [str(seed) for seed in text]
     wrong = [part for part in given if not (part.isascii() and part.isdigit())]
     if wrong or not given:
         raise JobError(
@@ -224,7 +225,10 @@ def _parts(text: str) -> Iterator[str]:
     depth, quote, start = 0, "", 0
     for index, letter in enumerate(text):
         if quote:
-            quote = "" if letter == quote else quote
+            if letter == quote:
+                quote = ""
+            else:
+                quote = quote
         elif letter in "\"'":
             quote = letter
         elif letter in "[{":

@@ -70,7 +70,10 @@ def clients(content: Content, width: float) -> Figure:
     """
     rows = content["methods"]
     figure, axes = style.new_figure(width, 0.9 + 0.62 * len(rows))
-    draw = _quantiles if clients_are_many(content) else _dots
+    if clients_are_many(content):
+        draw = _quantiles
+    else:
+        draw = _dots
     for place, row in enumerate(rows):
         for measure, offset in (("metric", -0.19), ("metric_tuned", 0.19)):
             values = values_of(row, measure)
@@ -118,7 +121,10 @@ def differences(content: Content, width: float) -> Figure:
     """
     found = content["tests"]["metric"]["against_best"]
     figure, axes = style.new_figure(width, 0.9 + 0.34 * max(2, len(found)))
-    factor = 100 if content["percent"] else 1
+    if content["percent"]:
+        factor = 100
+    else:
+        factor = 1
     for place, test in enumerate(found.values()):
         surely = test["p_holm"] < 0.05
         axes.plot(
@@ -127,7 +133,10 @@ def differences(content: Content, width: float) -> Figure:
             color=COLOURS["ours"],
             linewidth=2.4,
         )
-        fill = COLOURS["ours"] if surely else COLOURS["paper"]
+        if surely:
+            fill = COLOURS["ours"]
+        else:
+            fill = COLOURS["paper"]
         axes.scatter(
             [factor * test["difference"]],
             [place],

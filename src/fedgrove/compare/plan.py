@@ -158,12 +158,13 @@ def check(plan: Plan) -> None:
 def _tuning_note(base: Job, knobs: Sequence[Knob], tune_seed: int) -> str:
     count = len(trials(knobs))
     held = base.data.validation_fraction
-    where = (
-        f"the job's validation split ({100 * held:g} % of each client's examples)"
-        if held
-        else f"a validation split of {100 * VALIDATION:g} % of each client's examples, which only "
-        f"the trials hold out"
-    )
+    if held:
+        where = f"the job's validation split ({100 * held:g} % of each client's examples)"
+    else:
+        where = (
+            f"a validation split of {100 * VALIDATION:g} % of each client's examples, which only "
+            f"the trials hold out"
+        )
     values = ", ".join(
         f"{knob.short} in {{{', '.join(value_text(value) for value in knob.values)}}}"
         for knob in knobs

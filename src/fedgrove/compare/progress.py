@@ -71,11 +71,10 @@ class Overall:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=title)
         if skipped or self._bar is not None:
-            how = (
-                "done before"
-                if skipped
-                else f"done in {words.duration(time.monotonic() - started)}"
-            )
+            if skipped:
+                how = "done before"
+            else:
+                how = f"done in {words.duration(time.monotonic() - started)}"
             self.say(f"[{self.done}/{self.total}] {title}: {how}")
 
     def state(self, text: str, share: float) -> None:

@@ -48,7 +48,10 @@ def paired(
     # 0.75 - 0.7 and 0.3 - 0.25 are one difference, and must tie
     differences = np.round(np.asarray(ours, dtype=float) - np.asarray(other, dtype=float), 12)
     low, high = _interval(differences, level, seed)
-    p = float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+    if np.any(differences):
+        p = float(wilcoxon(differences).pvalue)
+    else:
+        p = 1.0
     return Paired(len(differences), float(differences.mean()), low, high, p)
 
 

@@ -119,11 +119,10 @@ def caption(content: Mapping[str, Any]) -> tuple[str, ...]:
     )
     n = max((test["n"] for test in tests["against_best"].values()), default=0)
     plural = len(seeds) > 1
-    over = (
-        f"Mean over clients, then mean ± standard deviation over {len(seeds)} seeds"
-        if plural
-        else "Mean over clients, one seed"
-    )
+    if plural:
+        over = f"Mean over clients, then mean ± standard deviation over {len(seeds)} seeds"
+    else:
+        over = "Mean over clients, one seed"
     writes = content.get("writes", False)
     said = [
         *([] if writes else [f"Head: {content['head']} for every method."]),
@@ -199,7 +198,9 @@ def _tabulated(
     from tabulate import tabulate
 
     def shown(cell: Cell) -> str:
-        return bold.format(escaped(cell.text)) if cell.best else escaped(cell.text)
+        if cell.best:
+            return bold.format(escaped(cell.text))
+        return escaped(cell.text)
 
     return tabulate(
         [[shown(cell) for cell in row] for row in grid.rows],
@@ -243,7 +244,10 @@ def terminal(grid: Grid, width: int) -> list[Table]:
         parts[-1].append(column)
     tables = []
     for number, part in enumerate(parts):
-        title = Text(grid.title) if not number else None
+        if not number:
+            title = Text(grid.title)
+        else:
+            title = None
         table = Table(
             title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
         )
@@ -319,7 +323,9 @@ def _p_column(content: Mapping[str, Any], measure: str, heading: str) -> _Column
         if row["label"] == tests["best"]:
             return "best"
         test = tests["against_best"].get(row["label"])
-        return p_value(test["p_holm"]) if test else MISSING
+        if test:
+            return p_value(test["p_holm"])
+        return MISSING
 
     return _Column(heading, text)
 
@@ -332,7 +338,9 @@ def number(value: float | None, percent: bool) -> str:
     """``61.3`` (of 0.613) or ``0.613``."""
     if value is None or not math.isfinite(value):
         return MISSING
-    return f"{100 * value:.1f}" if percent else f"{value:.3f}"
+    if percent:
+        return f"{100 * value:.1f}"
+    return f"{value:.3f}"
 
 
 def with_std(value: float | None, std: float | None, percent: bool) -> str:
@@ -342,7 +350,9 @@ def with_std(value: float | None, std: float | None, percent: bool) -> str:
 
 
 def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    if p < 0.001:
+        return "< 0.001"
+    return f"{p:.3f}"
 
 
 def _grid(
@@ -362,7 +372,10 @@ def _grid(
     for row in [content["base"], *methods] if base else methods:
         cells = [Cell(row["label"])]
         for column, best in zip(columns, top, strict=True):
-            value = column.value(row) if column.value else None
+            if column.value:
+                value = column.value(row)
+            else:
+                value = None
             is_best = (
                 best is not None
                 and value is not None
@@ -381,7 +394,10 @@ def _md(text: str) -> str:
 
 def _tex(text: str) -> str:
     # what follows the end of a line must not look like an argument of it
-    guard = "{}" if text[:1] in ("[", "*") else ""
+    if text[:1] in ("[", "*"):
+        guard = "{}"
+    else:
+        guard = ""
     return guard + "".join(
         _TEX.get(letter, letter) for letter in text.replace("“", "``").replace("”", "''")
     )

@@ -133,11 +133,9 @@ def behind(beaten: list[bool]) -> str:
     if others == 1:
         return f"the other is {'' if count else 'not '}clearly behind"
     if count in (0, others):
-        return (
-            f"none of the {others} others is clearly behind"
-            if not count
-            else f"all {others} others are clearly behind"
-        )
+        if not count:
+            return f"none of the {others} others is clearly behind"
+        return f"all {others} others are clearly behind"
     return f"{count} of the {others} others {'is' if count == 1 else 'are'} clearly behind"
 
 
@@ -198,4 +196,6 @@ def finite(value: Any) -> Any:
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

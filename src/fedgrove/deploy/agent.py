@@ -88,7 +88,9 @@ class Agent:
         except httpx.HTTPError:
             time.sleep(1.0)  # the SuperNode is starting, or away
             return ""
-        return str(found.token) if found.HasField("task") else ""
+        if found.HasField("task"):
+            return str(found.token)
+        return ""
 
     @contextmanager
     def _client(self, *interceptors: Any) -> Iterator[RuntimeHttpClient]:

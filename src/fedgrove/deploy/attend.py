@@ -54,7 +54,10 @@ class Watch:
         self._start, self._log, self._server, self._say = start, log, server, say
         self._child: subprocess.Popen[bytes] | None = None
         self._again_at, self._failures, self._last = 0.0, 0, ""
-        self._read = log.stat().st_size if log.exists() else 0
+        if log.exists():
+            self._read = log.stat().st_size
+        else:
+            self._read = 0
         self._up = self._doomed = False
 
     def alive(self) -> bool:

@@ -119,9 +119,13 @@ def broken(path: Path) -> list[int]:
 
 
 def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines() if path.exists() else []
+    if path.exists():
+        return path.read_bytes().splitlines()
+    return []
 
 
 def _hash(before: bytes) -> str:
     """What a line says of the line before it."""
-    return hashlib.sha256(before).hexdigest() if before else _START
+    if before:
+        return hashlib.sha256(before).hexdigest()
+    return _START

@@ -54,9 +54,15 @@ def show(folder: Path, *, last: int = 0, tensors: bool = False) -> bool:
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    arrow = "<- in" if entry.direction == "received" else "-> out"
+    if entry.direction == "received":
+        arrow = "<- in"
+    else:
+        arrow = "-> out"
     numbers = sum(_product(shape) for _, _, shape in entry.tensors)
-    what = f"{len(entry.tensors)} ({numbers:,} numbers)" if entry.tensors else ""
+    if entry.tensors:
+        what = f"{len(entry.tensors)} ({numbers:,} numbers)"
+    else:
+        what = ""
     return (
         entry.time.removesuffix("+00:00").replace("T", " "), entry.run[:8], str(entry.round or ""), arrow, entry.kind,
         f"{entry.bytes:,}", what, entry.sha256[:16], entry.note,

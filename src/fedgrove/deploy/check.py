@@ -55,7 +55,9 @@ class Finding:
         return not self.remedy
 
     def __str__(self) -> str:
-        return f"ok       {self.what}" if self.ok else f"problem  {self.what}: {self.remedy}"
+        if self.ok:
+            return f"ok       {self.what}"
+        return f"problem  {self.what}: {self.remedy}"
 
 
 def check(folder: Path, side: str | None = None, job: Path | None = None) -> list[Finding]:
@@ -194,7 +196,10 @@ def check_site(folder: Path, job: Path | None) -> Iterator[Finding]:
         yield from _public_half(folder, public)
     for named, model in place.file.allow.models.items():
         yield _model(model, named.partition("@")[2] or None)
-    asked = _job(job) if job else None
+    if job:
+        asked = _job(job)
+    else:
+        asked = None
     if asked is not None:
         yield from asked.findings
     yield from _data(place, asked.job if asked else None)
@@ -218,7 +223,10 @@ def _data(place: SitePlace, job: Job | None) -> Iterator[Finding]:
         yield Finding(f"{path} does not exist", f"data.path in {SITE_FILE} names the site's table")
         return
     try:
-        encoding = getattr(job.data, "encoding", None) if job else None
+        if job:
+            encoding = getattr(job.data, "encoding", None)
+        else:
+            encoding = None
         rows = sum(1 for _ in rows_at(path, list(place.file.data.columns.values()), encoding))
     except FedgroveError as error:
         yield _problem("the data", error)
@@ -247,11 +255,9 @@ def _labels(rows: list[dict[str, Any]]) -> str:
     from collections import Counter
 
     counts = Counter(str(row["label"]) for row in rows if "label" in row)
-    return (
-        f" ({', '.join(f'{label} {count}' for label, count in counts.most_common(8))})"
-        if counts
-        else ""
-    )
+    if counts:
+        return f" ({', '.join(f'{label} {count}' for label, count in counts.most_common(8))})"
+    return ""
 
 
 def _server(folder: Path, place: SitePlace, public: bytes | None) -> Iterator[Finding]:
@@ -406,7 +412,10 @@ def _model(name: str, revision: str | None) -> Finding:
 
     if name in ASSETS:
         there = any(cache().glob(f"{name}-*/config.json"))
-        when = "is here" if there else f"is fetched at first use ({ASSETS[name].size / 1e6:.0f} MB)"
+        if there:
+            when = "is here"
+        else:
+            when = f"is fetched at first use ({ASSETS[name].size / 1e6:.0f} MB)"
         return Finding(f"the base model {name} {when}")
     import warnings
 
@@ -477,7 +486,10 @@ def _ask_about(
     if anchors is None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    question = ABOUT if public is None else f"{ABOUT}?key={fingerprint(public)}"
+    if public is None:
+        question = ABOUT
+    else:
+        question = f"{ABOUT}?key={fingerprint(public)}"
     try:
         connection = HTTPSConnection(host, port, timeout=_TIMEOUT, context=context)
         connection.request("GET", question)

@@ -83,7 +83,9 @@ class Gate:
     def _site_of(self, scope: Scope) -> dict[str, str | None]:
         """Whose key it is that ``?key=FINGERPRINT`` asks about; nothing where none is asked for."""
         asked = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-        return {"site": self.sites.get(asked["key"][0])} if "key" in asked else {}
+        if "key" in asked:
+            return {"site": self.sites.get(asked["key"][0])}
+        return {}
 
     def _passes(self, scope: Scope) -> bool:
         """One name below the Fleet interface, spelt plainly: no encoded or relative path gets

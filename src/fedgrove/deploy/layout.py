@@ -94,7 +94,10 @@ def init(plan: Plan) -> list[str]:
     from fedgrove.job import Job
 
     server, sites = plan.folder / "server", [plan.folder / "sites" / name for name in plan.sites]
-    job = Job.load(plan.job) if plan.job else None
+    if plan.job:
+        job = Job.load(plan.job)
+    else:
+        job = None
     _check(plan, [server, *sites])
     for folder in (server / "keys", *sites):
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,10 +192,16 @@ def site_text(plan: Plan, name: str, job: object | None) -> str:
     from fedgrove.federation.tasks import task_class
     from fedgrove.job import Job
 
-    chosen = job if isinstance(job, Job) else Job.default()
+    if isinstance(job, Job):
+        chosen = job
+    else:
+        chosen = Job.default()
     resolved = chosen.resolved()
     rank = resolved.lora.rank or 1
-    targets = ["auto"] if chosen.lora.targets == "auto" else list(chosen.lora.targets)
+    if chosen.lora.targets == "auto":
+        targets = ["auto"]
+    else:
+        targets = list(chosen.lora.targets)
     steps = chosen.train.local_steps or 200
     read = task_class(chosen.data).columns(chosen.data)
     named = {
@@ -200,9 +209,15 @@ def site_text(plan: Plan, name: str, job: object | None) -> str:
         for key in keys_with(type(chosen.data).model_fields, COLUMN)
     }
     pairs = [f"{key} = {value_text(value)}" for key, value in named.items() if value in read]
-    columns = f"{{ {', '.join(pairs)} }}" if pairs else "{}"
+    if pairs:
+        columns = f"{{ {', '.join(pairs)} }}"
+    else:
+        columns = "{}"
     head = chosen.federation.head == "shared" or chosen.federation.newcomer_head is True
-    host = f"[{plan.host}]" if ":" in plan.host else plan.host
+    if ":" in plan.host:
+        host = f"[{plan.host}]"
+    else:
+        host = plan.host
     return f"""# The word of the site {name}: its data, its budget, and what it allows. Every key: docs/deploy.md.
 [site]
 name = {value_text(name)}
@@ -236,17 +251,20 @@ def _server_readme(plan: Plan) -> str:
     mine = (
         "\n".join(f"- `{name}`: its folder `sites/{name}`" for name in plan.sites) or "- (none yet)"
     )
-    keys = (
-        "`init` made the sites' keys here. Send each site its folder over a channel that you trust "
-        "and delete it here, "
-        "or better: let each site replace the key with its own (`fedgrove deploy key DIR --force`) "
-        "and send you "
-        "`node.pub`, which you take with `fedgrove deploy admit DIR NAME node.pub`."
-        if plan.keys
-        else "Each site makes its own key (`fedgrove deploy key DIR`) and sends you `node.pub`, "
-        "which you take with "
-        "`fedgrove deploy admit DIR NAME node.pub`."
-    )
+    if plan.keys:
+        keys = (
+            "`init` made the sites' keys here. Send each site its folder over a channel that you trust "
+            "and delete it here, "
+            "or better: let each site replace the key with its own (`fedgrove deploy key DIR --force`) "
+            "and send you "
+            "`node.pub`, which you take with `fedgrove deploy admit DIR NAME node.pub`."
+        )
+    else:
+        keys = (
+            "Each site makes its own key (`fedgrove deploy key DIR`) and sends you `node.pub`, "
+            "which you take with "
+            "`fedgrove deploy admit DIR NAME node.pub`."
+        )
     return f"""# The server's side
 
 | file | what | who may have it |
@@ -293,7 +311,10 @@ def _site_readme(plan: Plan, name: str) -> str:
 def _said(plan: Plan, server: Path, sites: Sequence[Path]) -> list[str]:
     said = [f"Wrote {server}: stays with you; its README says what goes to whom."]
     for site in sites:
-        key = "with a key made here" if plan.keys else "without a key; the site makes its own"
+        if plan.keys:
+            key = "with a key made here"
+        else:
+            key = "without a key; the site makes its own"
         said.append(f"Wrote {site}: goes to {site.name} ({key}). It names its data in site.toml.")
     if plan.job is None:
         said.append(f"Put the job into {server / 'job.toml'}, with data.labels set.")

@@ -206,7 +206,10 @@ class SitePlace:
         allow = self.file.allow
         resolved = job.resolved()
         rank = resolved.lora.rank or 1
-        targets = ["auto"] if job.lora.targets == "auto" else list(job.lora.targets)
+        if job.lora.targets == "auto":
+            targets = ["auto"]
+        else:
+            targets = list(job.lora.targets)
         if allow.jobs and job_digest(job) not in allow.jobs:
             self._refuse(f"the job {job_digest(job)[:12]}… is not among the jobs of allow.jobs")
         if model_of(job) not in allow.models:
@@ -379,7 +382,10 @@ class SitePlace:
 
     def _log(self, note: Any, blob: bytes, direction: Any, remark: str) -> None:
         number = note.head.get("round", self._round)
-        where = f" of round {number}" if number else ""
+        if number:
+            where = f" of round {number}"
+        else:
+            where = ""
         _logger.info(
             "%s %s%s, %s bytes%s",
             direction,
@@ -412,9 +418,9 @@ def model_of(job: Job) -> str:
     """The base model as a site's ``allow.models`` names it. Another revision of a hub's model is
     another model.
     """
-    return (
-        job.model.name if job.model.revision is None else f"{job.model.name}@{job.model.revision}"
-    )
+    if job.model.revision is None:
+        return job.model.name
+    return f"{job.model.name}@{job.model.revision}"
 
 
 def job_digest(job: Job) -> str:

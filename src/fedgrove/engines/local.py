@@ -145,7 +145,10 @@ class LocalEngine:
 
     def train(self, round: int, clients: Sequence[str], offer: OfferOf) -> Iterator[Arrival]:
         how = self.job.run.compress
-        room = Room(round, clients) if self.job.privacy.secure_aggregation else None
+        if self.job.privacy.secure_aggregation:
+            room = Room(round, clients)
+        else:
+            room = None
         for name, given, bytes_down, outcome in self._outcomes(round, clients, offer):
             content = outcome.update.content
             if room is not None:

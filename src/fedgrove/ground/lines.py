@@ -111,7 +111,9 @@ def _parsed(row: bytes) -> dict[str, Any] | None:
         line = json.loads(row)
     except ValueError:
         return None
-    return line if isinstance(line, dict) else None
+    if isinstance(line, dict):
+        return line
+    return None
 
 
 def _written(value: Any) -> Any:

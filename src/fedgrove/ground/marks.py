@@ -95,4 +95,6 @@ def default_of(root: BaseModel, path: KeyPath) -> Any:
     *above, name = path
     section = dict(sections(root))[tuple(above)]
     default = section.model_fields[name].get_default(call_default_factory=True)
-    return None if default is PydanticUndefined else default
+    if default is PydanticUndefined:
+        return None
+    return default

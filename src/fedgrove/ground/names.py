@@ -25,7 +25,9 @@ def client_name(text: str) -> str | None:
     """
     name = unicodedata.normalize("NFC", text)
     bare = "".join("a" if is_letter(sign) else sign for sign in name)
-    return name if _CLIENT.fullmatch(bare) and len(name) <= LONGEST else None
+    if _CLIENT.fullmatch(bare) and len(name) <= LONGEST:
+        return name
+    return None
 
 
 def is_letter(sign: str) -> bool:

@@ -55,7 +55,9 @@ class Package:
 
 
 def megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size < 10e6 else f"{size / 1e6:.0f} MB"
+    if size < 10e6:
+        return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e6:.0f} MB"
 
 
 def digest(path: Path) -> str:
@@ -185,7 +187,10 @@ class PipSettings:
             shown = re.search(
                 r"\(default:?\s+(https?://[^)\s]+)\)", self._pip("download", "--help")
             )
-            first = shown.group(1) if shown else ""
+            if shown:
+                first = shown.group(1)
+            else:
+                first = ""
         return [url for url in (first, *self._config.get("extra-index-url", "").split()) if url]
 
     @cached_property
@@ -219,7 +224,9 @@ class PipSettings:
             )
         except (OSError, subprocess.TimeoutExpired):
             return ""
-        return result.stdout if result.returncode == 0 else ""
+        if result.returncode == 0:
+            return result.stdout
+        return ""
 
 
 class _Links(HTMLParser):
@@ -288,7 +295,10 @@ def _save(
             if checksum.hexdigest() == package.sha256:
                 return
             if done >= package.size or attempt == ATTEMPTS:
-                what = "broke off early" if done < package.size else "is not the file expected"
+                if done < package.size:
+                    what = "broke off early"
+                else:
+                    what = "is not the file expected"
                 raise _Unreachable(
                     f"what {_host(link)} sent {what} ({done} bytes with SHA-256 "
                     f"{checksum.hexdigest()[:12]}…, "

@@ -96,7 +96,10 @@ class Registry(Generic[Kind]):
 
     def _installed(self) -> Iterator[tuple[str, type[Kind]]]:
         for entry in entry_points(group=self.group):
-            where = entry.dist.name if entry.dist else entry.value
+            if entry.dist:
+                where = entry.dist.name
+            else:
+                where = entry.value
             try:
                 value = entry.load()
             except Exception as error:  # whatever another package's import may raise

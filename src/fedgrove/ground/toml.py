@@ -15,15 +15,21 @@ def value_text(value: Any) -> str:
     if value is None:
         return "not set"
     if isinstance(value, bool):
-        return "true" if value else "false"
+        if value:
+            return "true"
+        return "false"
     if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else str(value)
+        if math.isfinite(value):
+            return repr(value)
+        return str(value)
     if isinstance(value, str):
         # JSON's escapes are TOML's, but JSON leaves DEL as it is, which TOML forbids.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
         inner = ", ".join(f"{key_text(key)} = {value_text(item)}" for key, item in value.items())
-        return f"{{ {inner} }}" if inner else "{}"
+        if inner:
+            return f"{{ {inner} }}"
+        return "{}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(value_text, value))}]"
     return str(value)
@@ -31,7 +37,9 @@ def value_text(value: Any) -> str:
 
 def key_text(key: str) -> str:
     """A key, quoted where TOML needs it."""
-    return key if _BARE.fullmatch(key) else value_text(key)
+    if _BARE.fullmatch(key):
+        return key
+    return value_text(key)
 
 
 def shown(value: Any) -> str:
@@ -40,4 +48,6 @@ def shown(value: Any) -> str:
 
 
 def short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    if len(text) <= limit:
+        return text
+    return text[: limit - 1] + "…"

@@ -17,7 +17,9 @@ def score(value: float | None, *, percent: bool = True, digits: int = 1) -> str:
     """
     if value is None or not math.isfinite(value):
         return MISSING
-    return f"{100 * value:.{digits}f} %" if percent else f"{value:.3f}"
+    if percent:
+        return f"{100 * value:.{digits}f} %"
+    return f"{value:.3f}"
 
 
 def change(value: float | None, *, percent: bool = True, digits: int = 1) -> str:
@@ -26,20 +28,30 @@ def change(value: float | None, *, percent: bool = True, digits: int = 1) -> str
     """
     if value is None or not math.isfinite(value):
         return MISSING
-    text = f"{100 * value:+.{digits}f}" if percent else f"{value:+.3f}"
-    return text[1:] if float(text) == 0 else text
+    if percent:
+        text = f"{100 * value:+.{digits}f}"
+    else:
+        text = f"{value:+.3f}"
+    if float(text) == 0:
+        return text[1:]
+    return text
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """``0.81234`` -> ``0.812``."""
-    return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{value:.{digits}f}"
 
 
 def size(count: float) -> str:
     """Bytes in decimal units: ``98304`` -> ``98 kB``, ``1620000`` -> ``1.6 MB``."""
     amount, units = float(count), ("B", "kB", "MB", "GB", "TB")
     for unit in units:
-        digits = 1 if unit != "B" and amount < 9.95 else 0
+        if unit != "B" and amount < 9.95:
+            digits = 1
+        else:
+            digits = 0
         if round(amount, digits) < 1000 or unit == units[-1]:
             break
         amount /= 1000
@@ -57,14 +69,20 @@ def duration(seconds: float | None) -> str:
         return f"{whole} s"
     if whole < 3600:
         minutes, rest = divmod(whole, 60)
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+        if rest:
+            return f"{minutes} min {rest} s"
+        return f"{minutes} min"
     hours, rest = divmod(round(seconds / 60), 60)
-    return f"{hours} h {rest} min" if rest else f"{hours} h"
+    if rest:
+        return f"{hours} h {rest} min"
+    return f"{hours} h"
 
 
 def count(amount: int, noun: str) -> str:
     """``1 client``, ``16 clients``, ``12,288 values``."""
-    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
+    if amount == 1:
+        return f"{amount:,} {noun}"
+    return f"{amount:,} {noun}s"
 
 
 def some(names: Sequence[str], most: int) -> str:
@@ -78,11 +96,9 @@ def typographic(text: str) -> str:
     """A real minus and dash, and a percent sign that stays with its number; the terminal keeps
     ASCII.
     """
-    return (
-        "–"
-        if text == MISSING
-        else text.replace("-", "−").replace(" %", "\N{NARROW NO-BREAK SPACE}%")
-    )
+    if text == MISSING:
+        return "–"
+    return text.replace("-", "−").replace(" %", "\N{NARROW NO-BREAK SPACE}%")
 
 
 def shorten(name: str, longest: int) -> str:

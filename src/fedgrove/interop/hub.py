@@ -58,4 +58,6 @@ def _check_folder(name: str, place: str) -> None:
 
 def _first(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    if lines:
+        return lines[0][:300]
+    return type(error).__name__

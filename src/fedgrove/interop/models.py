@@ -67,7 +67,9 @@ class Base:
         """Adapters and heads train in float32 whatever the base's precision (float64 with a float64
         base).
         """
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self.dtype == torch.float64:
+            return torch.float64
+        return torch.float32
 
     @property
     def pad_id(self) -> int:
@@ -85,7 +87,9 @@ def resolve_name(name: str) -> str:
     """
     if name in SHIPPED_MODELS:
         return str(Path(__file__).parents[1] / "weights" / name)
-    return str(model_folder(name)) if name in EMBEDDED_MODELS else name
+    if name in EMBEDDED_MODELS:
+        return str(model_folder(name))
+    return name
 
 
 def from_pretrained(factory: Any, name: str, revision: str | None, **options: Any) -> Any:
@@ -128,7 +132,9 @@ def load_processor(name: str, revision: str | None, task: str, config: Any = Non
             f"model.name: '{name}' reads {reads}; for data.task = {task!r} choose another model, "
             f"such as {other!r}."
         )
-    return load_image_processor(name, revision) if wanted else load_tokenizer(name, revision)
+    if wanted:
+        return load_image_processor(name, revision)
+    return load_tokenizer(name, revision)
 
 
 def reads_images(task: str) -> bool:
@@ -217,7 +223,10 @@ def load_base(
             for n, m in model.named_children()
             if n != prefix and any(True for _ in m.parameters())
         )
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        if dtype == torch.float64:
+            wide = torch.float64
+        else:
+            wide = torch.float32
         for module in modules:
             for key, value in model.get_submodule(module).named_parameters():
                 stock[f"{module}.{key}"] = value.detach().to("cpu", wide).clone()
@@ -336,6 +345,13 @@ def _widen(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tupl
 def load_config(name: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
+    folder = Path(name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"model.name: '{name}' is an adapter, not a model; to train on from it, name the model "
+            f"that `fedgrove export RUN --client NAME --merge --out DIR` writes, or the base for a "
+            f"run that starts anew."
+        )
     return from_pretrained(AutoConfig, name, revision)
 
 
@@ -351,4 +367,6 @@ def first_position(config: Any) -> int:
 def longest_input(config: Any) -> int | None:
     """The most tokens that the model's positions allow, if it says so."""
     limit = getattr(config, "max_position_embeddings", None)
-    return None if limit is None else int(limit) - first_position(config)
+    if limit is None:
+        return None
+    return int(limit) - first_position(config)

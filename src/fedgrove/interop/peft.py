@@ -50,7 +50,10 @@ def save_adapter(
         raise AdapterError(f"{folder.name}: there is no LoRA term to write as an adapter.")
     with whole_directory(folder) as partial:
         stock = head_kind == "stock"
-        kind: str | None = "SEQ_CLS" if stock and head_modules else "FEATURE_EXTRACTION"
+        if stock and head_modules:
+            kind: str | None = "SEQ_CLS"
+        else:
+            kind = "FEATURE_EXTRACTION"
         if head_kind == "lm":
             kind = "CAUSAL_LM"
         elif card.get("task") == "classify-images":
@@ -127,7 +130,9 @@ def _config(adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | N
 
 def _tidy(alpha: float) -> Any:
     """PEFT declares alpha an int; a whole number is written as one."""
-    return int(alpha) if alpha == int(alpha) else alpha
+    if alpha == int(alpha):
+        return int(alpha)
+    return alpha
 
 
 def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, Any]]:
@@ -164,7 +169,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, An
     adapter: Adapter = {}
     for site, pair in sorted(pairs.items()):
         if set(pair) != {"A", "B"}:
-            missing = "B" if "A" in pair else "A"
+            if "A" in pair:
+                missing = "B"
+            else:
+                missing = "A"
             raise AdapterError(
                 f"{folder / WEIGHTS}: '{site}' has no lora_{missing}; one half of the pair is "
                 f"missing."

@@ -38,16 +38,15 @@ def options(bits: Bits, device: torch.device | str, dtype: torch.dtype) -> dict[
         )
     from transformers import BitsAndBytesConfig
 
-    config = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if bits == "8bit"
-        else BitsAndBytesConfig(
+    if bits == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    )
     return {"quantization_config": config, "device_map": {"": torch.device(device)}}
 
 

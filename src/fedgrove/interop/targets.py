@@ -31,9 +31,10 @@ def find_sites(model: nn.Module, targets: Literal["auto"] | Sequence[str]) -> di
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
-    chosen = (
-        _auto(model, linears) if targets == "auto" else _matching(model, linears, list(targets))
-    )
+    if targets == "auto":
+        chosen = _auto(model, linears)
+    else:
+        chosen = _matching(model, linears, list(targets))
     numbers = {name: layer_index(name) for name in chosen}
     known = [number for number in numbers.values() if number is not None]
     above = (
@@ -53,7 +54,9 @@ def layer_index(name: str) -> int | None:
     layer 3).
     """
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found.group(1)) if found else None
+    if found:
+        return int(found.group(1))
+    return None
 
 
 def _auto(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
@@ -94,12 +97,14 @@ def _matching(model: nn.Module, linears: dict[str, nn.Linear], patterns: list[st
             others = [
                 name for name, module in model.named_modules() if name and _matches(name, pattern)
             ]
-            kind = type(dict(model.named_modules())[others[0]]).__name__ if others else ""
-            why = (
-                f"matches only {kind} modules, and only plain Linear layers can be adapted"
-                if others
-                else "matches no layer"
-            )
+            if others:
+                kind = type(dict(model.named_modules())[others[0]]).__name__
+            else:
+                kind = ""
+            if others:
+                why = f"matches only {kind} modules, and only plain Linear layers can be adapted"
+            else:
+                why = "matches no layer"
             raise ModelError(
                 f"lora.targets: '{pattern}' {why} of {type(model).__name__}; "
                 f"its linear layers end in {_suggestions(linears)}."

@@ -122,7 +122,10 @@ class DataSection(Section):
 
     def __new__(cls, /, **values: Any) -> Self:
         """Made by hand, it has the keys of its parts too."""
-        kind = cls.chosen(values) if cls is DataSection else cls
+        if cls is DataSection:
+            kind = cls.chosen(values)
+        else:
+            kind = cls
         return cast(Self, super().__new__(kind))
 
     # ------------------------------------------------------------------ asking
@@ -301,8 +304,14 @@ def _named(registry: Registry[Any], key: str, name: Any, *also: str) -> type[Any
     names = [*also, *registry.names()]
     if name in registry.names():
         return registry.find(name)
-    guess = nearest(name, names) if isinstance(name, str) else None
-    hint = f"; did you mean {value_text(guess)}?" if guess else "."
+    if isinstance(name, str):
+        guess = nearest(name, names)
+    else:
+        guess = None
+    if guess:
+        hint = f"; did you mean {value_text(guess)}?"
+    else:
+        hint = "."
     raise ValueError(f"{key} must be {join(list(map(value_text, names)))}, not {shown(name)}{hint}")
 
 
@@ -385,7 +394,9 @@ def _gone_with(
     if not any(issubclass(new.Options, owner) for owner in owners.values()):
         return {*owners, *keys_with(before.model_fields, OF_THE_DATA)}
     # they read the same data, in other ways
-    return {"partition", "groups"} if issubclass(new, Clients) else set()
+    if issubclass(new, Clients):
+        return {"partition", "groups"}
+    return set()
 
 
 # ------------------------------------------------------------------------ keys of other parts
@@ -397,7 +408,10 @@ def _without_defaults_of_others(
     """
     kept: dict[str, Any] = {}
     for key, value in values.items():
-        others = [] if key in kind.model_fields else _others(key)
+        if key in kind.model_fields:
+            others = []
+        else:
+            others = _others(key)
         if not others:
             kept[key] = value
         elif not any(_is_default(other, key, value) for _, other in others):
@@ -433,4 +447,6 @@ def _chosen_name(chooser: str, values: Mapping[str, Any]) -> str:
     from fedgrove.federation.sources import SOURCES
 
     source = str(values.get("source", "embedded"))
-    return source if chooser == "source" else _task_of(values, SOURCES.find(source)).name
+    if chooser == "source":
+        return source
+    return _task_of(values, SOURCES.find(source)).name

@@ -62,7 +62,9 @@ def choices(annotation: Any) -> list[str]:
 
 def join(words: Sequence[str], last: str = "or") -> str:
     """``a, b or c``."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -73,12 +75,13 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     begun = [
         candidate for candidate in plain if len(name) > 2 and candidate.startswith(_plain(name))
     ]
-    found = (
-        begun
-        if len(begun) == 1
-        else difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
-    )
-    return plain[found[0]] if found else None
+    if len(begun) == 1:
+        found = begun
+    else:
+        found = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
+    if found:
+        return plain[found[0]]
+    return None
 
 
 def _plain(name: str) -> str:
@@ -104,4 +107,6 @@ def _bounds(metadata: Sequence[Any]) -> str:
             words.append(f"at most {limit.le}")
         elif isinstance(limit, Lt):
             words.append(f"below {limit.lt}")
-    return " " + " and ".join(words) if words else ""
+    if words:
+        return " " + " and ".join(words)
+    return ""

@@ -238,7 +238,10 @@ class MethodSection(Section):
             return common  # the type of the name is the error; what its keys would be is unknown
         options = options_of(name)
         given = values.get("options")
-        own = given.model_dump() if isinstance(given, BaseModel) else {}
+        if isinstance(given, BaseModel):
+            own = given.model_dump()
+        else:
+            own = {}
         own |= {
             k: v
             for k, v in values.items()
@@ -261,14 +264,38 @@ class OptionsError(ValueError):
         self.options = options
 
 
+_POOLED = (
+    'put all rows into one silo and choose "local", which then trains on everything on one machine'
+)
+#: what other tools call a method, or a yardstick, and what there is instead
+NOT_METHODS = {
+    "fedavg": 'FedAvg of adapters is "fedit"',
+    "fedprox": 'there is no proximal term; FedAvg of adapters is "fedit", and "local", "fedsa-lora" '
+    'or "feddpa-f" are for clients that differ',
+    "scaffold": 'there are no control variates; FedAvg of adapters is "fedit", and "lora-fair" or '
+    '"fedex-lora" correct what its mean loses',
+    "fedadam": 'there is no optimiser at the server; FedAvg of adapters is "fedit", and its '
+    "clients train with AdamW (train.optimizer)",
+    "centralized": _POOLED,
+    "centralised": _POOLED,
+    "pooled": _POOLED,
+    "oracle": _POOLED,
+}
+
+
 def options_of(name: str) -> type[BaseModel]:
     """The model of a method's own keys. This may import the methods, and with them torch."""
     from fedgrove.methods import registry
 
     known = registry.names()
+    if name not in known and name.lower() in NOT_METHODS:
+        raise ValueError(f"method.name = {shown(name)} is no method: {NOT_METHODS[name.lower()]}.")
     if name not in known:
         guess = nearest(name, known)
-        meant = f"did you mean {value_text(guess)}? There" if guess else "there"
+        if guess:
+            meant = f"did you mean {value_text(guess)}? There"
+        else:
+            meant = "there"
         raise ValueError(
             f"method.name = {shown(name)} is no method; {meant} are {join(known, 'and')}."
         )

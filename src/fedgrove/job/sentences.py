@@ -48,7 +48,10 @@ def job_error(
     # pydantic complains once for each member of a union, but the sentence that says them all is the
     # same
     sentences = list(dict.fromkeys(_sentences(error, root, (), values, root)))
-    prefix = f"{where}: " if where else ""
+    if where:
+        prefix = f"{where}: "
+    else:
+        prefix = ""
     if len(sentences) == 1:
         return JobError(prefix + sentences[0])
     lines = [f"  {sentence}" for sentence in sentences[:MOST]]
@@ -67,7 +70,10 @@ def _sentences(
     for item in error.errors(include_url=False):
         carried = item.get("ctx", {}).get("error")
         if isinstance(carried, OptionsError):
-            own = values.get("method", {}) if isinstance(values, Mapping) else {}
+            if isinstance(values, Mapping):
+                own = values.get("method", {})
+            else:
+                own = {}
             yield from _sentences(carried.error, carried.options, ("method",), own, root)
             continue
         path, owner = _locate(model, item["loc"], values)
@@ -91,7 +97,10 @@ def _locate(
     for part in loc:
         path.append(str(part))
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
+        if field:
+            inner = field.annotation
+        else:
+            inner = None
         if len(path) == len(loc) or not _is_section(inner):
             break
         model = _of_these_values(inner, _lookup(values, tuple(path), None))
@@ -119,7 +128,10 @@ def _lookup(values: Any, path: tuple[str, ...], fallback: Any) -> Any:
 def _wrong(
     key: str, path: tuple[str, ...], owner: type[BaseModel], value: Any, problem: str
 ) -> str:
-    field = owner.model_fields.get(path[-1]) if path else None
+    if path:
+        field = owner.model_fields.get(path[-1])
+    else:
+        field = None
     if field is None:
         return f"the job must be a table of sections, not {shown(value)}."
     if _is_section(field.annotation):
@@ -130,7 +142,10 @@ def _wrong(
     hint = ""
     if isinstance(value, str):
         guess = nearest(value, choices(field.annotation))
-        hint = f"; did you mean {value_text(guess)}?" if guess else ""
+        if guess:
+            hint = f"; did you mean {value_text(guess)}?"
+        else:
+            hint = ""
     elif expected == "text" and isinstance(value, bool | int | float):
         hint = f"; write it in quotes: {value_text(value_text(value))}."
     return f"{key} must be {expected}, not {shown(value)}{hint or '.'}"
@@ -142,7 +157,10 @@ def _own_words(
     """What a validator said. One of a whole section names its keys itself; one of a key does
     not.
     """
-    field = owner.model_fields.get(path[-1]) if path else None
+    if path:
+        field = owner.model_fields.get(path[-1])
+    else:
+        field = None
     if field is None or _is_section(field.annotation):
         return words
     return f"{key} = {shown(value)}: {words}"
@@ -158,11 +176,10 @@ def _unknown(
     everywhere = _everywhere(root)
     if not above and isinstance(value, dict):
         guess = nearest(name, here)
-        meant = (
-            f"did you mean [{guess}]?"
-            if guess
-            else f"the sections are {join([f'[{key}]' for key in here], 'and')}."
-        )
+        if guess:
+            meant = f"did you mean [{guess}]?"
+        else:
+            meant = f"the sections are {join([f'[{key}]' for key in here], 'and')}."
         return f"the section [{key_text(name)}] is unknown; {meant}"
     close = nearest(name, here, 0.75)
     known = (
@@ -204,4 +221,6 @@ def _everywhere(root: type[BaseModel]) -> list[str]:
 
 def _elsewhere(name: str, everywhere: list[str]) -> str | None:
     guess = nearest(name, [key.split(".")[-1] for key in everywhere], 0.75)
-    return next((key for key in everywhere if key.split(".")[-1] == guess), None) if guess else None
+    if guess:
+        return next((key for key in everywhere if key.split(".")[-1] == guess), None)
+    return None

@@ -38,11 +38,9 @@ class Entry:
 
     def example(self) -> Any:
         """A value for a comment: the default, or an example where the default is to be unset."""
-        return (
-            self.default
-            if self.default is not None
-            else next(iter(self.field.examples or []), None)
-        )
+        if self.default is not None:
+            return self.default
+        return next(iter(self.field.examples or []), None)
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,10 @@ def template(job: BaseModel) -> str:
 
 def _tables(name: str, section: BaseModel) -> Iterator[Table]:
     inner = {key: value for key, value in _values(section).items() if isinstance(value, BaseModel)}
-    keys = section.ordered() if isinstance(section, Section) else list(type(section).model_fields)
+    if isinstance(section, Section):
+        keys = section.ordered()
+    else:
+        keys = list(type(section).model_fields)
     entries = [_entry(section, key) for key in keys if key not in inner]
     if name == "method":
         options = inner.pop("options")

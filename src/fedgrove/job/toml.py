@@ -32,10 +32,19 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         problem, line, column = _position(str(error), text)
         lines = text.splitlines()
-        shown = lines[line - 1].strip() if line <= len(lines) else ""
-        there = f" in: {short(shown)}" if shown else ""
+        if line <= len(lines):
+            shown = lines[line - 1].strip()
+        else:
+            shown = ""
+        if shown:
+            there = f" in: {short(shown)}"
+        else:
+            there = ""
         bare = problem == "invalid value" and re.search(r"=\s*[A-Za-z]", shown)
-        hint = "; text needs quotes" if bare else ""
+        if bare:
+            hint = "; text needs quotes"
+        else:
+            hint = ""
         raise JobError(
             f"{where}, line {line}, column {column}: broken TOML ({problem}{hint}){there}"
         ) from None
@@ -53,7 +62,9 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [plain(item) for item in value]
-    return value.isoformat() if isinstance(value, date | datetime | time) else value
+    if isinstance(value, date | datetime | time):
+        return value.isoformat()
+    return value
 
 
 def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
@@ -61,7 +72,10 @@ def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
     ``None``: unset.
     """
     key, equals, value = text.partition("=")
-    path = _path(key) if equals else None
+    if equals:
+        path = _path(key)
+    else:
+        path = None
     if path is None:
         raise JobError(
             f"'{text}' is no setting; write section.key=value, for example train.lr=1e-3."

@@ -122,7 +122,10 @@ class Half(Method, Summable):
         round: int,
     ) -> tuple[OneFactor, OwnFactor]:
         adapter = trained[-1].adapter("adapter")
-        stays = OwnFactor(_half(adapter, self.private)) if self.private else mine
+        if self.private:
+            stays = OwnFactor(_half(adapter, self.private))
+        else:
+            stays = mine
         return OneFactor(_half(adapter, self.Rule.shared)), stays
 
     def personal(self, client: ClientInfo, offer: OneFactor, mine: OwnFactor) -> Assembly:
@@ -137,7 +140,10 @@ class Half(Method, Summable):
 
     def _joined(self, shared: Mapping[str, Tensor], own: Mapping[str, Tensor] | None) -> Adapter:
         adapter = self.setting.shared_draw()
-        other: Letter = "B" if self.Rule.shared == "A" else "A"
+        if self.Rule.shared == "A":
+            other: Letter = "B"
+        else:
+            other = "A"
         for site, factors in adapter.items():
             adapter[site] = _with(factors, self.Rule.shared, shared[site])
             if own is not None:
@@ -151,9 +157,13 @@ def _half(adapter: Adapter, letter: Letter) -> dict[str, Tensor]:
 
 def _of(factors: Factors, letter: Letter) -> Tensor:
     """A [rank, in] or B [out, rank]."""
-    return factors.A if letter == "A" else factors.B
+    if letter == "A":
+        return factors.A
+    return factors.B
 
 
 def _with(factors: Factors, letter: Letter, value: Tensor) -> Factors:
     """The factors with A [rank, in] or B [out, rank] replaced."""
-    return replace(factors, A=value) if letter == "A" else replace(factors, B=value)
+    if letter == "A":
+        return replace(factors, A=value)
+    return replace(factors, B=value)

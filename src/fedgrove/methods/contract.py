@@ -91,7 +91,10 @@ class Setting:
 
         Drawn from the seed alone, so it costs no message.
         """
-        rank = self.rank if rank is None else rank
+        if rank is None:
+            rank = self.rank
+        else:
+            rank = rank
         drawn: Adapter = {}
         for name, first in self._first_rows(purpose).items():
             A = first[:rank].clone()

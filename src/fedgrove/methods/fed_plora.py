@@ -278,7 +278,10 @@ class FedPLoRA(Method):
         """The counts after one more training."""
         counts: dict[str, list[int]] = {}
         for place, before in self._counts(mine).items():
-            trained = chosen[place] if isinstance(chosen, Mapping) else chosen
+            if isinstance(chosen, Mapping):
+                trained = chosen[place]
+            else:
+                trained = chosen
             counts[place] = [count + (index in trained) for index, count in enumerate(before)]
         return Counts(counts)
 

@@ -63,7 +63,9 @@ class RotatedMean:
         """What is aligned in this round; "" in the first."""
         if self.round.number == 1:
             return ""
-        return "B" if self.round.number % 2 else "A"
+        if self.round.number % 2:
+            return "B"
+        return "A"
 
     def turned(self, factors: Factors, previous: Factors | None) -> Factors:
         """A client's factors with their rank space turned to that of the last global ones."""
@@ -97,7 +99,10 @@ class FedRotLoRA(FedIT):
         return EACH
 
     def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
-        kind = self.Rule if self.options.at == "server" else MeanOfFactors
+        if self.options.at == "server":
+            kind = self.Rule
+        else:
+            kind = MeanOfFactors
         arrivals = Arrivals(
             self.setting,
             [update.content.adapter for update in updates],

@@ -31,9 +31,9 @@ Where we differ, or choose what the paper leaves open:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -51,11 +51,8 @@ from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
-    Mine,
-    Offer,
     Plan,
     Setting,
-    State,
     Step,
     Trained,
     Update,
@@ -63,6 +60,8 @@ from fedgrove.methods.contract import (
     reveal,
 )
 from fedgrove.methods.rule import Arrived, Needs, Outcome, Round, ServerRule
+
+Value = TypeVar("Value")
 
 
 class TreeOptions(contract.Options):
@@ -72,8 +71,7 @@ class TreeOptions(contract.Options):
         None,
         ge=0,
         description="Rounds of purely local training before the tree is built, part of run.rounds; "
-        "0 only with K = 1. "
-        "Not set: min(5, rounds // 3), at least 1 unless K = 1.",
+        "0 only with K = 1. Not set: min(5, rounds // 3), at least 1 unless K = 1.",
         examples=[2],
     )
     tau: float = Field(
@@ -196,11 +194,89 @@ class GroupMeans:
             groups: list[list[str]] = [[] for _ in range(cut.count)]
             for name, label in zip(clients, cut.labels.tolist(), strict=True):
                 groups[label].append(name)
-            layers.append(
-                {"layer": layer, "count": cut.count, "score": cut.score, "groups": groups}
-            )
+            row = {"layer": layer, "count": cut.count, "score": cut.score}
+            layers.append({**row, "groups": groups})
         merges = self.grown.merges.tolist()
         return {"tree.json": {"clients": list(clients), "layers": layers, "merges": merges}}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Where one layer cuts the tree."""
+
+    layer: int
+    count: int  # of its groups
+    score: float
+    labels: list[int]  # each client's group, in the tree's order of clients
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """The merge tree, and its cuts from the shallowest layer to the deepest."""
+
+    clients: list[str]
+    merges: list[list[float]]  # rows as SciPy's linkage
+    layers: list[Layer]
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """A layer's means, one for each group, of the layer's sites."""
+
+    cluster: list[Adapter]  # of the group
+    external: list[Adapter]  # of everyone else; empty where nothing is split
+
+
+@dataclass(frozen=True, eq=False)
+class TreeState:
+    """The server's memory. Groups are numbers, one for each layer; experts stand by layer."""
+
+    common: Adapter  # the mean of all
+    tree: Tree | None = None
+    latest: dict[str, Adapter] = field(default_factory=dict)  # each member's newest adapter
+    #: client -> site -> its B [out, rank] after its own warm-up
+    first: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, list[int]] = field(default_factory=dict)
+    experts: dict[str, Experts] = field(default_factory=dict)
+    #: what each group's clients had for everyone else while they trained, with
+    #: ``external_update = "previous"``
+    trained_against: dict[str, list[Adapter]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """A client's experts. Without any, it warms up: from the shared draw, which costs no message."""
+
+    cluster: Adapter | None = None
+    external: Adapter | None = None  # of the layers that are split
+    join: bool = False  # the tree stands already: send B alone
+    placed: str = ""  # where a newcomer came to, in words
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a client keeps: first its own adapter, then its λ."""
+
+    own: Adapter | None = None
+    warmed: int = 0  # rounds trained alone
+    #: the free scalar [] of λ, by layer
+    logits: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """A trained adapter, or a late client's B [out, rank] by site; neither during the warm-up."""
+
+    adapter: Adapter | None = None
+    B: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A newcomer's B [out, rank] by site, after a warm-up of its own."""
+
+    B: dict[str, Tensor]
 
 
 class FedTreeLoRA(Method):
@@ -212,6 +288,7 @@ class FedTreeLoRA(Method):
     trains = "A, B, λ"
     shares = "A, B"
     keeps = "λ"
+    State, Offer, Mine, Sent, Probed = TreeState, Paths, Kept, Upload, Probe
     Options: ClassVar[type[contract.Options]] = TreeOptions
     Rule: ClassVar[type[ServerRule]] = GroupMeans
 
@@ -224,126 +301,107 @@ class FedTreeLoRA(Method):
     def needs_each(self) -> str:
         return "its tree is built from each client's own B"
 
-    def begin(self, clients: Sequence[ClientInfo]) -> State:
-        """The server's memory.
-
-        ``latest``: each member's newest adapter, ``first``: its B after its own warm-up,
-        ``groups``: its group in each layer, ``experts``: in each layer, the mean of each group and
-        of everyone else, ``trained_against``: in each layer, what each group's clients had for
-        everyone else while they trained (with ``external_update = "previous"``), ``common``: the
-        mean of all.
-        """
-        return {
-            "tree": None,
-            "latest": {},
-            "first": {},
-            "examples": {},
-            "groups": {},
-            "experts": {},
-            "trained_against": {},
-            "common": self.setting.shared_draw(),
-        }
+    def begin(self, clients: Sequence[ClientInfo]) -> TreeState:
+        return TreeState(self.setting.shared_draw())
 
     def select(
-        self, state: State, round: int, available: Sequence[str], fraction: float
+        self, state: TreeState, round: int, available: Sequence[str], fraction: float
     ) -> list[str]:
         """Everyone in the warm-up, then the usual draw."""
-        return (
-            list(available)
-            if round <= self.warmup
-            else super().select(state, round, available, fraction)
-        )
+        if round <= self.warmup:
+            return list(available)
+        return super().select(state, round, available, fraction)
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
+    def offer(self, state: TreeState, round: int, client: ClientInfo) -> Paths:
         """A member's experts. A client that has to warm up is sent no tensor: the shared draw costs
         no message.
         """
-        if client.name in state["groups"]:
+        if client.name in state.groups:
             if round > self.setting.rounds:
                 return self.deploy(state, self.setting.rounds, client)
-            return self._experts(state, state["groups"][client.name])
+            return self._experts(state, state.groups[client.name])
         if self.warmup and round <= self.setting.rounds:
-            return {"join": True} if state["tree"] else {}
+            return Paths(join=state.tree is not None)
         return self.welcome(state, client, None)
 
-    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+    def deploy(self, state: TreeState, round: int, client: ClientInfo) -> Paths:
         """A member's experts, the external one as ``external_update`` says."""
-        if client.name not in state["groups"]:
+        if client.name not in state.groups:
             return self.offer(state, round + 1, client)
-        return self._experts(state, state["groups"][client.name], state["trained_against"])
+        return self._experts(state, state.groups[client.name], state.trained_against)
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
-        adapters = {
-            update.client: update.content["adapter"]
-            for update in updates
-            if "adapter" in update.content
-        }
-        probes = {update.client: update.content["B"] for update in updates if "B" in update.content}
-        if not adapters and not probes:
+    def aggregate(
+        self, state: TreeState, round: int, updates: Sequence[Update[Upload]]
+    ) -> TreeState:
+        adapters: dict[str, Adapter] = {}
+        firsts: dict[str, dict[str, Tensor]] = {}
+        for update in updates:
+            name, content = update.client, update.content
+            if content.adapter is not None:
+                adapters[name] = content.adapter
+                firsts[name] = _bs(content.adapter)
+            if content.B is not None:
+                firsts[name] = content.B
+        if not firsts:
             return state
         examples = {update.client: update.examples for update in updates}
-        state = {
-            **state,
-            "latest": _by_name(state["latest"], adapters),
-            "first": _by_name(
-                {name: _bs(adapter) for name, adapter in adapters.items()}, probes, state["first"]
-            ),
-            "examples": _by_name(state["examples"], examples),
-        }
-        if state["tree"] is None or self._rebuilds(round):
-            state |= self._grown(state["latest"]) | {"experts": {}}
-        late = {
-            n: self._placed(state, bs)
-            for n, bs in state["first"].items()
-            if n not in state["groups"]
-        }
-        state["groups"] = _by_name(state["groups"], late)
-        return state | self._renewed(state)
+        state = replace(
+            state,
+            latest=_by_name(state.latest, adapters),
+            first=_by_name(firsts, state.first),
+            examples=_by_name(state.examples, examples),
+        )
+        if state.tree is None or self._rebuilds(round):
+            state = self._grown(state)
+        late = {}
+        for name, bs in state.first.items():
+            if name not in state.groups:
+                late[name] = self._placed(state, bs)
+        return self._renewed(replace(state, groups=_by_name(state.groups, late)))
 
-    def welcome(self, state: State, client: ClientInfo, probe: Mapping[str, Any] | None) -> Offer:
+    def welcome(self, state: TreeState, client: ClientInfo, probe: Probe | None) -> Paths:
         """The mean of all; after the probe, the experts of the groups on the newcomer's way down
         the tree.
         """
-        if probe is not None and state["tree"] is not None:
-            groups, deepest = self._placed(state, probe["B"]), state["tree"]["layers"][-1]
-            where = f"branch {groups[-1] + 1} of {deepest['count']} in layer {deepest['layer']}, the deepest"
-            return {**self._experts(state, groups), "placed": where}
-        return {"cluster": state["common"]}
+        if probe is None or state.tree is None:
+            return Paths(state.common)
+        groups, deepest = self._placed(state, probe.B), state.tree.layers[-1]
+        where = f"branch {groups[-1] + 1} of {deepest.count} in layer {deepest.layer}, the deepest"
+        return replace(self._experts(state, groups), placed=where)
 
-    def global_assembly(self, state: State) -> Assembly | None:
+    def global_assembly(self, state: TreeState) -> Assembly | None:
         """The mean of all, where no layer is split."""
-        if state["tree"] is None or any(layer["count"] > 1 for layer in state["tree"]["layers"]):
+        if state.tree is None or any(layer.count > 1 for layer in state.tree.layers):
             return None
-        return Assembly((Term("cluster", state["common"]),))
+        return Assembly((Term("cluster", state.common),))
 
-    def artefacts(self, state: State) -> dict[str, Any]:
+    def artefacts(self, state: TreeState) -> dict[str, Any]:
         """``tree.json``. ``joined``: members that came after the tree was built, so that no merge
         names them.
 
         ``lambda`` holds what everyone may know, the 1 of layers that are not split; the rest is the
         clients' own.
         """
-        tree = state["tree"]
+        tree = state.tree
         if tree is None:
             return {}
         layers = []
-        for place, layer in enumerate(tree["layers"]):
-            groups: list[list[str]] = [[] for _ in range(layer["count"])]
-            for name, labels in state["groups"].items():
+        known: dict[str, dict[str, float]] = {}
+        for place, layer in enumerate(tree.layers):
+            groups: list[list[str]] = [[] for _ in range(layer.count)]
+            for name, labels in state.groups.items():
                 groups[labels[place]].append(name)
-            layers.append(
-                {**{key: layer[key] for key in ("layer", "count", "score")}, "groups": groups}
-            )
-        whole = {str(layer["layer"]): layer["count"] == 1 for layer in layers}
+            row = {"layer": layer.layer, "count": layer.count, "score": layer.score}
+            layers.append({**row, "groups": groups})
+            known[str(layer.layer)] = {}
+            if layer.count == 1:
+                known[str(layer.layer)] = dict.fromkeys(state.groups, 1.0)
         content = {
-            "merges": tree["merges"],
-            "clients": tree["clients"],
-            "joined": [name for name in state["groups"] if name not in tree["clients"]],
+            "merges": tree.merges,
+            "clients": tree.clients,
+            "joined": [name for name in state.groups if name not in tree.clients],
             "layers": layers,
-            "lambda": {
-                key: dict.fromkeys(state["groups"], 1.0) if one else {}
-                for key, one in whole.items()
-            },
+            "lambda": known,
         }
         return {"tree.json": content}
 
@@ -351,154 +409,164 @@ class FedTreeLoRA(Method):
         every = self.options.rebuild_every
         return every > 0 and round > self.warmup and (round - self.warmup) % every == 0
 
-    def _grown(self, latest: Mapping[str, Adapter]) -> State:
+    def _grown(self, state: TreeState) -> TreeState:
         """The tree and its cuts from the adapters as uploaded, and the groups of their clients."""
         rule = GroupMeans(self.options, Round(self.setting.sites))
         for names in self.layers.values():
             for name in names:
                 site = self.setting.sites[name]
-                rule.see(site, [adapter[name].B for adapter in latest.values()])
-        merges, cuts = rule.grown.merges, list(rule.grown.cuts.values())
-        labels = [cut.labels.tolist() for cut in cuts]
-        layers = [
-            {"layer": layer, "count": cut.count, "score": cut.score, "labels": own}
-            for layer, cut, own in zip(self.layers, cuts, labels, strict=True)
-        ]
-        return {
-            "tree": {"clients": list(latest), "merges": merges.tolist(), "layers": layers},
-            "groups": {name: [own[row] for own in labels] for row, name in enumerate(latest)},
-        }
+                rule.see(site, [adapter[name].B for adapter in state.latest.values()])
+        layers = []
+        for layer, cut in zip(self.layers, rule.grown.cuts.values(), strict=True):
+            layers.append(Layer(layer, cut.count, cut.score, cut.labels.tolist()))
+        groups = {}
+        for row, name in enumerate(state.latest):
+            groups[name] = [layer.labels[row] for layer in layers]
+        tree = Tree(list(state.latest), rule.grown.merges.tolist(), layers)
+        return replace(state, tree=tree, groups=groups, experts={})
 
-    def _placed(self, state: State, bs: Mapping[str, Tensor]) -> list[int]:
-        """The group of a newcomer in each layer, from its B after the warm-up."""
-        tree = state["tree"]
-        others = [state["first"][name] for name in tree["clients"]]
+    def _placed(self, state: TreeState, bs: Mapping[str, Tensor]) -> list[int]:
+        """The group of a newcomer in each layer, from its B [out, rank] by site after the
+        warm-up.
+        """
+        tree = state.tree
+        assert tree is not None
+        others = [state.first[name] for name in tree.clients]
         distances = towards(bs, others, self.setting.sites, self.options.distance).numpy()
-        labels = [np.array(layer["labels"], dtype=np.int64) for layer in tree["layers"]]
+        labels = [np.array(layer.labels, dtype=np.int64) for layer in tree.layers]
         if not self.options.tree:
             return [nearest(own, row) for own, row in zip(labels, distances, strict=True)]
-        cuts = [
-            LayerCut(each["layer"], each["count"], each["score"], own)
-            for each, own in zip(tree["layers"], labels, strict=True)
-        ]
-        merges = np.array(tree["merges"], dtype=np.float64).reshape(-1, 4)
+        cuts = []
+        for layer, own in zip(tree.layers, labels, strict=True):
+            cuts.append(LayerCut(layer.layer, layer.count, layer.score, own))
+        merges = np.array(tree.merges, dtype=np.float64).reshape(-1, 4)
         return descend(merges, cuts, distances.mean(0))
 
-    def _renewed(self, state: State) -> State:
+    def _renewed(self, state: TreeState) -> TreeState:
         """New experts, the external ones damped towards the last ones."""
-        old = {layer: each["external"] for layer, each in state["experts"].items()}
-        new = self._averaged(state)
+        old = {layer: each.external for layer, each in state.experts.items()}
+        state = self._averaged(state)
         damping = self.options.external_damping
         if damping:
-            for layer, externals in old.items():
-                means = new["experts"][layer]["external"]
-                new["experts"][layer]["external"] = [
-                    mean(pair, [damping, 1 - damping])
-                    for pair in zip(externals, means, strict=True)
-                ]
+            experts = dict(state.experts)
+            for layer, before in old.items():
+                pairs = zip(before, experts[layer].external, strict=True)
+                damped = [mean(pair, [damping, 1 - damping]) for pair in pairs]
+                experts[layer] = replace(experts[layer], external=damped)
+            state = replace(state, experts=experts)
         if self.options.external_update == "previous":
-            new["trained_against"] = old
-        return new
+            return replace(state, trained_against=old)
+        return state
 
-    def _averaged(self, state: State) -> State:
+    def _averaged(self, state: TreeState) -> TreeState:
         """Experts of every group in every layer, and the mean of all."""
-        names = list(state["latest"])
-        uniform = self.options.weights == "uniform"
-        weights = [1.0 if uniform else float(state["examples"][name]) for name in names]
-        experts: dict[str, Any] = {}
+        names = list(state.latest)
+        weights = [1.0] * len(names)
+        if self.options.weights == "examples":
+            weights = [float(state.examples[name]) for name in names]
+        experts: dict[str, Experts] = {}
         common: Adapter = {}
         for place, (layer, sites) in enumerate(self.layers.items()):
-            adapters = [{site: state["latest"][name][site] for site in sites} for name in names]
-            means = group_means(adapters, [state["groups"][name][place] for name in names], weights)
-            experts[str(layer)] = {
-                "cluster": means.own,
-                "external": means.rest if self.options.external else [],
-            }
+            adapters = [{site: state.latest[name][site] for site in sites} for name in names]
+            means = group_means(adapters, [state.groups[name][place] for name in names], weights)
+            external = list(means.rest) if self.options.external else []
+            experts[str(layer)] = Experts(list(means.own), external)
             common |= means.everyone
-        return {"experts": experts, "common": self._ordered(common)}
+        return replace(state, experts=experts, common=self._ordered(common))
 
     def _experts(
-        self, state: State, groups: Sequence[int], externals: Mapping[str, Any] | None = None
-    ) -> Offer:
+        self,
+        state: TreeState,
+        groups: Sequence[int],
+        externals: Mapping[str, Sequence[Adapter]] | None = None,
+    ) -> Paths:
         """What a member of these groups, one per layer, is sent: an external expert only where a
         layer is split. ``externals`` by layer stand in for the newest ones.
         """
         cluster: Adapter = {}
         external: Adapter = {}
-        for group, (layer, experts) in zip(groups, state["experts"].items(), strict=True):
-            cluster |= experts["cluster"][group]
-            rest = (externals or {}).get(layer, experts["external"])
+        for group, (layer, experts) in zip(groups, state.experts.items(), strict=True):
+            cluster |= experts.cluster[group]
+            rest = (externals or {}).get(layer, experts.external)
             if rest:
                 external |= rest[group]
-        offer = {"cluster": self._ordered(cluster)}
-        return offer | {"external": self._ordered(external)} if external else offer
+        return Paths(self._ordered(cluster), self._ordered(external) or None)
 
     def _ordered(self, adapter: Adapter) -> Adapter:
         """The sites in the base model's order: the optimiser walks them in it."""
         return {site: adapter[site] for site in self.setting.sites if site in adapter}
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
-        if "cluster" in offer:
+    def plan(self, client: ClientInfo, offer: Paths, mine: Kept, round: int) -> Plan:
+        if offer.cluster is not None:
             return [Step(self.personal(client, offer, mine))]
+        if round <= self.warmup:
+            return self._alone(1, mine)
         # A late client makes up for the rounds that it missed, so that its B has the same history
         # as the others'.
-        missed = 1 if round <= self.warmup else max(1, self.warmup - mine.get("warmed", 0))
-        return self._alone(missed, mine)
+        return self._alone(max(1, self.warmup - mine.warmed), mine)
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
-    ) -> tuple[dict[str, Any], Mine]:
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Paths,
+        mine: Kept,
+        round: int,
+    ) -> tuple[Upload, Kept]:
         last = trained[-1]
-        if "cluster" in offer:
-            logits = {
-                str(layer): last.extra(_key(layer))
-                for layer in self.layers
-                if _key(layer) in last.assembly.extras
-            }
-            return {"adapter": last.adapter("cluster")}, {"lambda": keep(logits)}
+        if offer.cluster is not None:
+            logits = {}
+            for layer in self.layers:
+                if _key(layer) in last.assembly.extras:
+                    logits[str(layer)] = last.extra(_key(layer))
+            return Upload(last.adapter("cluster")), Kept(logits=keep(logits))
         own = last.adapter("own")
-        sent = (
-            {"B": _bs(own)} if "join" in offer else {"adapter": own} if round >= self.warmup else {}
-        )
-        return sent, {"own": own, "warmed": mine.get("warmed", 0) + len(trained)}
+        kept = Kept(own, mine.warmed + len(trained))
+        if offer.join:
+            return Upload(B=_bs(own)), kept
+        if round >= self.warmup:
+            return Upload(own), kept
+        return Upload(), kept
 
-    def probe(self, client: ClientInfo, offer: Offer) -> Plan | None:
-        return self._alone(self.warmup, {}) if self.warmup else None
+    def probe(self, client: ClientInfo, offer: Paths) -> Plan | None:
+        if not self.warmup:
+            return None
+        return self._alone(self.warmup, Kept())
 
-    def probe_report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer
-    ) -> dict[str, Any]:
-        return {"B": _bs(trained[-1].adapter("own"))}
+    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Paths) -> Probe:
+        return Probe(_bs(trained[-1].adapter("own")))
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
-        if "cluster" not in offer:
+    def personal(self, client: ClientInfo, offer: Paths, mine: Kept) -> Assembly:
+        if offer.cluster is None:
             return self._own(mine)
-        terms = [Term("cluster", offer["cluster"])]
-        if "external" not in offer:
-            return Assembly(tuple(terms))
-        terms.append(Term("external", offer["external"], train=""))
-        known = reveal(mine.get("lambda", {}))
-        split = sorted({self.setting.sites[site].layer for site in offer["external"]})
-        extras = {
-            _key(layer): Extra(known.get(str(layer), torch.zeros(())), lr=self.options.lambda_lr)
-            for layer in split
-        }
-        return Assembly(tuple(terms), Convex("cluster", "external"), extras)
+        cluster = Term("cluster", offer.cluster)
+        if offer.external is None:
+            return Assembly((cluster,))
+        known = reveal(mine.logits)
+        extras = {}
+        for layer in sorted({self.setting.sites[site].layer for site in offer.external}):
+            logit = known.get(str(layer), torch.zeros(()))
+            extras[_key(layer)] = Extra(logit, lr=self.options.lambda_lr)
+        terms = (cluster, Term("external", offer.external, train=""))
+        return Assembly(terms, Convex("cluster", "external"), extras)
 
-    def client_artefacts(self, client: ClientInfo, offer: Offer, mine: Mine) -> dict[str, Any]:
-        logits = reveal(mine.get("lambda", {}))
-        shares = {
-            layer: {client.name: torch.sigmoid(logit.double()).item()}
-            for layer, logit in logits.items()
-        }
-        return {"tree.json": {"lambda": shares}} if shares else {}
+    def client_artefacts(self, client: ClientInfo, offer: Paths, mine: Kept) -> dict[str, Any]:
+        """For ``tree.json``: the client's λ in the layers that are split."""
+        shares = {}
+        for layer, logit in reveal(mine.logits).items():
+            shares[layer] = {client.name: torch.sigmoid(logit.double()).item()}
+        if not shares:
+            return {}
+        return {"tree.json": {"lambda": shares}}
 
-    def _own(self, mine: Mine) -> Assembly:
-        own = mine["own"] if "own" in mine else self.setting.shared_draw()
+    def _own(self, mine: Kept) -> Assembly:
+        own = mine.own
+        if own is None:
+            own = self.setting.shared_draw()
         return Assembly((Term("own", own),))
 
-    def _alone(self, rounds: int, mine: Mine) -> list[Step]:
+    def _alone(self, rounds: int, mine: Kept) -> list[Step]:
         """So many rounds of local training in a row, each on its own order of the data."""
         own = self._own(mine)
         later = [f"train {number}" for number in range(2, rounds + 1)]
@@ -512,33 +580,33 @@ def _warmup(options: TreeOptions, rounds: int) -> int:
     if options.fixed_k is not None and not options.tree:
         raise JobError(
             f"method.fixed_k = {options.fixed_k} cuts the tree, and method.tree = false has none; "
-            f"leave one out."
+            "leave one out."
         )
-    splits = not options.tree or (options.K > 1 if options.fixed_k is None else options.fixed_k > 1)
+    most = options.K if options.fixed_k is None else options.fixed_k
+    splits = not options.tree or most > 1
     if options.warmup_rounds is None:
         return max(int(splits), min(5, rounds // 3))
     if options.warmup_rounds == 0 and splits:
         raise JobError(
             "method.warmup_rounds = 0 leaves nothing to build the tree from; set it to 1 or more, "
-            "or method.K = 1, "
-            "which never splits."
+            "or method.K = 1, which never splits."
         )
     if options.warmup_rounds > rounds:
         raise JobError(
             f"method.warmup_rounds = {options.warmup_rounds} is more than run.rounds = {rounds}, "
-            f"of which they are a "
-            f"part; set it to {rounds} or less."
+            f"of which they are a part; set it to {rounds} or less."
         )
     return options.warmup_rounds
 
 
 def _bs(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's B [out, rank] by site."""
     return {site: factors.B for site, factors in adapter.items()}
 
 
-def _by_name(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """One dictionary in name order, a later part winning."""
-    return dict(sorted({name: value for part in parts for name, value in part.items()}.items()))
+def _by_name(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, Value]:
+    """One dictionary in name order, the other winning."""
+    return dict(sorted({**one, **other}.items()))
 
 
 def _key(layer: int) -> str:

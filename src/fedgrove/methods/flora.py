@@ -86,7 +86,10 @@ class FLoRA(Method):
     # ------------------------------------------------------------------ client
     def plan(self, client: ClientInfo, offer: Brought, mine: Held, round: int) -> Plan:
         # The first round starts from the draw that every method starts from.
-        purpose = "init" if round == 1 else f"round-{round}"
+        if round == 1:
+            purpose = "init"
+        else:
+            purpose = f"round-{round}"
         return [Step(self._assembly(client, offer, mine, purpose))]
 
     def report(

@@ -492,7 +492,9 @@ def _half(evidence: Evidence, odd: bool) -> Bs:
 
 
 def _both(evidence: Evidence) -> Bs:
-    return _sum(evidence.odd, evidence.even) if evidence.even else evidence.odd
+    if evidence.even:
+        return _sum(evidence.odd, evidence.even)
+    return evidence.odd
 
 
 def _span(change: Tensor) -> Tensor:

@@ -43,7 +43,10 @@ class HeadPolicy:
     ) -> Assembly:
         """The assembly with this client's head as extras named ``head.*``."""
         head = self._current(offer, store)
-        home: Literal["server", "client"] = "server" if self.travels else "client"
+        if self.travels:
+            home: Literal["server", "client"] = "server"
+        else:
+            home = "client"
         extras = {
             PREFIX + name: Extra(value, train=train and self.mode != "frozen", home=home, lr=None)
             for name, value in head.items()
@@ -83,7 +86,9 @@ class HeadPolicy:
     ) -> dict[str, Any]:
         """A whole offer: the method's part, and the head where one goes down."""
         offered = self.offer(head, newcomer)
-        return {"method": content, "head": dict(offered)} if offered else {"method": content}
+        if offered:
+            return {"method": content, "head": dict(offered)}
+        return {"method": content}
 
     def aggregate(
         self, head: Mapping[str, Tensor] | None, updates: Sequence[Update]

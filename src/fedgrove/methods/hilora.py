@@ -666,7 +666,10 @@ class HiLoRA(Method):
         """Zero ``B`` and the tier's one random ``A``, the same for all clients; the root's is that
         of every method.
         """
-        purpose = "init" if tier == "root" else tier
+        if tier == "root":
+            purpose = "init"
+        else:
+            purpose = tier
         rng = self.setting.rng("shared", purpose)
         rank = self._rank(tier, client)
         scale = self.setting.scale(rank)

@@ -30,5 +30,8 @@ class Local(Method):
         return Nothing(), Own(trained[-1].adapter("own"))
 
     def personal(self, client: ClientInfo, offer: Nothing, mine: Own) -> Assembly:
-        own = self.setting.shared_draw(client.rank) if mine.own is None else mine.own
+        if mine.own is None:
+            own = self.setting.shared_draw(client.rank)
+        else:
+            own = mine.own
         return Assembly((Term("own", own, home="client"),))

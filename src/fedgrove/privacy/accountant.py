@@ -56,7 +56,9 @@ def epsilon(noise: float, spent: Sequence[tuple[float, int]], delta: float) -> f
         step = GaussianDpEvent(noise)
         accountant.compose(PoissonSampledDpEvent(rate, step) if rate < 1 else step, steps)
     found = float(accountant.get_epsilon(delta))
-    return found if math.isfinite(found) else None
+    if math.isfinite(found):
+        return found
+    return None
 
 
 def default_delta(members: int) -> float:

@@ -62,7 +62,10 @@ def refuse_unfit(
 
 
 def _client_level(job: Job, method: Method, head: HeadPolicy) -> None:
-    key = "privacy.secure_aggregation" if job.privacy.secure_aggregation else "privacy.clip"
+    if job.privacy.secure_aggregation:
+        key = "privacy.secure_aggregation"
+    else:
+        key = "privacy.clip"
     if not method.federated:
         raise JobError(f"{key} has no use with {method.title}, which sends nothing; leave it out.")
     if why := needs_each(method):

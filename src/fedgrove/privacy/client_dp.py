@@ -107,7 +107,10 @@ class Protection:
         """
         section = self.section
         anyone = next(iter(clients.values()))
-        info = clients[updates[0].client] if updates else anyone
+        if updates:
+            info = clients[updates[0].client]
+        else:
+            info = anyone
         offer = base(info.name)
         start = addend(self.method, untouched(self.method, self.head, info, offer, round), offer)
         before = flat(start)

@@ -110,7 +110,9 @@ class ExampleGuard:
         """What an example's gradient is multiplied by, so that its norm is at most ``clip``."""
         norm = norm_of([part for part in gradient if part is not None])
         most = within(self.clip)
-        return 1.0 if norm <= most else most / norm
+        if norm <= most:
+            return 1.0
+        return most / norm
 
     def count(self, rate: float, steps: int) -> None:
         """Add steps to the budget."""

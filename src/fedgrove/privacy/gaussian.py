@@ -88,7 +88,9 @@ def discrete_gaussian(stream: Stream, count: int, deviation: int, *, tie: float 
         accepted = _candidates(stream, min(int(missing / share) + 64, CHUNK), deviation, tie)
         found.append(accepted[:missing])
         missing -= len(found[-1])
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+    if found:
+        return np.concatenate(found)
+    return np.zeros(0, np.int64)
 
 
 def _candidates(stream: Stream, count: int, deviation: int, tie: float) -> Integers:

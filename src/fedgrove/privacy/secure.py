@@ -46,7 +46,10 @@ def to_fixed(values: Tensor, clients: int, bound: float, whose: str) -> np.ndarr
     """Numbers ``[count]`` in fixed point modulo 2^32, uint32: cut towards zero, so that their norm
     does not grow. Raises ``RunError`` for one that is larger than ``bound``.
     """
-    most = float(values.abs().max()) if values.numel() else 0.0
+    if values.numel():
+        most = float(values.abs().max())
+    else:
+        most = 0.0
     if not most <= bound * (1 + 1e-9):
         raise RunError(
             f"The change of {whose} holds the number {most:g}, and secure aggregation was agreed "

@@ -21,7 +21,9 @@ def flat(tree: Any) -> Tensor:
         for _, tensor in leaves(tree)
         if tensor.is_floating_point()
     ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    if parts:
+        return torch.cat(parts)
+    return torch.zeros(0, dtype=torch.float64)
 
 
 def restore(tree: Any, vector: Tensor) -> Any:
@@ -64,7 +66,9 @@ def shortened(vector: Tensor, most: float) -> Tensor:
     enough.
     """
     norm = float(torch.linalg.vector_norm(vector))
-    return vector if norm <= within(most) else vector * (within(most) / norm)
+    if norm <= within(most):
+        return vector
+    return vector * (within(most) / norm)
 
 
 def bounded(

@@ -190,7 +190,10 @@ class Tree:
         spreads downwards.
         """
         layers = len(self.layers)
-        depth = float(layers) if depth is None else depth
+        if depth is None:
+            depth = float(layers)
+        else:
+            depth = depth
         opened = [
             gap * _opening(depth - birth, layers - birth) if birth is not None else 0.0
             for gap, birth in zip(self._gaps, self.births, strict=True)

@@ -82,7 +82,10 @@ def _core_pictures(run: Run, comparison: Comparison, painter: Painter) -> Pictur
         name: painter.paint(name, label, partial(draw, run, comparison)) if there else None
         for name, (there, label, draw) in drawn.items()
     }
-    found["data"] = _who_holds_what(run.table, painter) if run.table else None
+    if run.table:
+        found["data"] = _who_holds_what(run.table, painter)
+    else:
+        found["data"] = None
     return found
 
 

@@ -36,7 +36,10 @@ class Table:
 def table(run: Run, comparison: Comparison) -> Table:
     """Every client in the order of the names; of very many those that fare worst."""
     gains = comparison.gains()
-    alone = comparison.local.values if comparison.local else None
+    if comparison.local:
+        alone = comparison.local.values
+    else:
+        alone = None
     headings = ["client", "group", "examples", "rank", "base"]
     if alone is not None:
         headings.append("alone")
@@ -56,7 +59,10 @@ def _line(
     run: Run, name: str, alone: Mapping[str, float] | None, gains: Mapping[str, float]
 ) -> list[str]:
     row = run.summary["clients"][name]
-    never = " (never trained)" if row.get("held_out") else ""
+    if row.get("held_out"):
+        never = " (never trained)"
+    else:
+        never = ""
     cells = [
         name + never,
         str(run.described(name).get("group") or ""),
@@ -114,4 +120,6 @@ def _score(run: Run, value: Any) -> str:
 
 
 def _whole(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
+    if value is None:
+        return "–"
+    return f"{value:,}"

@@ -58,12 +58,18 @@ class Comparison:
         """What gains and losses are measured against: training alone, else another run, else the
         base, else None.
         """
-        others = [self.local] if self.local else [row for row in self.rows if row.kind == "other"]
+        if self.local:
+            others = [self.local]
+        else:
+            others = [row for row in self.rows if row.kind == "other"]
         return next((row for row in [*others, self.base] if row and row.values), None)
 
     def gains(self) -> dict[str, float]:
         """``{client: this run − reference}``, largest first; {} without a reference."""
-        other = self.reference.values if self.reference else {}
+        if self.reference:
+            other = self.reference.values
+        else:
+            other = {}
         both = {
             name: value - other[name] for name, value in self.ours.values.items() if name in other
         }
@@ -100,7 +106,9 @@ def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
 
 
 def _label(run: Run) -> str:
-    return "Each client alone" if run.alone else f"Together: {run.method}"
+    if run.alone:
+        return "Each client alone"
+    return f"Together: {run.method}"
 
 
 def unseen(run: Run) -> list[Row]:
@@ -169,8 +177,14 @@ def verdict(run: Run, comparison: Comparison) -> list[str]:
         than = {"local": "than alone", "base": "than with the base"}.get(
             reference.kind, f"than in {reference.note}"
         )
-        unchanged = f", {same} unchanged" if same else ""
-        are = "is" if better == 1 else "are"
+        if same:
+            unchanged = f", {same} unchanged"
+        else:
+            unchanged = ""
+        if better == 1:
+            are = "is"
+        else:
+            are = "are"
         said.append(
             f"{better:,} of {len(gains):,} clients {are} better off {than}, {worse:,} worse{unchanged}."
         )
@@ -196,7 +210,13 @@ def _effect(difference: float, percent: bool) -> str:
     text = words.change(difference, percent=percent).lstrip("+-")
     if not float(text):
         return "changes nothing"
-    unit = (" point" if text == "1.0" else " points") if percent else ""
+    if percent:
+        if text == "1.0":
+            unit = " point"
+        else:
+            unit = " points"
+    else:
+        unit = ""
     return f"{'adds' if difference > 0 else 'costs'} {text}{unit}"
 
 

@@ -161,7 +161,9 @@ class Run:
         part = self.job.get(section)
         if key == "name" and isinstance(part, str):  # model = "roberta-large" is short for its name
             return part
-        return part.get(key, default) if isinstance(part, dict) else default
+        if isinstance(part, dict):
+            return part.get(key, default)
+        return default
 
 
 def load(run_dir: Path) -> Run:
@@ -197,15 +199,22 @@ def _text(path: Path, notes: list[str]) -> str:
 def _json(path: Path, notes: list[str]) -> dict[str, Any] | None:
     text = _text(path, notes)
     try:
-        content = json.loads(text) if text else None
+        if text:
+            content = json.loads(text)
+        else:
+            content = None
     except ValueError:
         content = None
         notes.append(f"{path.name} is not valid JSON.")
-    return content if isinstance(content, dict) else None
+    if isinstance(content, dict):
+        return content
+    return None
 
 
 def _number(value: Any) -> float | None:
     """A finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    if math.isfinite(value):
+        return float(value)
+    return None

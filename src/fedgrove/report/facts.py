@@ -77,7 +77,9 @@ def _share(run: Run) -> str | None:
     share = run.setting("federation", "fraction")
     if share is None:
         return None
-    return "all" if share == 1 else f"{100 * share:g} %"
+    if share == 1:
+        return "all"
+    return f"{100 * share:g} %"
 
 
 def tiles(run: Run, comparison: Comparison) -> list[Tile]:
@@ -212,8 +214,14 @@ def _privacy(run: Run) -> str | None:
         if budget.get("epsilon") is None:
             found.append(f"no guarantee {whom.removeprefix('at most, ')} (no noise)")
             continue
-        at = f" at δ {budget['delta']:.2g}" if "delta" in budget else ""
-        known = ", noise from the seed: an experiment" if budget.get("randomness") == "seed" else ""
+        if "delta" in budget:
+            at = f" at δ {budget['delta']:.2g}"
+        else:
+            at = ""
+        if budget.get("randomness") == "seed":
+            known = ", noise from the seed: an experiment"
+        else:
+            known = ""
         found.append(f"ε {budget['epsilon']:.3g}{at} {whom}{known}")
     if spent.get("secure_aggregation"):
         found.append("secure aggregation")
@@ -224,4 +232,6 @@ def _local_work(run: Run) -> str | None:
     epochs, steps = run.setting("train", "local_epochs"), run.setting("train", "local_steps")
     if epochs:
         return words.count(epochs, "epoch")
-    return words.count(steps, "step") if steps else None
+    if steps:
+        return words.count(steps, "step")
+    return None

@@ -94,7 +94,10 @@ def clients(run: Run, comparison: Comparison, width: float) -> Figure:
     chart = Chart(axes, crowd, width)
     ours = crowd.gathered(comparison.ours.values)
     base = crowd.gathered(comparison.base.values)
-    local = crowd.gathered(comparison.local.values) if comparison.local else {}
+    if comparison.local:
+        local = crowd.gathered(comparison.local.values)
+    else:
+        local = {}
     tuned = crowd.gathered(run.values("metric_tuned"))
     everything = [value for each in (ours, base, local, tuned) for value in each.values()]
     floor, top = _floor(everything), max(everything)
@@ -191,7 +194,9 @@ class Crowd:
 
     def height(self, upright: float) -> float:
         """Of the figure, in inches: ``upright``, or a line for each client."""
-        return upright if self.upright else 0.75 + _ROW * max(len(self), 2)
+        if self.upright:
+            return upright
+        return 0.75 + _ROW * max(len(self), 2)
 
     def gathered(self, values: Mapping[str, float]) -> dict[int, float]:
         """``{place of the bar: mean of its members that have a value}``."""
@@ -213,12 +218,16 @@ class Chart:
     @property
     def values(self) -> Axis:
         """The axis along the bars."""
-        return self.axes.yaxis if self.crowd.upright else self.axes.xaxis
+        if self.crowd.upright:
+            return self.axes.yaxis
+        return self.axes.xaxis
 
     @property
     def dash(self) -> str:
         """The mark that lies across a bar."""
-        return "_" if self.crowd.upright else "|"
+        if self.crowd.upright:
+            return "_"
+        return "|"
 
     def bars(
         self, values: Sequence[float], colours: Sequence[str], *, floor: float = 0, alpha: float = 1
@@ -319,10 +328,14 @@ def _value_axis(axis: Axis, percent: bool) -> None:
 
 def _tick(value: float) -> str:
     rounded = round(value, 6)
-    return f"{rounded:+g}".replace("-", "−") if rounded else "0"
+    if rounded:
+        return f"{rounded:+g}".replace("-", "−")
+    return "0"
 
 
 def _floor(values: Sequence[float]) -> float:
     """Where bars begin: zero, unless a metric goes below it."""
     lowest = min(values)
-    return 0.0 if lowest >= 0 else math.floor(lowest)
+    if lowest >= 0:
+        return 0.0
+    return math.floor(lowest)

@@ -41,8 +41,14 @@ class Painter:
             return None
 
     def _painted(self, name: str, label: str, figure: Drawing | Figure) -> Picture:
-        drawing = None if isinstance(figure, Figure) else figure
-        wide = figure if isinstance(figure, Figure) else figure(style.WIDE)
+        if isinstance(figure, Figure):
+            drawing = None
+        else:
+            drawing = figure
+        if isinstance(figure, Figure):
+            wide = figure
+        else:
+            wide = figure(style.WIDE)
         style.png(wide, self.folder / f"{name}.png")
         # Laid out once is enough: that is most of the time of a figure.
         wide.set_layout_engine("none")

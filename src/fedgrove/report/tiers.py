@@ -51,7 +51,10 @@ class Tiers:
                 ends[part["tier"]] = (max(seen), scores[max(seen)])
             else:
                 missing.append(part["tier"])
-        common = set.intersection(*(set(found) for _, found in ends.values())) if ends else set()
+        if ends:
+            common = set.intersection(*(set(found) for _, found in ends.values()))
+        else:
+            common = set()
         return cls(
             names=[("+ " if number else "") + tier for number, tier in enumerate(ends)],
             rounds=[str(round) for round, _ in ends.values()],

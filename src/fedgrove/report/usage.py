@@ -73,7 +73,10 @@ def usage(run: Run) -> list[tuple[str, str]]:
     """(what it does, code) for one client, with paths relative to the run directory."""
     name = next(iter(sorted(run.clients)), next(iter(run.newcomers), "CLIENT"))
     reader = READERS.get(str(run.summary.get("task")))
-    asked = reader.asked if reader else OTHER
+    if reader:
+        asked = reader.asked
+    else:
+        asked = OTHER
     command = f'fedgrove predict . --client {shlex.quote(name)} "{asked}"'
     found = [("Ask one client’s model something, from a shell:", command)]
     folder = f"adapters/{folder_of(name)}"
@@ -109,7 +112,10 @@ def _introduction(reader: Reader, stock: bool) -> str:
 def _code(run: Run, reader: Reader, folder: str, base: str, stock: bool) -> str:
     from fedgrove.interop.models import SHIPPED_MODELS
 
-    kind = reader.stock if stock else reader.model
+    if stock:
+        kind = reader.stock
+    else:
+        kind = reader.model
     labels = len((run.table or {}).get("labels", []))
     options = reader.options
     if stock and labels:

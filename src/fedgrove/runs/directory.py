@@ -50,7 +50,10 @@ class RunDirectory:
             raise RunError(f"{self.path} is a file; choose another --out.")
         if not resume:
             if self.path.exists() and any(self.path.iterdir()):
-                what = "holds a run" if recorded.exists() else "is not empty"
+                if recorded.exists():
+                    what = "holds a run"
+                else:
+                    what = "is not empty"
                 raise RunError(
                     f"{self.path} {what} already; continue it with --resume, or choose another "
                     f"--out."
@@ -83,7 +86,9 @@ class RunDirectory:
     def recorded_rounds(self) -> int | None:
         """``run.rounds`` of the run that is here; None where there is none."""
         recorded = self.path / "job.toml"
-        return Job.load(recorded).run.rounds if recorded.exists() else None
+        if recorded.exists():
+            return Job.load(recorded).run.rounds
+        return None
 
     def open(self, stage: Stage[Engine], *, resume: bool) -> None:
         """Write what is known before the first round; of a run that goes on to more rounds, take

@@ -126,7 +126,10 @@ def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> Plain:
     itself.
     """
     method = loop.prepared.method
-    content = method.artefacts(loop.state) if isinstance(method, ServerArtefacts) else {}
+    if isinstance(method, ServerArtefacts):
+        content = method.artefacts(loop.state)
+    else:
+        content = {}
     for name in loop.prepared.clients:
         if name in left:
             merge(content, left[name].artefacts)
@@ -168,7 +171,10 @@ def write_global(loop: Loop) -> None:
     """
     assembly = global_assembly(loop.prepared.method, loop.state)
     if assembly is not None:
-        head = {"head": dict(loop.head)} if loop.head else {}
+        if loop.head:
+            head = {"head": dict(loop.head)}
+        else:
+            head = {}
         with_head = loop.prepared.head.attach(assembly, head, {})
         folder = loop.out / "adapters" / "_global"
         write_adapter(loop.prepared.parts, folder, with_head, client=None)
@@ -177,7 +183,10 @@ def write_global(loop: Loop) -> None:
 def link(loop: Loop) -> None:
     """Keep equal adapters once, and say so."""
     adapters = loop.out / "adapters"
-    linked = link_equal(adapters) if adapters.exists() else 0
+    if adapters.exists():
+        linked = link_equal(adapters)
+    else:
+        linked = 0
     if linked:
         loop.watch.remark(
             f"{linked} of the adapters in {adapters} have the weights of another there and take no "

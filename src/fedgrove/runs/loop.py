@@ -259,7 +259,10 @@ class Loop:
         if len(present) >= least:
             return
         reasons = [f"{client}: {reason}" for client, reason in sorted(missing.items())]
-        why = f" ({'; '.join(reasons)})" if reasons else ""
+        if reasons:
+            why = f" ({'; '.join(reasons)})"
+        else:
+            why = ""
         raise TooFew(
             f"Round {number} has {len(present)} of the {least} clients that federation.min_clients "
             f"asks for{why}; the run is as it was after round {self.done}, go on with --resume."

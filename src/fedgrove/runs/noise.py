@@ -199,12 +199,18 @@ class NoiseLab(Lab):
                 new, ends or [old], [weight for _, weight in held] or None
             ).total
         if averages_factors(self.method) and all(client.modules is not None for client in senders):
-            found["bound"] = noise_bound(old, adapters, indices, shares).total if trained else 0.0
+            if trained:
+                found["bound"] = noise_bound(old, adapters, indices, shares).total
+            else:
+                found["bound"] = 0.0
         return found
 
     def _client(self, update: Update, weight: float) -> Seen:
         name = update.client
-        modules = self.method.modules(update) if isinstance(self.method, Modular) else None
+        if isinstance(self.method, Modular):
+            modules = self.method.modules(update)
+        else:
+            modules = None
         start, end, own = self._starts.get(name), self._ends.get(name), self._own.get(name)
         found = modules
         if modules is None and own is not None:
@@ -220,7 +226,10 @@ class NoiseLab(Lab):
 
     def _effective(self, state: State) -> Effective | None:
         assembly = global_assembly(self.method, state)
-        whole = None if assembly is None else shared_part(assembly, self.sites)
+        if assembly is None:
+            whole = None
+        else:
+            whole = shared_part(assembly, self.sites)
         if assembly is None or whole is None:
             return None
         merged = Assembly(base_delta=assembly.base_delta, folded=assembly.folded)
@@ -262,7 +271,9 @@ def _present(assembly: Assembly, sites: Mapping[str, Site]) -> dict[str, Site]:
 
 
 def _at(adapter: Adapter, site: str) -> Adapter:
-    return {site: adapter[site]} if site in adapter else {}
+    if site in adapter:
+        return {site: adapter[site]}
+    return {}
 
 
 def _modules(site: str, clients: Sequence[Seen]) -> tuple[list[Adapter], list[Indices]]:
@@ -275,7 +286,9 @@ def _tags(modules: Modules, site: str) -> Sequence[int]:
     adapter, indices = modules
     if indices is None:
         return range(adapter[site].rank)
-    return indices[site] if isinstance(indices, Mapping) else indices
+    if isinstance(indices, Mapping):
+        return indices[site]
+    return indices
 
 
 def _all(modules: Modules) -> list[int]:
@@ -298,7 +311,9 @@ def _total(key: str, values: Sequence[float | None]) -> float | None:
     """
     numbers = [value for value in values if value is not None]
     if key.startswith("cos"):
-        return math.fsum(numbers) / len(numbers) if numbers else None
+        if numbers:
+            return math.fsum(numbers) / len(numbers)
+        return None
     if not numbers or len(numbers) < len(values):
         return None
     return math.sqrt(math.fsum(value * value for value in numbers))

@@ -56,7 +56,10 @@ class Parts:
             clients: those that train, as far as they are known here; a client knows itself.
             base: the job's, where it is loaded already.
         """
-        base = base_of(job) if base is None else base
+        if base is None:
+            base = base_of(job)
+        else:
+            base = base
         task = task_of(job)
         setting = setting_of(job, base, clients)
         method = method_class(job.method.name)(job.method.options, setting)
@@ -98,7 +101,10 @@ class Parts:
         """
 
         def ask(probe: Given | None) -> Given:
-            found = None if probe is None else typed(self.method.Probed, probe)
+            if probe is None:
+                found = None
+            else:
+                found = typed(self.method.Probed, probe)
             content = self.method.welcome(state, info, found)
             return self.head.beside(content, head, newcomer=True)
 

@@ -75,13 +75,21 @@ def machine_choices(job: Job) -> Job:
         )
     if given.dtype == "auto":
         fast = fast_in_bfloat16(device) and job.model.head == "pooled"
-        train["dtype"] = "bfloat16" if fast else "float32"
+        if fast:
+            train["dtype"] = "bfloat16"
+        else:
+            train["dtype"] = "float32"
     if given.threads == "auto":
         train["threads"] = min(cores(), 16)  # more threads than that slow small models down
     if given.eval_batch_size == "auto":
         # logits of a large vocabulary take the memory that vectors of a hidden size do not
-        train["eval_batch_size"] = 64 if task_class(job.data).writes else 128
-    return job.replace(train=train) if train else job
+        if task_class(job.data).writes:
+            train["eval_batch_size"] = 64
+        else:
+            train["eval_batch_size"] = 128
+    if train:
+        return job.replace(train=train)
+    return job
 
 
 def best_device() -> str:
@@ -127,7 +135,9 @@ def data_choices(job: Job, federation: Federation) -> Job:
 def newcomer_head(job: Job, held_out: bool) -> bool:
     """``auto`` made definite: a mean head is kept where held-out clients will ask for one."""
     chosen = job.federation.newcomer_head
-    return held_out if chosen == "auto" else bool(chosen)
+    if chosen == "auto":
+        return held_out
+    return bool(chosen)
 
 
 def client_infos(
@@ -160,7 +170,10 @@ def fitting_ranks(job: Job, ranks: dict[str, int]) -> dict[str, int]:
             f'{chosen.title} needs equal ones; set method.uniform_rank = "min" or "max", or '
             f"choose another method."
         )
-    rank = different[0] if how == "min" else different[-1]
+    if how == "min":
+        rank = different[0]
+    else:
+        rank = different[-1]
     return dict.fromkeys(ranks, rank)
 
 

@@ -78,7 +78,10 @@ class Display(Callback):
     def run_stopped(self, round: int, reason: str) -> None:
         self._tell_rest()
         self.close()
-        of = f" of {self.board.info.rounds}" if self.board else ""
+        if self.board:
+            of = f" of {self.board.info.rounds}"
+        else:
+            of = ""
         self.line(f"stopped after round {round}{of}: {reason}")
 
     def line(self, text: str) -> None:
@@ -95,7 +98,10 @@ class PlainProgress(Display):
 
     def run_started(self, info: RunInfo) -> None:
         super().run_started(info)
-        resumed = f", from round {info.start_round}" if info.start_round > 1 else ""
+        if info.start_round > 1:
+            resumed = f", from round {info.start_round}"
+        else:
+            resumed = ""
         clients, rounds = (
             words.count(len(info.clients), "client"),
             words.count(info.rounds, "round"),
@@ -144,6 +150,9 @@ def score_cells(score: Score) -> list[str]:
         (score.metric, score.mean, score.mean_change),
         ("tail", score.tail, score.tail_change),
     ):
-        since = "" if change is None else f" ({words.change(change, percent=score.percent)})"
+        if change is None:
+            since = ""
+        else:
+            since = f" ({words.change(change, percent=score.percent)})"
         cells.append(f"{name} {words.score(value, percent=score.percent)}{since}")
     return cells

@@ -53,7 +53,9 @@ class _Row(NamedTuple):
     @property
     def position(self) -> str:
         if self.total is None:
-            return str(self.shown) if self.shown else ""
+            if self.shown:
+                return str(self.shown)
+            return ""
         return f"{self.shown}/{self.total}"
 
 
@@ -121,7 +123,10 @@ class LiveProgress(Display):
         if board is not None and board.round:
             left = board.seconds_left()
             done = board.info.start_round - 1 + board.worked
-            remark = f"{words.duration(left)} left" if left else ""
+            if left:
+                remark = f"{words.duration(left)} left"
+            else:
+                remark = ""
             yield _Row("round", board.info.rounds, done, board.round, remark)
         if self._phase is not None:
             name, total = self._phase
@@ -158,9 +163,9 @@ def _title(info: RunInfo, width: int) -> Text:
 
     title = Text(info.title, style="bold", no_wrap=True, overflow="ellipsis")
     out = Text(f"  {info.out}", style="dim not bold")
-    return (
-        Text.assemble(title, out, no_wrap=True) if title.cell_len + out.cell_len <= width else title
-    )
+    if title.cell_len + out.cell_len <= width:
+        return Text.assemble(title, out, no_wrap=True)
+    return title
 
 
 def _bars(rows: Sequence[_Row], width: int) -> Table:
@@ -170,7 +175,10 @@ def _bars(rows: Sequence[_Row], width: int) -> Table:
 
     label = min(_LABEL, width // 2 - 4, max(len(row.label) for row in rows))
     position = max(len(row.position) for row in rows)
-    remark = _REMARK if width >= 60 else 0
+    if width >= 60:
+        remark = _REMARK
+    else:
+        remark = 0
     bar = max(6, width - label - position - remark - 6)
     table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(width=label, no_wrap=True, overflow="ellipsis")

@@ -54,7 +54,10 @@ class Scoreboard:
 
     def start_round(self, round: int, clients: Sequence[str]) -> None:
         self._began = self.clock()
-        self._first = self._began if self._first is None else self._first
+        if self._first is None:
+            self._first = self._began
+        else:
+            self._first = self._first
         self.round, self.running, self.selected, self.done, self._losses = (
             round,
             True,

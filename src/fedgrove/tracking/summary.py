@@ -101,10 +101,17 @@ def _spread(values: Sequence[Value]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """NaN and infinities have no JSON: ``None``."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _median(values: Sequence[int]) -> float | int:
     """A whole number stays an int (``statistics.median`` of an even count is a float)."""
-    middle = median(values) if values else 0
-    return int(middle) if middle == int(middle) else middle
+    if values:
+        middle = median(values)
+    else:
+        middle = 0
+    if middle == int(middle):
+        return int(middle)
+    return middle

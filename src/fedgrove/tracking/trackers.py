@@ -120,9 +120,10 @@ class WeightsAndBiases(Tracker):
                 id=_identity(info.out), settings=self._wandb.Settings(silent=True),
             )  # fmt: skip
         except Exception as error:  # its own errors: no key, no network
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
+            if str(error).strip():
+                reason = str(error).strip().splitlines()[0]
+            else:
+                reason = type(error).__name__
             raise RunError(
                 f"--track wandb: Weights & Biases cannot start ({reason}); log in with `wandb "
                 f"login`, or set "

@@ -196,7 +196,10 @@ class ClientHalf:
                 bounded(sent, start, self.privacy.clip, f"{self.method.title} at {client.name}")
             )
         steps = sum(t.steps for t in trained)
-        loss = sum(t.loss * t.steps for t in trained if t.steps) / steps if steps else float("nan")
+        if steps:
+            loss = sum(t.loss * t.steps for t in trained if t.steps) / steps
+        else:
+            loss = float("nan")
         return Outcome(
             update=Update(client.name, client.examples, sent, client.rank),
             store=kept,
@@ -210,11 +213,9 @@ class ClientHalf:
         """What keeps single examples private in the client's next work; its budget so far is in the
         store.
         """
-        return (
-            None
-            if self.privacy is None
-            else ExampleGuard.of(self.privacy, store, self.seed, client.name)
-        )
+        if self.privacy is None:
+            return None
+        return ExampleGuard.of(self.privacy, store, self.seed, client.name)
 
     def personal(self, client: ClientInfo, offer: Mapping[str, Any], store: Store) -> Assembly:
         """The client's model as it would deploy it, head included."""
@@ -250,7 +251,9 @@ class ClientHalf:
         """
         offer = ask(None)
         report = self.probe(client, examples, offer, guard)
-        return offer if report is None else ask(report)
+        if report is None:
+            return offer
+        return ask(report)
 
     def probe(
         self,
@@ -318,7 +321,10 @@ class ClientHalf:
         again.
         """
         model = self.deployed(assembly)
-        mark = None if self.kernel.writes else _mark(model)
+        if self.kernel.writes:
+            mark = None
+        else:
+            mark = _mark(model)
         known, told, measures = self._measured.get(client, (None, None, {}))
         if mark is None or known is not examples or told != mark:
             measures = self.kernel.evaluate(model, examples, keep)
@@ -348,9 +354,10 @@ class ClientHalf:
     ) -> Course:
         """A plan's steps with heads and what they carry over; each waits for its result."""
         done: list[Trained] = []
-        steps: Generator[Step, Any, None] = (
-            plan if isinstance(plan, Generator) else (step for step in plan)
-        )
+        if isinstance(plan, Generator):
+            steps: Generator[Step, Any, None] = plan
+        else:
+            steps = (step for step in plan)
         step: Step | None = next(steps, None)
         while step is not None:
             prepared = carry(self.head.step(step, offer, store), done)
@@ -371,7 +378,10 @@ def follow(lanes: Lanes, courses: Sequence[Course]) -> list[list[Trained]]:
 
     def resume(index: int, found: Trained | None) -> None:
         try:
-            waiting[index] = next(courses[index]) if found is None else courses[index].send(found)
+            if found is None:
+                waiting[index] = next(courses[index])
+            else:
+                waiting[index] = courses[index].send(found)
         except StopIteration as stop:
             ends[index] = stop.value
 
@@ -396,7 +406,10 @@ def carry(step: Step, done: Sequence[Trained]) -> Step:
     own = {*(term.name for term in assembly.terms), *assembly.extras}
     for name in step.carries:
         if name not in own or name not in {*terms, *extras}:
-            lacks = "that no step before it trained" if name in own else "that it does not have"
+            if name in own:
+                lacks = "that no step before it trained"
+            else:
+                lacks = "that it does not have"
             raise RunError(f"A step of the method's plan carries over '{name}', {lacks}.")
     heads = {name for name in assembly.extras if name.startswith(PREFIX)}
     carried = (heads | set(step.carries)) & set(extras)
@@ -421,7 +434,9 @@ def carry(step: Step, done: Sequence[Trained]) -> Step:
 def _last(trained: Sequence[Trained]) -> Assembly:
     """The assembly with the newest head: of the last step that trained something."""
     worked = [t.assembly for t in trained if t.steps]
-    return worked[-1] if worked else Assembly()
+    if worked:
+        return worked[-1]
+    return Assembly()
 
 
 def _mark(model: Assembly) -> bytes | None:

@@ -232,7 +232,10 @@ class Kernel:
         """
         rows = [len(own) for own in examples]
         batch = self._batch(list(chain.from_iterable(examples)))
-        running: Running = Cohort(lives, rows) if together else lives[0]
+        if together:
+            running: Running = Cohort(lives, rows)
+        else:
+            running = lives[0]
         with self.hooked.running(batch, running):
             with span("forward"):
                 self._prepare(lives, batch)

@@ -43,7 +43,9 @@ def lane_count(job: Job) -> int:
     train = job.train
     # dropout draws from one source
     several = train.device == "cpu" and train.cohort != 1 and not job.lora.dropout
-    return min(LANES, int(train.threads)) if several else 1
+    if several:
+        return min(LANES, int(train.threads))
+    return 1
 
 
 class Lanes:

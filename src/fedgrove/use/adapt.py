@@ -89,7 +89,10 @@ def adapt(
     name = _name(result, Path(data), name)
     folder = _folder(Path(out) if out is not None else result.path / "adapted" / folder_of(name))
     job = result.job
-    seed = job.run.seed if seed is None else seed
+    if seed is None:
+        seed = job.run.seed
+    else:
+        seed = seed
     client = _client(name, Path(data), job, seed)
     finished = _open(result, job)
     parts = finished.parts
@@ -127,7 +130,10 @@ def adapt(
 def _name(result: Result, data: Path, name: str | None) -> str:
     chosen = unicodedata.normalize("NFC", data.stem if name is None else name)
     if client_name(chosen) != chosen:
-        where = f"The file name of {data}" if name is None else f"--name {chosen!r}"
+        if name is None:
+            where = f"The file name of {data}"
+        else:
+            where = f"--name {chosen!r}"
         raise DataError(f"{where} cannot name a client: use {RULE}; give another --name.")
     row = result.summary["clients"].get(chosen)
     if row is not None and not row.get("held_out"):

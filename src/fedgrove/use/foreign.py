@@ -48,7 +48,10 @@ def opened(folder: Path, labels: Sequence[str] | None = None, base: str | None =
     ``labels`` in the order of the head's outputs, and ``base``, where the base lies, win over what
     the files say. Raises ``AdapterError`` for what cannot be understood.
     """
-    given = peft.read_json(folder / peft.CARD) if (folder / peft.CARD).exists() else {}
+    if (folder / peft.CARD).exists():
+        given = peft.read_json(folder / peft.CARD)
+    else:
+        given = {}
     if given.get("head"):  # a directory of a run, whole
         adapter, head, _ = peft.read_adapter(folder)
         card = given
@@ -93,11 +96,17 @@ def _described(source: Source, head: Mapping[str, Tensor], base: str | None) -> 
             f"{source.folder / peft.CONFIG} names no base model (base_model_name_or_path); give "
             "load(..., base=...) or --base."
         )
-    revision = None if base else source.config.get("revision")
+    if base:
+        revision = None
+    else:
+        revision = source.config.get("revision")
     config = load_config(str(name), revision)
     task = _task(source, config)
     limit = longest_input(config)
-    length = {} if task == "classify-images" else {"max_length": min(LONGEST, limit or LONGEST)}
+    if task == "classify-images":
+        length = {}
+    else:
+        length = {"max_length": min(LONGEST, limit or LONGEST)}
     return {
         "format": 1,
         "task": task,
@@ -122,7 +131,9 @@ def _task(source: Source, config: Any) -> str:
     if hasattr(config, "num_channels") or hasattr(config, "image_size"):
         return "classify-images"
     writes = kind == "CAUSAL_LM" or (kind is None and _is_a(config, "ForCausalLM", "LMHeadModel"))
-    return "generate" if writes else "classify-text"
+    if writes:
+        return "generate"
+    return "classify-text"
 
 
 def _labels(config: Any, head: Mapping[str, Tensor]) -> list[str]:
@@ -131,9 +142,13 @@ def _labels(config: Any, head: Mapping[str, Tensor]) -> list[str]:
     """
     named = [str(config.id2label[index]) for index in sorted(config.id2label)]
     if not head:
-        return named if _is_a(config, "Classification") else []
+        if _is_a(config, "Classification"):
+            return named
+        return []
     outputs = min(value.shape[0] for value in head.values() if value.ndim)
-    return named if len(named) == outputs else [f"LABEL_{index}" for index in range(outputs)]
+    if len(named) == outputs:
+        return named
+    return [f"LABEL_{index}" for index in range(outputs)]
 
 
 def _head_kind(task: str, head: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
@@ -141,7 +156,9 @@ def _head_kind(task: str, head: Mapping[str, Tensor], card: Mapping[str, Any]) -
     if task == "generate":
         return "lm"
     ours = not head or set(head) == {"weight", "bias"}
-    return "pooled" if ours and (head or not card["labels"]) else "stock"
+    if ours and (head or not card["labels"]):
+        return "pooled"
+    return "stock"
 
 
 def _check_labels(folder: Path, card: Mapping[str, Any], labels: Sequence[str]) -> None:
@@ -175,4 +192,6 @@ def _bare(site: str, config: Any) -> str:
 
     kind = AutoModel._model_mapping.get(type(config), None)
     prefix = getattr(kind, "base_model_prefix", "")
-    return site.removeprefix(f"{prefix}.") if prefix else site
+    if prefix:
+        return site.removeprefix(f"{prefix}.")
+    return site

@@ -22,7 +22,7 @@ def matrix(result: Result, advance: Callable[[str], None] = lambda _: None) -> M
     """
     tests, more = result.tests, result.job.data.metrics
     found: Matrix = {}
-    for name in result.models():
+    for name in result.answering():
         model = result.client(name).model()
         found[name] = {each: model.measures(rows, more) for each, rows in tests.items()}
         advance(name)
@@ -47,7 +47,9 @@ def grid(found: Matrix, metric: str) -> list[list[str]]:
 
 def figure(value: Any) -> str:
     """A number in a table; "-" where it is not defined."""
-    return "-" if value is None else f"{value:.4g}"
+    if value is None:
+        return "-"
+    return f"{value:.4g}"
 
 
 def write(folder: Path, found: Matrix) -> tuple[Path, Path]:

@@ -36,6 +36,7 @@ class ClientModel:
     def __init__(self, kernel: Kernel, assembly: Assembly, card: Plain):
         self.kernel, self.assembly, self.card = kernel, assembly, card
         self.labels: tuple[str, ...] = tuple(card["labels"])
+        #: whether nothing that was trained turns states into classes
         self.headless = card["head"] == "pooled" and not assembly.extras
 
     def logits(self, texts: Sequence[Any]) -> Tensor:
@@ -107,9 +108,9 @@ class ClientModel:
     def _check_head(self) -> None:
         if self.headless:
             raise AdapterError(
-                f"The adapter of {self.card['model']} has no head, so it names no classes: load "
-                "one with its head (modules_to_save, or head.safetensors); without it, it can be "
-                "merged and exported."
+                f"The adapter of {self.card['model']} has no head that was trained, so it names no "
+                "classes: use one with its head (modules_to_save, head.safetensors, or a client's "
+                "own); without it, it can be merged and exported."
             )
 
 

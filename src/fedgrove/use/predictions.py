@@ -49,7 +49,9 @@ def questions_of(path: Path, job: Job) -> list[Row]:
     """
     task, data = task_class(job.data), job.data
     if task.folders and path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file())
+        files = sorted(each for each in path.rglob("[!.]*") if each.is_file())
+        if not files:
+            raise DataError(f"the folder {path} has no images; name one with images in it")
         return [{task.asks: each} for each in files]
     if not files_of(path):
         raise DataError(f"the table {path} does not exist or is a folder; name one file ({KINDS})")
@@ -68,7 +70,7 @@ def questions_of(path: Path, job: Job) -> list[Row]:
 def predictions(model: ClientModel, rows: Sequence[Row]) -> list[Prediction]:
     """The model's answer to each row."""
     task = model.kernel.task
-    asked = [str(row.get(task.asks, "")) for row in rows]
+    asked = [_words(row.get(task.asks), f"row {number}") for number, row in enumerate(rows, 1)]
     if task.writes:
         examples = task.encode(rows, model.kernel.base.processor)
         written = model.kernel.generate(model.assembly, examples)
@@ -86,6 +88,13 @@ def predictions(model: ClientModel, rows: Sequence[Row]) -> list[Prediction]:
         Prediction(number, *each)
         for number, each in enumerate(zip(asked, told, named, strict=True), 1)
     ]
+
+
+def _words(asked: object, place: str) -> str:
+    """What was asked, where it is a text or a file; else its row."""
+    if isinstance(asked, str | Path):
+        return str(asked)
+    return place
 
 
 def check_out(out: Path) -> None:

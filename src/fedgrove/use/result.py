@@ -48,6 +48,23 @@ class Result:
         common = (self.path / "adapters" / GLOBAL).is_dir()
         return [*self.names(), *([GLOBAL] if common else [])]
 
+    def answering(self) -> list[str]:
+        """Those of ``models`` that can be measured: where each client kept its head, the common
+        model has none that was trained.
+        """
+        if self.common_head:
+            return self.models()
+        return self.names()
+
+    @property
+    def common_head(self) -> bool:
+        """Whether the common model's head is the clients' mean, frozen for all, or needs none."""
+        from fedgrove.federation.tasks import task_class
+
+        job = self.job
+        mean = job.federation.head != "local" or job.federation.newcomer_head is True
+        return mean or task_class(job.data).writes
+
     @property
     def report(self) -> Path:
         return self.path / "report.html"
@@ -100,7 +117,10 @@ class ClientResult:
     @property
     def path(self) -> Path:
         """Its adapter directory."""
-        folder = GLOBAL if self.name == GLOBAL else folder_of(self.name)
+        if self.name == GLOBAL:
+            folder = GLOBAL
+        else:
+            folder = folder_of(self.name)
         return self.result.path / "adapters" / folder
 
     def predict(self, texts: Sequence[Any]) -> list[Any]:
@@ -166,4 +186,6 @@ class ClientResult:
         """The client's model, ready to predict; options as of ``fedgrove.load``."""
         from fedgrove.use.personal import load
 
-        return load(self.path, **options)
+        model = load(self.path, **options)
+        model.headless |= self.name == GLOBAL and not self.result.common_head
+        return model

@@ -44,7 +44,9 @@ def squeeze(tree: Any, how: Compression) -> Any:
             raise PrivacyError(f"'{where}' is private to its client and cannot be sent.")
         if value.ndim == 0 or not value.is_floating_point():
             return value
-        return _half(value) if how == "fp16" else _bytes(value)
+        if how == "fp16":
+            return _half(value)
+        return _bytes(value)
 
     def change(keys: Keys, leaf: Any) -> Any:
         where = joined("", keys)
@@ -67,7 +69,9 @@ def expand(tree: Any) -> Any:
 
 def passed(tree: Any, how: Compression) -> Any:
     """What the other side reads of the tree: for an engine without a wire."""
-    return tree if how == "none" else expand(squeeze(tree, how))
+    if how == "none":
+        return tree
+    return expand(squeeze(tree, how))
 
 
 def sent_bytes(tree: Any, how: Compression) -> int:

@@ -35,7 +35,9 @@ def not_finite(content: object) -> str | None:
     None.
     """
     path = infinite_at(content)
-    return None if path is None else f"{path} of its update holds numbers that are not finite"
+    if path is None:
+        return None
+    return f"{path} of its update holds numbers that are not finite"
 
 
 def refuse_loss(before: object, after: object, sites: Mapping[str, Site]) -> None:

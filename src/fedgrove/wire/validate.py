@@ -108,12 +108,17 @@ def _fault(tree: Any, bounds: Bounds | None) -> str | None:
             return f"its parts are more than {DEEPEST} tables deep"
         if wrong := _value_fault(value, joined("", keys)):
             return wrong
-        site = None if bounds is None else _site_of(keys, bounds.sites)
+        if bounds is None:
+            site = None
+        else:
+            site = _site_of(keys, bounds.sites)
         if site is None or bounds is None:
             continue
         if wrong := _site_fault(value, joined("", keys), site, bounds):
             return wrong
-    return None if bounds is None else _names_fault(tree, bounds.sites)
+    if bounds is None:
+        return None
+    return _names_fault(tree, bounds.sites)
 
 
 def _site_of(keys: Keys, sites: Mapping[str, Site]) -> Site | None:

@@ -303,20 +303,20 @@ class Runtime:
         return Stores(self._home(note))
 
     def _error(self, error: Exception) -> Note:
-        trace = (
-            "".join(traceback.format_tb(error.__traceback__)) if self.simulated else _places(error)
-        )
+        if self.simulated:
+            trace = "".join(traceback.format_tb(error.__traceback__))
+        else:
+            trace = _places(error)
         if isinstance(error, DataError) and not self.simulated:  # it names rows, labels and files
             getLogger(__name__).error("%s", error)
             sentence = f"{self.place.name} cannot use its data for this job; it has been told why."
             return Note("error", {"sentence": sentence, "trace": ""})
         if isinstance(error, FedgroveError):
             return Note("error", {"sentence": str(error), "trace": ""})
-        words = (
-            " ".join(str(error).split())[:300]
-            if self.simulated
-            else "its text stays with the client"
-        )
+        if self.simulated:
+            words = " ".join(str(error).split())[:300]
+        else:
+            words = "its text stays with the client"
         return Note(
             "error", {"sentence": f"Unexpected {type(error).__name__}: {words}.", "trace": trace}
         )

@@ -44,10 +44,14 @@ def deployable(job: Job) -> Job:
 
 def alone(job: Job) -> Job:
     """Each client trains in a message of its own, so an automatic cohort is one client."""
-    return one_by_one(job) if job.train.cohort == "auto" else job
+    if job.train.cohort == "auto":
+        return one_by_one(job)
+    return job
 
 
 def named_held_out(job: Job) -> set[str]:
     """The sites that the job holds out by name."""
     held_out = job.federation.held_out
-    return set(held_out) if isinstance(held_out, tuple) else set()
+    if isinstance(held_out, tuple):
+        return set(held_out)
+    return set()

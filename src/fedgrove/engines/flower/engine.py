@@ -301,7 +301,9 @@ class FlowerEngine:
 
     def _deadline(self) -> float | None:
         """When a round that begins now is over, by the monotonic clock."""
-        return None if self.patience is None else time.monotonic() + self.patience
+        if self.patience is None:
+            return None
+        return time.monotonic() + self.patience
 
     # ------------------------------------------------------------------ rounds
     def train(
@@ -376,7 +378,10 @@ class FlowerEngine:
         # A message may be read only as long as its answer can be used.
         lifetime = self.patience
         if lifetime is not None:
-            lifetime = 3 * lifetime + 1 if self.late == "next" else lifetime + 1
+            if self.late == "next":
+                lifetime = 3 * lifetime + 1
+            else:
+                lifetime = lifetime + 1
         head = {"round": round, "store": self._stores.get(name, 0), "keep": self._kept.get(name, 0)}
         sent = self._send(name, "train", head, {"offer": dict(given)}, seconds=lifetime)
         return sent, _Sent(name, round, numbers(given), sent_bytes(given, self.job.run.compress))
@@ -442,7 +447,10 @@ class FlowerEngine:
         self, clients: Sequence[str], offer: OfferOf, split: str
     ) -> Iterator[tuple[str, dict[str, float]] | Absence]:
         for name, answer in self._ask_clients(clients, "evaluate", {"split": split}, offer):
-            measures = answer.head.get("measures") if isinstance(answer, Note) else None
+            if isinstance(answer, Note):
+                measures = answer.head.get("measures")
+            else:
+                measures = None
             if isinstance(answer, Failure):
                 yield Absence(name, answer.reason, answer.trace)
             elif wrong := measures_fault(measures, needed={"loss", self._metric}):
@@ -476,7 +484,10 @@ class FlowerEngine:
                 if wrong or not isinstance(row, dict) or not isinstance(stored, int):
                     yield Absence(name, f"its measures are refused, because {wrong}")
                     continue
-                own = json.loads(str(answer.head["own"])) if self.simulation is not None else {}
+                if self.simulation is not None:
+                    own = json.loads(str(answer.head["own"]))
+                else:
+                    own = {}
                 yield name, Leaving(row, stored, own.get("artefacts", {}), own.get("texts", []))
 
     def _wait_for(self, clients: Sequence[str], until: float | None) -> bool:
@@ -524,7 +535,9 @@ class FlowerEngine:
         seconds: float | None,
     ) -> str:
         member = self.members.get(client)
-        return self._to(member.node, kind, head, body, seconds=seconds) if member else ""
+        if member:
+            return self._to(member.node, kind, head, body, seconds=seconds)
+        return ""
 
     def _to(
         self,
@@ -610,7 +623,10 @@ class FlowerEngine:
         at most its own.
         """
         ranks = self.job.federation.ranks
-        wanted = ranks.get(member.name) if isinstance(ranks, dict) else None
+        if isinstance(ranks, dict):
+            wanted = ranks.get(member.name)
+        else:
+            wanted = None
         rank = wanted or (self._method.setting.rank if self._method else self.job.lora.rank) or 1
         if self._method is not None and self._method.ranks == "equal":
             return rank
@@ -628,4 +644,6 @@ def _over(until: float | None) -> bool:
 
 def _left(until: float | None) -> float | None:
     """Seconds until then."""
-    return None if until is None else max(0.0, until - time.monotonic())
+    if until is None:
+        return None
+    return max(0.0, until - time.monotonic())

@@ -166,7 +166,10 @@ class Post:
         """Answers as they come, until all of ``needed`` (default: all) are there or ``seconds``
         have passed.
         """
-        until = None if seconds is None else time.monotonic() + seconds
+        if seconds is None:
+            until = None
+        else:
+            until = time.monotonic() + seconds
         waiting, wanted = set(ids), set(ids if needed is None else needed)
         pause = 0.01
         while True:
@@ -194,7 +197,10 @@ class Post:
                 self._look_after(waiting)
             if not wanted or (until is not None and time.monotonic() >= until):
                 return
-            pause = 0.01 if arrived else min(self.slowest, 1.5 * pause)
+            if arrived:
+                pause = 0.01
+            else:
+                pause = min(self.slowest, 1.5 * pause)
             time.sleep(pause if until is None else max(0.0, min(pause, until - time.monotonic())))
 
     # ------------------------------------------------------------------ fetching
@@ -204,7 +210,9 @@ class Post:
         it.
         """
         if not self.again:
-            return list(self.grid.pull_messages(ids)) if ids else []
+            if ids:
+                return list(self.grid.pull_messages(ids))
+            return []
         for name in ids - self._pulling - set(self._fetched):
             self._pulling.add(name)
             threading.Thread(target=self._fetch, args=(name,), daemon=True).start()
@@ -239,7 +247,9 @@ class Post:
 
     # ------------------------------------------------------------------ messages that got lost
     def _ids(self, name: str) -> list[str]:
-        return self._sent[name].ids if name in self._sent else [name]
+        if name in self._sent:
+            return self._sent[name].ids
+        return [name]
 
     def _look_after(self, waiting: Collection[str]) -> None:
         """Ask nodes that are silent whether they are there, and send again what they have lost."""
@@ -252,7 +262,10 @@ class Post:
             if (
                 sent.answered
             ):  # a while ago, and the answer to the message itself would have come before
-                left = None if sent.until is None else sent.until - now
+                if sent.until is None:
+                    left = None
+                else:
+                    left = sent.until - now
                 if left is None or left > 0:
                     sent.ids.append(self._push(sent.node, sent.note, left) or sent.ids[0])
                 sent.answered = False
@@ -266,7 +279,10 @@ class Post:
         sent = self._sent.get(name)
         if sent is None or not message.has_error() or message.error.code not in _LOST:
             return False
-        left = None if sent.until is None else sent.until - time.monotonic()
+        if sent.until is None:
+            left = None
+        else:
+            left = sent.until - time.monotonic()
         if len(sent.ids) >= _MOST_TIMES or (left is not None and left <= 0):
             return False
         again = self._push(sent.node, sent.note, left)

@@ -222,7 +222,10 @@ def continued(directory: RunDirectory, *, resume: bool) -> tuple[str, dict[str, 
             raise RunError(
                 f"{mark} cannot be read; start the run again in a new directory."
             ) from None
-        notes = checkpoints.load_server().get("engine", {}) if checkpoints.exists() else {}
+        if checkpoints.exists():
+            notes = checkpoints.load_server().get("engine", {})
+        else:
+            notes = {}
         known = {
             name: ClientInfo(name, row["rank"], row["examples"])
             for name, row in notes.get("clients", {}).items()

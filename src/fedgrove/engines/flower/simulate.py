@@ -119,11 +119,10 @@ def resources(nodes: int, job: Job) -> dict[str, Any]:
         "include_dashboard": False,
     }
     if not os.environ.get("RAY_ADDRESS"):  # a cluster that is there has its own
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count() or 1
         start["num_cpus"] = max(threads, min(cores, nodes * threads))
     share = {"num_cpus": threads, "num_gpus": 1.0 if job.train.device == "cuda" else 0.0}
     return {"init_args": start, "client_resources": share}

@@ -68,10 +68,19 @@ def heat(content: Mapping[str, Any], width: float) -> Figure:
     count, wide = len(names), width > style.NARROW
     named = count <= _NAMED
     names = [words.shorten(name, 20 if wide else 14) for name in names]
-    left = (0.15 + 0.088 * max(map(len, names))) if named else 0.35
-    side = 5.3 if wide else width - left - 0.25
+    if named:
+        left = 0.15 + 0.088 * max(map(len, names))
+    else:
+        left = 0.35
+    if wide:
+        side = 5.3
+    else:
+        side = width - left - 0.25
     gap = 1.2
-    height = side + 0.85 if wide else side + 0.85 + 2.9
+    if wide:
+        height = side + 0.85
+    else:
+        height = side + 0.85 + 2.9
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((left / width, 1 - (side + 0.15) / height, side / width, side / height))
     low, high = _reach(distances)
@@ -98,16 +107,15 @@ def heat(content: Mapping[str, Any], width: float) -> Figure:
     if not named:
         axes.set_ylabel(f"{count} clients, by cluster")
     _scale(figure, axes, low, high, left, side, height, width)
-    place = (
-        (
+    if wide:
+        place = (
             (left + side + gap) / width,
             1 - (side + 0.15) / height,
             (width - left - side - gap - 0.12) / width,
             side / height,
         )
-        if wide
-        else (0.6 / width, 0.62 / height, (width - 0.75) / width, 1.95 / height)
-    )
+    else:
+        place = (0.6 / width, 0.62 / height, (width - 0.75) / width, 1.95 / height)
     _eigenvalues(figure.add_axes(place), content["eigenvalues"], len(set(labels)))
     return figure
 
@@ -163,7 +171,9 @@ def _scale(
 def _reach(distances: Any) -> tuple[float, float]:
     """The smallest and largest distance between two clients."""
     pairs = distances[~np.eye(len(distances), dtype=bool)]
-    return (float(pairs.min()), float(pairs.max())) if pairs.size else (0.0, 1.0)
+    if pairs.size:
+        return (float(pairs.min()), float(pairs.max()))
+    return (0.0, 1.0)
 
 
 def _eigenvalues(axes: Axes, values: Sequence[float], count: int) -> None:
@@ -173,7 +183,10 @@ def _eigenvalues(axes: Axes, values: Sequence[float], count: int) -> None:
     The first is 0 whatever the clients are like: it is shown only where the gap after it was
     chosen.
     """
-    first = 1 if count > 1 else 0
+    if count > 1:
+        first = 1
+    else:
+        first = 0
     last = min(len(values), max(count + 4, 14))
     places, shown = np.arange(first + 1, last + 1), np.array(values[first:last])
     inside = places <= count
@@ -235,11 +248,10 @@ def _runs(labels: Sequence[int]) -> list[tuple[int, int, int]]:
 def _who(content: Mapping[str, Any]) -> str:
     count, many = len(set(content["labels"])), len(content["clients"])
     change = content.get("basis") == "B - B_start"
-    what = (
-        "the changes that local training made to their B"
-        if change
-        else "their B after local training"
-    )
+    if change:
+        what = "the changes that local training made to their B"
+    else:
+        what = "their B after local training"
     texts = [
         f"At the end of the root tier the server grouped {words.count(many, 'client')} into "
         f"{words.count(count, 'cluster')}, once. The map shows the distance between any two of "
@@ -281,7 +293,10 @@ def steps(tiers: Tiers, width: float) -> Figure:
     places = list(range(len(tiers.names)))
     for name, values in tiers.clients.items():
         label = tiers.labels.get(name)
-        colour = COLOURS["base"] if label is None else CYCLE[label % len(CYCLE)]
+        if label is None:
+            colour = COLOURS["base"]
+        else:
+            colour = CYCLE[label % len(CYCLE)]
         axes.plot(places, values, color=colour, linewidth=1.1, alpha=0.55, zorder=1)
     means, spreads = tiers.means, tiers.spreads
     axes.errorbar(
@@ -342,7 +357,10 @@ def overlap(panels: Sequence[tuple[str, Mapping[str, Any]]], width: float) -> Fi
     by side.
     """
     panels = [(title, content) for title, content in panels if any(_curves(content).values())]
-    columns = len(panels) if width > style.NARROW else 1
+    if width > style.NARROW:
+        columns = len(panels)
+    else:
+        columns = 1
     rows = math.ceil(len(panels) / columns)
     figure, grid = style.new_grid(width, 3.6 * rows, rows, columns)
     top = max(_top(content) for _, content in panels)
@@ -420,7 +438,9 @@ def _gammas(run_dir: Path) -> tuple[float, float] | None:
         job = tomllib.loads((run_dir / "job.toml").read_text(encoding="utf-8")).get("method", {})
     except (OSError, ValueError):
         return None
-    return (job["gamma_c"], job["gamma_l"]) if "gamma_c" in job and "gamma_l" in job else None
+    if "gamma_c" in job and "gamma_l" in job:
+        return (job["gamma_c"], job["gamma_l"])
+    return None
 
 
 def _penalties(run_dir: Path) -> str:
@@ -428,7 +448,9 @@ def _penalties(run_dir: Path) -> str:
     gammas = _gammas(run_dir)
     if gammas is None:
         return run_dir.name
-    return "without a penalty" if not any(gammas) else f"γ_c = {gammas[0]:g}, γ_l = {gammas[1]:g}"
+    if not any(gammas):
+        return "without a penalty"
+    return f"γ_c = {gammas[0]:g}, γ_l = {gammas[1]:g}"
 
 
 def _overlap_words(run_dir: Path, beside: Sequence[Path]) -> str:

@@ -37,7 +37,10 @@ def _row(what: str, events: list[dict[str, Any]]) -> list[str]:
     rounds = sorted({event["round"] for event in events})
     times = Counter(event["client"] for event in events)
     ordered = [name for name, _ in sorted(times.items(), key=lambda each: (-each[1], each[0]))]
-    span = str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    if len(rounds) == 1:
+        span = str(rounds[0])
+    else:
+        span = f"{rounds[0]} to {rounds[-1]}"
     count, clients = f"{len(events):,}", f"{len(times):,}"
     reason = str(events[0]["reason"])
     return [what, count, clients, span, words.shorten(reason, 160), words.some(ordered, NAMED)]

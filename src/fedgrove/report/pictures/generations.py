@@ -43,4 +43,6 @@ def short(text: str) -> str:
     """The start and the end of a long text: instructions stand at either."""
     text = " ".join(text.split())
     half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half].rstrip()} … {text[-half:].lstrip()}"
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:half].rstrip()} … {text[-half:].lstrip()}"

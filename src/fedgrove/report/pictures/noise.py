@@ -108,7 +108,10 @@ def losses(rounds: Rounds, width: float) -> Figure:
             curve,
             [value if value is None else value or zero for value in curve.values],
         )
-    bottom = zero / 10 ** (0.09 * decades) if has_zero else low / 10 ** (0.08 * decades)
+    if has_zero:
+        bottom = zero / 10 ** (0.09 * decades)
+    else:
+        bottom = low / 10 ** (0.08 * decades)
     axes.set_ylim(bottom, high * 10 ** (0.08 * decades))
     _log_ticks(axes, low, high, zero if has_zero else None)
     if has_zero:
@@ -144,7 +147,10 @@ def places(rounds: Rounds, width: float) -> Figure:
         axes, edges, np.arange(len(sites) + 1) - 0.5, values, _AMOUNT, 0.0, float(values.max())
     )
     step = math.ceil(0.2 / row)
-    before = "layer " if roomy else ""
+    if roomy:
+        before = "layer "
+    else:
+        before = ""
     axes.set_yticks(
         range(0, len(sites), step), [before + site_name(site) for site in sites[::step]]
     )
@@ -168,11 +174,10 @@ def cosines(rounds: Rounds, matrix: np.ndarray | None, width: float) -> Figure:
         figure, axes = style.new_figure(width, 3.4)
     else:
         figure = Figure(figsize=(width, 4.0 if beside else 7.6), layout="constrained")
-        shape: Any = (
-            {"ncols": 2, "width_ratios": (1.3, 1)}
-            if beside
-            else {"nrows": 2, "height_ratios": (1, 1.2)}
-        )
+        if beside:
+            shape: Any = {"ncols": 2, "width_ratios": (1.3, 1)}
+        else:
+            shape = {"nrows": 2, "height_ratios": (1, 1.2)}
         left, right = figure.subfigures(**shape)
         axes = left.add_subplot()
         _matrix(right, right.add_subplot(), matrix)
@@ -209,7 +214,9 @@ def mean_matrix(rounds: Rounds) -> np.ndarray | None:
     if not found or len({each.shape for each in found}) != 1:
         return None
     stacked = np.ma.masked_invalid(np.stack(found))
-    return None if stacked.mask.all() else np.asarray(stacked.mean(axis=0).filled(np.nan))
+    if stacked.mask.all():
+        return None
+    return np.asarray(stacked.mean(axis=0).filled(np.nan))
 
 
 def site_name(site: str) -> str:
@@ -283,16 +290,16 @@ def _cosine_text(rounds: Rounds, matrix: np.ndarray | None) -> str:
 
 
 def _of_rounds(count: int) -> str:
-    return "the one round" if count == 1 else f"all {count} rounds"
+    if count == 1:
+        return "the one round"
+    return f"all {count} rounds"
 
 
 def _number(value: float) -> str:
     """``0.052``, ``3.5e−9``."""
-    return (
-        words.typographic(f"{value:.2g}")
-        if value == 0 or 0.01 <= abs(value) < 100
-        else _power(value, 1)
-    )
+    if value == 0 or 0.01 <= abs(value) < 100:
+        return words.typographic(f"{value:.2g}")
+    return _power(value, 1)
 
 
 def _power(value: float, digits: int) -> str:
@@ -312,7 +319,10 @@ def _draw(axes: Axes, rounds: Rounds, curve: Curve, values: Sequence[float | Non
         for line, value in zip(rounds, values, strict=True)
         if value is not None
     ]
-    dots: dict[str, Any] = {"marker": curve.marker, "markersize": 5.5} if len(rounds) <= 40 else {}
+    if len(rounds) <= 40:
+        dots: dict[str, Any] = {"marker": curve.marker, "markersize": 5.5}
+    else:
+        dots = {}
     axes.plot(
         [at for at, _ in there],
         [value for _, value in there],
@@ -353,7 +363,10 @@ def _rounds_axis(axes: Axes, rounds: Rounds, width: float) -> None:
 
 def _label(axes: Axes, text: str, place: float, colour: str) -> None:
     """A curve's name and last value right of it."""
-    middle = "center" if "\n" in text else "center_baseline"
+    if "\n" in text:
+        middle = "center"
+    else:
+        middle = "center_baseline"
     at = axes.get_yaxis_transform()
     axes.text(
         1.015,
@@ -386,7 +399,8 @@ def _matrix(figure: FigureBase, axes: Axes, matrix: np.ndarray) -> None:
 
 def _cells(axes: Axes, x: Any, y: Any, values: Any, colours: Any, low: float, high: float) -> Any:
     few = max(len(x), len(y)) <= _MOST_CELLS
-    gaps: dict[str, Any] = (
-        {"edgecolors": COLOURS["paper"], "linewidth": 0.8} if few else {"rasterized": True}
-    )
+    if few:
+        gaps: dict[str, Any] = {"edgecolors": COLOURS["paper"], "linewidth": 0.8}
+    else:
+        gaps = {"rasterized": True}
     return axes.pcolormesh(x, y, values, cmap=colours, vmin=low, vmax=high or 1.0, **gaps)
