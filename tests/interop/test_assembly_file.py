@@ -80,7 +80,11 @@ def test_linear_mixes_need_no_format_of_ours() -> None:
 
 def test_a_run_directory_says_why_there_is_no_peft_adapter(finished: Any) -> None:
     folder = finished.client("site-0").path
-    assert sorted(file.name for file in folder.iterdir()) == [FILE, "fedgrove.json", "measures.json"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        FILE,
+        "fedgrove.json",
+        "measures.json",
+    ]
     card = json.loads((folder / "fedgrove.json").read_text())
     assert card["peft"] is False
     assert card["why"].startswith("FedALT weighs its LoRA terms (own, rest) anew for each input")

@@ -313,7 +313,19 @@ BAD_CHATS = [
     ),
     (
         [{"from": "tool", "value": "x"}, ANSWER],
-        r"has a message 1 with the role 'tool'; roles are system, user, assistant",
+        r"has a message 1 of tools, which is not learnt; leave such rows out",
+    ),
+    (
+        [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]},
+            ANSWER,
+        ],
+        r"has a message 2 of tools, which is not learnt; leave such rows out",
+    ),
+    (
+        [{"from": "critic", "value": "x"}, ANSWER],
+        r"has a message 1 with the role 'critic'; roles are system, user, assistant",
     ),
     (
         [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER],

@@ -11,6 +11,7 @@ from fedgrove.ground.errors import DataError
 ROLES = ("system", "user", "assistant")
 #: what other tools call them
 SAME = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+TOOLS = ("tool", "function", "function_call", "observation")
 SPELLINGS = (("role", "content"), ("from", "value"))
 
 
@@ -66,6 +67,8 @@ def _said(message: Any, number: int, wrong: Callable[[str], DataError]) -> tuple
     """Role and content of a message, in either spelling; parts of a content are joined."""
     if not isinstance(message, dict):
         raise wrong(f"has a message {number} that is no object with a role and a content")
+    if message.get("tool_calls") or message.get("role", message.get("from")) in TOOLS:
+        raise wrong(f"has a message {number} of tools, which is not learnt; leave such rows out")
     for role_key, content_key in SPELLINGS:
         if role_key in message and content_key in message:
             role, content = message[role_key], message[content_key]
