@@ -123,7 +123,7 @@ def test_a_cut_file_and_pickled_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_merge_needs_an_adapter(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"fedgrove\.json"):
+    with pytest.raises(AdapterError, match=r"adapter_config\.json does not exist"):
         merge(tmp_path, tmp_path / "out")
 
 

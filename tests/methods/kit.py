@@ -137,7 +137,7 @@ def files(path: Path) -> dict[str, bytes]:
     found = sorted(
         f for f in path.rglob("*") if f.is_file() and "adapters" in str(f.relative_to(path))
     )
-    return {str(f.relative_to(path)): f.read_bytes() for f in found}
+    return {str(f.relative_to(path)): f.read_bytes() for f in found if f.name != "measures.json"}
 
 
 def weights(path: Path) -> dict[str, bytes]:

@@ -393,7 +393,7 @@ def files(path: Path) -> dict[str, bytes]:
     return {
         str(f.relative_to(path)): f.read_bytes()
         for f in found
-        if f.is_file() and f.name != "fedgrove.json"
+        if f.is_file() and f.name not in ("fedgrove.json", "measures.json")
     }
 
 

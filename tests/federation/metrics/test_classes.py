@@ -115,3 +115,11 @@ def test_texts_are_compared_with_their_references() -> None:
     found = measures(["exact_match", "rouge_1", "rouge_l"], given)
     assert found["exact_match"] == 0.5
     assert found["rouge_1"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_a_diverged_model_has_no_figures_of_scores() -> None:
+    scores = np.full((4, 3), math.nan)
+    found = measures(["auroc", "ece", "f1"], answers([0, 1, 2, 0], scores))
+    assert found["auroc"] is None
+    assert found["ece"] is None
+    assert found["f1"] is not None

@@ -283,7 +283,10 @@ BAD = [
     ),
     ({"prompt": "", "completion": "x"}, r"line 2: the column 'prompt' is empty"),
     ({"prompt": None, "completion": "x"}, r"line 2: the column 'prompt' is empty"),
-    ({"prompt": ["a"], "completion": "x"}, r"line 2: the column 'prompt' is a list, not a text"),
+    (
+        {"prompt": ["a"], "completion": "x"},
+        r"line 2: the column 'prompt' is a list of words, not a text",
+    ),
     ({"prompt": "hi", "completion": ["yes", ""]}, r"line 2: the column 'completion' is empty"),
     (
         {"prompt": "hi \ud83d", "completion": "x"},

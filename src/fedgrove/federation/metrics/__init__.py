@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedgrove.federation.metrics.base import Answers, Measured, Metric
 from fedgrove.ground.plain import Plain
 from fedgrove.ground.registry import Registry
@@ -35,12 +37,19 @@ def measures(names: Iterable[str], answers: Answers) -> Plain:
     """What the named metrics find, in their order; None where one is not defined. That the task
     gives what each needs was checked with the job.
     """
-    return {name: _plain(METRICS.find(name)()(answers)) for name in names}
+    return {name: _plain(_found(METRICS.find(name)(), answers)) for name in names}
 
 
 def asked(task: Task[Any], more: Iterable[str] = ()) -> list[str]:
     """The names of a task's own metrics and of those that a job asks for besides."""
     return list(dict.fromkeys([*task.wanted(), *more]))
+
+
+def _found(metric: Metric, answers: Answers) -> Measured:
+    """What a metric finds; nan where a diverged model gives scores that are no numbers."""
+    if "scores" in metric.needs and not np.isfinite(np.asarray(answers.scores, dtype=float)).all():
+        return math.nan
+    return metric(answers)
 
 
 def _plain(value: Measured) -> Any:
