@@ -49,6 +49,8 @@ OTHER: dict[str, dict[str, Any]] = {
     "group": {"group": "site"},
     "groups": {"group": "site", "groups": ["a*"]},
     "labels": {"labels": ["no", "yes"]},
+    "class_weights": {"class_weights": "balanced"},
+    "ordinal": {"ordinal": True},
     "max_length": {"max_length": 64},
     "answers": {"task": "generate", "messages": "chat", "answers": "every"},
     "template": {"task": "generate", "template": "{question}"},
