@@ -29,7 +29,7 @@ $(READY): pyproject.toml
 	if [ ! -x $(BIN)/python ]; then echo "setup: .venv with $$("$$python" --version)"; "$$python" -m venv .venv; fi
 	@echo "setup: torch $(TORCH), then the rest (about 2 GB, a minute or two) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check "torch==$(TORCH)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[dev,flower,privacy,gguf,onnx,tensorboard,examples]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[dev,flower,privacy,gguf,onnx,tensorboard,examples,study]"
 	@touch $@
 	@echo "setup: ready, $(BIN)/fedgrove"
 

@@ -171,7 +171,7 @@ USER = {"role": "user", "content": "what is"}
         ),
         (
             [[{"role": "tool", "content": "x"}]],
-            "prompt 1: the column 'prompt' has a message 1 with the role 'tool'",
+            "prompt 1: the column 'prompt' has a message 1 of tools, which is not learnt",
         ),
     ],
 )

@@ -22,7 +22,18 @@ def start(job: Path, out: Path, *extra: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"}
     command = [*FEDGROVE, "run", str(job), "--out", str(out), *extra]
     with out.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_hears_ctrl_c,
+        )
+
+
+def _hears_ctrl_c() -> None:
+    """A test that runs in the background of a shell would hand on that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def result(out: Path) -> dict[str, Any]:
