@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from fedgrove.ground.errors import AdapterError
 
-PREFIX = "base_model.model."
 #: What a wrapper calls the module that it wraps: torch.compile, FSDP, activation checkpointing,
 #: DeepSpeed and Lightning.
 WRAPPERS = (

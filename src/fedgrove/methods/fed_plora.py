@@ -30,7 +30,7 @@ from fedgrove.adapters.algebra import Indices, index_mean, split
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
-from fedgrove.methods.contract import ClientInfo, Method, Step, Trained, Update
+from fedgrove.methods.contract import ClientInfo, Method, Setting, Step, Trained, Update
 from fedgrove.methods.records import Whole
 from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, ServerRule, combine
 
@@ -111,14 +111,7 @@ class FedPLoRA(Method):
 
     # ------------------------------------------------------------------ server
     def check(self, clients: Sequence[ClientInfo]) -> None:
-        setting = self.setting
-        for client in clients:
-            if setting.scaling == "client" and client.rank != setting.rank:
-                raise JobError(
-                    f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, '
-                    f"but Fed-PLoRA needs alpha / {setting.rank} for every module of every "
-                    'client; set lora.scaling = "global".'
-                )
+        refuse_scales(clients, self.setting, "Fed-PLoRA")
 
     def begin(self, clients: Sequence[ClientInfo]) -> Whole:
         return Whole(self.setting.shared_draw())
@@ -207,14 +200,7 @@ class FedPLoRA(Method):
         return Assembly((Term("global", offer.whole),))
 
     def _training(self, adapter: Adapter, chosen: Indices) -> Assembly:
-        """The chosen modules as one LoRA that trains, the others folded into the frozen base."""
-        selected, others = split(adapter, chosen)
-        terms = (Term("selected", selected),)
-        if not any(factors.rank for factors in others.values()):
-            return Assembly(terms)
-        if self.options.folding == "dense":
-            return Assembly(terms, folded=others)
-        return Assembly(terms, base_delta=others)
+        return training(adapter, chosen, dense=self.options.folding == "dense")
 
     # --------------------------------------------------------------- selection
     def _choose(
@@ -296,6 +282,28 @@ def _spread(content: Modules, base: Adapter) -> Adapter:
         A[rows], B[:, rows] = factors.A, factors.B
         whole[site] = Factors(A, B, factors.scale)
     return whole
+
+
+def refuse_scales(clients: Sequence[ClientInfo], setting: Setting, method: str) -> None:
+    """Refuse, with a ``JobError``, clients whose modules would not have the one scale alpha / R."""
+    for client in clients:
+        if setting.scaling == "client" and client.rank != setting.rank:
+            raise JobError(
+                f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, '
+                f"but {method} needs alpha / {setting.rank} for every module of every "
+                'client; set lora.scaling = "global".'
+            )
+
+
+def training(adapter: Adapter, chosen: Indices, *, dense: bool = False) -> Assembly:
+    """The chosen modules as one LoRA that trains, the others folded into the frozen base."""
+    selected, others = split(adapter, chosen)
+    terms = (Term("selected", selected),)
+    if not any(factors.rank for factors in others.values()):
+        return Assembly(terms)
+    if dense:
+        return Assembly(terms, folded=others)
+    return Assembly(terms, base_delta=others)
 
 
 def best(score: Tensor, count: int, rng: torch.Generator) -> list[int]:

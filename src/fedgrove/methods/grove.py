@@ -36,7 +36,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.adapters.algebra import index_mean, select, split
+from fedgrove.adapters.algebra import index_mean, select
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.adapters.distance import Bs, between, layers_of
 from fedgrove.adapters.subspace import basis, principal_angle_distances
@@ -45,7 +45,7 @@ from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree
 from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
 from fedgrove.methods.contract import ClientInfo, Method, Plan, Setting, Step, Trained, Update
-from fedgrove.methods.fed_plora import best
+from fedgrove.methods.fed_plora import best, refuse_scales, training
 from fedgrove.methods.records import Nothing
 
 
@@ -184,13 +184,7 @@ class Grove(Method):
 
     # ------------------------------------------------------------------ server
     def check(self, clients: Sequence[ClientInfo]) -> None:
-        for client in clients:
-            if self.setting.scaling == "client" and client.rank != self.setting.rank:
-                raise JobError(
-                    f'lora.scaling = "client" gives {client.name} the scale alpha / {client.rank}, '
-                    f"but grove needs alpha / {self.setting.rank} for every module of every client; "
-                    'set lora.scaling = "global".'
-                )
+        refuse_scales(clients, self.setting, "grove")
 
     def needs_each(self) -> str:
         if self.root_rounds == self.setting.rounds:
@@ -387,11 +381,7 @@ class Grove(Method):
 
     # ------------------------------------------------------------------ client
     def plan(self, client: ClientInfo, offer: Path, mine: Nothing, round: int) -> Plan:
-        chosen, others = split(offer.path, self._choose(client, offer, round))
-        terms = (Term("selected", chosen),)
-        if any(factors.rank for factors in others.values()):
-            return [Step(Assembly(terms, base_delta=others))]
-        return [Step(Assembly(terms))]
+        return [Step(training(offer.path, self._choose(client, offer, round)))]
 
     def report(
         self,
