@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from fedgrove.ground.ctrlc import remembered
 from fedgrove.ground.errors import JobError
 from fedgrove.runs.directory import RunDirectory
 from fedgrove.runs.finish import finish
@@ -60,7 +61,7 @@ def run(
         return Result(directory.path)
     watch = Callbacks(callbacks)
     try:
-        with directory.lock():
+        with remembered(), directory.lock():
             watch.phase("loading model and data")
             with opener(engine)(job, directory, resume=resume, watch=watch) as stage:
                 for remark in (*stage.federation.remarks, *stage.base.notes):

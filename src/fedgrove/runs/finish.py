@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedgrove.ground.ctrlc import stop_if_pressed
 from fedgrove.ground.files import write_json, write_text
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.protocols import ServerArtefacts, global_assembly
@@ -113,6 +114,7 @@ def farewell(loop: Loop) -> dict[str, Leaving]:
     loop.watch.phase("measuring models and writing adapters", len(everyone))
     left: dict[str, Leaving] = {}
     for gone in prepared.engine.leave(everyone, Offers(loop), loop.out):
+        stop_if_pressed()
         if isinstance(gone, Absence):
             loop.lost(prepared.job.run.rounds, gone, "not measured")
         else:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedgrove.adapters.tree import Tree, typed
+from fedgrove.ground.ctrlc import stop_if_pressed
 from fedgrove.ground.errors import AdapterError, FedgroveError, RunError
 from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import ClientInfo, Update
@@ -61,6 +62,7 @@ class Loop:
         self.lab.truncate_after(self.done)
         self.watch.run_started(info)
         for number in range(self.done + 1, job.run.rounds + 1):
+            stop_if_pressed()
             with round_span(number):
                 self.round(number)
 
@@ -116,6 +118,7 @@ class Loop:
         engine, updates = self.prepared.engine, []
         missing: dict[str, str] = {}
         for arrival in engine.train(number, selected, lambda name: self.offer(name, number)):
+            stop_if_pressed()
             if isinstance(arrival, Absence):
                 missing[arrival.client] = arrival.reason
                 if arrival.client in self.new and arrival.trace:  # its half of the method failed
@@ -216,6 +219,7 @@ class Loop:
         for found in prepared.engine.evaluate(
             list(prepared.clients), lambda name: self.deployed(name, number), split
         ):
+            stop_if_pressed()
             if isinstance(found, Absence):
                 self.lost(number, found, "not evaluated")
             else:
