@@ -52,10 +52,12 @@ class Factors:
 
 #: ``{site name: factors}``
 Adapter = dict[str, Factors]
+#: ``{site name: site}``
+Sites = Mapping[str, Site]
 
 
 def fresh(
-    sites: Mapping[str, Site],
+    sites: Sites,
     rank: int,
     scale: float,
     generator: torch.Generator,
