@@ -59,7 +59,7 @@ def grow(
     shuffles = [rng.permutation(clients) for _ in range(permutations)]
     cuts: list[LayerCut] = []
     count = 1
-    for layer in range(len(odd)):
+    for layer in range(layers):
         judges = [even[layer], odd[layer]]  # each half judges what the other proposed
         least = max(2, count)
         end = min(clients, count + most)
@@ -68,7 +68,7 @@ def grow(
             scores[each] = _crossed(proposals, judges, each)
         score = 0.0
         if scores and _by_chance(proposals, judges, scores, shuffles) <= level:
-            count = max(scores, key=lambda each: scores[each])
+            count = max(scores, key=scores.__getitem__)
             score = scores[count]
         labels = cut(whole, count)
         cuts.append(LayerCut(layer, count, score, labels))

@@ -129,7 +129,13 @@ def layer_cuts(
         else:
             only = min(fixed, max(1, clients - 1))
             candidates = range(only, only + 1)
-        best = _best(layer, Z, matrix, candidates, tau)
+        best = _best(
+            layer,
+            Z,
+            matrix,
+            candidates,
+            tau,
+        )
         cuts.append(best)
         count = best.count
     return cuts
@@ -150,7 +156,13 @@ def untied_cuts(
         matrix = checked(distances)
         tree = merge_tree(matrix, linkage)
         candidates = range(1, max(2, len(matrix)))
-        best = _best(layer, tree, matrix, candidates, tau)
+        best = _best(
+            layer,
+            tree,
+            matrix,
+            candidates,
+            tau,
+        )
         cuts.append(best)
     return cuts
 
