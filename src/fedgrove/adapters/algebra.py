@@ -71,7 +71,8 @@ def _sound(
     who: str,
 ) -> None:
     """Refuses factors that are no pair, or hold what is no number."""
-    a, b = factors.A, factors.B
+    a = factors.A
+    b = factors.B
     tables = a.ndim == b.ndim == 2
     if not tables or a.shape[0] != b.shape[1]:
         raise AdapterError(
@@ -101,7 +102,7 @@ def shares(weights: Weights, count: int) -> list[float]:
     found = len(values)
     if found != count or count == 0:
         raise AdapterError(f"{found} weights for {count} adapters: give one weight for each.")
-    finite = all(math.isfinite(value) for value in values)
+    finite = all(map(math.isfinite, values))
     if not finite or min(values) < 0 or max(values) <= 0:
         raise AdapterError(f"Weights {values} must be finite, not negative and not all zero.")
     if len(set(values)) == 1:
@@ -189,8 +190,10 @@ def _index_mean(
     a = torch.zeros_like(old.A, dtype=torch.float64)
     b = torch.zeros_like(old.B, dtype=torch.float64)
     for part, row, factors in zip(parts, rows, held, strict=True):
-        a[row] += part[:, None] * factors.A.double()
-        b[:, row] += part * factors.B.double()
+        A = factors.A.double()
+        B = factors.B.double()
+        a[row] += part[:, None] * A
+        b[:, row] += part * B
         touched[row] = True
     keep = touched.to(old.A.device)
     a = a.to(old.A.dtype)
@@ -253,7 +256,8 @@ def concat(
             leading.setdefault(site, factors)
     result: Adapter = {}
     for site, first in leading.items():
-        rows, columns = [], []
+        rows = []
+        columns = []
         for number, adapter in enumerate(adapters):
             if site not in adapter:
                 continue
@@ -411,7 +415,8 @@ def norm(adapter: Adapter) -> dict[str, float]:
     """
     result: dict[str, float] = {}
     for site, factors in adapter.items():
-        A, B = factors.A.double(), factors.B.double()
+        A = factors.A.double()
+        B = factors.B.double()
         triangle = torch.linalg.qr(B, mode="r").R
         length = torch.linalg.norm(triangle @ A)
         result[site] = abs(factors.scale) * float(length)
@@ -542,7 +547,8 @@ def _same_shape(
 
 
 def _sides(factors: Factors) -> str:
-    out, into = factors.B.shape[0], factors.A.shape[1]
+    out = factors.B.shape[0]
+    into = factors.A.shape[1]
     return f"[out {out}, in {into}]"
 
 

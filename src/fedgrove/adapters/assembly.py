@@ -233,7 +233,8 @@ def sealed(adapter: Adapter, letters: str = "AB") -> Adapter:
     """The adapter with the named factors marked private."""
     found: Adapter = {}
     for name, factors in adapter.items():
-        A, B = factors.A, factors.B
+        A = factors.A
+        B = factors.B
         if "A" in letters:
             A = seal(A)
         if "B" in letters:
@@ -391,7 +392,8 @@ def _product(
 ) -> Product:
     """The term's summand; its weight a number, or a tensor ``[batch, tokens, 1]``."""
     factors = term.adapter[site].map(unseal)
-    A, B = factors.A, factors.B
+    A = factors.A
+    B = factors.B
     if term.unit:
         A = unit_rows(A)
         B = unit_rows(B.T).T

@@ -19,6 +19,8 @@ from fedgrove.ground.errors import AdapterError
 
 Distance = Literal["frobenius", "cosine"]
 Bs = Mapping[str, Tensor]  # site -> B [out, r]
+Square = Float[Tensor, "N N"]  # of all pairs
+Column = Float[Tensor, "N 1"]
 Rows = Float[Tensor, "N numbers"]  # every client's B at one site
 
 #: Below this share of the squared norms, a squared distance from the Gram matrix has lost too many
@@ -75,7 +77,8 @@ def towards(
             rows = _rows([newcomer, *clients], name)
             if distance == "cosine":
                 rows = _unit(rows)
-            own, others = rows[:1], rows[1:]
+            own = rows[:1]
+            others = rows[1:]
             apart = (others - own).square().sum(1)
             finished = _finished(apart[None], own, others, distance)
             found.append(finished[0])
@@ -96,7 +99,7 @@ def _rows(clients: Sequence[Bs], site: str) -> Rows:
     return torch.stack(rows).double()
 
 
-def _pairs(rows: Rows, distance: Distance) -> Float[Tensor, "N N"]:
+def _pairs(rows: Rows, distance: Distance) -> Square:
     if distance == "cosine":
         rows = _unit(rows)
     centred = rows - rows.mean(0)  # what all have in common only costs digits
@@ -142,7 +145,7 @@ def _unit(rows: Rows) -> Rows:
     return scaled / _or_one(norms)
 
 
-def _or_one(divisors: Float[Tensor, "N 1"]) -> Float[Tensor, "N 1"]:
+def _or_one(divisors: Column) -> Column:
     """The divisors with 1 in place of 0."""
     one = torch.ones_like(divisors)
     return torch.where(divisors > 0, divisors, one)

@@ -129,7 +129,8 @@ def leading(
     it is, since that is what it starts from. What does not change is a view: clients that run the
     same frozen factors then share them in memory, and a cohort multiplies by them once.
     """
-    A, B = factors.A[:rank], factors.B[:, :rank]
+    A = factors.A[:rank]
+    B = factors.B[:, :rank]
     change = factors.scale / scale
     if change == 1:
         return Factors(A, B, scale)
@@ -190,7 +191,7 @@ def _svd(
     if rank is not None and rank < 1:
         raise AdapterError(f"Rank {rank} must be at least 1.")
     count = len(factors)
-    finite = all(math.isfinite(weight) for weight in weights)
+    finite = all(map(math.isfinite, weights))
     if len(weights) != count or not finite:
         raise AdapterError(
             f"Weights {list(weights)} for {count} adapters: give one finite weight for each."

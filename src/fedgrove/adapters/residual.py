@@ -146,7 +146,8 @@ def _objective(
     mean: Factors,
     lam: float,
 ) -> _Objective:
-    a, b = mean.A.double(), mean.B.double()
+    a = mean.A.double()
+    b = mean.B.double()
     of_delta = delta.map(Tensor.double)
     crossed = of_delta.A @ a.T
     target = delta.scale * (of_delta.B @ crossed)

@@ -13,8 +13,10 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Factors
 from fedgrove.ground.errors import AdapterError
 
+Square = Float[Tensor, "r r"]
 
-def rotation(M: Float[Tensor, "r r"], lam: float = 0.5) -> Float[Tensor, "r r"]:
+
+def rotation(M: Square, lam: float = 0.5) -> Square:
     """The soft rotation R [r, r] for the alignment matrix ``M = A_ref A_i^T`` (or ``B_ref^T B_i``),
     in float64.
 
@@ -51,7 +53,8 @@ def align(
             f"Rank {factors.rank} cannot be aligned with rank {reference.rank}: use one rank for "
             f"all."
         )
-    A, B = factors.A.double(), factors.B.double()
+    A = factors.A.double()
+    B = factors.B.double()
     if factor == "A":
         wanted = reference.A.double()
         M = wanted @ A.T
@@ -70,7 +73,7 @@ def align(
     )
 
 
-def _to_rotation(X: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
+def _to_rotation(X: Square) -> Square:
     """The rotation nearest to X (Kabsch): ``P diag(1, .., det(P Q^T)) Q^T`` from ``X = P S
     Q^T``.
     """

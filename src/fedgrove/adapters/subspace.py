@@ -18,6 +18,9 @@ from fedgrove.ground.errors import AdapterError
 #: about 200 MB.
 _BLOCK = 2048
 
+Square = Float[Tensor, "N N"]  # of all pairs
+Basis = Float[Tensor, "out _"]  # orthonormal columns, as many as the basis has
+
 
 def basis(B: Tensor, rank: int | None = None) -> Tensor:
     """Orthonormal basis of B's ``rank`` leading left singular directions (default: as many as B has
@@ -52,8 +55,8 @@ def overlap(U: Tensor, V: Tensor) -> float:
     return float(cosines.square().sum())
 
 
-def frobenius_distances(matrices: Sequence[Tensor]) -> Float[Tensor, "N N"]:
-    """``||M_i - M_j||`` for all pairs; the matrices have one shape. AdapterError where they do not.
+def frobenius_distances(matrices: Sequence[Tensor]) -> Square:
+    """``||M_i - M_j||`` for all pairs, [N, N]; the matrices have one shape. AdapterError where not.
 
     One Gram matrix of the centred matrices in float64; pairs so close that it would cancel are
     subtracted directly, so near-duplicates keep their digits and duplicates are at distance 0.
@@ -75,7 +78,7 @@ def frobenius_distances(matrices: Sequence[Tensor]) -> Float[Tensor, "N N"]:
     return both.clamp_min(0).sqrt()
 
 
-def cosine_distances(matrices: Sequence[Tensor]) -> Float[Tensor, "N N"]:
+def cosine_distances(matrices: Sequence[Tensor]) -> Square:
     """``1 - cos(M_i, M_j)`` of the flattened matrices, in [0, 2]; a zero matrix is at 1 from all
     others, zeros at 0.
     """
@@ -93,7 +96,7 @@ def cosine_distances(matrices: Sequence[Tensor]) -> Float[Tensor, "N N"]:
     return found.clamp(0, 2)
 
 
-def principal_angle_distances(bases: Sequence[Float[Tensor, "out _"]]) -> Float[Tensor, "N N"]:
+def principal_angle_distances(bases: Sequence[Basis]) -> Square:
     """``d_ij = 1 - ||U_i^T U_j||^2 / min(r_i, r_j)`` (HiLoRA 2603.02785), in [0, 1].
 
     Args:
@@ -113,15 +116,17 @@ def principal_angle_distances(bases: Sequence[Float[Tensor, "out _"]]) -> Float[
     cosines = _squared_cosines(bases, ranks)
     above = cosines.triu(1)
     both = above + above.T
-    smaller = torch.minimum(ranks[:, None], ranks[None, :])
+    of_row = ranks[:, None]
+    of_column = ranks[None, :]
+    smaller = torch.minimum(of_row, of_column)
     distance = 1 - both / smaller
     return distance.clamp(0, 1).fill_diagonal_(0)
 
 
 def _squared_cosines(
-    bases: Sequence[Float[Tensor, "out _"]],
+    bases: Sequence[Basis],
     ranks: Int[Tensor, " N"],
-) -> Float[Tensor, "N N"]:
+) -> Square:
     """``||U_i^T U_j||^2`` for ``i <= j``, float64; below the diagonal not all of them."""
     count = len(bases)
     stacked = torch.cat([each.double() for each in bases], 1)
@@ -133,9 +138,10 @@ def _squared_cosines(
     first = 0
     while first < count:
         last = first + 1
-        while last < count and starts[last + 1] - starts[first] <= _BLOCK:
+        start = starts[first]
+        while last < count and starts[last + 1] - start <= _BLOCK:
             last += 1
-        start, end = starts[first], starts[last]
+        end = starts[last]
         block = stacked[:, start:end]
         square = (block.T @ stacked[:, start:]).square_()
         columns = stacked.new_zeros(len(square), count)
@@ -166,7 +172,8 @@ def overlap_by_layer(
     """
     layers: dict[int, list[float]] = {}
     for name, site in sites.items():
-        U, V = first[name], second[name]
+        U = first[name]
+        V = second[name]
         smaller = min(U.shape[1], V.shape[1])
         share = overlap(U, V) / smaller
         layers.setdefault(site.layer, []).append(share)

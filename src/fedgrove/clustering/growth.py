@@ -102,7 +102,8 @@ def _proposal(half: Sequence[Matrix], linkage: str) -> Proposal:
 def _clients(odd: Sequence[Matrix], even: Sequence[Matrix]) -> int:
     """N, the same for all matrices of both halves."""
     sizes = {len(matrix) for matrix in (*odd, *even)}
-    layers, of_second = len(odd), len(even)
+    layers = len(odd)
+    of_second = len(even)
     if layers != of_second or len(sizes) != 1:
         raise AdapterError(
             f"The two measurements have {layers} and {of_second} layers of sizes "

@@ -238,11 +238,13 @@ def _factors_fault(
     most: int,
 ) -> str | None:
     """``A [rank, in]`` and ``B [out, rank]`` of the layer, with a rank of at most ``most``."""
-    A, B = value.A, value.B
+    A = value.A
+    B = value.B
     tables = A.ndim == B.ndim == 2
     if not tables or A.shape[0] != B.shape[1]:
         return f"{path} has A of the shape {_shape(A)} and B of {_shape(B)}, which do not fit"
-    into, out = A.shape[1], B.shape[0]
+    into = A.shape[1]
+    out = B.shape[0]
     if into != site.in_features:
         wrong = f"A of {path} has the shape {_shape(A)}"
         return f"{wrong}, but that layer has {site.in_features} features there"
@@ -262,7 +264,8 @@ def _table_fault(
 ) -> str | None:
     """A table ``[side, n]`` or ``[n, side]`` with a side of the layer and ``n`` at most ``most``."""
     rows, columns = value.shape
-    into, out = site.in_features, site.out_features
+    into = site.in_features
+    out = site.out_features
     short = []
     if rows in (into, out):
         short.append(columns)
