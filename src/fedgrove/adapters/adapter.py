@@ -42,20 +42,28 @@ class Factors:
     def zeros(self, rank: int, scale: float) -> Factors:
         """``rank`` modules for the same layer, all zero."""
         return Factors(
-            self.A.new_zeros(rank, self.A.shape[1]), self.B.new_zeros(self.B.shape[0], rank), scale
+            self.A.new_zeros(rank, self.A.shape[1]),
+            self.B.new_zeros(self.B.shape[0], rank),
+            scale,
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
-        """The same factors with ``change`` applied to A and to B."""
-        return replace(self, A=change(self.A), B=change(self.B))
+        """The same factors with ``change`` applied to A [rank, in] and to B [out, rank]."""
+        return replace(
+            self,
+            A=change(self.A),
+            B=change(self.B),
+        )
 
 
 #: ``{site name: factors}``
 Adapter = dict[str, Factors]
+#: ``{site name: site}``
+Sites = Mapping[str, Site]
 
 
 def fresh(
-    sites: Mapping[str, Site],
+    sites: Sites,
     rank: int,
     scale: float,
     generator: torch.Generator,

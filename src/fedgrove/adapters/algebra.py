@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
@@ -20,9 +21,14 @@ from fedgrove.ground.errors import AdapterError
 
 #: The rank indices of some modules, ascending: the same for every site, or one list per site.
 Indices = Sequence[int] | Mapping[str, Sequence[int]]
+#: One weight for each adapter; None is uniform.
+Weights = Sequence[float] | None
 
 
-def check(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> None:
+def check(
+    adapters: Sequence[Adapter],
+    names: Sequence[str] | None = None,
+) -> None:
     """Refuse adapters that cannot be combined: other sites, other in/out features, broken factors,
     NaN or Inf.
 
@@ -33,51 +39,84 @@ def check(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> No
         raise AdapterError("There is no adapter to combine: give at least one.")
     first = adapters[0]
     for number, adapter in enumerate(adapters):
-        who = names[number] if names is not None else f"adapter {number}"
-        if odd := sorted(first.keys() ^ adapter.keys()):
-            has = "lacks" if odd[0] in first else "has an extra"
-            raise AdapterError(
-                f"{who} {has} site '{odd[0]}': give every client the same target modules."
-            )
+        if names is None:
+            who = f"adapter {number}"
+        else:
+            who = names[number]
+        _same_sites(first, adapter, who)
         for site, factors in adapter.items():
-            a, b = factors.A, factors.B
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-                raise AdapterError(
-                    f"{who}, site '{site}': A {list(a.shape)} and B {list(b.shape)} are no pair "
-                    f"[r, in], [out, r]: "
-                    "export this adapter again."
-                )
-            if not math.isfinite(factors.scale):
-                raise AdapterError(
-                    f"{who}, site '{site}': scale is {factors.scale}: give a finite alpha and rank."
-                )
-            if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-                raise AdapterError(
-                    f"{who}, site '{site}' holds NaN or Inf: leave this client out or lower its lr."
-                )
+            _sound(site, factors, who)
             _same_shape(site, first[site], factors, who)
 
 
-def shares(weights: Sequence[float] | None, count: int) -> list[float]:
+def _same_sites(
+    first: Adapter,
+    other: Adapter,
+    who: str,
+) -> None:
+    odd = first.keys() ^ other.keys()
+    if not odd:
+        return
+    site = min(odd)
+    if site in first:
+        has = "lacks"
+    else:
+        has = "has an extra"
+    raise AdapterError(f"{who} {has} site '{site}': give every client the same target modules.")
+
+
+def _sound(
+    site: str,
+    factors: Factors,
+    who: str,
+) -> None:
+    """Refuses factors that are no pair, or hold what is no number."""
+    a = factors.A
+    b = factors.B
+    tables = a.ndim == b.ndim == 2
+    if not tables or a.shape[0] != b.shape[1]:
+        raise AdapterError(
+            f"{who}, site '{site}': A {list(a.shape)} and B {list(b.shape)} are no pair "
+            f"[r, in], [out, r]: "
+            "export this adapter again."
+        )
+    if not math.isfinite(factors.scale):
+        raise AdapterError(
+            f"{who}, site '{site}': scale is {factors.scale}: give a finite alpha and rank."
+        )
+    for factor in (a, b):
+        finite = torch.isfinite(factor)
+        if not bool(finite.all()):
+            raise AdapterError(
+                f"{who}, site '{site}' holds NaN or Inf: leave this client out or lower its lr."
+            )
+
+
+def shares(weights: Weights, count: int) -> list[float]:
     """``p_i = w_i / sum(w)``; None is uniform. AdapterError unless there are ``count`` finite
     weights >= 0, one > 0.
     """
     if weights is None:
         weights = [1.0] * count
     values = [float(weight) for weight in weights]
-    if len(values) != count or count == 0:
-        raise AdapterError(f"{len(values)} weights for {count} adapters: give one weight for each.")
-    if any(not math.isfinite(value) or value < 0 for value in values) or not math.fsum(values) > 0:
+    found = len(values)
+    if found != count or count == 0:
+        raise AdapterError(f"{found} weights for {count} adapters: give one weight for each.")
+    finite = all(map(math.isfinite, values))
+    if not finite or min(values) < 0 or max(values) <= 0:
         raise AdapterError(f"Weights {values} must be finite, not negative and not all zero.")
-    if (
-        len(set(values)) == 1
-    ):  # 1/49, 49 times, adds up to less than 1: even weights however they are written
-        return [1.0 / count] * count
+    if len(set(values)) == 1:
+        # 1/49, 49 times, adds up to less than 1: even weights however they are written
+        even = 1.0 / count
+        return [even] * count
     total = math.fsum(values)
     return [value / total for value in values]
 
 
-def mean(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
+def mean(
+    adapters: Sequence[Adapter],
+    weights: Weights = None,
+) -> Adapter:
     """FedIT's rule (2305.05644): the weighted mean of the A's and, separately, of the B's.
 
     ``weights`` are normalised; None is uniform. Sums run in float64, results have the input's
@@ -87,16 +126,19 @@ def mean(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) ->
     parts = shares(weights, len(adapters))
     result: Adapter = {}
     for site, first in adapters[0].items():
-        _equal_ranks(site, [adapter[site] for adapter in adapters])
-        _equal_scales(site, [adapter[site] for adapter in adapters])
-        a, b = (
-            torch.zeros_like(first.A, dtype=torch.float64),
-            torch.zeros_like(first.B, dtype=torch.float64),
+        held = [adapter[site] for adapter in adapters]
+        _equal_ranks(site, held)
+        _equal_scales(site, held)
+        a = torch.zeros_like(first.A, dtype=torch.float64)
+        b = torch.zeros_like(first.B, dtype=torch.float64)
+        for part, factors in zip(parts, held, strict=True):
+            a += part * factors.A.double()
+            b += part * factors.B.double()
+        result[site] = Factors(
+            A=a.to(first.A.dtype),
+            B=b.to(first.B.dtype),
+            scale=first.scale,
         )
-        for part, adapter in zip(parts, adapters, strict=True):
-            a += part * adapter[site].A.double()
-            b += part * adapter[site].B.double()
-        result[site] = Factors(a.to(first.A.dtype), b.to(first.B.dtype), first.scale)
     return result
 
 
@@ -104,7 +146,7 @@ def index_mean(
     modules: Sequence[Adapter],
     indices: Sequence[Indices] | None,
     previous: Adapter,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
 ) -> Adapter:
     """The mean of every rank index over the clients that hold it (Fed-PLoRA, 2602.16936); the
     others stay.
@@ -119,62 +161,79 @@ def index_mean(
     With every client holding all R indices this is ``mean``, bit for bit. AdapterError for unequal
     scales or an index outside ``0..R-1``.
     """
-    check(
-        [previous, *modules],
-        ["the previous adapter", *(f"adapter {number}" for number in range(len(modules)))],
-    )
-    shares(weights, len(modules))
+    clients = len(modules)
+    numbered = [f"adapter {number}" for number in range(clients)]
+    check([previous, *modules], ["the previous adapter", *numbered])
+    shares(weights, clients)
+    given = each_of(indices, clients)
     result: Adapter = {}
     for site, old in previous.items():
         held = [module[site] for module in modules]
         _equal_scales(site, [old, *held])
-        rows = [
-            positions(site, *each, most=old.rank)
-            for each in zip(held, _each(indices, len(held)), strict=True)
-        ]
-        parts = index_shares(rows, weights, old.rank)
-        touched = torch.zeros(old.rank, dtype=torch.bool)
-        a, b = (
-            torch.zeros_like(old.A, dtype=torch.float64),
-            torch.zeros_like(old.B, dtype=torch.float64),
-        )
-        for part, row, factors in zip(parts, rows, held, strict=True):
-            a[row] += part[:, None] * factors.A.double()
-            b[:, row] += part * factors.B.double()
-            touched[row] = True
-        keep = touched.to(old.A.device)
-        result[site] = Factors(
-            torch.where(keep[:, None], a.to(old.A.dtype), old.A),
-            torch.where(keep, b.to(old.B.dtype), old.B),
-            old.scale,
-        )
+        rows = []
+        for factors, wanted in zip(held, given, strict=True):
+            row = positions(site, factors, wanted, old.rank)
+            rows.append(row)
+        result[site] = _index_mean(held, rows, old, weights)
     return result
 
 
+def _index_mean(
+    held: Sequence[Factors],
+    rows: Sequence[Int[Tensor, " _"]],
+    old: Factors,
+    weights: Weights,
+) -> Factors:
+    """``index_mean`` of one site; ``rows`` long [r_i], the global rank indices of each client."""
+    parts = index_shares(rows, weights, old.rank)
+    touched = torch.zeros(old.rank, dtype=torch.bool)
+    a = torch.zeros_like(old.A, dtype=torch.float64)
+    b = torch.zeros_like(old.B, dtype=torch.float64)
+    for part, row, factors in zip(parts, rows, held, strict=True):
+        A = factors.A.double()
+        B = factors.B.double()
+        a[row] += part[:, None] * A
+        b[:, row] += part * B
+        touched[row] = True
+    keep = touched.to(old.A.device)
+    a = a.to(old.A.dtype)
+    b = b.to(old.B.dtype)
+    return Factors(
+        A=torch.where(keep[:, None], a, old.A),
+        B=torch.where(keep, b, old.B),
+        scale=old.scale,
+    )
+
+
 def index_shares(
-    rows: Sequence[Tensor], weights: Sequence[float] | None, rank: int
-) -> list[Tensor]:
+    rows: Sequence[Int[Tensor, " _"]],
+    weights: Weights,
+    rank: int,
+) -> list[Float[Tensor, " _"]]:
     """Per client and held index ``j``, its share among the holders ``Q_j`` (float64, one tensor
     [r_i] per client).
 
     An index whose holders all have weight 0 is shared evenly among them.
     """
-    raw = [1.0] * len(rows) if weights is None else [float(weight) for weight in weights]
+    if weights is None:
+        weights = [1.0] * len(rows)
     totals = torch.zeros(rank, dtype=torch.float64)
     holders = torch.zeros(rank, dtype=torch.float64)
-    for weight, row in zip(raw, rows, strict=True):
-        totals[row] += weight
+    for weight, row in zip(weights, rows, strict=True):
+        totals[row] += float(weight)
         holders[row] += 1.0
-    return [
-        torch.where(
-            totals[row] > 0, torch.full_like(totals[row], weight) / totals[row], 1.0 / holders[row]
-        )
-        for weight, row in zip(raw, rows, strict=True)
-    ]
+    found = []
+    for weight, row in zip(weights, rows, strict=True):
+        total = totals[row]
+        by_weight = torch.full_like(total, float(weight)) / total
+        even = 1.0 / holders[row]
+        found.append(torch.where(total > 0, by_weight, even))
+    return found
 
 
 def concat(
-    adapters: Sequence[Adapter], coefficients: Sequence[float | Mapping[str, float]] | None = None
+    adapters: Sequence[Adapter],
+    coefficients: Sequence[float | Mapping[str, float]] | None = None,
 ) -> Adapter:
     """One adapter whose product is exactly ``sum_i c_i s_i B_i A_i``: A's stacked, ``[c_i s_i
     B_i]`` side by side.
@@ -185,29 +244,47 @@ def concat(
     """
     if not adapters:
         raise AdapterError("There is no adapter to concatenate: give at least one.")
-    factors = [1.0] * len(adapters) if coefficients is None else list(coefficients)
-    if len(factors) != len(adapters):
-        raise AdapterError(
-            f"{len(factors)} coefficients for {len(adapters)} adapters: give one for each."
-        )
+    count = len(adapters)
+    if coefficients is None:
+        coefficients = [1.0] * count
+    given = len(coefficients)
+    if given != count:
+        raise AdapterError(f"{given} coefficients for {count} adapters: give one for each.")
+    leading: Adapter = {}
+    for adapter in adapters:
+        for site, factors in adapter.items():
+            leading.setdefault(site, factors)
     result: Adapter = {}
-    for site in dict.fromkeys(site for adapter in adapters for site in adapter):
-        first = next(adapter[site] for adapter in adapters if site in adapter)
-        rows, columns = [], []
-        for number, (factor, adapter) in enumerate(zip(factors, adapters, strict=True)):
+    for site, first in leading.items():
+        rows = []
+        columns = []
+        for number, adapter in enumerate(adapters):
             if site not in adapter:
                 continue
-            _same_shape(site, first, adapter[site], f"adapter {number}")
-            if isinstance(factor, Mapping):
-                if site not in factor:
-                    raise AdapterError(
-                        f"adapter {number} has no coefficient for site '{site}': give one per site."
-                    )
-                factor = factor[site]
-            rows.append(adapter[site].A)
-            columns.append(_fold(adapter[site], factor))
-        result[site] = Factors(torch.cat(rows, 0), torch.cat(columns, 1), 1.0)
+            factors = adapter[site]
+            who = f"adapter {number}"
+            _same_shape(site, first, factors, who)
+            coefficient = _coefficient(coefficients[number], site, who)
+            rows.append(factors.A)
+            columns.append(_fold(factors, coefficient))
+        result[site] = Factors(
+            A=torch.cat(rows, 0),
+            B=torch.cat(columns, 1),
+            scale=1.0,
+        )
     return result
+
+
+def _coefficient(
+    given: float | Mapping[str, float],
+    site: str,
+    who: str,
+) -> float:
+    if not isinstance(given, Mapping):
+        return given
+    if site not in given:
+        raise AdapterError(f"{who} has no coefficient for site '{site}': give one per site.")
+    return given[site]
 
 
 def rescale(adapter: Adapter, scale: float) -> Adapter:
@@ -216,12 +293,14 @@ def rescale(adapter: Adapter, scale: float) -> Adapter:
     """
     if not (math.isfinite(scale) and scale > 0):
         raise AdapterError(f"Scale {scale} must be finite and > 0.")
-    return {
-        site: factors
-        if factors.scale == scale
-        else Factors(factors.A, _fold(factors, 1.0 / scale), scale)
-        for site, factors in adapter.items()
-    }
+    result: Adapter = {}
+    for site, factors in adapter.items():
+        if factors.scale == scale:
+            result[site] = factors
+            continue
+        B = _fold(factors, 1.0 / scale)
+        result[site] = Factors(factors.A, B, scale)
+    return result
 
 
 def truncate(adapter: Adapter, rank: int) -> Adapter:
@@ -229,10 +308,12 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
     unchanged.
     """
     _positive(rank)
-    return {
-        site: Factors(factors.A[:rank].clone(), factors.B[:, :rank].clone(), factors.scale)
-        for site, factors in adapter.items()
-    }
+    result: Adapter = {}
+    for site, factors in adapter.items():
+        A = factors.A[:rank].clone()
+        B = factors.B[:, :rank].clone()
+        result[site] = Factors(A, B, factors.scale)
+    return result
 
 
 def pad(adapter: Adapter, rank: int) -> Adapter:
@@ -247,11 +328,9 @@ def pad(adapter: Adapter, rank: int) -> Adapter:
             raise AdapterError(
                 f"Site '{site}' has rank {factors.rank}, more than {rank}: truncate it first."
             )
-        result[site] = Factors(
-            torch.nn.functional.pad(factors.A, (0, 0, 0, more)),
-            torch.nn.functional.pad(factors.B, (0, more)),
-            factors.scale,
-        )
+        A = torch.nn.functional.pad(factors.A, (0, 0, 0, more))
+        B = torch.nn.functional.pad(factors.B, (0, more))
+        result[site] = Factors(A, B, factors.scale)
     return result
 
 
@@ -263,9 +342,19 @@ def select(adapter: Adapter, indices: Indices) -> Adapter:
     """
     result: Adapter = {}
     for site, factors in adapter.items():
-        row = _ascending(site, _at(indices, site), factors.rank)
-        result[site] = Factors(factors.A[row], factors.B[:, row], factors.scale)
+        chosen = _at(indices, site)
+        row = _ascending(site, chosen, factors.rank)
+        result[site] = _modules(factors, row)
     return result
+
+
+def _modules(factors: Factors, row: Int[Tensor, " n"]) -> Factors:
+    """The modules of these rank indices."""
+    return Factors(
+        A=factors.A[row],
+        B=factors.B[:, row],
+        scale=factors.scale,
+    )
 
 
 def split(adapter: Adapter, indices: Indices) -> tuple[Adapter, Adapter]:
@@ -275,8 +364,11 @@ def split(adapter: Adapter, indices: Indices) -> tuple[Adapter, Adapter]:
     others: dict[str, list[int]] = {}
     for site, factors in adapter.items():
         chosen = set(_at(indices, site))
-        others[site] = [index for index in range(factors.rank) if index not in chosen]
-    return select(adapter, indices), select(adapter, others)
+        every = range(factors.rank)
+        others[site] = [index for index in every if index not in chosen]
+    first = select(adapter, indices)
+    second = select(adapter, others)
+    return first, second
 
 
 def subtract_products(a: Adapter, b: Adapter) -> Adapter:
@@ -290,15 +382,24 @@ def subtract_products(a: Adapter, b: Adapter) -> Adapter:
     wide = concat([widen(a), widen(b)], [1.0, -1.0])
     result: Adapter = {}
     for site, factors in wide.items():
-        left = _keys(a[site]) if site in a else []
-        right = _keys(b[site]) if site in b else []
+        left = _keys_at(a, site)
+        right = _keys_at(b, site)
         # A zero module is keyed None and belongs nowhere; a common one is dropped as often as both
         # sides hold it.
         common = Counter(left) & Counter(right)
-        keep = _unmatched(left, common.copy()) + _unmatched(right, common.copy())
-        row = torch.tensor([n for n, kept in enumerate(keep) if kept], dtype=torch.long)
-        result[site] = Factors(factors.A[row], factors.B[:, row], 1.0)
+        keep = _unmatched(left, common.copy())
+        keep += _unmatched(right, common.copy())
+        kept = [n for n, keeps in enumerate(keep) if keeps]
+        row = torch.tensor(kept, dtype=torch.long)
+        result[site] = _modules(factors, row)
     return result
+
+
+def _keys_at(adapter: Adapter, site: str) -> list[bytes | None]:
+    """``_keys`` of the site; none where the adapter lacks it."""
+    if site not in adapter:
+        return []
+    return _keys(adapter[site])
 
 
 def widen(adapter: Adapter) -> Adapter:
@@ -314,36 +415,54 @@ def norm(adapter: Adapter) -> dict[str, float]:
     """
     result: dict[str, float] = {}
     for site, factors in adapter.items():
-        triangle = torch.linalg.qr(factors.B.double(), mode="r").R
-        result[site] = abs(factors.scale) * float(torch.linalg.norm(triangle @ factors.A.double()))
+        A = factors.A.double()
+        B = factors.B.double()
+        triangle = torch.linalg.qr(B, mode="r").R
+        length = torch.linalg.norm(triangle @ A)
+        result[site] = abs(factors.scale) * float(length)
     return result
 
 
 def product_norm(adapter: Adapter) -> float:
     """The norm of the whole update: root of the sum over sites of ``norm(adapter)[site] ** 2``."""
-    return math.sqrt(math.fsum(value * value for value in norm(adapter).values()))
+    norms = norm(adapter)
+    return root_sum_square(norms.values())
 
 
-def positions(site: str, factors: Factors, indices: Indices | None, most: int) -> Tensor:
+def root_sum_square(values: Iterable[float]) -> float:
+    squares = [value * value for value in values]
+    return math.sqrt(math.fsum(squares))
+
+
+def positions(
+    site: str,
+    factors: Factors,
+    indices: Indices | None,
+    most: int,
+) -> Int[Tensor, " rank"]:
     """The global rank indices of a client's rows, long [r_i]; None: the first ``r_i``. AdapterError
     if they misfit.
     """
-    wanted = range(factors.rank) if indices is None else _at(indices, site)
+    rank = factors.rank
+    wanted: Sequence[int] = range(rank)
+    if indices is not None:
+        wanted = _at(indices, site)
     row = _ascending(site, wanted, most)
-    if len(row) != factors.rank:
+    tags = len(row)
+    if tags != rank:
         raise AdapterError(
-            f"Site '{site}' has {factors.rank} modules but {len(row)} rank indices: tag each row "
-            f"once."
+            f"Site '{site}' has {rank} modules but {tags} rank indices: tag each row once."
         )
     return row
 
 
-def _each(indices: Sequence[Indices] | None, count: int) -> Sequence[Indices | None]:
+def each_of(indices: Sequence[Indices] | None, count: int) -> Sequence[Indices | None]:
     if indices is None:
         return [None] * count
-    if len(indices) != count:
+    lists = len(indices)
+    if lists != count:
         raise AdapterError(
-            f"{len(indices)} lists of rank indices for {count} adapters: give one for each."
+            f"{lists} lists of rank indices for {count} adapters: give one for each."
         )
     return indices
 
@@ -358,37 +477,52 @@ def _at(indices: Indices, site: str) -> Sequence[int]:
     return indices[site]
 
 
-def _ascending(site: str, indices: Sequence[int], most: int) -> Tensor:
+def _ascending(
+    site: str,
+    indices: Sequence[int],
+    most: int,
+) -> Int[Tensor, " n"]:
     values = [int(index) for index in indices]
-    if values != sorted(set(values)) or (values and not 0 <= values[0] <= values[-1] < most):
+    rising = values == sorted(set(values))
+    within = all(0 <= value < most for value in values)
+    if not (rising and within):
+        last = most - 1
         raise AdapterError(
-            f"Rank indices {values} of site '{site}' must be distinct, ascending and in "
-            f"0..{most - 1}."
+            f"Rank indices {values} of site '{site}' must be distinct, ascending and in 0..{last}."
         )
     return torch.tensor(values, dtype=torch.long)
 
 
-def _fold(factors: Factors, coefficient: float) -> Tensor:
+def _fold(factors: Factors, coefficient: float) -> Float[Tensor, "out rank"]:
+    """B with the scale and the coefficient in it."""
     factor = coefficient * factors.scale
-    return factors.B if factor == 1.0 else factors.B * factor
+    if factor == 1.0:
+        return factors.B
+    return factors.B * factor
 
 
 def _keys(factors: Factors) -> list[bytes | None]:
     """One key per module, equal for equal modules (scale folded in the factors' own dtype); None
     for a zero one.
     """
-    a, b = (
-        factors.A.detach().double().cpu(),
-        _fold(factors, 1.0).detach().double().cpu().T.contiguous(),
-    )
-    zero = ~((a != 0).any(1) & (b != 0).any(1))
-    return [
-        None if zero[n] else a[n].numpy().tobytes() + b[n].numpy().tobytes()
-        for n in range(a.shape[0])
-    ]
+    B = _fold(factors, 1.0)
+    a = factors.A.detach().double().cpu()
+    b = B.detach().double().cpu().T.contiguous()
+    alive = a.any(1) & b.any(1)
+    keys: list[bytes | None] = []
+    for row, column, lives in zip(a, b, alive, strict=True):
+        if lives:
+            key = row.numpy().tobytes() + column.numpy().tobytes()
+            keys.append(key)
+        else:
+            keys.append(None)
+    return keys
 
 
-def _unmatched(keys: Sequence[bytes | None], common: Counter[bytes | None]) -> list[bool]:
+def _unmatched(
+    keys: Sequence[bytes | None],
+    common: Counter[bytes | None],
+) -> list[bool]:
     kept = []
     for key in keys:
         shared = key is not None and common[key] > 0
@@ -397,14 +531,25 @@ def _unmatched(keys: Sequence[bytes | None], common: Counter[bytes | None]) -> l
     return kept
 
 
-def _same_shape(site: str, first: Factors, other: Factors, who: str) -> None:
-    wanted, given = (first.B.shape[0], first.A.shape[1]), (other.B.shape[0], other.A.shape[1])
+def _same_shape(
+    site: str,
+    first: Factors,
+    other: Factors,
+    who: str,
+) -> None:
+    wanted = _sides(first)
+    given = _sides(other)
     if wanted != given:
         raise AdapterError(
-            f"{who}, site '{site}' is [out {given[0]}, in {given[1]}] but the first is [out "
-            f"{wanted[0]}, "
-            f"in {wanted[1]}]: use the same base model everywhere."
+            f"{who}, site '{site}' is {given} but the first is {wanted}: "
+            "use the same base model everywhere."
         )
+
+
+def _sides(factors: Factors) -> str:
+    out = factors.B.shape[0]
+    into = factors.A.shape[1]
+    return f"[out {out}, in {into}]"
 
 
 def _equal_ranks(site: str, factors: Sequence[Factors]) -> None:

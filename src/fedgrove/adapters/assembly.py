@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgrove.adapters.adapter import Adapter, Factors, Site
+from fedgrove.adapters.adapter import Adapter, Factors, Site, Sites
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.ground.errors import AdapterError
 
@@ -33,15 +33,15 @@ class Term:
     # letters of factors that stay with the client although the term's home is the server (FedSA's
     # B)
     kept: str = ""
-    diagonal: Mapping[str, Tensor] | None = (
-        None  # site -> [rank]; a rank mask (frozen) or FedRoRA's S (trained)
-    )
+    # site -> [rank]; a rank mask (frozen) or FedRoRA's S (trained)
+    diagonal: Mapping[str, Tensor] | None = None
     unit: bool = False  # run with unit columns of B and unit rows of A (FedRoRA)
     lr: float = 1.0  # multiplies the job's learning rate
     diagonal_lr: float = 1.0  # multiplies the diagonal's learning rate once more
 
     def __post_init__(self) -> None:
-        if set(self.train) - set("ABD"):
+        unknown = set(self.train) - set("ABD")
+        if unknown:
             raise AdapterError(
                 f"Term '{self.name}': train is '{self.train}', expected letters of 'ABD'."
             )
@@ -68,9 +68,8 @@ class Extra:
     value: Tensor
     train: bool = True
     home: Home = "client"
-    lr: float | None = (
-        1.0  # multiplies the job's learning rate; None: the head's own rate (train.head_lr)
-    )
+    # multiplies the job's learning rate; None: the head's own rate (train.head_lr)
+    lr: float | None = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +109,7 @@ class Weighted(Mix):
 
     weights: Mapping[str, float]
 
-    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
+    def weigh(self, at: Junction) -> Sequence[float]:
         return [self.weights.get(term, 1.0) for term in at.terms]
 
 
@@ -127,14 +126,19 @@ class Convex(Mix):
     prefix: str = "lambda"
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
-        logit = at.extras.get(f"{self.prefix}.{at.site.layer}")
+        """One weight per term: 1, or a scalar tensor ``[]`` for the two."""
+        name = f"{self.prefix}.{at.site.layer}"
+        logit = at.extras.get(name)
+        known: dict[str, float | Tensor]
         if logit is None:
-            return [0.0 if term == self.second else 1.0 for term in at.terms]
-        share = torch.sigmoid(logit)
-        return [
-            share if term == self.first else 1 - share if term == self.second else 1.0
-            for term in at.terms
-        ]
+            known = {self.second: 0.0}
+        else:
+            share = torch.sigmoid(logit)
+            known = {
+                self.second: 1 - share,
+                self.first: share,
+            }
+        return [known.get(term, 1.0) for term in at.terms]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,19 +148,17 @@ class Assembly:
     terms: tuple[Term, ...] = ()
     mix: Mix = field(default_factory=Mix)
     extras: Mapping[str, Extra] = field(default_factory=dict)
-    base_delta: Adapter | None = (
-        None  # a frozen update of the base that every client shares, kept factored
-    )
-    folded: Adapter | None = (
-        None  # like base_delta, but written into (a copy of) the weights while the assembly runs
-    )
-    layers: frozenset[int] | None = (
-        None  # the transformer layers that exist for this client (FedRA); None: all
-    )
+    # a frozen update of the base that every client shares, kept factored
+    base_delta: Adapter | None = None
+    # like base_delta, but written into (a copy of) the weights while the assembly runs
+    folded: Adapter | None = None
+    # the transformer layers that exist for this client (FedRA); None: all
+    layers: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
-        if len(set(names)) != len(names):
+        different = set(names)
+        if len(different) != len(names):
             raise AdapterError(f"An assembly has two terms of one name among {names}.")
 
     def term(self, name: str) -> Term:
@@ -171,14 +173,15 @@ class Assembly:
 
     def frozen(self) -> Assembly:
         """The same assembly with nothing to train."""
-        return replace(
-            self,
-            terms=tuple(term.frozen() for term in self.terms),
-            extras={name: replace(extra, train=False) for name, extra in self.extras.items()},
-        )
+        terms = tuple(term.frozen() for term in self.terms)
+        extras: dict[str, Extra] = {}
+        for name, extra in self.extras.items():
+            extras[name] = replace(extra, train=False)
+        return replace(self, terms=terms, extras=extras)
 
     def with_extras(self, extras: Mapping[str, Extra]) -> Assembly:
-        return replace(self, extras={**self.extras, **extras})
+        together = {**self.extras, **extras}
+        return replace(self, extras=together)
 
 
 def trained_parameters(assembly: Assembly) -> int:
@@ -186,43 +189,65 @@ def trained_parameters(assembly: Assembly) -> int:
     count = 0
     for term in assembly.terms:
         for factors in term.adapter.values():
-            count += factors.A.numel() * ("A" in term.train) + factors.B.numel() * (
-                "B" in term.train
-            )
+            if "A" in term.train:
+                count += factors.A.numel()
+            if "B" in term.train:
+                count += factors.B.numel()
         if "D" in term.train:
-            count += sum(diagonal.numel() for diagonal in (term.diagonal or {}).values())
-    return count + sum(extra.value.numel() for extra in assembly.extras.values() if extra.train)
+            count += _of_diagonal(term)
+    for extra in assembly.extras.values():
+        if extra.train:
+            count += extra.value.numel()
+    return count
 
 
 def all_parameters(assembly: Assembly) -> int:
     """How many numbers beside the base the assembly needs to run."""
-    adapters = [term.adapter for term in assembly.terms] + _frozen_updates(assembly)
-    count = sum(f.A.numel() + f.B.numel() for adapter in adapters for f in adapter.values())
-    count += sum(d.numel() for term in assembly.terms for d in (term.diagonal or {}).values())
-    return count + sum(extra.value.numel() for extra in assembly.extras.values())
+    adapters = [term.adapter for term in assembly.terms]
+    adapters += _frozen_updates(assembly)
+    count = 0
+    for adapter in adapters:
+        for factors in adapter.values():
+            count += factors.A.numel()
+            count += factors.B.numel()
+    for term in assembly.terms:
+        count += _of_diagonal(term)
+    for extra in assembly.extras.values():
+        count += extra.value.numel()
+    return count
+
+
+def _of_diagonal(term: Term) -> int:
+    """How many numbers the term's diagonal has."""
+    if term.diagonal is None:
+        return 0
+    return sum(numbers.numel() for numbers in term.diagonal.values())
 
 
 def _frozen_updates(assembly: Assembly) -> list[Adapter]:
-    return [update for update in (assembly.base_delta, assembly.folded) if update]
+    updates = (assembly.base_delta, assembly.folded)
+    return [update for update in updates if update]
 
 
 def sealed(adapter: Adapter, letters: str = "AB") -> Adapter:
     """The adapter with the named factors marked private."""
-    return {
-        name: replace(
-            factors,
-            A=seal(factors.A) if "A" in letters else factors.A,
-            B=seal(factors.B) if "B" in letters else factors.B,
-        )
-        for name, factors in adapter.items()
-    }
+    found: Adapter = {}
+    for name, factors in adapter.items():
+        A = factors.A
+        B = factors.B
+        if "A" in letters:
+            A = seal(A)
+        if "B" in letters:
+            B = seal(B)
+        found[name] = Factors(A, B, factors.scale)
+    return found
 
 
 def unsealed(adapter: Adapter) -> Adapter:
     return {name: factors.map(unseal) for name, factors in adapter.items()}
 
 
-def as_one_adapter(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter:
+def as_one_adapter(assembly: Assembly, sites: Sites) -> Adapter:
     """The one LoRA adapter that computes the same as all terms and the base delta together (exact
     concatenation).
 
@@ -231,29 +256,47 @@ def as_one_adapter(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter:
     depends on the input.
     """
     if not assembly.mix.linear:
+        mixed_by = type(assembly.mix).__name__
         raise AdapterError(
-            f"The terms are mixed by {type(assembly.mix).__name__}, which depends on the input, "
+            f"The terms are mixed by {mixed_by}, which depends on the input, "
             "so no single LoRA adapter computes the same."
         )
     if assembly.layers is not None:
         raise AdapterError(
             "The client runs a part of the base's layers only, which a LoRA adapter cannot express."
         )
-    extras = {name: unseal(extra.value) for name, extra in assembly.extras.items()}
+    extras: dict[str, Tensor] = {}
+    for name, extra in assembly.extras.items():
+        extras[name] = unseal(extra.value)
     updates = _frozen_updates(assembly)
+    nothing = torch.empty(0)
     result: Adapter = {}
     for site in sites.values():
-        found = products(site, torch.empty(0), assembly.terms, assembly.mix, extras, updates)
+        found = products(
+            site,
+            nothing,
+            assembly.terms,
+            assembly.mix,
+            extras,
+            updates,
+        )
         parts = [product.factors() for product in found]
-        if len(parts) == 1:
-            result[site.name] = parts[0]
-        elif parts:
-            result[site.name] = Factors(
-                A=torch.cat([part.A for part in parts]),
-                B=torch.cat([part.scale * part.B for part in parts], dim=1),
-                scale=1.0,
-            )
+        if parts:
+            result[site.name] = _joined(parts)
     return result
+
+
+def _joined(parts: Sequence[Factors]) -> Factors:
+    """Factors whose product is the sum of the parts'; a single part as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = [part.A for part in parts]
+    columns = [part.scale * part.B for part in parts]
+    return Factors(
+        A=torch.cat(rows),
+        B=torch.cat(columns, dim=1),
+        scale=1.0,
+    )
 
 
 class Product(NamedTuple):
@@ -270,6 +313,7 @@ class Product(NamedTuple):
 
     @property
     def factor(self) -> float | Tensor:
+        """All that multiplies the product: a number, or a tensor ``[batch, tokens, 1]``."""
         return self.scale * self.weight
 
     def output(self, x: Float[Tensor, " *batch in"]) -> Float[Tensor, " *batch out"]:
@@ -289,7 +333,11 @@ class Product(NamedTuple):
         """The summand as plain factors that keep their scale; for weights that do not depend on
         x.
         """
-        return Factors(A=self.A, B=self._up(self.weight).contiguous(), scale=self.scale)
+        return Factors(
+            A=self.A,
+            B=self._up(self.weight).contiguous(),
+            scale=self.scale,
+        )
 
     def _up(self, factor: float | Tensor) -> Float[Tensor, "out rank"]:
         if self.D is None:
@@ -313,37 +361,75 @@ def products(
     """All that runs at a site beside the base's own weight: the terms in their order, then the
     frozen updates. ``x`` is the site's input; empty where a linear mix is asked outside a pass.
     """
+    name = site.name
     names = [term.name for term in terms]
-    weights = mix.weigh(Junction(site, x, names, extras, features))
+    junction = Junction(
+        site,
+        x,
+        names,
+        extras,
+        features,
+    )
+    weights = mix.weigh(junction)
     found: list[Product] = []
     for term, weight in zip(terms, weights, strict=True):
         idle = isinstance(weight, float) and weight == 0.0
-        if site.name in term.adapter and not idle:
-            found.append(_product(term, site.name, weight))
+        if idle or name not in term.adapter:
+            continue
+        product = _product(term, name, weight)
+        found.append(product)
     for update in updates:
-        if site.name in update:
-            factors = update[site.name].map(unseal)
-            found.append(Product(None, factors.A, factors.B, None, factors.scale, 1.0))
+        if name in update:
+            frozen = _frozen(update[name])
+            found.append(frozen)
     return found
 
 
-def _product(term: Term, site: str, weight: float | Tensor) -> Product:
+def _product(
+    term: Term,
+    site: str,
+    weight: float | Tensor,
+) -> Product:
+    """The term's summand; its weight a number, or a tensor ``[batch, tokens, 1]``."""
     factors = term.adapter[site].map(unseal)
-    A, B = factors.A, factors.B
+    A = factors.A
+    B = factors.B
     if term.unit:
-        A, B = unit_rows(A), unit_rows(B.T).T
-    diagonal = (term.diagonal or {}).get(site)
-    if diagonal is None:
-        D = None
-    else:
-        D = unseal(diagonal)
-    return Product(term.name, A, B, D, factors.scale, weight)
+        A = unit_rows(A)
+        B = unit_rows(B.T).T
+    D = None
+    if term.diagonal is not None and site in term.diagonal:
+        D = unseal(term.diagonal[site])
+    return Product(
+        term.name,
+        A,
+        B,
+        D,
+        factors.scale,
+        weight,
+    )
+
+
+def _frozen(update: Factors) -> Product:
+    """The summand of a frozen update of the base."""
+    factors = update.map(unseal)
+    return Product(
+        term=None,
+        A=factors.A,
+        B=factors.B,
+        D=None,
+        scale=factors.scale,
+        weight=1.0,
+    )
 
 
 def _is_one(factor: float | Tensor) -> bool:
+    """Whether it is the number 1; a tensor ``[batch, tokens, 1]`` never is."""
     return isinstance(factor, float) and factor == 1.0
 
 
 def unit_rows(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     """Rows divided by their Euclidean norm; a zero row stays zero."""
-    return matrix / matrix.norm(dim=1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    tiny = torch.finfo(matrix.dtype).tiny
+    norms = matrix.norm(dim=1, keepdim=True)
+    return matrix / norms.clamp_min(tiny)

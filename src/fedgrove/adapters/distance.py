@@ -11,13 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Site
+from fedgrove.adapters.adapter import Sites
 from fedgrove.ground.errors import AdapterError
 
 Distance = Literal["frobenius", "cosine"]
 Bs = Mapping[str, Tensor]  # site -> B [out, r]
+Square = Float[Tensor, "N N"]  # of all pairs
+Column = Float[Tensor, "N 1"]
+Rows = Float[Tensor, "N numbers"]  # every client's B at one site
 
 #: Below this share of the squared norms, a squared distance from the Gram matrix has lost too many
 #: digits.
@@ -25,15 +29,21 @@ _LOST = 1e-6
 _PAIRS = 4096  # how many pairs are compared directly at a time
 
 
-def layers_of(sites: Mapping[str, Site]) -> dict[int, list[str]]:
+def layers_of(sites: Sites) -> dict[int, list[str]]:
     """``{layer: its sites}``, shallow to deep."""
     found: dict[int, list[str]] = {}
     for name, site in sites.items():
-        found.setdefault(site.layer, []).append(name)
-    return dict(sorted(found.items()))
+        names = found.setdefault(site.layer, [])
+        names.append(name)
+    by_depth = sorted(found.items())
+    return dict(by_depth)
 
 
-def between(clients: Sequence[Bs], sites: Mapping[str, Site], distance: Distance) -> Tensor:
+def between(
+    clients: Sequence[Bs],
+    sites: Sites,
+    distance: Distance,
+) -> Float[Tensor, "L N N"]:
     """Distances between N clients on each of L layers, float64 [L, N, N].
 
     ``frobenius``: ``‖B_i − B_j‖``; ``cosine``: ``1 − cos(B_i, B_j)``, where a zero ``B`` is at 1
@@ -41,72 +51,101 @@ def between(clients: Sequence[Bs], sites: Mapping[str, Site], distance: Distance
     compared directly, so no digit is lost. Raises AdapterError where a client lacks a site or
     shapes differ.
     """
-    return torch.stack(
-        [
-            torch.stack([_pairs(_rows(clients, name), distance) for name in names]).mean(0)
-            for names in layers_of(sites).values()
-        ]
-    )
+    layers: list[Tensor] = []
+    for names in layers_of(sites).values():
+        found: list[Tensor] = []
+        for name in names:
+            rows = _rows(clients, name)
+            found.append(_pairs(rows, distance))
+        layers.append(torch.stack(found).mean(0))
+    return torch.stack(layers)
 
 
 def towards(
-    newcomer: Bs, clients: Sequence[Bs], sites: Mapping[str, Site], distance: Distance
-) -> Tensor:
+    newcomer: Bs,
+    clients: Sequence[Bs],
+    sites: Sites,
+    distance: Distance,
+) -> Float[Tensor, "L N"]:
     """Distances from one newcomer to N clients on each of L layers, float64 [L, N]; measured as
     ``between`` does.
     """
-    result = []
+    layers: list[Tensor] = []
     for names in layers_of(sites).values():
-        each = []
+        found: list[Tensor] = []
         for name in names:
             rows = _rows([newcomer, *clients], name)
             if distance == "cosine":
                 rows = _unit(rows)
-            apart = (rows[1:] - rows[0]).square().sum(1)
-            each.append(_finished(apart[None], rows[:1], rows[1:], distance)[0])
-        result.append(torch.stack(each).mean(0))
-    return torch.stack(result)
+            own = rows[:1]
+            others = rows[1:]
+            apart = (others - own).square().sum(1)
+            finished = _finished(apart[None], own, others, distance)
+            found.append(finished[0])
+        layers.append(torch.stack(found).mean(0))
+    return torch.stack(layers)
 
 
-def _rows(clients: Sequence[Bs], site: str) -> Tensor:
+def _rows(clients: Sequence[Bs], site: str) -> Rows:
     """Every client's B at one site as a row, float64 [N, out · r]."""
-    shapes = {tuple(client[site].shape) if site in client else None for client in clients}
-    if len(shapes) != 1 or None in shapes:
+    held = [client[site] for client in clients if site in client]
+    shapes = {B.shape for B in held}
+    if len(held) != len(clients) or len(shapes) != 1:
         raise AdapterError(
             f"Site '{site}': the clients' B are not of one shape; give all the same targets and "
             f"rank."
         )
-    return torch.stack([client[site].detach().reshape(-1) for client in clients]).double()
+    rows = [B.detach().reshape(-1) for B in held]
+    return torch.stack(rows).double()
 
 
-def _pairs(rows: Tensor, distance: Distance) -> Tensor:
+def _pairs(rows: Rows, distance: Distance) -> Square:
     if distance == "cosine":
         rows = _unit(rows)
     centred = rows - rows.mean(0)  # what all have in common only costs digits
     squares = centred.square().sum(1)
     sums = squares[:, None] + squares[None, :]
-    apart = (sums - 2 * centred @ centred.T).clamp_min(0.0)
-    first, second = torch.nonzero(torch.triu(apart <= _LOST * sums, diagonal=1), as_tuple=True)
+    products = 2 * centred @ centred.T
+    apart = (sums - products).clamp_min(0.0)
+    lost = torch.triu(apart <= _LOST * sums, diagonal=1)
+    first, second = torch.nonzero(lost, as_tuple=True)
     for i, j in zip(first.split(_PAIRS), second.split(_PAIRS), strict=True):
-        apart[i, j] = apart[j, i] = (rows[i] - rows[j]).square().sum(1)
+        direct = (rows[i] - rows[j]).square()
+        exact = direct.sum(1)
+        apart[i, j] = exact
+        apart[j, i] = exact
     result = _finished(apart, rows, rows, distance)
-    result = (result + result.T) / 2
-    return result.fill_diagonal_(0.0)
+    even = (result + result.T) / 2
+    return even.fill_diagonal_(0.0)
 
 
-def _finished(apart: Tensor, left: Tensor, right: Tensor, distance: Distance) -> Tensor:
+def _finished(
+    apart: Float[Tensor, "n m"],
+    left: Float[Tensor, "n numbers"],
+    right: Float[Tensor, "m numbers"],
+    distance: Distance,
+) -> Float[Tensor, "n m"]:
     """From squared distances [n, m] (of unit rows for ``cosine``) to distances."""
     if distance == "frobenius":
         return apart.sqrt()
-    one_is_zero = (left.any(1)[:, None]) != (right.any(1)[None, :])
-    return torch.where(one_is_zero, torch.ones_like(apart), apart / 2)
+    left_there = left.any(1)
+    right_there = right.any(1)
+    one_is_zero = left_there[:, None] != right_there[None, :]
+    one = torch.ones_like(apart)
+    return torch.where(one_is_zero, one, apart / 2)
 
 
-def _unit(rows: Tensor) -> Tensor:
+def _unit(rows: Rows) -> Rows:
     """Rows of norm 1; a zero row stays zero. Scaled first, so that no square under- or
     overflows.
     """
     largest = rows.abs().amax(1, keepdim=True)
-    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
+    scaled = rows / _or_one(largest)
     norms = scaled.norm(dim=1, keepdim=True)
-    return scaled / torch.where(norms > 0, norms, torch.ones_like(norms))
+    return scaled / _or_one(norms)
+
+
+def _or_one(divisors: Column) -> Column:
+    """The divisors with 1 in place of 0."""
+    one = torch.ones_like(divisors)
+    return torch.where(divisors > 0, divisors, one)

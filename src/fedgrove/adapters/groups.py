@@ -21,7 +21,9 @@ class GroupMeans:
 
 
 def group_means(
-    adapters: Sequence[Adapter], labels: Sequence[int], weights: Sequence[float]
+    adapters: Sequence[Adapter],
+    labels: Sequence[int],
+    weights: Sequence[float],
 ) -> GroupMeans:
     """The weighted means of A and, separately, of B inside and outside each group
     ``0..max(labels)``.
@@ -31,52 +33,79 @@ def group_means(
     subtracted from the total: nothing cancels. Raises AdapterError where ranks, scales or sites
     differ.
     """
-    members = [
-        [i for i, label in enumerate(labels) if label == group] for group in range(max(labels) + 1)
-    ]
-    sums = [sum(weights[i] for i in group) for group in members]
-    means = [
-        mean([widen(adapters[i]) for i in group], [weights[i] / total for i in group])
-        for group, total in zip(members, sums, strict=True)
-    ]
-    own = [_narrow(each, adapters[0]) for each in means]
-    if len(members) == 1:
+    like = adapters[0]
+    count = max(labels) + 1
+    means: list[Adapter] = []
+    sums: list[float] = []
+    for group in range(count):
+        members = [i for i, label in enumerate(labels) if label == group]
+        total = sum(weights[i] for i in members)
+        wide = [widen(adapters[i]) for i in members]
+        shares = [weights[i] / total for i in members]
+        sums.append(total)
+        means.append(mean(wide, shares))
+    own = [_narrow(each, like) for each in means]
+    if count == 1:
         return GroupMeans(own, [{}], own[0])
-    before, after = _running(means, sums), _running(means[::-1], sums[::-1])[::-1]
-    rest = []
-    for group in range(len(members)):
-        outside = [part for part in (before[group], after[group + 1]) if part]
+    before = _running(means, sums)
+    after = _running(means[::-1], sums[::-1])
+    after.reverse()
+    rest: list[Adapter] = []
+    for group in range(count):
+        sides = [before[group], after[group + 1]]
         weight = sum(sums[:group]) + sum(sums[group + 1 :])
-        rest.append(_narrow(_total(outside, [1.0 / weight] * len(outside)), adapters[0]))
-    return GroupMeans(own, rest, _narrow(_total(before[-1:], [1.0 / sum(sums)]), adapters[0]))
+        outside = _average(sides, weight)
+        rest.append(_narrow(outside, like))
+    everyone = _average(before[-1:], sum(sums))
+    return GroupMeans(own, rest, _narrow(everyone, like))
 
 
-def _running(means: Sequence[Adapter], weights: Sequence[float]) -> list[Adapter]:
+def _average(sums: Sequence[Adapter], weight: float) -> Adapter:
+    """What the weighted sums that are not empty add up to, divided by the whole weight."""
+    parts = [part for part in sums if part]
+    share = 1.0 / weight
+    return _total(parts, [share] * len(parts))
+
+
+def _running(
+    means: Sequence[Adapter],
+    weights: Sequence[float],
+) -> list[Adapter]:
     """Weighted sums of the first 0, 1, 2, ... adapters; of none: {}."""
     sums: list[Adapter] = [{}]
     for each, weight in zip(means, weights, strict=True):
-        sums.append(
-            _total([sums[-1], each], [1.0, weight]) if sums[-1] else _total([each], [weight])
-        )
+        last = sums[-1]
+        if last:
+            more = _total([last, each], [1.0, weight])
+        else:
+            more = _total([each], [weight])
+        sums.append(more)
     return sums
 
 
-def _total(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+def _total(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+) -> Adapter:
     """``Σ w A`` and ``Σ w B`` at each site, in the adapters' precision."""
     result: Adapter = {}
     for site, first in adapters[0].items():
-        A, B = weights[0] * first.A, weights[0] * first.B
+        A = weights[0] * first.A
+        B = weights[0] * first.B
         for adapter, weight in zip(adapters[1:], weights[1:], strict=True):
-            A, B = A + weight * adapter[site].A, B + weight * adapter[site].B
+            factors = adapter[site]
+            A = A + weight * factors.A
+            B = B + weight * factors.B
         result[site] = Factors(A, B, first.scale)
     return result
 
 
 def _narrow(adapter: Adapter, like: Adapter) -> Adapter:
     """The same numbers in the dtypes of ``like``."""
-    return {
-        site: Factors(
-            factors.A.to(like[site].A.dtype), factors.B.to(like[site].B.dtype), factors.scale
-        )
-        for site, factors in adapter.items()
-    }
+    result: Adapter = {}
+    for site, factors in adapter.items():
+        wanted = like[site]
+        A = factors.A.to(wanted.A.dtype)
+        B = factors.B.to(wanted.B.dtype)
+        result[site] = Factors(A, B, factors.scale)
+    return result

@@ -15,10 +15,12 @@ from functools import reduce
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.adapters.algebra import check, shares
+from fedgrove.adapters.algebra import Weights, check, shares
 from fedgrove.ground.errors import AdapterError
 
 #: Where the singular values go: into A (HiLoRA), into B, or their square roots into both.
@@ -27,7 +29,9 @@ Triplets = tuple[Tensor, Tensor, Tensor]  # U [out, r], S [r] descending, Vh [r,
 
 
 def product_svd(
-    factors: Sequence[Factors], weights: Sequence[float] | None = None, rank: int | None = None
+    factors: Sequence[Factors],
+    weights: Weights = None,
+    rank: int | None = None,
 ) -> Triplets:
     """Largest singular triplets of ``sum_i w_i s_i B_i A_i``: U [out, r], S [r] descending, Vh [r,
     in].
@@ -40,9 +44,10 @@ def product_svd(
     AdapterError for clashing shapes, NaN or Inf.
     """
     check([{"(this site)": each} for each in factors])
-    dtype = reduce(
-        torch.promote_types, (tensor.dtype for each in factors for tensor in (each.A, each.B))
-    )
+    dtypes: list[torch.dtype] = []
+    for each in factors:
+        dtypes += [each.A.dtype, each.B.dtype]
+    dtype = reduce(torch.promote_types, dtypes)
     if weights is None:
         weights = [1.0] * len(factors)
     u, s, vh = _svd("(this site)", factors, weights, rank)
@@ -51,7 +56,7 @@ def product_svd(
 
 def product_mean(
     adapters: Sequence[Adapter],
-    weights: Sequence[float] | None,
+    weights: Weights,
     rank: int | None,
     scale: float,
     split: Split = "balanced",
@@ -61,17 +66,24 @@ def product_mean(
     result: Adapter = {}
     for site in adapters[0]:
         factors = [adapter[site] for adapter in adapters]
-        result[site] = truncated(factors, weights, rank, scale, split, site=site)
+        result[site] = truncated(
+            factors,
+            weights,
+            rank,
+            scale,
+            split,
+            site=site,
+        )
     return result
 
 
 def truncated(
     factors: Sequence[Factors],
-    weights: Sequence[float] | None,
+    weights: Weights,
     rank: int | None,
     scale: float,
     split: Split = "balanced",
-    start: Tensor | None = None,
+    start: Float[Tensor, "rows in"] | None = None,
     site: str = "(this site)",
 ) -> Factors:
     """The best rank-``rank`` approximation of ``sum_i p_i s_i B_i A_i`` for a recipient of a scale.
@@ -95,17 +107,30 @@ def truncated(
         raise AdapterError(f"Scale {scale} must be finite and > 0.")
     parts = shares(weights, len(factors))
     triplets = _svd(site, factors, parts, rank)
-    return _factors(triplets, factors[0], scale, split, rank, start)
+    return _factors(
+        triplets,
+        factors[0],
+        scale,
+        split,
+        rank,
+        start,
+    )
 
 
-def leading(factors: Factors, rank: int, scale: float, split: Split = "balanced") -> Factors:
+def leading(
+    factors: Factors,
+    rank: int,
+    scale: float,
+    split: Split = "balanced",
+) -> Factors:
     """The first ``rank`` modules of an SVD in factors, for a recipient of scale ``scale``.
 
     The change of scale goes where the singular values are; of a module whose B is zero, A stays as
     it is, since that is what it starts from. What does not change is a view: clients that run the
     same frozen factors then share them in memory, and a cohort multiplies by them once.
     """
-    A, B = factors.A[:rank], factors.B[:, :rank]
+    A = factors.A[:rank]
+    B = factors.B[:, :rank]
     change = factors.scale / scale
     if change == 1:
         return Factors(A, B, scale)
@@ -115,7 +140,9 @@ def leading(factors: Factors, rank: int, scale: float, split: Split = "balanced"
         return Factors(A, B * change, scale)
     root = math.sqrt(change)
     begun = B.any(0)
-    return Factors(torch.where(begun[:, None], A * root, A), B * root, scale)
+    begun_rows = begun[:, None]
+    A = torch.where(begun_rows, A * root, A)
+    return Factors(A, B * root, scale)
 
 
 def compact(adapter: Adapter, rank: int | None = None) -> Adapter:
@@ -130,16 +157,16 @@ def compact(adapter: Adapter, rank: int | None = None) -> Adapter:
     result: Adapter = {}
     for site, factors in adapter.items():
         u, s, vh = _svd(site, [factors], [1.0], rank)
-        kept = max(1, int(_alive((u, s, vh)).sum()))
+        alive = _alive((u, s, vh))
+        kept = max(1, int(alive.sum()))
         if factors.rank <= kept:
             result[site] = factors
-        else:
-            if factors.scale > 0:
-                scale = factors.scale
-            else:
-                scale = 1.0
-            triplets = u[:, :kept], s[:kept], vh[:kept]
-            result[site] = _factors(triplets, factors, scale, "balanced")
+            continue
+        scale = factors.scale
+        if scale <= 0:
+            scale = 1.0
+        triplets = u[:, :kept], s[:kept], vh[:kept]
+        result[site] = _factors(triplets, factors, scale, "balanced")
     return result
 
 
@@ -156,48 +183,75 @@ def lean(adapter: Adapter) -> Adapter:
 
 
 def _svd(
-    site: str, factors: Sequence[Factors], weights: Sequence[float], rank: int | None
+    site: str,
+    factors: Sequence[Factors],
+    weights: Sequence[float],
+    rank: int | None,
 ) -> Triplets:
     if rank is not None and rank < 1:
         raise AdapterError(f"Rank {rank} must be at least 1.")
-    if len(weights) != len(factors) or not all(math.isfinite(weight) for weight in weights):
+    count = len(factors)
+    finite = all(map(math.isfinite, weights))
+    if len(weights) != count or not finite:
         raise AdapterError(
-            f"Weights {list(weights)} for {len(factors)} adapters: give one finite weight for each."
+            f"Weights {list(weights)} for {count} adapters: give one finite weight for each."
         )
-    a = torch.cat([each.A.double() for each in factors], 0)
-    b = torch.cat(
-        [
-            each.B.double() * (weight * each.scale)
-            for weight, each in zip(weights, factors, strict=True)
-        ],
-        1,
-    )
+    a, b = _stacked(factors, weights)
     # Zero columns up to the wanted rank: Householder QR then completes Q to that many orthonormal
     # columns.
     missing = (rank or 0) - a.shape[0]
     if missing > 0:
-        a = torch.nn.functional.pad(a, (0, 0, 0, missing))
-        b = torch.nn.functional.pad(b, (0, missing))
+        a = pad(a, (0, 0, 0, missing))
+        b = pad(b, (0, missing))
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
+    core = r_b @ r_a.T
     try:
-        left, s, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        left, s, right = torch.linalg.svd(core, full_matrices=False)
     except RuntimeError as error:
         raise AdapterError(
             f"Site '{site}': the SVD of the mean update does not converge: check its values."
         ) from error
-    left, s, right = left[:, :rank], s[:rank], right[:rank]
-    u, vh = q_b @ left, right @ q_a.T
-    if s.numel():
-        sign = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
-        u, vh = u * sign, vh * sign.T
-    return u, s, vh
+    u = q_b @ left[:, :rank]
+    vh = right[:rank] @ q_a.T
+    return _signed(u, s[:rank], vh)
 
 
-def _alive(triplets: Triplets) -> Tensor:
+def _stacked(
+    factors: Sequence[Factors],
+    weights: Sequence[float],
+) -> tuple[Float[Tensor, "ranks in"], Float[Tensor, "out ranks"]]:
+    """The A's on top of each other and the weighted ``s B`` side by side, in float64."""
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    for weight, each in zip(weights, factors, strict=True):
+        factor = weight * each.scale
+        rows.append(each.A.double())
+        columns.append(each.B.double() * factor)
+    a = torch.cat(rows, 0)
+    b = torch.cat(columns, 1)
+    return a, b
+
+
+def _signed(
+    u: Float[Tensor, "out r"],
+    s: Float[Tensor, " r"],
+    vh: Float[Tensor, "r in"],
+) -> Triplets:
+    """The triplets with the largest entry of each left vector positive."""
+    if not s.numel():
+        return u, s, vh
+    largest = u.abs().argmax(0, keepdim=True)
+    sign = torch.sign(u.gather(0, largest))
+    return u * sign, s, vh * sign.T
+
+
+def _alive(triplets: Triplets) -> Bool[Tensor, " r"]:
     """Which directions are more than float64's rounding of the largest: bool [r]."""
     u, s, vh = triplets
-    noise = s[:1].sum() * max(u.shape[0], vh.shape[1]) * torch.finfo(torch.float64).eps
+    largest = s[:1].sum()
+    longest = max(u.shape[0], vh.shape[1])
+    noise = largest * longest * torch.finfo(torch.float64).eps
     return s > noise
 
 
@@ -220,29 +274,45 @@ def _factors(
     alive = _alive(triplets)
     s = s / scale
     if split == "left":
-        a, b = s[:, None] * vh, u
+        a = s[:, None] * vh
+        b = u
     elif split == "right":
-        a, b = vh, u * s
+        a = vh
+        b = u * s
     elif split == "balanced":
-        a, b = s.sqrt()[:, None] * vh, u * s.sqrt()
+        root = s.sqrt()
+        a = root[:, None] * vh
+        b = u * root
         if not bool(alive.all()):
             dead = torch.nonzero(~alive).flatten().tolist()
-            a[dead], b[:, dead] = _starts(dead, vh, start), 0.0
+            a[dead] = _starts(dead, vh, start)
+            b[:, dead] = 0.0
     else:
         raise AdapterError(f"Split '{split}' is unknown: use 'left', 'right' or 'balanced'.")
     beyond = range(len(s), rank or 0)
     if beyond:
-        a = torch.cat([a, _starts(beyond, vh, start)])
-        b = torch.nn.functional.pad(b, (0, len(beyond)))
-    return Factors(a.to(like.A.dtype), b.to(like.B.dtype), scale)
+        more = _starts(beyond, vh, start)
+        a = torch.cat([a, more])
+        b = pad(b, (0, len(beyond)))
+    return Factors(
+        A=a.to(like.A.dtype),
+        B=b.to(like.B.dtype),
+        scale=scale,
+    )
 
 
-def _starts(numbers: Sequence[int], vh: Tensor, start: Tensor | None) -> Tensor:
+def _starts(
+    numbers: Sequence[int],
+    vh: Float[Tensor, "r in"],
+    start: Float[Tensor, "rows in"] | None,
+) -> Float[Tensor, "numbers in"]:
     """Rows of A for dead directions of these numbers, float64 [numbers, in]; ``vh`` [r, in]."""
-    rows = []
+    rows: list[Tensor] = []
     for number in numbers:
         if start is not None and number < len(start):
-            rows.append(start[number].to(vh))
+            row = start[number].to(vh)
         else:
-            rows.append(3**-0.5 * vh[number % len(vh)])
+            direction = vh[number % len(vh)]
+            row = 3**-0.5 * direction
+        rows.append(row)
     return torch.stack(rows)

@@ -14,17 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import (
     Indices,
+    Weights,
     check,
     concat,
+    each_of,
     index_mean,
     index_shares,
     norm,
     positions,
+    root_sum_square,
     shares,
     subtract_products,
     widen,
@@ -71,15 +75,24 @@ def initial_noise(previous: Adapter, starts: Sequence[Adapter]) -> Noise:
         raise AdapterError(
             "There is no start to compare with the global update: give at least one."
         )
-    norms = [norm(subtract_products(previous, start)) for start in starts]
-    sites = list(dict.fromkeys(site for each in norms for site in each))
-    return _noise(
-        {site: math.fsum(each.get(site, 0.0) for each in norms) / len(norms) for site in sites}
-    )
+    norms = []
+    for start in starts:
+        lost = subtract_products(previous, start)
+        norms.append(norm(lost))
+    sites: dict[str, None] = {}
+    for each in norms:
+        sites.update(dict.fromkeys(each))
+    means: dict[str, float] = {}
+    for site in sites:
+        total = math.fsum(each.get(site, 0.0) for each in norms)
+        means[site] = total / len(norms)
+    return _noise(means)
 
 
 def aggregation_noise(
-    new: Adapter, ends: Sequence[Adapter], weights: Sequence[float] | None = None
+    new: Adapter,
+    ends: Sequence[Adapter],
+    weights: Weights = None,
 ) -> Noise:
     """``||G_t - sum_i p_i D_i||`` per site.
 
@@ -93,7 +106,8 @@ def aggregation_noise(
         ideal = concat([widen(end) for end in ends], parts)
     else:
         ideal = ends[0]
-    return _noise(norm(subtract_products(new, ideal)))
+    lost = subtract_products(new, ideal)
+    return _noise(norm(lost))
 
 
 def index_aggregation_noise(
@@ -101,7 +115,7 @@ def index_aggregation_noise(
     previous: Adapter,
     modules: Sequence[Adapter],
     indices: Sequence[Indices] | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
 ) -> Noise:
     """``||G_t - ideal||`` per site for rules that average by rank index (Fed-PLoRA, raFLoRA).
 
@@ -113,24 +127,38 @@ def index_aggregation_noise(
     shares(weights, len(modules))
     ideal: Adapter = {}
     for site, old in previous.items():
-        held, rows, parts = _held(site, old, modules, indices, weights)
+        held, rows, parts = _held(
+            site,
+            old,
+            modules,
+            indices,
+            weights,
+        )
         untouched = torch.ones(old.rank, dtype=torch.bool)
         for row in rows:
             untouched[row] = False
         wide = old.map(Tensor.double)
-        a, b = [wide.A[untouched]], [wide.B[:, untouched] * old.scale]
+        kept = wide.B[:, untouched]
+        a = [wide.A[untouched]]
+        b = [kept * old.scale]
         for part, factors in zip(parts, held, strict=True):
+            weight = part * factors.scale
             a.append(factors.A.double())
-            b.append(factors.B.double() * (part * factors.scale))
-        ideal[site] = Factors(torch.cat(a, 0), torch.cat(b, 1), 1.0)
-    return _noise(norm(subtract_products(widen(new), ideal)))
+            b.append(factors.B.double() * weight)
+        ideal[site] = Factors(
+            A=torch.cat(a, 0),
+            B=torch.cat(b, 1),
+            scale=1.0,
+        )
+    lost = subtract_products(widen(new), ideal)
+    return _noise(norm(lost))
 
 
 def noise_bound(
     previous: Adapter,
     modules: Sequence[Adapter],
     indices: Sequence[Indices] | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
 ) -> Noise:
     """The true bound on ``N_agg`` of a per-index mean of factors, per site (arguments as in
     ``index_mean``).
@@ -139,21 +167,34 @@ def noise_bound(
     ``p_ij = 1 / |Q_j|`` for uniform weights. The paper prints the sum of the deviations instead of
     their products, which is no bound.
     """
-    means = index_mean([widen(module) for module in modules], indices, widen(previous), weights)
+    wide = [widen(module) for module in modules]
+    means = index_mean(wide, indices, widen(previous), weights)
     sites: dict[str, float] = {}
     for site, old in previous.items():
-        held, rows, parts = _held(site, old, modules, indices, weights)
+        held, rows, parts = _held(
+            site,
+            old,
+            modules,
+            indices,
+            weights,
+        )
+        mean = means[site]
         total = 0.0
         for part, row, factors in zip(parts, rows, held, strict=True):
-            off_a = torch.linalg.norm(factors.A.double() - means[site].A[row], dim=1)
-            off_b = torch.linalg.norm(factors.B.double() - means[site].B[:, row], dim=0)
-            total += float((part * off_a * off_b).sum())
+            apart_a = factors.A.double() - mean.A[row]
+            apart_b = factors.B.double() - mean.B[:, row]
+            off_a = torch.linalg.norm(apart_a, dim=1)
+            off_b = torch.linalg.norm(apart_b, dim=0)
+            bound = part * off_a * off_b
+            total += float(bound.sum())
         sites[site] = abs(old.scale) * total
     return _noise(sites)
 
 
 def index_cosines(
-    modules: Sequence[Adapter], rank: int, indices: Sequence[Indices] | None = None
+    modules: Sequence[Adapter],
+    rank: int,
+    indices: Sequence[Indices] | None = None,
 ) -> dict[str, Cosines]:
     """Similarity of modules of the same and of different index between clients, per site (the
     paper's heat map).
@@ -169,35 +210,69 @@ def index_cosines(
     check(modules)
     result: dict[str, Cosines] = {}
     for site in modules[0]:
-        a, b, index, client = [], [], [], []
-        for number, module in enumerate(modules):
-            row = positions(site, module[site], None if indices is None else indices[number], rank)
-            a.append(module[site].A.double())
-            b.append(module[site].B.double().T)
-            index.append(row)
-            client.append(torch.full_like(row, number))
+        held = [module[site] for module in modules]
+        rows = _positions(site, held, indices, rank)
+        clients = [torch.full_like(row, number) for number, row in enumerate(rows)]
+        a = [factors.A.double() for factors in held]
+        b = [factors.B.double().T for factors in held]
         result[site] = _cosines(
-            torch.cat(a), torch.cat(b), torch.cat(index), torch.cat(client), rank
+            torch.cat(a),
+            torch.cat(b),
+            torch.cat(rows),
+            torch.cat(clients),
+            rank,
         )
     return result
 
 
-def _cosines(a: Tensor, b: Tensor, index: Tensor, client: Tensor, rank: int) -> Cosines:
-    length_a, length_b = a.norm(dim=1), b.norm(dim=1)
+def _cosines(
+    a: Float[Tensor, "m in"],
+    b: Float[Tensor, "m out"],
+    index: Int[Tensor, " m"],
+    client: Int[Tensor, " m"],
+    rank: int,
+) -> Cosines:
+    """Of all clients' modules at one site: their index and client are those of each row."""
+    length_a = a.norm(dim=1)
+    length_b = b.norm(dim=1)
     there = (length_a > 0) & (length_b > 0)
-    a, b = a[there] / length_a[there, None], b[there] / length_b[there, None]
-    index, client = index[there.cpu()], client[there.cpu()]
+    unit_a = a[there] / length_a[there, None]
+    unit_b = b[there] / length_b[there, None]
+    kept = there.cpu()
+    index = index[kept]
+    client = client[kept]
     pairs = client[:, None] != client[None, :]
-    cosine = ((a @ a.T) * (b @ b.T)).cpu() * pairs
+    cosine_a = unit_a @ unit_a.T
+    cosine_b = unit_b @ unit_b.T
+    cosine = (cosine_a * cosine_b).cpu() * pairs
+    return _by_index(cosine, pairs, index, rank)
+
+
+def _by_index(
+    cosine: Float[Tensor, "m m"],
+    pairs: Bool[Tensor, "m m"],
+    index: Int[Tensor, " m"],
+    rank: int,
+) -> Cosines:
+    """The means over the pairs; ``cosine`` is 0 where there is none."""
     hot = torch.nn.functional.one_hot(index, rank).double()
-    sums, counts = hot.T @ cosine @ hot, hot.T @ pairs.double() @ hot
-    on, all_on = float(sums.diagonal().sum()), float(counts.diagonal().sum())
-    off, all_off = float(sums.sum()) - on, float(counts.sum()) - all_on
+    sums = hot.T @ cosine @ hot
+    counts = hot.T @ pairs.double() @ hot
+    on = float(sums.diagonal().sum())
+    all_on = float(counts.diagonal().sum())
+    off = float(sums.sum()) - on
+    all_off = float(counts.sum()) - all_on
     return Cosines(
         matrix=sums / counts,  # 0 / 0 is NaN: no pair
-        same=on / all_on if all_on else None,
-        other=off / all_off if all_off else None,
+        same=_mean(on, all_on),
+        other=_mean(off, all_off),
     )
+
+
+def _mean(total: float, count: float) -> float | None:
+    if not count:
+        return None
+    return total / count
 
 
 def _held(
@@ -205,22 +280,32 @@ def _held(
     old: Factors,
     modules: Sequence[Adapter],
     indices: Sequence[Indices] | None,
-    weights: Sequence[float] | None,
+    weights: Weights,
 ) -> tuple[list[Factors], list[Tensor], list[Tensor]]:
     """The clients' modules of one site, their global indices, and their shares among each index's
-    holders.
+    holders: both [r_i].
     """
     held = [module[site] for module in modules]
-    if indices is not None and len(indices) != len(modules):
-        raise AdapterError(
-            f"{len(indices)} lists of rank indices for {len(modules)} adapters: give one for each."
-        )
-    rows = [
-        positions(site, factors, None if indices is None else indices[number], old.rank)
-        for number, factors in enumerate(held)
-    ]
-    return held, rows, index_shares(rows, weights, old.rank)
+    rows = _positions(site, held, indices, old.rank)
+    parts = index_shares(rows, weights, old.rank)
+    return held, rows, parts
+
+
+def _positions(
+    site: str,
+    held: Sequence[Factors],
+    indices: Sequence[Indices] | None,
+    rank: int,
+) -> list[Tensor]:
+    """``positions`` [r_i] of each client's modules of one site."""
+    wanted = each_of(indices, len(held))
+    rows: list[Tensor] = []
+    for factors, each in zip(held, wanted, strict=True):
+        row = positions(site, factors, each, rank)
+        rows.append(row)
+    return rows
 
 
 def _noise(sites: dict[str, float]) -> Noise:
-    return Noise(sites, math.sqrt(math.fsum(value * value for value in sites.values())))
+    total = root_sum_square(sites.values())
+    return Noise(sites, total)

@@ -8,13 +8,14 @@ training kernel and for a client's own store, which never leave the client.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fedgrove.ground.errors import FedgroveError
+from fedgrove.ground.plain import Given
 
 _READS_OUT = {
     "item",
@@ -39,10 +40,10 @@ class Private(Tensor):
     @classmethod
     def __torch_function__(
         cls,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: tuple[object, ...] = (),
+        kwargs: Given | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
@@ -50,7 +51,8 @@ class Private(Tensor):
             raise PrivacyError(
                 f"A private tensor was read out with {name}(); keep it in the client's own store."
             )
-        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        in_place = name.endswith("_") and not name.endswith("__")
+        writes = in_place or name == "__setitem__"
         if writes and args:
             target = args[0]
         else:
@@ -62,17 +64,17 @@ class Private(Tensor):
             )
         return super().__torch_function__(func, types, args, dict(kwargs))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise PrivacyError("A private tensor cannot be pickled.")
 
 
 def seal(tensor: Tensor) -> Tensor:
-    """The same tensor (no copy, detached from any graph), marked private."""
+    """The same tensor ``[...]`` (no copy, detached from any graph), marked private."""
     return tensor.detach().as_subclass(Private)
 
 
 def unseal(tensor: Tensor) -> Tensor:
-    """The same tensor (no copy) as a plain one."""
+    """The same tensor ``[...]`` (no copy) as a plain one."""
     if not isinstance(tensor, Private):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
@@ -80,4 +82,5 @@ def unseal(tensor: Tensor) -> Tensor:
 
 
 def is_private(tensor: Tensor) -> bool:
+    """Whether the tensor ``[...]`` is marked."""
     return isinstance(tensor, Private)

@@ -5,17 +5,22 @@ FedEx-LoRA and LoRA-FAIR.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
-from fedgrove.adapters.algebra import concat, mean, shares, widen
+from fedgrove.adapters.algebra import Weights, concat, mean, shares, widen
 from fedgrove.adapters.lowrank import compact
 from fedgrove.ground.errors import AdapterError
 
 
-def fedex_residual(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
+def fedex_residual(
+    adapters: Sequence[Adapter],
+    weights: Weights = None,
+) -> Adapter:
     """FedEx-LoRA's residual ``sum_i p_i s B_i A_i - s mean(B) mean(A)`` (2410.09432), factored and
     compacted.
 
@@ -24,20 +29,23 @@ def fedex_residual(adapters: Sequence[Adapter], weights: Sequence[float] | None 
     """
     # The mean before it is rounded to the input's dtype lies in the span of the clients' columns:
     # no rank for rounding.
+    first = adapters[0]
     wide = [widen(each) for each in adapters]
-    stack = concat([*wide, mean(wide, weights)], [*shares(weights, len(adapters)), -1.0])
+    middle = mean(wide, weights)
+    parts = shares(weights, len(adapters))
+    stack = concat([*wide, middle], [*parts, -1.0])
     # What is left of it is small beside what cancels, so its rank is known and not found from its
     # singular values.
-    most = max(1, (len(adapters) - 1) * next(iter(adapters[0].values())).rank)
-    exact = compact(stack, most)
-    return {
-        site: Factors(
-            factors.A.to(adapters[0][site].A.dtype),
-            factors.B.to(adapters[0][site].B.dtype),
-            factors.scale,
-        )
-        for site, factors in exact.items()
-    }
+    any_factors = next(iter(first.values()))
+    most = (len(adapters) - 1) * any_factors.rank
+    exact = compact(stack, max(1, most))
+    result: Adapter = {}
+    for site, factors in exact.items():
+        like = first[site]
+        A = factors.A.to(like.A.dtype)
+        B = factors.B.to(like.B.dtype)
+        result[site] = Factors(A, B, factors.scale)
+    return result
 
 
 def fair_correction(
@@ -48,7 +56,7 @@ def fair_correction(
     lr: float = 0.01,
     tol: float = 1e-6,
     max_steps: int = 1000,
-) -> Tensor:
+) -> Float[Tensor, "out r"]:
     """LoRA-FAIR's correction of one site (2411.14961): ``dB`` [out, r] for the mean B, in its
     dtype.
 
@@ -65,46 +73,90 @@ def fair_correction(
     result is never worse than no correction. Zero where the cosine is undefined (delta = 0 or B A =
     0). Only [out, r] and [r, r] matrices are formed. AdapterError for clashing shapes or settings.
     """
-    if delta.A.shape[1] != mean.A.shape[1] or delta.B.shape[0] != mean.B.shape[0]:
-        raise AdapterError(
-            f"The update is [{delta.B.shape[0]}, {delta.A.shape[1]}] but the mean factors are "
-            f"[{mean.B.shape[0]}, {mean.A.shape[1]}]: compare the same site."
-        )
+    _same_site(delta, mean)
     if not (lam >= 0 and lr > 0 and tol >= 0 and max_steps >= 0):
         raise AdapterError(
             f"lam {lam}, tol {tol} and max_steps {max_steps} must be >= 0, lr {lr} > 0."
         )
-    a, b = mean.A.double(), mean.B.double()
-    # Everything the objective needs of the products: <delta, X A> = <target, X> and ||X A||^2 = <X
-    # K, X>.
-    target = delta.scale * (delta.B.double() @ (delta.A.double() @ a.T))
-    gram = a @ a.T
-    length = abs(delta.scale) * torch.linalg.norm(
-        torch.linalg.qr(delta.B.double(), mode="r").R @ delta.A.double()
-    )
-
-    def evaluate(change: Tensor) -> tuple[float, Tensor]:
-        x = b + change
-        image = x @ gram
-        inner, size = (target * x).sum(), (image * x).sum().clamp_min(0).sqrt()
-        cost = torch.linalg.norm(change)
-        value = 1 - inner / (length * size) + lam * cost
-        slope = -(target / (length * size) - inner / (length * size**3) * image)
-        # ||.|| has no slope at 0: take the smallest subgradient, 0.
-        return float(value), slope + (lam / cost * change if cost > 0 else 0.0)
-
-    change = torch.zeros_like(b)
-    if not (length > 0 and (b @ gram * b).sum() > 0):
+    objective = _objective(delta, mean, lam)
+    change = torch.zeros_like(objective.b)
+    if objective.undefined():
         return change.to(mean.B.dtype)
-    value, slope = evaluate(change)
+    value, slope = objective.at(change)
     for _ in range(max_steps):
         trial = change - lr * slope
-        lower, next_slope = evaluate(trial)
+        lower, next_slope = objective.at(trial)
         gain = value - lower
         if gain >= 0:
-            change, value, slope = trial, lower, next_slope
+            change = trial
+            value = lower
+            slope = next_slope
         else:
             lr /= 2
         if abs(gain) < tol:
             break
     return change.to(mean.B.dtype)
+
+
+def _same_site(delta: Factors, mean: Factors) -> None:
+    update = [delta.B.shape[0], delta.A.shape[1]]
+    factors = [mean.B.shape[0], mean.A.shape[1]]
+    if update != factors:
+        raise AdapterError(
+            f"The update is {update} but the mean factors are {factors}: compare the same site."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Objective:
+    """``1 - cos(delta, X A) + lam ||X - B||`` of one site, with what it needs of the products:
+    ``<delta, X A> = <target, X>`` and ``||X A||^2 = <X K, X>``.
+    """
+
+    b: Float[Tensor, "out r"]  # the mean B
+    target: Float[Tensor, "out r"]
+    gram: Float[Tensor, "r r"]  # K
+    length: Float[Tensor, ""]  # of delta
+    lam: float
+
+    def undefined(self) -> bool:
+        """Whether delta or the mean's product is zero, so that they have no cosine."""
+        square = (self.b @ self.gram * self.b).sum()
+        return not (self.length > 0 and square > 0)
+
+    def at(self, change: Float[Tensor, "out r"]) -> tuple[float, Float[Tensor, "out r"]]:
+        """(value, slope) at ``X = B + change``."""
+        x = self.b + change
+        image = x @ self.gram
+        inner = (self.target * x).sum()
+        size = (image * x).sum().clamp_min(0).sqrt()
+        both = self.length * size
+        cost = torch.linalg.norm(change)
+        value = 1 - inner / both + self.lam * cost
+        along = inner / (self.length * size**3)
+        slope = -(self.target / both - along * image)
+        if cost > 0:
+            slope = slope + self.lam / cost * change
+        # ||.|| has no slope at 0: the smallest subgradient, 0, is taken.
+        return float(value), slope
+
+
+def _objective(
+    delta: Factors,
+    mean: Factors,
+    lam: float,
+) -> _Objective:
+    a = mean.A.double()
+    b = mean.B.double()
+    of_delta = delta.map(Tensor.double)
+    crossed = of_delta.A @ a.T
+    target = delta.scale * (of_delta.B @ crossed)
+    triangle = torch.linalg.qr(of_delta.B, mode="r").R
+    length = torch.linalg.norm(triangle @ of_delta.A)
+    return _Objective(
+        b=b,
+        target=target,
+        gram=a @ a.T,
+        length=abs(delta.scale) * length,
+        lam=lam,
+    )

@@ -7,13 +7,16 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.ground.errors import AdapterError
 
+Square = Float[Tensor, "r r"]
 
-def rotation(M: Tensor, lam: float = 0.5) -> Tensor:
+
+def rotation(M: Square, lam: float = 0.5) -> Square:
     """The soft rotation R [r, r] for the alignment matrix ``M = A_ref A_i^T`` (or ``B_ref^T B_i``),
     in float64.
 
@@ -24,12 +27,21 @@ def rotation(M: Tensor, lam: float = 0.5) -> Tensor:
     """
     if not 0 <= lam <= 1:
         raise AdapterError(f"The rotation strength is {lam}: give a number in 0..1.")
-    identity = torch.eye(len(M), dtype=torch.float64, device=M.device)
-    return _to_rotation((1 - lam) * identity + lam * _to_rotation(M.double().T))
+    identity = torch.eye(
+        len(M),
+        dtype=torch.float64,
+        device=M.device,
+    )
+    full = _to_rotation(M.double().T)
+    between = (1 - lam) * identity + lam * full
+    return _to_rotation(between)
 
 
 def align(
-    factors: Factors, reference: Factors, factor: Literal["A", "B"], lam: float = 0.5
+    factors: Factors,
+    reference: Factors,
+    factor: Literal["A", "B"],
+    lam: float = 0.5,
 ) -> Factors:
     """``(R^T A, B R)``, rotated towards the reference's ``factor``; the product ``B A`` does not
     change.
@@ -41,27 +53,34 @@ def align(
             f"Rank {factors.rank} cannot be aligned with rank {reference.rank}: use one rank for "
             f"all."
         )
+    A = factors.A.double()
+    B = factors.B.double()
     if factor == "A":
-        M = reference.A.double() @ factors.A.double().T
+        wanted = reference.A.double()
+        M = wanted @ A.T
     elif factor == "B":
-        M = reference.B.double().T @ factors.B.double()
+        wanted = reference.B.double()
+        M = wanted.T @ B
     else:
         raise AdapterError(f"Factor '{factor}' cannot be aligned: use 'A' or 'B'.")
     R = rotation(M, lam)
+    turned_A = R.T @ A
+    turned_B = B @ R
     return Factors(
-        A=(R.T @ factors.A.double()).to(factors.A.dtype),
-        B=(factors.B.double() @ R).to(factors.B.dtype),
+        A=turned_A.to(factors.A.dtype),
+        B=turned_B.to(factors.B.dtype),
         scale=factors.scale,
     )
 
 
-def _to_rotation(X: Tensor) -> Tensor:
+def _to_rotation(X: Square) -> Square:
     """The rotation nearest to X (Kabsch): ``P diag(1, .., det(P Q^T)) Q^T`` from ``X = P S
     Q^T``.
     """
     P: Tensor
     Qh: Tensor
     P, _, Qh = torch.linalg.svd(X)
-    sign = torch.ones(len(X), dtype=X.dtype, device=X.device)
-    sign[-1] = torch.sign(torch.linalg.det(P @ Qh))
+    handedness = torch.linalg.det(P @ Qh)
+    sign = X.new_ones(len(X))
+    sign[-1] = torch.sign(handedness)
     return (P * sign) @ Qh

@@ -8,14 +8,18 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Site
+from fedgrove.adapters.adapter import Adapter, Sites
 from fedgrove.ground.errors import AdapterError
 
 #: Columns of one GEMM block of ``principal_angle_distances``: bounds its memory at N = 1000 to
 #: about 200 MB.
 _BLOCK = 2048
+
+Square = Float[Tensor, "N N"]  # of all pairs
+Basis = Float[Tensor, "out _"]  # orthonormal columns, as many as the basis has
 
 
 def basis(B: Tensor, rank: int | None = None) -> Tensor:
@@ -31,28 +35,28 @@ def basis(B: Tensor, rank: int | None = None) -> Tensor:
     """
     if rank is None:
         rank = B.shape[-1]
-    else:
-        rank = rank
-    if not 1 <= rank <= min(B.shape[-2:]):
-        raise AdapterError(
-            f"A basis of rank {rank} does not exist in B {list(B.shape)}: use "
-            f"1..{min(B.shape[-2:])}."
-        )
-    if not bool(torch.isfinite(B).all()):
+    most = min(B.shape[-2:])
+    if not 1 <= rank <= most:
+        shape = list(B.shape)
+        raise AdapterError(f"A basis of rank {rank} does not exist in B {shape}: use 1..{most}.")
+    finite = torch.isfinite(B)
+    if not bool(finite.all()):
         raise AdapterError("B holds NaN or Inf: leave this client out or lower its learning rate.")
-    left: Tensor = torch.linalg.svd(B.double(), full_matrices=False).U
-    return left[..., :rank].to(B.dtype)
+    found = torch.linalg.svd(B.double(), full_matrices=False)
+    left: Tensor = found.U[..., :rank]
+    return left.to(B.dtype)
 
 
 def overlap(U: Tensor, V: Tensor) -> float:
     """``||U^T V||^2``, the sum of squared cosines of the principal angles between two orthonormal
     bases [out, r].
     """
-    return float((U.double().T @ V.double()).square().sum())
+    cosines = U.double().T @ V.double()
+    return float(cosines.square().sum())
 
 
-def frobenius_distances(matrices: Sequence[Tensor]) -> Tensor:
-    """``||M_i - M_j||`` for all pairs; the matrices have one shape. AdapterError where they do not.
+def frobenius_distances(matrices: Sequence[Tensor]) -> Square:
+    """``||M_i - M_j||`` for all pairs, [N, N]; the matrices have one shape. AdapterError where not.
 
     One Gram matrix of the centred matrices in float64; pairs so close that it would cancel are
     subtracted directly, so near-duplicates keep their digits and duplicates are at distance 0.
@@ -60,31 +64,39 @@ def frobenius_distances(matrices: Sequence[Tensor]) -> Tensor:
     rows = _rows(matrices)
     rows = rows - rows.mean(0)
     gram = rows @ rows.T
-    square = gram.diagonal()[:, None] + gram.diagonal()[None, :]
+    lengths = gram.diagonal()
+    square = lengths[:, None] + lengths[None, :]
     distance = square - 2 * gram
-    for i in range(len(rows)):
-        close = i + 1 + torch.nonzero(distance[i, i + 1 :] <= 1e-8 * square[i, i + 1 :]).flatten()
-        distance[i, close] = (rows[close] - rows[i]).square().sum(1)
-    distance = distance.triu(1)
-    return (distance + distance.T).clamp_min(0).sqrt()
+    lost = distance <= 1e-8 * square
+    for i, row in enumerate(rows):
+        later = torch.nonzero(lost[i, i + 1 :])
+        close = later.flatten() + i + 1
+        apart = rows[close] - row
+        distance[i, close] = apart.square().sum(1)
+    above = distance.triu(1)
+    both = above + above.T
+    return both.clamp_min(0).sqrt()
 
 
-def cosine_distances(matrices: Sequence[Tensor]) -> Tensor:
+def cosine_distances(matrices: Sequence[Tensor]) -> Square:
     """``1 - cos(M_i, M_j)`` of the flattened matrices, in [0, 2]; a zero matrix is at 1 from all
     others, zeros at 0.
     """
     rows = _rows(matrices)
     lengths = rows.norm(dim=1, keepdim=True)
-    unit = rows / torch.where(lengths > 0, lengths, 1.0)
+    divisors = torch.where(lengths > 0, lengths, 1.0)
+    unit = rows / divisors
     # ||x - y||^2 / 2 = 1 - cos for unit vectors, and does not cancel for near-duplicates.
-    distance = frobenius_distances(list(unit)).square() / 2
+    apart = frobenius_distances(list(unit))
+    distance = apart.square() / 2
     zero = lengths.flatten() == 0
-    return torch.where(zero[:, None] != zero[None, :], torch.ones_like(distance), distance).clamp(
-        0, 2
-    )
+    one_is_zero = zero[:, None] != zero[None, :]
+    one = torch.ones_like(distance)
+    found = torch.where(one_is_zero, one, distance)
+    return found.clamp(0, 2)
 
 
-def principal_angle_distances(bases: Sequence[Tensor]) -> Tensor:
+def principal_angle_distances(bases: Sequence[Basis]) -> Square:
     """``d_ij = 1 - ||U_i^T U_j||^2 / min(r_i, r_j)`` (HiLoRA 2603.02785), in [0, 1].
 
     Args:
@@ -99,73 +111,111 @@ def principal_angle_distances(bases: Sequence[Tensor]) -> Tensor:
         raise AdapterError(
             f"Bases live in spaces of {outs} dimensions: compare one site at a time."
         )
-    ranks = torch.tensor([each.shape[1] for each in bases], device=bases[0].device)
+    device = bases[0].device
+    ranks = torch.tensor([each.shape[1] for each in bases], device=device)
+    cosines = _squared_cosines(bases, ranks)
+    above = cosines.triu(1)
+    both = above + above.T
+    of_row = ranks[:, None]
+    of_column = ranks[None, :]
+    smaller = torch.minimum(of_row, of_column)
+    distance = 1 - both / smaller
+    return distance.clamp(0, 1).fill_diagonal_(0)
+
+
+def _squared_cosines(
+    bases: Sequence[Basis],
+    ranks: Int[Tensor, " N"],
+) -> Square:
+    """``||U_i^T U_j||^2`` for ``i <= j``, float64; below the diagonal not all of them."""
+    count = len(bases)
     stacked = torch.cat([each.double() for each in bases], 1)
-    starts = [0, *torch.cumsum(ranks, 0).tolist()]
-    owner = torch.repeat_interleave(torch.arange(len(bases), device=ranks.device), ranks)
-    cosines = torch.zeros(len(bases), len(bases), dtype=torch.float64, device=stacked.device)
+    ends = torch.cumsum(ranks, 0)
+    starts = [0, *ends.tolist()]
+    numbers = torch.arange(count, device=ranks.device)
+    owner = torch.repeat_interleave(numbers, ranks)
+    cosines = stacked.new_zeros(count, count)
     first = 0
-    while first < len(bases):
+    while first < count:
         last = first + 1
-        while last < len(bases) and starts[last + 1] - starts[first] <= _BLOCK:
+        start = starts[first]
+        while last < count and starts[last + 1] - start <= _BLOCK:
             last += 1
-        square = (
-            stacked[:, starts[first] : starts[last]].T @ stacked[:, starts[first] :]
-        ).square_()
-        columns = torch.zeros(len(square), len(bases), dtype=torch.float64, device=stacked.device)
-        columns.index_add_(1, owner[starts[first] :], square)
-        cosines.index_add_(0, owner[starts[first] : starts[last]], columns)
+        end = starts[last]
+        block = stacked[:, start:end]
+        square = (block.T @ stacked[:, start:]).square_()
+        columns = stacked.new_zeros(len(square), count)
+        columns.index_add_(1, owner[start:], square)
+        cosines.index_add_(0, owner[start:end], columns)
         first = last
-    cosines = cosines.triu(1)
-    smaller = torch.minimum(ranks[:, None], ranks[None, :])
-    distance = (1 - (cosines + cosines.T) / smaller).clamp(0, 1)
-    return distance.fill_diagonal_(0)
+    return cosines
 
 
 def bases(adapter: Adapter) -> dict[str, Tensor]:
-    """The ``basis`` of every site's B, in float64."""
-    return {site: basis(factors.B.double()) for site, factors in adapter.items()}
+    """The ``basis`` of every site's B, ``{site: [out, rank]}`` in float64."""
+    found: dict[str, Tensor] = {}
+    for site, factors in adapter.items():
+        found[site] = basis(factors.B.double())
+    return found
 
 
 def overlap_by_layer(
-    first: Mapping[str, Tensor], second: Mapping[str, Tensor], sites: Mapping[str, Site]
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    sites: Sites,
 ) -> list[float]:
     """Mean squared cosine of the principal angles between two sets of bases: one number per layer,
     shallow to deep.
 
-    ``||U^T V||^2 / min(r, r')``, averaged over the layer's sites; two random subspaces of rank r in
-    ``out`` dimensions have ``r / out``.
+    ``||U^T V||^2 / min(r, r')`` of bases [out, r], averaged over the layer's sites; two random
+    subspaces of rank r in ``out`` dimensions have ``r / out``.
     """
     layers: dict[int, list[float]] = {}
     for name, site in sites.items():
-        smaller = min(first[name].shape[1], second[name].shape[1])
-        layers.setdefault(site.layer, []).append(overlap(first[name], second[name]) / smaller)
-    return [math.fsum(layers[layer]) / len(layers[layer]) for layer in sorted(layers)]
+        U = first[name]
+        V = second[name]
+        smaller = min(U.shape[1], V.shape[1])
+        share = overlap(U, V) / smaller
+        layers.setdefault(site.layer, []).append(share)
+    means: list[float] = []
+    for _, shares in sorted(layers.items()):
+        total = math.fsum(shares)
+        means.append(total / len(shares))
+    return means
 
 
-def orthogonal_projector_penalty(B_frozen: Tensor, B: Tensor) -> Tensor:
+def orthogonal_projector_penalty(
+    B_frozen: Float[Tensor, "out frozen"],
+    B: Float[Tensor, "out rank"],
+) -> Float[Tensor, ""]:
     """``||B_frozen^T B||^2`` as a differentiable scalar: HiLoRA's penalty between tiers, for one
     site.
 
     With orthonormal columns in ``B_frozen`` [out, r] it is the squared norm of B's projection on
     their span; orthonormalise (``basis``) first where the columns are not.
     """
-    return (B_frozen.T @ B).square().sum()
+    inner = B_frozen.T @ B
+    return inner.square().sum()
 
 
-def _rows(matrices: Sequence[Tensor]) -> Tensor:
+def _rows(matrices: Sequence[Tensor]) -> Float[Tensor, "N numbers"]:
+    """Each matrix as a row, in float64. They have one shape, whatever it is."""
     if not matrices:
         raise AdapterError("There is no matrix to compare: give at least one.")
+    wanted = matrices[0].shape
+    rows: list[Tensor] = []
     for number, matrix in enumerate(matrices):
-        if matrix.shape != matrices[0].shape:
+        if matrix.shape != wanted:
             raise AdapterError(
-                f"Matrix {number} is {list(matrix.shape)} and the first {list(matrices[0].shape)}: "
-                f"this distance needs "
-                "equal shapes (equal ranks)."
+                f"Matrix {number} is {list(matrix.shape)} and the first {list(wanted)}: "
+                "this distance needs equal shapes (equal ranks)."
             )
-        if not bool(torch.isfinite(matrix).all()):
+        finite = torch.isfinite(matrix)
+        if not bool(finite.all()):
             raise AdapterError(
                 f"Matrix {number} holds NaN or Inf: leave this client out or lower its learning "
                 f"rate."
             )
-    return torch.stack([matrix.detach().double().flatten() for matrix in matrices])
+        wide = matrix.detach().double()
+        rows.append(wide.flatten())
+    return torch.stack(rows)

@@ -16,7 +16,17 @@ import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from safetensors import SafetensorError
@@ -28,10 +38,22 @@ from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.private import PrivacyError, is_private, seal, unseal
 from fedgrove.ground.errors import AdapterError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Tree = dict[str, Any]
 Keys = tuple[str | int, ...]  # the keys and indices that lead to a node
 Kind = TypeVar("Kind")
 _KEY = "fedgrove"
+_MALFORMED = (
+    SafetensorError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    RecursionError,
+)
 
 
 def is_record(node: object) -> bool:
@@ -41,48 +63,53 @@ def is_record(node: object) -> bool:
     return dataclasses.is_dataclass(node)
 
 
-def table(node: object) -> dict[str, Any] | None:
+def table(node: object) -> Tree | None:
     """A dict as it is, a record as the dict of its fields, None for anything else."""
     if isinstance(node, dict):
         return node
     if not is_record(node):
         return None
-    names = [field.name for field in dataclasses.fields(cast(Any, node))]
-    return {name: getattr(node, name) for name in names}
+    fields = dataclasses.fields(cast("DataclassInstance", node))
+    return {field.name: getattr(node, field.name) for field in fields}
 
 
-def plain(tree: Any) -> Any:
+def plain(tree: object) -> Any:
     """The same tree with dicts in place of its records: what decoding its bytes would give."""
-    if (parts := table(tree)) is not None:
+    parts = table(tree)
+    if parts is not None:
         return {key: plain(value) for key, value in parts.items()}
     if isinstance(tree, list):
         return [plain(value) for value in tree]
     return tree
 
 
-def walk(tree: Any) -> Iterator[tuple[Keys, Any]]:
+def walk(tree: object) -> Iterator[tuple[Keys, object]]:
     """Every leaf with the keys and indices that lead to it, in the tree's order: tensors, factors,
     plain values, and what is empty. No depth is too much for it.
     """
-    todo: list[tuple[Keys, Any]] = [((), tree)]
+    todo: list[tuple[Keys, object]] = [((), tree)]
     while todo:
         keys, node = todo.pop()
-        parts: Iterable[tuple[str | int, Any]] = ()
-        if (found := table(node)) is not None:
+        parts: Iterable[tuple[str | int, object]] = ()
+        found = table(node)
+        if found is not None:
             parts = found.items()
         elif isinstance(node, list):
             parts = enumerate(node)
-        below = [((*keys, key), value) for key, value in parts]
+        below: list[tuple[Keys, object]] = []
+        for key, value in parts:
+            below.append(((*keys, key), value))
         if below:
-            todo.extend(reversed(below))
+            below.reverse()
+            todo += below
         elif found is not None:
             yield keys, {}  # of a record without fields too
         else:
             yield keys, node
 
 
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the tree with its path, in the tree's order; factors are two."""
+def leaves(tree: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor ``[...]`` of the tree with its path, in the tree's order; factors are two."""
     for keys, leaf in walk(tree):
         where = joined(path, keys)
         if isinstance(leaf, Tensor):
@@ -94,58 +121,62 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def joined(path: str, keys: Keys) -> str:
     """A path in words: ``offer/method/layer.0``."""
+    words = [str(key) for key in keys]
     if path:
-        words = [path]
-    else:
-        words = []
-    return "/".join([*words, *map(str, keys)])
+        words.insert(0, path)
+    return "/".join(words)
 
 
 def map_leaves(
-    tree: Any,
-    change: Callable[[Keys, Any], Any],
+    tree: object,
+    change: Callable[[Keys, object], object],
     *,
-    is_leaf: Callable[[Any], bool] = lambda node: False,
+    is_leaf: Callable[[object], bool] = lambda node: False,
     keys: Keys = (),
 ) -> Any:
     """The same tree with ``change(keys, leaf)`` in place of each leaf; a record stays one of its
     class. ``is_leaf``: which dicts, records and lists are leaves too.
     """
 
-    def below(key: str | int, value: Any) -> Any:
-        return map_leaves(value, change, is_leaf=is_leaf, keys=(*keys, key))
+    def below(key: str | int, value: object) -> object:
+        deeper = (*keys, key)
+        return map_leaves(value, change, is_leaf=is_leaf, keys=deeper)
 
     if is_leaf(tree):
         return change(keys, tree)
-    if (parts := table(tree)) is not None:
+    parts = table(tree)
+    if parts is not None:
         changed = {key: below(key, value) for key, value in parts.items()}
-        if is_record(tree):
-            return dataclasses.replace(tree, **changed)
-        return changed
+        if not is_record(tree):
+            return changed
+        record = cast("DataclassInstance", tree)
+        return dataclasses.replace(record, **changed)
     if isinstance(tree, list):
         return [below(index, value) for index, value in enumerate(tree)]
     return change(keys, tree)
 
 
-def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree with ``change`` applied to each tensor; a record stays one of its class."""
+def map_tensors(tree: Kind, change: Callable[[Tensor], Tensor]) -> Kind:
+    """The same tree with ``change`` applied to each tensor ``[...]``; a record stays one of its
+    class.
+    """
 
-    def changed(keys: Keys, leaf: Any) -> Any:
+    def changed(keys: Keys, leaf: object) -> object:
         if isinstance(leaf, Tensor):
             return change(leaf)
         if isinstance(leaf, Factors):
             return leaf.map(change)
         return leaf
 
-    return map_leaves(tree, changed)
+    return cast(Kind, map_leaves(tree, changed))
 
 
-def numbers(tree: Any) -> int:
+def numbers(tree: object) -> int:
     """How many numbers the tree's tensors hold."""
     return sum(tensor.numel() for _, tensor in leaves(tree))
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: object) -> int:
     """Bytes of the tree's tensors, without the framing. Refuses what is private."""
     total = 0
     for path, tensor in leaves(tree):
@@ -159,71 +190,85 @@ def pack(tree: object, *, private: bool = False) -> bytes:
     """Encode a tree. Private tensors are refused unless ``private`` (a client's own store)."""
     tensors: dict[str, Tensor] = {}
     structure = _encode(tree, tensors, private, "")
-    return _save(tensors, metadata={_KEY: json.dumps(structure, separators=(",", ":"))})
+    words = json.dumps(structure, separators=(",", ":"))
+    return _save(tensors, metadata={_KEY: words})
 
 
 def unpack(blob: bytes) -> Tree:
     """Decode what ``pack`` made. Raises ``AdapterError`` on anything else."""
     try:
         size = int.from_bytes(blob[:8], "little")
-        header = json.loads(blob[8 : 8 + size])
-        structure = json.loads(header["__metadata__"][_KEY])
-        tree = _decode(structure, _load(blob))
-    except (
-        SafetensorError,
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+        end = 8 + size
+        header = json.loads(blob[8:end])
+        words = header["__metadata__"][_KEY]
+        structure = json.loads(words)
+        tensors = _load(blob)
+        tree = _decode(structure, tensors)
+    except _MALFORMED as error:
+        kind = type(error).__name__
         raise AdapterError(
-            f"The data is not a Fedgrove tree ({type(error).__name__}); it was cut short or "
-            f"altered."
+            f"The data is not a Fedgrove tree ({kind}); it was cut short or altered."
         ) from error
     if not isinstance(tree, dict):
         raise AdapterError("The data is not a Fedgrove tree; it was altered.")
     return tree
 
 
-def _encode(node: Any, tensors: dict[str, Tensor], private: bool, path: str) -> Any:
+def _encode(
+    node: object,
+    tensors: dict[str, Tensor],
+    private: bool,
+    path: str,
+) -> Tree:
+    """The structure of the node; its tensors ``[...]`` go into ``tensors``."""
+
+    def below(value: object, where: str) -> Tree:
+        return _encode(value, tensors, private, where)
+
     if isinstance(node, Tensor):
         sealed = is_private(node)
         if sealed and not private:
             raise PrivacyError(f"'{path}' is private to its client and cannot be sent.")
         key = f"t{len(tensors):06d}"
-        # A copy: safetensors refuses tensors that share memory, and views are common here.
-        tensors[key] = unseal(node).detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[key] = _copy(node)
         if sealed:
             return {"t": key, "p": 1}
         return {"t": key}
     if isinstance(node, Factors):
+        A = below(node.A, f"{path}.A")
+        B = below(node.B, f"{path}.B")
         return {
-            "f": [
-                _encode(node.A, tensors, private, f"{path}.A"),
-                _encode(node.B, tensors, private, f"{path}.B"),
-            ],
+            "f": [A, B],
             "s": _plain(node.scale, path),
         }
-    if (parts := table(node)) is not None:
-        encoded = {}
+    parts = table(node)
+    if parts is not None:
+        encoded: Tree = {}
         for key, value in parts.items():
             if not isinstance(key, str):
                 raise TypeError(f"'{path}' has the key {key!r}; a tree's keys are strings.")
-            encoded[key] = _encode(value, tensors, private, f"{path}/{key}" if path else key)
+            where = key
+            if path:
+                where = f"{path}/{key}"
+            encoded[key] = below(value, where)
         return {"d": encoded}
     if isinstance(node, list):
-        return {
-            "l": [
-                _encode(value, tensors, private, f"{path}/{index}")
-                for index, value in enumerate(node)
-            ]
-        }
+        items: list[Tree] = []
+        for index, value in enumerate(node):
+            items.append(below(value, f"{path}/{index}"))
+        return {"l": items}
     return {"v": _plain(node, path)}
 
 
-def _plain(value: Any, path: str) -> Any:
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy ``[...]`` on the CPU: safetensors refuses tensors that share memory, and views are
+    common here.
+    """
+    here = unseal(tensor).detach().cpu()
+    return here.clone(memory_format=torch.contiguous_format)
+
+
+def _plain(value: object, path: str) -> object:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -235,19 +280,26 @@ def _plain(value: Any, path: str) -> Any:
     )
 
 
-def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(node: Tree, tensors: dict[str, Tensor]) -> Any:
+    """The node of a structure with the tensors ``[...]`` that it names."""
     if "t" in node:
+        tensor = tensors[node["t"]]
         if node.get("p"):
-            return seal(tensors[node["t"]])
-        return tensors[node["t"]]
+            return seal(tensor)
+        return tensor
     if "f" in node:
+        sides = node["f"]
+        scale = _value(node["s"])
         return Factors(
-            A=_decode(node["f"][0], tensors),
-            B=_decode(node["f"][1], tensors),
-            scale=float(_value(node["s"])),
+            A=_decode(sides[0], tensors),
+            B=_decode(sides[1], tensors),
+            scale=float(scale),
         )
     if "d" in node:
-        return {key: _decode(value, tensors) for key, value in node["d"].items()}
+        parts: Tree = {}
+        for key, value in node["d"].items():
+            parts[key] = _decode(value, tensors)
+        return parts
     if "l" in node:
         return [_decode(value, tensors) for value in node["l"]]
     return _value(node["v"])
@@ -273,12 +325,17 @@ def typed(kind: type[Kind], value: object) -> Kind:
     """
     if kind is dict:
         return cast(Kind, value)
-    return cast(Kind, _fit(kind, value, ""))
+    fitted = _fit(kind, value, "")
+    return cast(Kind, fitted)
 
 
-def _fit(hint: Any, value: Any, path: str) -> Any:
+def _fit(
+    hint: object,
+    value: object,
+    path: str,
+) -> object:
     """The value as its annotation has it."""
-    if hint is Any or hint is object:
+    if hint in (Any, object):
         return value
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -295,28 +352,40 @@ def _fit(hint: Any, value: Any, path: str) -> Any:
         raise TypeError(f"'{path}' is annotated as {_words(hint)}, which no tree holds.")
     if dataclasses.is_dataclass(hint) and hint is not Factors:
         return _fit_record(hint, value, path)
-    number = hint is float and isinstance(value, int)
-    right = number or isinstance(value, hint)
-    truth = isinstance(value, bool) and hint in (int, float)
+    return _fit_leaf(hint, value, path)
+
+
+def _fit_leaf(
+    kind: type,
+    value: object,
+    path: str,
+) -> object:
+    number = kind is float and isinstance(value, int)
+    right = number or isinstance(value, kind)
+    truth = isinstance(value, bool) and kind in (int, float)
     if not right or truth:
-        raise _misfit(hint, value, path)
+        raise _misfit(kind, value, path)
     return value
 
 
-def _fit_record(kind: type, value: Any, path: str) -> Any:
+def _fit_record(
+    kind: type[DataclassInstance],
+    value: object,
+    path: str,
+) -> object:
     if isinstance(value, kind):
         return value
     if not isinstance(value, dict):
         raise _misfit(kind, value, path)
     hints = _hints(kind)
-    known = {field.name: field for field in dataclasses.fields(cast(Any, kind)) if field.init}
+    fields = dataclasses.fields(kind)
+    known = {field.name: field for field in fields if field.init}
     for key in value:
         if key not in known:
+            where = _below(path, key)
             has = ", ".join(known) or "no fields"
-            raise AdapterError(
-                f"'{_below(path, key)}' is no field of {kind.__name__}, which has {has}."
-            )
-    parts = {}
+            raise AdapterError(f"'{where}' is no field of {kind.__name__}, which has {has}.")
+    parts: Tree = {}
     for name, field in known.items():
         where = _below(path, name)
         if name in value:
@@ -326,24 +395,45 @@ def _fit_record(kind: type, value: Any, path: str) -> Any:
     return kind(**parts)
 
 
-def _fit_list(hint: Any, value: Any, path: str) -> list[Any]:
+def _fit_list(
+    hint: object,
+    value: object,
+    path: str,
+) -> list[object]:
     if not isinstance(value, list):
         raise _misfit(hint, value, path)
     (inner,) = get_args(hint)
-    return [_fit(inner, each, f"{path}/{index}") for index, each in enumerate(value)]
+    fitted: list[object] = []
+    for index, each in enumerate(value):
+        part = _fit(inner, each, f"{path}/{index}")
+        fitted.append(part)
+    return fitted
 
 
-def _fit_dict(hint: Any, value: Any, path: str) -> dict[str, Any]:
+def _fit_dict(
+    hint: object,
+    value: object,
+    path: str,
+) -> Tree:
     if not isinstance(value, dict):
         raise _misfit(hint, value, path)
     _, inner = get_args(hint)
-    return {key: _fit(inner, each, _below(path, key)) for key, each in value.items()}
+    fitted: Tree = {}
+    for key, each in value.items():
+        where = _below(path, key)
+        fitted[key] = _fit(inner, each, where)
+    return fitted
 
 
-def _fit_union(hint: Any, value: Any, path: str) -> Any:
+def _fit_union(
+    hint: object,
+    value: object,
+    path: str,
+) -> object:
     """The value as the first alternative that it fits."""
-    others = [each for each in get_args(hint) if each is not types.NoneType]
-    if value is None and len(others) < len(get_args(hint)):
+    alternatives = get_args(hint)
+    others = [each for each in alternatives if each is not types.NoneType]
+    if value is None and len(others) < len(alternatives):
         return None
     if len(others) == 1:
         return _fit(others[0], value, path)  # its own words, where it does not fit
@@ -355,7 +445,11 @@ def _fit_union(hint: Any, value: Any, path: str) -> Any:
     raise _misfit(hint, value, path)
 
 
-def _misfit(hint: Any, value: Any, path: str) -> AdapterError:
+def _misfit(
+    hint: object,
+    value: object,
+    path: str,
+) -> AdapterError:
     if path:
         where = f"'{path}'"
     else:
@@ -367,10 +461,13 @@ def _misfit(hint: Any, value: Any, path: str) -> AdapterError:
     return AdapterError(f"{where} is {found}, where {_words(hint)} is expected.")
 
 
-def _words(hint: Any) -> str:
+def _words(hint: object) -> str:
     if isinstance(hint, type) and get_origin(hint) is None:
         return hint.__name__
-    return str(hint).replace("fedgrove.adapters.adapter.", "").replace("torch.", "")
+    words = str(hint)
+    for prefix in ("fedgrove.adapters.adapter.", "torch."):
+        words = words.replace(prefix, "")
+    return words
 
 
 def _below(path: str, key: object) -> str:
@@ -381,12 +478,13 @@ def _below(path: str, key: object) -> str:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: type) -> dict[str, object]:
     """A record's annotations, looked up in the module that defines it."""
     try:
         return get_type_hints(kind)
     except NameError as error:
+        name = f"{kind.__module__}.{kind.__name__}"
         raise TypeError(
-            f"{kind.__module__}.{kind.__name__} has an annotation that cannot be read ({error}); "
+            f"{name} has an annotation that cannot be read ({error}); "
             f"import what it names at run time."
         ) from error

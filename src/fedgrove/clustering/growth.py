@@ -9,16 +9,16 @@ above what it is for shuffled clients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedgrove.clustering.matrix import checked
+from fedgrove.clustering.matrix import Labels, Matrix, checked
 from fedgrove.clustering.tree import LayerCut, cut, merge_tree, silhouette
 from fedgrove.ground.errors import AdapterError
 
-Matrix = NDArray[np.float64]
+Proposal = dict[int, Labels]  # number of groups -> the groups
 
 
 def grow(
@@ -44,59 +44,101 @@ def grow(
     Fewer than four clients stay together: shuffles of three tell nothing. The groups are cuts of
     the tree of both halves together. Raises AdapterError for measurements that do not fit.
     """
-    halves = [[checked(D) for D in half] for half in (first, second)]
-    layers, clients = len(halves[0]), _clients(halves)
-    whole = merge_tree(np.mean([*halves[0], *halves[1]], axis=0), linkage)
+    odd = [checked(D) for D in first]
+    even = [checked(D) for D in second]
+    layers = len(odd)
+    clients = _clients(odd, even)
+    whole = _mean_tree([*odd, *even], linkage)
     if clients < 4:
-        return [LayerCut(layer, 1, 0.0, cut(whole, 1)) for layer in range(layers)]
-    trees = [merge_tree(np.mean(half, axis=0), linkage) for half in halves]
-    proposals = [{count: cut(tree, count) for count in range(2, clients)} for tree in trees]
+        return _together(whole, layers)
+    proposals = [
+        _proposal(odd, linkage),
+        _proposal(even, linkage),
+    ]
     rng = np.random.default_rng(seed)
     shuffles = [rng.permutation(clients) for _ in range(permutations)]
     cuts: list[LayerCut] = []
     count = 1
     for layer in range(layers):
-        judges = [halves[1][layer], halves[0][layer]]  # each half judges what the other proposed
-        candidates = range(max(2, count), min(clients, count + most))
-        scores = {each: _crossed(proposals, judges, each) for each in candidates}
+        judges = [even[layer], odd[layer]]  # each half judges what the other proposed
+        least = max(2, count)
+        end = min(clients, count + most)
+        scores: dict[int, float] = {}
+        for each in range(least, end):
+            scores[each] = _crossed(proposals, judges, each)
         score = 0.0
-        if scores and _by_chance(proposals, judges, list(scores), shuffles) <= level:
-            count = max(scores, key=lambda each: scores[each])
+        if scores and _by_chance(proposals, judges, scores, shuffles) <= level:
+            count = max(scores, key=scores.__getitem__)
             score = scores[count]
-        cuts.append(LayerCut(layer, count, score, cut(whole, count)))
+        labels = cut(whole, count)
+        cuts.append(LayerCut(layer, count, score, labels))
     return cuts
 
 
-def _clients(halves: Sequence[Sequence[Matrix]]) -> int:
+def _mean_tree(matrices: Sequence[Matrix], linkage: str) -> Matrix:
+    mean = np.mean(matrices, axis=0)
+    return merge_tree(mean, linkage)
+
+
+def _together(whole: Matrix, layers: int) -> list[LayerCut]:
+    """One group of all on every layer."""
+    cuts: list[LayerCut] = []
+    for layer in range(layers):
+        labels = cut(whole, 1)
+        cuts.append(LayerCut(layer, 1, 0.0, labels))
+    return cuts
+
+
+def _proposal(half: Sequence[Matrix], linkage: str) -> Proposal:
+    """The groups that one half's tree has at every count from 2 to N - 1."""
+    tree = _mean_tree(half, linkage)
+    clients = len(tree) + 1
+    proposal: Proposal = {}
+    for count in range(2, clients):
+        proposal[count] = cut(tree, count)
+    return proposal
+
+
+def _clients(odd: Sequence[Matrix], even: Sequence[Matrix]) -> int:
     """N, the same for all matrices of both halves."""
-    sizes = {len(matrix) for half in halves for matrix in half}
-    if len(halves[0]) != len(halves[1]) or len(sizes) != 1:
+    sizes = {len(matrix) for matrix in (*odd, *even)}
+    layers = len(odd)
+    of_second = len(even)
+    if layers != of_second or len(sizes) != 1:
         raise AdapterError(
-            f"The two measurements have {len(halves[0])} and {len(halves[1])} layers of sizes "
+            f"The two measurements have {layers} and {of_second} layers of sizes "
             f"{sorted(sizes)}: give both the same layers and clients."
         )
     return sizes.pop()
 
 
 def _crossed(
-    proposals: Sequence[dict[int, NDArray[np.int64]]], judges: Sequence[Matrix], count: int
+    proposals: Sequence[Proposal],
+    judges: Sequence[Matrix],
+    count: int,
 ) -> float:
     """The mean silhouette of each half's groups on the other half's distances."""
-    pairs = zip(proposals, judges, strict=True)
-    return float(np.mean([silhouette(proposal[count], judge) for proposal, judge in pairs]))
+    scores: list[float] = []
+    for proposal, judge in zip(proposals, judges, strict=True):
+        score = silhouette(proposal[count], judge)
+        scores.append(score)
+    return float(np.mean(scores))
 
 
 def _by_chance(
-    proposals: Sequence[dict[int, NDArray[np.int64]]],
+    proposals: Sequence[Proposal],
     judges: Sequence[Matrix],
-    counts: Sequence[int],
+    scores: Mapping[int, float],
     shuffles: Sequence[NDArray[np.int64]],
 ) -> float:
-    """The p-value of the best candidate against the best candidate of shuffled clients."""
-    found = max(_crossed(proposals, judges, count) for count in counts)
+    """The p-value of the best of the candidates' scores against the best candidate of shuffled
+    clients.
+    """
+    found = max(scores.values())
     at_least = 0
     for order in shuffles:
-        shuffled = [judge[np.ix_(order, order)] for judge in judges]
-        best = max(_crossed(proposals, shuffled, count) for count in counts)
+        both = np.ix_(order, order)
+        shuffled = [judge[both] for judge in judges]
+        best = max(_crossed(proposals, shuffled, count) for count in scores)
         at_least += best >= found - 1e-12
     return (1 + at_least) / (1 + len(shuffles))

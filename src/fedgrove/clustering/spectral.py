@@ -7,13 +7,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedgrove.clustering.matrix import checked, renumbered
+from fedgrove.clustering.matrix import Labels, Matrix, checked, renumbered
 from fedgrove.ground.errors import AdapterError
+
+Bases = Mapping[str, ArrayLike]  # site -> orthonormal [out, r]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,13 +23,18 @@ class Clusters:
     groups, ``sigma``.
     """
 
-    labels: NDArray[np.int64]
+    labels: Labels
     eigenvalues: NDArray[np.float64]
     k: int
     sigma: float
 
 
-def spectral(D: ArrayLike, k_min: int = 2, k_max: int = 10, seed: int = 0) -> Clusters:
+def spectral(
+    D: ArrayLike,
+    k_min: int = 2,
+    k_max: int = 10,
+    seed: int = 0,
+) -> Clusters:
     """Groups of clients by spectral clustering, as many as the largest eigengap says.
 
     Affinity ``W = exp(-D^2 / (2 sigma^2))`` with its diagonal of ones, ``sigma`` the median
@@ -49,27 +55,48 @@ def spectral(D: ArrayLike, k_min: int = 2, k_max: int = 10, seed: int = 0) -> Cl
             f"The number of clusters cannot lie in {k_min}..{k_max}: give 1 <= k_min <= k_max."
         )
     matrix = checked(D)
+    clients = len(matrix)
     sigma = _bandwidth(matrix)
-    affinity = np.exp(-(matrix**2) / (2 * sigma**2))
-    degree = affinity.sum(1) ** -0.5
-    values, vectors = np.linalg.eigh(
-        np.eye(len(matrix)) - degree[:, None] * affinity * degree[None, :]
-    )
-    most = max(1, min(k_max, len(matrix) - 1))
+    laplacian = _laplacian(matrix, sigma)
+    values, vectors = np.linalg.eigh(laplacian)
+    most = max(1, min(k_max, clients - 1))
     least = min(k_min, most)
-    gaps = values[least : most + 1] - values[least - 1 : most]
-    # Equal gaps (clients all at one distance) differ by rounding alone: the first within it wins.
-    if len(gaps):
-        k = least + int(np.argmax(gaps >= gaps.max() - 1e-9))
-    else:
-        k = 1
+    k = _largest_gap(values, least, most)
     labels = _k_means(vectors[:, :k], k, seed)
-    return Clusters(labels=labels, eigenvalues=values, k=int(labels.max()) + 1, sigma=sigma)
+    found = int(labels.max()) + 1
+    return Clusters(
+        labels=labels,
+        eigenvalues=values,
+        k=found,
+        sigma=sigma,
+    )
 
 
-def match(
-    probe: Mapping[str, ArrayLike], clusters: Sequence[Mapping[str, ArrayLike]]
-) -> tuple[int, list[float]]:
+def _laplacian(matrix: Matrix, sigma: float) -> Matrix:
+    affinity = np.exp(-(matrix**2) / (2 * sigma**2))
+    root = affinity.sum(1) ** -0.5
+    normalised = root[:, None] * affinity * root[None, :]
+    return np.eye(len(matrix)) - normalised
+
+
+def _largest_gap(
+    eigenvalues: NDArray[np.float64],
+    least: int,
+    most: int,
+) -> int:
+    """The number of groups from ``least`` to ``most`` after which the eigenvalues leap most."""
+    above = eigenvalues[least : most + 1]
+    below = eigenvalues[least - 1 : most]
+    gaps = above - below
+    if not len(gaps):
+        return 1
+    # Equal gaps (clients all at one distance) differ by rounding alone: the first within it wins.
+    nearly = gaps.max() - 1e-9
+    first = np.argmax(gaps >= nearly)
+    return least + int(first)
+
+
+def match(probe: Bases, clusters: Sequence[Bases]) -> tuple[int, list[float]]:
     """The cluster that an unseen client joins: ``argmax_j`` of the mean squared cosine of principal
     angles.
 
@@ -83,48 +110,71 @@ def match(
     """
     if not clusters:
         raise AdapterError("There is no cluster to join: cluster the clients first.")
-    scores = []
+    scores: list[float] = []
     for number, cluster in enumerate(clusters):
         if cluster.keys() != probe.keys() or not probe:
             raise AdapterError(
                 f"The probe and cluster {number} adapt different sites: use the same targets."
             )
-        scores.append(
-            float(np.mean([_mean_cosine(site, probe[site], cluster[site]) for site in probe]))
-        )
-    return int(np.argmax(scores)), scores
+        cosines: list[float] = []
+        for site, basis in probe.items():
+            cosine = _mean_cosine(site, basis, cluster[site])
+            cosines.append(cosine)
+        scores.append(float(np.mean(cosines)))
+    best = int(np.argmax(scores))
+    return best, scores
 
 
-def _mean_cosine(site: str, first: Any, second: Any) -> float:
-    u, v = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if u.ndim != 2 or v.ndim != 2 or u.shape[0] != v.shape[0]:
+def _mean_cosine(
+    site: str,
+    first: ArrayLike,
+    second: ArrayLike,
+) -> float:
+    u = np.asarray(first, dtype=np.float64)
+    v = np.asarray(second, dtype=np.float64)
+    tables = u.ndim == v.ndim == 2
+    if not tables or u.shape[0] != v.shape[0]:
         raise AdapterError(
             f"Site '{site}': bases {list(u.shape)} and {list(v.shape)} lie in different spaces."
         )
-    return float(np.square(u.T @ v).sum() / min(u.shape[1], v.shape[1]))
+    squares = np.square(u.T @ v)
+    rank = min(u.shape[1], v.shape[1])
+    return float(squares.sum() / rank)
 
 
-def _bandwidth(matrix: NDArray[np.float64]) -> float:
-    pairs = matrix[np.triu_indices(len(matrix), 1)]
+def _bandwidth(matrix: Matrix) -> float:
+    above_diagonal = np.triu_indices(len(matrix), 1)
+    pairs = matrix[above_diagonal]
     if not pairs.any():
         return 1.0
     middle = float(np.median(pairs))
     if middle > 0:
         return middle
-    return float(pairs[pairs > 0].mean())
+    apart = pairs[pairs > 0]
+    return float(apart.mean())
 
 
-def _k_means(vectors: NDArray[np.float64], k: int, seed: int) -> NDArray[np.int64]:
+def _k_means(
+    vectors: Matrix,
+    k: int,
+    seed: int,
+) -> Labels:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     if k == 1:
         return np.zeros(len(vectors), dtype=np.int64)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    rows = vectors / np.where(lengths > 0, lengths, 1.0)
+    divisors = np.where(lengths > 0, lengths, 1.0)
+    rows = vectors / divisors
+    search = KMeans(
+        n_clusters=k,
+        n_init=10,
+        random_state=seed % 2**32,
+    )
     with warnings.catch_warnings():
         # Said when clients coincide and fewer than k groups exist; the docstring says what happens
         # then.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(n_clusters=k, n_init=10, random_state=seed % 2**32).fit(rows)
-    return renumbered(found.labels_)
+        search.fit(rows)
+    return renumbered(search.labels_)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedgrove.clustering.matrix import checked, renumbered
+from fedgrove.clustering.matrix import Labels, Matrix, checked, renumbered
 from fedgrove.ground.errors import AdapterError
 
 #: Linkages that mean something for any distance ("ward" and its kin need Euclidean points).
@@ -27,10 +27,10 @@ class LayerCut:
     layer: int
     count: int
     score: float
-    labels: NDArray[np.int64]
+    labels: Labels
 
 
-def merge_tree(D: ArrayLike, linkage: str = "average") -> NDArray[np.float64]:
+def merge_tree(D: ArrayLike, linkage: str = "average") -> Matrix:
     """Agglomerative merge tree of the clients: scipy linkage rows [N - 1, 4], in order of height
     ([0, 4] for N = 1).
     """
@@ -38,14 +38,17 @@ def merge_tree(D: ArrayLike, linkage: str = "average") -> NDArray[np.float64]:
     from scipy.spatial.distance import squareform
 
     if linkage not in LINKAGES:
-        raise AdapterError(f"Linkage '{linkage}' is unknown: use one of {', '.join(LINKAGES)}.")
+        known = ", ".join(LINKAGES)
+        raise AdapterError(f"Linkage '{linkage}' is unknown: use one of {known}.")
     matrix = checked(D)
     if len(matrix) == 1:
         return np.empty((0, 4))
-    return np.asarray(merge(squareform(matrix), method=linkage), dtype=np.float64)
+    pairs = squareform(matrix)
+    merges = merge(pairs, method=linkage)
+    return np.asarray(merges, dtype=np.float64)
 
 
-def cut(Z: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def cut(Z: Matrix, count: int) -> Labels:
     """The labels of exactly ``count`` groups: the first ``N - count`` merges of the tree, even
     among equal heights.
 
@@ -58,7 +61,9 @@ def cut(Z: NDArray[np.float64], count: int) -> NDArray[np.int64]:
             f"{clients} clients cannot be cut into {count} groups: use 1..{clients}."
         )
     labels = np.arange(clients)
-    for step, members in enumerate(_members(Z)[clients : 2 * clients - count]):
+    merged = _members(Z)[clients:]
+    steps = clients - count
+    for step, members in enumerate(merged[:steps]):
         labels[members] = clients + step
     return renumbered(labels)
 
@@ -72,11 +77,11 @@ def silhouette(labels: ArrayLike, D: ArrayLike) -> float:
     undefined.
     """
     matrix = checked(D)
+    clients = len(matrix)
     groups = renumbered(np.asarray(labels))
-    if len(groups) != len(matrix):
-        raise AdapterError(
-            f"{len(groups)} labels for {len(matrix)} clients: give one label for each."
-        )
+    found = len(groups)
+    if found != clients:
+        raise AdapterError(f"{found} labels for {clients} clients: give one label for each.")
     count = int(groups.max()) + 1
     if count < 2:
         raise AdapterError("The silhouette of a single group is undefined: cut into at least 2.")
@@ -84,7 +89,7 @@ def silhouette(labels: ArrayLike, D: ArrayLike) -> float:
 
 
 def layer_cuts(
-    Z: NDArray[np.float64],
+    Z: Matrix,
     layer_distances: Sequence[ArrayLike],
     tau: float,
     K: int,
@@ -110,7 +115,8 @@ def layer_cuts(
     another size.
     """
     clients = len(Z) + 1
-    if K < 1 or (fixed is not None and fixed < 1):
+    too_low = fixed is not None and fixed < 1
+    if K < 1 or too_low:
         raise AdapterError(f"K is {K} and the fixed count {fixed}: both must be at least 1.")
     cuts: list[LayerCut] = []
     count = 1
@@ -118,31 +124,54 @@ def layer_cuts(
         matrix = _sized(distances, clients, layer)
         if fixed is None:
             # At least one candidate: a single client, where no c < N exists, is one group.
-            candidates = list(range(count, max(count + 1, min(clients, count + K))))
+            end = max(count + 1, min(clients, count + K))
+            candidates = range(count, end)
         else:
-            candidates = [min(fixed, max(1, clients - 1))]
-        cuts.append(_best(layer, Z, matrix, candidates, tau))
-        count = cuts[-1].count
+            only = min(fixed, max(1, clients - 1))
+            candidates = range(only, only + 1)
+        best = _best(
+            layer,
+            Z,
+            matrix,
+            candidates,
+            tau,
+        )
+        cuts.append(best)
+        count = best.count
     return cuts
 
 
 def untied_cuts(
-    layer_distances: Sequence[ArrayLike], tau: float, linkage: str = "average"
+    layer_distances: Sequence[ArrayLike],
+    tau: float,
+    linkage: str = "average",
 ) -> list[LayerCut]:
     """The ablation without the global tree: every layer clustered alone, on a merge tree of its own
     distances.
 
     Each layer searches all counts ``1 <= c < N`` by the same score; nothing is nested.
     """
-    cuts = []
+    cuts: list[LayerCut] = []
     for layer, distances in enumerate(layer_distances):
         matrix = checked(distances)
         tree = merge_tree(matrix, linkage)
-        cuts.append(_best(layer, tree, matrix, range(1, max(2, len(matrix))), tau))
+        candidates = range(1, max(2, len(matrix)))
+        best = _best(
+            layer,
+            tree,
+            matrix,
+            candidates,
+            tau,
+        )
+        cuts.append(best)
     return cuts
 
 
-def descend(Z: NDArray[np.float64], cuts: Sequence[LayerCut], distances: ArrayLike) -> list[int]:
+def descend(
+    Z: Matrix,
+    cuts: Sequence[LayerCut],
+    distances: ArrayLike,
+) -> list[int]:
     """The group that a newcomer joins on each layer: nested, because all lie on one path from the
     root.
 
@@ -154,13 +183,24 @@ def descend(Z: NDArray[np.float64], cuts: Sequence[LayerCut], distances: ArrayLi
     At every split the newcomer takes the branch whose members are closer on average, ties to the
     branch that holds the earlier client.
     """
-    to = _row(distances, len(Z) + 1)
+    clients = len(Z) + 1
+    to = _row(distances, clients)
     members = _members(Z)
+
+    def closeness(branch: int) -> tuple[float, int]:
+        below = members[branch]
+        return to[below].mean(), below.min()
+
     node = len(members) - 1
-    while node > len(Z):
-        branches = [int(child) for child in Z[node - len(Z) - 1, :2]]
-        node = min(branches, key=lambda branch: (to[members[branch]].mean(), members[branch].min()))
-    return [int(each.labels[node]) for each in cuts]
+    while node >= clients:
+        children = Z[node - clients, :2]
+        branches = [int(child) for child in children]
+        node = min(branches, key=closeness)
+    joined: list[int] = []
+    for each in cuts:
+        group = each.labels[node]
+        joined.append(int(group))
+    return joined
 
 
 def nearest(labels: ArrayLike, distances: ArrayLike) -> int:
@@ -169,13 +209,18 @@ def nearest(labels: ArrayLike, distances: ArrayLike) -> int:
     """
     groups = np.asarray(labels)
     to = _row(distances, len(groups))
-    return int(np.argmin([to[groups == group].mean() for group in range(int(groups.max()) + 1)]))
+    count = int(groups.max()) + 1
+    means = []
+    for group in range(count):
+        members = groups == group
+        means.append(to[members].mean())
+    return int(np.argmin(means))
 
 
 def _best(
     layer: int,
-    Z: NDArray[np.float64],
-    matrix: NDArray[np.float64],
+    Z: Matrix,
+    matrix: Matrix,
     candidates: Iterable[int],
     tau: float,
 ) -> LayerCut:
@@ -187,51 +232,75 @@ def _best(
         else:
             score = _silhouette(labels, matrix)
         if best is None or score > best.score + _TIE:
-            best = LayerCut(layer, count, float(score), labels)
+            best = LayerCut(
+                layer,
+                count,
+                float(score),
+                labels,
+            )
     assert best is not None
     return best
 
 
-def _silhouette(groups: NDArray[np.int64], matrix: NDArray[np.float64]) -> float:
+def _silhouette(
+    groups: Labels,
+    matrix: Matrix,
+) -> float:
     """Of at least two groups numbered from 0, on a checked matrix."""
+    count = int(groups.max()) + 1
     clients = np.arange(len(groups))
-    member = np.zeros((len(groups), int(groups.max()) + 1))
+    member = np.zeros((len(groups), count))
     member[clients, groups] = 1.0
     sizes = member.sum(0)
     sums = matrix @ member
-    own = sums[clients, groups] / np.maximum(sizes[groups] - 1, 1)  # without itself, at distance 0
+    of_own = sizes[groups]
+    others = np.maximum(of_own - 1, 1)
+    own = sums[clients, groups] / others  # without itself, at distance 0
     means = sums / sizes
     means[clients, groups] = np.inf
     other = means.min(1)
     widest = np.maximum(own, other)
+    defined = (widest > 0) & (of_own > 1)
     scores = np.divide(
-        other - own, widest, out=np.zeros_like(own), where=(widest > 0) & (sizes[groups] > 1)
+        other - own,
+        widest,
+        out=np.zeros_like(own),
+        where=defined,
     )
     return float(scores.mean())
 
 
-def _members(Z: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+def _members(Z: Matrix) -> list[NDArray[np.int64]]:
     """The clients below each node: the N leaves, then the merges in order, the root last."""
-    members = [np.array([client], dtype=np.int64) for client in range(len(Z) + 1)]
-    for left, right in Z[:, :2].astype(int):
-        members.append(np.concatenate([members[left], members[right]]))
+    members: list[NDArray[np.int64]] = []
+    for client in range(len(Z) + 1):
+        leaf = np.array([client], dtype=np.int64)
+        members.append(leaf)
+    children = Z[:, :2].astype(int)
+    for left, right in children:
+        both = np.concatenate([members[left], members[right]])
+        members.append(both)
     return members
 
 
-def _sized(distances: ArrayLike, clients: int, layer: int) -> NDArray[np.float64]:
+def _sized(
+    distances: ArrayLike,
+    clients: int,
+    layer: int,
+) -> Matrix:
     matrix = checked(distances)
-    if len(matrix) != clients:
-        raise AdapterError(
-            f"Layer {layer} has distances for {len(matrix)} clients, the tree {clients}."
-        )
+    found = len(matrix)
+    if found != clients:
+        raise AdapterError(f"Layer {layer} has distances for {found} clients, the tree {clients}.")
     return matrix
 
 
-def _row(distances: ArrayLike, clients: int) -> NDArray[np.float64]:
+def _row(distances: ArrayLike, clients: int) -> Matrix:
     row = np.asarray(distances, dtype=np.float64)
-    if row.shape != (clients,) or not np.isfinite(row).all():
+    sized = row.shape == (clients,)
+    if not sized or not np.isfinite(row).all():
+        found = list(row.shape)
         raise AdapterError(
-            f"A newcomer needs {clients} finite distances, one to each client: got "
-            f"{list(row.shape)}."
+            f"A newcomer needs {clients} finite distances, one to each client: got {found}."
         )
     return row

@@ -54,7 +54,10 @@ class SharedHalf:
     needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True)
 
     @staticmethod
-    def mean(halves: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    def mean(
+        halves: Sequence[Tensor],
+        weights: Sequence[float],
+    ) -> Tensor:
         """The weighted sum of one factor of all clients, all [rank, in] or all [out, rank]."""
         total = halves[0] * weights[0]
         for half, weight in zip(halves[1:], weights[1:], strict=True):
@@ -100,11 +103,19 @@ class Half(Method, Summable):
     def begin(self, clients: Sequence[ClientInfo]) -> OneFactor:
         return OneFactor(_half(self.setting.shared_draw(), self.Rule.shared))
 
-    def offer(self, state: OneFactor, round: int, client: ClientInfo) -> OneFactor:
+    def offer(
+        self,
+        state: OneFactor,
+        round: int,
+        client: ClientInfo,
+    ) -> OneFactor:
         return state
 
     def aggregate(
-        self, state: OneFactor, round: int, updates: Sequence[Update[OneFactor]]
+        self,
+        state: OneFactor,
+        round: int,
+        updates: Sequence[Update[OneFactor]],
     ) -> OneFactor:
         weights = shares(updates, self.options.weights)
         halves = [update.content.half for update in updates]
@@ -128,7 +139,12 @@ class Half(Method, Summable):
             stays = mine
         return OneFactor(_half(adapter, self.Rule.shared)), stays
 
-    def personal(self, client: ClientInfo, offer: OneFactor, mine: OwnFactor) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: OneFactor,
+        mine: OwnFactor,
+    ) -> Assembly:
         adapter = self._joined(offer.half, reveal(mine.half))
         kept = self.private or ""
         return Assembly((Term("adapter", adapter, train=self.Rule.shared + kept, kept=kept),))
@@ -138,7 +154,14 @@ class Half(Method, Summable):
             return None
         return Assembly((Term("adapter", self._joined(state.half, None)),))
 
-    def _joined(self, shared: Mapping[str, Tensor], own: Mapping[str, Tensor] | None) -> Adapter:
+    def _joined(
+        self,
+        shared: Mapping[str, Tensor],
+        own: Mapping[str, Tensor] | None,
+    ) -> Adapter:
+        """The shared factors and the client's own, A [rank, in] or B [out, rank] by site, as one
+        adapter.
+        """
         adapter = self.setting.shared_draw()
         if self.Rule.shared == "A":
             other: Letter = "B"
@@ -152,6 +175,7 @@ class Half(Method, Summable):
 
 
 def _half(adapter: Adapter, letter: Letter) -> dict[str, Tensor]:
+    """A [rank, in] or B [out, rank] of every site."""
     return {site: _of(factors, letter) for site, factors in adapter.items()}
 
 
@@ -162,7 +186,11 @@ def _of(factors: Factors, letter: Letter) -> Tensor:
     return factors.B
 
 
-def _with(factors: Factors, letter: Letter, value: Tensor) -> Factors:
+def _with(
+    factors: Factors,
+    letter: Letter,
+    value: Tensor,
+) -> Factors:
     """The factors with A [rank, in] or B [out, rank] replaced."""
     if letter == "A":
         return replace(factors, A=value)

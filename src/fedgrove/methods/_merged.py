@@ -44,7 +44,11 @@ class Held:
     delta: Adapter | None = None
 
 
-def advance(state: Merged, increment: Adapter, trained: Sequence[str]) -> Merged:
+def advance(
+    state: Merged,
+    increment: Adapter,
+    trained: Sequence[str],
+) -> Merged:
     """The state after a round that adds ``increment``, in which ``trained`` took part."""
     increment = lean(increment)
     return Merged(merge(state.delta, increment), increment, list(trained))

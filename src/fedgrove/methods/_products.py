@@ -64,7 +64,12 @@ class Truncations(Method):
     def begin(self, clients: Sequence[ClientInfo]) -> Whole:
         return Whole(self.setting.shared_draw(max(client.rank for client in clients)))
 
-    def offer(self, state: Whole, round: int, client: ClientInfo) -> Truncation:
+    def offer(
+        self,
+        state: Whole,
+        round: int,
+        client: ClientInfo,
+    ) -> Truncation:
         scale = self.setting.scale(client.rank)
         adapter: Adapter = {}
         for site, factors in state.whole.items():
@@ -84,5 +89,10 @@ class Truncations(Method):
     ) -> tuple[OneAdapter, Mine]:
         return OneAdapter(trained[-1].adapter("adapter")), mine
 
-    def personal(self, client: ClientInfo, offer: Truncation, mine: Mine) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Truncation,
+        mine: Mine,
+    ) -> Assembly:
         return Assembly((Term("adapter", offer.adapter),))

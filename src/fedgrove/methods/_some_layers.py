@@ -95,17 +95,30 @@ class SomeLayers(Method):
         return replace(state, rows=rows)
 
     def aggregate(
-        self, state: LayersState, round: int, updates: Sequence[Update[OneAdapter]]
+        self,
+        state: LayersState,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
     ) -> LayersState:
         adapters = [update.content.adapter for update in updates]
         whole = mean_where_held(state.whole, adapters, self.weights(updates))
         return replace(state, whole=whole)
 
-    def deploy(self, state: LayersState, round: int, client: ClientInfo) -> SomeOfIt:
+    def deploy(
+        self,
+        state: LayersState,
+        round: int,
+        client: ClientInfo,
+    ) -> SomeOfIt:
         """All layers, whichever the client would train next."""
         return SomeOfIt(state.whole)
 
-    def personal(self, client: ClientInfo, offer: SomeOfIt, mine: Mine) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: SomeOfIt,
+        mine: Mine,
+    ) -> Assembly:
         return Assembly((Term("global", offer.adapter),))
 
     def global_assembly(self, state: LayersState) -> Assembly:

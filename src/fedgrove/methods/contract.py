@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from fedgrove.adapters.adapter import Adapter, Factors, Site, fresh
+from fedgrove.adapters.adapter import Adapter, Factors, Sites, fresh
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.adapters.tree import map_tensors
@@ -67,7 +67,7 @@ class ClientInfo:
 class Setting:
     """What both halves know from the job and the base model."""
 
-    sites: Mapping[str, Site]
+    sites: Sites
     rank: int  # R, the global rank
     alpha: float
     rounds: int
@@ -76,7 +76,9 @@ class Setting:
 
     def scale(self, rank: int) -> float:
         """``alpha / R`` for everyone, or ``alpha / rank`` with ``lora.scaling = "client"``."""
-        return self.alpha / (self.rank if self.scaling == "global" else rank)
+        if self.scaling == "global":
+            return self.alpha / self.rank
+        return self.alpha / rank
 
     def rng(self, *keys: object) -> torch.Generator:
         """A generator for ``(seed, *keys)``; use (round, client, purpose)."""
@@ -85,7 +87,11 @@ class Setting:
     def integer(self, *keys: object) -> int:
         return derive(self.seed, *keys)
 
-    def shared_draw(self, rank: int | None = None, purpose: str = "init") -> Adapter:
+    def shared_draw(
+        self,
+        rank: int | None = None,
+        purpose: str = "init",
+    ) -> Adapter:
         """The one random ``A`` (and zero ``B``) that every client starts from, at any rank: of two
         ranks the smaller has the first rows of the larger.
 
@@ -93,28 +99,49 @@ class Setting:
         """
         if rank is None:
             rank = self.rank
-        else:
-            rank = rank
         drawn: Adapter = {}
         for name, first in self._first_rows(purpose).items():
             A = first[:rank].clone()
             if rank > self.rank:
-                A = torch.cat([A, self._more_rows(name, rank - self.rank, purpose)])
-            B = torch.zeros(self.sites[name].out_features, rank, dtype=A.dtype)
+                more = self._more_rows(name, rank - self.rank, purpose)
+                A = torch.cat([A, more])
+            B = torch.zeros(
+                self.sites[name].out_features,
+                rank,
+                dtype=A.dtype,
+            )
             drawn[name] = Factors(A, B, self.scale(rank))
         return drawn
 
     def _first_rows(self, purpose: str) -> dict[str, Tensor]:
         """The drawn ``A [R, in]`` of every site."""
-        whole = fresh(self.sites, self.rank, 1.0, generator(self.seed, "shared", purpose))
+        whole = fresh(
+            self.sites,
+            self.rank,
+            1.0,
+            generator(self.seed, "shared", purpose),
+        )
         return {name: factors.A for name, factors in whole.items()}
 
-    def _more_rows(self, name: str, count: int, purpose: str) -> Tensor:
+    def _more_rows(
+        self,
+        name: str,
+        count: int,
+        purpose: str,
+    ) -> Tensor:
         """A site's rows ``[count, in]`` beyond R: a draw of their own, so that R's stay what they
         are.
         """
-        rng = generator(self.seed, "shared", purpose, "beyond", name)
-        return fresh({name: self.sites[name]}, count, 1.0, rng)[name].A
+        rng = generator(
+            self.seed,
+            "shared",
+            purpose,
+            "beyond",
+            name,
+        )
+        only = {name: self.sites[name]}
+        drawn = fresh(only, count, 1.0, rng)
+        return drawn[name].A
 
 
 @dataclass(frozen=True)
@@ -144,22 +171,20 @@ class Step:
 
     assembly: Assembly
     penalty: Penalty | None = None  # added to the task's loss on every batch
-    carries: tuple[str, ...] = ()
     # terms and extras that begin where the last earlier step of the plan that trained them ended
+    carries: tuple[str, ...] = ()
     share: float = 1.0  # share of the round's local budget (steps or epochs)
     epochs: float | None = None  # instead of the share: so many passes over the client's data
     head: bool = True  # whether the head trains too, where the head policy lets it
-    stream: str = (
-        "train"  # purpose of the data order's seed; two steps of one stream see the same batches
-    )
-    measure: Literal["train", "fisher", "features"] = "train"
+    # purpose of the data order's seed; two steps of one stream see the same batches
+    stream: str = "train"
     # "fisher": nothing changes, the mean squared gradient of each trained factor comes back in
     # ``Trained.scores``
     # "features": nothing trains; ``Trained.features`` holds the pooled features of some examples,
     # of the base with what the assembly adds to it
-    count: int = (
-        0  # how many examples, for "train" and "features" (for "fisher": batches); 0 is all
-    )
+    measure: Literal["train", "fisher", "features"] = "train"
+    # how many examples, for "train" and "features" (for "fisher": batches); 0 is all
+    count: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +201,7 @@ class Trained:
         return self.assembly.adapter(name)
 
     def extra(self, name: str) -> Tensor:
+        """The value ``[...]`` of the extra ``name``."""
         return self.assembly.extras[name].value
 
 
@@ -244,24 +270,43 @@ class Method(Kinds):
         return state
 
     def select(
-        self, state: State, round: int, available: Sequence[str], fraction: float
+        self,
+        state: State,
+        round: int,
+        available: Sequence[str],
+        fraction: float,
     ) -> list[str]:
         """Who trains in this round: a seeded draw of ``fraction`` of the available clients, at
         least one.
         """
         return draw(available, fraction, self.setting.rng(round, "select"))
 
-    def offer(self, state: State, round: int, client: ClientInfo) -> Offer:
+    def offer(
+        self,
+        state: State,
+        round: int,
+        client: ClientInfo,
+    ) -> Offer:
         """What goes down to ``client`` before round ``round`` (``rounds + 1``: after the last)."""
         return self.Offer()
 
-    def aggregate(self, state: State, round: int, updates: Sequence[Update]) -> State:
+    def aggregate(
+        self,
+        state: State,
+        round: int,
+        updates: Sequence[Update],
+    ) -> State:
         """The state after the round. Absent clients are normal; ``updates`` is in name order and
         not empty.
         """
         return state
 
-    def deploy(self, state: State, round: int, client: ClientInfo) -> Offer:
+    def deploy(
+        self,
+        state: State,
+        round: int,
+        client: ClientInfo,
+    ) -> Offer:
         """What a client's personal model is made of after round ``round``, measured or taken home:
         what the next round would offer it.
 
@@ -269,7 +314,12 @@ class Method(Kinds):
         """
         return self.offer(state, round + 1, client)
 
-    def welcome(self, state: State, client: ClientInfo, probe: Probed | None) -> Offer:
+    def welcome(
+        self,
+        state: State,
+        client: ClientInfo,
+        probe: Probed | None,
+    ) -> Offer:
         """What a client that never trained starts from.
 
         First asked with ``probe = None``: usable at once, and what the client's ``probe`` runs on.
@@ -278,38 +328,61 @@ class Method(Kinds):
         return self.deploy(state, self.setting.rounds, client)
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Offer, mine: Mine, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Offer,
+        mine: Mine,
+        round: int,
+    ) -> Plan:
         """The local work of a round: one step on the personal model. A generator may look at each
         step's ``Trained`` before it yields the next.
         """
         return [Step(self.personal(client, offer, mine))]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Offer, mine: Mine, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Offer,
+        mine: Mine,
+        round: int,
     ) -> tuple[Sent, Mine]:
         """What travels up, and what stays."""
         raise NotImplementedError
 
-    def personal(self, client: ClientInfo, offer: Offer, mine: Mine) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Offer,
+        mine: Mine,
+    ) -> Assembly:
         """What the client deploys. What its terms' ``train`` flags say is what local fine-tuning
         trains.
         """
         raise NotImplementedError
 
 
-def draw(available: Sequence[str], fraction: float, rng: torch.Generator) -> list[str]:
+def draw(
+    available: Sequence[str],
+    fraction: float,
+    rng: torch.Generator,
+) -> list[str]:
     """A random share of the names, at least one, in the given order."""
-    count = max(1, round(fraction * len(available)))
-    if count >= len(available):
+    everybody = len(available)
+    count = max(1, round(fraction * everybody))
+    if count >= everybody:
         return list(available)
-    chosen = torch.randperm(len(available), generator=rng)[:count].tolist()
+    order = torch.randperm(everybody, generator=rng)
+    chosen = order[:count].tolist()
     return [available[index] for index in sorted(chosen)]
 
 
 def shares(updates: Sequence[Update], weights: str) -> list[float]:
     """``p_i`` over the clients of this round: by examples, or uniform; they add up to 1."""
     if weights == "uniform":
-        return [1.0 / len(updates)] * len(updates)
+        count = len(updates)
+        return [1.0 / count] * count
     total = sum(update.examples for update in updates)
     return [update.examples / total for update in updates]
 
@@ -320,19 +393,19 @@ def reveal(tree: Tree) -> Tree:
     The kernel needs none: it trains sealed tensors as they are, and seals what a term or an extra
     of the home "client" trained.
     """
-    revealed: Tree = map_tensors(tree, unseal)
-    return revealed
+    return map_tensors(tree, unseal)
 
 
 def keep(tree: Tree) -> Tree:
     """Seal every tensor of what stays with the client and was not trained by a term of its home."""
-    kept: Tree = map_tensors(tree, seal)
-    return kept
+    return map_tensors(tree, seal)
 
 
 def refuse_unequal_scales(adapters: Sequence[Adapter], method: str) -> None:
     """Factor rules are undefined for unequal scales (methods.md, Scales)."""
-    scales = {factors.scale for adapter in adapters for factors in adapter.values()}
+    scales: set[float] = set()
+    for adapter in adapters:
+        scales.update(factors.scale for factors in adapter.values())
     if len(scales) > 1:
         raise JobError(
             f"{method} averages A and B, which is undefined for unequal scales {sorted(scales)}; "

@@ -83,7 +83,7 @@ class Fused(Mix):
     """The terms ``global`` and ``own`` with one trained weight each, the same at every site."""
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
-        """As in Mix, a scalar each."""
+        """As in Mix, a scalar ``[]`` each."""
         return [at.extras[f"fusion.{term}"] for term in at.terms]
 
 
@@ -112,7 +112,12 @@ class FDLoRA(FedIT):
     )
 
     # ------------------------------------------------------------------ server
-    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+    def aggregate(
+        self,
+        state: Whole,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
+    ) -> Whole:
         if self._local(round):
             return state
         return super().aggregate(state, round, updates)
@@ -130,7 +135,13 @@ class FDLoRA(FedIT):
         return round == 1 and self.options.start == "local"
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Whole, mine: Personal, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Personal,
+        round: int,
+    ) -> Plan:
         shared = Step(Assembly((Term("global", offer.whole),)))
         if self._alone(round):
             return [shared]
@@ -144,7 +155,12 @@ class FDLoRA(FedIT):
             return [personal]
         return [replace(personal, share=1 - share), self._fit(offer, own, mine)]
 
-    def _start(self, offer: Whole, mine: Personal, round: int) -> Adapter:
+    def _start(
+        self,
+        offer: Whole,
+        mine: Personal,
+        round: int,
+    ) -> Adapter:
         """What the personal LoRA starts the round from. Counted in periods, so that a client absent
         in the round of a reset makes up for it.
         """
@@ -152,7 +168,12 @@ class FDLoRA(FedIT):
             return reveal(mine.own)
         return offer.whole
 
-    def _fit(self, offer: Whole, own: Adapter, mine: Personal) -> Step:
+    def _fit(
+        self,
+        offer: Whole,
+        own: Adapter,
+        mine: Personal,
+    ) -> Step:
         """The two weights alone, at the personal LoRA that came out of the step before."""
         terms = (Term("global", offer.whole, train=""), Term("own", own, train="", home="client"))
         return Step(
@@ -175,14 +196,23 @@ class FDLoRA(FedIT):
         if self._alone(round):
             first = trained[0].adapter("global")
             return OneAdapter(first), Personal(keep(first), self._period(round))
-        kept = replace(mine, own=trained[0].adapter("own"), period=self._period(round))
+        kept = replace(
+            mine,
+            own=trained[0].adapter("own"),
+            period=self._period(round),
+        )
         if not self._local(round):
             return OneAdapter(trained[1].adapter("global")), kept
         if self.options.fusion_share:
             kept = replace(kept, fusion={name: trained[-1].extra(name) for name in FUSION})
         return OneAdapter(), kept
 
-    def personal(self, client: ClientInfo, offer: Whole, mine: Personal) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Personal,
+    ) -> Assembly:
         if mine.own is None:
             return Assembly((Term("global", offer.whole),))
         terms = (Term("global", offer.whole, train=""), Term("own", mine.own, home="client"))

@@ -99,7 +99,12 @@ class FedHeLLo(SomeLayers):
         self.warm = options.warm_rounds or max(1, round(setting.rounds / 5))
 
     # ------------------------------------------------------------------ server
-    def offer(self, state: LayersState, round: int, client: ClientInfo) -> SomeOfIt:
+    def offer(
+        self,
+        state: LayersState,
+        round: int,
+        client: ClientInfo,
+    ) -> SomeOfIt:
         if client.name not in state.rows:  # a newcomer
             return SomeOfIt(state.whole)
         if self._by_fisher and round > self.warm:
@@ -126,7 +131,11 @@ class FedHeLLo(SomeLayers):
 
     # ------------------------------------------------------------------ client
     def plan(
-        self, client: ClientInfo, offer: SomeOfIt, mine: Scores, round: int
+        self,
+        client: ClientInfo,
+        offer: SomeOfIt,
+        mine: Scores,
+        round: int,
     ) -> Generator[Step, Trained, None]:
         scores = mine.scores
         if offer.layers is None and not scores:
@@ -137,7 +146,12 @@ class FedHeLLo(SomeLayers):
             scores = self._scores(looked)
         chosen = offer.layers
         if chosen is None:
-            chosen = self._chosen(client, offer.count or len(self.layers), scores, round)
+            chosen = self._chosen(
+                client,
+                offer.count or len(self.layers),
+                scores,
+                round,
+            )
         sites = self.setting.sites
         terms = [Term("global", part(offer.adapter, sites, chosen))]
         if len(chosen) < len(self.layers):
@@ -158,7 +172,11 @@ class FedHeLLo(SomeLayers):
         return OneAdapter(trained[-1].adapter("global")), mine
 
     def _chosen(
-        self, client: ClientInfo, count: int, scores: Mapping[str, float], round: int
+        self,
+        client: ClientInfo,
+        count: int,
+        scores: Mapping[str, float],
+        round: int,
     ) -> list[int]:
         """The ``count`` layers to train by the client's own scores: the best (ties: shallower), or
         drawn with the weights of their groups.
@@ -169,8 +187,13 @@ class FedHeLLo(SomeLayers):
         groups = score_groups([scores[str(layer)] for layer in self.layers])
         odds = torch.tensor([1.0 + group for group in groups], dtype=torch.float64)
         rng = self.setting.rng(round, client.name, "layers")
-        drawn = torch.multinomial(odds, count, replacement=False, generator=rng).tolist()
-        return sorted(self.layers[place] for place in drawn)
+        drawn = torch.multinomial(
+            odds,
+            count,
+            replacement=False,
+            generator=rng,
+        )
+        return sorted(self.layers[place] for place in drawn.tolist())
 
     def _scores(self, looked: Trained) -> dict[str, float]:
         """For each layer the trace of the empirical Fisher matrix of its A's and B's, or the sum of
@@ -183,5 +206,6 @@ class FedHeLLo(SomeLayers):
             found = A.sum() + B.sum()
             if self.options.choice == "groups":
                 found = A.norm() + B.norm()
-            result[str(self.setting.sites[name].layer)] += float(found)
+            layer = self.setting.sites[name].layer
+            result[str(layer)] += float(found)
         return result

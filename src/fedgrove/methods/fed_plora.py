@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -116,10 +117,20 @@ class FedPLoRA(Method):
     def begin(self, clients: Sequence[ClientInfo]) -> Whole:
         return Whole(self.setting.shared_draw())
 
-    def offer(self, state: Whole, round: int, client: ClientInfo) -> Whole:
+    def offer(
+        self,
+        state: Whole,
+        round: int,
+        client: ClientInfo,
+    ) -> Whole:
         return state
 
-    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[Modules]]) -> Whole:
+    def aggregate(
+        self,
+        state: Whole,
+        round: int,
+        updates: Sequence[Update[Modules]],
+    ) -> Whole:
         arrivals = Arrivals(
             self.setting,
             [update.content.modules for update in updates],
@@ -148,14 +159,20 @@ class FedPLoRA(Method):
         nothing: Adapter = {}
         for site, factors in contents[0].modules.items():
             nothing[site] = factors.zeros(self.setting.rank, factors.scale)
-        drawn = nothing
+        drawn = dict(nothing)
         for content in contents:
-            ones = {site: f.map(torch.ones_like) for site, f in content.modules.items()}
+            ones: Adapter = {}
+            for site, factors in content.modules.items():
+                ones[site] = factors.map(torch.ones_like)
             held = _spread(Modules(ones, content.indices), nothing)
-            for site, factors in drawn.items():
-                A, B = factors.A + held[site].A, factors.B + held[site].B
-                drawn = {**drawn, site: Factors(A, B, factors.scale)}
-        least = {site: f.map(lambda count: count.clamp_min(1)) for site, f in drawn.items()}
+            for site, more in held.items():
+                factors = drawn[site]
+                A = factors.A + more.A
+                B = factors.B + more.B
+                drawn[site] = Factors(A, B, factors.scale)
+        least: Adapter = {}
+        for site, factors in drawn.items():
+            least[site] = factors.map(_one_or_more)
         return {"modules": least}
 
     def reads(self) -> str:
@@ -171,7 +188,11 @@ class FedPLoRA(Method):
 
     # ------------------------------------------------------------------ client
     def plan(
-        self, client: ClientInfo, offer: Whole, mine: Counts, round: int
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Counts,
+        round: int,
     ) -> Generator[Step, Trained, None]:
         gradients = None
         if self.options.selection == "gradient" and client.rank < self.setting.rank:
@@ -180,7 +201,13 @@ class FedPLoRA(Method):
                 probe, head=False, measure="fisher", stream="select", count=self.options.batches
             )
             gradients = looked.scores
-        chosen = self._choose(client, offer, mine, round, gradients)
+        chosen = self._choose(
+            client,
+            offer,
+            mine,
+            round,
+            gradients,
+        )
         yield Step(self._training(offer.whole, chosen))
 
     def report(
@@ -191,12 +218,23 @@ class FedPLoRA(Method):
         mine: Counts,
         round: int,
     ) -> tuple[Modules, Counts]:
-        chosen = self._choose(client, offer, mine, round, trained[0].scores)
+        chosen = self._choose(
+            client,
+            offer,
+            mine,
+            round,
+            trained[0].scores,
+        )
         if self.options.selection == "least_trained":
             mine = self._counted(mine, chosen)
         return Modules(trained[-1].adapter("selected"), chosen), mine
 
-    def personal(self, client: ClientInfo, offer: Whole, mine: Counts) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Counts,
+    ) -> Assembly:
         return Assembly((Term("global", offer.whole),))
 
     def _training(self, adapter: Adapter, chosen: Indices) -> Assembly:
@@ -223,7 +261,10 @@ class FedPLoRA(Method):
         return chosen[ALL]
 
     def _scores(
-        self, adapter: Adapter, mine: Counts, gradients: Mapping[str, Adapter] | None
+        self,
+        adapter: Adapter,
+        mine: Counts,
+        gradients: Mapping[str, Adapter] | None,
     ) -> dict[str, Tensor]:
         """How much each of the R modules is wanted (float64 [R]), by site or for all sites at
         once.
@@ -272,19 +313,31 @@ class FedPLoRA(Method):
         return Counts(counts)
 
 
+def _one_or_more(counts: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    return counts.clamp_min(1)
+
+
 def _spread(content: Modules, base: Adapter) -> Adapter:
     """All R modules: those of the content at their places, the others those of ``base``."""
     whole: Adapter = {}
     for site, factors in content.modules.items():
         chosen = content.indices
-        rows = list(chosen[site] if isinstance(chosen, Mapping) else chosen)
-        A, B = base[site].A.clone(), base[site].B.clone()
-        A[rows], B[:, rows] = factors.A, factors.B
+        if isinstance(chosen, Mapping):
+            chosen = chosen[site]
+        rows = list(chosen)
+        A = base[site].A.clone()
+        B = base[site].B.clone()
+        A[rows] = factors.A
+        B[:, rows] = factors.B
         whole[site] = Factors(A, B, factors.scale)
     return whole
 
 
-def refuse_scales(clients: Sequence[ClientInfo], setting: Setting, method: str) -> None:
+def refuse_scales(
+    clients: Sequence[ClientInfo],
+    setting: Setting,
+    method: str,
+) -> None:
     """Refuse, with a ``JobError``, clients whose modules would not have the one scale alpha / R."""
     for client in clients:
         if setting.scaling == "client" and client.rank != setting.rank:
@@ -295,7 +348,12 @@ def refuse_scales(clients: Sequence[ClientInfo], setting: Setting, method: str) 
             )
 
 
-def training(adapter: Adapter, chosen: Indices, *, dense: bool = False) -> Assembly:
+def training(
+    adapter: Adapter,
+    chosen: Indices,
+    *,
+    dense: bool = False,
+) -> Assembly:
     """The chosen modules as one LoRA that trains, the others folded into the frozen base."""
     selected, others = split(adapter, chosen)
     terms = (Term("selected", selected),)
@@ -306,7 +364,11 @@ def training(adapter: Adapter, chosen: Indices, *, dense: bool = False) -> Assem
     return Assembly(terms, base_delta=others)
 
 
-def best(score: Tensor, count: int, rng: torch.Generator) -> list[int]:
+def best(
+    score: Tensor,
+    count: int,
+    rng: torch.Generator,
+) -> list[int]:
     """The indices of the ``count`` largest of the scores [R], ascending; among equal scores a
     uniform draw.
     """

@@ -66,7 +66,9 @@ class Gated(Mix):
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
         """As in Mix, each [batch, tokens, 1]."""
         gate = at.extras[f"gate.{at.site.name}"]
-        own, rest = torch.softmax(torch.nn.functional.linear(at.x, gate), dim=-1).split(1, dim=-1)
+        logits = torch.nn.functional.linear(at.x, gate)
+        shares = torch.softmax(logits, dim=-1)
+        own, rest = shares.split(1, dim=-1)
         named = {"own": own, "rest": rest}
         return [named[term] for term in at.terms]
 
@@ -124,17 +126,29 @@ class FedALT(Method):
         weights = [1.0] * len(names)
         if self.options.weights == "examples":
             weights = [float(state.examples[name]) for name in names]
-        means = group_means(list(state.latest.values()), range(len(names)), weights)
+        means = group_means(
+            list(state.latest.values()),
+            range(len(names)),
+            weights,
+        )
         rest = dict(zip(names, means.rest, strict=True))
         return replace(state, rest=rest, everyone=means.everyone)
 
-    def offer(self, state: ALTState, round: int, client: ClientInfo) -> Rest:
+    def offer(
+        self,
+        state: ALTState,
+        round: int,
+        client: ClientInfo,
+    ) -> Rest:
         if self.options.gate == "own":
             return Rest()
         return Rest(state.rest.get(client.name, state.everyone))
 
     def aggregate(
-        self, state: ALTState, round: int, updates: Sequence[Update[OneAdapter]]
+        self,
+        state: ALTState,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
     ) -> ALTState:
         latest, examples = dict(state.latest), dict(state.examples)
         for each in updates:
@@ -143,11 +157,22 @@ class FedALT(Method):
                 latest[each.client] = each.content.adapter
         return ALTState(dict(sorted(latest.items())), dict(sorted(examples.items())))
 
-    def welcome(self, state: ALTState, client: ClientInfo, probe: Probed | None) -> Rest:
+    def welcome(
+        self,
+        state: ALTState,
+        client: ClientInfo,
+        probe: Probed | None,
+    ) -> Rest:
         return Rest(state.everyone)
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Rest, mine: OwnAndGates, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Rest,
+        mine: OwnAndGates,
+        round: int,
+    ) -> Plan:
         return [Step(self._assembly(client, offer, mine))]
 
     def report(
@@ -165,12 +190,22 @@ class FedALT(Method):
             return OneAdapter(), OwnAndGates(own, gates)
         return OneAdapter(own), OwnAndGates(own, gates)
 
-    def personal(self, client: ClientInfo, offer: Rest, mine: OwnAndGates) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Rest,
+        mine: OwnAndGates,
+    ) -> Assembly:
         if mine.own is None and offer.rest:
             return Assembly((Term("rest", offer.rest),))
         return self._assembly(client, offer, mine)
 
-    def _assembly(self, client: ClientInfo, offer: Rest, mine: OwnAndGates) -> Assembly:
+    def _assembly(
+        self,
+        client: ClientInfo,
+        offer: Rest,
+        mine: OwnAndGates,
+    ) -> Assembly:
         own = Term("own", mine.own or self.setting.shared_draw(client.rank))
         if self.options.gate == "own":
             return Assembly((own,))
@@ -181,4 +216,8 @@ class FedALT(Method):
             f"gate.{name}": torch.zeros(2, site.in_features)
             for name, site in self.setting.sites.items()
         }
-        return Assembly(terms, Gated(), {name: Extra(gate, lr=1.0) for name, gate in gates.items()})
+        return Assembly(
+            terms,
+            Gated(),
+            {name: Extra(gate, lr=1.0) for name, gate in gates.items()},
+        )

@@ -121,10 +121,15 @@ class ByLocalExample(ByExample):
 
 
 def mean_cosine(
-    features: Float[Tensor, "b hidden"], references: Float[Tensor, "count hidden"]
+    features: Float[Tensor, "b hidden"],
+    references: Float[Tensor, "count hidden"],
 ) -> Float[Tensor, " b"]:
     """Each example's mean cosine similarity with the references."""
-    near = torch.nn.functional.cosine_similarity(features[:, None, :], references[None], dim=-1)
+    near = torch.nn.functional.cosine_similarity(
+        features[:, None, :],
+        references[None],
+        dim=-1,
+    )
     return near.mean(1)
 
 
@@ -160,7 +165,12 @@ class _FedDPA(Method):
     def reads(self) -> str:
         return "the features of some training examples, which its model keeps"
 
-    def personal(self, client: ClientInfo, offer: Down, mine: Kept) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Down,
+        mine: Kept,
+    ) -> Assembly:
         shared = _shared(offer, mine)
         if mine.own is None or mine.references is None:
             return Assembly((Term("global", shared),))
@@ -177,7 +187,11 @@ class _FedDPA(Method):
         return mean(adapters, shares(updates, self.options.weights))
 
     def _local(
-        self, shared: Adapter, start: Adapter | None, mine: Kept, share: float
+        self,
+        shared: Adapter,
+        start: Adapter | None,
+        mine: Kept,
+        share: float,
     ) -> Generator[Step, Trained, None]:
         """The local adapter beside the frozen global one, and the references: once before it, or
         after each training of the adapter that they are read with.
@@ -243,13 +257,21 @@ class FedDPAF(_FedDPA):
     def begin(self, clients: Sequence[ClientInfo]) -> DPAFState:
         return DPAFState(self.setting.shared_draw())
 
-    def offer(self, state: DPAFState, round: int, client: ClientInfo) -> Down:
+    def offer(
+        self,
+        state: DPAFState,
+        round: int,
+        client: ClientInfo,
+    ) -> Down:
         if client.name in state.holds:
             return Down()
         return Down(state.whole)
 
     def aggregate(
-        self, state: DPAFState, round: int, updates: Sequence[Update[OneAdapter]]
+        self,
+        state: DPAFState,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
     ) -> DPAFState:
         if round <= self.federated_rounds:
             return replace(state, whole=self._mean(updates))
@@ -260,7 +282,11 @@ class FedDPAF(_FedDPA):
         return Assembly((Term("global", state.whole),))
 
     def plan(
-        self, client: ClientInfo, offer: Down, mine: Kept, round: int
+        self,
+        client: ClientInfo,
+        offer: Down,
+        mine: Kept,
+        round: int,
     ) -> Generator[Step, Trained, None]:
         shared = _shared(offer, mine)
         if round <= self.federated_rounds:
@@ -269,14 +295,24 @@ class FedDPAF(_FedDPA):
         yield from self._local(shared, reveal(mine.own), mine, 1.0)
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Down, mine: Kept, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Down,
+        mine: Kept,
+        round: int,
     ) -> tuple[OneAdapter, Kept]:
         if round <= self.federated_rounds:
             return OneAdapter(trained[-1].adapter("global")), mine
         kept = replace(self._kept(trained, mine), whole=_shared(offer, mine))
         return OneAdapter(), kept
 
-    def welcome(self, state: DPAFState, client: ClientInfo, probe: Probed | None) -> Down:
+    def welcome(
+        self,
+        state: DPAFState,
+        client: ClientInfo,
+        probe: Probed | None,
+    ) -> Down:
         return Down(state.whole)
 
 
@@ -290,17 +326,31 @@ class FedDPAT(_FedDPA):
     def begin(self, clients: Sequence[ClientInfo]) -> Whole:
         return Whole(self.setting.shared_draw())
 
-    def offer(self, state: Whole, round: int, client: ClientInfo) -> Down:
+    def offer(
+        self,
+        state: Whole,
+        round: int,
+        client: ClientInfo,
+    ) -> Down:
         return Down(state.whole)
 
-    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+    def aggregate(
+        self,
+        state: Whole,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
+    ) -> Whole:
         return Whole(self._mean(updates))
 
     def global_assembly(self, state: Whole) -> Assembly:
         return Assembly((Term("global", state.whole),))
 
     def plan(
-        self, client: ClientInfo, offer: Down, mine: Kept, round: int
+        self,
+        client: ClientInfo,
+        offer: Down,
+        mine: Kept,
+        round: int,
     ) -> Generator[Step, Trained, None]:
         shared, start = _shared(offer, mine), reveal(mine.own)
         if self.options.renew and round == 2:
@@ -309,6 +359,11 @@ class FedDPAT(_FedDPA):
         yield Step(Assembly((Term("global", shared),)), share=1 - self.options.local_share)
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Down, mine: Kept, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Down,
+        mine: Kept,
+        round: int,
     ) -> tuple[OneAdapter, Kept]:
         return OneAdapter(trained[-1].adapter("global")), self._kept(trained, mine)

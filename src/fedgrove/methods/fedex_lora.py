@@ -78,11 +78,19 @@ class FedExLoRA(Method):
     def begin(self, clients: Sequence[ClientInfo]) -> MeanAndMerged:
         return MeanAndMerged(self.setting.shared_draw(), Merged())
 
-    def offer(self, state: MeanAndMerged, round: int, client: ClientInfo) -> MeanAndBrought:
+    def offer(
+        self,
+        state: MeanAndMerged,
+        round: int,
+        client: ClientInfo,
+    ) -> MeanAndBrought:
         return MeanAndBrought(state.whole, brought(state.merged, client))
 
     def aggregate(
-        self, state: MeanAndMerged, round: int, updates: Sequence[Update[OneAdapter]]
+        self,
+        state: MeanAndMerged,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
     ) -> MeanAndMerged:
         adapters = [update.content.adapter for update in updates]
         rule = self.Rule(self.options, Round(self.setting.sites, round))
@@ -105,6 +113,11 @@ class FedExLoRA(Method):
     ) -> tuple[OneAdapter, Held]:
         return OneAdapter(trained[-1].adapter("global")), stays(trained[-1])
 
-    def personal(self, client: ClientInfo, offer: MeanAndBrought, mine: Held) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: MeanAndBrought,
+        mine: Held,
+    ) -> Assembly:
         term = Term("global", offer.whole)
         return Assembly((term,), base_delta=held(offer.residual, mine))

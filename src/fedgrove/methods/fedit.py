@@ -55,10 +55,20 @@ class FedIT(Method, Summable):
     def begin(self, clients: Sequence[ClientInfo]) -> Whole:
         return Whole(self.setting.shared_draw())
 
-    def offer(self, state: Whole, round: int, client: ClientInfo) -> Whole:
+    def offer(
+        self,
+        state: Whole,
+        round: int,
+        client: ClientInfo,
+    ) -> Whole:
         return state
 
-    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+    def aggregate(
+        self,
+        state: Whole,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
+    ) -> Whole:
         adapters = [update.content.adapter for update in updates]
         rule = self.Rule(self.options, Round(self.setting.sites, round))
         weights = shares(updates, self.options.weights)
@@ -68,9 +78,19 @@ class FedIT(Method, Summable):
         return Assembly((Term("global", state.whole),))
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Whole,
+        mine: Mine,
+        round: int,
     ) -> tuple[OneAdapter, Mine]:
         return OneAdapter(trained[-1].adapter("global")), mine
 
-    def personal(self, client: ClientInfo, offer: Whole, mine: Mine) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Mine,
+    ) -> Assembly:
         return Assembly((Term("global", offer.whole),))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,7 @@ from fedgrove.adapters.assembly import Assembly, Extra, Junction, Mix, Term, Wei
 from fedgrove.adapters.distance import between, towards
 from fedgrove.clustering.tree import cut, merge_tree, silhouette
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -93,16 +94,19 @@ class TopExperts(Mix):
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
         """As in Mix, each [batch, tokens, 1]."""
         router = at.extras[f"router.{at.site.name}"]
-        shares = torch.softmax(torch.nn.functional.linear(at.x, router), dim=-1)
+        logits = torch.nn.functional.linear(at.x, router)
+        shares = torch.softmax(logits, dim=-1)
         top = shares.topk(self.count, dim=-1)
-        kept = torch.zeros_like(shares).scatter(-1, top.indices, top.values)
+        nothing = torch.zeros_like(shares)
+        kept = nothing.scatter(-1, top.indices, top.values)
         if self.normalise:
             kept = kept / kept.sum(-1, keepdim=True)
         own = kept[..., : self.count].sum(-1, keepdim=True)
-        others = kept[..., self.count :].split(1, dim=-1)
-        order = [self.own, *(n for n in range(self.count) if n != self.own)]
-        pairs = zip(order, (own, *others), strict=True)
-        named = {f"expert.{n}": weight for n, weight in pairs}
+        weights = kept[..., self.count :].split(1, dim=-1)
+        others = [n for n in range(self.count) if n != self.own]
+        named = {f"expert.{self.own}": own}
+        for n, weight in zip(others, weights, strict=True):
+            named[f"expert.{n}"] = weight
         return [named[term] for term in at.terms]
 
 
@@ -186,13 +190,22 @@ class FedLEASE(Method):
         return LEASEState({client.name: 0 for client in clients}, [self.setting.shared_draw()])
 
     def select(
-        self, state: LEASEState, round: int, available: Sequence[str], fraction: float
+        self,
+        state: LEASEState,
+        round: int,
+        available: Sequence[str],
+        fraction: float,
     ) -> list[str]:
         if round <= self.warmup:
             return list(available)
         return draw(available, fraction, self.setting.rng(round, "select"))
 
-    def offer(self, state: LEASEState, round: int, client: ClientInfo) -> Experts:
+    def offer(
+        self,
+        state: LEASEState,
+        round: int,
+        client: ClientInfo,
+    ) -> Experts:
         return self._of_cluster(state, state.labels.get(client.name))
 
     def _of_cluster(self, state: LEASEState, label: int | None) -> Experts:
@@ -203,7 +216,10 @@ class FedLEASE(Method):
         return Experts(state.experts, label, state.routers[label])
 
     def aggregate(
-        self, state: LEASEState, round: int, updates: Sequence[Update[Expert]]
+        self,
+        state: LEASEState,
+        round: int,
+        updates: Sequence[Update[Expert]],
     ) -> LEASEState:
         if round < self.warmup:
             return state
@@ -220,7 +236,12 @@ class FedLEASE(Method):
                 routers[number] = _mean_tensors([each.content.router for each in members], weights)
         return replace(state, experts=experts, routers=routers)
 
-    def welcome(self, state: LEASEState, client: ClientInfo, probe: Bases | None) -> Experts:
+    def welcome(
+        self,
+        state: LEASEState,
+        client: ClientInfo,
+        probe: Bases | None,
+    ) -> Experts:
         if len(state.experts) == 1:
             return self._of_cluster(state, 0)
         if probe is None or not state.experts:
@@ -231,7 +252,7 @@ class FedLEASE(Method):
         where = f"expert {label} of {len(state.experts)} (1 − cos with each: {listed})"
         return replace(self._of_cluster(state, label), placed=where)
 
-    def artefacts(self, state: LEASEState) -> dict[str, Any]:
+    def artefacts(self, state: LEASEState) -> Plain:
         """``experts.json``: the clusters and the silhouettes that chose their number."""
         if not state.experts:
             return {}
@@ -245,12 +266,14 @@ class FedLEASE(Method):
     def _group(self, updates: Sequence[Update[Expert]]) -> LEASEState:
         """The clusters, once, from what everybody trained in the warm-up."""
         adapters = [_up(each.content.expert) for each in updates]
-        distances = between(adapters, self.setting.sites, "cosine").mean(0).numpy()
+        by_layer = between(adapters, self.setting.sites, "cosine")
+        distances = by_layer.mean(0).numpy()
         tree = merge_tree(distances)
         most = min(self.options.max_experts, len(updates) - 1)
-        scores = {
-            str(count): silhouette(cut(tree, count), distances) for count in range(2, most + 1)
-        }
+        scores: dict[str, float] = {}
+        for groups in range(2, most + 1):
+            labels_of = cut(tree, groups)
+            scores[str(groups)] = silhouette(labels_of, distances)
         count = self._count(scores, len(updates))
         labels = cut(tree, count).tolist()
         experts = [self._expert(updates, labels, number) for number in range(count)]
@@ -272,10 +295,17 @@ class FedLEASE(Method):
         if wanted is not None:
             return min(wanted, clients)
         counts = [int(count) for count in scores]
-        return max(counts, key=lambda count: (scores[str(count)], -count), default=1)
+        return max(
+            counts,
+            key=lambda count: (scores[str(count)], -count),
+            default=1,
+        )
 
     def _expert(
-        self, updates: Sequence[Update[Expert]], labels: Sequence[int], number: int
+        self,
+        updates: Sequence[Update[Expert]],
+        labels: Sequence[int],
+        number: int,
     ) -> Adapter:
         """The mean of one cluster's members."""
         pairs = zip(updates, labels, strict=True)
@@ -297,7 +327,12 @@ class FedLEASE(Method):
 
     # ------------------------------------------------------------------ client
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Experts, mine: Own, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Experts,
+        mine: Own,
+        round: int,
     ) -> tuple[Expert, Own]:
         last = trained[-1]
         if not offer.experts:
@@ -314,10 +349,20 @@ class FedLEASE(Method):
             return None
         return [Step(Assembly((Term("own", self.setting.shared_draw()),)))]
 
-    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Experts) -> Bases:
+    def probe_report(
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Experts,
+    ) -> Bases:
         return Bases(_up(trained[-1].adapter("own")))
 
-    def personal(self, client: ClientInfo, offer: Experts, mine: Own) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Experts,
+        mine: Own,
+    ) -> Assembly:
         if not offer.experts:
             return Assembly((Term("own", mine.own or self.setting.shared_draw()),))
         terms = tuple(_term(number, each, offer) for number, each in enumerate(offer.experts))
@@ -332,7 +377,11 @@ class FedLEASE(Method):
         return Assembly(terms, mix, routers)
 
 
-def _term(number: int, expert: Adapter, offer: Experts) -> Term:
+def _term(
+    number: int,
+    expert: Adapter,
+    offer: Experts,
+) -> Term:
     """An expert as the client runs it: its own trains, and all do of who has none."""
     if offer.label in (number, None):
         return Term(f"expert.{number}", expert)
@@ -345,7 +394,8 @@ def _up(adapter: Adapter) -> Tensors:
 
 
 def _mean_tensors(
-    parts: Sequence[Mapping[str, Float[Tensor, "*any"]]], weights: Sequence[float]
+    parts: Sequence[Mapping[str, Float[Tensor, "*any"]]],
+    weights: Sequence[float],
 ) -> Tensors:
     """The weighted mean of each tensor, summed in float64; the weights add up to 1."""
     result: Tensors = {}

@@ -32,17 +32,32 @@ class FedRA(SomeLayers):
     keeps = "nothing"
 
     # ------------------------------------------------------------------ server
-    def offer(self, state: LayersState, round: int, client: ClientInfo) -> SomeOfIt:
+    def offer(
+        self,
+        state: LayersState,
+        round: int,
+        client: ClientInfo,
+    ) -> SomeOfIt:
         row = state.rows.get(client.name)
         if row is None:  # a newcomer
             return self.deploy(state, round, client)
         return SomeOfIt(part(state.whole, self.setting.sites, row), layers=row)
 
     def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
-        return random_rows(counts, len(self.layers), self.setting.rng(round, "allocation"))
+        return random_rows(
+            counts,
+            len(self.layers),
+            self.setting.rng(round, "allocation"),
+        )
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: SomeOfIt, mine: Mine, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: SomeOfIt,
+        mine: Mine,
+        round: int,
+    ) -> Plan:
         terms = (Term("global", offer.adapter),)
         if offer.layers is None or len(offer.layers) == len(self.layers):
             return [Step(Assembly(terms))]

@@ -101,12 +101,22 @@ class FedRoRA(Method):
         rank = max(client.rank for client in clients)
         adapter: Adapter = {}
         for site, f in self.setting.shared_draw(rank).items():
-            columns = torch.randn(f.rank, f.B.shape[0], generator=rng, dtype=torch.float64)
+            columns = torch.randn(
+                f.rank,
+                f.B.shape[0],
+                generator=rng,
+                dtype=torch.float64,
+            )
             B = unit_rows(columns).T.contiguous().to(f.B.dtype)
             adapter[site] = Factors(unit_rows(f.A), B, SCALE)
         return RoRAState(_even(adapter, rank))
 
-    def offer(self, state: RoRAState, round: int, client: ClientInfo) -> Directions:
+    def offer(
+        self,
+        state: RoRAState,
+        round: int,
+        client: ClientInfo,
+    ) -> Directions:
         if not state.trained:
             return _even(state.whole.adapter, client.rank)
         update = state.latest.get(client.name)
@@ -116,7 +126,10 @@ class FedRoRA(Method):
         return own_directions(state.whole.adapter, update, client.rank, by_value=by_value)
 
     def aggregate(
-        self, state: RoRAState, round: int, updates: Sequence[Update[Directions]]
+        self,
+        state: RoRAState,
+        round: int,
+        updates: Sequence[Update[Directions]],
     ) -> RoRAState:
         folded = {each.client: self._folded(each.content) for each in updates}
         rank = next(iter(state.whole.adapter.values())).rank
@@ -146,7 +159,12 @@ class FedRoRA(Method):
         term = trained[-1].assembly.term("adapter")
         return Directions(term.adapter, dict(term.diagonal or {})), mine
 
-    def personal(self, client: ClientInfo, offer: Directions, mine: Mine) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Directions,
+        mine: Mine,
+    ) -> Assembly:
         return self._assembly(offer)
 
     def _assembly(self, given: Directions) -> Assembly:
@@ -165,7 +183,13 @@ class FedRoRA(Method):
         return as_one_adapter(self._assembly(given), self.setting.sites)
 
 
-def own_directions(adapter: Adapter, update: Adapter, rank: int, *, by_value: bool) -> Directions:
+def own_directions(
+    adapter: Adapter,
+    update: Adapter,
+    rank: int,
+    *,
+    by_value: bool,
+) -> Directions:
     """At each site the ``rank`` directions with the largest coefficients of the client's own
     ``update`` (in magnitude, or ``by_value`` with their sign), ascending, and these coefficients.
     """
@@ -177,7 +201,11 @@ def own_directions(adapter: Adapter, update: Adapter, rank: int, *, by_value: bo
         if not by_value:
             score = found.abs()
         best = torch.argsort(score, descending=True, stable=True)[:rank].sort().values
-        chosen[site] = Factors(f.A[best], f.B[:, best], f.scale)
+        chosen[site] = Factors(
+            f.A[best],
+            f.B[:, best],
+            f.scale,
+        )
         strengths[site] = found[best].to(f.A.dtype)
     return Directions(chosen, strengths)
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.rotation import align
+from fedgrove.ground.plain import Plain
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -55,7 +56,11 @@ class RotatedMean:
     options: RotOptions
     round: Round
     needs: ClassVar[Needs] = Needs(
-        equal_ranks=True, equal_scales=True, previous=True, rounds=True, options=("lam",)
+        equal_ranks=True,
+        equal_scales=True,
+        previous=True,
+        rounds=True,
+        options=("lam",),
     )
 
     @property
@@ -67,7 +72,11 @@ class RotatedMean:
             return "B"
         return "A"
 
-    def turned(self, factors: Factors, previous: Factors | None) -> Factors:
+    def turned(
+        self,
+        factors: Factors,
+        previous: Factors | None,
+    ) -> Factors:
         """A client's factors with their rank space turned to that of the last global ones."""
         if previous is None or self.factor == "":
             return factors
@@ -82,7 +91,7 @@ class RotatedMean:
             return ["This is the first round: nothing was rotated, as fedit."]
         return [f"Round {self.round.number}: aligned {self.factor} to the last global adapter."]
 
-    def artefacts(self, clients: Sequence[str]) -> dict[str, Any]:
+    def artefacts(self, clients: Sequence[str]) -> Plain:
         return {}
 
 
@@ -98,7 +107,12 @@ class FedRotLoRA(FedIT):
     def needs_each(self) -> str:
         return EACH
 
-    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+    def aggregate(
+        self,
+        state: Whole,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
+    ) -> Whole:
         if self.options.at == "server":
             kind = self.Rule
         else:
@@ -113,7 +127,12 @@ class FedRotLoRA(FedIT):
         return Whole(combine(rule, arrivals).whole)
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Whole,
+        mine: Mine,
+        round: int,
     ) -> tuple[OneAdapter, Mine]:
         adapter = trained[-1].adapter("global")
         if self.options.at == "client":

@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from fedgrove.adapters.distance import Distance, between, layers_of, towards
 from fedgrove.adapters.groups import group_means
 from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree, nearest, untied_cuts
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -159,11 +160,13 @@ class GroupMeans:
 
     def see(self, site: Site, clients: Sequence[Tensor]) -> None:
         """Compare the clients' B, all [out, rank], at one site; sites come layer by layer."""
-        only = {site.name: site}
-        apart = between([{site.name: B} for B in clients], only, self.options.distance)[0]
-        self._waiting.append(apart)
-        if len(self._waiting) == len(self.sites[site.layer]):
-            self.distances[site.layer] = torch.stack(self._waiting).mean(0)
+        name, layer = site.name, site.layer
+        held = [{name: B} for B in clients]
+        apart = between(held, {name: site}, self.options.distance)
+        self._waiting.append(apart[0])
+        if len(self._waiting) == len(self.sites[layer]):
+            together = torch.stack(self._waiting)
+            self.distances[layer] = together.mean(0)
             self._waiting = []
 
     @cached_property
@@ -173,28 +176,40 @@ class GroupMeans:
         distances = torch.stack(list(self.distances.values())).numpy()
         merges = merge_tree(distances.mean(0), options.linkage)
         if options.tree:
-            cuts = layer_cuts(merges, list(distances), options.tau, options.K, options.fixed_k)
+            cuts = layer_cuts(
+                merges,
+                list(distances),
+                options.tau,
+                options.K,
+                options.fixed_k,
+            )
         else:
             cuts = untied_cuts(list(distances), options.tau, options.linkage)
         return Grown(merges, dict(zip(self.distances, cuts, strict=True)))
 
     def site(self, given: Arrived) -> Outcome:
-        labels = self.grown.cuts[given.site.layer].labels.tolist()
+        name = given.name
+        cut = self.grown.cuts[given.site.layer]
+        labels = cut.labels.tolist()
         means = group_means(given.adapters, labels, given.weights)
-        own = [means.own[label][given.name] for label in labels]
-        return Outcome(whole=means.everyone[given.name], own=own)
+        own = [means.own[label][name] for label in labels]
+        return Outcome(whole=means.everyone[name], own=own)
 
     def notes(self) -> list[str]:
         counts = ", ".join(str(cut.count) for cut in self.grown.cuts.values())
         return [f"Groups from the first layer to the last: {counts}."]
 
-    def artefacts(self, clients: Sequence[str]) -> dict[str, Any]:
+    def artefacts(self, clients: Sequence[str]) -> Plain:
         layers = []
         for layer, cut in self.grown.cuts.items():
             groups: list[list[str]] = [[] for _ in range(cut.count)]
             for name, label in zip(clients, cut.labels.tolist(), strict=True):
                 groups[label].append(name)
-            row = {"layer": layer, "count": cut.count, "score": cut.score}
+            row = {
+                "layer": layer,
+                "count": cut.count,
+                "score": cut.score,
+            }
             layers.append({**row, "groups": groups})
         merges = self.grown.merges.tolist()
         return {"tree.json": {"clients": list(clients), "layers": layers, "merges": merges}}
@@ -292,7 +307,7 @@ class FedTreeLoRA(Method):
     Options: ClassVar[type[contract.Options]] = TreeOptions
     Rule: ClassVar[type[ServerRule]] = GroupMeans
 
-    def __init__(self, options: Any, setting: Setting):
+    def __init__(self, options: TreeOptions, setting: Setting):
         super().__init__(options, setting)
         self.layers = layers_of(setting.sites)
         self.warmup = _warmup(options, setting.rounds)
@@ -305,14 +320,23 @@ class FedTreeLoRA(Method):
         return TreeState(self.setting.shared_draw())
 
     def select(
-        self, state: TreeState, round: int, available: Sequence[str], fraction: float
+        self,
+        state: TreeState,
+        round: int,
+        available: Sequence[str],
+        fraction: float,
     ) -> list[str]:
         """Everyone in the warm-up, then the usual draw."""
         if round <= self.warmup:
             return list(available)
         return super().select(state, round, available, fraction)
 
-    def offer(self, state: TreeState, round: int, client: ClientInfo) -> Paths:
+    def offer(
+        self,
+        state: TreeState,
+        round: int,
+        client: ClientInfo,
+    ) -> Paths:
         """A member's experts. A client that has to warm up is sent no tensor: the shared draw costs
         no message.
         """
@@ -324,14 +348,26 @@ class FedTreeLoRA(Method):
             return Paths(join=state.tree is not None)
         return self.welcome(state, client, None)
 
-    def deploy(self, state: TreeState, round: int, client: ClientInfo) -> Paths:
+    def deploy(
+        self,
+        state: TreeState,
+        round: int,
+        client: ClientInfo,
+    ) -> Paths:
         """A member's experts, the external one as ``external_update`` says."""
         if client.name not in state.groups:
             return self.offer(state, round + 1, client)
-        return self._experts(state, state.groups[client.name], state.trained_against)
+        return self._experts(
+            state,
+            state.groups[client.name],
+            state.trained_against,
+        )
 
     def aggregate(
-        self, state: TreeState, round: int, updates: Sequence[Update[Upload]]
+        self,
+        state: TreeState,
+        round: int,
+        updates: Sequence[Update[Upload]],
     ) -> TreeState:
         adapters: dict[str, Adapter] = {}
         firsts: dict[str, dict[str, Tensor]] = {}
@@ -359,7 +395,12 @@ class FedTreeLoRA(Method):
                 late[name] = self._placed(state, bs)
         return self._renewed(replace(state, groups=_by_name(state.groups, late)))
 
-    def welcome(self, state: TreeState, client: ClientInfo, probe: Probe | None) -> Paths:
+    def welcome(
+        self,
+        state: TreeState,
+        client: ClientInfo,
+        probe: Probe | None,
+    ) -> Paths:
         """The mean of all; after the probe, the experts of the groups on the newcomer's way down
         the tree.
         """
@@ -375,7 +416,7 @@ class FedTreeLoRA(Method):
             return None
         return Assembly((Term("cluster", state.common),))
 
-    def artefacts(self, state: TreeState) -> dict[str, Any]:
+    def artefacts(self, state: TreeState) -> Plain:
         """``tree.json``. ``joined``: members that came after the tree was built, so that no merge
         names them.
 
@@ -391,7 +432,11 @@ class FedTreeLoRA(Method):
             groups: list[list[str]] = [[] for _ in range(layer.count)]
             for name, labels in state.groups.items():
                 groups[labels[place]].append(name)
-            row = {"layer": layer.layer, "count": layer.count, "score": layer.score}
+            row = {
+                "layer": layer.layer,
+                "count": layer.count,
+                "score": layer.score,
+            }
             layers.append({**row, "groups": groups})
             known[str(layer.layer)] = {}
             if layer.count == 1:
@@ -422,10 +467,18 @@ class FedTreeLoRA(Method):
         groups = {}
         for row, name in enumerate(state.latest):
             groups[name] = [layer.labels[row] for layer in layers]
-        tree = Tree(list(state.latest), rule.grown.merges.tolist(), layers)
+        tree = Tree(
+            list(state.latest),
+            rule.grown.merges.tolist(),
+            layers,
+        )
         return replace(state, tree=tree, groups=groups, experts={})
 
-    def _placed(self, state: TreeState, bs: Mapping[str, Tensor]) -> list[int]:
+    def _placed(
+        self,
+        state: TreeState,
+        bs: Mapping[str, Tensor],
+    ) -> list[int]:
         """The group of a newcomer in each layer, from its B [out, rank] by site after the
         warm-up.
         """
@@ -467,9 +520,15 @@ class FedTreeLoRA(Method):
         experts: dict[str, Experts] = {}
         common: Adapter = {}
         for place, (layer, sites) in enumerate(self.layers.items()):
-            adapters = [{site: state.latest[name][site] for site in sites} for name in names]
-            means = group_means(adapters, [state.groups[name][place] for name in names], weights)
-            external = list(means.rest) if self.options.external else []
+            adapters: list[Adapter] = []
+            for name in names:
+                latest = state.latest[name]
+                adapters.append({site: latest[site] for site in sites})
+            labels = [state.groups[name][place] for name in names]
+            means = group_means(adapters, labels, weights)
+            external: list[Adapter] = []
+            if self.options.external:
+                external = list(means.rest)
             experts[str(layer)] = Experts(list(means.own), external)
             common |= means.everyone
         return replace(state, experts=experts, common=self._ordered(common))
@@ -497,7 +556,13 @@ class FedTreeLoRA(Method):
         return {site: adapter[site] for site in self.setting.sites if site in adapter}
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Paths, mine: Kept, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Paths,
+        mine: Kept,
+        round: int,
+    ) -> Plan:
         if offer.cluster is not None:
             return [Step(self.personal(client, offer, mine))]
         if round <= self.warmup:
@@ -534,10 +599,20 @@ class FedTreeLoRA(Method):
             return None
         return self._alone(self.warmup, Kept())
 
-    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Paths) -> Probe:
+    def probe_report(
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Paths,
+    ) -> Probe:
         return Probe(_bs(trained[-1].adapter("own")))
 
-    def personal(self, client: ClientInfo, offer: Paths, mine: Kept) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Paths,
+        mine: Kept,
+    ) -> Assembly:
         if offer.cluster is None:
             return self._own(mine)
         cluster = Term("cluster", offer.cluster)
@@ -551,7 +626,12 @@ class FedTreeLoRA(Method):
         terms = (cluster, Term("external", offer.external, train=""))
         return Assembly(terms, Convex("cluster", "external"), extras)
 
-    def client_artefacts(self, client: ClientInfo, offer: Paths, mine: Kept) -> dict[str, Any]:
+    def client_artefacts(
+        self,
+        client: ClientInfo,
+        offer: Paths,
+        mine: Kept,
+    ) -> Plain:
         """For ``tree.json``: the client's λ in the layers that are split."""
         shares = {}
         for layer, logit in reveal(mine.logits).items():
@@ -604,7 +684,10 @@ def _bs(adapter: Adapter) -> dict[str, Tensor]:
     return {site: factors.B for site, factors in adapter.items()}
 
 
-def _by_name(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, Value]:
+def _by_name(
+    one: Mapping[str, Value],
+    other: Mapping[str, Value],
+) -> dict[str, Value]:
     """One dictionary in name order, the other winning."""
     return dict(sorted({**one, **other}.items()))
 

@@ -42,7 +42,13 @@ class TruncatedMean:
         most = max(given.rank, *(each.rank for each in given.factors))
         side = self.options.side
         best = truncated(
-            given.factors, given.weights, most, given.scale, side, given.start, given.name
+            given.factors,
+            given.weights,
+            most,
+            given.scale,
+            side,
+            given.start,
+            given.name,
         )
         return Outcome(
             whole=leading(best, given.rank, given.scale, side),
@@ -70,7 +76,10 @@ class FlexLoRA(Truncations):
         return WholeMean(self.setting.shared_draw(largest), largest)
 
     def aggregate(
-        self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]
+        self,
+        state: Whole,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
     ) -> WholeMean:
         assert isinstance(state, WholeMean)
         adapters = [update.content.adapter for update in updates]

@@ -49,9 +49,15 @@ class Stack:
     def site(self, given: Arrived) -> Outcome:
         rows = []
         for weight, each in zip(given.weights, given.factors, strict=True):
-            rows.append(each.A * (weight * each.scale / given.scale))
+            share = weight * each.scale / given.scale
+            rows.append(each.A * share)
         columns = [each.B for each in given.factors]
-        return Outcome(base=Factors(torch.cat(rows), torch.cat(columns, 1), given.scale))
+        stacked = Factors(
+            A=torch.cat(rows),
+            B=torch.cat(columns, 1),
+            scale=given.scale,
+        )
+        return Outcome(base=stacked)
 
 
 class FLoRA(Method):
@@ -70,10 +76,20 @@ class FLoRA(Method):
     def begin(self, clients: Sequence[ClientInfo]) -> Merged:
         return Merged()
 
-    def offer(self, state: Merged, round: int, client: ClientInfo) -> Brought:
+    def offer(
+        self,
+        state: Merged,
+        round: int,
+        client: ClientInfo,
+    ) -> Brought:
         return brought(state, client)
 
-    def aggregate(self, state: Merged, round: int, updates: Sequence[Update[OneAdapter]]) -> Merged:
+    def aggregate(
+        self,
+        state: Merged,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
+    ) -> Merged:
         adapters = [update.content.adapter for update in updates]
         rule = self.Rule(self.options, Round(self.setting.sites, round))
         weights = shares(updates, self.options.weights)
@@ -84,7 +100,13 @@ class FLoRA(Method):
         return Assembly(base_delta=state.delta or None)
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Brought, mine: Held, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Brought,
+        mine: Held,
+        round: int,
+    ) -> Plan:
         # The first round starts from the draw that every method starts from.
         if round == 1:
             purpose = "init"
@@ -102,10 +124,21 @@ class FLoRA(Method):
     ) -> tuple[OneAdapter, Held]:
         return OneAdapter(trained[-1].adapter("fresh")), stays(trained[-1])
 
-    def personal(self, client: ClientInfo, offer: Brought, mine: Held) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Brought,
+        mine: Held,
+    ) -> Assembly:
         # The fresh adapter has B = 0: it is what local fine-tuning would train.
         return self._assembly(client, offer, mine, "init")
 
-    def _assembly(self, client: ClientInfo, offer: Brought, mine: Held, purpose: str) -> Assembly:
+    def _assembly(
+        self,
+        client: ClientInfo,
+        offer: Brought,
+        mine: Held,
+        purpose: str,
+    ) -> Assembly:
         fresh = self.setting.shared_draw(client.rank, purpose)
         return Assembly((Term("fresh", fresh),), base_delta=held(offer, mine))

@@ -98,10 +98,20 @@ class FSLoRA(Method):
     def begin(self, clients: Sequence[ClientInfo]) -> Whole:
         return Whole(self.setting.shared_draw())
 
-    def offer(self, state: Whole, round: int, client: ClientInfo) -> Whole:
+    def offer(
+        self,
+        state: Whole,
+        round: int,
+        client: ClientInfo,
+    ) -> Whole:
         return state
 
-    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[Sketched]]) -> Whole:
+    def aggregate(
+        self,
+        state: Whole,
+        round: int,
+        updates: Sequence[Update[Sketched]],
+    ) -> Whole:
         weights = shares(updates, self.options.weights)
         result: Adapter = {}
         for site, old in state.whole.items():
@@ -110,7 +120,11 @@ class FSLoRA(Method):
                 change, rows = update.content.change[site], update.content.indices
                 a[rows] += weight * change.A.double()
                 b[:, rows] += weight * change.B.double()
-            result[site] = Factors(a.to(old.A.dtype), b.to(old.B.dtype), old.scale)
+            result[site] = Factors(
+                a.to(old.A.dtype),
+                b.to(old.B.dtype),
+                old.scale,
+            )
         return Whole(result)
 
     def addend(self, content: Sketched, offer: Whole) -> Sketched:
@@ -128,12 +142,23 @@ class FSLoRA(Method):
         return Assembly((Term("global", state.whole),))
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Whole, mine: Mine, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Mine,
+        round: int,
+    ) -> Plan:
         sketch = self.sketch(offer.whole, self.mask(client, round))
         return [Step(Assembly((Term("sketch", sketch),)))]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Whole,
+        mine: Mine,
+        round: int,
     ) -> tuple[Sketched, Mine]:
         chosen = self.mask(client, round)
         start = self.sketch(offer.whole, chosen)
@@ -142,7 +167,12 @@ class FSLoRA(Method):
             change[site] = Change(end.A - start[site].A, end.B - start[site].B)
         return Sketched(change, chosen), mine
 
-    def personal(self, client: ClientInfo, offer: Whole, mine: Mine) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Mine,
+    ) -> Assembly:
         return Assembly((Term("global", offer.whole),))
 
     def mask(self, client: ClientInfo, round: int) -> list[int]:

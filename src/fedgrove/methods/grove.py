@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -41,8 +41,10 @@ from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.adapters.distance import Bs, between, layers_of
 from fedgrove.adapters.subspace import basis, principal_angle_distances
 from fedgrove.clustering.growth import grow
+from fedgrove.clustering.matrix import Matrix
 from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.methods import contract
 from fedgrove.methods.contract import ClientInfo, Method, Plan, Setting, Step, Trained, Update
 from fedgrove.methods.fed_plora import best, refuse_scales, training
@@ -174,13 +176,16 @@ class Grove(Method):
     State, Offer, Mine, Sent, Probed = GroveState, Path, Nothing, Modules, Changed
     Options: ClassVar[type[contract.Options]] = GroveOptions
 
-    def __init__(self, options: Any, setting: Setting):
+    def __init__(self, options: GroveOptions, setting: Setting):
         super().__init__(options, setting)
         self.layers = layers_of(setting.sites)
-        self.root_rank = round(setting.rank * options.root_share)
-        if 0 < options.root_share < 1:  # both have at least one module, where there are two
-            self.root_rank = min(max(self.root_rank, 1), max(1, setting.rank - 1))
-        self.root_rounds = _root_rounds(options, setting, self.root_rank)
+        share = options.root_share
+        rank = round(setting.rank * share)
+        if 0 < share < 1:  # both have at least one module, where there are two
+            most = max(1, setting.rank - 1)
+            rank = min(max(rank, 1), most)
+        self.root_rank = rank
+        self.root_rounds = _root_rounds(options, setting, rank)
 
     # ------------------------------------------------------------------ server
     def check(self, clients: Sequence[ClientInfo]) -> None:
@@ -199,23 +204,42 @@ class Grove(Method):
         """Modules of everybody's node before the growth: the root's, or all where it has none."""
         return self.root_rank or self.setting.rank
 
-    def offer(self, state: GroveState, round: int, client: ClientInfo) -> Path:
+    def offer(
+        self,
+        state: GroveState,
+        round: int,
+        client: ClientInfo,
+    ) -> Path:
         groups = state.groups.get(client.name)
         if state.tree is None or groups is None:
             return Path(state.root)
         return self._path(state, groups)
 
     def aggregate(
-        self, state: GroveState, round: int, updates: Sequence[Update[Modules]]
+        self,
+        state: GroveState,
+        round: int,
+        updates: Sequence[Update[Modules]],
     ) -> GroveState:
         evidence, trained = dict(state.evidence), dict(state.trained)
         for update in updates:
             name, content = update.client, update.content
             if name not in state.groups:
-                evidence[name] = self._seen(evidence.get(name, Evidence()), content, state.root)
-            trained[name] = _counted(trained.get(name), content.indices, self.setting.rank)
+                evidence[name] = self._seen(
+                    evidence.get(name, Evidence()),
+                    content,
+                    state.root,
+                )
+            trained[name] = _counted(
+                trained.get(name),
+                content.indices,
+                self.setting.rank,
+            )
         after = replace(
-            state, root=self._rooted(state, updates), evidence=evidence, trained=trained
+            state,
+            root=self._rooted(state, updates),
+            evidence=evidence,
+            trained=trained,
         )
         if state.tree is not None:
             after = replace(after, tree=self._branched(state, state.tree, updates))
@@ -224,7 +248,12 @@ class Grove(Method):
             return self._grown(after, round)
         return after
 
-    def welcome(self, state: GroveState, client: ClientInfo, probe: Changed | None) -> Path:
+    def welcome(
+        self,
+        state: GroveState,
+        client: ClientInfo,
+        probe: Changed | None,
+    ) -> Path:
         if probe is None or state.tree is None:
             return Path(state.root)
         groups = self._placed(state, Evidence(probe.change, probe.change, 2))
@@ -238,7 +267,7 @@ class Grove(Method):
             return None
         return Assembly((Term("path", state.root),))
 
-    def artefacts(self, state: GroveState) -> dict[str, Any]:
+    def artefacts(self, state: GroveState) -> Plain:
         """``grove.json``: the paths and who trained what of them."""
         if state.tree is None:
             return {}
@@ -247,7 +276,11 @@ class Grove(Method):
             groups: list[list[str]] = [[] for _ in range(layer.count)]
             for name, labels in sorted(state.groups.items()):
                 groups[labels[place]].append(name)
-            row = {"layer": layer.layer, "count": layer.count, "score": layer.score}
+            row = {
+                "layer": layer.layer,
+                "count": layer.count,
+                "score": layer.score,
+            }
             layers.append({**row, "groups": groups})
         return {
             "grove.json": {
@@ -262,13 +295,22 @@ class Grove(Method):
         }
 
     # ----------------------------------------------------------------- means of nodes
-    def _rooted(self, state: GroveState, updates: Sequence[Update[Modules]]) -> Adapter:
+    def _rooted(
+        self,
+        state: GroveState,
+        updates: Sequence[Update[Modules]],
+    ) -> Adapter:
         """The root after a round: the mean of each of its indices over everybody."""
         if state.tree is not None and self.root_rank == 0:
             return state.root
         return _mean([_within(u.content, 0, self._nodes_rank) for u in updates], state.root)
 
-    def _branched(self, state: GroveState, tree: Tree, updates: Sequence[Update[Modules]]) -> Tree:
+    def _branched(
+        self,
+        state: GroveState,
+        tree: Tree,
+        updates: Sequence[Update[Modules]],
+    ) -> Tree:
         """The branches after a round: the mean of each index over those of the group."""
         layers = []
         for place, layer in enumerate(tree.layers):
@@ -280,14 +322,23 @@ class Grove(Method):
             layers.append(replace(layer, branches=branches))
         return replace(tree, layers=layers)
 
-    def _group_mean(self, old: Adapter, members: Sequence[Update[Modules]]) -> Adapter:
+    def _group_mean(
+        self,
+        old: Adapter,
+        members: Sequence[Update[Modules]],
+    ) -> Adapter:
         """The mean over a group's members of the sites of one layer."""
         parts = [_within(u.content, self.root_rank, self.setting.rank) for u in members]
         own = [Modules({site: p.modules[site] for site in old}, p.indices) for p in parts]
         return _mean(own, old)
 
     # ------------------------------------------------------------------------ growth
-    def _seen(self, past: Evidence, content: Modules, start: Adapter) -> Evidence:
+    def _seen(
+        self,
+        past: Evidence,
+        content: Modules,
+        start: Adapter,
+    ) -> Evidence:
         """The evidence with one more training: what it changed, in the odd or in the even sum."""
         change: dict[str, Tensor] = {}
         for site, factors in content.modules.items():
@@ -295,35 +346,61 @@ class Grove(Method):
             B[:, content.indices] = factors.B - start[site].B[:, content.indices]
             change[site] = B
         if past.trainings % 2 == 0:
-            return replace(past, odd=_sum(past.odd, change), trainings=past.trainings + 1)
-        return replace(past, even=_sum(past.even, change), trainings=past.trainings + 1)
+            return replace(
+                past,
+                odd=_sum(past.odd, change),
+                trainings=past.trainings + 1,
+            )
+        return replace(
+            past,
+            even=_sum(past.even, change),
+            trainings=past.trainings + 1,
+        )
 
     def _grown(self, state: GroveState, round: int) -> GroveState:
         """The tree and its groups, from the clients that trained at least once."""
         names = sorted(state.evidence)
-        halves = [[_half(state.evidence[name], odd) for name in names] for odd in (True, False)]
-        first, second = (self._apart(half) for half in halves)
-        merges = merge_tree(np.mean([*first, *second], axis=0))
+        seen = [state.evidence[name] for name in names]
+        first = self._apart([_half(each, odd=True) for each in seen])
+        second = self._apart([_half(each, odd=False) for each in seen])
+        whole = np.mean([*first, *second], axis=0)
+        merges = merge_tree(whole)
         cuts = self._cuts(first, second, merges)
-        layers = [
-            self._layer(layer, cut, state.root)
-            for layer, cut in zip(self.layers, cuts, strict=True)
-        ]
+        layers: list[Layer] = []
+        for layer, cut in zip(self.layers, cuts, strict=True):
+            begun = self._layer(layer, cut, state.root)
+            layers.append(begun)
+        groups: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            groups[name] = [each.labels[row] for each in layers]
         tree = Tree(names, merges.tolist(), round, layers)
-        groups = {name: [each.labels[row] for each in layers] for row, name in enumerate(names)}
         return replace(state, tree=tree, groups=groups)
 
     def _cuts(
-        self, first: list[Any], second: list[Any], merges: np.ndarray[Any, np.dtype[np.float64]]
+        self,
+        first: list[Matrix],
+        second: list[Matrix],
+        merges: Matrix,
     ) -> list[LayerCut]:
         options = self.options
         if options.tau is not None:
             both = [(one + other) / 2 for one, other in zip(first, second, strict=True)]
             return layer_cuts(merges, both, options.tau, options.most)
         seed = self.setting.integer("grove", "growth")
-        return grow(first, second, level=options.level, most=options.most, seed=seed)
+        return grow(
+            first,
+            second,
+            level=options.level,
+            most=options.most,
+            seed=seed,
+        )
 
-    def _layer(self, layer: int, cut: LayerCut, root: Adapter) -> Layer:
+    def _layer(
+        self,
+        layer: int,
+        cut: LayerCut,
+        root: Adapter,
+    ) -> Layer:
         """A layer's groups, their modules as yet without effect.
 
         Where the root owns no module, groups go on from what everybody's node holds.
@@ -331,20 +408,34 @@ class Grove(Method):
         if self.root_rank == 0:
             start = root
         else:
-            start = _some(self.setting.shared_draw(), self.root_rank, self.setting.rank)
+            start = _some(
+                self.setting.shared_draw(),
+                self.root_rank,
+                self.setting.rank,
+            )
         own = {site: start[site] for site in self.layers[layer]}
-        return Layer(layer, cut.count, cut.score, cut.labels.tolist(), [own] * cut.count)
+        return Layer(
+            layer,
+            cut.count,
+            cut.score,
+            cut.labels.tolist(),
+            [own] * cut.count,
+        )
 
-    def _apart(self, clients: Sequence[Bs]) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
+    def _apart(self, clients: Sequence[Bs]) -> list[Matrix]:
         """Distances between the clients, for each layer [N, N]."""
         if self.options.evidence == "change":
-            common = {s: torch.stack([each[s] for each in clients]).mean(0) for s in clients[0]}
-            own = [{site: B - common[site] for site, B in each.items()} for each in clients]
-            return list(between(own, self.setting.sites, "cosine").numpy())
-        found = []
+            own = _without_common(clients)
+            by_layer = between(own, self.setting.sites, "cosine")
+            return list(by_layer.numpy())
+        found: list[Matrix] = []
         for sites in self.layers.values():
-            each = [principal_angle_distances([_span(c[s]) for c in clients]) for s in sites]
-            found.append(torch.stack(each).mean(0).numpy())
+            each: list[Tensor] = []
+            for site in sites:
+                spans = [_span(client[site]) for client in clients]
+                each.append(principal_angle_distances(spans))
+            mean = torch.stack(each).mean(0)
+            found.append(mean.numpy())
         return found
 
     def _placed(self, state: GroveState, evidence: Evidence) -> list[int]:
@@ -352,18 +443,22 @@ class Grove(Method):
         assert state.tree is not None
         known = [_both(state.evidence[name]) for name in state.tree.clients]
         rows = self._apart([_both(evidence), *known])
-        cuts = [
-            LayerCut(each.layer, each.count, each.score, np.array(each.labels, dtype=np.int64))
-            for each in state.tree.layers
-        ]
+        cuts: list[LayerCut] = []
+        for each in state.tree.layers:
+            labels = np.array(each.labels, dtype=np.int64)
+            cuts.append(LayerCut(each.layer, each.count, each.score, labels))
         merges = np.array(state.tree.merges, dtype=np.float64).reshape(-1, 4)
-        return descend(merges, cuts, np.mean([row[0, 1:] for row in rows], axis=0))
+        to_others = [row[0, 1:] for row in rows]
+        return descend(merges, cuts, np.mean(to_others, axis=0))
 
     def _joined(self, state: GroveState, names: Sequence[str]) -> GroveState:
         """The groups with those that trained without any."""
-        late = [name for name in names if name not in state.groups]
-        places = {name: self._placed(state, state.evidence[name]) for name in late}
-        return replace(state, groups=dict(sorted({**state.groups, **places}.items())))
+        groups = dict(state.groups)
+        for name in names:
+            if name not in groups:
+                groups[name] = self._placed(state, state.evidence[name])
+        in_order = dict(sorted(groups.items()))
+        return replace(state, groups=in_order)
 
     def _path(self, state: GroveState, groups: Sequence[int]) -> Path:
         """The modules from the root down to the groups, one group for each layer."""
@@ -380,7 +475,13 @@ class Grove(Method):
         return Path(ordered, first=self.root_rank)
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Path, mine: Nothing, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Path,
+        mine: Nothing,
+        round: int,
+    ) -> Plan:
         return [Step(training(offer.path, self._choose(client, offer, round)))]
 
     def report(
@@ -400,14 +501,29 @@ class Grove(Method):
             return None
         return [Step(Assembly((Term("path", offer.path),)))]
 
-    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Path) -> Changed:
+    def probe_report(
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Path,
+    ) -> Changed:
         after = trained[-1].adapter("path")
         return Changed({site: after[site].B - f.B for site, f in offer.path.items()})
 
-    def personal(self, client: ClientInfo, offer: Path, mine: Nothing) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Path,
+        mine: Nothing,
+    ) -> Assembly:
         return Assembly((Term("path", offer.path),))
 
-    def _choose(self, client: ClientInfo, offer: Path, round: int) -> list[int]:
+    def _choose(
+        self,
+        client: ClientInfo,
+        offer: Path,
+        round: int,
+    ) -> list[int]:
         """The indices that the client trains in this round: a uniform draw of its budget."""
         rank = next(iter(offer.path.values())).rank
         rng = self.setting.rng(round, client.name, "modules", "")  # Fed-PLoRA's draw
@@ -415,7 +531,11 @@ class Grove(Method):
         return [offer.first + index for index in best(score, client.rank, rng)]
 
 
-def _root_rounds(options: GroveOptions, setting: Setting, root_rank: int) -> int:
+def _root_rounds(
+    options: GroveOptions,
+    setting: Setting,
+    root_rank: int,
+) -> int:
     """Rounds of the root alone; all of them where nothing can grow. JobError where they are too
     many.
     """
@@ -431,17 +551,29 @@ def _root_rounds(options: GroveOptions, setting: Setting, root_rank: int) -> int
     return options.root_rounds
 
 
-def _some(adapter: Adapter, first: int, last: int) -> Adapter:
+def _some(
+    adapter: Adapter,
+    first: int,
+    last: int,
+) -> Adapter:
     """The modules first .. last - 1."""
     return select(adapter, list(range(first, last)))
 
 
 def _joint(root: Factors, branch: Factors) -> Factors:
     """Two nodes' modules of one site as one: A [R, in], B [out, R]."""
-    return Factors(torch.cat([root.A, branch.A]), torch.cat([root.B, branch.B], 1), root.scale)
+    return Factors(
+        torch.cat([root.A, branch.A]),
+        torch.cat([root.B, branch.B], 1),
+        root.scale,
+    )
 
 
-def _within(content: Modules, first: int, last: int) -> Modules:
+def _within(
+    content: Modules,
+    first: int,
+    last: int,
+) -> Modules:
     """Of what a client trained the indices first .. last - 1, counted from ``first``."""
     rows = [row for row, index in enumerate(content.indices) if first <= index < last]
     indices = [content.indices[row] - first for row in rows]
@@ -453,14 +585,26 @@ def _mean(parts: Sequence[Modules], old: Adapter) -> Adapter:
     held = [part for part in parts if part.indices]
     if not held:
         return old
-    return index_mean([part.modules for part in held], [part.indices for part in held], old)
+    return index_mean(
+        [part.modules for part in held],
+        [part.indices for part in held],
+        old,
+    )
 
 
-def _in(groups: Sequence[int] | None, place: int, group: int) -> bool:
+def _in(
+    groups: Sequence[int] | None,
+    place: int,
+    group: int,
+) -> bool:
     return groups is not None and groups[place] == group
 
 
-def _counted(past: Sequence[int] | None, indices: Sequence[int], rank: int) -> list[int]:
+def _counted(
+    past: Sequence[int] | None,
+    indices: Sequence[int],
+    rank: int,
+) -> list[int]:
     """How often each index was trained, one training more."""
     counts = list(past or [0] * rank)
     for index in indices:
@@ -468,7 +612,24 @@ def _counted(past: Sequence[int] | None, indices: Sequence[int], rank: int) -> l
     return counts
 
 
-def _sum(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_common(clients: Sequence[Bs]) -> list[dict[str, Tensor]]:
+    """The clients' changes of B, [out, R] by site, without the part that all have in common."""
+    common: dict[str, Tensor] = {}
+    for site in clients[0]:
+        every = torch.stack([each[site] for each in clients])
+        common[site] = every.mean(0)
+    own: list[dict[str, Tensor]] = []
+    for each in clients:
+        rest = {site: B - common[site] for site, B in each.items()}
+        own.append(rest)
+    return own
+
+
+def _sum(
+    one: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Changes of B, [out, R] by site, added up; ``one`` may have none yet."""
     if not one:
         return dict(other)
     return {site: B + other[site] for site, B in one.items()}

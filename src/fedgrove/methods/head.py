@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Extra
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import Offer, Step, Update
 
 PREFIX = "head."
@@ -31,14 +32,16 @@ class HeadPolicy:
 
     @property
     def travels(self) -> bool:
-        return self.mode == "shared" or (self.mode == "local" and self.newcomers)
+        if self.mode == "local":
+            return self.newcomers
+        return self.mode == "shared"
 
     # ------------------------------------------------------------------ client
     def attach(
         self,
         assembly: Assembly,
-        offer: Mapping[str, Any],
-        store: Mapping[str, Any],
+        offer: Given,
+        store: Given,
         train: bool = True,
     ) -> Assembly:
         """The assembly with this client's head as extras named ``head.*``."""
@@ -47,24 +50,41 @@ class HeadPolicy:
             home: Literal["server", "client"] = "server"
         else:
             home = "client"
-        extras = {
-            PREFIX + name: Extra(value, train=train and self.mode != "frozen", home=home, lr=None)
-            for name, value in head.items()
-        }
+        trains = train and self.mode != "frozen"
+        extras: dict[str, Extra] = {}
+        for name, value in head.items():
+            extras[PREFIX + name] = Extra(
+                value,
+                train=trains,
+                home=home,
+                lr=None,
+            )
         return assembly.with_extras(extras)
 
-    def step(self, step: Step, offer: Mapping[str, Any], store: Mapping[str, Any]) -> Step:
-        return replace(step, assembly=self.attach(step.assembly, offer, store, train=step.head))
+    def step(
+        self,
+        step: Step,
+        offer: Given,
+        store: Given,
+    ) -> Step:
+        assembly = self.attach(step.assembly, offer, store, train=step.head)
+        return replace(step, assembly=assembly)
 
     def after(self, assembly: Assembly) -> dict[str, Tensor]:
-        """The head out of a trained assembly."""
-        return {
-            n.removeprefix(PREFIX): e.value
-            for n, e in assembly.extras.items()
-            if n.startswith(PREFIX)
-        }
+        """The head out of a trained assembly, tensors ``[...]`` by name."""
+        head: dict[str, Tensor] = {}
+        for name, extra in assembly.extras.items():
+            if name.startswith(PREFIX):
+                own = name.removeprefix(PREFIX)
+                head[own] = extra.value
+        return head
 
-    def _current(self, offer: Mapping[str, Any], store: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    def _current(
+        self,
+        offer: Given,
+        store: Given,
+    ) -> Mapping[str, Tensor]:
+        """This client's head before it trains, tensors ``[...]`` by name."""
         if self.mode == "local" and "head" in store:
             head: Mapping[str, Tensor] = store["head"]
             return head
@@ -72,40 +92,51 @@ class HeadPolicy:
 
     # ------------------------------------------------------------------ server
     def offer(
-        self, head: Mapping[str, Tensor] | None, newcomer: bool
+        self,
+        head: Mapping[str, Tensor] | None,
+        newcomer: bool,
     ) -> Mapping[str, Tensor] | None:
-        """What goes down: the mean, each round where it is shared, once to a newcomer where heads
-        are local.
+        """What goes down: the mean, tensors ``[...]`` by name, each round where it is shared, once
+        to a newcomer where heads are local.
         """
-        if self.mode == "shared" or (self.mode == "local" and newcomer and self.newcomers):
+        if self.mode == "shared":
+            return head
+        awaited = newcomer and self.newcomers
+        if self.mode == "local" and awaited:
             return head
         return None
 
     def beside(
-        self, content: Offer, head: Mapping[str, Tensor] | None, *, newcomer: bool
-    ) -> dict[str, Any]:
-        """A whole offer: the method's part, and the head where one goes down."""
+        self,
+        content: Offer,
+        head: Mapping[str, Tensor] | None,
+        *,
+        newcomer: bool,
+    ) -> Plain:
+        """A whole offer: the method's part, and the head (tensors ``[...]`` by name) where one goes
+        down.
+        """
         offered = self.offer(head, newcomer)
         if offered:
             return {"method": content, "head": dict(offered)}
         return {"method": content}
 
     def aggregate(
-        self, head: Mapping[str, Tensor] | None, updates: Sequence[Update]
+        self,
+        head: Mapping[str, Tensor] | None,
+        updates: Sequence[Update],
     ) -> Mapping[str, Tensor] | None:
-        """The mean of the heads that arrived, weighted by examples."""
-        arrived = [
-            (update.examples, update.content["head"])
-            for update in updates
-            if "head" in update.content
-        ]
+        """The mean of the heads that arrived, tensors ``[...]`` by name, weighted by examples."""
+        arrived = [update for update in updates if "head" in update.content]
         if not self.travels or not arrived:
             return head
-        total = sum(examples for examples, _ in arrived)
-        return {
-            name: sum(
-                (h[name] * (examples / total) for examples, h in arrived[1:]),
-                arrived[0][1][name] * (arrived[0][0] / total),
-            )
-            for name in arrived[0][1]
-        }
+        total = sum(update.examples for update in arrived)
+        shares = [update.examples / total for update in arrived]
+        heads = [update.content["head"] for update in arrived]
+        mean: dict[str, Tensor] = {}
+        for name, first in heads[0].items():
+            value = first * shares[0]
+            for other, share in zip(heads[1:], shares[1:], strict=True):
+                value = value + other[name] * share
+            mean[name] = value
+        return mean

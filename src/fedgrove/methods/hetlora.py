@@ -20,16 +20,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter
+from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import mean, norm, pad, rescale, truncate
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -109,14 +110,19 @@ class PaddedMean:
         adapters = given.adapters
         if self.options.rescale == "B":
             adapters = [rescale(each, given.scale) for each in adapters]
+        name = given.name
         most = max(each.rank for each in given.factors)
-        whole = mean([pad(each, most) for each in adapters], given.weights)[given.name]
+        padded = [pad(each, most) for each in adapters]
+        whole = mean(padded, given.weights)[name]
         old = given.previous
         if old is not None and old.rank > most:  # what no client of the round holds stays
             A = torch.cat([whole.A, old.A[most:]])
             B = torch.cat([whole.B, old.B[:, most:]], 1)
             whole = replace(whole, A=A, B=B)
-        own = [truncate({given.name: whole}, each.rank)[given.name] for each in given.factors]
+        own: list[Factors] = []
+        for each in given.factors:
+            shorter = truncate({name: whole}, each.rank)
+            own.append(shorter[name])
         return Outcome(whole=whole, own=own)
 
 
@@ -152,13 +158,21 @@ class HETLoRA(Method):
         ranks = {client.name: client.rank for client in clients}
         return WholeAndRanks(self.setting.shared_draw(), ranks)
 
-    def offer(self, state: WholeAndRanks, round: int, client: ClientInfo) -> Whole:
+    def offer(
+        self,
+        state: WholeAndRanks,
+        round: int,
+        client: ClientInfo,
+    ) -> Whole:
         first = truncate(state.whole, state.ranks.get(client.name, client.rank))
         # A pruned client keeps the scale of the rank that it began with.
         return Whole(rescale(first, self.setting.scale(client.rank)))
 
     def aggregate(
-        self, state: WholeAndRanks, round: int, updates: Sequence[Update[OneAdapter]]
+        self,
+        state: WholeAndRanks,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
     ) -> WholeAndRanks:
         arrivals = self._arrivals(updates, state.whole)
         ranks = dict(state.ranks)
@@ -174,7 +188,9 @@ class HETLoRA(Method):
         return self.Rule(self.options, Round(self.setting.sites))
 
     def _arrivals(
-        self, updates: Sequence[Update[OneAdapter]], previous: Adapter | None = None
+        self,
+        updates: Sequence[Update[OneAdapter]],
+        previous: Adapter | None = None,
     ) -> Arrivals:
         adapters = [update.content.adapter for update in updates]
         weights = shares(updates, self.options.weights)
@@ -183,17 +199,28 @@ class HETLoRA(Method):
     def global_assembly(self, state: WholeAndRanks) -> Assembly:
         return Assembly((Term("global", state.whole),))
 
-    def artefacts(self, state: WholeAndRanks) -> dict[str, Any]:
+    def artefacts(self, state: WholeAndRanks) -> Plain:
         """``ranks.json``: each client's rank, as pruned so far."""
         return {"ranks.json": dict(state.ranks)}
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Whole, mine: Mine, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Mine,
+        round: int,
+    ) -> Plan:
         penalty = self.tail_penalty(rank_of(offer.whole))
         return [Step(self.personal(client, offer, mine), penalty=penalty)]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Mine, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Whole,
+        mine: Mine,
+        round: int,
     ) -> tuple[OneAdapter, Mine]:
         adapter = trained[-1].adapter("global")
         kept = self.kept(rank_of(adapter))
@@ -204,19 +231,27 @@ class HETLoRA(Method):
                 adapter = truncate(adapter, kept)
         return OneAdapter(adapter), mine
 
-    def personal(self, client: ClientInfo, offer: Whole, mine: Mine) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Mine,
+    ) -> Assembly:
         return Assembly((Term("global", offer.whole),))
 
     def kept(self, rank: int) -> int:
         """The rank that a pruning leaves of ``rank``."""
         # In tenths of a millionth: 0.7 * 10 is 7, though its floating-point product may be less.
-        return min(rank, max(self.options.r_min, math.floor(self.options.gamma * rank + 1e-7)))
+        share = math.floor(self.options.gamma * rank + 1e-7)
+        least = max(self.options.r_min, share)
+        return min(rank, least)
 
     def tail_penalty(self, rank: int) -> Callable[[Live], Tensor] | None:
-        """What is added to the loss of a client of rank ``rank``; None where nothing can be
-        pruned.
+        """What is added to the loss of a client of rank ``rank``, a scalar ``[]``; None where
+        nothing can be pruned.
         """
-        kept, lam = self.kept(rank), self.options.lam
+        kept = self.kept(rank)
+        lam = self.options.lam
         if self.options.variant == "reduced" or kept == rank or lam == 0:
             return None
         return lambda live: lam * tail_size(live.terms["global"], kept)
@@ -224,7 +259,11 @@ class HETLoRA(Method):
 
 def tail_size(adapter: Adapter, kept: int) -> Tensor:
     """``||B[:, kept:]|| ||A[kept:, :]||`` summed over the sites, [] (a scalar)."""
-    sizes = [f.B[:, kept:].norm() * f.A[kept:].norm() for f in adapter.values()]
+    sizes: list[Tensor] = []
+    for factors in adapter.values():
+        columns = factors.B[:, kept:]
+        rows = factors.A[kept:]
+        sizes.append(columns.norm() * rows.norm())
     return torch.stack(sizes).sum()
 
 

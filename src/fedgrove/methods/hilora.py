@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from statistics import mean
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, Strict, model_validator
@@ -43,6 +43,7 @@ from fedgrove.adapters.subspace import (
 )
 from fedgrove.clustering.spectral import Clusters, match, spectral
 from fedgrove.ground.errors import AdapterError, JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import (
     ClientInfo,
     Live,
@@ -164,22 +165,35 @@ class ClusterMeans:
         if self.distances is None:
             raise AdapterError("No site was compared: look at every site before the first mean.")
         options = self.options
-        return spectral(self.distances.numpy(), options.k_min, options.k_max, self.round.seed)
+        return spectral(
+            self.distances.numpy(),
+            options.k_min,
+            options.k_max,
+            self.round.seed,
+        )
 
     def site(self, given: Arrived) -> Outcome:
         own = list(given.factors)
+        labels = self.found.labels.tolist()
         for label in range(self.found.k):
-            members = [n for n, each in enumerate(self.found.labels.tolist()) if each == label]
+            members = [n for n, each in enumerate(labels) if each == label]
             most = max(given.factors[n].rank for n in members)
             common = self._mean(given, members, most)
             for n in members:
-                own[n] = leading(common, own[n].rank, own[n].scale, split_of(self.options))
-        return Outcome(self._mean(given, range(len(own)), given.rank), own)
+                own[n] = leading(
+                    common,
+                    own[n].rank,
+                    own[n].scale,
+                    split_of(self.options),
+                )
+        everybody = range(len(own))
+        whole = self._mean(given, everybody, given.rank)
+        return Outcome(whole, own)
 
     def notes(self) -> list[str]:
         return [f"Clusters: {self.found.k}."]
 
-    def artefacts(self, clients: Sequence[str]) -> dict[str, Any]:
+    def artefacts(self, clients: Sequence[str]) -> Plain:
         content = {
             "clients": list(clients),
             "labels": self.found.labels.tolist(),
@@ -189,7 +203,12 @@ class ClusterMeans:
         }
         return {"clusters.json": content}
 
-    def _mean(self, given: Arrived, members: Sequence[int], rank: int) -> Factors:
+    def _mean(
+        self,
+        given: Arrived,
+        members: Sequence[int],
+        rank: int,
+    ) -> Factors:
         return truncated(
             [given.factors[n] for n in members],
             [given.weights[n] for n in members],
@@ -298,7 +317,7 @@ class HiLoRA(Method):
     Options = HiLoRAOptions
     Rule: ClassVar[type[ServerRule]] = ClusterMeans
 
-    def __init__(self, options: Any, setting: Setting):
+    def __init__(self, options: HiLoRAOptions, setting: Setting):
         super().__init__(options, setting)
         smallest = min(min(site.in_features, site.out_features) for site in setting.sites.values())
         if options.tier_ranks is not None and max(options.tier_ranks) > smallest:
@@ -319,7 +338,12 @@ class HiLoRA(Method):
     def begin(self, clients: Sequence[ClientInfo]) -> HiLoRAState:
         return HiLoRAState("root", 1, self.lengths["root"], dict(self.lengths))
 
-    def offer(self, state: HiLoRAState, round: int, client: ClientInfo) -> Tiers:
+    def offer(
+        self,
+        state: HiLoRAState,
+        round: int,
+        client: ClientInfo,
+    ) -> Tiers:
         holds = state.holds.get(client.name, [])
         offer = Tiers(state.tier)
         if state.root is not None and "root" not in holds:
@@ -335,7 +359,10 @@ class HiLoRA(Method):
         return replace(offer, cluster=self._cut(cluster, "cluster", client))
 
     def aggregate(
-        self, state: HiLoRAState, round: int, updates: Sequence[Update[Upload]]
+        self,
+        state: HiLoRAState,
+        round: int,
+        updates: Sequence[Update[Upload]],
     ) -> HiLoRAState:
         if state.tier == "root":
             state = self._root(state, updates)
@@ -345,13 +372,18 @@ class HiLoRA(Method):
             return self._advance(state, round)
         return state
 
-    def welcome(self, state: HiLoRAState, client: ClientInfo, probe: Probe | None) -> Tiers:
+    def welcome(
+        self,
+        state: HiLoRAState,
+        client: ClientInfo,
+        probe: Probe | None,
+    ) -> Tiers:
         offer = self.offer(state, self.setting.rounds + 1, client)
         if probe is None or not offer.place or not any(state.clusters):
             return offer
         winner, scores = self._closest(state.clusters, probe.B)
         cluster = self._cut(state.clusters[winner] or {}, "cluster", client)
-        listed = ", ".join("untrained" if score is None else f"{score:.3f}" for score in scores)
+        listed = ", ".join(_score_in_words(score) for score in scores)
         placed = f"cluster {winner} of {len(scores)} (mean cos² with each: {listed})"
         return replace(offer, place=False, cluster=cluster, placed=placed)
 
@@ -361,7 +393,7 @@ class HiLoRA(Method):
             return None
         return Assembly((Term("root", state.root),))
 
-    def artefacts(self, state: HiLoRAState) -> dict[str, Any]:
+    def artefacts(self, state: HiLoRAState) -> Plain:
         """``clusters.json``: who is with whom and why, and how much of the root each cluster's
         subspace has, by layer.
         """
@@ -400,7 +432,11 @@ class HiLoRA(Method):
         sizes = [site.out_features for site in self.setting.sites.values()]
         return max(self._full(one), self._full(other)) / mean(sizes)
 
-    def _root(self, state: HiLoRAState, updates: Sequence[Update[Upload]]) -> HiLoRAState:
+    def _root(
+        self,
+        state: HiLoRAState,
+        updates: Sequence[Update[Upload]],
+    ) -> HiLoRAState:
         """The root tier after a round."""
         before, after = state.root, self._mean(updates, "root")
         ema = dict(state.ema)
@@ -411,7 +447,12 @@ class HiLoRA(Method):
         step = None
         if before is not None:
             step = product_norm(subtract_products(after, before)) / (product_norm(before) + 1e-12)
-        return replace(state, root=after, ema=ema, steps=[*state.steps, step])
+        return replace(
+            state,
+            root=after,
+            ema=ema,
+            steps=[*state.steps, step],
+        )
 
     def _settled(self, state: HiLoRAState) -> bool:
         """Whether the root tier may end early, in favour of the tiers below."""
@@ -421,7 +462,12 @@ class HiLoRA(Method):
         step = state.steps[-1]
         return step is not None and step <= float(self.options.tau_rel)
 
-    def _follow(self, past: Tensors | None, adapter: Adapter, start: Adapter | None) -> Tensors:
+    def _follow(
+        self,
+        past: Tensors | None,
+        adapter: Adapter,
+        start: Adapter | None,
+    ) -> Tensors:
         """``B̄ ← λ B̄ + (1 − λ) B / ‖B‖`` per site, from zero; ``B`` or its change since the start
         of the round, all [out, r].
         """
@@ -430,7 +476,12 @@ class HiLoRA(Method):
         for site, factors in adapter.items():
             B = factors.B.double()
             if self.options.basis == "B - B_start" and start is not None:
-                begun = leading(start[site], factors.rank, factors.scale, split_of(self.options))
+                begun = leading(
+                    start[site],
+                    factors.rank,
+                    factors.scale,
+                    split_of(self.options),
+                )
                 B = B - begun.B.double()
             now = (1 - weight) * B / B.norm().clamp_min(torch.finfo(B.dtype).tiny)
             if past is not None:
@@ -455,7 +506,11 @@ class HiLoRA(Method):
         clusters: list[Adapter | None] = [None] * found.k
         return replace(state, labels=labels, clusters=clusters, grouping=grouping)
 
-    def _below(self, state: HiLoRAState, updates: Sequence[Update[Upload]]) -> HiLoRAState:
+    def _below(
+        self,
+        state: HiLoRAState,
+        updates: Sequence[Update[Upload]],
+    ) -> HiLoRAState:
         """Cluster tier: the mean within each cluster. Leaf tier: nothing arrives. In both,
         latecomers are placed.
         """
@@ -474,7 +529,13 @@ class HiLoRA(Method):
             if probe is not None and any(clusters):
                 labels[update.client] = self._closest(clusters, probe.B)[0]
                 late.append(update.client)
-        return replace(state, labels=labels, holds=holds, clusters=clusters, late=late)
+        return replace(
+            state,
+            labels=labels,
+            holds=holds,
+            clusters=clusters,
+            late=late,
+        )
 
     def _advance(self, state: HiLoRAState, round: int) -> HiLoRAState:
         """The next tier, where there is one. Rounds that an early stop saved go to the tiers that
@@ -488,7 +549,10 @@ class HiLoRA(Method):
         if round < state.until:
             wanted = [self.options.fractions[TIERS.index(name)] for name in later]
             again = tier_lengths(self.setting.rounds - round, wanted)
-            lengths = {**lengths, **dict(zip(later, again, strict=True))}
+            lengths = {
+                **lengths,
+                **dict(zip(later, again, strict=True)),
+            }
         if tier == "root" and later[0] == "cluster":
             state = self._group(state)
         return replace(
@@ -501,7 +565,11 @@ class HiLoRA(Method):
             ema={},
         )
 
-    def _mean(self, updates: Sequence[Update[Upload]], tier: str) -> Adapter:
+    def _mean(
+        self,
+        updates: Sequence[Update[Upload]],
+        tier: str,
+    ) -> Adapter:
         """``Σ p_i s_i B_i A_i`` truncated to the tier's full rank."""
         rank = self._full(tier)
         return product_mean(
@@ -513,7 +581,9 @@ class HiLoRA(Method):
         )
 
     def _closest(
-        self, clusters: Sequence[Adapter | None], B: Tensors
+        self,
+        clusters: Sequence[Adapter | None],
+        B: Tensors,
     ) -> tuple[int, list[float | None]]:
         """The trained cluster whose subspace is closest to a probe's B, by site [out, r], and the
         score of each.
@@ -532,7 +602,13 @@ class HiLoRA(Method):
         return trained[winner], listed
 
     # ------------------------------------------------------------------ client
-    def plan(self, client: ClientInfo, offer: Tiers, mine: Kept, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Tiers,
+        mine: Kept,
+        round: int,
+    ) -> Plan:
         if offer.place:
             return self._probing(client, offer, mine)
         return [Step(self.personal(client, offer, mine), penalty=self.penalty(client, offer, mine))]
@@ -561,11 +637,21 @@ class HiLoRA(Method):
             return None
         return self._probing(client, offer, Kept())
 
-    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Tiers) -> Probe:
+    def probe_report(
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Tiers,
+    ) -> Probe:
         cluster = trained[-1].adapter("cluster")
         return Probe({site: factors.B for site, factors in cluster.items()})
 
-    def personal(self, client: ClientInfo, offer: Tiers, mine: Kept) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Tiers,
+        mine: Kept,
+    ) -> Assembly:
         names = ["root"]
         if self.lengths["cluster"] and offer.tier != "root" and not offer.place:
             names.append("cluster")
@@ -575,10 +661,20 @@ class HiLoRA(Method):
         terms = [self._term(name, client, offer, mine, train=name == tier) for name in names]
         return Assembly(tuple(terms))
 
-    def penalty(self, client: ClientInfo, offer: Tiers, mine: Kept) -> Penalty | None:
+    def penalty(
+        self,
+        client: ClientInfo,
+        offer: Tiers,
+        mine: Kept,
+    ) -> Penalty | None:
         return self._penalty(self.personal(client, offer, mine), offer.tier)
 
-    def client_artefacts(self, client: ClientInfo, offer: Tiers, mine: Kept) -> dict[str, Any]:
+    def client_artefacts(
+        self,
+        client: ClientInfo,
+        offer: Tiers,
+        mine: Kept,
+    ) -> Plain:
         """For ``clusters.json``: how much of each frozen tier the leaf spans, by layer."""
         own = reveal(mine)
         if own.root is None or own.cluster is None or own.leaf is None:
@@ -590,20 +686,41 @@ class HiLoRA(Method):
             found[f"{name}-leaf"] = {client.name: overlap}
         return {"clusters.json": {"overlap": found}}
 
-    def _probing(self, client: ClientInfo, offer: Tiers, mine: Kept) -> list[Step]:
+    def _probing(
+        self,
+        client: ClientInfo,
+        offer: Tiers,
+        mine: Kept,
+    ) -> list[Step]:
         """A fresh adapter on ``W0 + root``, as any client trains it in the first round of the
         cluster tier.
         """
-        root = self._term("root", client, offer, mine, train=False)
+        root = self._term(
+            "root",
+            client,
+            offer,
+            mine,
+            train=False,
+        )
         assembly = Assembly((root, Term("cluster", self._draw("cluster", client))))
         penalty = self._penalty(assembly, "cluster")
         return [Step(assembly, penalty=penalty, share=self.options.probe)]
 
     def _term(
-        self, name: str, client: ClientInfo, offer: Tiers, mine: Kept, *, train: bool
+        self,
+        name: str,
+        client: ClientInfo,
+        offer: Tiers,
+        mine: Kept,
+        *,
+        train: bool,
     ) -> Term:
         """A tier as the client holds it, else as it was offered, else as the shared draw."""
-        held = {"root": mine.root, "cluster": mine.cluster, "leaf": mine.leaf}
+        held = {
+            "root": mine.root,
+            "cluster": mine.cluster,
+            "leaf": mine.leaf,
+        }
         came = {"root": offer.root, "cluster": offer.cluster}
         adapter = held[name]
         if adapter is None:
@@ -618,7 +735,10 @@ class HiLoRA(Method):
         """``γ ‖B_frozenᵀ B‖²`` over the tiers above, summed over sites; ``B_frozen``
         orthonormal.
         """
-        gammas = {"root": self.options.gamma_c, "cluster": self.options.gamma_l}
+        gammas = {
+            "root": self.options.gamma_c,
+            "cluster": self.options.gamma_l,
+        }
         frozen: dict[str, Tensors] = {}
         for term in assembly.terms:
             if not term.train and gammas.get(term.name, 0.0) > 0:
@@ -675,10 +795,19 @@ class HiLoRA(Method):
         scale = self.setting.scale(rank)
         drawn: Adapter = {}
         for site, whole in fresh(self.setting.sites, self._full(tier), 1.0, rng).items():
-            drawn[site] = Factors(whole.A[:rank].clone(), whole.B[:, :rank].clone(), scale)
+            drawn[site] = Factors(
+                whole.A[:rank].clone(),
+                whole.B[:, :rank].clone(),
+                scale,
+            )
         return drawn
 
-    def _cut(self, adapter: Adapter, tier: str, client: ClientInfo) -> Adapter:
+    def _cut(
+        self,
+        adapter: Adapter,
+        tier: str,
+        client: ClientInfo,
+    ) -> Adapter:
         """The best part of a tier that the client's rank allows, at the client's scale."""
         rank = self._rank(tier, client)
         scale, split = self.setting.scale(rank), split_of(self.options)
@@ -701,13 +830,22 @@ def tier_lengths(rounds: int, fractions: Sequence[float]) -> list[int]:
     total = math.fsum(fractions)
     quotas = [rounds * share / total for share in fractions]
     lengths = [int(quota + 1e-9) for quota in quotas]
-    by_remainder = sorted(
-        wanted, key=lambda number: (-round(quotas[number] - lengths[number], 9), number)
-    )
-    for number in by_remainder[: rounds - sum(lengths)]:
+    remainders: list[tuple[float, int]] = []
+    for number in wanted:
+        left = quotas[number] - lengths[number]
+        remainders.append((-round(left, 9), number))
+    missing = rounds - sum(lengths)
+    for _, number in sorted(remainders)[:missing]:
         lengths[number] += 1
     for number in wanted:
         if lengths[number] == 0:
-            lengths[max(wanted, key=lambda other: lengths[other])] -= 1
+            longest = max(wanted, key=lambda other: lengths[other])
+            lengths[longest] -= 1
             lengths[number] = 1
     return lengths
+
+
+def _score_in_words(score: float | None) -> str:
+    if score is None:
+        return "untrained"
+    return f"{score:.3f}"

@@ -25,11 +25,21 @@ class Local(Method):
     State, Offer, Mine, Sent = Nothing, Nothing, Own, Nothing
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Nothing, mine: Own, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Nothing,
+        mine: Own,
+        round: int,
     ) -> tuple[Nothing, Own]:
         return Nothing(), Own(trained[-1].adapter("own"))
 
-    def personal(self, client: ClientInfo, offer: Nothing, mine: Own) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Nothing,
+        mine: Own,
+    ) -> Assembly:
         if mine.own is None:
             own = self.setting.shared_draw(client.rank)
         else:

@@ -57,7 +57,13 @@ class PF2LoRA(FedIT):
         "its server averages the clients' shared adapters as fedit does; aggregate those with fedit"
     )
 
-    def plan(self, client: ClientInfo, offer: Whole, mine: Own, round: int) -> Plan:
+    def plan(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Own,
+        round: int,
+    ) -> Plan:
         share = self.options.private_share
         shared = Term("global", offer.whole)
         if not share:
@@ -69,13 +75,23 @@ class PF2LoRA(FedIT):
         ]
 
     def report(
-        self, client: ClientInfo, trained: Sequence[Trained], offer: Whole, mine: Own, round: int
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Whole,
+        mine: Own,
+        round: int,
     ) -> tuple[OneAdapter, Own]:
         if self.options.private_share:
             mine = Own(trained[0].adapter("own"))
         return OneAdapter(trained[-1].adapter("global")), mine
 
-    def personal(self, client: ClientInfo, offer: Whole, mine: Own) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Whole,
+        mine: Own,
+    ) -> Assembly:
         shared = Term("global", offer.whole)
         if not self.options.private_share:
             return Assembly((shared,))

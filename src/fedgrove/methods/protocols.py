@@ -9,11 +9,12 @@ stands in ``contract``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from fedgrove.adapters.adapter import Adapter
 from fedgrove.adapters.algebra import Indices
 from fedgrove.adapters.assembly import Assembly, Mix
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
@@ -50,7 +51,7 @@ class Summable(Protocol):
 class Counted(Protocol):
     """A sum that is not divided by the number of clients alone."""
 
-    def divisors(self, contents: Sequence[Sent]) -> Mapping[str, Any]:
+    def divisors(self, contents: Sequence[Sent]) -> Given:
         """What the sum is divided by, a number for each number of ``addend``."""
 
 
@@ -77,7 +78,11 @@ def needs_each(method: Method) -> str:
     return "" if isinstance(method, Summable) else EACH
 
 
-def addend(method: Method, content: Sent, offer: Offer) -> Sent:
+def addend(
+    method: Method,
+    content: Sent,
+    offer: Offer,
+) -> Sent:
     """An update's content as it adds up; of a method that sums nothing, as it is."""
     return method.addend(content, offer) if isinstance(method, Summable) else content
 
@@ -125,7 +130,12 @@ class Probes(Protocol):
     def probe(self, client: ClientInfo, offer: Offer) -> Plan | None:
         """Those steps; None where this offer needs no placing."""
 
-    def probe_report(self, client: ClientInfo, trained: Sequence[Trained], offer: Offer) -> Probed:
+    def probe_report(
+        self,
+        client: ClientInfo,
+        trained: Sequence[Trained],
+        offer: Offer,
+    ) -> Probed:
         """What the probe sends up."""
 
 
@@ -155,7 +165,12 @@ class HasGlobal(Protocol):
 class Penalised(Protocol):
     """Local fine-tuning of ``personal`` adds something to the loss."""
 
-    def penalty(self, client: ClientInfo, offer: Offer, mine: Mine) -> Penalty | None:
+    def penalty(
+        self,
+        client: ClientInfo,
+        offer: Offer,
+        mine: Mine,
+    ) -> Penalty | None:
         """What it adds; None for nothing."""
 
 
@@ -234,7 +249,7 @@ def averages_factors(method: Method) -> bool:
 class ServerArtefacts(Protocol):
     """The server has something to show after a run."""
 
-    def artefacts(self, state: State) -> dict[str, Any]:
+    def artefacts(self, state: State) -> Plain:
         """Plain data by file name, written into the run directory at the end."""
 
 
@@ -242,7 +257,12 @@ class ServerArtefacts(Protocol):
 class ClientArtefacts(Protocol):
     """A client has something to show that is private to it."""
 
-    def client_artefacts(self, client: ClientInfo, offer: Offer, mine: Mine) -> dict[str, Any]:
+    def client_artefacts(
+        self,
+        client: ClientInfo,
+        offer: Offer,
+        mine: Mine,
+    ) -> Plain:
         """Plain data by file name, for the client's own eyes.
 
         The local engine, which simulates all clients, merges it into the artefact of that name,

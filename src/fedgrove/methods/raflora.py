@@ -40,16 +40,24 @@ class TruncatedPartitions:
     needs: ClassVar[Needs] = Needs(rank=True, previous=True, by_index="first", options=("split",))
 
     def site(self, given: Arrived) -> Outcome:
-        old = given.old(max(each.rank for each in given.factors))
-        ideal = partition_mean(given.adapters, given.weights, {given.name: old})[given.name]
-        most = max(given.rank, *(each.rank for each in given.factors))
+        name = given.name
+        largest = max(each.rank for each in given.factors)
+        old = given.old(largest)
+        means = partition_mean(given.adapters, given.weights, {name: old})
         side = self.options.side
-        best = truncated([ideal], None, most, given.scale, side, given.start, given.name)
-        best = best.map(lambda value: value.to(old.A.dtype))
-        return Outcome(
-            whole=leading(best, given.rank, given.scale, side),
-            own=[leading(best, each.rank, each.scale, side) for each in given.factors],
+        best = truncated(
+            [means[name]],
+            None,
+            max(given.rank, largest),
+            given.scale,
+            side,
+            given.start,
+            name,
         )
+        best = best.map(lambda value: value.to(old.A.dtype))
+        whole = leading(best, given.rank, given.scale, side)
+        own = [leading(best, each.rank, each.scale, side) for each in given.factors]
+        return Outcome(whole=whole, own=own)
 
 
 class RaFLoRA(Truncations):
@@ -58,7 +66,12 @@ class RaFLoRA(Truncations):
     paper = "arXiv 2602.13486"
     Rule: ClassVar[type[ServerRule]] = TruncatedPartitions
 
-    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+    def aggregate(
+        self,
+        state: Whole,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
+    ) -> Whole:
         adapters = [update.content.adapter for update in updates]
         rank = next(iter(state.whole.values())).rank
         arrivals = Arrivals(
@@ -78,7 +91,9 @@ class RaFLoRA(Truncations):
 
 
 def partition_mean(
-    adapters: Sequence[Adapter], weights: Sequence[float], previous: Adapter
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    previous: Adapter,
 ) -> Adapter:
     """``sum_j sum_{i: r_i > j} w_ij s_i B_i[:, j] A_i[j]``, weights normalised over the owners of
     each index, float64.
@@ -94,8 +109,17 @@ def partition_mean(
         rows = [torch.arange(adapter[site].rank) for adapter in adapters]
         portions = index_shares(rows, weights, old.rank)
         for part, adapter, portion in zip(parts, adapters, portions, strict=True):
-            f = adapter[site]
-            part[site] = replace(f, A=f.A.double(), B=f.B.double() * portion.to(f.B.device))
+            factors = adapter[site]
+            there = portion.to(factors.B.device)
+            part[site] = replace(
+                factors,
+                A=factors.A.double(),
+                B=factors.B.double() * there,
+            )
         owned = max(adapter[site].rank for adapter in adapters)
-        rest[site] = Factors(old.A[owned:], old.B[:, owned:], old.scale)
+        rest[site] = Factors(
+            old.A[owned:],
+            old.B[:, owned:],
+            old.scale,
+        )
     return concat([*parts, widen(rest)])

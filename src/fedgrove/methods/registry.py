@@ -22,7 +22,13 @@ def _base() -> type[Any]:
 
 
 GROUP = "fedgrove.methods"
-METHODS: Registry[Method] = Registry("method", "method.name", GROUP, "fedgrove.methods", _base)
+METHODS: Registry[Method] = Registry(
+    "method",
+    "method.name",
+    GROUP,
+    "fedgrove.methods",
+    _base,
+)
 
 register = METHODS.register
 catalogue = METHODS.catalogue

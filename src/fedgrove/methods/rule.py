@@ -17,9 +17,10 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Factors, Site
+from fedgrove.adapters.adapter import Adapter, Factors, Site, Sites
 from fedgrove.adapters.algebra import Indices, check, pad
 from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import Setting
 
 
@@ -27,7 +28,7 @@ from fedgrove.methods.contract import Setting
 class Round:
     """What a rule knows before it sees any factors."""
 
-    sites: Mapping[str, Site]  # shallow to deep
+    sites: Sites  # shallow to deep
     number: int = 1  # of the round, from 1
     seed: int = 0
 
@@ -134,7 +135,7 @@ class Finds(Protocol):
     def notes(self) -> list[str]:
         """What the user should know, in sentences."""
 
-    def artefacts(self, clients: Sequence[str]) -> dict[str, Any]:
+    def artefacts(self, clients: Sequence[str]) -> Plain:
         """Plain data by file name; ``clients``: their names."""
 
 
@@ -184,7 +185,9 @@ class Combined:
 
 
 def prepared(
-    rule: ServerRule, arrivals: Iterable[Arrived], weights: Sequence[float]
+    rule: ServerRule,
+    arrivals: Iterable[Arrived],
+    weights: Sequence[float],
 ) -> Sequence[float]:
     """Do the first pass, where the rule has one; gives the weights that it takes."""
     if isinstance(rule, FirstPass):

@@ -86,8 +86,12 @@ class Sigmoids(Mix):
     """Each term with the weight ``sigmoid(w)``, w being the extra ``fusion.<term>.<site>``."""
 
     def weigh(self, at: Junction) -> Sequence[float | Tensor]:
-        """As in Mix, a scalar each."""
-        return [torch.sigmoid(at.extras[_weight(term, at.site.name)]) for term in at.terms]
+        """As in Mix, a scalar ``[]`` each."""
+        weights: list[Tensor] = []
+        for term in at.terms:
+            logit = at.extras[_weight(term, at.site.name)]
+            weights.append(torch.sigmoid(logit))
+        return weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +128,21 @@ class SDFLoRA(Method):
     def begin(self, clients: Sequence[ClientInfo]) -> Whole:
         return Whole(self.setting.shared_draw())
 
-    def offer(self, state: Whole, round: int, client: ClientInfo) -> Shared:
+    def offer(
+        self,
+        state: Whole,
+        round: int,
+        client: ClientInfo,
+    ) -> Shared:
         first = truncate(state.whole, client.rank)
         return Shared(rescale(first, self.setting.scale(client.rank)))
 
-    def aggregate(self, state: Whole, round: int, updates: Sequence[Update[OneAdapter]]) -> Whole:
+    def aggregate(
+        self,
+        state: Whole,
+        round: int,
+        updates: Sequence[Update[OneAdapter]],
+    ) -> Whole:
         adapters = [update.content.adapter for update in updates]
         rank = self.setting.rank
         weights = shares(updates, self.options.weights)
@@ -151,33 +165,54 @@ class SDFLoRA(Method):
         if self.options.dp_clip:
             clip = self.options.dp_clip
             noise = self.setting.rng(round, client.name, "noise")
-            after = clipped(offer.shared, after, clip, self.options.dp_noise * clip, noise)
+            after = clipped(
+                offer.shared,
+                after,
+                clip,
+                self.options.dp_noise * clip,
+                noise,
+            )
         fusion = {name: last.extra(name) for name in self._starts()}
         return OneAdapter(after), Private(last.adapter("own"), fusion)
 
-    def personal(self, client: ClientInfo, offer: Shared, mine: Private) -> Assembly:
+    def personal(
+        self,
+        client: ClientInfo,
+        offer: Shared,
+        mine: Private,
+    ) -> Assembly:
         own = mine.own or self._fresh(client)
         terms = (Term("shared", offer.shared), Term("own", own, home="client"))
         if self.options.fusion == "sum":
             return Assembly(terms)
         values = mine.fusion or self._starts()
-        return Assembly(terms, Sigmoids(), {name: Extra(value) for name, value in values.items()})
+        return Assembly(
+            terms,
+            Sigmoids(),
+            {name: Extra(value) for name, value in values.items()},
+        )
 
     def _starts(self) -> dict[str, Tensor]:
-        """The weights of a client that has trained none, scalars; empty where the terms add up."""
+        """The weights of a client that has trained none, scalars ``[]``; empty where the terms add
+        up.
+        """
+        starts: dict[str, Tensor] = {}
         if self.options.fusion == "sum":
-            return {}
-        return {
-            _weight(term, site): torch.tensor(start)
-            for site in self.setting.sites
-            for term, start in FUSION_STARTS.items()
-        }
+            return starts
+        for site in self.setting.sites:
+            for term, start in FUSION_STARTS.items():
+                name = _weight(term, site)
+                starts[name] = torch.tensor(start)
+        return starts
 
     def _fresh(self, client: ClientInfo) -> Adapter:
         rank = self.options.private_rank or client.rank
         # The shared module's scale, whatever the private rank: one learning rate fits both.
         return fresh(
-            self.setting.sites, rank, self.setting.scale(client.rank), self.setting.rng("private")
+            self.setting.sites,
+            rank,
+            self.setting.scale(client.rank),
+            self.setting.rng("private"),
         )
 
 
@@ -186,7 +221,11 @@ def _weight(term: str, site: str) -> str:
 
 
 def clipped(
-    before: Adapter, after: Adapter, clip: float, sigma: float, rng: torch.Generator
+    before: Adapter,
+    after: Adapter,
+    clip: float,
+    sigma: float,
+    rng: torch.Generator,
 ) -> Adapter:
     """``before`` plus the change of all its numbers, of norm at most ``clip``, plus noise of
     deviation ``sigma``.
@@ -197,7 +236,8 @@ def clipped(
         shrink = clip / norm
 
     def moved(
-        old: Float[Tensor, "rows columns"], new: Float[Tensor, "rows columns"]
+        old: Float[Tensor, "rows columns"],
+        new: Float[Tensor, "rows columns"],
     ) -> Float[Tensor, "rows columns"]:
         change = (new.double() - old.double()) * shrink
         if sigma:
@@ -217,6 +257,7 @@ def _distance(before: Adapter, after: Adapter) -> float:
     changes: list[Tensor] = []
     for site, new in after.items():
         old = before[site]
-        changes.append((new.A.double() - old.A.double()).flatten())
-        changes.append((new.B.double() - old.B.double()).flatten())
+        of_A = new.A.double() - old.A.double()
+        of_B = new.B.double() - old.B.double()
+        changes += [of_A.flatten(), of_B.flatten()]
     return float(torch.cat(changes).norm())

@@ -37,7 +37,11 @@ def require() -> None:
         )
 
 
-def epsilon(noise: float, spent: Sequence[tuple[float, int]], delta: float) -> float | None:
+def epsilon(
+    noise: float,
+    spent: Sequence[tuple[float, int]],
+    delta: float,
+) -> float | None:
     """ε at ``delta`` after ``spent`` = [(rate, steps) ...]; None where there is none (no noise); 0
     without a step.
     """
@@ -49,12 +53,15 @@ def epsilon(noise: float, spent: Sequence[tuple[float, int]], delta: float) -> f
     require()
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, rdp
 
-    accountant = rdp.RdpAccountant(
-        _WHOLE if any(rate < 1 for rate, _ in spent) else sorted([*_ALSO, *_WHOLE])
-    )
+    orders = _WHOLE
+    if all(rate >= 1 for rate, _ in spent):
+        orders = sorted([*_ALSO, *_WHOLE])
+    accountant = rdp.RdpAccountant(orders)
     for rate, steps in spent:
         step = GaussianDpEvent(noise)
-        accountant.compose(PoissonSampledDpEvent(rate, step) if rate < 1 else step, steps)
+        if rate < 1:
+            step = PoissonSampledDpEvent(rate, step)
+        accountant.compose(step, steps)
     found = float(accountant.get_epsilon(delta))
     if math.isfinite(found):
         return found

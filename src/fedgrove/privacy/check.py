@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 def refuse_unfit(
-    job: Job, method: Method, head: HeadPolicy, *, clients: int, held_out: bool, local: bool
+    job: Job,
+    method: Method,
+    head: HeadPolicy,
+    *,
+    clients: int,
+    held_out: bool,
+    local: bool,
 ) -> None:
     """Raise ``JobError`` where the job's privacy cannot be had. ``local``: all clients are
     simulated here.
@@ -61,7 +67,11 @@ def refuse_unfit(
             )
 
 
-def _client_level(job: Job, method: Method, head: HeadPolicy) -> None:
+def _client_level(
+    job: Job,
+    method: Method,
+    head: HeadPolicy,
+) -> None:
     if job.privacy.secure_aggregation:
         key = "privacy.secure_aggregation"
     else:

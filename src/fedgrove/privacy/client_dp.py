@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedgrove.adapters.tree import leaves, typed
+from fedgrove.adapters.tree import Tree, leaves, typed
 from fedgrove.ground.errors import RunError
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods import protocols
 from fedgrove.methods.contract import Method, Update
 from fedgrove.methods.protocols import Counted
@@ -40,28 +42,45 @@ if TYPE_CHECKING:
     from fedgrove.methods.head import HeadPolicy
 
 MEAN = "(mean)"  # the name of the one update that the server half sees
-OfferTo = Callable[[str], Mapping[str, Any]]
+OfferTo = Callable[[str], Given]
 
 
-def addend(method: Method, sent: Mapping[str, Any], offer: Mapping[str, Any]) -> dict[str, Any]:
+def addend(
+    method: Method,
+    sent: Given,
+    offer: Given,
+) -> Tree:
     """An update in the shape in which all clients' add up."""
     content = typed(method.Sent, sent["method"])
     offered = typed(method.Offer, offer.get("method", {}))
-    return {**sent, "method": protocols.addend(method, content, offered)}
+    return {
+        **sent,
+        "method": protocols.addend(method, content, offered),
+    }
 
 
 def change(
     method: Method,
     head: HeadPolicy,
     client: ClientInfo,
-    sent: Mapping[str, Any],
-    received: Mapping[str, Any],
+    sent: Given,
+    received: Given,
     round: int,
-) -> Tensor:
+) -> Float[Tensor, " numbers"]:
     """What the client changed, float64, over all indices."""
-    before = untouched(method, head, client, received, round)
+    before = untouched(
+        method,
+        head,
+        client,
+        received,
+        round,
+    )
     whose = f"{method.title} at {client.name}"
-    return difference(addend(method, sent, received), addend(method, before, received), whose)
+    return difference(
+        addend(method, sent, received),
+        addend(method, before, received),
+        whose,
+    )
 
 
 @dataclass
@@ -85,11 +104,18 @@ class Protection:
         """Poisson sampling: a coin for each client. May be nobody. The coins are as secret as the
         noise.
         """
-        return [
-            name
-            for name in available
-            if float(randomness.uniform(self.key, 1, "coin", round, name)) < self.rate
-        ]
+        selected: list[str] = []
+        for name in available:
+            coin = randomness.uniform(
+                self.key,
+                1,
+                "coin",
+                round,
+                name,
+            )
+            if float(coin) < self.rate:
+                selected.append(name)
+        return selected
 
     def combine(
         self,
@@ -105,23 +131,41 @@ class Protection:
         ``base``: what the server offers; ``received``: what of it arrived at a client;
         ``expected``: who was asked.
         """
-        section = self.section
-        anyone = next(iter(clients.values()))
+        info = next(iter(clients.values()))
         if updates:
             info = clients[updates[0].client]
-        else:
-            info = anyone
         offer = base(info.name)
-        start = addend(self.method, untouched(self.method, self.head, info, offer, round), offer)
+        nothing = untouched(
+            self.method,
+            self.head,
+            info,
+            offer,
+            round,
+        )
+        start = addend(self.method, nothing, offer)
         before = flat(start)
-        if not len(before):
+        length = len(before)
+        if not length:
             return Update(MEAN, 1, start)  # a round in which nothing travels
-        if section.secure_aggregation:
-            total = self._of_masked(round, updates, expected, len(before))
+        if self.section.secure_aggregation:
+            total = self._of_masked(round, updates, expected, length)
         else:
-            total = self._of_plain(round, clients, updates, received, len(before))
-        divisor = self._divisor(round, clients, updates, received, len(before))
-        return Update(MEAN, 1, restore(start, before + total / divisor))
+            total = self._of_plain(
+                round,
+                clients,
+                updates,
+                received,
+                length,
+            )
+        divisor = self._divisor(
+            round,
+            clients,
+            updates,
+            received,
+            length,
+        )
+        mean = restore(start, before + total / divisor)
+        return Update(MEAN, 1, mean)
 
     def _of_plain(
         self,
@@ -130,7 +174,7 @@ class Protection:
         updates: Sequence[Update],
         received: OfferTo,
         length: int,
-    ) -> Tensor:
+    ) -> Float[Tensor, " length"]:
         """The sum of the clipped changes with its noise, float64 ``[length]``."""
         section = self.section
         changes = (
@@ -163,8 +207,19 @@ class Protection:
         """The standard deviation of the sum's noise; 0 where there is none."""
         return self.section.client_noise * (self.section.clip or 0.0)
 
-    def _noisy(self, grid: Grid, steps: Tensor, round: int) -> Tensor:
-        return grid.noisy(steps, self.key, "noise", round, randomness.digest(steps))
+    def _noisy(
+        self,
+        grid: Grid,
+        steps: Int[Tensor, " length"],
+        round: int,
+    ) -> Float[Tensor, " length"]:
+        return grid.noisy(
+            steps,
+            self.key,
+            "noise",
+            round,
+            randomness.digest(steps),
+        )
 
     def _divisor(
         self,
@@ -173,28 +228,45 @@ class Protection:
         updates: Sequence[Update],
         received: OfferTo,
         length: int,
-    ) -> float | Tensor:
+    ) -> float | Float[Tensor, " length"]:
+        """What the sum is divided by: one number, or one for each of its own."""
         if self.section.client_noise:
             return self.rate * len(clients)  # the same whoever took part
         if not isinstance(self.method, Counted):
             return float(len(updates))
         contents = []
         for update in updates:
-            info, offer = clients[update.client], received(update.client)
-            contents.append(untouched(self.method, self.head, info, offer, round)["method"])
+            info = clients[update.client]
+            offer = received(update.client)
+            nothing = untouched(
+                self.method,
+                self.head,
+                info,
+                offer,
+                round,
+            )
+            contents.append(nothing["method"])
         # of the method's part, which comes first; the head's numbers have every client's
         found = flat(self.method.divisors(contents))
-        rest = torch.full((length - len(found),), float(len(updates)), dtype=torch.float64)
+        rest = torch.full(
+            (length - len(found),),
+            float(len(updates)),
+            dtype=torch.float64,
+        )
         return torch.cat([found, rest])
 
     def _of_masked(
-        self, round: int, updates: Sequence[Update], expected: Sequence[str], length: int
-    ) -> Tensor:
+        self,
+        round: int,
+        updates: Sequence[Update],
+        expected: Sequence[str],
+        length: int,
+    ) -> Float[Tensor, " length"]:
         """The sum of the masked changes with its noise, float64 ``[length]``."""
-        missing = sorted(set(expected) - {update.client for update in updates})
+        missing = set(expected) - {update.client for update in updates}
         if missing:
             raise RunError(
-                f"The sum of the round cannot be read, because {missing[0]} was to take part and "
+                f"The sum of the round cannot be read, because {min(missing)} was to take part and "
                 f"sent nothing; "
                 "go on with --resume, or set privacy.secure_aggregation = false."
             )
@@ -209,7 +281,11 @@ class Protection:
         step = secure.step(len(updates), float(self.section.clip or 0.0))
         if not self._deviation:
             return steps.double() * step
-        return self._noisy(Grid.given(step, self._deviation), steps, round)
+        return self._noisy(
+            Grid.given(step, self._deviation),
+            steps,
+            round,
+        )
 
     def released(self, mean: Update) -> None:
         """The mean was used: count it, where there was something in it."""
@@ -218,12 +294,16 @@ class Protection:
     def epsilon(self, clients: int) -> float | None:
         """ε so far, at ``delta``."""
         noise = self.section.client_noise
-        return accountant.epsilon(noise, [(self.rate, self.releases)], self.delta(clients))
+        return accountant.epsilon(
+            noise,
+            [(self.rate, self.releases)],
+            self.delta(clients),
+        )
 
     def delta(self, clients: int) -> float:
         return self.section.delta or accountant.default_delta(clients)
 
-    def summary(self, clients: int) -> dict[str, Any]:
+    def summary(self, clients: int) -> Plain:
         """For summary.json. ``epsilon`` None: no noise, so no guarantee."""
         return {
             "noise": self.section.client_noise,
@@ -236,7 +316,12 @@ class Protection:
         }
 
 
-def protection(job: Job, method: Method, head: HeadPolicy, folder: Path) -> Protection | None:
+def protection(
+    job: Job,
+    method: Method,
+    head: HeadPolicy,
+    folder: Path,
+) -> Protection | None:
     """The server's side of the job's client level, with the run's key; None where the job has
     none.
     """
@@ -246,4 +331,10 @@ def protection(job: Job, method: Method, head: HeadPolicy, folder: Path) -> Prot
     key = randomness.of_seed(job.run.seed, "server")
     if section.client_noise and section.randomness == "secret":
         key = randomness.kept(folder)
-    return Protection(section, method, head, job.federation.fraction, key)
+    return Protection(
+        section,
+        method,
+        head,
+        job.federation.fraction,
+        key,
+    )

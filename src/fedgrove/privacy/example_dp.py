@@ -11,13 +11,14 @@ own budget from its own number of examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.privacy import accountant, randomness
 from fedgrove.privacy.gaussian import Grid
 from fedgrove.privacy.vector import within
@@ -41,24 +42,41 @@ class ExampleGuard:
 
     @classmethod
     def of(
-        cls, section: PrivacySection, store: Mapping[str, Any], seed: int, client: str
+        cls,
+        section: PrivacySection,
+        store: Given,
+        seed: int,
+        client: str,
     ) -> ExampleGuard | None:
         """The guard of a client with this store; None where the job asks for none."""
         if section.example_clip is None:
             return None
         notes = store.get(NOTES, {})
-        key = notes.get("key") or (
-            randomness.fresh()
-            if section.randomness == "secret"
-            else randomness.of_seed(seed, "client", client)
+        key = notes.get("key")
+        if not key and section.randomness == "secret":
+            key = randomness.fresh()
+        elif not key:
+            key = randomness.of_seed(seed, "client", client)
+        spent: list[tuple[float, int]] = []
+        for rate, steps in notes.get("spent", []):
+            spent.append((float(rate), int(steps)))
+        return cls(
+            section.example_clip,
+            section.example_noise,
+            str(key),
+            spent,
         )
-        spent = [(float(rate), int(steps)) for rate, steps in notes.get("spent", [])]
-        return cls(section.example_clip, section.example_noise, str(key), spent)
 
-    def notes(self) -> dict[str, Any]:
-        return {"key": self.key, "spent": [[rate, steps] for rate, steps in self.spent]}
+    def notes(self) -> Plain:
+        spent = [[rate, steps] for rate, steps in self.spent]
+        return {"key": self.key, "spent": spent}
 
-    def draw(self, examples: int, rate: float, *purpose: object) -> list[int]:
+    def draw(
+        self,
+        examples: int,
+        rate: float,
+        *purpose: object,
+    ) -> list[int]:
         """Who is in a step's batch: a coin for each example. May be nobody."""
         if rate >= 1:
             return list(range(examples))
@@ -72,7 +90,7 @@ class ExampleGuard:
         expected: float,
         *purpose: object,
     ) -> list[Tensor]:
-        """The step's noisy mean gradient of each leaf, from each example's own."""
+        """The step's noisy mean gradient of each leaf, from each example's own: ``[...]`` as it."""
         if self.noise:
             total = self._noisy_sum(gradients, leaves, purpose)
         else:
@@ -90,24 +108,39 @@ class ExampleGuard:
         leaves: Sequence[Tensor],
         purpose: tuple[object, ...],
     ) -> list[Tensor]:
-        """The sum of the clipped gradients with its noise, one tensor for each leaf."""
+        """The sum of the clipped gradients with its noise: for each leaf one of its shape
+        ``[...]``.
+        """
         grid = Grid.fine(self.noise * self.clip, self.clip)
-        steps = [torch.zeros(leaf.shape, dtype=torch.int64, device=leaf.device) for leaf in leaves]
+        steps: list[Tensor] = []
+        for leaf in leaves:
+            nothing = torch.zeros(leaf.shape, dtype=torch.int64, device=leaf.device)
+            steps.append(nothing)
         for one in gradients:
             shrink = self._shrink(one)
             for whole, part in zip(steps, one, strict=True):
                 if part is not None:
-                    whole += grid.cut(part.double() * shrink)
+                    clipped = part.double() * shrink
+                    whole += grid.cut(clipped)
         flat = torch.cat([each.flatten().cpu() for each in steps])
-        noisy = grid.noisy(flat, self.key, "step", *purpose, randomness.digest(flat))
+        noisy = grid.noisy(
+            flat,
+            self.key,
+            "step",
+            *purpose,
+            randomness.digest(flat),
+        )
         parts = torch.split(noisy, [leaf.numel() for leaf in leaves])
-        return [
-            part.reshape(leaf.shape).to(leaf.device, leaf.dtype)
-            for part, leaf in zip(parts, leaves, strict=True)
-        ]
+        shaped: list[Tensor] = []
+        for part, leaf in zip(parts, leaves, strict=True):
+            here = part.reshape(leaf.shape).to(leaf.device, leaf.dtype)
+            shaped.append(here)
+        return shaped
 
     def _shrink(self, gradient: Sequence[Tensor | None]) -> float:
-        """What an example's gradient is multiplied by, so that its norm is at most ``clip``."""
+        """What an example's gradient, one ``[...]`` for each leaf, is multiplied by, so that its
+        norm is at most ``clip``.
+        """
         norm = norm_of([part for part in gradient if part is not None])
         most = within(self.clip)
         if norm <= most:
@@ -120,7 +153,7 @@ class ExampleGuard:
         counted[rate] = counted.get(rate, 0) + steps
         self.spent = list(counted.items())
 
-    def report(self, section: PrivacySection, examples: int) -> dict[str, Any]:
+    def report(self, section: PrivacySection, examples: int) -> Plain:
         """What the client's own card tells: its ε at δ = 1 / n^1.1 of its n examples, or the
         job's.
         """
@@ -136,7 +169,9 @@ class ExampleGuard:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm of all numbers together, in float64."""
-    return math.sqrt(
-        math.fsum(float(torch.linalg.vector_norm(each.double())) ** 2 for each in tensors)
-    )
+    """Euclidean norm of all numbers of the tensors ``[...]`` together, in float64."""
+    squares: list[float] = []
+    for each in tensors:
+        norm = torch.linalg.vector_norm(each.double())
+        squares.append(float(norm) ** 2)
+    return math.sqrt(math.fsum(squares))

@@ -65,14 +65,27 @@ class Grid:
         """
         return (values.double() / self.step).trunc().to(torch.int64)
 
-    def noisy(self, total: Tensor, key: str, *purpose: object) -> Tensor:
+    def noisy(
+        self,
+        total: Tensor,
+        key: str,
+        *purpose: object,
+    ) -> Tensor:
         """The sum ``total`` (int64 ``[numbers]``, in steps) with its noise, float64 on the CPU."""
         exact = total.cpu()
-        noise = discrete_gaussian(Stream(key, *purpose), len(exact), self.deviation)
-        return (exact + torch.from_numpy(noise)).double() * self.step
+        stream = Stream(key, *purpose)
+        noise = discrete_gaussian(stream, len(exact), self.deviation)
+        whole = exact + torch.from_numpy(noise)
+        return whole.double() * self.step
 
 
-def discrete_gaussian(stream: Stream, count: int, deviation: int, *, tie: float = TIE) -> Integers:
+def discrete_gaussian(
+    stream: Stream,
+    count: int,
+    deviation: int,
+    *,
+    tie: float = TIE,
+) -> Integers:
     """``count`` independent draws, int64: k has a probability proportional to exp(-k² / 2s²).
 
     ``deviation``: s, 1 to 2^31. ``tie``: where double precision gives way to exact arithmetic;
@@ -84,36 +97,62 @@ def discrete_gaussian(stream: Stream, count: int, deviation: int, *, tie: float 
     missing = count
     while missing > 0:
         # About one candidate in 2.1 is taken, fewer where s is far below a power of two.
-        share = 0.47 * deviation / (1 << (deviation - 1).bit_length())
-        accepted = _candidates(stream, min(int(missing / share) + 64, CHUNK), deviation, tie)
-        found.append(accepted[:missing])
-        missing -= len(found[-1])
+        power_of_two = 1 << (deviation - 1).bit_length()
+        share = 0.47 * deviation / power_of_two
+        likely = int(missing / share) + 64
+        accepted = _candidates(
+            stream,
+            min(likely, CHUNK),
+            deviation,
+            tie,
+        )
+        kept = accepted[:missing]
+        found.append(kept)
+        missing -= len(kept)
     if found:
         return np.concatenate(found)
     return np.zeros(0, np.int64)
 
 
-def _candidates(stream: Stream, count: int, deviation: int, tie: float) -> Integers:
+def _candidates(
+    stream: Stream,
+    count: int,
+    deviation: int,
+    tie: float,
+) -> Integers:
     """Draws of a discrete Laplace distribution of scale s, those of them that a coin takes.
 
     A size is x = u + s v: u uniform below s, v geometric with e^-1. The coin is theirs for u,
     exp(-u / s), and theirs for x, exp(-(x - s)² / 2s²), as one.
     """
-    first, second, third = stream.words(3 * count).reshape(3, count)
+    words = stream.words(3 * count)
+    first, second, third = words.reshape(3, count)
     bits = (deviation - 1).bit_length()
-    offset = (first >> np.uint64(1)) & np.uint64((1 << bits) - 1)
+    lowest = np.uint64((1 << bits) - 1)
+    offset = (first >> np.uint64(1)) & lowest
     negative = (first & np.uint64(1)).astype(bool)
-    size = offset.astype(np.int64) + deviation * _geometric(second, stream)
-    exponent = offset / deviation + ((size - deviation) / deviation) ** 2 / 2
+    times = _geometric(second, stream)
+    size = offset.astype(np.int64) + deviation * times
+    beyond = (size - deviation) / deviation
+    exponent = offset / deviation + beyond**2 / 2
 
     def exactly(at: int) -> Fraction:
         u, x = int(offset[at]), int(size[at])
-        return Fraction(u, deviation) + Fraction((x - deviation) ** 2, 2 * deviation**2)
+        of_u = Fraction(u, deviation)
+        of_x = Fraction((x - deviation) ** 2, 2 * deviation**2)
+        return of_u + of_x
 
-    taken = _coins(third, exponent, exactly, stream, tie)
+    taken = _coins(
+        third,
+        exponent,
+        exactly,
+        stream,
+        tie,
+    )
     taken &= offset < np.uint64(deviation)  # u is uniform below s, and nothing else
     taken &= ~(negative & (size == 0))  # there is one zero, not two
-    return np.where(negative, -size, size)[taken]
+    draws = np.where(negative, -size, size)
+    return draws[taken]
 
 
 def _coins(
@@ -127,8 +166,11 @@ def _coins(
     chance = np.exp(-exponent)
     drawn = words * 2.0**-64
     heads = drawn < chance
-    for at in np.flatnonzero(np.abs(drawn - chance) <= tie):
-        heads[at] = _below(int(words[at]), exactly(int(at)), stream)
+    close = np.abs(drawn - chance) <= tie
+    for at in np.flatnonzero(close):
+        word = int(words[at])
+        exact = exactly(int(at))
+        heads[at] = _below(word, exact, stream)
     return np.asarray(heads, dtype=bool)
 
 
@@ -136,15 +178,21 @@ def _geometric(words: Words, stream: Stream) -> Integers:
     """How often in a row a coin of probability e^-1 falls, one number for each word."""
     above = np.searchsorted(_THRESHOLDS, words)
     found = np.int64(len(_THRESHOLDS) - 1) - above
-    for at in np.flatnonzero(_THRESHOLDS[above] == words):
+    unsettled = _THRESHOLDS[above] == words
+    for at in np.flatnonzero(unsettled):
+        word = int(words[at])
         times = 0
-        while _below(int(words[at]), Fraction(times + 1), stream):
+        while _below(word, Fraction(times + 1), stream):
             times += 1
         found[at] = times
     return found
 
 
-def _below(word: int, exponent: Fraction, stream: Stream) -> bool:
+def _below(
+    word: int,
+    exponent: Fraction,
+    stream: Stream,
+) -> bool:
     """Whether the number whose first 64 bits after the point are ``word`` is below exp(-γ)."""
     drawn, bits = word, 64
     while True:
@@ -153,17 +201,21 @@ def _below(word: int, exponent: Fraction, stream: Stream) -> bool:
             return True
         if drawn > high:
             return False
-        drawn = (drawn << 64) | int(stream.words(1)[0])
+        more = int(stream.words(1)[0])
+        drawn = (drawn << 64) | more
         bits += 64
 
 
 def _bounds(exponent: Fraction, bits: int) -> tuple[int, int]:
     """Whole numbers around exp(-γ) 2^bits: not above it, and at least it less one."""
     context = Context(prec=bits // 3 + 40)
-    power = context.divide(Decimal(-exponent.numerator), Decimal(exponent.denominator))
+    above, below = Decimal(-exponent.numerator), Decimal(exponent.denominator)
+    power = context.divide(above, below)
     scaled = context.multiply(context.exp(power), Decimal(2**bits))
     margin = Decimal(1).scaleb(-15)  # far more than what the four operations round
-    return int(context.subtract(scaled, margin)), int(context.add(scaled, margin))
+    low = context.subtract(scaled, margin)
+    high = context.add(scaled, margin)
+    return int(low), int(high)
 
 
 #: floor(2^64 e^-j) for j = 45 ... 0, ascending: a coin has fallen j times where the word is below.

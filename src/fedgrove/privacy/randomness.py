@@ -51,9 +51,9 @@ def fresh() -> str:
 
 def of_seed(seed: int, *keys: object) -> str:
     """A key that anybody who knows the job can make: for experiments that must repeat."""
-    return hashlib.sha256(
-        "\x1f".join(["fedgrove seed", str(seed), *map(str, keys)]).encode()
-    ).hexdigest()
+    words = [str(key) for key in keys]
+    text = "\x1f".join(["fedgrove seed", str(seed), *words])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def kept(folder: Path) -> str:
@@ -68,7 +68,11 @@ def kept(folder: Path) -> str:
                 raise ValueError("its length")
             return key
         key = fresh()
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = os.open(
+            path,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+            0o600,
+        )
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(key + "\n")
     except ValueError:
@@ -96,15 +100,23 @@ class Stream:
 
     def words(self, count: int) -> np.ndarray:
         """The next ``count``, uint64."""
-        return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
+        stream = self._cipher.update(bytes(8 * count))
+        return np.frombuffer(stream, dtype="<u8")
 
 
-def uniform(key: str, count: int, *purpose: object) -> Tensor:
+def uniform(
+    key: str,
+    count: int,
+    *purpose: object,
+) -> Tensor:
     """``count`` numbers in [0, 1), float64 with 53 random bits."""
     words = Stream(key, *purpose).words(count)
-    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    bits = words >> np.uint64(11)
+    return torch.from_numpy(bits.astype(np.float64) * 2.0**-53)
 
 
 def digest(values: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, as part of a purpose."""
-    return hashlib.sha256(values.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    """SHA-256 of the bytes of a tensor ``[...]``, as part of a purpose."""
+    here = values.detach().cpu().contiguous()
+    content = here.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()

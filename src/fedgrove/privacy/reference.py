@@ -9,10 +9,11 @@ can make the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING
 
-from fedgrove.adapters.tree import typed
+from fedgrove.adapters.tree import Tree, typed
+from fedgrove.ground.plain import Given
 from fedgrove.methods.contract import Trained
 
 if TYPE_CHECKING:
@@ -21,12 +22,17 @@ if TYPE_CHECKING:
 
 
 def untouched(
-    method: Method, head: HeadPolicy, client: ClientInfo, offer: Mapping[str, Any], round: int
-) -> dict[str, Any]:
+    method: Method,
+    head: HeadPolicy,
+    client: ClientInfo,
+    offer: Given,
+    round: int,
+) -> Tree:
     """``{"method": …, "head": …}`` as an update holds them, of a client that received ``offer`` and
     trained nothing.
     """
-    content, mine = typed(method.Offer, offer.get("method", {})), typed(method.Mine, {})
+    content = typed(method.Offer, offer.get("method", {}))
+    mine = typed(method.Mine, {})
     plan = method.plan(client, content, mine, round)
     done: list[Trained] = []
     if isinstance(plan, Generator):
@@ -39,8 +45,14 @@ def untouched(
             pass
     else:
         done = [Trained(step.assembly, math.nan, 0) for step in plan]
-    update, _ = method.report(client, done, content, mine, round)
-    sent: dict[str, Any] = {"method": update}
+    update, _ = method.report(
+        client,
+        done,
+        content,
+        mine,
+        round,
+    )
+    sent: Tree = {"method": update}
     start = dict(offer.get("head") or head.initial)
     if head.travels and start:
         sent["head"] = start

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedgrove.ground.errors import RunError
@@ -34,7 +34,8 @@ def fraction_bits(clients: int, bound: float) -> int:
     """Bits after the point, so that a sum of ``clients`` numbers of size ``bound`` stays below
     2^31.
     """
-    return math.floor(math.log2((2**31 - clients) / (clients * bound)))
+    room = (2**31 - clients) / (clients * bound)
+    return math.floor(math.log2(room))
 
 
 def step(clients: int, bound: float) -> float:
@@ -42,7 +43,12 @@ def step(clients: int, bound: float) -> float:
     return 2.0 ** -fraction_bits(clients, bound)
 
 
-def to_fixed(values: Tensor, clients: int, bound: float, whose: str) -> np.ndarray:
+def to_fixed(
+    values: Float[Tensor, " count"],
+    clients: int,
+    bound: float,
+    whose: str,
+) -> np.ndarray:
     """Numbers ``[count]`` in fixed point modulo 2^32, uint32: cut towards zero, so that their norm
     does not grow. Raises ``RunError`` for one that is larger than ``bound``.
     """
@@ -56,13 +62,17 @@ def to_fixed(values: Tensor, clients: int, bound: float, whose: str) -> np.ndarr
             f"for up to {bound:g}; "
             "raise privacy.clip."
         )
-    steps = (values.double() / step(clients, bound)).trunc().to(torch.int64)
-    return (steps.numpy() % MODULUS).astype(np.uint32)
+    steps = values.double() / step(clients, bound)
+    whole = steps.trunc().to(torch.int64)
+    residues = whole.numpy() % MODULUS
+    return residues.astype(np.uint32)
 
 
-def signed(total: np.ndarray) -> Tensor:
+def signed(total: np.ndarray) -> Int[Tensor, " count"]:
     """A sum modulo 2^32 as the whole number that it stands for, int64 ``[count]``."""
-    return torch.from_numpy(total.astype(np.uint32).view(np.int32).astype(np.int64))
+    residues = total.astype(np.uint32)
+    whole = residues.view(np.int32)
+    return torch.from_numpy(whole.astype(np.int64))
 
 
 class Party:
@@ -79,7 +89,11 @@ class Party:
         """What the others get, through the server: 32 bytes."""
         return self._key.public_key().public_bytes_raw()
 
-    def mask(self, fixed: np.ndarray, publics: Mapping[str, bytes]) -> Tensor:
+    def mask(
+        self,
+        fixed: np.ndarray,
+        publics: Mapping[str, bytes],
+    ) -> Int[Tensor, " count"]:
         """The vector with every pair's mask, as int32 (the same bits): all that the server sees of
         it.
         """
@@ -93,28 +107,45 @@ class Party:
             if other == self.name:
                 continue
             stream = self._stream(other, public, len(total))
-            total = total + stream if self.name < other else total - stream  # uint32: modulo 2^32
-        return torch.from_numpy(total.view(np.int32).copy())
+            # uint32: modulo 2^32
+            if self.name < other:
+                total = total + stream
+            else:
+                total = total - stream
+        bits = total.view(np.int32)
+        return torch.from_numpy(bits.copy())
 
-    def _stream(self, other: str, public: bytes, count: int) -> np.ndarray:
+    def _stream(
+        self,
+        other: str,
+        public: bytes,
+        count: int,
+    ) -> np.ndarray:
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-        shared = self._key.exchange(X25519PublicKey.from_public_bytes(public))
-        pair = "\x1f".join(["fedgrove mask", str(self.round), *sorted([self.name, other])])
-        key = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=pair.encode()).derive(
-            shared
+        theirs = X25519PublicKey.from_public_bytes(public)
+        shared = self._key.exchange(theirs)
+        names = sorted([self.name, other])
+        pair = "\x1f".join(["fedgrove mask", str(self.round), *names])
+        derivation = HKDF(
+            algorithm=hashes.SHA256(),
+            length=32,
+            salt=None,
+            info=pair.encode(),
         )
+        key = derivation.derive(shared)
         # The key serves one vector of one pair in one round, so a counter from zero never repeats.
-        cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-        return np.frombuffer(
-            cipher.update(bytes(4 * count)) + cipher.finalize(), dtype="<u4"
-        ).astype(np.uint32)
+        counter = modes.CTR(bytes(16))
+        cipher = Cipher(algorithms.AES256(key), counter).encryptor()
+        stream = cipher.update(bytes(4 * count)) + cipher.finalize()
+        numbers = np.frombuffer(stream, dtype="<u4")
+        return numbers.astype(np.uint32)
 
 
-def summed(masked: Sequence[Tensor]) -> np.ndarray:
+def summed(masked: Sequence[Int[Tensor, " count"]]) -> np.ndarray:
     """The sum of masked vectors modulo 2^32, uint32: that of the plain ones where every party of
     the round is in it.
     """
@@ -133,7 +164,13 @@ class Room:
         self.parties = {name: Party(name, round) for name in clients}
         self.publics = {name: party.public for name, party in self.parties.items()}
 
-    def conceal(self, client: str, change: Tensor, bound: float) -> dict[str, Any]:
+    def conceal(
+        self,
+        client: str,
+        change: Float[Tensor, " count"],
+        bound: float,
+    ) -> dict[str, Tensor]:
         """What the client sends instead of its update: its change, in fixed point and masked."""
         fixed = to_fixed(change, len(self.parties), bound, client)
-        return {MASKED: self.parties[client].mask(fixed, self.publics)}
+        party = self.parties[client]
+        return {MASKED: party.mask(fixed, self.publics)}

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.adapters.tree import leaves, map_tensors
 from fedgrove.ground.errors import RunError
+from fedgrove.ground.plain import Given
+
+Tree = TypeVar("Tree")
 
 
-def flat(tree: Any) -> Tensor:
+def flat(tree: object) -> Float[Tensor, " numbers"]:
     """Every number of the tree's floating-point tensors, in the tree's order, float64
     ``[numbers]``.
     """
-    parts = [
-        tensor.detach().double().flatten()
-        for _, tensor in leaves(tree)
-        if tensor.is_floating_point()
-    ]
+    parts: list[Tensor] = []
+    for _, tensor in leaves(tree):
+        if tensor.is_floating_point():
+            wide = tensor.detach().double()
+            parts.append(wide.flatten())
     if parts:
         return torch.cat(parts)
     return torch.zeros(0, dtype=torch.float64)
 
 
-def restore(tree: Any, vector: Tensor) -> Any:
+def restore(tree: Tree, vector: Float[Tensor, " numbers"]) -> Tree:
     """The tree with its floating-point numbers replaced by those of ``vector``, in its own shapes
     and precisions.
     """
     position = 0
 
     def next_part(tensor: Tensor) -> Tensor:
+        """The numbers of the next tensor ``[...]``, in its shape."""
         nonlocal position
         if not tensor.is_floating_point():
             return tensor
-        part = vector[position : position + tensor.numel()]
-        position += tensor.numel()
+        end = position + tensor.numel()
+        part = vector[position:end]
+        position = end
         return part.reshape(tensor.shape).to(tensor.dtype)
 
     return map_tensors(tree, next_part)
 
 
-def difference(after: Any, before: Any, whose: str) -> Tensor:
+def difference(
+    after: object,
+    before: object,
+    whose: str,
+) -> Float[Tensor, " numbers"]:
     """``flat(after) − flat(before)``. Raises ``RunError`` where the two are not of the same
     shape.
     """
@@ -61,19 +70,23 @@ def within(most: float) -> float:
     return most * (1 - 2.0**-30)
 
 
-def shortened(vector: Tensor, most: float) -> Tensor:
+def shortened(vector: Float[Tensor, " numbers"], most: float) -> Float[Tensor, " numbers"]:
     """``[numbers]`` with a Euclidean norm of at most ``most``; the same object where it is short
     enough.
     """
     norm = float(torch.linalg.vector_norm(vector))
-    if norm <= within(most):
+    wanted = within(most)
+    if norm <= wanted:
         return vector
-    return vector * (within(most) / norm)
+    return vector * (wanted / norm)
 
 
 def bounded(
-    after: Mapping[str, Any], before: Mapping[str, Any], most: float, whose: str
-) -> Mapping[str, Any]:
+    after: Given,
+    before: Given,
+    most: float,
+    whose: str,
+) -> Given:
     """``after`` with its change from ``before`` shortened to the norm ``most``, over all of its
     numbers together.
     """
@@ -81,11 +94,13 @@ def bounded(
     short = shortened(change, most)
     if short is change:
         return after
-    changed: Mapping[str, Any] = restore(after, flat(before) + short)
-    return changed
+    return restore(after, flat(before) + short)
 
 
-def _shape(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
-    return [
-        (path, tuple(tensor.shape)) for path, tensor in leaves(tree) if tensor.is_floating_point()
-    ]
+def _shape(tree: object) -> list[tuple[str, torch.Size]]:
+    """The path and shape of each floating-point tensor, in the tree's order."""
+    shapes: list[tuple[str, torch.Size]] = []
+    for path, tensor in leaves(tree):
+        if tensor.is_floating_point():
+            shapes.append((path, tensor.shape))
+    return shapes

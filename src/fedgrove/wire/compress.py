@@ -12,7 +12,7 @@ A compressed tensor is a small table in place of the tensor, so that a message d
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from jaxtyping import BFloat16, Float, Int8
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.private import PrivacyError, is_private
-from fedgrove.adapters.tree import Keys, joined, map_leaves, nbytes, plain
+from fedgrove.adapters.tree import Keys, Tree, joined, map_leaves, nbytes, plain
 from fedgrove.ground.errors import AdapterError
 
 Compression = Literal["none", "fp16", "int8"]
@@ -30,109 +30,161 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _LEVELS = 127
 _LARGEST = torch.finfo(torch.float16).max
 _TINY = torch.finfo(torch.float64).tiny
+_MALFORMED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+)
 
 
-def squeeze(tree: Any, how: Compression) -> Any:
+def squeeze(tree: object, how: Compression) -> object:
     """The tree as it travels. Raises ``PrivacyError`` where it holds what is private to a
     client.
     """
     if how == "none":
         return tree
 
-    def smaller(value: Tensor, where: str) -> Any:
-        if is_private(value):
-            raise PrivacyError(f"'{where}' is private to its client and cannot be sent.")
-        if value.ndim == 0 or not value.is_floating_point():
-            return value
-        if how == "fp16":
-            return _half(value)
-        return _bytes(value)
-
-    def change(keys: Keys, leaf: Any) -> Any:
+    def change(keys: Keys, leaf: object) -> object:
         where = joined("", keys)
         if isinstance(leaf, Tensor):
-            return smaller(leaf, where)
+            return _smaller(leaf, how, where)
         if isinstance(leaf, Factors):
-            sides = [smaller(leaf.A, f"{where}.A"), smaller(leaf.B, f"{where}.B")]
-            return {_KEY: "factors", "sides": sides, "scale": leaf.scale}
+            A = _smaller(leaf.A, how, f"{where}.A")
+            B = _smaller(leaf.B, how, f"{where}.B")
+            return {
+                _KEY: "factors",
+                "sides": [A, B],
+                "scale": leaf.scale,
+            }
         return leaf
 
-    return map_leaves(plain(tree), change)
+    tables = plain(tree)
+    return map_leaves(tables, change)
 
 
-def expand(tree: Any) -> Any:
+def expand(tree: object) -> Any:
     """The squeezed tree as the other side reads it. Raises ``AdapterError`` for what ``squeeze``
     never made.
     """
-    return map_leaves(tree, lambda keys, leaf: _expanded(leaf), is_leaf=_is_compressed)
+
+    def change(keys: Keys, leaf: object) -> object:
+        return _expanded(leaf)
+
+    return map_leaves(tree, change, is_leaf=_is_compressed)
 
 
-def passed(tree: Any, how: Compression) -> Any:
+def passed(tree: object, how: Compression) -> Any:
     """What the other side reads of the tree: for an engine without a wire."""
     if how == "none":
         return tree
-    return expand(squeeze(tree, how))
+    sent = squeeze(tree, how)
+    return expand(sent)
 
 
-def sent_bytes(tree: Any, how: Compression) -> int:
+def sent_bytes(tree: object, how: Compression) -> int:
     """Bytes of the tree's tensors on the wire, without the framing. Refuses what is private."""
-    return nbytes(squeeze(tree, how))
+    sent = squeeze(tree, how)
+    return nbytes(sent)
 
 
-def _half(value: Float[Tensor, "*shape"]) -> dict[str, Any]:
-    short = value.detach().clamp(-_LARGEST, _LARGEST).half()
-    return {_KEY: "fp16", "of": _name(value), "x": short}
+def _smaller(
+    value: Tensor,
+    how: Compression,
+    where: str,
+) -> Tensor | Tree:
+    """The tensor ``[...]`` as it travels; ``where`` it stands, for the words."""
+    if is_private(value):
+        raise PrivacyError(f"'{where}' is private to its client and cannot be sent.")
+    if value.ndim == 0:
+        return value
+    if not value.is_floating_point():
+        return value
+    if how == "fp16":
+        return _half(value)
+    return _bytes(value)
 
 
-def _bytes(value: Float[Tensor, "*shape"]) -> dict[str, Any]:
+def _half(value: Float[Tensor, "*shape"]) -> Tree:
+    bounded = value.detach().clamp(-_LARGEST, _LARGEST)
+    return {
+        _KEY: "fp16",
+        "of": _name(value),
+        "x": bounded.half(),
+    }
+
+
+def _bytes(value: Float[Tensor, "*shape"]) -> Tree:
     table, turned = _rows(value.detach())
+    largest = table.abs().amax(dim=1)
     # bfloat16 has float32's range in two bytes. Its rounding, 2^-9, is a quarter of a step at the
     # largest number, which so stays at 127: nothing loses more than half a step, and a tensor that
     # came this way goes the same way again.
-    scale: BFloat16[Tensor, " short"] = (table.abs().amax(dim=1) / _LEVELS).bfloat16()
-    step = scale.double().clamp_min(_TINY)[:, None]
-    levels = (table.double() / step).round()
-    q: Int8[Tensor, "short long"] = levels.clamp(-_LEVELS, _LEVELS).to(torch.int8)
+    scale: BFloat16[Tensor, " short"] = (largest / _LEVELS).bfloat16()
+    step = scale.double().clamp_min(_TINY)
+    levels = table.double() / step[:, None]
+    bounded = levels.round().clamp(-_LEVELS, _LEVELS)
+    q: Int8[Tensor, "short long"] = bounded.to(torch.int8)
     if turned:
         q = q.T
     shaped = q.reshape(value.shape).contiguous()
-    return {_KEY: "int8", "of": _name(value), "x": shaped, "scale": scale}
+    return {
+        _KEY: "int8",
+        "of": _name(value),
+        "x": shaped,
+        "scale": scale,
+    }
 
 
-def _is_compressed(node: Any) -> bool:
+def _is_compressed(node: object) -> TypeGuard[Tree]:
     return isinstance(node, dict) and _KEY in node
 
 
-def _expanded(leaf: Any) -> Any:
+def _expanded(leaf: object) -> object:
     if not _is_compressed(leaf):
         return leaf
     try:
         return _restored(leaf)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except _MALFORMED as error:
         raise AdapterError(
             f"A compressed tensor is none ({type(error).__name__}); the message was altered on "
             f"its way."
         ) from error
 
 
-def _restored(node: dict[str, Any]) -> Tensor | Factors:
+def _restored(node: Tree) -> Tensor | Factors:
+    """The tensor ``[...]`` or the factors that the table stands for."""
     kind = node[_KEY]
     if kind == "factors":
-        A, B = (expand(side) for side in node["sides"])
-        if not (isinstance(A, Tensor) and isinstance(B, Tensor)):
-            raise TypeError("factors")
-        return Factors(A, B, float(node["scale"]))
-    dtype, x = _DTYPES[node["of"]], node["x"]
+        return _factors(node)
+    dtype = _DTYPES[node["of"]]
+    x = node["x"]
     if kind == "fp16" and x.dtype == torch.float16:
         half: Tensor = x.to(dtype)
         return half
-    if kind != "int8" or x.dtype != torch.int8 or node["scale"].dtype != torch.bfloat16:
+    if kind != "int8" or x.dtype != torch.int8:
+        raise ValueError(str(kind))
+    scale = node["scale"]
+    if scale.dtype != torch.bfloat16:
         raise ValueError(str(kind))
     table, turned = _rows(x)
-    value = table.double() * node["scale"].double()[:, None]
+    step = scale.double()[:, None]
+    value = table.double() * step
     if turned:
         value = value.T
-    return value.reshape(x.shape).to(dtype).contiguous()
+    shaped = value.reshape(x.shape).to(dtype)
+    return shaped.contiguous()
+
+
+def _factors(node: Tree) -> Factors:
+    A, B = (expand(side) for side in node["sides"])
+    if not isinstance(A, Tensor):
+        raise TypeError("factors")
+    if not isinstance(B, Tensor):
+        raise TypeError("factors")
+    scale = float(node["scale"])
+    return Factors(A, B, scale)
 
 
 def _rows(value: Tensor) -> tuple[Tensor, bool]:

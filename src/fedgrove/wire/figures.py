@@ -15,32 +15,53 @@ _KEYS_OF_A_LINE = ("round", "client", "split")  # of ``metrics.jsonl``, which me
 
 
 def row_fault(
-    row: object, rank: object, labels: Sequence[str], *, strict: bool = True
+    row: object,
+    rank: object,
+    labels: Sequence[str],
+    *,
+    strict: bool = True,
 ) -> str | None:
     """A clause on what is wrong with how a client describes itself, or None.
 
     Its number of examples becomes a weight, its name a key, and all of it a line of
     ``federation.json``. ``strict``: nothing but what a site may tell.
     """
-    if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
+    if not isinstance(row, Mapping):
         return "it does not say who it is"
-    if client_name(row["name"]) != row["name"]:
+    name = row.get("name")
+    if not isinstance(name, str):
+        return "it does not say who it is"
+    if client_name(name) != name:
         return "its name is none for a client"
-    if not _positive(row.get("train")):
-        return f"it says that it has {str(row.get('train'))[:20]} examples to train on"
+    train = row.get("train")
+    if not _positive(train):
+        return f"it says that it has {_short(train)} examples to train on"
     if rank is not None and not _positive(rank):
-        return f"it affords the rank {str(rank)[:20]}"
+        return f"it affords the rank {_short(rank)}"
     if not strict:
         return None
-    if not _counts_of(row.get("labels", {}), labels):
+    counts = row.get("labels", {})
+    if not _counts_of(counts, labels):
         return "its labels are not those of the job with a number for each"
     for key, value in row.items():
-        if key not in ("name", "labels") and not _describes(key, value):
+        if key in ("name", "labels"):
+            continue
+        if not _describes(key, value):
             return f"{key[:LONGEST_TEXT]!r} of its description is none"
     return None
 
 
-def measures_fault(found: object, *, needed: set[str], known: set[str] | None = None) -> str | None:
+def _short(value: object) -> str:
+    words = str(value)
+    return words[:20]
+
+
+def measures_fault(
+    found: object,
+    *,
+    needed: set[str],
+    known: set[str] | None = None,
+) -> str | None:
     """A clause on what is wrong with a client's measures, or None. ``needed``: must be there;
     ``known``: may be there.
 
@@ -49,8 +70,10 @@ def measures_fault(found: object, *, needed: set[str], known: set[str] | None = 
     """
     if not isinstance(found, Mapping):
         found = {}
-    if missing := needed - set(found):
-        return f"they have no {', '.join(sorted(missing))}"
+    missing = needed - set(found)
+    if missing:
+        words = ", ".join(sorted(missing))
+        return f"they have no {words}"
     for key, value in found.items():
         if not _names_a_measure(key, known):
             return f"{key[:LONGEST_TEXT]!r} is no measure"
@@ -65,7 +88,9 @@ def measures_fault(found: object, *, needed: set[str], known: set[str] | None = 
 def figures_fault(**figures: object) -> str | None:
     """A clause on the first figure that is no number from 0 to ``MOST``, or None."""
     for name, value in figures.items():
-        if not _number(value) or not 0 <= value <= MOST:
+        if not _number(value):
+            return f"{name} is no usable number"
+        if not 0 <= value <= MOST:
             return f"{name} is no usable number"
     return None
 
@@ -73,13 +98,19 @@ def figures_fault(**figures: object) -> str | None:
 def _names_a_measure(key: str, known: set[str] | None) -> bool:
     if known is not None:
         return key in known
-    return key.isidentifier() and len(key) <= LONGEST_NAME and key not in _KEYS_OF_A_LINE
+    if key in _KEYS_OF_A_LINE:
+        return False
+    if len(key) > LONGEST_NAME:
+        return False
+    return key.isidentifier()
 
 
 def _counts_of(counts: object, labels: Sequence[str]) -> bool:
-    if not isinstance(counts, Mapping) or not set(counts) <= set(labels):
+    if not isinstance(counts, Mapping):
         return False
-    return all(_count(value) for value in counts.values())
+    if not set(counts) <= set(labels):
+        return False
+    return all(map(_count, counts.values()))
 
 
 def _describes(key: str, value: object) -> bool:
@@ -87,13 +118,18 @@ def _describes(key: str, value: object) -> bool:
     if key in ("train", "test", "validation"):
         return _count(value)
     if key in ("group", "held_out"):
-        short = isinstance(value, str) and len(value) <= LONGEST_TEXT
-        return value is None or isinstance(value, bool) or short
-    return len(key) <= LONGEST_TEXT and _number(value)
+        if isinstance(value, str):
+            return len(value) <= LONGEST_TEXT
+        return value is None or isinstance(value, bool)
+    if len(key) > LONGEST_TEXT:
+        return False
+    return _number(value)
 
 
 def _count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) and 0 <= value <= MOST
 
 
 def _positive(value: object) -> bool:
@@ -104,6 +140,8 @@ def _number(value: object) -> TypeGuard[float]:
     """A number that can be written down: no truth value, and no integer that is too large for a
     float.
     """
-    if isinstance(value, bool) or not isinstance(value, float | int):
+    if isinstance(value, bool):
         return False
-    return isinstance(value, float) or abs(value) <= MOST
+    if isinstance(value, float):
+        return True
+    return isinstance(value, int) and abs(value) <= MOST

@@ -12,18 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Factors, Site
+from fedgrove.adapters.adapter import Factors, Site, Sites
 from fedgrove.adapters.private import is_private
 from fedgrove.adapters.tree import Keys, joined, numbers, walk
+from fedgrove.ground.plain import Given
 from fedgrove.methods.protocols import most_rank, most_rows
 
 if TYPE_CHECKING:
     from fedgrove.methods.contract import Method
+
+Head = Mapping[str, Tensor]  # the first draw of the head, by name
 
 DTYPES = (torch.float32, torch.float64)
 MOST_LEAVES = 200_000  # tensors and plain values of one message
@@ -38,7 +41,7 @@ SLACK = 100_000  # numbers beside factors, tables and head: scores, masks, count
 class Bounds:
     """How large what belongs to a layer may be. ``rank`` None: up to the layer's smaller side."""
 
-    sites: Mapping[str, Site]
+    sites: Sites
     rank: int | None
     rows: int
 
@@ -48,17 +51,19 @@ class Bounds:
         return self.rank
 
     def most_rows(self, site: Site) -> int:
-        return max(self.most_rank(site), self.rows)
+        rank = self.most_rank(site)
+        return max(rank, self.rows)
 
 
 def size_fault(blob: bytes, limit: int) -> str | None:
     """A clause where the message is larger than ``limit`` bytes."""
-    if len(blob) > limit:
-        return f"it has {len(blob):,} bytes, and at most {limit:,} are allowed"
+    size = len(blob)
+    if size > limit:
+        return f"it has {size:,} bytes, and at most {limit:,} are allowed"
     return None
 
 
-def offer_fault(tree: Any, *, method: Method | None) -> str | None:
+def offer_fault(tree: object, *, method: Method | None) -> str | None:
     """A clause on what is wrong with what came down, or None. Ranks go up to a layer's smaller side
     (merged stacks).
 
@@ -67,61 +72,89 @@ def offer_fault(tree: Any, *, method: Method | None) -> str | None:
     """
     if method is None:
         return _fault(tree, None)
-    return _fault(tree, Bounds(method.setting.sites, None, most_rows(method)))
+    bounds = Bounds(
+        method.setting.sites,
+        rank=None,
+        rows=most_rows(method),
+    )
+    return _fault(tree, bounds)
 
 
 def fault(
-    content: Mapping[str, Any], *, method: Method, head: Mapping[str, Tensor] | None = None
+    content: Given,
+    *,
+    method: Method,
+    head: Head | None = None,
 ) -> str | None:
     """A clause on what is wrong with an update that came up, or None.
 
     No factor has a higher rank than the method's updates can have; with ``head`` (the first draw,
-    by name) given, a head that came along must have its names and shapes, and no other part may
-    stand beside the method's.
+    tensors ``[...]`` by name) given, a head that came along must have its names and shapes, and no
+    other part may stand beside the method's.
     """
     if head is not None:
-        unknown = sorted(set(content) - {"method", "head"})
-        if unknown:
-            return f"it has a part {unknown[0]!r}, which no update has"
-        if "head" in content and (wrong := _head_fault(content["head"], head)):
+        wrong = _parts_fault(content, head)
+        if wrong:
             return wrong
-    bounds = Bounds(method.setting.sites, most_rank(method), most_rows(method))
-    found, most = numbers(content), _most_numbers(bounds, head or {})
+    bounds = Bounds(
+        method.setting.sites,
+        rank=most_rank(method),
+        rows=most_rows(method),
+    )
+    found = numbers(content)
+    most = _most_numbers(bounds, head or {})
     if found > most:
         return f"it has {found:,} numbers, where at most {most:,} have a use"
     return _fault(content, bounds)
 
 
-def _most_numbers(bounds: Bounds, head: Mapping[str, Tensor]) -> int:
+def _parts_fault(content: Given, head: Head) -> str | None:
+    """A part beside the method's and the head's, or a head unlike the first draw's tensors
+    ``[...]``.
+    """
+    unknown = set(content) - {"method", "head"}
+    if unknown:
+        return f"it has a part {min(unknown)!r}, which no update has"
+    if "head" not in content:
+        return None
+    return _head_fault(content["head"], head)
+
+
+def _most_numbers(bounds: Bounds, head: Head) -> int:
     """Four times both factors of every layer, and the tensors ``[...]`` of the head."""
-    sides = ((site, site.in_features + site.out_features) for site in bounds.sites.values())
-    whole = sum(bounds.most_rows(site) * both for site, both in sides)
-    return 4 * whole + sum(tensor.numel() for tensor in head.values()) + SLACK
+    whole = 0
+    for site in bounds.sites.values():
+        both = site.in_features + site.out_features
+        whole += bounds.most_rows(site) * both
+    of_head = sum(tensor.numel() for tensor in head.values())
+    return 4 * whole + of_head + SLACK
 
 
 # ------------------------------------------------------------------------ the rules
-def _fault(tree: Any, bounds: Bounds | None) -> str | None:
+def _fault(tree: object, bounds: Bounds | None) -> str | None:
     for number, (keys, value) in enumerate(walk(tree)):
         if number == MOST_LEAVES:
             return f"it has more than {MOST_LEAVES:,} parts"
         if len(keys) > DEEPEST:
             return f"its parts are more than {DEEPEST} tables deep"
-        if wrong := _value_fault(value, joined("", keys)):
+        path = joined("", keys)
+        wrong = _value_fault(value, path)
+        if wrong:
             return wrong
         if bounds is None:
-            site = None
-        else:
-            site = _site_of(keys, bounds.sites)
-        if site is None or bounds is None:
             continue
-        if wrong := _site_fault(value, joined("", keys), site, bounds):
+        site = _site_of(keys, bounds.sites)
+        if site is None:
+            continue
+        wrong = _site_fault(value, path, site, bounds)
+        if wrong:
             return wrong
     if bounds is None:
         return None
     return _names_fault(tree, bounds.sites)
 
 
-def _site_of(keys: Keys, sites: Mapping[str, Site]) -> Site | None:
+def _site_of(keys: Keys, sites: Sites) -> Site | None:
     """The adapted layer that a leaf belongs to: the innermost that its keys name."""
     for key in reversed(keys):
         if key in sites:
@@ -129,12 +162,9 @@ def _site_of(keys: Keys, sites: Mapping[str, Site]) -> Site | None:
     return None
 
 
-def _value_fault(value: Any, path: str) -> str | None:
+def _value_fault(value: object, path: str) -> str | None:
     if isinstance(value, Factors):
-        wrong = _tensor_fault(value.A, f"{path}.A") or _tensor_fault(value.B, f"{path}.B")
-        if wrong is None and not math.isfinite(value.scale):
-            return f"the scale of {path} is {value.scale}"
-        return wrong
+        return _pair_fault(value, path)
     if isinstance(value, Tensor):
         return _tensor_fault(value, path)
     if isinstance(value, float) and not math.isfinite(value):
@@ -144,105 +174,152 @@ def _value_fault(value: Any, path: str) -> str | None:
     return None
 
 
+def _pair_fault(value: Factors, path: str) -> str | None:
+    wrong = _tensor_fault(value.A, f"{path}.A")
+    if wrong:
+        return wrong
+    wrong = _tensor_fault(value.B, f"{path}.B")
+    if wrong:
+        return wrong
+    if not math.isfinite(value.scale):
+        return f"the scale of {path} is {value.scale}"
+    return None
+
+
 def _tensor_fault(value: Tensor, path: str) -> str | None:
     """What no tensor ``[...]`` may be, wherever it stands."""
     if is_private(value):
         return f"{path} is marked as private to a client"
-    if not value.dtype.is_floating_point:
-        if value.dtype != torch.int64:
-            return f"{path} is {_dtype(value)}, not float32 or int64"
+    dtype = value.dtype
+    if dtype == torch.int64:
         return None
-    if value.dtype not in DTYPES:
+    if not dtype.is_floating_point:
+        return f"{path} is {_dtype(value)}, not float32 or int64"
+    if dtype not in DTYPES:
         return f"{path} is {_dtype(value)}, not float32"
-    if not bool(torch.isfinite(value).all()):
+    finite = torch.isfinite(value)
+    if not bool(finite.all()):
         return f"{path} holds numbers that are not finite"
-    if value.numel() and (largest := float(value.abs().max())) > LARGEST:
+    if not value.numel():
+        return None
+    largest = float(value.abs().max())
+    if largest > LARGEST:
         return f"{path} holds the number {largest:.2g}, above {LARGEST:g}"
     return None
 
 
-def _site_fault(value: Any, path: str, site: Site, bounds: Bounds) -> str | None:
+def _site_fault(
+    value: object,
+    path: str,
+    site: Site,
+    bounds: Bounds,
+) -> str | None:
     """What does not fit the adapted layer that it belongs to."""
     if isinstance(value, Factors):
-        return _factors_fault(value, path, site, bounds.most_rank(site))
+        rank = bounds.most_rank(site)
+        return _factors_fault(value, path, site, rank)
     if not isinstance(value, Tensor):
         return None
     most = bounds.most_rows(site)
     if value.ndim == 2:
         return _table_fault(value, path, site, most)
-    if value.ndim == 1 and value.numel() > most:
-        return f"{path} has {value.numel()} numbers, above {most}"
+    count = value.numel()
+    if value.ndim == 1 and count > most:
+        return f"{path} has {count} numbers, above {most}"
     if value.ndim > 2:
         return f"{path} has {value.ndim} dimensions"
     return None
 
 
-def _factors_fault(value: Factors, path: str, site: Site, most: int) -> str | None:
+def _factors_fault(
+    value: Factors,
+    path: str,
+    site: Site,
+    most: int,
+) -> str | None:
     """``A [rank, in]`` and ``B [out, rank]`` of the layer, with a rank of at most ``most``."""
-    A, B = value.A, value.B
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+    A = value.A
+    B = value.B
+    tables = A.ndim == B.ndim == 2
+    if not tables or A.shape[0] != B.shape[1]:
         return f"{path} has A of the shape {_shape(A)} and B of {_shape(B)}, which do not fit"
-    for letter, tensor, found, wanted in (
-        ("A", A, A.shape[1], site.in_features),
-        ("B", B, B.shape[0], site.out_features),
-    ):
-        if found != wanted:
-            return (
-                f"{letter} of {path} has the shape {_shape(tensor)}, but that layer has {wanted} "
-                "features there"
-            )
+    into = A.shape[1]
+    out = B.shape[0]
+    if into != site.in_features:
+        wrong = f"A of {path} has the shape {_shape(A)}"
+        return f"{wrong}, but that layer has {site.in_features} features there"
+    if out != site.out_features:
+        wrong = f"B of {path} has the shape {_shape(B)}"
+        return f"{wrong}, but that layer has {site.out_features} features there"
     if value.rank > most:
         return f"{path} has the rank {value.rank}, above {most}"
     return None
 
 
-def _table_fault(value: Tensor, path: str, site: Site, most: int) -> str | None:
+def _table_fault(
+    value: Tensor,
+    path: str,
+    site: Site,
+    most: int,
+) -> str | None:
     """A table ``[side, n]`` or ``[n, side]`` with a side of the layer and ``n`` at most ``most``."""
     rows, columns = value.shape
-    sides = (site.in_features, site.out_features)
-    short = [n for side, n in ((rows, columns), (columns, rows)) if side in sides]
+    into = site.in_features
+    out = site.out_features
+    short = []
+    if rows in (into, out):
+        short.append(columns)
+    if columns in (into, out):
+        short.append(rows)
     if not short:
-        return (
-            f"{path} has the shape {_shape(value)}, but that layer is {site.out_features} by "
-            f"{site.in_features}"
-        )
+        return f"{path} has the shape {_shape(value)}, but that layer is {out} by {into}"
     if min(short) > most:
         return f"{path} has the shape {_shape(value)}, with more than {most} on the short side"
     return None
 
 
-def _names_fault(tree: Any, sites: Mapping[str, Site]) -> str | None:
+def _names_fault(tree: object, sites: Sites) -> str | None:
     """A table that names adapted layers, or holds factors, names nothing but adapted layers."""
     names: dict[Keys, dict[str, None]] = {}  # of each table, in its order
-    of_factors = set()
+    of_factors: set[Keys] = set()
     for keys, leaf in walk(tree):
         for depth, key in enumerate(keys):
             if isinstance(key, str):
-                names.setdefault(keys[:depth], {})[key] = None
+                found = names.setdefault(keys[:depth], {})
+                found[key] = None
         if isinstance(leaf, Factors):
             of_factors.add(keys[:-1])
     for where, found in names.items():
-        if where not in of_factors and not any(name in sites for name in found):
+        unknown = [name for name in found if name not in sites]
+        if not unknown:
             continue
-        for name in found:
-            if name not in sites:
-                return f"{joined('', (*where, name))} is no adapted layer of the base model"
+        some_known = len(unknown) < len(found)
+        if some_known or where in of_factors:
+            path = joined("", (*where, unknown[0]))
+            return f"{path} is no adapted layer of the base model"
     return None
 
 
-def _head_fault(head: Any, initial: Mapping[str, Tensor]) -> str | None:
+def _head_fault(head: object, initial: Head) -> str | None:
     """A head has the names and the shapes of the first draw's tensors ``[...]``."""
-    if not isinstance(head, Mapping) or set(head) != set(initial):
+    if not isinstance(head, Mapping):
+        return "its head does not have the parts of the federation's"
+    if set(head) != set(initial):
         return "its head does not have the parts of the federation's"
     for name, tensor in head.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != initial[name].shape:
-            return f"head/{name} does not have the shape {_shape(initial[name])}"
+        wanted = initial[name]
+        fits = isinstance(tensor, Tensor) and tensor.shape == wanted.shape
+        if not fits:
+            return f"head/{name} does not have the shape {_shape(wanted)}"
     return None
 
 
 def _shape(tensor: Tensor) -> str:
     """The shape of a tensor ``[...]`` in words."""
-    return " x ".join(map(str, tensor.shape)) or "of a single number"
+    sides = [str(side) for side in tensor.shape]
+    if not sides:
+        return "of a single number"
+    return " x ".join(sides)
 
 
 def _dtype(tensor: Tensor) -> str:
