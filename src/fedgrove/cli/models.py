@@ -35,6 +35,7 @@ commands = typer.Typer(rich_markup_mode="rich")
         "fedgrove export runs/fedit --client clinic-3 --out adapters/clinic-3",
         "fedgrove export runs/hilora --client clinic-3 --tier leaf --out adapters/clinic-3-leaf",
         "fedgrove export runs/flora --client clinic-3 --rank 16 --out adapters/clinic-3-small",
+        "fedgrove export runs/chat --client clinic-3 --to gguf --out clinic-3.gguf",
         "fedgrove export their-adapter --base models/bert --merge --out models/theirs",
     )
 )
@@ -42,7 +43,11 @@ def export(
     directory: ModelDirectory,
     out: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Where to write it, a new directory.", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="Where to write it, a new directory (with --to gguf a file).",
+            show_default=False,
+        ),
     ],
     client: ClientName = None,
     merge: Annotated[
@@ -66,16 +71,23 @@ def export(
             show_default=False,
         ),
     ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="WHAT",
+            help="peft: a directory that PEFT loads; gguf: a file for llama.cpp; vllm: as peft, with "
+            "one rank and one scale for all sites.",
+        ),
+    ] = "peft",
     base: BaseModel = None,
 ) -> None:
     """Write one model as a standard PEFT adapter (or a merged model) for use elsewhere."""
     from fedgrove.use.chosen import chosen
+    from fedgrove.use.exporting import export as write
 
-    chosen(directory, client, base=base).export(out, merge=merge, tier=tier, rank=rank)
-    if rank is not None:
-        from fedgrove.interop import shrink
-
-        print(shrink.read_loss(out).words())
+    source = chosen(directory, client, base=base).path
+    for sentence in write(source, out, base, merge=merge, tier=tier, rank=rank, to=to):
+        print(sentence)
     print(f"Wrote {out}.")
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedgrove.ground.errors import RunError
 from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.models import EMBEDDED_MODELS
+
+FORMATS = ("peft", "gguf", "vllm")
 
 
 def export(
@@ -20,12 +23,14 @@ def export(
     merge: bool = False,
     tier: str | None = None,
     rank: int | None = None,
-) -> Path:
-    """Write the adapter directory ``source`` to the new directory ``out``; ``base`` names its base
-    model anew. The options are those of ``OneModel.export``. Raises ``RunError``.
+    to: str = "peft",
+) -> list[str]:
+    """Write the adapter directory ``source`` to the new directory ``out`` (a file with ``to =
+    "gguf"``); ``base`` names its base model anew. The options are those of ``OneModel.export``.
+    Returns what the user should know. Raises ``RunError``.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists already; name a new directory.")
+    said = []
+    _check(out, to, merge=merge)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         place = Path(folder)
@@ -40,14 +45,40 @@ def export(
             from fedgrove.interop.shrink import write_truncated
 
             whole, source = source, place / "rank" / source.name
-            write_truncated(whole, source, rank)
-        if merge:
+            said.append(write_truncated(whole, source, rank).words())
+        if to == "gguf":
+            from fedgrove.interop.gguf_adapter import write_gguf
+
+            write_gguf(source, out)
+        elif to == "vllm":
+            from fedgrove.interop.vllm_adapter import write_even
+
+            needed = write_even(source, out)
+            said.append(f"vLLM loads it with max_lora_rank = {needed} or more.")
+        elif merge:
             from fedgrove.use.personal import merge as write
 
             write(source, out)
         else:
             shutil.copytree(source, out, dirs_exist_ok=True)
-    return out
+    return said
+
+
+def _check(out: Path, to: str, *, merge: bool) -> None:
+    """Refuse what cannot be written, before anything is read."""
+    if to not in FORMATS:
+        raise RunError(f"--to {to}: give peft, gguf or vllm.")
+    if merge and to != "peft":
+        raise RunError(f"--merge writes a whole model, --to {to} an adapter; give one of them.")
+    if to == "gguf":
+        if out.suffix != ".gguf":
+            raise RunError(f"--out {out}: name a file that ends in .gguf.")
+        if out.exists():
+            raise RunError(f"{out} exists already; name a new file.")
+        if find_spec("gguf") is None:
+            raise RunError("--to gguf needs the package gguf: pip install 'fedgrove[gguf]'.")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already; name a new directory.")
 
 
 def _ours(source: Path, out: Path, base: str | None) -> Path:

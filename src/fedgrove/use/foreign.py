@@ -76,6 +76,8 @@ def opened(folder: Path, labels: Sequence[str] | None = None, base: str | None =
         head = {_head_name(name): source.saved(name).float() for name in source.others}
         card = _described(source, head, base) | given
         card["head"] = _head_kind(card["task"], head, card)
+        if card["head"] == "lm":
+            head = _without_copies(folder, head)
         if card["head"] == "pooled":
             config = load_config(card["model"], card["revision"])
             adapter = {_bare(site, config): factors for site, factors in adapter.items()}
@@ -189,6 +191,20 @@ def _head_kind(task: str, head: Mapping[str, Tensor], card: Mapping[str, Any]) -
     if ours and (head or not card["labels"]):
         return "pooled"
     return "stock"
+
+
+def _without_copies(folder: Path, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Nothing: what PEFT keeps beside a language model's factors is a copy of frozen layers. Raises
+    ``AdapterError`` for whole modules that were trained.
+    """
+    trained = [name for name in head if ".base_layer." not in name]
+    if trained:
+        raise AdapterError(
+            f"{folder} has whole trained modules beside its LoRA ({', '.join(trained[:3])}), which "
+            "are not read for a language model; merge it with PEFT (merge_and_unload) and name the "
+            "merged model."
+        )
+    return {}
 
 
 def _check_labels(folder: Path, card: Mapping[str, Any], labels: Sequence[str]) -> None:

@@ -109,15 +109,18 @@ class OneModel:
         merge: bool = False,
         tier: str | None = None,
         rank: int | None = None,
+        to: str = "peft",
     ) -> Path:
         """Write the adapter to a new directory, or the whole model with the adapter merged into it.
 
         ``tier``: one tier alone, of a method that has tiers (HiLoRA: root, cluster, leaf). ``rank``:
         the best approximation with no site above it; ``truncated`` in the card has its error.
+        ``to``: "peft", "gguf" (a file for llama.cpp) or "vllm" (one rank and scale at all sites).
         """
         from fedgrove.use.exporting import export
 
-        return export(self.path, Path(out), self.base, merge=merge, tier=tier, rank=rank)
+        export(self.path, Path(out), self.base, merge=merge, tier=tier, rank=rank, to=to)
+        return Path(out)
 
     def model(self, **options: Any) -> ClientModel:
         """The model, ready to predict; options as of ``fedgrove.load``."""
