@@ -106,17 +106,30 @@ def card_of(folder: Path, labels: Sequence[str] | None = None, base: str | None 
 def tidied(source: Path, out: Path, base: str | None = None) -> Path:
     """The directory written anew as ours are: names that PEFT matches, one scale, a whole card."""
     found = opened(source, base=base)
-    modules = dict.fromkeys(name.split(".")[0] for name in found.head)
+    modules = _modules(peft.read_json(source / peft.CONFIG), found.head)
     peft.save_adapter(
         out,
         found.adapter,
         base=EMBEDDED_MODELS.get(str(found.card["model"]), str(found.card["model"])),
         head=found.head,
         head_kind=found.card["head"],
-        head_modules=tuple(modules) if found.card["head"] == "stock" else (),
+        head_modules=modules if found.card["head"] == "stock" else (),
         card=found.card,
     )
     return out
+
+
+def _modules(config: Mapping[str, Any], head: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The modules of a head, by the names that the configuration has for them, else by their own."""
+    named = config.get("modules_to_save") or ()
+    found: dict[str, None] = {}
+    for name in head:
+        path = name.split(".")[:-1]
+        kept = [
+            n for n in range(1, len(path)) if path[n - 1] in named or ".".join(path[:n]) in named
+        ]
+        found[".".join(path[: min(kept, default=len(path))])] = None
+    return tuple(found)
 
 
 def _described(source: Source, head: Mapping[str, Tensor], base: str | None) -> Plain:
