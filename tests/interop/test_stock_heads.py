@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import save_bert, tiny_job
-from transformers import BertConfig, BertForSequenceClassification
+from tests.tiny import save_bert, save_llama, tiny_job
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import fedgrove as fg
 from fedgrove.ground.errors import ModelError
 from fedgrove.interop.models import load_base
 from fedgrove.tracking.callback import Callback
+from fedgrove.use.exporting import export
 
 
 @pytest.fixture
@@ -87,3 +90,90 @@ def test_a_run_on_it_is_told_measured_loaded_and_merged(
     texts = ["good fine day", "bad poor film"]
     alone = fg.load(tmp_path / "merged").logits(texts)
     assert torch.allclose(alone, site.model().logits(texts), atol=1e-5)
+
+
+def without_pooler(folder: Path) -> Path:
+    """A BERT that was saved without its pooler, as of masked language modelling."""
+    save_bert(folder)
+    weights = load_file(str(folder / "model.safetensors"))
+    kept = {name: value for name, value in weights.items() if "pooler" not in name}
+    save_file(kept, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    return folder
+
+
+MODELS = {"bert": save_bert, "pooler": without_pooler, "llama": save_llama}
+
+
+@pytest.mark.parametrize(
+    ("model", "policy"),
+    [
+        ("bert", "local"),
+        ("bert", "shared"),
+        ("bert", "frozen"),
+        ("pooler", "frozen"),
+        ("llama", "local"),
+    ],
+)
+def test_peft_alone_gives_the_reported_model_whatever_the_policy(
+    model: str, policy: str, silos: Path, tmp_path: Path
+) -> None:
+    """Only PEFT's two files, and the Auto class of the task."""
+    from peft import AutoPeftModelForSequenceClassification
+
+    base = MODELS[model](tmp_path / "base")
+    job = tiny_job(
+        base, silos, model={"head": "stock"}, federation={"head": policy}, run={"rounds": 1}
+    )
+    result = fg.run(job, tmp_path / "out")
+    texts = ["good fine day", "bad poor film was sad"]
+    batch = AutoTokenizer.from_pretrained(str(base))(texts, padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    drawn = []
+    for name in ("site-0", "site-1"):
+        client = result.client(name)
+        assert client.evaluate()["loss"] == pytest.approx(client.summary["loss"], rel=1e-5)
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(client.path / file, folder / file)
+        torch.manual_seed(99)  # what the checkpoint lacks must not be drawn again
+        plain = AutoPeftModelForSequenceClassification.from_pretrained(str(folder)).eval()
+        with torch.no_grad():
+            found = plain(**batch).logits
+        torch.testing.assert_close(found, client.model().logits(texts), atol=1e-5, rtol=1e-5)
+        drawn.append(load_file(str(folder / "adapter_model.safetensors")))
+    heads = [name for name in drawn[0] if ".lora_" not in name]
+    assert any("pooler" in name for name in heads) == (model == "pooler")
+    alike = all(torch.equal(drawn[0][name], drawn[1][name]) for name in heads)
+    assert alike == (policy != "local")
+
+
+def test_a_checkpoint_that_lacks_a_layer_is_named(tmp_path: Path) -> None:
+    folder = save_bert(tmp_path / "bert")
+    weights = load_file(str(folder / "model.safetensors"))
+    kept = {name: value for name, value in weights.items() if "layer.1.output.dense" not in name}
+    save_file(kept, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights of its layers \(bert\.encoder\.layer\.1"):
+        load_base(str(folder), head="stock", classes=2)
+
+
+def test_what_is_drawn_below_the_head_is_told_trained_and_exported(
+    silos: Path, tmp_path: Path
+) -> None:
+    base = without_pooler(tmp_path / "base")
+    listener = Listener()
+    job = tiny_job(base, silos, model={"head": "stock"}, run={"rounds": 1})
+    result = fg.run(job, tmp_path / "out", callbacks=[listener])
+    assert [text for text in listener.said if "has no 'bert.pooler.dense'; a new one" in text]
+    client = result.client("site-0")
+    wanted = client.model().logits(["good day"])
+    client.export(tmp_path / "merged", merge=True)
+    assert torch.allclose(fg.load(tmp_path / "merged").logits(["good day"]), wanted, atol=1e-5)
+    plain = tmp_path / "plain"
+    shutil.copytree(client.path, plain)
+    (plain / "fedgrove.json").unlink()  # as anybody's directory
+    assert torch.allclose(fg.load(plain).logits(["good day"]), wanted, atol=1e-5)
+    export(plain, tmp_path / "again")
+    assert torch.allclose(fg.load(tmp_path / "again").logits(["good day"]), wanted, atol=1e-5)
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]

@@ -158,6 +158,16 @@ def test_a_language_model_of_peft_writes(tiny_llama: Path, tmp_path: Path) -> No
     assert torch.isfinite(bare).all()
 
 
+def test_whole_modules_of_a_language_model_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama))
+    options = {"modules_to_save": ["model.norm"]}
+    trained(model, tmp_path / "writer", "CAUSAL_LM", ["q_proj"], **options)
+    with pytest.raises(AdapterError, match=r"whole trained modules beside its LoRA \(model.norm"):
+        fg.load(tmp_path / "writer")
+
+
 def test_another_task_and_another_base_are_refused_in_a_sentence(
     classifier: tuple[Path, Any], tiny_llama: Path, tmp_path: Path
 ) -> None:

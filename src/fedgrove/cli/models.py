@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedgrove.cli.shared import ClientName, RunDirectory, examples, printer, say
+from fedgrove.cli.shared import (
+    BaseModel,
+    ClientName,
+    Columns,
+    Labels,
+    ModelDirectory,
+    RunDirectory,
+    examples,
+    labels_of,
+    printer,
+    say,
+)
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.plain import Plain
 
 if TYPE_CHECKING:
+    from fedgrove.use.predictions import Prediction
     from fedgrove.use.result import Result
 
 commands = typer.Typer(rich_markup_mode="rich")
@@ -23,15 +35,21 @@ commands = typer.Typer(rich_markup_mode="rich")
         "fedgrove export runs/fedit --client clinic-3 --out adapters/clinic-3",
         "fedgrove export runs/hilora --client clinic-3 --tier leaf --out adapters/clinic-3-leaf",
         "fedgrove export runs/flora --client clinic-3 --rank 16 --out adapters/clinic-3-small",
+        "fedgrove export runs/chat --client clinic-3 --to gguf --out clinic-3.gguf",
+        "fedgrove export their-adapter --base models/bert --merge --out models/theirs",
     )
 )
 def export(
-    run: RunDirectory,
-    client: ClientName,
+    directory: ModelDirectory,
     out: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Where to write it, a new directory.", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="Where to write it, a new directory (with --to gguf a file).",
+            show_default=False,
+        ),
     ],
+    client: ClientName = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the whole model, the adapter merged into it.")
     ] = False,
@@ -53,15 +71,23 @@ def export(
             show_default=False,
         ),
     ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="WHAT",
+            help="peft: a directory that PEFT loads; gguf: a file for llama.cpp; vllm: as peft, with "
+            "one rank and one scale for all sites.",
+        ),
+    ] = "peft",
+    base: BaseModel = None,
 ) -> None:
-    """Write one client's model as a standard PEFT adapter (or a merged model) for use elsewhere."""
-    from fedgrove.use.result import Result
+    """Write one model as a standard PEFT adapter (or a merged model) for use elsewhere."""
+    from fedgrove.use.chosen import chosen
+    from fedgrove.use.exporting import export as write
 
-    Result(run).client(client).export(out, merge=merge, tier=tier, rank=rank)
-    if rank is not None:
-        from fedgrove.interop import shrink
-
-        print(shrink.read_loss(out).words())
+    source = chosen(directory, client, base=base).path
+    for sentence in write(source, out, base, merge=merge, tier=tier, rank=rank, to=to):
+        print(sentence)
     print(f"Wrote {out}.")
 
 
@@ -150,10 +176,11 @@ def _private_words(spent: Mapping[str, Any]) -> str:
         "fedgrove evaluate runs/fedit --client clinic-3 --data new.csv",
         "fedgrove evaluate runs/fedit --client _global",
         "fedgrove evaluate runs/fedit --on all --metrics f1_macro,ece",
+        "fedgrove evaluate their-adapter --data new.csv --labels negative,positive",
     )
 )
 def evaluate(
-    run: RunDirectory,
+    directory: ModelDirectory,
     client: Annotated[
         str | None,
         typer.Option(
@@ -188,15 +215,28 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    base: BaseModel = None,
+    labels: Labels = None,
+    settings: Columns = None,
 ) -> None:
-    """Measure the finished clients' models on their test data, on everybody's, or on a file."""
+    """Measure the finished clients' models on their test data, on everybody's, or on a file; or one
+    adapter on a file.
+    """
+    from fedgrove.use.chosen import chosen, is_bare
     from fedgrove.use.result import Result
 
-    result = Result(run)
     if metrics:
         wanted = [name.strip() for name in metrics.split(",")]
     else:
         wanted = []
+    given = {"base": base, "labels": labels_of(labels), "settings": settings or ()}
+    if is_bare(directory):
+        if on != "own":
+            raise RunError(f"--on {on} is for a run; {directory} is one adapter.")
+        one = chosen(directory, client, **given)
+        print(*_measured(one.name, _wanted(one.measures(data), wanted)), sep="\n")
+        return
+    result = Result(directory)
     if on not in ("own", "all"):
         raise RunError(f"--on {on}: give own or all.")
     if on == "all":
@@ -207,12 +247,16 @@ def evaluate(
         _everybody(result, wanted)
         return
     for name in [client] if client else result.answering():
-        found = result.client(name).measures(data)
-        if unknown := [each for each in wanted if each not in found]:
-            known = ", ".join(found)
-            raise RunError(f"--metrics: there is no measure {unknown[0]!r}; choose from {known}.")
-        shown = {key: found[key] for key in wanted or found}
-        print(*_measured(name, shown), sep="\n")
+        found = chosen(directory, name, **given).measures(data)
+        print(*_measured(name, _wanted(found, wanted)), sep="\n")
+
+
+def _wanted(found: Plain, wanted: list[str]) -> Plain:
+    """The measures that were asked for, or all."""
+    if unknown := [each for each in wanted if each not in found]:
+        known = ", ".join(found)
+        raise RunError(f"--metrics: there is no measure {unknown[0]!r}; choose from {known}.")
+    return {key: found[key] for key in wanted or found}
 
 
 def _everybody(result: Result, wanted: list[str]) -> None:
@@ -255,11 +299,11 @@ def _by_class(value: Any) -> bool:
     epilog=examples(
         'fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"',
         "fedgrove predict runs/fedit --client tweets-0 --data new.csv --out answers.csv",
+        'fedgrove predict their-adapter --base models/bert --labels no,yes --probs "not again"',
     )
 )
 def predict(
-    run: RunDirectory,
-    client: ClientName,
+    directory: ModelDirectory,
     texts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -268,6 +312,7 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    client: ClientName = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -281,25 +326,35 @@ def predict(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write the answers, with the scores of all classes, as .csv or .jsonl.",
+            help="Write the answers, with the probabilities of all classes, as .csv or .jsonl.",
             show_default=False,
         ),
     ] = None,
+    probs: Annotated[
+        bool,
+        typer.Option("--probs", help="Print the probability of every class, not the likeliest's."),
+    ] = False,
+    base: BaseModel = None,
+    labels: Labels = None,
+    settings: Columns = None,
 ) -> None:
-    """Ask one client's model about texts, images or a table: the likeliest label and its score, or
-    what it writes after a prompt.
+    """Ask one model about texts, images or a table: the likeliest label and its score, or what it
+    writes after a prompt.
     """
     from fedgrove.federation.tasks import task_class
     from fedgrove.use.asked import questions
-    from fedgrove.use.predictions import check_out, predictions, questions_of, write
-    from fedgrove.use.result import Result
+    from fedgrove.use.chosen import chosen
+    from fedgrove.use.predictions import check_out, check_probs, predictions, questions_of, write
 
     if bool(texts) == bool(data):
         raise RunError("Give texts to ask about, or a table with --data, one of the two.")
     if out is not None:
         check_out(out)
-    result = Result(run)
-    chosen, task = result.client(client), task_class(result.job.data)
+    one = chosen(directory, client, base=base, labels=labels_of(labels), settings=settings or ())
+    job = one.job
+    task = task_class(job.data)
+    if probs:
+        check_probs(task)
     for text in texts or ():
         if task.asks != "image" and _is_file(text):
             say(
@@ -307,10 +362,10 @@ def predict(
                 0,
             )
     if data:
-        rows = questions_of(data, result.job)
+        rows = questions_of(data, job)
     else:
         rows = None
-    model = chosen.model()
+    model = one.model()
     if rows is None:
         rows = questions(model.kernel.task, texts or [])
     found = predictions(model, rows)
@@ -319,11 +374,17 @@ def predict(
         print(f"Wrote {out}, {len(found)} rows.")
         return
     for each in found:
-        if data and each.scores:
-            score = f"{each.scores[each.predicted]:.3f}\t"
-        else:
-            score = ""
-        print(f"{each.predicted}\t{score}{each.asked}")
+        print(*_answer(each, probs=probs, scored=bool(data)), sep="\t")
+
+
+def _answer(found: Prediction, *, probs: bool, scored: bool) -> Iterator[str]:
+    """The columns of a printed answer."""
+    yield found.predicted
+    if probs:
+        yield from (f"{label} {value:.3f}" for label, value in found.scores.items())
+    elif scored and found.scores:
+        yield f"{found.scores[found.predicted]:.3f}"
+    yield found.asked
 
 
 def _is_file(text: str) -> bool:

@@ -33,12 +33,48 @@ Settings = Annotated[
 RunDirectory = Annotated[
     Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)
 ]
+ModelDirectory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="A run, or one adapter directory: of a run, of export or aggregate, or of PEFT.",
+        show_default=False,
+    ),
+]
 ClientName = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--client",
         metavar="NAME",
         help="One client of the run, or _global, the common model.",
+        show_default=False,
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="The base model (a folder, or a name), where the adapter's own is not found.",
+        show_default=False,
+    ),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="L,...",
+        help="The classes in the order of the head's outputs, where the adapter does not name "
+        "them.",
+        show_default=False,
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of [data] for the columns of FILE, for example data.text=review; repeats.",
         show_default=False,
     ),
 ]
@@ -47,6 +83,13 @@ ClientName = Annotated[
 def examples(*lines: str) -> str:
     """An epilogue: a paragraph each, or rich would join them."""
     return "\n\n".join(["[bold]Examples[/bold]", *lines])
+
+
+def labels_of(text: str | None) -> list[str] | None:
+    """The names of a list with commas; None where none was given."""
+    if text is None:
+        return None
+    return [name.strip() for name in text.split(",")]
 
 
 def job_of(

@@ -13,6 +13,7 @@ from fedgrove.adapters.tree import numbers
 from fedgrove.federation.tasks.base import Example
 from fedgrove.ground.errors import JobError, RunError
 from fedgrove.ground.plain import Given, Plain
+from fedgrove.interop.copies import Copies
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import change
 from fedgrove.privacy.example_dp import NOTES
@@ -47,7 +48,7 @@ def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
     """
     job, people = settle(job)
     parts = Parts.of(job, people.clients.values())
-    parts = replace(parts, job=with_cohort(parts, len(people.clients)))
+    parts = replace(parts, job=with_cohort(parts, len(people.clients)), copies=Copies())
     refuse_unfit(parts, people.clients.values(), people.held_out.values(), local=True)
     lab, watch = Lab(), None
     if job.run.noise and out is not None:

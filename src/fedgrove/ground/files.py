@@ -14,45 +14,54 @@ from typing import Any
 from fedgrove.ground.errors import RunError
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, synced: bool = True) -> None:
     """After a crash ``path`` is the old file or the new one. Raises ``RunError`` (no space, no
-    permission).
+    permission). Not ``synced``: whoever wrote many files calls ``sync_all`` in the end.
     """
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_directory(path.parent)
+        if synced:
+            _sync_directory(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, synced: bool = True) -> None:
     """``write_bytes`` for UTF-8 text."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), synced=synced)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], *, synced: bool = True) -> None:
     """``write_bytes`` for strict JSON, indented."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text)
+    write_text(path, text, synced=synced)
+
+
+def sync_all() -> None:
+    """Everything written so far is on disk, where the system can say so (Windows cannot)."""
+    if hasattr(os, "sync"):
+        os.sync()
 
 
 @contextmanager
-def whole_directory(folder: Path) -> Iterator[Path]:
+def whole_directory(folder: Path, *, synced: bool = True) -> Iterator[Path]:
     """A new directory to write into, which takes ``folder``'s place only when all of it is on
-    disk.
+    disk (not ``synced``: is written).
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    if synced:
+        for file in partial.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

@@ -17,7 +17,7 @@ from fedgrove.ground.seeds import derive
 from fedgrove.interop import quantise
 from fedgrove.interop.embedded_models import CONVERTED, model_folder
 from fedgrove.interop.hub import fetched
-from fedgrove.interop.targets import find_sites
+from fedgrove.interop.targets import find_sites, layer_index
 
 #: models that the package itself brings along, under ``fedgrove/weights``
 SHIPPED_MODELS = ("grove-vit",)
@@ -198,7 +198,7 @@ def load_base(
     with torch.random.fork_rng(devices=[]):
         # weights that the checkpoint lacks are drawn here
         torch.manual_seed(derive(seed, "stock head"))
-        model = _loaded(name, revision, task, head, config=config, dtype=dtype, **placed)
+        model, drawn = _loaded(name, revision, task, head, config=config, dtype=dtype, **placed)
     if head == "lm":
         model.generation_config = type(
             model.generation_config
@@ -222,6 +222,10 @@ def load_base(
             n
             for n, m in model.named_children()
             if n != prefix and any(True for _ in m.parameters())
+        )
+        modules += drawn
+        notes += tuple(
+            f"{name} has no '{part}'; a new one is drawn, as part of the head." for part in drawn
         )
         if dtype == torch.float64:
             wide = torch.float64
@@ -266,13 +270,16 @@ def _new_head(name: str, config: Any, classes: int) -> tuple[str, ...]:
     )
 
 
-def _loaded(name: str, revision: str | None, task: str, head: str, **options: Any) -> Any:
-    """The model, its head drawn anew where the checkpoint's has another shape. Raises
-    ``ModelError`` where anything else has.
+def _loaded(
+    name: str, revision: str | None, task: str, head: str, **options: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """The model, its head drawn anew where the checkpoint's has another shape; and the modules below
+    the head that the checkpoint lacks (BERT's pooler), which are as new as the head. Raises
+    ``ModelError`` where anything else is missing or of another shape.
     """
     kind = model_class(task, head)
     if head != "stock":
-        return from_pretrained(kind, name, revision, **options)
+        return from_pretrained(kind, name, revision, **options), ()
     model, told = from_pretrained(
         kind, name, revision, ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
@@ -282,7 +289,14 @@ def _loaded(name: str, revision: str | None, task: str, head: str, **options: An
                 f"model.name: the weights of '{name}' do not have the shapes that its config.json "
                 f"says ({key.removeprefix(model.base_model_prefix + '.')}); repair the checkpoint."
             )
-    return model
+    body = f"{model.base_model_prefix}."
+    missing = sorted(key for key in told["missing_keys"] if key.startswith(body))
+    for key in missing:
+        if layer_index(key) is not None:
+            raise ModelError(
+                f"model.name: '{name}' lacks weights of its layers ({key}); repair the checkpoint."
+            )
+    return model, tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
 
 
 def _hidden_size(name: str, config: Any) -> int:

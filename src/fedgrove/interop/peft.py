@@ -20,6 +20,7 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.files import whole_directory
+from fedgrove.interop.copies import Copies, Origin, content_key, copy_beside
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, HEAD, CARD = (
@@ -28,6 +29,7 @@ CONFIG, WEIGHTS, HEAD, CARD = (
     "head.safetensors",
     "fedgrove.json",
 )
+GLOBAL = "_global"  # the common model's directory among the clients'
 
 
 def save_adapter(
@@ -39,16 +41,17 @@ def save_adapter(
     head_kind: Literal["pooled", "stock", "lm"],
     head_modules: tuple[str, ...] = (),
     card: Mapping[str, Any],
+    copies: Copies | None = None,
 ) -> None:
     """Write one PEFT adapter directory, replacing what is there only when all of it is written.
 
     ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes
-    where PEFT keeps
-    ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
+    where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
+    ``copies``: what was written of the same run, so that equal content is one file; its owner syncs.
     """
     if not adapter:
         raise AdapterError(f"{folder.name}: there is no LoRA term to write as an adapter.")
-    with whole_directory(folder) as partial:
+    with whole_directory(folder, synced=copies is None) as partial:
         stock = head_kind == "stock"
         if stock and head_modules:
             kind: str | None = "SEQ_CLS"
@@ -60,26 +63,50 @@ def save_adapter(
             # with one of the others PEFT hands on a text's arguments, which not every image model
             # takes
             kind = None
-        _config(adapter, base, head_modules if stock else (), kind).save_pretrained(str(partial))
+        modules = head_modules if stock else ()
         tensors: dict[str, Tensor] = {}
         for site, factors in adapter.items():
-            tensors[f"{PREFIX}{site}.lora_A.weight"] = factors.A.detach().clone().contiguous()
-            tensors[f"{PREFIX}{site}.lora_B.weight"] = factors.B.detach().clone().contiguous()
+            tensors[f"{PREFIX}{site}.lora_A.weight"] = factors.A
+            tensors[f"{PREFIX}{site}.lora_B.weight"] = factors.B
         if stock:
-            tensors |= {
-                f"{PREFIX}{name}": value.detach().clone().contiguous()
-                for name, value in head.items()
-            }
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+            tensors |= {f"{PREFIX}{name}": value for name, value in head.items()}
+        scales = [(site, factors.scale) for site, factors in adapter.items()]
+        told = _store(tensors, partial, folder, WEIGHTS, card, copies, base, modules, kind, scales)
+        if told is None:
+            _config(adapter, base, modules, kind).save_pretrained(str(partial))
+        else:
+            copy_beside(told.path, CONFIG, partial)
+            card = {**card, "same_weights_as": told.client or GLOBAL}
         if head and not stock:
-            save_file(
-                {n: v.detach().clone().contiguous() for n, v in head.items()},
-                partial / HEAD,
-                metadata={"format": "pt"},
-            )
+            _store(head, partial, folder, HEAD, card, copies)
         (partial / CARD).write_text(
             json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+
+
+def _store(
+    tensors: Mapping[str, Tensor],
+    partial: Path,
+    folder: Path,
+    name: str,
+    card: Mapping[str, Any],
+    copies: Copies | None,
+    *described: object,
+) -> Origin | None:
+    """Write tensors as the file ``name`` of what becomes ``folder``, or link it to the first of
+    the same content, which is returned.
+    """
+    key = ""
+    if copies is not None:
+        key = content_key(tensors, name, *described)
+        origin = copies.linked(key, partial / name)
+        if origin is not None:
+            return origin
+    plain = {each: value.detach().clone().contiguous() for each, value in tensors.items()}
+    save_file(plain, partial / name, metadata={"format": "pt"})
+    if copies is not None:
+        copies.keep(key, partial / name, folder / name, card.get("client"))
+    return None
 
 
 def rewrite(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgrove.ground.ctrlc import stop_if_pressed
-from fedgrove.ground.files import write_json, write_text
+from fedgrove.ground.files import sync_all, write_json, write_text
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.protocols import ServerArtefacts, global_assembly
 from fedgrove.report import write_report
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     """Write everything that a finished run has."""
     stage, out = loop.prepared, loop.out
+    write_global(loop)  # first, because clients' equal adapters are linked to it
     with loop.ledger.clock("evaluation"):
         left = farewell(loop)
-    write_global(loop)
     link(loop)
     for file, content in artefacts(loop, left).items():
         write_json(out / file, content)
@@ -189,6 +189,7 @@ def link(loop: Loop) -> None:
         linked = link_equal(adapters)
     else:
         linked = 0
+    sync_all()  # the clients' directories, which were not synced one by one
     if linked:
         loop.watch.remark(
             f"{linked} of the adapters in {adapters} have the weights of another there and take no "

@@ -104,7 +104,7 @@ def note_measures(
         if examples := data.get(split):
             found[split] = measured(half.kernel, assembly, examples, more)
     if any(found.values()):
-        write_json(folder / MEASURES, found)
+        write_json(folder / MEASURES, found, synced=parts.copies is None)
 
 
 def base_metric(
@@ -181,6 +181,7 @@ def write_adapter(
         head_kind=base.head,
         head_modules=base.head_modules,
         card=card,
+        copies=parts.copies,
     )
 
 

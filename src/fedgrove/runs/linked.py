@@ -9,29 +9,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedgrove.ground.files import digest_of, same_file
-from fedgrove.interop.peft import CARD, HEAD, WEIGHTS
-
-GLOBAL = "_global"
+from fedgrove.interop.peft import CARD, GLOBAL, HEAD, WEIGHTS
 
 
 def link_equal(adapters: Path) -> int:
     """Link the equal weights (and heads) of all adapter directories in ``adapters``.
 
-    The card of one that was linked names the first of its kind (``same_weights_as``). Returns how
-    many were. Done again it changes nothing; a kill in between leaves whole files.
+    One process has linked its own as it wrote them (``interop.copies``); what several wrote, and
+    what was named in another order, is put right here. The card of one that is linked names the
+    first of its kind (``same_weights_as``). Returns how many are. Done again it changes nothing; a
+    kill in between leaves whole files.
     """
-    origins: dict[str, Path] = {}
+    folders = list(_folders(adapters))
+    _join([folder / HEAD for folder in folders])
+    _join([folder / WEIGHTS for folder in folders])
+    first: dict[int, str] = {}  # by inode, in the order of the folders
     linked = 0
-    for folder in _folders(adapters):
-        _join(folder / HEAD, origins)
-        origin = _join(folder / WEIGHTS, origins)
-        if origin is not None:
-            _tell(folder / CARD, origin.parent)
+    for folder in folders:
+        if not (folder / WEIGHTS).exists():
+            continue
+        content = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        inode = (folder / WEIGHTS).stat().st_ino
+        origin = first.get(inode)
+        if origin is None:
+            first[inode] = content["client"] or GLOBAL
+        else:
             linked += 1
+        _tell(folder / CARD, content, origin)
     return linked
 
 
@@ -41,22 +49,32 @@ def _folders(adapters: Path) -> Iterator[Path]:
     yield from sorted(found, key=lambda folder: (folder.name != GLOBAL, folder.name))
 
 
-def _join(file: Path, origins: dict[str, Path]) -> Path | None:
-    """The file that ``file`` is now a second name of; None where it is the first of its content."""
-    if not file.exists():
-        return None
-    digest = digest_of(file)
-    origin = origins.get(digest)
-    if origin is not None and same_file(file, origin):
-        return origin
-    origins[digest] = file  # the first, or the next where a file has all the names that it can have
-    return None
+def _join(files: Sequence[Path]) -> None:
+    """Make the files of equal content names of one: of that which has the most names already."""
+    digests: dict[int, str] = {}  # by inode
+    kinds: dict[str, dict[int, list[Path]]] = {}  # by content and inode
+    for file in files:
+        if not file.exists():
+            continue
+        inode = file.stat().st_ino
+        if inode not in digests:
+            digests[inode] = digest_of(file)
+        kinds.setdefault(digests[inode], {}).setdefault(inode, []).append(file)
+    for groups in kinds.values():
+        several = sorted(groups.values(), key=len, reverse=True)  # stable: the first of equals
+        origin = several[0][0]
+        for file in (file for group in several[1:] for file in group):
+            if not same_file(file, origin):
+                origin = file  # the next, where a file has all the names that it can have
 
 
-def _tell(card: Path, origin: Path) -> None:
-    content = json.loads(card.read_text(encoding="utf-8"))
-    first = json.loads((origin / CARD).read_text(encoding="utf-8"))
-    content["same_weights_as"] = first["client"] or GLOBAL
+def _tell(card: Path, content: dict[str, object], origin: str | None) -> None:
+    """Write ``same_weights_as`` where the card says otherwise; None: nothing to say."""
+    if content.get("same_weights_as") == origin:
+        return
+    content.pop("same_weights_as", None)
+    if origin is not None:
+        content["same_weights_as"] = origin
     partial = card.with_name(card.name + ".partial")
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     partial.write_text(text, encoding="utf-8")  # not synced: a finish that was cut is done again

@@ -18,6 +18,7 @@ from fedgrove.federation.tasks import task_class
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.plain import Given
 from fedgrove.ground.seeds import generator
+from fedgrove.interop.copies import Copies
 from fedgrove.interop.models import Base, load_base, load_config, longest_input
 from fedgrove.job.sections import TrainSection
 from fedgrove.methods.contract import Setting
@@ -47,6 +48,8 @@ class Parts:
     task: Task
     method: Method
     head: HeadPolicy
+    #: what was written of the run's adapters, where one process writes all of them
+    copies: Copies | None = None
 
     @classmethod
     def of(cls, job: Job, clients: Collection[ClientInfo], *, base: Base | None = None) -> Parts:

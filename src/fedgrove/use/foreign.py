@@ -7,7 +7,8 @@ the base's; where there is none, the model can be merged and exported, and says 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.aggregate.inputs import Source, open_source
-from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.errors import AdapterError, ModelError
 from fedgrove.ground.plain import Plain
 from fedgrove.interop import peft
 from fedgrove.interop.models import EMBEDDED_MODELS, load_config, longest_input
@@ -35,6 +36,20 @@ class Opened:
     adapter: Adapter
     head: dict[str, Tensor]
     card: Plain
+
+
+@contextmanager
+def says_which(folder: Path) -> Iterator[None]:
+    """Errors of a base that cannot be loaded name the adapter, and the option that helps."""
+    try:
+        yield
+    except ModelError as error:
+        if not str(error).startswith("model.name: "):
+            raise
+        why = str(error).removeprefix("model.name: ")
+        raise ModelError(
+            f"{folder}: its base model {why} Where it lies elsewhere, say so (base=..., --base)."
+        ) from error
 
 
 def is_adapter(folder: Path) -> bool:
@@ -61,31 +76,60 @@ def opened(folder: Path, labels: Sequence[str] | None = None, base: str | None =
         head = {_head_name(name): source.saved(name).float() for name in source.others}
         card = _described(source, head, base) | given
         card["head"] = _head_kind(card["task"], head, card)
+        if card["head"] == "lm":
+            head = _without_copies(folder, head)
         if card["head"] == "pooled":
             config = load_config(card["model"], card["revision"])
             adapter = {_bare(site, config): factors for site, factors in adapter.items()}
-    if base is not None:
+    return Opened(adapter, head, _renamed(folder, card, labels, base))
+
+
+def _renamed(folder: Path, card: Plain, labels: Sequence[str] | None, base: str | None) -> Plain:
+    """The card with what the user says better. Raises ``AdapterError`` for labels that do not fit."""
+    if base is not None and not card.get("merged"):  # a merged model is its own base
         card = {**card, "model": base, "revision": None}
     if labels is not None:
         _check_labels(folder, card, labels)
         card = {**card, "labels": list(labels)}
-    return Opened(adapter, head, card)
+    return card
 
 
-def tidied(source: Path, out: Path) -> Path:
+def card_of(folder: Path, labels: Sequence[str] | None = None, base: str | None = None) -> Plain:
+    """What a directory says of its model, as our card does; ``labels`` and ``base`` win."""
+    if (folder / peft.CARD).exists():
+        given = peft.read_json(folder / peft.CARD)
+        if given.get("head"):
+            return _renamed(folder, given, labels, base)
+    return opened(folder, labels, base).card
+
+
+def tidied(source: Path, out: Path, base: str | None = None) -> Path:
     """The directory written anew as ours are: names that PEFT matches, one scale, a whole card."""
-    found = opened(source)
-    modules = dict.fromkeys(name.split(".")[0] for name in found.head)
+    found = opened(source, base=base)
+    modules = _modules(peft.read_json(source / peft.CONFIG), found.head)
     peft.save_adapter(
         out,
         found.adapter,
         base=EMBEDDED_MODELS.get(str(found.card["model"]), str(found.card["model"])),
         head=found.head,
         head_kind=found.card["head"],
-        head_modules=tuple(modules) if found.card["head"] == "stock" else (),
+        head_modules=modules if found.card["head"] == "stock" else (),
         card=found.card,
     )
     return out
+
+
+def _modules(config: Mapping[str, Any], head: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The modules of a head, by the names that the configuration has for them, else by their own."""
+    named = config.get("modules_to_save") or ()
+    found: dict[str, None] = {}
+    for name in head:
+        path = name.split(".")[:-1]
+        kept = [
+            n for n in range(1, len(path)) if path[n - 1] in named or ".".join(path[:n]) in named
+        ]
+        found[".".join(path[: min(kept, default=len(path))])] = None
+    return tuple(found)
 
 
 def _described(source: Source, head: Mapping[str, Tensor], base: str | None) -> Plain:
@@ -100,7 +144,8 @@ def _described(source: Source, head: Mapping[str, Tensor], base: str | None) -> 
         revision = None
     else:
         revision = source.config.get("revision")
-    config = load_config(str(name), revision)
+    with says_which(source.folder):
+        config = load_config(str(name), revision)
     task = _task(source, config)
     limit = longest_input(config)
     if task == "classify-images":
@@ -159,6 +204,20 @@ def _head_kind(task: str, head: Mapping[str, Tensor], card: Mapping[str, Any]) -
     if ours and (head or not card["labels"]):
         return "pooled"
     return "stock"
+
+
+def _without_copies(folder: Path, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Nothing: what PEFT keeps beside a language model's factors is a copy of frozen layers. Raises
+    ``AdapterError`` for whole modules that were trained.
+    """
+    trained = [name for name in head if ".base_layer." not in name]
+    if trained:
+        raise AdapterError(
+            f"{folder} has whole trained modules beside its LoRA ({', '.join(trained[:3])}), which "
+            "are not read for a language model; merge it with PEFT (merge_and_unload) and name the "
+            "merged model."
+        )
+    return {}
 
 
 def _check_labels(folder: Path, card: Mapping[str, Any], labels: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.measured import measured
 from fedgrove.use.asked import answered, questions
-from fedgrove.use.foreign import is_adapter, opened, tidied
+from fedgrove.use.foreign import card_of, is_adapter, opened, says_which, tidied
 
 
 class ClientModel:
@@ -145,10 +145,14 @@ def load(
         raise AdapterError(
             f"{folder / peft.CONFIG} does not exist; {folder} is not an adapter directory."
         )
-    card = peft.read_json(folder / peft.CARD) if (folder / peft.CARD).exists() else {}
+    card: Plain = {}
+    if (folder / peft.CARD).exists():
+        card = peft.read_json(folder / peft.CARD)
     merged = bool(card.get("merged"))
     adapter: Adapter = {}
     own: Assembly | None = None
+    if merged or (folder / assembly_file.FILE).exists():
+        card = card_of(folder, labels, base)
     if (folder / assembly_file.FILE).exists():
         own = assembly_file.read_assembly(folder, mixes(method_class(card["method"])))
         head = {}
@@ -161,17 +165,16 @@ def load(
         found = opened(folder, labels, base)
         adapter, head, card = found.adapter, found.head, found.card
     try:
-        kernel = _kernel(
-            str(folder) if merged else card["model"],
-            None if merged else card.get("revision"),
-            card["head"],
-            json.dumps(
-                {key: card.get(key) for key in TASKS.find(card["task"]).from_card(card).card()}
-            ),
-            tuple(sorted(adapter)),
-            dtype or card["dtype"],
-            device,
-        )
+        with says_which(folder):
+            kernel = _kernel(
+                str(folder) if merged else card["model"],
+                None if merged else card.get("revision"),
+                card["head"],
+                json.dumps(TASKS.find(card["task"]).from_card(card).card()),
+                tuple(sorted(adapter)),
+                dtype or card["dtype"],
+                device,
+            )
     except ModelError as error:
         if not str(error).startswith("lora.targets"):
             raise

@@ -17,6 +17,7 @@ from fedgrove.ground.errors import DataError
 from fedgrove.ground.files import write_text
 
 if TYPE_CHECKING:
+    from fedgrove.federation.tasks.base import Task
     from fedgrove.job import Job
     from fedgrove.use.personal import ClientModel
 
@@ -103,6 +104,14 @@ def check_out(out: Path) -> None:
         raise DataError(f"--out {out}: name a file that ends in {' or '.join(SUFFIXES)}")
     if out.exists():
         raise DataError(f"--out {out} exists already; name a new file")
+
+
+def check_probs(task: type[Task[Any]]) -> None:
+    """Raises ``DataError`` where there are no classes to have probabilities."""
+    if not task.classifies:
+        raise DataError(
+            f"--probs: the task {task.name!r} has no classes; leave it out, the answer is printed"
+        )
 
 
 def write(out: Path, found: Sequence[Prediction]) -> None:

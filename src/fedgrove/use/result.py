@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.ground.errors import RunError
@@ -15,6 +12,7 @@ from fedgrove.ground.names import folder_of
 from fedgrove.ground.plain import Plain
 from fedgrove.tracking import metrics
 from fedgrove.tracking import summary as summaries
+from fedgrove.use.one import OneModel
 
 if TYPE_CHECKING:
     from fedgrove.federation.readers import Row
@@ -107,85 +105,30 @@ class Result:
         return f"Result({str(self.path)!r}, {json.dumps(short)})"
 
 
-class ClientResult:
+class ClientResult(OneModel):
     """One client of a finished run."""
 
     def __init__(self, result: Result, name: str):
+        if name == GLOBAL:
+            folder = GLOBAL
+        else:
+            folder = folder_of(name)
+        super().__init__(result.path / "adapters" / folder)
         self.result, self.name = result, name
         self.summary: Plain = result.summary["clients"].get(name, {})
 
     @property
-    def path(self) -> Path:
-        """Its adapter directory."""
+    def job(self) -> Job:
+        """The run's."""
+        return self.result.job.override(self.settings)
+
+    def _tests(self) -> list[Row]:
         if self.name == GLOBAL:
-            folder = GLOBAL
-        else:
-            folder = folder_of(self.name)
-        return self.result.path / "adapters" / folder
-
-    def predict(self, texts: Sequence[Any]) -> list[Any]:
-        """The most likely label of each text, or of each image (path, bytes or PIL image)."""
-        return self.model().predict(texts)
-
-    def evaluate(self, data: str | Path | None = None) -> dict[str, float]:
-        """The measures on the client's own test split, or on a table with the job's columns."""
-        return self.model().evaluate(self._rows(data))
-
-    def measures(self, data: str | Path | None = None) -> Plain:
-        """As ``evaluate``, with every metric of the task and of the job's ``data.metrics``."""
-        return self.model().measures(self._rows(data), self.result.job.data.metrics)
-
-    def _rows(self, data: str | Path | None) -> list[Row]:
-        from fedgrove.federation.load import rows_of
-
-        if data is None and self.name == GLOBAL:
             return [row for rows in self.result.tests.values() for row in rows]
-        if data is None:
-            return self.result.tests[self.name]
-        return rows_of(Path(data), self.result.job)
-
-    def export(
-        self,
-        out: str | Path,
-        *,
-        merge: bool = False,
-        tier: str | None = None,
-        rank: int | None = None,
-    ) -> Path:
-        """Copy the adapter to a new directory, or write the whole model with the adapter merged
-        into it.
-
-        ``tier``: one tier alone, of a method that has tiers (HiLoRA: root, cluster, leaf). ``rank``:
-        the best approximation with no site above it; ``truncated`` in the card has its error.
-        """
-        out = Path(out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunError(f"{out} exists already; name a new directory.")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory() as folder:
-            source = self.path
-            if tier is not None:
-                from fedgrove.interop.tiers import write_tier
-
-                whole, source = source, Path(folder) / "tier" / folder_of(self.name)
-                write_tier(whole, source, tier)
-            if rank is not None:
-                from fedgrove.interop.shrink import write_truncated
-
-                whole, source = source, Path(folder) / "rank" / folder_of(self.name)
-                write_truncated(whole, source, rank)
-            if merge:
-                from fedgrove.use.personal import merge as write
-
-                write(source, out)
-            else:
-                shutil.copytree(source, out, dirs_exist_ok=True)
-        return out
+        return self.result.tests[self.name]
 
     def model(self, **options: Any) -> ClientModel:
         """The client's model, ready to predict; options as of ``fedgrove.load``."""
-        from fedgrove.use.personal import load
-
-        model = load(self.path, **options)
+        model = super().model(**options)
         model.headless |= self.name == GLOBAL and not self.result.common_head
         return model
