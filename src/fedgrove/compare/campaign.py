@@ -47,11 +47,7 @@ class Done:
 
 def carry_out(plan: Plan, progress: Overall) -> Done:
     """All trials and runs that are left to do."""
-    trials = [(entry, trial) for entry in plan.entries for trial in plan.trials]
-    directories = [plan.trial_directory(*each) for each in trials]
-    directories += [
-        plan.run_directory(entry, seed) for entry in plan.entries for seed in plan.seeds
-    ]
+    directories = _directories(plan)
     if not all(RunDirectory(directory).finished() for directory in directories):
         check(plan)
     with progress.over(len(directories)):
@@ -59,31 +55,53 @@ def carry_out(plan: Plan, progress: Overall) -> Done:
         done = Done(plan, tuned, {entry.label: [] for entry in plan.entries})
         for seed in plan.seeds:  # a comparison that is cut short has whole seeds
             for entry in plan.entries:
-                done.results[entry.label].append(
-                    _run(plan, entry, seed, tuned[entry.label].chosen, progress)
-                )
+                chosen = tuned[entry.label].chosen
+                result = _run(plan, entry, seed, chosen, progress)
+                done.results[entry.label].append(result)
             _same_clients(done, seed)
     return done
 
 
-def _run(plan: Plan, entry: Entry, seed: int, chosen: Trial, progress: Overall) -> Result:
+def _directories(plan: Plan) -> list[Path]:
+    """Of all trials and runs."""
+    found = []
+    for entry in plan.entries:
+        found += [plan.trial_directory(entry, trial) for trial in plan.trials]
+        found += [plan.run_directory(entry, seed) for seed in plan.seeds]
+    return found
+
+
+def _run(
+    plan: Plan,
+    entry: Entry,
+    seed: int,
+    chosen: Trial,
+    progress: Overall,
+) -> Result:
     from fedgrove.start import run
 
-    directory, reference = plan.run_directory(entry, seed), plan.run_directory(plan.reference, seed)
-    title = f"{entry.label}, seed {seed}" + (f", {trial_name(chosen)}" if chosen else "")
-    with progress.step(title, skipped=RunDirectory(directory).finished()) as watch:
+    directory = plan.run_directory(entry, seed)
+    reference = plan.run_directory(plan.reference, seed)
+    baselines = []
+    if reference != directory:
+        baselines.append(reference)
+    title = f"{entry.label}, seed {seed}"
+    if chosen:
+        title += f", {trial_name(chosen)}"
+    finished = RunDirectory(directory).finished()
+    with progress.step(title, skipped=finished) as watch:
         return run(
             plan.run_job(entry, seed, chosen),
             directory,
             resume=True,
             callbacks=[watch],
-            baselines=[reference] if reference != directory else [],
+            baselines=baselines,
         )
 
 
 def _tune(plan: Plan, entry: Entry, progress: Overall) -> Tuned:
     """Every trial; the best by mean validation metric, ties to the value that was given first."""
-    attempts = tuple(_attempt(plan, entry, trial, progress) for trial in plan.trials)
+    attempts = [_attempt(plan, entry, trial, progress) for trial in plan.trials]
     if not attempts:
         return Tuned()
     scored = [attempt for attempt in attempts if attempt.score is not None]
@@ -92,7 +110,8 @@ def _tune(plan: Plan, entry: Entry, progress: Overall) -> Tuned:
             f"{entry.label}: no trial came to a finite result ({attempts[0].problem}); try smaller "
             f"values in --tune."
         )
-    return Tuned(attempts, max(scored, key=lambda attempt: attempt.score or 0.0).trial)
+    best = max(scored, key=lambda attempt: attempt.score or 0.0)
+    return Tuned(tuple(attempts), best.trial)
 
 
 def _attempt(plan: Plan, entry: Entry, trial: Trial, progress: Overall) -> Attempt:
@@ -102,15 +121,25 @@ def _attempt(plan: Plan, entry: Entry, trial: Trial, progress: Overall) -> Attem
 
     directory = plan.trial_directory(entry, trial)
     title = f"tuning {entry.label}, {trial_name(trial)}"
-    with progress.step(title, skipped=RunDirectory(directory).finished()) as watch:
+    finished = RunDirectory(directory).finished()
+    with progress.step(title, skipped=finished) as watch:
+        job = plan.trial_job(entry, trial)
         try:
-            result = run(plan.trial_job(entry, trial), directory, resume=True, callbacks=[watch])
+            result = run(
+                job,
+                directory,
+                resume=True,
+                callbacks=[watch],
+            )
         except (AdapterError, torch.linalg.LinAlgError) as error:
             # A rate far too large makes weights that are not finite; that is this trial's result,
             # not the end.
-            return Attempt(trial, None, " ".join(str(error).split()))
+            said = " ".join(str(error).split())
+            return Attempt(trial, None, said)
     score = validation_score(result)
-    return Attempt(trial, score, "" if score is not None else "the validation loss is not finite")
+    if score is None:
+        return Attempt(trial, None, "the validation loss is not finite")
+    return Attempt(trial, score)
 
 
 def validation_score(result: Result) -> float | None:
@@ -118,17 +147,18 @@ def validation_score(result: Result) -> float | None:
     loss is not finite.
     """
     last = result.summary["rounds"]
-    lines = [
-        line for line in result.metrics() if line["split"] == "validation" and line["round"] == last
-    ]
-    name = next((found for line in lines if (found := metric_name(line))), None)
+    where = ("validation", last)
+    lines = [line for line in result.metrics() if (line["split"], line["round"]) == where]
+    names = filter(None, map(metric_name, lines))
+    name = next(names, None)
     if name is None:
         raise RunError(
             f"{result.path} has no validation measures of round {last}; remove it, and compare "
             f"again."
         )
     values = [line.get(name) for line in lines]
-    if any(line.get("loss") is None for line in lines) or any(value is None for value in values):
+    losses = [line.get("loss") for line in lines]
+    if None in values or None in losses:
         return None
     score = mean(values)
     if math.isfinite(score):
@@ -154,12 +184,11 @@ def _same_clients(done: Done, seed: int) -> None:
 
 def fingerprint(run_dir: Path) -> str:
     """The checksum of clients and splits in federation.json."""
+    file = run_dir / "federation.json"
     try:
-        return str(
-            json.loads((run_dir / "federation.json").read_text(encoding="utf-8"))["fingerprint"]
-        )
+        text = file.read_text(encoding="utf-8")
+        return str(json.loads(text)["fingerprint"])
     except (OSError, ValueError, KeyError):
         raise RunError(
-            f"{run_dir / 'federation.json'} is missing or broken; remove {run_dir}, and compare "
-            f"again."
+            f"{file} is missing or broken; remove {run_dir}, and compare again."
         ) from None

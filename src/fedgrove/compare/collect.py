@@ -8,48 +8,55 @@ then mean and sample standard deviation (n − 1) over seeds, which is None with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import Any
 
 import fedgrove
-from fedgrove.compare.campaign import Done, Tuned, fingerprint
+from fedgrove.compare.campaign import Attempt, Done, Tuned, fingerprint
 from fedgrove.compare.entries import Entry, trial_name
 from fedgrove.compare.statistics import RESAMPLES, holm, paired
 from fedgrove.ground import words
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.ground.statistics import mean, present, std, tail10
 from fedgrove.use.result import Result
 
 MEASURES = ("metric", "metric_tuned")
 PARAMETERS = ("trained", "stored", "sent_up", "sent_down")
 
+Values = dict[str, dict[str, float]]  # seed -> client -> number
 
-def collect(done: Done) -> dict[str, Any]:
+
+def collect(done: Done) -> Plain:
     """Everything that the tables, the tests and the page show."""
     plan = done.plan
     first = done.results[plan.reference.label]
-    rows = [
-        _row(entry, done.tuned[entry.label], done.results[entry.label], plan.seeds)
-        for entry in plan.entries
-    ]
+    rows = []
+    values: list[float] = []
+    for entry in plan.entries:
+        row = _row(
+            entry,
+            done.tuned[entry.label],
+            done.results[entry.label],
+            plan.seeds,
+        )
+        rows.append(row)
+        values.extend(_flat(row, "metric").values())
     job = first[0].job
+    summary = first[0].summary
     trained = _values(first, plan.seeds, "metric", held_out=False)
     base_values = _values(first, plan.seeds, "metric_base", held_out=False)
-    values = [
-        value
-        for row in rows
-        for by_client in row["values"]["metric"].values()
-        for value in by_client.values()
-    ]
-    writes = first[0].summary.get("task") == "generate"
+    writes = summary.get("task") == "generate"
     if writes:
         base_label = "base"
     else:
         base_label = "base, head alone"
-    content: dict[str, Any] = {
+    fingerprints = {}
+    for seed, run in zip(plan.seeds, first, strict=True):
+        fingerprints[str(seed)] = fingerprint(run.path)
+    content: Plain = {
         "format": 1,
         "fedgrove": fedgrove.__version__,
-        "metric": first[0].summary.get("metric", "score"),
+        "metric": summary.get("metric", "score"),
         "percent": words.shares(values),
         "writes": writes,
         "head": job.federation.head,
@@ -58,11 +65,9 @@ def collect(done: Done) -> dict[str, Any]:
         "rounds": job.run.rounds,
         "final_local_epochs": job.train.final_local_epochs,
         "clients": len(next(iter(trained.values()), {})),
-        "held_out": first[0].summary.get("unseen", {}).get("clients", 0),
+        "held_out": summary.get("unseen", {}).get("clients", 0),
         "seeds": list(plan.seeds),
-        "fingerprints": {
-            str(seed): fingerprint(run.path) for seed, run in zip(plan.seeds, first, strict=True)
-        },
+        "fingerprints": fingerprints,
         "tuning": _tuning(done),
         "base": {
             "label": base_label,
@@ -77,22 +82,32 @@ def collect(done: Done) -> dict[str, Any]:
     return content
 
 
-def tests(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
+def tests(rows: Sequence[Given], measure: str) -> Plain:
     """Every method against the one with the highest mean, paired over seeds × clients, with Holm's
     adjustment.
     """
-    best = max(
-        rows, key=lambda row: -math.inf if row[measure]["mean"] is None else row[measure]["mean"]
-    )
+
+    def level(row: Given) -> float:
+        found: float | None = row[measure]["mean"]
+        if found is None:
+            return -math.inf
+        return found
+
+    best = max(rows, key=level)
     reference = _flat(best, measure)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Plain] = {}
     for row in rows:
+        if row is best:
+            continue
         ours = _flat(row, measure)
-        both = [pair for pair in reference if pair in ours]
-        if row is not best and both:
-            pair = paired([ours[key] for key in both], [reference[key] for key in both])
+        both = [key for key in reference if key in ours]
+        if both:
+            mine = [ours[key] for key in both]
+            other = [reference[key] for key in both]
+            pair = paired(mine, other)
             found[row["label"]] = vars(pair) | {"p_holm": None}
-    for label, p in holm({label: test["p"] for label, test in found.items()}).items():
+    adjusted = holm({label: test["p"] for label, test in found.items()})
+    for label, p in adjusted.items():
         found[label]["p_holm"] = p
     return {
         "best": best["label"],
@@ -104,11 +119,19 @@ def tests(rows: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any]:
 
 
 def _row(
-    entry: Entry, tuned: Tuned, results: Sequence[Result], seeds: Sequence[int]
-) -> dict[str, Any]:
+    entry: Entry,
+    tuned: Tuned,
+    results: Sequence[Result],
+    seeds: Sequence[int],
+) -> Plain:
     seen = {measure: _values(results, seeds, measure, held_out=False) for measure in MEASURES}
     unseen = {measure: _values(results, seeds, measure, held_out=True) for measure in MEASURES}
+    losses = _values(results, seeds, "loss", held_out=False)
+    of_newcomers = None
+    if any(unseen["metric"].values()):
+        of_newcomers = {measure: _statistics(values) for measure, values in unseen.items()}
     summaries = [result.summary for result in results]
+    seconds = [summary["seconds"]["total"] for summary in summaries]
     return {
         "label": entry.label,
         "method": entry.method,
@@ -116,132 +139,165 @@ def _row(
         "runs": f"runs/{entry.slug}",
         "chosen": dict(tuned.chosen),
         **{measure: _statistics(values) for measure, values in seen.items()},
-        "loss": _statistics(_values(results, seeds, "loss", held_out=False)),
-        "unseen": {measure: _statistics(values) for measure, values in unseen.items()}
-        if any(unseen["metric"].values())
-        else None,
-        "parameters": {
-            key: _whole(fmean(s["parameters"][key] for s in summaries)) for key in PARAMETERS
-        },
-        "bytes": {way: _whole(fmean(s["bytes"][way] for s in summaries)) for way in ("up", "down")},
-        "seconds": fmean(s["seconds"]["total"] for s in summaries),
+        "loss": _statistics(losses),
+        "unseen": of_newcomers,
+        "parameters": _means(summaries, "parameters", PARAMETERS),
+        "bytes": _means(summaries, "bytes", ("up", "down")),
+        "seconds": fmean(seconds),
         "curve": _curve(results),
         "values": seen,
         "values_unseen": unseen,
     }
 
 
+def _means(
+    summaries: Sequence[Given],
+    section: str,
+    keys: Sequence[str],
+) -> Plain:
+    """The means over runs of the numbers of one section of their summaries."""
+    found: Plain = {}
+    for key in keys:
+        numbers = [summary[section][key] for summary in summaries]
+        found[key] = _whole(fmean(numbers))
+    return found
+
+
 def _values(
-    results: Sequence[Result], seeds: Sequence[int], key: str, *, held_out: bool
-) -> dict[str, dict[str, float]]:
+    results: Sequence[Result],
+    seeds: Sequence[int],
+    key: str,
+    *,
+    held_out: bool,
+) -> Values:
     """``{seed: {client: number}}`` of the clients that trained, or of those that never did."""
-    return {
-        str(seed): {
-            name: float(row[key])
-            for name, row in result.summary["clients"].items()
-            if bool(row.get("held_out")) == held_out and row.get(key) is not None
-        }
-        for seed, result in zip(seeds, results, strict=True)
-    }
+    found: Values = {}
+    for seed, result in zip(seeds, results, strict=True):
+        numbers = {}
+        for name, row in result.summary["clients"].items():
+            newcomer = bool(row.get("held_out"))
+            value = row.get(key)
+            if newcomer == held_out and value is not None:
+                numbers[name] = float(value)
+        found[str(seed)] = numbers
+    return found
 
 
-def _statistics(values: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _statistics(values: Values) -> Plain:
     """Over clients, then over seeds; ``spread`` is the standard deviation over clients."""
     by_seed = [list(each.values()) for each in values.values() if each]
     means = [mean(each) for each in by_seed]
     tails = [tail10(each) for each in by_seed]
+    worst = [min(each) for each in by_seed]
+    spreads = [std(each) for each in by_seed]
     return {
         "mean": _mean(means),
         "std": _std(means),
         "tail10": _mean(tails),
         "tail10_std": _std(tails),
-        "worst": _mean([min(each) for each in by_seed]),
-        "spread": _mean([std(each) for each in by_seed]),
+        "worst": _mean(worst),
+        "spread": _mean(spreads),
         "by_seed": means,
     }
 
 
-def _curve(results: Sequence[Result]) -> list[dict[str, Any]]:
+def _curve(results: Sequence[Result]) -> list[Plain]:
     """The mean client after each evaluated round: mean, lowest and highest seed, and the bytes of
     all until then.
     """
-    points: dict[int, list[tuple[float, int]]] = {}
+    scores: dict[int, list[float]] = {}
+    totals: dict[int, list[int]] = {}
     for result in results:
-        metric = str(result.summary.get("metric"))
-        sent: dict[int, int] = {}
-        scores: dict[int, list[float | None]] = {}
-        for line in result.metrics():
-            if line["split"] == "train":
-                sent[line["round"]] = (
-                    sent.get(line["round"], 0) + line["bytes_up"] + line["bytes_down"]
-                )
-            elif line["split"] == "test":
-                scores.setdefault(line["round"], []).append(line.get(metric))
-        for round, values in scores.items():
-            if present(values):
-                total = sum(amount for each, amount in sent.items() if each <= round)
-                points.setdefault(round, []).append((mean(values), total))
-    return [
-        {
+        for round, (score, total) in _course(result).items():
+            scores.setdefault(round, []).append(score)
+            totals.setdefault(round, []).append(total)
+    points = []
+    for round, by_seed in sorted(scores.items()):
+        point = {
             "round": round,
-            "bytes": _whole(fmean(total for _, total in each)),
-            "mean": fmean(score for score, _ in each),
-            "low": min(score for score, _ in each),
-            "high": max(score for score, _ in each),
+            "bytes": _whole(fmean(totals[round])),
+            "mean": fmean(by_seed),
+            "low": min(by_seed),
+            "high": max(by_seed),
         }
-        for round, each in sorted(points.items())
-    ]
+        points.append(point)
+    return points
+
+
+def _course(result: Result) -> dict[int, tuple[float, int]]:
+    """(mean client, bytes of all until then) by evaluated round of one run."""
+    metric = str(result.summary.get("metric"))
+    sent: dict[int, int] = {}
+    scores: dict[int, list[float | None]] = {}
+    for line in result.metrics():
+        round = line["round"]
+        if line["split"] == "train":
+            before = sent.get(round, 0)
+            sent[round] = before + line["bytes_up"] + line["bytes_down"]
+        elif line["split"] == "test":
+            values = scores.setdefault(round, [])
+            values.append(line.get(metric))
+    found = {}
+    for round, values in scores.items():
+        if present(values):
+            total = sum(amount for each, amount in sent.items() if each <= round)
+            found[round] = (mean(values), total)
+    return found
 
 
 def _machines(done: Done) -> list[str]:
     """A sentence where the runs were not all computed alike, as after going on with a comparison
     elsewhere.
     """
-    kinds = {
-        (run.job.train.device, run.job.train.dtype)
-        for runs in done.results.values()
-        for run in runs
-    }
-    listed = ", ".join(" in ".join(kind) for kind in sorted(kinds))
+    kinds = set()
+    for runs in done.results.values():
+        for run in runs:
+            train = run.job.train
+            kinds.add(f"{train.device} in {train.dtype}")
+    if len(kinds) <= 1:
+        return []
+    listed = ", ".join(sorted(kinds))
     return [
         f"The runs were not all computed alike ({listed}); small differences may come from that."
-    ] * (len(kinds) > 1)
+    ]
 
 
-def _tuning(done: Done) -> dict[str, Any] | None:
+def _tuning(done: Done) -> Plain | None:
     if not done.plan.knobs:
         return None
     held = done.plan.base.data.validation_fraction
     job = done.plan.trial_job(done.plan.reference, done.plan.trials[0])
+    methods = {}
+    for label, tuned in done.tuned.items():
+        methods[label] = {
+            "chosen": dict(tuned.chosen),
+            "trials": [_tried(attempt) for attempt in tuned.attempts],
+        }
     return {
         "seed": done.plan.tune_seed,
         "validation_fraction": job.data.validation_fraction,
         "validation_held_out_in_reported_runs": bool(held),
         "keys": [knob.key for knob in done.plan.knobs],
-        "methods": {
-            label: {
-                "chosen": dict(tuned.chosen),
-                "trials": [
-                    {
-                        "name": trial_name(a.trial),
-                        "values": dict(a.trial),
-                        "score": a.score,
-                        "problem": a.problem,
-                    }
-                    for a in tuned.attempts
-                ],
-            }
-            for label, tuned in done.tuned.items()
-        },
+        "methods": methods,
     }
 
 
-def _flat(row: Mapping[str, Any], measure: str) -> dict[tuple[str, str], float]:
+def _tried(attempt: Attempt) -> Plain:
     return {
-        (seed, name): value
-        for seed, each in row["values"][measure].items()
-        for name, value in each.items()
+        "name": trial_name(attempt.trial),
+        "values": dict(attempt.trial),
+        "score": attempt.score,
+        "problem": attempt.problem,
     }
+
+
+def _flat(row: Given, measure: str) -> dict[tuple[str, str], float]:
+    """``{(seed, client): number}``."""
+    found = {}
+    for seed, numbers in row["values"][measure].items():
+        for name, value in numbers.items():
+            found[seed, name] = value
+    return found
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.compare.campaign import carry_out
 from fedgrove.compare.plan import make_plan
 from fedgrove.compare.progress import Overall
 from fedgrove.compare.write import write
+from fedgrove.ground.plain import Plain
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -25,7 +26,7 @@ def compare(
     settings: Sequence[str] = (),
     tune_seed: int | None = None,
     progress: Overall | None = None,
-) -> dict[str, Any]:
+) -> Plain:
     """Run every method on every seed under ``out`` and write the tables; returns the content of
     ``compare.json``.
 
@@ -35,6 +36,13 @@ def compare(
     written; ``KeyboardInterrupt`` leaves all that is done.
     """
     plan = make_plan(
-        job, methods, seeds, out=Path(out), tune=tune, settings=settings, tune_seed=tune_seed
+        job,
+        methods,
+        seeds,
+        out=Path(out),
+        tune=tune,
+        settings=settings,
+        tune_seed=tune_seed,
     )
-    return write(carry_out(plan, progress or Overall()))
+    done = carry_out(plan, progress or Overall())
+    return write(done)

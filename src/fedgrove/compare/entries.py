@@ -123,15 +123,18 @@ def trials(knobs: Sequence[Knob]) -> list[Trial]:
     """Every combination of the values; none where there is nothing to tune."""
     if not knobs:
         return []
-    return [
-        tuple((knob.key, value) for knob, value in zip(knobs, values, strict=True))
-        for values in itertools.product(*(knob.values for knob in knobs))
-    ]
+    keys = [knob.key for knob in knobs]
+    combinations = itertools.product(*(knob.values for knob in knobs))
+    return [tuple(zip(keys, values, strict=True)) for values in combinations]
 
 
 def trial_name(trial: Trial) -> str:
     """``lr=0.0003``; also the name of its directory."""
-    return ",".join(f"{key.removeprefix('train.')}={value_text(value)}" for key, value in trial)
+    parts = []
+    for key, value in trial:
+        short = key.removeprefix("train.")
+        parts.append(f"{short}={value_text(value)}")
+    return ",".join(parts)
 
 
 def _entry(text: str) -> Entry:

@@ -75,7 +75,12 @@ class Plan:
     def trial_directory(self, entry: Entry, trial: Trial) -> Path:
         return self.out / "tune" / entry.slug / trial_name(trial)
 
-    def _job(self, entry: Entry, changes: Sequence[str], trial: Trial) -> Job:
+    def _job(
+        self,
+        entry: Entry,
+        changes: Sequence[str],
+        trial: Trial,
+    ) -> Job:
         tuned = [f"{key}={value_text(value)}" for key, value in trial]
         try:
             return self.base.override([*entry.settings, *tuned, *changes])
@@ -123,7 +128,15 @@ def make_plan(
         )
     if knobs:
         notes.append(_tuning_note(base, knobs, tune_seed))
-    plan = Plan(base, tuple(entries), tuple(chosen), tuple(knobs), tune_seed, out, tuple(notes))
+    plan = Plan(
+        base,
+        tuple(entries),
+        tuple(chosen),
+        tuple(knobs),
+        tune_seed,
+        out,
+        tuple(notes),
+    )
     for entry in plan.entries:
         for trial in plan.trials or [()]:
             plan.run_job(entry, chosen[0], trial)

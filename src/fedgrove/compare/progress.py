@@ -5,18 +5,19 @@ no terminal is.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.ground import words
+from fedgrove.ground.plain import Given
 from fedgrove.tracking.callback import Callback, Line, RunInfo
 from fedgrove.tracking.display import PlainProgress, score_cells
 from fedgrove.tracking.scoreboard import Scoreboard
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 
 class Overall:
@@ -28,16 +29,19 @@ class Overall:
         from rich.console import Console
 
         self.console = console or Console(highlight=False, markup=False)
-        real = getattr(self.console.file, "isatty", lambda: False)()
-        self.live = bool(real and self.console.is_terminal and not self.console.is_dumb_terminal)
-        self.total = self.done = 0
+        is_a_terminal = getattr(self.console.file, "isatty", lambda: False)
+        moves = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.live = bool(is_a_terminal() and moves)
+        self.total = 0
+        self.done = 0
         self._bar: Progress | None = None
-        self._task: Any = None
+        self._task: TaskID | None = None
 
     @contextmanager
     def over(self, total: int) -> Iterator[None]:
         """``total`` runs are to come."""
-        self.total, self.done = total, 0
+        self.total = total
+        self.done = 0
         if not self.live:
             yield
             return
@@ -51,7 +55,11 @@ class Overall:
 
         columns = (
             MofNCompleteColumn(),
-            BarColumn(bar_width=24, complete_style="cyan", finished_style="cyan"),
+            BarColumn(
+                bar_width=24,
+                complete_style="cyan",
+                finished_style="cyan",
+            ),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.description}", markup=False),
         )
@@ -64,33 +72,41 @@ class Overall:
     def step(self, title: str, *, skipped: bool) -> Iterator[Callback]:
         """One run; yields the callback that watches it."""
         started = time.monotonic()
-        if self._bar is None and not skipped:
-            self.say(f"[{self.done + 1}/{self.total}] {title}")
-        yield _Inner(self, title) if self._bar is not None else PlainProgress(self.console)
-        self.done += 1
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, description=title)
+            yield _Inner(self, title)
+        else:
+            if not skipped:
+                self.say(f"[{self.done + 1}/{self.total}] {title}")
+            yield PlainProgress(self.console)
+        self.done += 1
+        self.state(title, 0.0)
         if skipped or self._bar is not None:
-            if skipped:
-                how = "done before"
-            else:
-                how = f"done in {words.duration(time.monotonic() - started)}"
+            how = "done before"
+            if not skipped:
+                seconds = time.monotonic() - started
+                how = f"done in {words.duration(seconds)}"
             self.say(f"[{self.done}/{self.total}] {title}: {how}")
 
     def state(self, text: str, share: float) -> None:
         """The present run: what it does, and how much of it is done (0 to 1)."""
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done + share, description=text)
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+        self.console.print(
+            text,
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
 
 
 class _Inner(Callback):
     """One run's state in one line beside the bar."""
 
     def __init__(self, overall: Overall, title: str) -> None:
-        self.overall, self.title = overall, title
+        self.overall = overall
+        self.title = title
         self.board: Scoreboard | None = None
 
     def run_started(self, info: RunInfo) -> None:
@@ -114,17 +130,24 @@ class _Inner(Callback):
             self.board.evaluate(round, lines)
             self._show()
 
-    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+    def round_done(self, round: int, summary: Given) -> None:
         if self.board:
             self.board.end_round()
 
     def _show(self, phase: str = "") -> None:
-        board, cells, share = self.board, [self.title], 0.0
+        board = self.board
+        cells = [self.title]
+        share = 0.0
         if board and board.round:
-            share = (board.info.start_round - 1 + board.worked) / board.info.rounds
-            cells.append(f"round {board.round}/{board.info.rounds}")
+            rounds = board.info.rounds
+            done = board.info.start_round - 1 + board.worked
+            share = done / rounds
+            cells.append(f"round {board.round}/{rounds}")
             if not phase and board.running:
                 cells.append(f"client {board.done}/{board.selected}")
-            cells += score_cells(board.score)[:1] if board.score else []
-        cells += [phase] if phase else []
+            if board.score:
+                metric, _ = score_cells(board.score)
+                cells.append(metric)
+        if phase:
+            cells.append(phase)
         self.overall.state(" | ".join(cells), min(share, 1.0))

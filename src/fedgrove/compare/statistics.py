@@ -32,7 +32,11 @@ class Paired:
 
 
 def paired(
-    ours: Sequence[float], other: Sequence[float], *, level: float = 0.95, seed: int = 0
+    ours: Sequence[float],
+    other: Sequence[float],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Paired:
     """``ours − other``, pair by pair, ``[n]`` each.
 
@@ -45,17 +49,27 @@ def paired(
 
     if len(ours) != len(other) or not len(ours):
         raise ValueError(f"pairs need two lists of one length, not {len(ours)} and {len(other)}")
+    exact = np.asarray(ours, dtype=float) - np.asarray(other, dtype=float)
     # 0.75 - 0.7 and 0.3 - 0.25 are one difference, and must tie
-    differences = np.round(np.asarray(ours, dtype=float) - np.asarray(other, dtype=float), 12)
+    differences = np.round(exact, 12)
     low, high = _interval(differences, level, seed)
+    p = 1.0
     if np.any(differences):
         p = float(wilcoxon(differences).pvalue)
-    else:
-        p = 1.0
-    return Paired(len(differences), float(differences.mean()), low, high, p)
+    return Paired(
+        n=len(differences),
+        difference=float(differences.mean()),
+        low=low,
+        high=high,
+        p=p,
+    )
 
 
-def _interval(differences: NDArray[np.float64], level: float, seed: int) -> tuple[float, float]:
+def _interval(
+    differences: NDArray[np.float64],
+    level: float,
+    seed: int,
+) -> tuple[float, float]:
     """Of the mean of ``[n]`` numbers, by the percentile bootstrap."""
     from scipy.stats import bootstrap
 
@@ -82,6 +96,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     highest = 0.0
     ordered = sorted(p_values, key=lambda name: p_values[name])
     for rank, name in enumerate(ordered):
-        highest = max(highest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        left = len(ordered) - rank
+        bound = min(1.0, left * p_values[name])
+        highest = max(highest, bound)
         adjusted[name] = highest
     return {name: adjusted[name] for name in p_values}

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.ground import words
+from fedgrove.ground.plain import Given
 from fedgrove.job.toml import value_text
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
     from tabulate import TableFormat
 
 MISSING = "–"
-COUNTS = {"trained": "trained", "stored": "stored", "sent_up": "sent up", "sent_down": "sent down"}
+COUNTS = {
+    "trained": "trained",
+    "stored": "stored",
+    "sent_up": "sent up",
+    "sent_down": "sent down",
+}
+_MD = {letter: "\\" + letter for letter in "\\|*_`[]<"}
 _TEX = {
     "\\": r"\textbackslash{}",
     **{letter: "\\" + letter for letter in "&%$#_{}"},
@@ -56,13 +64,12 @@ class Grid:
 @dataclass(frozen=True)
 class _Column:
     heading: str
-    text: Callable[[Mapping[str, Any]], str]
-    value: Callable[[Mapping[str, Any]], float | None] | None = (
-        None  # the highest is best; None: nobody is
-    )
+    text: Callable[[Given], str]
+    # the highest is best; None: nobody is
+    value: Callable[[Given], float | None] | None = None
 
 
-def results(content: Mapping[str, Any]) -> Grid:
+def results(content: Given) -> Grid:
     """How good: each method as it is and after fine-tuning, on clients that trained and on those
     that never did.
     """
@@ -75,21 +82,16 @@ def results(content: Mapping[str, Any]) -> Grid:
         columns.append(_loss_column())
     if content["held_out"]:
         columns += _unseen_columns(content, epochs)
-    columns += [
-        _p_column(content, "metric", "p"),
-        _p_column(content, "metric_tuned", f"p +{epochs} ep."),
-    ]
-    title = f"{content['metric'].capitalize()} of each client’s own model on its own test data"
-    return _grid(
-        title + (", in %" if content["percent"] else ""),
-        columns,
-        content,
-        caption(content),
-        base=True,
-    )
+    columns.append(_p_column(content, "metric", "p"))
+    columns.append(_p_column(content, "metric_tuned", f"p +{epochs} ep."))
+    metric = content["metric"].capitalize()
+    title = f"{metric} of each client’s own model on its own test data"
+    if content["percent"]:
+        title += ", in %"
+    return _grid(title, columns, content, caption(content), base=True)
 
 
-def costs(content: Mapping[str, Any]) -> Grid:
+def costs(content: Given) -> Grid:
     """What it takes: traffic of all clients in a run, seconds, and parameters of the median
     client.
     """
@@ -110,27 +112,27 @@ def costs(content: Mapping[str, Any]) -> Grid:
     return _grid("Traffic, time and parameters", columns, content, note, base=False)
 
 
-def caption(content: Mapping[str, Any]) -> tuple[str, ...]:
+def caption(content: Given) -> tuple[str, ...]:
     """What a reader must know to trust the table, in sentences."""
-    seeds, epochs, tests = (
-        content["seeds"],
-        content["final_local_epochs"],
-        content["tests"]["metric"],
-    )
-    n = max((test["n"] for test in tests["against_best"].values()), default=0)
-    plural = len(seeds) > 1
-    if plural:
-        over = f"Mean over clients, then mean ± standard deviation over {len(seeds)} seeds"
-    else:
-        over = "Mean over clients, one seed"
+    seeds = len(content["seeds"])
+    epochs = content["final_local_epochs"]
+    tests = content["tests"]["metric"]
+    pairs = [test["n"] for test in tests["against_best"].values()]
+    n = max(pairs, default=0)
+    over = "Mean over clients, one seed"
+    if seeds > 1:
+        over = f"Mean over clients, then mean ± standard deviation over {seeds} seeds"
     writes = content.get("writes", False)
-    said = [
-        *([] if writes else [f"Head: {content['head']} for every method."]),
-        f"{over}; tail is the 10th-percentile client, worst the single weakest.",
+    said = []
+    base = "the frozen model"
+    if not writes:
+        said.append(f"Head: {content['head']} for every method.")
+        base = "the frozen model with a head trained alone"
+    said.append(f"{over}; tail is the 10th-percentile client, worst the single weakest.")
+    said.append(
         f"“+{epochs} ep.” is the same model after {words.count(epochs, 'epoch')} of local "
-        f"fine-tuning at each client, "
-        "the same for every method.",
-    ]
+        f"fine-tuning at each client, the same for every method."
+    )
     if n:
         tuned = content["tests"]["metric_tuned"]["best"]
         said.append(
@@ -140,27 +142,26 @@ def caption(content: Mapping[str, Any]) -> tuple[str, ...]:
             f"independent of each other."
         )
     if content["held_out"]:
-        said.append(
-            f"Unseen: {words.count(content['held_out'], 'client')} in each seed that never trained."
-        )
-    base = "the frozen model" + " with a head trained alone" * (not writes)
+        newcomers = words.count(content["held_out"], "client")
+        said.append(f"Unseen: {newcomers} in each seed that never trained.")
     alone = content["methods"][0]["label"]  # the reference comes first
     said.append(f"Base is {base}; {alone} is each client training alone.")
-    if content["tuning"]:
-        count = len(next(iter(content["tuning"]["methods"].values()))["trials"])
+    tuning = content["tuning"]
+    if tuning:
+        anyone = next(iter(tuning["methods"].values()))
         said.append(
-            f"Tuned by {count} trials for each method on a validation split, on seed "
-            f"{content['tuning']['seed']}, "
-            "which is not reported."
+            f"Tuned by {len(anyone['trials'])} trials for each method on a validation split, on "
+            f"seed {tuning['seed']}, which is not reported."
         )
     return tuple(said)
 
 
-def chosen(values: Mapping[str, Any]) -> str:
-    return (
-        ", ".join(f"{key.split('.')[-1]} {value_text(value)}" for key, value in values.items())
-        or MISSING
-    )
+def chosen(values: Given) -> str:
+    parts = []
+    for key, value in values.items():
+        *_, name = key.split(".")
+        parts.append(f"{name} {value_text(value)}")
+    return ", ".join(parts) or MISSING
 
 
 def markdown(grids: Sequence[Grid]) -> str:
@@ -193,7 +194,10 @@ def latex(grids: Sequence[Grid]) -> str:
 
 
 def _tabulated(
-    grid: Grid, form: str | TableFormat, escaped: Callable[[str], str], bold: str
+    grid: Grid,
+    form: str | TableFormat,
+    escaped: Callable[[str], str],
+    bold: str,
 ) -> str:
     from tabulate import tabulate
 
@@ -202,12 +206,13 @@ def _tabulated(
             return bold.format(escaped(cell.text))
         return escaped(cell.text)
 
+    numbers = len(grid.headings) - 1
     return tabulate(
         [[shown(cell) for cell in row] for row in grid.rows],
         headers=[escaped(heading) for heading in grid.headings],
         tablefmt=form,
         disable_numparse=True,  # every cell is a text already
-        colalign=["left"] + ["right"] * (len(grid.headings) - 1),
+        colalign=["left"] + ["right"] * numbers,
     )
 
 
@@ -236,90 +241,127 @@ def terminal(grid: Grid, width: int) -> list[Table]:
     from rich.table import Table
     from rich.text import Text
 
-    widths = [max(len(text) for text in each) for each in zip(*_texts(grid), strict=True)]
-    parts: list[list[int]] = [[]]
-    for column in range(1, len(widths)):
-        if parts[-1] and sum(widths[c] + 2 for c in [0, *parts[-1], column]) > width:
-            parts.append([])
-        parts[-1].append(column)
-    tables = []
-    for number, part in enumerate(parts):
-        if not number:
+    tables: list[Table] = []
+    for part in _parts(grid, width):
+        title = None
+        if not tables:
             title = Text(grid.title)
-        else:
-            title = None
         table = Table(
-            title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+            title=title,
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+            padding=(0, 2, 0, 0),
         )
-        for column in (0, *part):
-            table.add_column(
-                Text(grid.headings[column]), justify="right" if column else "left", no_wrap=True
-            )
+        table.add_column(Text(grid.headings[0]), justify="left", no_wrap=True)
+        for column in part:
+            table.add_column(Text(grid.headings[column]), justify="right", no_wrap=True)
         for row in grid.rows:
-            table.add_row(
-                *(Text(row[c].text, style="bold" if row[c].best else "") for c in (0, *part))
-            )
+            cells = [row[column] for column in (0, *part)]
+            table.add_row(*(_shown(cell) for cell in cells))
         tables.append(table)
     return tables
 
 
-def _texts(grid: Grid) -> list[list[str]]:
-    return [list(grid.headings), *([cell.text for cell in row] for row in grid.rows)]
+def _shown(cell: Cell) -> Text:
+    from rich.text import Text
+
+    style = ""
+    if cell.best:
+        style = "bold"
+    return Text(cell.text, style=style)
+
+
+def _parts(grid: Grid, width: int) -> list[list[int]]:
+    """The columns that stand beside each other, the labels before each part."""
+    widths = []
+    for column, heading in enumerate(grid.headings):
+        texts = [heading, *(row[column].text for row in grid.rows)]
+        longest = max(len(text) for text in texts)
+        widths.append(longest + 2)
+    first, *others = widths
+    parts: list[list[int]] = [[]]
+    taken = first
+    for column, each in enumerate(others, start=1):
+        if parts[-1] and taken + each > width:
+            parts.append([])
+            taken = first
+        parts[-1].append(column)
+        taken += each
+    return parts
 
 
 # ------------------------------------------------------------------ columns
 
 
-def _score_columns(content: Mapping[str, Any], measure: str, suffix: str) -> list[_Column]:
+def _score_columns(content: Given, measure: str, suffix: str) -> list[_Column]:
     percent = content["percent"]
 
-    def part(name: str) -> Callable[[Mapping[str, Any]], float | None]:
-        return lambda row: row.get(measure, {}).get(name)
+    def mean(row: Given) -> float | None:
+        return _part(row, measure, "mean")
 
-    def spread(row: Mapping[str, Any]) -> str:
-        both = row.get(measure, {})
-        return with_std(both.get("mean"), both.get("std"), percent)
+    def spread(row: Given) -> str:
+        std = _part(row, measure, "std")
+        return with_std(mean(row), std, percent)
+
+    def column(heading: str, name: str) -> _Column:
+        def value(row: Given) -> float | None:
+            return _part(row, measure, name)
+
+        def text(row: Given) -> str:
+            return number(value(row), percent)
+
+        return _Column(heading, text, value)
 
     return [
-        _Column(f"mean{suffix}", spread, part("mean")),
-        _Column(
-            f"tail 10 %{suffix}", lambda row: number(part("tail10")(row), percent), part("tail10")
-        ),
-        _Column(f"worst{suffix}", lambda row: number(part("worst")(row), percent), part("worst")),
+        _Column(f"mean{suffix}", spread, mean),
+        column(f"tail 10 %{suffix}", "tail10"),
+        column(f"worst{suffix}", "worst"),
     ]
 
 
+def _part(row: Given, measure: str, name: str) -> float | None:
+    """A statistic of a row; None where the row has none."""
+    statistics: Given = row.get(measure) or {}
+    found: float | None = statistics.get(name)
+    return found
+
+
 def _loss_column() -> _Column:
-    def mean(row: Mapping[str, Any]) -> float | None:
-        found: float | None = row.get("loss", {}).get("mean")
-        return found
+    def text(row: Given) -> str:
+        mean = _part(row, "loss", "mean")
+        std = _part(row, "loss", "std")
+        return with_std(mean, std, False)
 
-    def text(row: Mapping[str, Any]) -> str:
-        return with_std(mean(row), row.get("loss", {}).get("std"), False)
+    def value(row: Given) -> float | None:
+        mean = _part(row, "loss", "mean")
+        if mean is None:
+            return None
+        return -mean  # the lowest is best
 
-    return _Column("loss", text, lambda row: None if (loss := mean(row)) is None else -loss)
+    return _Column("loss", text, value)
 
 
-def _unseen_columns(content: Mapping[str, Any], epochs: int) -> list[_Column]:
+def _unseen_columns(content: Given, epochs: int) -> list[_Column]:
     percent = content["percent"]
 
     def column(measure: str, heading: str) -> _Column:
-        def of(row: Mapping[str, Any]) -> Mapping[str, Any]:
-            return (row.get("unseen") or {}).get(measure) or {}
+        def mean(row: Given) -> float | None:
+            return _part(row.get("unseen") or {}, measure, "mean")
 
-        return _Column(
-            heading,
-            lambda row: with_std(of(row).get("mean"), of(row).get("std"), percent),
-            lambda row: of(row).get("mean"),
-        )
+        def text(row: Given) -> str:
+            std = _part(row.get("unseen") or {}, measure, "std")
+            return with_std(mean(row), std, percent)
+
+        return _Column(heading, text, mean)
 
     return [column("metric", "unseen"), column("metric_tuned", f"unseen +{epochs} ep.")]
 
 
-def _p_column(content: Mapping[str, Any], measure: str, heading: str) -> _Column:
+def _p_column(content: Given, measure: str, heading: str) -> _Column:
     tests = content["tests"][measure]
 
-    def text(row: Mapping[str, Any]) -> str:
+    def text(row: Given) -> str:
         if row["label"] == tests["best"]:
             return "best"
         test = tests["against_best"].get(row["label"])
@@ -343,10 +385,15 @@ def number(value: float | None, percent: bool) -> str:
     return f"{value:.3f}"
 
 
-def with_std(value: float | None, std: float | None, percent: bool) -> str:
-    return number(value, percent) + (
-        f" ± {number(std, percent)}" if std is not None and value is not None else ""
-    )
+def with_std(
+    value: float | None,
+    std: float | None,
+    percent: bool,
+) -> str:
+    text = number(value, percent)
+    if std is None or value is None:
+        return text
+    return f"{text} ± {number(std, percent)}"
 
 
 def p_value(p: float) -> str:
@@ -358,46 +405,49 @@ def p_value(p: float) -> str:
 def _grid(
     title: str,
     columns: Sequence[_Column],
-    content: Mapping[str, Any],
+    content: Given,
     caption: tuple[str, ...],
     *,
     base: bool,
 ) -> Grid:
-    methods: list[Mapping[str, Any]] = list(content["methods"])
-    found: list[list[Cell]] = []
-    top: list[float | None] = []
-    for column in columns:
-        known = [v for row in methods if column.value and (v := column.value(row)) is not None]
-        top.append(max(known) if len(set(known)) > 1 else None)
-    for row in [content["base"], *methods] if base else methods:
+    methods: list[Given] = list(content["methods"])
+    top = [_best(column, methods) for column in columns]
+    found = []
+    if base:
+        row = content["base"]
+        texts = [column.text(row) for column in columns]
+        found.append((Cell(row["label"]), *map(Cell, texts)))
+    for row in methods:
         cells = [Cell(row["label"])]
         for column, best in zip(columns, top, strict=True):
-            if column.value:
-                value = column.value(row)
-            else:
-                value = None
-            is_best = (
-                best is not None
-                and value is not None
-                and row is not content["base"]
-                and value == best
-            )
+            is_best = False
+            if column.value and best is not None:
+                is_best = column.value(row) == best
             cells.append(Cell(column.text(row), is_best))
-        found.append(cells)
+        found.append(tuple(cells))
     headings = ("method", *(column.heading for column in columns))
-    return Grid(title, headings, tuple(map(tuple, found)), caption)
+    return Grid(title, headings, tuple(found), caption)
+
+
+def _best(column: _Column, rows: Sequence[Given]) -> float | None:
+    """The highest value of a column; None where all are alike, or nobody is best."""
+    if column.value is None:
+        return None
+    values = [column.value(row) for row in rows]
+    known = [value for value in values if value is not None]
+    if len(set(known)) > 1:
+        return max(known)
+    return None
 
 
 def _md(text: str) -> str:
-    return "".join("\\" + letter if letter in "\\|*_`[]<" else letter for letter in text)
+    return "".join(_MD.get(letter, letter) for letter in text)
 
 
 def _tex(text: str) -> str:
     # what follows the end of a line must not look like an argument of it
+    guard = ""
     if text[:1] in ("[", "*"):
         guard = "{}"
-    else:
-        guard = ""
-    return guard + "".join(
-        _TEX.get(letter, letter) for letter in text.replace("“", "``").replace("”", "''")
-    )
+    quoted = text.replace("“", "``").replace("”", "''")
+    return guard + "".join(_TEX.get(letter, letter) for letter in quoted)

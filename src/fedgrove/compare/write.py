@@ -13,18 +13,20 @@ from fedgrove.compare.campaign import Done
 from fedgrove.compare.collect import collect
 from fedgrove.compare.spread import clients_are_many
 from fedgrove.ground import files, words
+from fedgrove.ground.plain import Given, Plain
 
 if TYPE_CHECKING:
     from fedgrove.report.painter import Painter, Picture
 
-Content = Mapping[str, Any]  # of compare.json
+Content = Given  # of compare.json
 
 
-def write(done: Done) -> dict[str, Any]:
+def write(done: Done) -> Plain:
     """Write the four files into the comparison's directory; returns the content of
     ``compare.json``.
     """
-    out, content = done.plan.out, finite(collect(done))
+    out = done.plan.out
+    content: Plain = finite(collect(done))
     files.write_json(out / "compare.json", content)
     write_tables(content, out)
     write_page(content, out)
@@ -77,10 +79,12 @@ def _pictures(content: Content, painter: Painter) -> dict[str, Picture | None]:
         "clients": (True, f"{metric} of every client", figures.clients),
         "differences": (compared, "Differences from the best method", figures.differences),
     }
-    return {
-        name: painter.paint(name, label, partial(draw, content)) if there else None
-        for name, (there, label, draw) in drawn.items()
-    }
+    pictures: dict[str, Picture | None] = {}
+    for name, (there, label, draw) in drawn.items():
+        pictures[name] = None
+        if there:
+            pictures[name] = painter.paint(name, label, partial(draw, content))
+    return pictures
 
 
 def settings(content: Content) -> list[tuple[str, str]]:
@@ -99,12 +103,11 @@ def settings(content: Content) -> list[tuple[str, str]]:
 
 
 def headline(content: Content) -> str:
-    seeds, methods = len(content["seeds"]), len(content["methods"])
-    return (
-        f"{words.count(methods, 'method')} on the same "
-        f"{words.count(content['clients'], 'client')}, "
-        f"{words.count(content['rounds'], 'round')}, {words.count(seeds, 'seed')}"
-    )
+    methods = words.count(len(content["methods"]), "method")
+    clients = words.count(content["clients"], "client")
+    rounds = words.count(content["rounds"], "round")
+    seeds = words.count(len(content["seeds"]), "seed")
+    return f"{methods} on the same {clients}, {rounds}, {seeds}"
 
 
 def verdict(content: Content) -> list[str]:
@@ -117,26 +120,33 @@ def verdict(content: Content) -> list[str]:
         tests = content["tests"][measure]
         best = next(row for row in content["methods"] if row["label"] == tests["best"])
         against = tests["against_best"]
-        if best[measure]["mean"] is None:
+        mean = best[measure]["mean"]
+        if mean is None:
             continue
-        score = words.typographic(words.score(best[measure]["mean"], percent=content["percent"]))
+        score = words.typographic(words.score(mean, percent=content["percent"]))
         sentence = f"{when}, {best['label']} has the highest mean {content['metric']}, {score}"
         if against:
-            sentence += f"; {behind([test['p_holm'] < 0.05 for test in against.values()])} (adjusted p below 0.05)"
+            beaten = [test["p_holm"] < 0.05 for test in against.values()]
+            sentence += f"; {behind(beaten)} (adjusted p below 0.05)"
         said.append(sentence + ".")
     return said
 
 
 def behind(beaten: list[bool]) -> str:
     """How many of the others are clearly behind the best, in words."""
-    count, others = sum(beaten), len(beaten)
+    count = sum(beaten)
+    others = len(beaten)
     if others == 1:
-        return f"the other is {'' if count else 'not '}clearly behind"
-    if count in (0, others):
-        if not count:
-            return f"none of the {others} others is clearly behind"
+        if count:
+            return "the other is clearly behind"
+        return "the other is not clearly behind"
+    if count == 0:
+        return f"none of the {others} others is clearly behind"
+    if count == others:
         return f"all {others} others are clearly behind"
-    return f"{count} of the {others} others {'is' if count == 1 else 'are'} clearly behind"
+    if count == 1:
+        return f"1 of the {others} others is clearly behind"
+    return f"{count} of the {others} others are clearly behind"
 
 
 def test_rows(content: Content) -> list[tuple[str, list[list[str]]]]:
@@ -148,12 +158,12 @@ def test_rows(content: Content) -> list[tuple[str, list[list[str]]]]:
         ("metric_tuned", "after local fine-tuning"),
     ):
         tests = content["tests"][measure]
-        rows = [
-            _test_row(label, test, content["percent"])
-            for label, test in tests["against_best"].items()
-        ]
-        if rows:
-            found.append((f"Against {tests['best']}, {when}", [header, *rows]))
+        rows = [header]
+        for label, test in tests["against_best"].items():
+            row = _test_row(label, test, content["percent"])
+            rows.append(row)
+        if len(rows) > 1:
+            found.append((f"Against {tests['best']}, {when}", rows))
     return found
 
 
@@ -161,10 +171,12 @@ def _test_row(label: str, test: Content, percent: bool) -> list[str]:
     def points(value: float) -> str:
         return words.typographic(words.change(value, percent=percent, digits=2))
 
+    low = points(test["low"])
+    high = points(test["high"])
     return [
         label,
         points(test["difference"]),
-        f"{points(test['low'])} to {points(test['high'])}",
+        f"{low} to {high}",
         f"{test['n']:,}",
         tables.p_value(test["p"]),
         tables.p_value(test["p_holm"]),
@@ -178,15 +190,18 @@ def trial_rows(content: Content) -> list[list[str]]:
     if not content["tuning"]:
         return []
     methods = content["tuning"]["methods"]
-    rows = [["method", *(trial["name"] for trial in next(iter(methods.values()))["trials"])]]
+    anyone = next(iter(methods.values()))
+    rows = [["method", *(trial["name"] for trial in anyone["trials"])]]
     for label, tuned in methods.items():
-        cells = [
-            tables.number(trial["score"], content["percent"])
-            + (" ✓" if trial["values"] == tuned["chosen"] else "")
-            + (f" ({trial['problem']})" if trial["problem"] else "")
-            for trial in tuned["trials"]
-        ]
-        rows.append([label, *cells])
+        cells = [label]
+        for trial in tuned["trials"]:
+            cell = tables.number(trial["score"], content["percent"])
+            if trial["values"] == tuned["chosen"]:
+                cell += " ✓"
+            if trial["problem"]:
+                cell += f" ({trial['problem']})"
+            cells.append(cell)
+        rows.append(cells)
     return rows
 
 

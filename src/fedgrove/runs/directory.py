@@ -183,7 +183,11 @@ def refuse_other_layout(stage: Stage[Engine], rounds: int) -> None:
         )
 
 
-def differences(job: Job, recorded: Job, but: Collection[tuple[str, str]] = ()) -> list[str]:
+def differences(
+    job: Job,
+    recorded: Job,
+    but: Collection[tuple[str, str]] = (),
+) -> list[str]:
     """The keys in which two jobs differ, those of ``but`` and ``run.out`` aside."""
     mine, theirs = job.to_dict(), recorded.to_dict()
     found = []

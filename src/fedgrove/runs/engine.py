@@ -74,7 +74,10 @@ class Engine(Protocol):
         """Those of them that can be asked to train now, in the given order."""
 
     def train(
-        self, round: int, clients: Sequence[str], offer: OfferOf
+        self,
+        round: int,
+        clients: Sequence[str],
+        offer: OfferOf,
     ) -> Iterator[Arrival | Absence]:
         """One round on the named clients, in any order; updates of earlier rounds may come in
         late.
@@ -84,7 +87,10 @@ class Engine(Protocol):
         """The client's newest update is not used: its store goes back to what it was before."""
 
     def evaluate(
-        self, clients: Sequence[str], offer: OfferOf, split: str
+        self,
+        clients: Sequence[str],
+        offer: OfferOf,
+        split: str,
     ) -> Iterator[tuple[str, dict[str, float]] | Absence]:
         """The personal model's measures on a split of each client's own data."""
 
@@ -92,7 +98,10 @@ class Engine(Protocol):
         """A held-out client's offer: what the server gives at once, or after the method's probe."""
 
     def leave(
-        self, clients: Sequence[str], offer: OfferOf, out: Path
+        self,
+        clients: Sequence[str],
+        offer: OfferOf,
+        out: Path,
     ) -> Iterator[tuple[str, Leaving] | Absence]:
         """Each client is measured and writes its adapter: into ``out`` where it is simulated, else
         at home.

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     """Write everything that a finished run has."""
-    stage, out = loop.prepared, loop.out
+    stage = loop.prepared
+    out = loop.out
     write_global(loop)  # first, because clients' equal adapters are linked to it
     with loop.ledger.clock("evaluation"):
         left = farewell(loop)
@@ -35,7 +36,8 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
         write_json(out / file, content)
     write_texts(out, left)
     loop.save()  # with the seconds of the work above
-    job, ledger = stage.job, loop.ledger
+    job = stage.job
+    ledger = loop.ledger
     here = [left[name] for name in stage.clients if name in left]
     summary = summaries.summarise(
         method=job.method.name,
@@ -68,16 +70,23 @@ def rows(loop: Loop, left: Mapping[str, Leaving]) -> dict[str, Plain]:
     """A row of the summary for each client that told its measures."""
     stage = loop.prepared
     found = {}
-    for name, info in {**stage.clients, **stage.held_out}.items():
+    everyone = {**stage.clients, **stage.held_out}
+    for name, info in everyone.items():
         if name in left:
-            size = {"examples": info.examples, "rank": info.rank}
-            found[name] = {**size, **left[name].row, "held_out": name in stage.held_out}
+            found[name] = {
+                "examples": info.examples,
+                "rank": info.rank,
+                **left[name].row,
+                "held_out": name in stage.held_out,
+            }
     return found
 
 
 def write_texts(out: Path, left: Mapping[str, Leaving]) -> None:
     """``generations.jsonl``, where a simulation's language models wrote something."""
-    texts = [text for name in sorted(left) for text in left[name].texts]
+    texts: list[Plain] = []
+    for name in sorted(left):
+        texts.extend(left[name].texts)
     if texts:
         lines = [json.dumps(text, ensure_ascii=False) for text in texts]
         write_text(out / "generations.jsonl", "\n".join(lines) + "\n")
@@ -95,11 +104,13 @@ def privacy(loop: Loop, left: Mapping[str, Leaving]) -> Plain:
     if section.example_level:
         told = [left[name].row for name in loop.prepared.clients if name in left]
         spent = [row["epsilon"] for row in told if "epsilon" in row]
-        bounded = bool(spent) and None not in spent
+        largest = None
+        if spent and None not in spent:
+            largest = max(spent)
         found["example"] = {
             "noise": section.example_noise,
             "clip": section.example_clip,
-            "epsilon": max(spent) if bounded else None,
+            "epsilon": largest,
             "randomness": section.randomness,
         }
     return found
@@ -118,7 +129,8 @@ def farewell(loop: Loop) -> dict[str, Leaving]:
         if isinstance(gone, Absence):
             loop.lost(prepared.job.run.rounds, gone, "not measured")
         else:
-            left[gone[0]] = gone[1]
+            name, leaving = gone
+            left[name] = leaving
         loop.watch.phase_advanced()
     return left
 
@@ -157,12 +169,14 @@ class Offers:
         self._arrived: dict[str, Given] = {}
 
     def __call__(self, name: str) -> Given:
-        loop, prepared = self.loop, self.loop.prepared
+        loop = self.loop
+        prepared = loop.prepared
         if name in prepared.clients:
             return loop.deployed(name, prepared.job.run.rounds)
         if name not in self._arrived:
             state = loop.opened(prepared.job.run.rounds + 1)
-            welcome = prepared.parts.welcome(state, loop.head, prepared.held_out[name])
+            newcomer = prepared.held_out[name]
+            welcome = prepared.parts.welcome(state, loop.head, newcomer)
             self._arrived[name] = prepared.engine.arrive(name, welcome)
         return self._arrived[name]
 
@@ -199,4 +213,8 @@ def link(loop: Loop) -> None:
 
 
 def flat(numbers: dict[str, list[int]]) -> list[int]:
-    return [number for name in sorted(numbers) for number in numbers[name]]
+    """The numbers of all clients, in name order."""
+    found: list[int] = []
+    for name in sorted(numbers):
+        found.extend(numbers[name])
+    return found

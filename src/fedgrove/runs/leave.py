@@ -62,8 +62,20 @@ def leave(
     texts: list[Plain] = []
     final = half.measure(info.name, assembly, data["test"], texts if keep_texts else None)
     told = spending(parts, info, guard)
-    write_adapter(parts, adapters / folder_of(info.name), assembly, client=info.name, privacy=told)
-    note_measures(parts, half, adapters / folder_of(info.name), half.deployed(assembly), data)
+    write_adapter(
+        parts,
+        adapters / folder_of(info.name),
+        assembly,
+        client=info.name,
+        privacy=told,
+    )
+    note_measures(
+        parts,
+        half,
+        adapters / folder_of(info.name),
+        half.deployed(assembly),
+        data,
+    )
     row = {
         "metric_base": base,
         "metric": final[metric],
@@ -72,12 +84,31 @@ def leave(
     }
     if epochs:
         penalty = half.penalty(info, offer, store)
-        better = half.tune(info, assembly, data["train"], epochs, penalty, guard)
+        better = half.tune(
+            info,
+            assembly,
+            data["train"],
+            epochs,
+            penalty,
+            guard,
+        )
         row["metric_tuned"] = half.kernel.evaluate(half.deployed(better), data["test"])[metric]
         told = spending(parts, info, guard)
         folder = adapters.parent / "adapters_tuned" / folder_of(info.name)
-        write_adapter(parts, folder, better, client=info.name, privacy=told)
-        note_measures(parts, half, folder, half.deployed(better), data)
+        write_adapter(
+            parts,
+            folder,
+            better,
+            client=info.name,
+            privacy=told,
+        )
+        note_measures(
+            parts,
+            half,
+            folder,
+            half.deployed(better),
+            data,
+        )
     if told is not None:  # the tuned model's steps are in it
         row |= {"epsilon": told["epsilon"], "delta": told["delta"]}
     return Leaving(
@@ -108,7 +139,10 @@ def note_measures(
 
 
 def base_metric(
-    parts: Parts, half: ClientHalf, info: ClientInfo, data: Mapping[str, Sequence[Example]]
+    parts: Parts,
+    half: ClientHalf,
+    info: ClientInfo,
+    data: Mapping[str, Sequence[Example]],
 ) -> float | None:
     """The metric of the untouched base with a head trained alone on the client's data.
 
@@ -169,7 +203,11 @@ def write_adapter(
         save_assembly(
             folder,
             assembly,
-            card={**card, "peft": False, "why": why(assembly, parts.method.title)},
+            card={
+                **card,
+                "peft": False,
+                "why": why(assembly, parts.method.title),
+            },
         )
         return
     whole = as_one_adapter(assembly, base.sites)

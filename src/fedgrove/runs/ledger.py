@@ -12,7 +12,12 @@ from fedgrove.training.profile import span
 
 
 def _no_seconds() -> dict[str, float]:
-    return {"total": 0.0, "training": 0.0, "evaluation": 0.0, "server": 0.0}
+    return {
+        "total": 0.0,
+        "training": 0.0,
+        "evaluation": 0.0,
+        "server": 0.0,
+    }
 
 
 @dataclass

@@ -45,8 +45,13 @@ def link_equal(adapters: Path) -> int:
 
 def _folders(adapters: Path) -> Iterator[Path]:
     """Every adapter directory in name order, the global one first."""
-    found = [folder for folder in adapters.iterdir() if (folder / CARD).exists()]
-    yield from sorted(found, key=lambda folder: (folder.name != GLOBAL, folder.name))
+
+    def place(folder: Path) -> tuple[bool, str]:
+        return folder.name != GLOBAL, folder.name
+
+    for folder in sorted(adapters.iterdir(), key=place):
+        if (folder / CARD).exists():
+            yield folder
 
 
 def _join(files: Sequence[Path]) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+
+from torch import Tensor
 
 from fedgrove.adapters.tree import Tree, typed
 from fedgrove.ground.ctrlc import stop_if_pressed
 from fedgrove.ground.errors import AdapterError, FedgroveError, RunError
 from fedgrove.ground.plain import Plain
-from fedgrove.methods.contract import ClientInfo, Update
+from fedgrove.methods.contract import ClientInfo, State, Update
 from fedgrove.privacy.client_dp import protection
 from fedgrove.runs.engine import Absence, Arrival, Engine
 from fedgrove.runs.ledger import Ledger
@@ -33,23 +34,30 @@ class Loop:
     """One run in progress: the server's state, the ledger, and where it is."""
 
     def __init__(self, stage: Stage[Engine], records: Records):
-        self.prepared, self.watch, self.lab = stage, records.watch, records.lab
-        self.out, self.checkpoints = records.out, records.checkpoints
+        self.prepared = stage
+        self.watch = records.watch
+        self.lab = records.lab
+        self.out = records.out
+        self.checkpoints = records.checkpoints
         self.ledger = Ledger()
         self.new: set[str] = set()  # clients that joined late and of whom no update was used yet
-        self.head: Any = None  # the mean of the clients' heads, where one is kept
-        self._opened: tuple[Any, int, Any] | None = None  # (state, round, ``Method.open`` of them)
+        #: the mean of the clients' heads, where one is kept
+        self.head: Mapping[str, Tensor] | None = None
+        #: (state, round, ``Method.open`` of them)
+        self._opened: tuple[State, int, State] | None = None
         self.done = 0  # rounds completed
         self.guard = protection(stage.job, stage.method, stage.head, records.out)
         if self.checkpoints.exists():
             self._restore()
         else:
-            self.state = stage.method.begin(list(stage.clients.values()))
+            clients = list(stage.clients.values())
+            self.state = stage.method.begin(clients)
         self.started = time.perf_counter() - self.ledger.seconds["total"]
 
     def rounds(self) -> None:
         """All the rounds that are left."""
-        stage, job = self.prepared, self.prepared.job
+        stage = self.prepared
+        job = stage.job
         info = RunInfo(
             method=job.method.name,
             title=f"{stage.method.title} on {job.model.name}",
@@ -68,7 +76,8 @@ class Loop:
 
     def round(self, number: int) -> None:
         """Offer, train, aggregate, evaluate, checkpoint."""
-        stage, schedule = self.prepared, self.prepared.job.run
+        stage = self.prepared
+        schedule = stage.job.run
         last = number == schedule.rounds
         for info in stage.engine.joined(number):
             self.admit(number, info)
@@ -82,10 +91,13 @@ class Loop:
         with self.ledger.clock("server"):
             updates = self.aggregate(number, updates, selected)
         if schedule.noise:  # else updates may be masked
-            self.lab.end(self.state, [method_part(update) for update in updates])
+            parts = [method_part(update) for update in updates]
+            self.lab.end(self.state, parts)
         if last or number % schedule.eval_every == 0:
+            lines: list[Plain] = []
             with self.ledger.clock("evaluation"):
-                lines = [line for split in stage.splits for line in self.measured(number, split)]
+                for split in stage.splits:
+                    lines.extend(self.measured(number, split))
             self.watch.evaluated(number, lines)
         self.watch.round_done(number, self.cost())
         self.done = number
@@ -106,30 +118,37 @@ class Loop:
 
     def cost(self) -> Plain:
         """What the run has cost so far, as ``round_done`` is told."""
-        told: Plain = {"bytes_up": self.ledger.bytes_up, "bytes_down": self.ledger.bytes_down}
+        told: Plain = {
+            "bytes_up": self.ledger.bytes_up,
+            "bytes_down": self.ledger.bytes_down,
+        }
         if self.guard is not None:
-            told["epsilon"] = self.guard.epsilon(len(self.prepared.clients))
+            clients = len(self.prepared.clients)
+            told["epsilon"] = self.guard.epsilon(clients)
         return told
 
     def collect(self, number: int, selected: Sequence[str]) -> list[Update]:
         """The round's updates in name order; who gives none, or one that cannot be used, is left
         out and logged.
         """
-        engine, updates = self.prepared.engine, []
+        engine = self.prepared.engine
+        updates: list[Update] = []
         missing: dict[str, str] = {}
-        for arrival in engine.train(number, selected, lambda name: self.offer(name, number)):
+
+        def offer(name: str) -> Tree:
+            return self.offer(name, number)
+
+        for arrival in engine.train(number, selected, offer):
             stop_if_pressed()
             if isinstance(arrival, Absence):
                 missing[arrival.client] = arrival.reason
-                if arrival.client in self.new and arrival.trace:  # its half of the method failed
-                    self._refuse(number, arrival.client, arrival.reason)
-                else:
-                    self.lost(number, arrival)
+                self._absent(number, arrival)
                 continue
             self.ledger.arrived(arrival)
             name = arrival.update.client
             update, wrong = self._typed(arrival.update)
-            if wrong := wrong or not_finite(update.content):
+            wrong = wrong or not_finite(update.content)
+            if wrong:
                 missing[name] = wrong
                 engine.reject(name)
                 self.lost(number, Absence(name, wrong))
@@ -139,8 +158,19 @@ class Loop:
                 self.watch.client_event(number, name, "late", used)
             updates.append(update)
             self.watch.client_done(number, train_line(number, arrival))
-        self._enough(number, [update.client for update in updates], missing)
+        present = [update.client for update in updates]
+        self._enough(number, present, missing)
         return sorted(updates, key=lambda update: update.client)
+
+    def _absent(self, number: int, absence: Absence) -> None:
+        """A client gave no update: one that has just joined fails for good where its half of the
+        method did.
+        """
+        failed = bool(absence.trace)
+        if failed and absence.client in self.new:
+            self._refuse(number, absence.client, absence.reason)
+        else:
+            self.lost(number, absence)
 
     def _typed(self, update: Update) -> tuple[Update, str | None]:
         """The update with the method's part as its ``Sent``, or a clause on why it is none."""
@@ -148,15 +178,19 @@ class Loop:
             return update, None
         prepared = self.prepared
         try:
-            content = typed(prepared.method.Sent, update.content["method"])
+            sent = typed(prepared.method.Sent, update.content["method"])
         except AdapterError as error:
             if prepared.engine.trusted:
                 raise
             return update, f"its update is not the method's: {error}"
-        return replace(update, content={**update.content, "method": content}), None
+        content = {**update.content, "method": sent}
+        return replace(update, content=content), None
 
     def aggregate(
-        self, number: int, updates: list[Update], selected: Sequence[str]
+        self,
+        number: int,
+        updates: list[Update],
+        selected: Sequence[str],
     ) -> list[Update]:
         """The next state; the updates that it was made of. From clients elsewhere, one that breaks
         it is left out.
@@ -164,7 +198,7 @@ class Loop:
         prepared = self.prepared
         seen: Sequence[Update] = ()  # what of the updates the state was made of, at the last try
 
-        def combine(whole: Sequence[Update]) -> Any:
+        def combine(whole: Sequence[Update]) -> State:
             nonlocal seen
             seen = self.protected(number, whole, selected)
             parts = [method_part(update) for update in seen]
@@ -177,25 +211,34 @@ class Loop:
             state = combine(updates)
         else:
             state, faults = sift(combine, updates)
-            for client, reason in faults:
-                prepared.engine.reject(client)
-                if client in self.new:
-                    self._refuse(number, client, reason)
-                else:
-                    self.lost(number, Absence(client, reason))
-            updates = [update for update in updates if update.client not in dict(faults)]
-            self.new -= {update.client for update in updates}
-            self._enough(
-                number, [] if state is None else [update.client for update in updates], dict(faults)
-            )
+            self._reject(number, faults)
+            reasons = dict(faults)
+            updates = [update for update in updates if update.client not in reasons]
+            present = [update.client for update in updates]
+            self.new -= set(present)
+            if state is None:
+                present = []
+            self._enough(number, present, reasons)
         if self.guard is not None:
             self.guard.released(seen[0])
         self.state = state
         self.head = prepared.head.aggregate(self.head, seen)
         return updates
 
+    def _reject(self, number: int, faults: Sequence[tuple[str, str]]) -> None:
+        """These clients' updates broke the aggregation, each with the reason."""
+        for client, reason in faults:
+            self.prepared.engine.reject(client)
+            if client in self.new:
+                self._refuse(number, client, reason)
+            else:
+                self.lost(number, Absence(client, reason))
+
     def protected(
-        self, number: int, updates: Sequence[Update], selected: Sequence[str]
+        self,
+        number: int,
+        updates: Sequence[Update],
+        selected: Sequence[str],
     ) -> Sequence[Update]:
         """What of the updates the server's half sees: all of them, or under ``[privacy] clip``
         their noisy mean.
@@ -208,26 +251,45 @@ class Loop:
         def base(name: str) -> Tree:
             return self.offer(name, number)
 
+        def received(name: str) -> Tree:
+            found: Tree = passed(base(name), how)
+            return found
+
         mean = self.guard.combine(
-            number, clients, updates, base, lambda name: passed(base(name), how), selected
+            round=number,
+            clients=clients,
+            updates=updates,
+            base=base,
+            received=received,
+            expected=selected,
         )
         return [mean]
 
     def measured(self, number: int, split: str) -> Iterator[Plain]:
         """A line of metrics for each client that answers."""
         prepared = self.prepared
-        for found in prepared.engine.evaluate(
-            list(prepared.clients), lambda name: self.deployed(name, number), split
-        ):
+        clients = list(prepared.clients)
+
+        def offer(name: str) -> Tree:
+            return self.deployed(name, number)
+
+        for found in prepared.engine.evaluate(clients, offer, split):
             stop_if_pressed()
             if isinstance(found, Absence):
                 self.lost(number, found, "not evaluated")
             else:
-                yield {"round": number, "client": found[0], "split": split, **found[1]}
+                client, measures = found
+                yield {
+                    "round": number,
+                    "client": client,
+                    "split": split,
+                    **measures,
+                }
 
     def lost(self, number: int, absence: Absence, what: str = "left out") -> None:
         """Tell the log and the watcher that a client is missing."""
-        client, reason = absence.client, absence.reason
+        client = absence.client
+        reason = absence.reason
         self.watch.client_event(number, client, what, reason, absence.trace)
         self.watch.client_lost(number, client, what, reason)
 
@@ -235,9 +297,12 @@ class Loop:
         """A client that appeared after the first round trains from now on, if the method can place
         it.
         """
-        prepared, method = self.prepared, self.prepared.method
+        prepared = self.prepared
+        method = prepared.method
+        training = list(prepared.clients.values())
+        held_out = list(prepared.held_out.values())
         try:
-            method.check([*prepared.clients.values(), *prepared.held_out.values(), info])
+            method.check([*training, *held_out, info])
             method.offer(self.opened(number), number, info)
         except FedgroveError as error:
             self._refuse(number, info.name, str(error))
@@ -246,9 +311,11 @@ class Loop:
             self._refuse(number, info.name, f"the server's half failed on it ({error!r})")
             return
         self.new.add(info.name)
-        everyone = sorted([*prepared.clients.values(), info], key=lambda each: each.name)
+        training.append(info)
+        training.sort(key=lambda each: each.name)
         prepared.clients.clear()
-        prepared.clients.update({each.name: each for each in everyone})
+        for each in training:
+            prepared.clients[each.name] = each
         joined = f"it trains from round {number} on"
         self.watch.client_event(number, info.name, "joined", joined)
 
@@ -258,7 +325,12 @@ class Loop:
         self.prepared.engine.refuse(client, reason)
         self.lost(number, Absence(client, reason), "refused")
 
-    def _enough(self, number: int, present: Sequence[str], missing: Mapping[str, str]) -> None:
+    def _enough(
+        self,
+        number: int,
+        present: Sequence[str],
+        missing: Mapping[str, str],
+    ) -> None:
         least = self.prepared.job.federation.min_clients
         if len(present) >= least:
             return
@@ -272,19 +344,22 @@ class Loop:
             f"asks for{why}; the run is as it was after round {self.done}, go on with --resume."
         )
 
-    def opened(self, round: int) -> Any:
+    def opened(self, round: int) -> State:
         """The state as the offers of a round see it, made once for all clients."""
-        known = self._opened
-        if known is None or known[0] is not self.state or known[1] != round:
-            found = self.prepared.method.open(self.state, round)
-            self._opened = known = (self.state, round, found)
-        return known[2]
+        if self._opened is not None:
+            state, when, found = self._opened
+            if state is self.state and when == round:
+                return found
+        found = self.prepared.method.open(self.state, round)
+        self._opened = (self.state, round, found)
+        return found
 
     def offer(self, client: str, round: int) -> Tree:
         """What goes down to a client: the method's part and the head policy's."""
         prepared = self.prepared
         state = self.opened(round)
-        content = prepared.method.offer(state, round, prepared.clients[client])
+        info = prepared.clients[client]
+        content = prepared.method.offer(state, round, info)
         return prepared.head.beside(content, self.head, newcomer=False)
 
     def deployed(self, client: str, round: int) -> Tree:
@@ -293,22 +368,27 @@ class Loop:
         """
         prepared = self.prepared
         state = self.opened(round + 1)
-        content = prepared.method.deploy(state, round, prepared.clients[client])
+        info = prepared.clients[client]
+        content = prepared.method.deploy(state, round, info)
         return prepared.head.beside(content, self.head, newcomer=False)
 
     def save(self) -> None:
         """A checkpoint of everything, after the metrics of its rounds are on disk."""
         self.ledger.seconds["total"] = time.perf_counter() - self.started
+        head = None
+        if self.head:
+            head = dict(self.head)
         server: Tree = {
             "state": self.state,
-            "head": dict(self.head) if self.head else None,
+            "head": head,
             "ledger": dict(vars(self.ledger)),
             "engine": self.prepared.engine.notes(),
         }
         if self.guard is not None:
             server["releases"] = self.guard.releases
         with span("checkpoint"):
-            self.checkpoints.save(self.done, server, self.prepared.engine.changed())
+            changed = self.prepared.engine.changed()
+            self.checkpoints.save(self.done, server, changed)
 
     def _restore(self) -> None:
         self.done, server, stores = self.checkpoints.load()

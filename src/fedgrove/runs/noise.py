@@ -31,9 +31,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Site
@@ -48,6 +48,7 @@ from fedgrove.adapters.noise import (
     noise_bound,
 )
 from fedgrove.ground import lines
+from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import Method, State, Update
 from fedgrove.methods.protocols import Modular, averages_factors, global_assembly, weights
 
@@ -56,6 +57,12 @@ KEYS = ("n_init", "n_agg", "bound", "n_init_adapter", "cos_same", "cos_other")
 
 #: A client's rank-1 modules and their global indices, as ``Modular.modules`` gives them.
 Modules = tuple[Adapter, Indices | None]
+
+#: Mean cosines of each pair of module indices; None where there is no pair.
+Matrix = list[list[float | None]]
+
+#: The figures of ``KEYS`` at one site, as far as there are any.
+Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +78,43 @@ class Seen:
     """What one client of the round did."""
 
     weight: float
-    start: (
-        Adapter | None
-    )  # M_i and D_i; None where no adapter can express them, or nothing was seen of the client
+    # M_i and D_i; None where no adapter can express them, or nothing was seen of the client
+    start: Adapter | None
     end: Adapter | None
     modules: Modules | None  # what it trained, for the cosines and the bound
     by_index: bool  # whether the server averages those by rank index
     sends: bool  # whether those are the server's at all
+
+
+@dataclass(frozen=True, eq=False)
+class Senders:
+    """What the clients that sent the server something did at one site."""
+
+    #: modules of those that trained the site, with their indices and the clients' weights
+    modules: list[Adapter]
+    indices: list[Indices]
+    shares: list[float]
+    #: the models of those that hold the site, and the clients' weights
+    ends: list[Adapter]
+    end_shares: list[float]
+
+    @classmethod
+    def of(cls, site: str, clients: Sequence[Seen]) -> Senders:
+        trained = _trained_at(site, clients)
+        modules, indices = _modules(site, trained)
+        ends = []
+        end_shares = []
+        for client in clients:
+            if client.end is not None and site in client.end:
+                ends.append(_at(client.end, site))
+                end_shares.append(client.weight)
+        return cls(
+            modules=modules,
+            indices=indices,
+            shares=[client.weight for client in trained],
+            ends=ends,
+            end_shares=end_shares,
+        )
 
 
 class Lab:
@@ -98,31 +135,45 @@ class NoiseLab(Lab):
     it sees.
     """
 
-    def __init__(self, method: Method, sites: Mapping[str, Site], folder: Path):
-        self.method, self.sites, self.folder = method, sites, folder
+    def __init__(
+        self,
+        method: Method,
+        sites: Mapping[str, Site],
+        folder: Path,
+    ):
+        self.method = method
+        self.sites = sites
+        self.folder = folder
         self._round = 0
         self._before: Effective | None = None
-        self._starts: dict[
-            str, Assembly
-        ] = {}  # of the first step that runs something of the server's
-        self._ends: dict[
-            str, Assembly
-        ] = {}  # of the last step that trains something of the server's
-        self._own: dict[str, Assembly] = {}  # of the last step of all
+        #: of the first step that runs something of the server's
+        self._starts: dict[str, Assembly] = {}
+        #: of the last step that trains something of the server's
+        self._ends: dict[str, Assembly] = {}
+        #: of the last step of all
+        self._own: dict[str, Assembly] = {}
 
     def truncate_after(self, round: int) -> None:
         for name in (FILE, MATRICES):
             lines.truncate_after(self.folder / name, round)
 
     def begin(self, round: int, state: State) -> None:
-        self._round, self._before = round, self._effective(state)
-        self._starts, self._ends, self._own = {}, {}, {}
+        self._round = round
+        self._before = self._effective(state)
+        self._starts = {}
+        self._ends = {}
+        self._own = {}
 
-    def seen(self, keys: tuple[object, ...], start: Assembly, end: Assembly) -> None:
+    def seen(
+        self,
+        keys: tuple[object, ...],
+        start: Assembly,
+        end: Assembly,
+    ) -> None:
         """One step of a client's local work, as ``ClientHalf.watch`` is told of it."""
-        round, client = keys[0], str(keys[-1])
-        if round != self._round:
+        if keys[0] != self._round:
             return
+        client = str(keys[-1])
         shared = [term for term in start.terms if term.home == "server"]
         if shared or start.base_delta or start.folded:
             self._starts.setdefault(client, start)
@@ -132,108 +183,137 @@ class NoiseLab(Lab):
 
     def end(self, state: State, updates: Sequence[Update]) -> None:
         line, matrix = self.measure(state, updates)
-        lines.append(self.folder / MATRICES, {"round": self._round, "matrix": matrix})
-        lines.append(self.folder / FILE, {"round": self._round, **line})
+        number = {"round": self._round}
+        lines.append(self.folder / MATRICES, number | {"matrix": matrix})
+        lines.append(self.folder / FILE, number | line)
 
-    def measure(
-        self, state: State, updates: Sequence[Update]
-    ) -> tuple[dict[str, Any], list[list[float | None]]]:
+    def measure(self, state: State, updates: Sequence[Update]) -> tuple[Plain, Matrix]:
         """The round's line without its number, and the matrix of cosines as a mean over sites
         (None: no pair).
         """
         after = self._effective(state)
         shares = weights(self.method, updates)
-        clients = [
-            self._client(update, share) for update, share in zip(updates, shares, strict=True)
-        ]
-        tagged = [index for client in clients if client.modules for index in _all(client.modules)]
-        rank = max([self.method.setting.rank, *(index + 1 for index in tagged)])
-        sites: dict[str, dict[str, float | None]] = {}
+        pairs = zip(updates, shares, strict=True)
+        clients = [self._client(update, share) for update, share in pairs]
+        rank = self._ranks(clients)
+        sites: dict[str, Figures] = {}
         matrices = []
         for site in self.sites:
-            cosines = _cosines(site, clients, rank)
-            sites[site] = dict.fromkeys(KEYS)
+            figures: Figures = dict.fromkeys(KEYS)
             if self._before is not None and after is not None:
-                sites[site] |= self._losses(site, self._before, after, clients)
+                figures |= self._losses(site, self._before, after, clients)
+            cosines = _cosines(site, clients, rank)
             if cosines is not None:
-                sites[site] |= {"cos_same": cosines.same, "cos_other": cosines.other}
+                figures["cos_same"] = cosines.same
+                figures["cos_other"] = cosines.other
                 matrices.append(cosines.matrix)
-        total = {key: _total(key, [found[key] for found in sites.values()]) for key in KEYS}
-        return {**total, "sites": sites}, _mean_matrix(matrices, rank)
+            sites[site] = figures
+        total: Plain = {}
+        for key in KEYS:
+            values = [figures[key] for figures in sites.values()]
+            total[key] = _total(key, values)
+        line = {**total, "sites": sites}
+        return line, _mean_matrix(matrices, rank)
+
+    def _ranks(self, clients: Sequence[Seen]) -> int:
+        """How many module indices there are: the method's rank, or more where a client has more."""
+        most = self.method.setting.rank
+        for client in clients:
+            if client.modules is not None:
+                tags = _all(client.modules)
+                most = max([most, *(tag + 1 for tag in tags)])
+        return most
 
     def _losses(
-        self, site: str, before: Effective, after: Effective, clients: Sequence[Seen]
-    ) -> dict[str, float | None]:
+        self,
+        site: str,
+        before: Effective,
+        after: Effective,
+        clients: Sequence[Seen],
+    ) -> Figures:
         """The three losses and the bound at one site."""
-        old, new, merged = _at(before.whole, site), _at(after.whole, site), _at(before.merged, site)
-        found: dict[str, float | None] = {}
-        if starts := [_at(client.start, site) for client in clients if client.start is not None]:
-            found["n_init"] = initial_noise(old, starts).total
+        old = _at(before.whole, site)
+        new = _at(after.whole, site)
+        merged = _at(before.merged, site)
+        found: Figures = {}
+        starts = [_at(client.start, site) for client in clients if client.start is not None]
+        if starts:
             # G - (M_i - merged): a client that starts from the merged base and a fresh adapter has
             # lost all of G.
-            found["n_init_adapter"] = initial_noise(concat([old, merged]), starts).total
-        senders = [client for client in clients if client.sends]
-        if not senders:  # a round of private work alone: nothing should have changed
-            return found | {"n_agg": aggregation_noise(new, [old]).total}
-        trained = [
-            client for client in senders if client.modules is not None and site in client.modules[0]
-        ]
-        adapters, indices = _modules(site, trained)
-        shares = [client.weight for client in trained]
-        if all(client.by_index for client in senders):
-            found["n_agg"] = (
-                index_aggregation_noise(new, old, adapters, indices, shares).total
-                if trained
-                else aggregation_noise(
-                    new, [old]
-                ).total  # nobody trained this site: it should be as it was
-            )
-        elif all(client.end is not None for client in senders):
-            held = [
-                (client.end, client.weight)
-                for client in senders
-                if client.end and site in client.end
-            ]
-            ends = [_at(end, site) for end, _ in held]
-            found["n_agg"] = aggregation_noise(
-                new, ends or [old], [weight for _, weight in held] or None
-            ).total
-        if averages_factors(self.method) and all(client.modules is not None for client in senders):
-            if trained:
-                found["bound"] = noise_bound(old, adapters, indices, shares).total
-            else:
-                found["bound"] = 0.0
+            without_merged = concat([old, merged])
+            found["n_init"] = initial_noise(old, starts).total
+            found["n_init_adapter"] = initial_noise(without_merged, starts).total
+        sending = [client for client in clients if client.sends]
+        if not sending:  # a round of private work alone: nothing should have changed
+            found["n_agg"] = aggregation_noise(new, [old]).total
+            return found
+        at = Senders.of(site, sending)
+        if all(client.by_index for client in sending):
+            found["n_agg"] = _index_noise(new, old, at)
+        elif all(client.end is not None for client in sending):
+            ends = at.ends or [old]
+            shares = at.end_shares or None
+            found["n_agg"] = aggregation_noise(new, ends, shares).total
+        everyone_has_modules = all(client.modules is not None for client in sending)
+        if averages_factors(self.method) and everyone_has_modules:
+            found["bound"] = _bound(old, at)
         return found
 
     def _client(self, update: Update, weight: float) -> Seen:
         name = update.client
+        modules: Modules | None = None
         if isinstance(self.method, Modular):
             modules = self.method.modules(update)
-        else:
-            modules = None
-        start, end, own = self._starts.get(name), self._ends.get(name), self._own.get(name)
+        start = self._starts.get(name)
+        end = self._ends.get(name)
+        newest = end
+        if newest is None:
+            newest = self._own.get(name)
         found = modules
-        if modules is None and own is not None:
-            found = trained_modules(own if end is None else end, self.sites)
+        if modules is None and newest is not None:
+            found = trained_modules(newest, self.sites)
         return Seen(
             weight=weight,
-            start=None if start is None else shared_part(start, self.sites),
-            end=None if end is None else shared_part(end, self.sites),
+            start=self._shared(start),
+            end=self._shared(end),
             modules=found,
             by_index=modules is not None,
             sends=modules is not None or end is not None,
         )
 
+    def _shared(self, assembly: Assembly | None) -> Adapter | None:
+        if assembly is None:
+            return None
+        return shared_part(assembly, self.sites)
+
     def _effective(self, state: State) -> Effective | None:
         assembly = global_assembly(self.method, state)
-        if assembly is None:
-            whole = None
-        else:
-            whole = shared_part(assembly, self.sites)
+        whole = self._shared(assembly)
         if assembly is None or whole is None:
             return None
-        merged = Assembly(base_delta=assembly.base_delta, folded=assembly.folded)
-        return Effective(whole, as_one_adapter(merged, self.sites))
+        of_base = Assembly(base_delta=assembly.base_delta, folded=assembly.folded)
+        merged = as_one_adapter(of_base, self.sites)
+        return Effective(whole, merged)
+
+
+def _index_noise(new: Adapter, old: Adapter, at: Senders) -> float:
+    """What the server lost where it averages modules by their index."""
+    if not at.modules:  # nobody trained this site: it should be as it was
+        return aggregation_noise(new, [old]).total
+    noise = index_aggregation_noise(
+        new,
+        old,
+        at.modules,
+        at.indices,
+        at.shares,
+    )
+    return noise.total
+
+
+def _bound(old: Adapter, at: Senders) -> float:
+    if not at.modules:
+        return 0.0
+    return noise_bound(old, at.modules, at.indices, at.shares).total
 
 
 def shared_part(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter | None:
@@ -242,12 +322,13 @@ def shared_part(assembly: Assembly, sites: Mapping[str, Site]) -> Adapter | None
 
     Client-home terms are left out, and the weights that mix them with the others.
     """
-    terms = tuple(term for term in assembly.terms if term.home == "server")
-    if len(terms) < len(assembly.terms):
-        assembly = replace(assembly, terms=terms, mix=Mix())
+    shared = [term for term in assembly.terms if term.home == "server"]
+    if len(shared) < len(assembly.terms):
+        assembly = replace(assembly, terms=tuple(shared), mix=Mix())
     if not assembly.mix.linear:
         return None
-    return as_one_adapter(replace(assembly, layers=None), _present(assembly, sites))
+    in_all_layers = replace(assembly, layers=None)
+    return as_one_adapter(in_all_layers, _present(assembly, sites))
 
 
 def trained_modules(assembly: Assembly, sites: Mapping[str, Site]) -> Modules | None:
@@ -255,19 +336,21 @@ def trained_modules(assembly: Assembly, sites: Mapping[str, Site]) -> Modules | 
     where there are more.
     """
     trained = [term for term in assembly.terms if term.train]
-    shared = [term for term in trained if term.home == "server"] or trained
-    if len(shared) != 1:
+    shared = [term for term in trained if term.home == "server"]
+    chosen = shared or trained
+    if len(chosen) != 1:
         return None
-    return as_one_adapter(Assembly((shared[0],)), _present(assembly, sites)), None
+    alone = Assembly((chosen[0],))
+    adapter = as_one_adapter(alone, _present(assembly, sites))
+    return adapter, None
 
 
 def _present(assembly: Assembly, sites: Mapping[str, Site]) -> dict[str, Site]:
     """The sites in the layers that the client runs."""
-    return {
-        name: s
-        for name, s in sites.items()
-        if assembly.layers is None or s.layer in assembly.layers
-    }
+    layers = assembly.layers
+    if layers is None:
+        return dict(sites)
+    return {name: site for name, site in sites.items() if site.layer in layers}
 
 
 def _at(adapter: Adapter, site: str) -> Adapter:
@@ -279,7 +362,18 @@ def _at(adapter: Adapter, site: str) -> Adapter:
 def _modules(site: str, clients: Sequence[Seen]) -> tuple[list[Adapter], list[Indices]]:
     """The clients' modules at one site with their indices; every client has some."""
     found = [client.modules for client in clients if client.modules is not None]
-    return [_at(adapter, site) for adapter, _ in found], [_tags(modules, site) for modules in found]
+    adapters = [_at(adapter, site) for adapter, _ in found]
+    indices: list[Indices] = [_tags(modules, site) for modules in found]
+    return adapters, indices
+
+
+def _trained_at(site: str, clients: Sequence[Seen]) -> list[Seen]:
+    """The clients that trained modules at the site."""
+
+    def trained(client: Seen) -> bool:
+        return client.modules is not None and site in client.modules[0]
+
+    return [client for client in clients if trained(client)]
 
 
 def _tags(modules: Modules, site: str) -> Sequence[int]:
@@ -292,16 +386,18 @@ def _tags(modules: Modules, site: str) -> Sequence[int]:
 
 
 def _all(modules: Modules) -> list[int]:
-    return [index for site in modules[0] for index in _tags(modules, site)]
+    adapter, _ = modules
+    found: list[int] = []
+    for site in adapter:
+        found.extend(_tags(modules, site))
+    return found
 
 
 def _cosines(site: str, clients: Sequence[Seen], rank: int) -> Cosines | None:
-    there = [
-        client for client in clients if client.modules is not None and site in client.modules[0]
-    ]
-    if not there:
+    trained = _trained_at(site, clients)
+    if not trained:
         return None
-    adapters, indices = _modules(site, there)
+    adapters, indices = _modules(site, trained)
     return index_cosines(adapters, rank, indices)[site]
 
 
@@ -316,14 +412,20 @@ def _total(key: str, values: Sequence[float | None]) -> float | None:
         return None
     if not numbers or len(numbers) < len(values):
         return None
-    return math.sqrt(math.fsum(value * value for value in numbers))
+    squares = [value * value for value in numbers]
+    return math.sqrt(math.fsum(squares))
 
 
-def _mean_matrix(matrices: Sequence[Tensor], rank: int) -> list[list[float | None]]:
+def _mean_matrix(matrices: Sequence[Float[Tensor, "rank rank"]], rank: int) -> Matrix:
     """Mean over the sites that have a pair, to four digits."""
     if not matrices:
         return [[None] * rank for _ in range(rank)]
-    mean = torch.stack(list(matrices)).nanmean(0)
-    return [
-        [None if math.isnan(value) else round(value, 4) for value in row] for row in mean.tolist()
-    ]
+    stacked = torch.stack(list(matrices))
+    rows: list[list[float]] = stacked.nanmean(0).tolist()
+    return [[_digits(value) for value in row] for row in rows]
+
+
+def _digits(value: float) -> float | None:
+    if math.isnan(value):
+        return None
+    return round(value, 4)

@@ -52,7 +52,13 @@ class Parts:
     copies: Copies | None = None
 
     @classmethod
-    def of(cls, job: Job, clients: Collection[ClientInfo], *, base: Base | None = None) -> Parts:
+    def of(
+        cls,
+        job: Job,
+        clients: Collection[ClientInfo],
+        *,
+        base: Base | None = None,
+    ) -> Parts:
         """The parts of a job with its choices made. Raises ``JobError`` where they do not fit.
 
         Args:
@@ -61,12 +67,16 @@ class Parts:
         """
         if base is None:
             base = base_of(job)
-        else:
-            base = base
         task = task_of(job)
         setting = setting_of(job, base, clients)
         method = method_class(job.method.name)(job.method.options, setting)
-        return cls(job, base, task, method, head_policy(job, base, task))
+        return cls(
+            job,
+            base,
+            task,
+            method,
+            head_policy(job, base, task),
+        )
 
     def client_half(self, *, seed: int | None = None, watch: Watch | None = None) -> ClientHalf:
         """What runs the client's half of the method, on kernels of its own.

@@ -141,7 +141,8 @@ def newcomer_head(job: Job, held_out: bool) -> bool:
 
 
 def client_infos(
-    job: Job, federation: Federation
+    job: Job,
+    federation: Federation,
 ) -> tuple[dict[str, ClientInfo], dict[str, ClientInfo]]:
     """(those that train, those held out), with ranks as the job and the method want them."""
     names = [client.name for client in federation.clients]
@@ -182,5 +183,6 @@ def fingerprint_of(federation: Federation) -> str:
     digest = hashlib.sha256()
     for client in federation.clients:
         row = [client.name, client.held_out, client.train, client.test, client.validation]
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+        digest.update(text.encode())
     return digest.hexdigest()

@@ -25,4 +25,9 @@ class Records:
     def at(cls, out: Path, watch: Callback, lab: Lab | None = None) -> Records:
         """The files of a run in its directory."""
         files = [MetricsLog(out / "metrics.jsonl"), Events(out / "events.jsonl")]
-        return cls(out, Callbacks([*files, watch]), Checkpoints(out / "checkpoints"), lab or Lab())
+        return cls(
+            out,
+            Callbacks([*files, watch]),
+            Checkpoints(out / "checkpoints"),
+            lab or Lab(),
+        )

@@ -9,14 +9,15 @@ last in either case, also after an exception.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from fedgrove.ground.plain import Given
 
 #: One line of ``metrics.jsonl``, e.g. ``{"round": 3, "client": "tweets-0", "split": "train",
 #: "loss": 0.81, ...}``.
-Line = Mapping[str, Any]
+Line = Given
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,10 @@ class RunInfo:
     method: str  # "fedit"
     title: str  # one line for people, e.g. "fedit · minilm · sentiment"
     rounds: int  # of the whole run
-    clients: tuple[
-        str, ...
-    ]  # names of the clients that train; the means in the display are over these
+    # names of the clients that train; the means in the display are over these
+    clients: tuple[str, ...]
     out: Path
-    job: Mapping[str, Any] = field(default_factory=dict)  # the resolved job
+    job: Given = field(default_factory=dict)  # the resolved job
     start_round: int = 1  # first round that will run, 1-based; > 1 after a resume
 
 
@@ -67,7 +67,12 @@ class Callback:
         """
 
     def client_event(
-        self, round: int, client: str, what: str, reason: str, trace: str = ""
+        self,
+        round: int,
+        client: str,
+        what: str,
+        reason: str,
+        trace: str = "",
     ) -> None:
         """Anything that happened to a client beside training, for a log: what ``client_lost`` tells
         people too, and what they need not be told ("joined", "late"). ``trace``: the client's own
@@ -77,12 +82,12 @@ class Callback:
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         """One line per client and split, all of ``round`` (0 = before the first round)."""
 
-    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+    def round_done(self, round: int, summary: Given) -> None:
         """The round's models are complete; ``summary`` is whatever the loop wants to say about it
         (may be empty).
         """
 
-    def run_finished(self, summary: Mapping[str, Any], out: Path) -> None:
+    def run_finished(self, summary: Given, out: Path) -> None:
         """``summary`` is the content of summary.json."""
 
     def run_stopped(self, round: int, reason: str) -> None:
@@ -131,7 +136,12 @@ class Callbacks(Callback):
             each.client_lost(round, client, what, reason)
 
     def client_event(
-        self, round: int, client: str, what: str, reason: str, trace: str = ""
+        self,
+        round: int,
+        client: str,
+        what: str,
+        reason: str,
+        trace: str = "",
     ) -> None:
         for each in self.callbacks:
             each.client_event(round, client, what, reason, trace)
@@ -140,11 +150,11 @@ class Callbacks(Callback):
         for each in self.callbacks:
             each.evaluated(round, lines)
 
-    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+    def round_done(self, round: int, summary: Given) -> None:
         for each in self.callbacks:
             each.round_done(round, summary)
 
-    def run_finished(self, summary: Mapping[str, Any], out: Path) -> None:
+    def run_finished(self, summary: Given, out: Path) -> None:
         for each in self.callbacks:
             each.run_finished(summary, out)
 

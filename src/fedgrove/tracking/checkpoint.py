@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fedgrove.adapters.tree import Tree, pack, unpack
 from fedgrove.ground.errors import AdapterError, RunError
 from fedgrove.ground.files import write_bytes
+from fedgrove.ground.plain import Plain
 
 _LATEST = "latest.json"
 
@@ -30,18 +30,30 @@ class Checkpoints:
     def exists(self) -> bool:
         return (self.folder / _LATEST).exists()
 
-    def save(self, round: int, server: Tree, changed: Mapping[str, Tree]) -> None:
+    def save(
+        self,
+        round: int,
+        server: Tree,
+        changed: Mapping[str, Tree],
+    ) -> None:
         """``server``: everything that is not a client's; ``changed``: the stores that this round
         touched, by client.
         """
-        (self.folder / "clients").mkdir(parents=True, exist_ok=True)
+        clients = self.folder / "clients"
+        clients.mkdir(parents=True, exist_ok=True)
         server_file = f"server-{round:05d}.safetensors"
         write_bytes(self.folder / server_file, pack(server))
         for name, store in changed.items():
-            self._files[name] = f"clients/{name}-{round:05d}.safetensors"
-            write_bytes(self.folder / self._files[name], pack(store, private=True))
-        latest = {"round": round, "server": server_file, "clients": self._files}
-        write_bytes(self.folder / _LATEST, json.dumps(latest, indent=1).encode())
+            file = f"clients/{name}-{round:05d}.safetensors"
+            self._files[name] = file
+            write_bytes(self.folder / file, pack(store, private=True))
+        latest = {
+            "round": round,
+            "server": server_file,
+            "clients": self._files,
+        }
+        text = json.dumps(latest, indent=1)
+        write_bytes(self.folder / _LATEST, text.encode())
         self._sweep({server_file, *self._files.values()})
 
     def load(self) -> tuple[int, Tree, dict[str, Tree]]:
@@ -49,23 +61,24 @@ class Checkpoints:
         with self._readable():
             latest = self._latest()
             self._files = dict(latest["clients"])
-            stores = {
-                name: unpack((self.folder / file).read_bytes())
-                for name, file in self._files.items()
-            }
-            return int(latest["round"]), self._server(latest), stores
+            stores = {name: self._unpacked(file) for name, file in self._files.items()}
+            server = self._unpacked(latest["server"])
+            return int(latest["round"]), server, stores
 
     def load_server(self) -> Tree:
         """The server's part of the newest checkpoint; no client's store is read."""
         with self._readable():
-            return self._server(self._latest())
+            latest = self._latest()
+            return self._unpacked(latest["server"])
 
-    def _latest(self) -> dict[str, Any]:
-        latest: dict[str, Any] = json.loads((self.folder / _LATEST).read_text())
+    def _latest(self) -> Plain:
+        text = (self.folder / _LATEST).read_text()
+        latest: Plain = json.loads(text)
         return latest
 
-    def _server(self, latest: Mapping[str, Any]) -> Tree:
-        return unpack((self.folder / latest["server"]).read_bytes())
+    def _unpacked(self, file: str) -> Tree:
+        data = (self.folder / file).read_bytes()
+        return unpack(data)
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -79,6 +92,9 @@ class Checkpoints:
 
     def _sweep(self, wanted: set[str]) -> None:
         """Remove what no checkpoint names any more."""
-        for file in [*self.folder.glob("*.safetensors*"), *self.folder.glob("clients/*")]:
-            if file.relative_to(self.folder).as_posix() not in wanted:
+        servers = list(self.folder.glob("*.safetensors*"))
+        clients = list(self.folder.glob("clients/*"))
+        for file in servers + clients:
+            name = file.relative_to(self.folder).as_posix()
+            if name not in wanted:
                 file.unlink(missing_ok=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.ground import words
+from fedgrove.ground.plain import Given
 from fedgrove.tracking.callback import Callback, Line, RunInfo
 from fedgrove.tracking.scoreboard import Clock, Score, Scoreboard
 
@@ -24,10 +25,12 @@ class Display(Callback):
     """
 
     def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
-        self.console, self.clock = console, clock
+        self.console = console
+        self.clock = clock
         self.board: Scoreboard | None = None
         self._started = clock()
-        self._lost_round, self._lost = 0, 0
+        self._lost_round = 0
+        self._lost = 0
 
     def run_started(self, info: RunInfo) -> None:
         self.board = Scoreboard(info, self.clock)
@@ -45,7 +48,8 @@ class Display(Callback):
 
     def _tell_rest(self) -> None:
         """How many more clients were lost than had a line of their own."""
-        rest, self._lost = self._lost - MOST_LOST, 0
+        rest = self._lost - MOST_LOST
+        self._lost = 0
         if rest > 0:
             more = words.count(rest, "more client")
             self.remark(f"round {self._lost_round}: {more} lost; events.jsonl names all of them")
@@ -62,35 +66,35 @@ class Display(Callback):
         if self.board:
             self.board.evaluate(round, lines)
 
-    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+    def round_done(self, round: int, summary: Given) -> None:
         self._tell_rest()
         if self.board:
             self.board.end_round()
 
-    def run_finished(self, summary: Mapping[str, Any], out: Path) -> None:
+    def run_finished(self, summary: Given, out: Path) -> None:
         self._tell_rest()
         self.close()
-        self.line(
-            f"finished {words.count(summary['rounds'], 'round')} in "
-            f"{words.duration(self.clock() - self._started)}"
-        )
+        rounds = words.count(summary["rounds"], "round")
+        seconds = self.clock() - self._started
+        self.line(f"finished {rounds} in {words.duration(seconds)}")
 
     def run_stopped(self, round: int, reason: str) -> None:
         self._tell_rest()
         self.close()
+        of = ""
         if self.board:
             of = f" of {self.board.info.rounds}"
-        else:
-            of = ""
         self.line(f"stopped after round {round}{of}: {reason}")
 
     def line(self, text: str) -> None:
         """One line, never wrapped or coloured, at once; what the stream's encoding lacks becomes a
         question mark.
         """
-        encoding = getattr(self.console.file, "encoding", None) or "utf-8"
-        self.console.file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-        self.console.file.flush()
+        file = self.console.file
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        encoded = text.encode(encoding, "replace")
+        file.write(encoded.decode(encoding) + "\n")
+        file.flush()
 
 
 class PlainProgress(Display):
@@ -98,28 +102,29 @@ class PlainProgress(Display):
 
     def run_started(self, info: RunInfo) -> None:
         super().run_started(info)
+        resumed = ""
         if info.start_round > 1:
             resumed = f", from round {info.start_round}"
-        else:
-            resumed = ""
-        clients, rounds = (
-            words.count(len(info.clients), "client"),
-            words.count(info.rounds, "round"),
-        )
+        clients = words.count(len(info.clients), "client")
+        rounds = words.count(info.rounds, "round")
         self.line(f"{info.title} | {clients}, {rounds}{resumed} | {info.out}")
 
     def phase(self, name: str, total: int | None = None) -> None:
-        if not (self.board and self.board.running):
-            self.line(name if total is None else f"{name} ({total})")
+        if self.board and self.board.running:
+            return
+        if total is not None:
+            name = f"{name} ({total})"
+        self.line(name)
 
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         if self.board is None:
             return
         score = self.board.evaluate(round, lines)
         if score and not self.board.running:  # inside a round it is part of the round's line
-            self.line(" | ".join([f"evaluated after round {round}", *score_cells(score)]))
+            cells = [f"evaluated after round {round}", *score_cells(score)]
+            self.line(" | ".join(cells))
 
-    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+    def round_done(self, round: int, summary: Given) -> None:
         super().round_done(round, summary)
         if self.board is None:
             return
@@ -131,9 +136,11 @@ class PlainProgress(Display):
         ]
         if board.score and board.score.round == round:
             cells += score_cells(board.score)
-        cells += [f"up {words.size(board.bytes_up)}", f"down {words.size(board.bytes_down)}"]
-        if summary.get("epsilon") is not None:
-            cells.append(f"epsilon {summary['epsilon']:.3g}")
+        cells.append(f"up {words.size(board.bytes_up)}")
+        cells.append(f"down {words.size(board.bytes_down)}")
+        epsilon = summary.get("epsilon")
+        if epsilon is not None:
+            cells.append(f"epsilon {epsilon:.3g}")
         cells.append(words.duration(board.round_seconds))
         left = board.seconds_left()
         if round < board.info.rounds and left is not None:
@@ -145,14 +152,20 @@ def score_cells(score: Score) -> list[str]:
     """``["accuracy 61.2 % (+1.3)", "tail 42.0 % (-0.5)"]``; changes are in points since the
     evaluation before.
     """
-    cells = []
-    for name, value, change in (
-        (score.metric, score.mean, score.mean_change),
-        ("tail", score.tail, score.tail_change),
-    ):
-        if change is None:
-            since = ""
-        else:
-            since = f" ({words.change(change, percent=score.percent)})"
-        cells.append(f"{name} {words.score(value, percent=score.percent)}{since}")
-    return cells
+    percent = score.percent
+    mean = _score_cell(score.metric, score.mean, score.mean_change, percent)
+    tail = _score_cell("tail", score.tail, score.tail_change, percent)
+    return [mean, tail]
+
+
+def _score_cell(
+    name: str,
+    value: float,
+    change: float | None,
+    percent: bool,
+) -> str:
+    cell = f"{name} {words.score(value, percent=percent)}"
+    if change is None:
+        return cell
+    since = words.change(change, percent=percent)
+    return f"{cell} ({since})"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fedgrove.ground import lines
 from fedgrove.tracking.callback import Callback
@@ -22,20 +21,27 @@ class Events(Callback):
         self.path = path
 
     def client_event(
-        self, round: int, client: str, what: str, reason: str, trace: str = ""
+        self,
+        round: int,
+        client: str,
+        what: str,
+        reason: str,
+        trace: str = "",
     ) -> None:
         self.write(round, client, what, reason, trace=trace)
 
-    def write(self, round: int, client: str, event: str, reason: str, **more: Any) -> None:
+    def write(self, round: int, client: str, event: str, reason: str, **more: object) -> None:
         """``event``: "left out", "joined", "refused", "late", "not measured", ...; ``reason``: a
         clause for people.
         """
+        said = {key: value for key, value in more.items() if value}
+        now = datetime.now(UTC)
         line = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "time": now.isoformat(timespec="seconds"),
             "round": round,
             "client": client,
             "event": event,
             "reason": reason,
-            **{key: value for key, value in more.items() if value},
+            **said,
         }
         lines.append(self.path, line)

@@ -8,10 +8,11 @@ notebook get plain lines.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedgrove.ground import words
+from fedgrove.ground.plain import Given
 from fedgrove.tracking.callback import Callback, Line, RunInfo
 from fedgrove.tracking.display import Display, PlainProgress, score_cells
 from fedgrove.tracking.scoreboard import Clock
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _WIDEST = 100  # columns; a wider bar says nothing more
 _REMARK = 18  # columns right of the bars: time left, the client that finished last
 _LABEL = 32  # columns left of the bars, at most
-_BAR: Any = {"complete_style": "cyan", "finished_style": "cyan", "pulse_style": "cyan"}
+_BAR = "cyan"
 
 
 def progress(console: Console | None = None) -> Callback:
@@ -33,10 +34,9 @@ def progress(console: Console | None = None) -> Callback:
     from rich.console import Console
 
     console = console or Console(highlight=False)
-    real = getattr(
-        console.file, "isatty", lambda: False
-    )()  # FORCE_COLOR makes rich call a pipe a terminal
-    if real and console.is_terminal and not console.is_dumb_terminal:
+    # FORCE_COLOR makes rich call a pipe a terminal
+    is_a_terminal = getattr(console.file, "isatty", lambda: False)
+    if is_a_terminal() and console.is_terminal and not console.is_dumb_terminal:
         return LiveProgress(console)
     return PlainProgress(console)
 
@@ -74,7 +74,8 @@ class LiveProgress(Display):
         self._show()
 
     def phase(self, name: str, total: int | None = None) -> None:
-        self._phase, self._steps = (name, total), 0
+        self._phase = (name, total)
+        self._steps = 0
         self._show()
 
     def phase_advanced(self) -> None:
@@ -85,14 +86,16 @@ class LiveProgress(Display):
 
     def round_started(self, round: int, clients: Sequence[str]) -> None:
         super().round_started(round, clients)
-        self._phase, self._last_client = None, ""
+        self._phase = None
+        self._last_client = ""
         self._show()
 
     def client_done(self, round: int, line: Line) -> None:
         super().client_done(round, line)
-        self._phase, self._last_client = None, str(line["client"])
+        self._phase = None
+        self._last_client = str(line["client"])
 
-    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
+    def round_done(self, round: int, summary: Given) -> None:
         super().round_done(round, summary)
         self._phase = None
 
@@ -105,7 +108,12 @@ class LiveProgress(Display):
         from rich.live import Live
 
         if self._live is None:
-            self._live = Live(self, console=self.console, transient=True, refresh_per_second=5)
+            self._live = Live(
+                self,
+                console=self.console,
+                transient=True,
+                refresh_per_second=5,
+            )
             self._live.start()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -123,10 +131,9 @@ class LiveProgress(Display):
         if board is not None and board.round:
             left = board.seconds_left()
             done = board.info.start_round - 1 + board.worked
+            remark = ""
             if left:
                 remark = f"{words.duration(left)} left"
-            else:
-                remark = ""
             yield _Row("round", board.info.rounds, done, board.round, remark)
         if self._phase is not None:
             name, total = self._phase
@@ -138,9 +145,11 @@ class LiveProgress(Display):
         from rich.text import Text
 
         assert self.board is not None
-        board, cells = self.board, []
+        board = self.board
+        cells = []
         if board.loss is not None:
-            cells.append(Text(f"loss {words.number(board.loss)}"))
+            loss = words.number(board.loss)
+            cells.append(Text(f"loss {loss}"))
         if board.score:
             for text in score_cells(board.score):
                 cell = Text(text)
@@ -148,12 +157,15 @@ class LiveProgress(Display):
                 cell.highlight_regex(r"\(\+.*\)", "green")
                 cell.highlight_regex(r"\(-.*\)", "red")
                 cells.append(cell)
-        if board.best:
-            best = words.score(board.best.mean, percent=board.best.percent)
-            cells.append(Text(f"best {best} in round {board.best.round}"))
+        best = board.best
+        if best:
+            score = words.score(best.mean, percent=best.percent)
+            cells.append(Text(f"best {score} in round {best.round}"))
         if board.bytes_up or board.bytes_down:
-            cells.append(Text(f"up {words.size(board.bytes_up)}", style="dim"))
-            cells.append(Text(f"down {words.size(board.bytes_down)}", style="dim"))
+            up = words.size(board.bytes_up)
+            down = words.size(board.bytes_down)
+            cells.append(Text(f"up {up}", style="dim"))
+            cells.append(Text(f"down {down}", style="dim"))
         return cells
 
 
@@ -161,7 +173,12 @@ def _title(info: RunInfo, width: int) -> Text:
     """The title, and the run directory beside it where it fits."""
     from rich.text import Text
 
-    title = Text(info.title, style="bold", no_wrap=True, overflow="ellipsis")
+    title = Text(
+        info.title,
+        style="bold",
+        no_wrap=True,
+        overflow="ellipsis",
+    )
     out = Text(f"  {info.out}", style="dim not bold")
     if title.cell_len + out.cell_len <= width:
         return Text.assemble(title, out, no_wrap=True)
@@ -173,30 +190,45 @@ def _bars(rows: Sequence[_Row], width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    label = min(_LABEL, width // 2 - 4, max(len(row.label) for row in rows))
+    longest = max(len(row.label) for row in rows)
+    label = min(_LABEL, width // 2 - 4, longest)
     position = max(len(row.position) for row in rows)
+    remark = 0
     if width >= 60:
         remark = _REMARK
-    else:
-        remark = 0
     bar = max(6, width - label - position - remark - 6)
     table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(width=label, no_wrap=True, overflow="ellipsis")
-    table.add_column(width=position, no_wrap=True, justify="right")
+    table.add_column(
+        width=label,
+        no_wrap=True,
+        overflow="ellipsis",
+    )
+    table.add_column(
+        width=position,
+        no_wrap=True,
+        justify="right",
+    )
     table.add_column(width=bar)
     if remark:
-        table.add_column(width=remark, no_wrap=True, overflow="ellipsis")
+        table.add_column(
+            width=remark,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
     for row in rows:
         drawn = ProgressBar(
-            total=row.total, completed=row.done, width=bar, pulse=row.total is None, **_BAR
+            total=row.total,
+            completed=row.done,
+            width=bar,
+            pulse=row.total is None,
+            complete_style=_BAR,
+            finished_style=_BAR,
+            pulse_style=_BAR,
         )
-        cells: list[RenderableType] = [
-            Text(row.label),
-            Text(row.position),
-            drawn,
-            Text(row.remark, style="dim"),
-        ]
-        table.add_row(*cells[: 4 if remark else 3])
+        cells: list[RenderableType] = [Text(row.label), Text(row.position), drawn]
+        if remark:
+            cells.append(Text(row.remark, style="dim"))
+        table.add_row(*cells)
     return table
 
 
@@ -206,7 +238,8 @@ def _packed(cells: Sequence[Text], width: int) -> Iterator[Text]:
 
     line: list[Text] = []
     for cell in cells:
-        if line and sum(each.cell_len + 3 for each in line) + cell.cell_len > width:
+        taken = sum(each.cell_len + 3 for each in line)
+        if line and taken + cell.cell_len > width:
             yield Text("   ").join(line)
             line = []
         line.append(cell)

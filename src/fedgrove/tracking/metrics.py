@@ -7,24 +7,37 @@ by client inside a round, training before evaluation. Numbers that are not finit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fedgrove.ground import lines
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.tracking.callback import Callback, Line, RunInfo
 
 _NEEDS = ("round", "client", "split")  # keys of every line
 #: Keys of a line that are no score of the task. What remains on a "test" line is the metric, e.g.
 #: "accuracy".
 _NO_SCORE = frozenset(
-    {"round", "client", "split", "loss", "examples", "steps", "bytes_up", "bytes_down", "seconds"}
+    {
+        "round",
+        "client",
+        "split",
+        "loss",
+        "examples",
+        "steps",
+        "bytes_up",
+        "bytes_down",
+        "seconds",
+    }
 )
 
 
 def metric_name(line: Line) -> str | None:
     """The task's metric on an evaluation line ("accuracy"), None where the line carries none."""
-    return next((key for key in line if key not in _NO_SCORE), None)
+    for key in line:
+        if key not in _NO_SCORE:
+            return key
+    return None
 
 
 class MetricsLog(Callback):
@@ -43,7 +56,8 @@ class MetricsLog(Callback):
         truncate_after(self.path, info.start_round - 1)
 
     def round_started(self, round: int, clients: Sequence[str]) -> None:
-        self._open, self._lines = round, []
+        self._open = round
+        self._lines = []
 
     def client_done(self, round: int, line: Line) -> None:
         self._lines.append(line)
@@ -57,15 +71,18 @@ class MetricsLog(Callback):
         there = {_key(line) for line in read(self.path)}
         self._append([line for line in found if _key(line) not in there])
 
-    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
-        done, self._open, self._lines = self._lines, None, []
+    def round_done(self, round: int, summary: Given) -> None:
+        done = self._lines
+        self._open = None
+        self._lines = []
         self._append(done)
 
     def _append(self, found: Sequence[Line]) -> None:
-        lines.append(self.path, *sorted(found, key=_place))
+        in_order = sorted(found, key=_place)
+        lines.append(self.path, *in_order)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Plain]:
     """All lines in file order; [] where the file is missing. A half-written last line is left out.
 
     Raises ``RunError`` for a line that is no JSON object with a round, a client and a split.
@@ -82,8 +99,10 @@ def truncate_after(path: Path, round: int) -> None:
 
 def _place(line: Line) -> tuple[bool, str, str]:
     """Where a line stands in its round."""
-    return line["split"] != "train", str(line["client"]), str(line["split"])
+    client = str(line["client"])
+    split = str(line["split"])
+    return split != "train", client, split
 
 
-def _key(line: Line) -> tuple[Any, Any, Any]:
-    return line["round"], line["client"], line["split"]
+def _key(line: Line) -> tuple[object, ...]:
+    return tuple(line[key] for key in _NEEDS)

@@ -56,15 +56,11 @@ class Scoreboard:
         self._began = self.clock()
         if self._first is None:
             self._first = self._began
-        else:
-            self._first = self._first
-        self.round, self.running, self.selected, self.done, self._losses = (
-            round,
-            True,
-            len(clients),
-            0,
-            [],
-        )
+        self.round = round
+        self.running = True
+        self.selected = len(clients)
+        self.done = 0
+        self._losses = []
 
     def client(self, line: Line) -> None:
         self.done += 1
@@ -77,30 +73,42 @@ class Scoreboard:
         """Takes the "test" lines of the clients that train; None where there are none."""
         names = set(self.info.clients)
         tests = [line for line in lines if line["split"] == "test" and line["client"] in names]
-        metric = next((name for line in tests if (name := metric_name(line))), None)
+        metrics = filter(None, map(metric_name, tests))
+        metric = next(metrics, None)
         if metric is None:
             return None
         values = [line.get(metric) for line in tests]
-        now, before = Score(round, metric, mean(values), tail10(values), shares(values)), self.score
+        now = Score(
+            round=round,
+            metric=metric,
+            mean=mean(values),
+            tail=tail10(values),
+            percent=shares(values),
+        )
+        before = self.score
         if before is not None and not math.isnan(before.mean + now.mean):
             now = replace(
-                now, mean_change=now.mean - before.mean, tail_change=now.tail - before.tail
+                now,
+                mean_change=now.mean - before.mean,
+                tail_change=now.tail - before.tail,
             )
         self.score = now
-        if not math.isnan(now.mean) and (self.best is None or now.mean > self.best.mean):
+        better = self.best is None or now.mean > self.best.mean
+        if better and not math.isnan(now.mean):
             self.best = now
         return now
 
     def end_round(self) -> None:
-        self.complete, self.running = self.complete + 1, False
+        self.complete += 1
+        self.running = False
         self.round_seconds = self.clock() - self._began
 
     @property
     def worked(self) -> float:
         """Rounds done in this session; the present one counts by its clients."""
-        return self.complete + (
-            self.done / self.selected if self.running and self.selected else 0.0
-        )
+        if not self.running or not self.selected:
+            return self.complete
+        return self.complete + self.done / self.selected
 
     def seconds_left(self) -> float | None:
         """From the pace so far; None before the first client is done."""
@@ -108,4 +116,5 @@ class Scoreboard:
         if self._first is None or worked <= 0:
             return None
         left = self.info.rounds - self.info.start_round + 1 - worked
-        return max(0.0, (self.clock() - self._first) / worked * left)
+        seconds = self.clock() - self._first
+        return max(0.0, seconds / worked * left)

@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from fedgrove.ground.errors import RunError
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.ground.statistics import Value, mean, present, std, tail10
 
 _CLIENT_KEYS = ("examples", "rank", "metric_base", "metric", "metric_tuned", "loss")
@@ -28,12 +28,12 @@ def summarise(
     task: str,
     seed: int,
     rounds: int,
-    clients: Mapping[str, Mapping[str, Any]],
+    clients: Mapping[str, Given],
     parameters: Mapping[str, Sequence[int]],
     bytes_up: int,
     bytes_down: int,
     seconds: Mapping[str, float],
-) -> dict[str, Any]:
+) -> Plain:
     """The content of summary.json, keys in the order of the file.
 
     ``clients``: ``{name: {examples, rank, metric_base, metric, metric_tuned, loss, held_out}}``; a
@@ -44,7 +44,7 @@ def summarise(
     and count in ``unseen`` only: as they arrive, and under
     ``tuned`` after local training.
     """
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Plain] = {}
     for name in sorted(clients):
         given = clients[name]
         rows[name] = {key: _plain(given.get(key)) for key in _CLIENT_KEYS}
@@ -61,8 +61,10 @@ def summarise(
         **_spread(seen),
     }
     if unseen:
-        result["unseen"] = {"clients": len(unseen), **_spread([row["metric"] for row in unseen])}
-        if present(tuned := [row["metric_tuned"] for row in unseen]):
+        welcomed = [row["metric"] for row in unseen]
+        tuned = [row["metric_tuned"] for row in unseen]
+        result["unseen"] = {"clients": len(unseen), **_spread(welcomed)}
+        if present(tuned):
             result["unseen"]["tuned"] = _spread(tuned)
     result["parameters"] = {key: _median(parameters[key]) for key in _PARAMETER_KEYS}
     result["bytes"] = {"up": bytes_up, "down": bytes_down}
@@ -70,7 +72,7 @@ def summarise(
     return result
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Plain:
     """The content of a summary.json. Raises ``RunError`` where it is missing or is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +93,7 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _spread(values: Sequence[Value]) -> dict[str, Any]:
+def _spread(values: Sequence[Value]) -> Plain:
     return {
         "mean": _plain(mean(values)),
         "std": _plain(std(values)),
@@ -99,7 +101,7 @@ def _spread(values: Sequence[Value]) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """NaN and infinities have no JSON: ``None``."""
     if isinstance(value, float) and not math.isfinite(value):
         return None

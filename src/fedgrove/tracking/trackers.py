@@ -9,11 +9,12 @@ client's own numbers leave the machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedgrove.ground.errors import RunError
+from fedgrove.ground.plain import Given
 from fedgrove.ground.statistics import mean, tail10
 from fedgrove.tracking.callback import Callback, Line, RunInfo
 
@@ -27,18 +28,18 @@ class Tracker(Callback):
         self._losses: list[float] = []
 
     def client_done(self, round: int, line: Line) -> None:
-        if math.isfinite(line.get("loss", math.nan)):
-            self._losses.append(float(line["loss"]))
+        loss = line.get("loss", math.nan)
+        if math.isfinite(loss):
+            self._losses.append(float(loss))
 
     def evaluated(self, round: int, lines: Sequence[Line]) -> None:
         self.write(round, curves(lines))
 
-    def round_done(self, round: int, summary: Mapping[str, Any]) -> None:
-        found = {
-            f"traffic/{key}": float(value)
-            for key, value in summary.items()
-            if isinstance(value, int | float)
-        }
+    def round_done(self, round: int, summary: Given) -> None:
+        found: Curves = {}
+        for key, value in summary.items():
+            if isinstance(value, int | float):
+                found[f"traffic/{key}"] = float(value)
         if self._losses:
             found["train/loss"] = mean(self._losses)
             self._losses.clear()
@@ -55,10 +56,11 @@ def curves(lines: Iterable[Line]) -> Curves:
     found: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line.items():
-            if key not in ("round", "client", "split", "examples") and isinstance(
-                value, int | float
-            ):
-                found.setdefault(f"{line['split']}/{key}", []).append(float(value))
+            if key in ("round", "client", "split", "examples"):
+                continue
+            if isinstance(value, int | float):
+                curve = found.setdefault(f"{line['split']}/{key}", [])
+                curve.append(float(value))
     result: Curves = {}
     for name, values in found.items():
         result[name] = mean(values)
@@ -133,7 +135,7 @@ class WeightsAndBiases(Tracker):
     def write(self, round: int, found: Curves) -> None:
         self._run.log(found, step=round)
 
-    def run_finished(self, summary: Mapping[str, Any], out: Path) -> None:
+    def run_finished(self, summary: Given, out: Path) -> None:
         for key in ("mean", "std", "tail10"):
             if key in summary:
                 self._run.summary[key] = summary[key]
@@ -148,7 +150,9 @@ def _identity(out: Path) -> str:
     """The same run directory continues the same run."""
     import hashlib
 
-    return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
+    path = str(out.resolve())
+    digest = hashlib.sha256(path.encode()).hexdigest()
+    return digest[:12]
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

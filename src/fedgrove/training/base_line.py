@@ -86,10 +86,20 @@ class OnFeatures:
         """The task's measures on ``test`` of the head after so many steps on ``train``."""
         options = self.kernel.options
         size = options.batch_size * options.accumulation
-        plain = {"optimizer": "adamw", "schedule": "constant", "warmup_fraction": 0.0, "clip": 0.0}
+        plain = {
+            "optimizer": "adamw",
+            "schedule": "constant",
+            "warmup_fraction": 0.0,
+            "clip": 0.0,
+        }
         options = options.model_copy(update=plain)
         device = torch.device("cpu")
-        live = LiveAssembly(head, device=device, dtype=self.kernel.base.adapter_dtype, train=True)
+        live = LiveAssembly(
+            head,
+            device=device,
+            dtype=self.kernel.base.adapter_dtype,
+            train=True,
+        )
         member = Member(
             live=live,
             step=Step(head),
@@ -106,7 +116,9 @@ class OnFeatures:
 
     @contextmanager
     def losses(
-        self, lives: Sequence[LiveAssembly], examples: Sequence[Sequence[Example]]
+        self,
+        lives: Sequence[LiveAssembly],
+        examples: Sequence[Sequence[Example]],
     ) -> Iterator[list[Float[Tensor, ""]]]:
         """As in ``loop.Losses``, of one head."""
         (live,), (own,) = lives, examples

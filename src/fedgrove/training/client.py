@@ -7,16 +7,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter, trained_parameters
+from fedgrove.adapters.assembly import Assembly, Extra, Term, as_one_adapter, trained_parameters
 from fedgrove.adapters.private import unseal
 from fedgrove.adapters.tree import nbytes, typed
 from fedgrove.federation.tasks.base import Example
+from fedgrove.ground import plain
 from fedgrove.ground.errors import RunError
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -25,6 +26,7 @@ from fedgrove.methods.contract import (
     Offer,
     Penalty,
     Plan,
+    Probed,
     Step,
     Trained,
     Update,
@@ -41,12 +43,11 @@ from fedgrove.training.loop import Clock
 if TYPE_CHECKING:
     from fedgrove.job.privacy import PrivacySection
 
-Store = dict[
-    str, Any
-]  # {"mine": the method's part, "head": the client's own head, "privacy": its key and budget}
-Ask = Callable[
-    [Mapping[str, Any] | None], Mapping[str, Any]
-]  # a probe's report (or None) -> offer to a newcomer
+#: {"mine": the method's part, "head": the client's own head, "privacy": its key and budget}
+Store = plain.Plain
+
+#: a probe's report (or None) -> offer to a newcomer
+Ask = Callable[[plain.Given | None], plain.Given]
 
 #: ``(clock keys, assembly before, assembly after)`` of each step that trained: see
 #: ``ClientHalf.watch``.
@@ -66,7 +67,7 @@ class Turn:
 
     client: ClientInfo
     examples: Sequence[Example]
-    offer: Mapping[str, Any]
+    offer: plain.Given
     store: Store
 
 
@@ -82,6 +83,15 @@ class Outcome:
     steps: int
     trained: int  # numbers that got a gradient
     seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What a client's model was last measured to be."""
+
+    examples: Sequence[Example]
+    mark: bytes  # of the model
+    measures: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,35 +119,39 @@ class ClientHalf:
         lanes: Lanes | None = None,
         watch: Watch | None = None,
     ):
-        self.kernel, self.method, self.head = kernel, method, head
+        self.kernel = kernel
+        self.method = method
+        self.head = head
         self.lanes = lanes or Lanes([kernel])  # the kernel among them
-        self.seed, self.rounds = seed, rounds
+        self.seed = seed
+        self.rounds = rounds
         #: What protects the client's data: it acts here, so that nobody else need be trusted. None:
         #: nothing does.
         self.privacy = privacy
         #: A measuring instrument (``run.noise``). It sees what is private, so only a simulation in
         #: one process has one.
         self.watch = watch
-        self._measured: dict[
-            str, tuple[Sequence[Example], bytes, dict[str, float]]
-        ] = {}  # each client's last measure
+        self._measured: dict[str, Measured] = {}
 
     def alone(self, kernel: Kernel) -> ClientHalf:
         """The same on one kernel of the lanes, for work in it."""
         other = copy.copy(self)
-        other.kernel, other.lanes = kernel, Lanes([kernel])
+        other.kernel = kernel
+        other.lanes = Lanes([kernel])
         return other
 
     def train(
         self,
         client: ClientInfo,
         examples: Sequence[Example],
-        offer: Mapping[str, Any],
+        offer: plain.Given,
         store: Store,
         round: int,
     ) -> Outcome:
         """One round of local work."""
-        return self.train_together([Turn(client, examples, offer, store)], round)[0]
+        turn = Turn(client, examples, offer, store)
+        (outcome,) = self.train_together([turn], round)
+        return outcome
 
     def train_together(self, turns: Sequence[Turn], round: int) -> list[Outcome]:
         """One round of several clients' local work, what can be in one batch: as alone, up to
@@ -148,24 +162,42 @@ class ClientHalf:
         givens = [self.given(turn.offer, turn.store) for turn in turns]
         courses = []
         for turn, given, guard in zip(turns, givens, guards, strict=True):
-            start, end = (round - 1) / self.rounds, min(1.0, round / self.rounds)
-            clock = Clock(self.seed, (round, turn.client.name), start, end)
+            clock = self._clock(round, turn.client)
             plan = self.method.plan(turn.client, given.offer, given.mine, round)
-            courses.append(self._course(plan, turn.examples, turn.offer, turn.store, clock, guard))
+            course = self._course(
+                plan,
+                turn.examples,
+                turn.offer,
+                turn.store,
+                clock,
+                guard,
+            )
+            courses.append(course)
         worked = follow(self.lanes, courses)
         seconds = (time.perf_counter() - started) / len(turns)
-        return [
-            self._outcome(turn, given, trained, guard, round, seconds)
-            for turn, given, trained, guard in zip(turns, givens, worked, guards, strict=True)
-        ]
+        outcomes = []
+        for turn, given, trained, guard in zip(turns, givens, worked, guards, strict=True):
+            outcome = self._outcome(turn, given, trained, guard, round, seconds)
+            outcomes.append(outcome)
+        return outcomes
 
-    def given(self, offer: Mapping[str, Any], store: Store) -> Given:
+    def _clock(self, round: int, client: ClientInfo) -> Clock:
+        return Clock(
+            seed=self.seed,
+            keys=(round, client.name),
+            start=(round - 1) / self.rounds,
+            end=min(1.0, round / self.rounds),
+        )
+
+    def given(self, offer: plain.Given, store: Store) -> Given:
         """The method's parts of an offer and of a store. Raises ``AdapterError`` for what is none
         of the method's.
         """
+        down = offer.get("method", {})
+        kept = store.get("mine", {})
         return Given(
-            typed(self.method.Offer, offer.get("method", {})),
-            typed(self.method.Mine, store.get("mine", {})),
+            offer=typed(self.method.Offer, down),
+            mine=typed(self.method.Mine, kept),
         )
 
     def _outcome(
@@ -177,11 +209,11 @@ class ClientHalf:
         round: int,
         seconds: float,
     ) -> Outcome:
-        client, offer = turn.client, turn.offer
+        client = turn.client
         started = time.perf_counter()
         update, mine = self.method.report(client, trained, given.offer, given.mine, round)
         kept: Store = {"mine": mine}
-        sent: dict[str, Any] = {"method": update}
+        sent: plain.Plain = {"method": update}
         head = self.head.after(_last(trained))
         if head and self.head.mode != "frozen":
             if self.head.mode == "local":
@@ -190,24 +222,35 @@ class ClientHalf:
                 sent["head"] = head
         if guard is not None:
             kept[NOTES] = guard.notes()
-        if self.privacy is not None and self.privacy.clip is not None:
-            start = untouched(self.method, self.head, client, offer, round)
-            sent = dict(
-                bounded(sent, start, self.privacy.clip, f"{self.method.title} at {client.name}")
-            )
-        steps = sum(t.steps for t in trained)
+        sent = self._bounded(sent, client, turn.offer, round)
+        worked = [each for each in trained if each.steps]
+        steps = sum(each.steps for each in worked)
+        loss = float("nan")
         if steps:
-            loss = sum(t.loss * t.steps for t in trained if t.steps) / steps
-        else:
-            loss = float("nan")
+            loss = sum(each.loss * each.steps for each in worked) / steps
+        numbers = [trained_parameters(each.assembly) for each in worked]
         return Outcome(
             update=Update(client.name, client.examples, sent, client.rank),
             store=kept,
             loss=loss,
             steps=steps,
-            trained=max((trained_parameters(t.assembly) for t in trained if t.steps), default=0),
+            trained=max(numbers, default=0),
             seconds=seconds + time.perf_counter() - started,
         )
+
+    def _bounded(
+        self,
+        sent: plain.Plain,
+        client: ClientInfo,
+        offer: plain.Given,
+        round: int,
+    ) -> plain.Plain:
+        """The update, its change clipped where ``[privacy] clip`` says so."""
+        if self.privacy is None or self.privacy.clip is None:
+            return sent
+        start = untouched(self.method, self.head, client, offer, round)
+        who = f"{self.method.title} at {client.name}"
+        return dict(bounded(sent, start, self.privacy.clip, who))
 
     def guard(self, client: ClientInfo, store: Store) -> ExampleGuard | None:
         """What keeps single examples private in the client's next work; its budget so far is in the
@@ -217,13 +260,13 @@ class ClientHalf:
             return None
         return ExampleGuard.of(self.privacy, store, self.seed, client.name)
 
-    def personal(self, client: ClientInfo, offer: Mapping[str, Any], store: Store) -> Assembly:
+    def personal(self, client: ClientInfo, offer: plain.Given, store: Store) -> Assembly:
         """The client's model as it would deploy it, head included."""
         given = self.given(offer, store)
         assembly = self.method.personal(client, given.offer, given.mine)
         return self.head.attach(assembly, offer, store)
 
-    def penalty(self, client: ClientInfo, offer: Mapping[str, Any], store: Store) -> Penalty | None:
+    def penalty(self, client: ClientInfo, offer: plain.Given, store: Store) -> Penalty | None:
         """What local fine-tuning of the personal model adds to the loss; None for nothing."""
         if not isinstance(self.method, Penalised):
             return None
@@ -231,8 +274,11 @@ class ClientHalf:
         return self.method.penalty(client, given.offer, given.mine)
 
     def artefacts(
-        self, client: ClientInfo, offer: Mapping[str, Any], store: Store
-    ) -> dict[str, Any]:
+        self,
+        client: ClientInfo,
+        offer: plain.Given,
+        store: Store,
+    ) -> plain.Plain:
         """Plain data by file name on what is private to the client."""
         if not isinstance(self.method, ClientArtefacts):
             return {}
@@ -245,7 +291,7 @@ class ClientHalf:
         examples: Sequence[Example],
         ask: Ask,
         guard: ExampleGuard | None = None,
-    ) -> Mapping[str, Any]:
+    ) -> plain.Given:
         """A newcomer's offer: what the server gives at once, or, where the method has a probe, what
         it gives then.
         """
@@ -259,9 +305,9 @@ class ClientHalf:
         self,
         client: ClientInfo,
         examples: Sequence[Example],
-        offer: Mapping[str, Any],
+        offer: plain.Given,
         guard: ExampleGuard | None = None,
-    ) -> Any | None:
+    ) -> Probed | None:
         """What a newcomer's probe of its first offer found; None where the method has no probe.
 
         Raises ``RunError`` under example-level privacy without a ``guard``, which counts it.
@@ -293,9 +339,15 @@ class ClientHalf:
         guard: ExampleGuard | None = None,
     ) -> Assembly:
         """Local fine-tuning of the personal model: the same for every method."""
-        step = Step(assembly, penalty=penalty, epochs=epochs, stream="tune")
-        clock = Clock(self.seed, ("tune", client.name), 0.0, 1.0)
-        return self.kernel.train(step, examples, clock, guard).assembly
+        step = Step(
+            assembly,
+            penalty=penalty,
+            epochs=epochs,
+            stream="tune",
+        )
+        clock = Clock(self.seed, ("tune", client.name))
+        trained = self.kernel.train(step, examples, clock, guard)
+        return trained.assembly
 
     def deployed(self, assembly: Assembly) -> Assembly:
         """The assembly as it is exported: its terms as the one adapter that computes the same,
@@ -303,16 +355,18 @@ class ClientHalf:
         """
         if not assembly.mix.linear or assembly.layers is not None or not assembly.terms:
             return assembly
-        head = {name: extra for name, extra in assembly.extras.items() if name.startswith(PREFIX)}
+        extras = assembly.extras
+        head = {name: extra for name, extra in extras.items() if name.startswith(PREFIX)}
         adapter = as_one_adapter(assembly, self.kernel.base.sites)
-        return Assembly((Term(EXPORTED, adapter, train=""),), extras=head)
+        whole = Term(EXPORTED, adapter, train="")
+        return Assembly((whole,), extras=head)
 
     def measure(
         self,
         client: str,
         assembly: Assembly,
         examples: Sequence[Example],
-        keep: list[dict[str, Any]] | None = None,
+        keep: list[plain.Plain] | None = None,
     ) -> dict[str, float]:
         """The task's measures of a client's model as it is exported; ``keep`` takes a language
         model's texts.
@@ -321,33 +375,36 @@ class ClientHalf:
         again.
         """
         model = self.deployed(assembly)
-        if self.kernel.writes:
-            mark = None
-        else:
+        mark = None
+        if not self.kernel.writes:
             mark = _mark(model)
-        known, told, measures = self._measured.get(client, (None, None, {}))
-        if mark is None or known is not examples or told != mark:
+        if mark is None:
+            return self.kernel.evaluate(model, examples, keep)
+        known = self._measured.get(client)
+        if known is None or known.examples is not examples or known.mark != mark:
             measures = self.kernel.evaluate(model, examples, keep)
-            if mark is not None:
-                self._measured[client] = (examples, mark, measures)
-        return dict(measures)
+            known = Measured(examples, mark, measures)
+            self._measured[client] = known
+        return dict(known.measures)
 
     def _work(
         self,
         plan: Plan,
         examples: Sequence[Example],
-        offer: Mapping[str, Any],
+        offer: plain.Given,
         store: Store,
         clock: Clock,
         guard: ExampleGuard | None = None,
     ) -> list[Trained]:
-        return follow(self.lanes, [self._course(plan, examples, offer, store, clock, guard)])[0]
+        course = self._course(plan, examples, offer, store, clock, guard)
+        (trained,) = follow(self.lanes, [course])
+        return trained
 
     def _course(
         self,
         plan: Plan,
         examples: Sequence[Example],
-        offer: Mapping[str, Any],
+        offer: plain.Given,
         store: Store,
         clock: Clock,
         guard: ExampleGuard | None,
@@ -360,12 +417,14 @@ class ClientHalf:
             steps = (step for step in plan)
         step: Step | None = next(steps, None)
         while step is not None:
-            prepared = carry(self.head.step(step, offer, store), done)
-            done.append((yield Work(prepared, examples, clock, guard)))
-            if self.watch is not None and done[-1].steps:
-                self.watch(clock.keys, prepared.assembly, done[-1].assembly)
+            with_head = self.head.step(step, offer, store)
+            prepared = carry(with_head, done)
+            trained = yield Work(prepared, examples, clock, guard)
+            done.append(trained)
+            if self.watch is not None and trained.steps:
+                self.watch(clock.keys, prepared.assembly, trained.assembly)
             try:
-                step = steps.send(done[-1])
+                step = steps.send(trained)
             except StopIteration:
                 step = None
         return done
@@ -377,19 +436,22 @@ def follow(lanes: Lanes, courses: Sequence[Course]) -> list[list[Trained]]:
     waiting: dict[int, Work] = {}
 
     def resume(index: int, found: Trained | None) -> None:
+        course = courses[index]
         try:
             if found is None:
-                waiting[index] = next(courses[index])
+                waiting[index] = next(course)
             else:
-                waiting[index] = courses[index].send(found)
+                waiting[index] = course.send(found)
         except StopIteration as stop:
             ends[index] = stop.value
 
     for index in range(len(courses)):
         resume(index, None)
     while waiting:
-        works, waiting = waiting, {}
-        for index, found in zip(works, lanes.train(list(works.values())), strict=True):
+        works = waiting
+        waiting = {}
+        answers = lanes.train(list(works.values()))
+        for index, found in zip(works, answers, strict=True):
             resume(index, found)
     return [ends[index] for index in range(len(courses))]
 
@@ -400,42 +462,53 @@ def carry(step: Step, done: Sequence[Trained]) -> Step:
 
     Raises ``RunError`` where it names what it has not, or what no earlier step trained.
     """
-    terms = {term.name: term for each in done for term in each.assembly.terms if term.train}
-    extras = {n: e for each in done for n, e in each.assembly.extras.items() if e.train}
+    terms, extras = _trained_parts(done)
     assembly = step.assembly
     own = {*(term.name for term in assembly.terms), *assembly.extras}
     for name in step.carries:
-        if name not in own or name not in {*terms, *extras}:
-            if name in own:
-                lacks = "that no step before it trained"
-            else:
-                lacks = "that it does not have"
-            raise RunError(f"A step of the method's plan carries over '{name}', {lacks}.")
-    heads = {name for name in assembly.extras if name.startswith(PREFIX)}
-    carried = (heads | set(step.carries)) & set(extras)
-    return replace(
-        step,
-        assembly=replace(
-            assembly,
-            terms=tuple(
-                replace(term, adapter=terms[term.name].adapter, diagonal=terms[term.name].diagonal)
-                if term.name in step.carries
-                else term
-                for term in assembly.terms
-            ),
-            extras={
-                name: replace(extra, value=unseal(extras[name].value)) if name in carried else extra
-                for name, extra in assembly.extras.items()
-            },
-        ),
-    )
+        if name not in own:
+            raise RunError(
+                f"A step of the method's plan carries over '{name}', that it does not have."
+            )
+        if name not in terms and name not in extras:
+            raise RunError(
+                f"A step of the method's plan carries over '{name}', that no step before it "
+                f"trained."
+            )
+    carried_terms = []
+    for term in assembly.terms:
+        if term.name in step.carries:
+            newest = terms[term.name]
+            term = replace(term, adapter=newest.adapter, diagonal=newest.diagonal)
+        carried_terms.append(term)
+    carried_extras = {}
+    for name, extra in assembly.extras.items():
+        wanted = name.startswith(PREFIX) or name in step.carries
+        if wanted and name in extras:
+            extra = replace(extra, value=unseal(extras[name].value))
+        carried_extras[name] = extra
+    carried = replace(assembly, terms=tuple(carried_terms), extras=carried_extras)
+    return replace(step, assembly=carried)
+
+
+def _trained_parts(done: Sequence[Trained]) -> tuple[dict[str, Term], dict[str, Extra]]:
+    """The terms and the extras that steps trained, by name, as the last of them left each."""
+    terms: dict[str, Term] = {}
+    extras: dict[str, Extra] = {}
+    for each in done:
+        for term in each.assembly.terms:
+            if term.train:
+                terms[term.name] = term
+        trained = {name: extra for name, extra in each.assembly.extras.items() if extra.train}
+        extras |= trained
+    return terms, extras
 
 
 def _last(trained: Sequence[Trained]) -> Assembly:
     """The assembly with the newest head: of the last step that trained something."""
-    worked = [t.assembly for t in trained if t.steps]
-    if worked:
-        return worked[-1]
+    for each in reversed(trained):
+        if each.steps:
+            return each.assembly
     return Assembly()
 
 
@@ -448,6 +521,9 @@ def _mark(model: Assembly) -> bytes | None:
         tensors += [(f"{site} A {factors.scale}", factors.A), (f"{site} B", factors.B)]
     whole = hashlib.sha256()
     for name, value in sorted(tensors, key=lambda pair: pair[0]):
-        whole.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        whole.update(unseal(value).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        described = f"{name} {tuple(value.shape)} {value.dtype}"
+        whole.update(described.encode())
+        flat = unseal(value).cpu().contiguous().view(-1)
+        numbers = flat.view(torch.uint8).numpy()
+        whole.update(numbers.data)
     return whole.digest()

@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgrove.adapters.adapter import Site
+from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.assembly import Product
 from fedgrove.adapters.private import unseal
-from fedgrove.training.live import LiveAssembly
+from fedgrove.training.live import Inputs, LiveAssembly, Outputs
 from fedgrove.training.packed import Layout
 
 #: for each block its rank and the numbers of the members that run it
@@ -42,48 +42,65 @@ class Cohort:
     packs = True
 
     def __init__(self, lives: Sequence[LiveAssembly], rows: Sequence[int]):
-        self.lives, self.rows = list(lives), list(rows)
+        self.lives = list(lives)
+        self.rows = list(rows)
         self.enter(None)
 
     def enter(self, layout: Layout | None) -> None:
         """As in Running: how much of a batch, or of a packed row, each member has."""
-        self._axis, self._sizes = 0, list(self.rows)
+        self._axis = 0
+        self._sizes = list(self.rows)
         if layout is not None:
-            self._axis, self._sizes = 1, _tokens(layout, self.rows)
+            self._axis = 1
+            self._sizes = _tokens(layout, self.rows)
         self._x: Tensor | None = None  # the last site's input, and its members' parts
         self._parts: Sequence[Tensor] = ()
         self._masks: dict[Belongs, Tensor] = {}
 
     def add(
-        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
-    ) -> Float[Tensor, "*rows out"]:
+        self,
+        site: Site,
+        x: Inputs,
+        output: Outputs,
+    ) -> Outputs:
         """The site's output with every member's terms added to its part."""
         if any(site.name in live.delta.dense for live in self.lives):
             return self._add_in_turn(site, x, output)
         return self._add_masked(site, x, output)
 
     def _add_in_turn(
-        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
-    ) -> Float[Tensor, "*rows out"]:
+        self,
+        site: Site,
+        x: Inputs,
+        output: Outputs,
+    ) -> Outputs:
         if x is not self._x:
-            self._x, self._parts = x, x.split(self._sizes, self._axis)
-        parts = zip(self.lives, self._parts, output.split(self._sizes, self._axis), strict=True)
-        return torch.cat([live.add(site, own, out) for live, own, out in parts], self._axis)
+            self._x = x
+            self._parts = x.split(self._sizes, self._axis)
+        outputs = output.split(self._sizes, self._axis)
+        parts = zip(self.lives, self._parts, outputs, strict=True)
+        found = [live.add(site, own, out) for live, own, out in parts]
+        return torch.cat(found, self._axis)
 
     def _add_masked(
-        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
-    ) -> Float[Tensor, "*rows out"]:
+        self,
+        site: Site,
+        x: Inputs,
+        output: Outputs,
+    ) -> Outputs:
         blocks = self._blocks(site, x)
         if not blocks:
             return output
         down = torch.cat([block.A for block in blocks]).to(x.dtype)
-        up = torch.cat([block.B for block in blocks], 1).T.to(output.dtype)
-        belongs = tuple((len(block.A), tuple(block.members)) for block in blocks)
+        up = torch.cat([block.B for block in blocks], 1)
+        turned = up.T.to(output.dtype)
+        belongs = tuple(block.belongs for block in blocks)
         inner = F.linear(x, down) * self._mask(belongs, x)
-        more = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2).to(output.dtype), up)
+        inner = inner.flatten(0, -2).to(output.dtype)
+        more = torch.addmm(output.flatten(0, -2), inner, turned)
         return more.view(output.shape)
 
-    def _blocks(self, site: Site, x: Float[Tensor, "*rows in"]) -> list[Block]:
+    def _blocks(self, site: Site, x: Inputs) -> list[Block]:
         """All that runs at a site; what several members have in common, once."""
         found: dict[object, Block] = {}
         for number, live in enumerate(self.lives):
@@ -92,21 +109,25 @@ class Cohort:
                 if mark is None:
                     mark = (number, product.term)
                 if mark not in found:
-                    found[mark] = Block(*product.folded())
-                found[mark].members.append(number)
+                    A, B = product.folded()
+                    found[mark] = Block(A, B)
+                block = found[mark]
+                block.members.append(number)
         return list(found.values())
 
-    def _mask(self, belongs: Belongs, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "_ _ ranks"]:
+    def _mask(self, belongs: Belongs, x: Inputs) -> Float[Tensor, "_ _ ranks"]:
         """1 where a row's (packed: a token's) member has a block; [b, 1, ranks], packed [1, n,
         ranks].
         """
         if belongs not in self._masks:
             has = torch.zeros(len(self.lives), len(belongs), dtype=x.dtype)
             for column, (_, members) in enumerate(belongs):
-                has[list(members), column] = 1
+                rows = list(members)
+                has[rows, column] = 1
             ranks = torch.tensor([rank for rank, _ in belongs])
             sizes = torch.tensor(self._sizes)
-            mask = has.repeat_interleave(ranks, 1).repeat_interleave(sizes, 0).to(x.device)
+            wide = has.repeat_interleave(ranks, 1)
+            mask = wide.repeat_interleave(sizes, 0).to(x.device)
             self._masks[belongs] = mask.unsqueeze(1 - self._axis)
         return self._masks[belongs]
 
@@ -118,6 +139,11 @@ class Block:
     A: Float[Tensor, "rank in"]
     B: Float[Tensor, "out rank"]
     members: list[int] = field(default_factory=list)
+
+    @property
+    def belongs(self) -> tuple[int, tuple[int, ...]]:
+        """Its rank, and the numbers of its members."""
+        return len(self.A), tuple(self.members)
 
 
 def _tokens(layout: Layout, rows: Sequence[int]) -> list[int]:
@@ -133,17 +159,20 @@ def _mark(product: Product, site: Site, live: LiveAssembly) -> tuple[object, ...
     the product is the member's own.
     """
     if product.term is None:
-        given = (live.assembly.base_delta or {})[site.name]
-        return ("update", *_memory(given.A), *_memory(given.B), product.factor)
+        updates = live.assembly.base_delta or {}
+        return ("update", *_memory(updates[site.name]), product.factor)
     term = live.assembly.term(product.term)
     trains = set("AB") & set(term.train)
     if trains or product.D is not None or not isinstance(product.factor, float):
         return None
     given = term.adapter[site.name]
-    return (term.name, *_memory(given.A), *_memory(given.B), term.unit, product.factor)
+    return (term.name, *_memory(given), term.unit, product.factor)
 
 
-def _memory(value: Float[Tensor, "rows columns"]) -> tuple[object, ...]:
-    """What two tensors that are the same numbers in the same place have in common."""
-    value = unseal(value)
-    return (value.data_ptr(), value.shape, value.stride())
+def _memory(factors: Factors) -> tuple[object, ...]:
+    """What two pairs of factors that are the same numbers in the same place have in common."""
+    found: list[object] = []
+    for value in (factors.A, factors.B):
+        tensor = unseal(value)
+        found += [tensor.data_ptr(), tensor.shape, tensor.stride()]
+    return tuple(found)

@@ -21,7 +21,7 @@ from fedgrove.adapters.private import unseal
 from fedgrove.interop.models import Base, first_position
 from fedgrove.interop.quantise import foldable
 from fedgrove.training import packed
-from fedgrove.training.live import Running
+from fedgrove.training.live import Outputs, Running
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Batch
@@ -40,10 +40,11 @@ class HookedBase:
         self._layout: packed.Layout | None = None
         self._attention = base.model.config._attn_implementation
         modules = dict(base.model.named_modules())
-        self._hooks = [
-            modules[name].register_forward_hook(partial(self._add, site))
-            for name, site in base.sites.items()
-        ]
+        self._hooks = []
+        for name, site in base.sites.items():
+            hook = partial(self._add, site)
+            handle = modules[name].register_forward_hook(hook)
+            self._hooks.append(handle)
 
     def close(self) -> None:
         """Take the hooks off the base."""
@@ -55,8 +56,9 @@ class HookedBase:
         site: Site,
         module: nn.Module,
         args: tuple[Tensor, ...],
-        output: Float[Tensor, "*rows out"],
-    ) -> Float[Tensor, "*rows out"] | None:
+        output: Outputs,
+    ) -> Outputs | None:
+        """The hook on a site, whose input is ``args[0]`` [..., in]."""
         if self._running is None:
             return None
         return self._running.add(site, args[0], output)
@@ -89,33 +91,38 @@ class HookedBase:
             self._attend_with(packed.NAME)
         if what is not None:
             what.enter(layout)
-        self._running, self._layout = what, layout
+        self._running = what
+        self._layout = layout
         try:
             yield
         finally:
-            self._running = self._layout = None
+            self._running = None
+            self._layout = None
 
     @contextmanager
     def instead(self, what: Running | None) -> Iterator[None]:
         """Inside a running batch: ``what`` alone is added to the base, or nothing."""
-        running, self._running = self._running, what
+        running = self._running
+        self._running = what
         try:
             yield
         finally:
             self._running = running
 
     # -------------------------------------------------------------------- passes
-    def inputs(self, plain: Mapping[str, Tensor]) -> dict[str, Any]:
+    def inputs(self, plain: Mapping[str, Tensor]) -> dict[str, object]:
         """The model's arguments for the running batch, whose plain inputs [b, ...] these are."""
         if self._layout is None:
             return dict(plain)
-        return self._layout.inputs(dict(plain), first_position(self.base.model.config))
+        first = first_position(self.base.model.config)
+        return self._layout.inputs(dict(plain), first)
 
     def states(self, encoder: nn.Module, plain: Mapping[str, Tensor]) -> Float[Tensor, "b *t h"]:
         """The encoder's last hidden states, in the adapters' precision, zeros where there is
         padding.
         """
-        hidden = encoder(**self.inputs(plain)).last_hidden_state
+        inputs = self.inputs(plain)
+        hidden = encoder(**inputs).last_hidden_state
         if self._layout is not None:
             hidden = self._layout.unpack(hidden)
         return hidden.to(self.base.adapter_dtype)
@@ -131,8 +138,9 @@ class HookedBase:
         """Have the model attend by this function; it walks through all modules, so only where it
         changes.
         """
-        if self.base.model.config._attn_implementation != name:
-            self.base.model.set_attn_implementation(name)
+        model = self.base.model
+        if model.config._attn_implementation != name:
+            model.set_attn_implementation(name)
 
     def _padded_attention(self, batch: Batch) -> str:
         """Plain attention for training in bfloat16 on a CPU, where the fused one's backward pass is
@@ -165,13 +173,16 @@ def folded(base: Base, updates: Mapping[str, Factors]) -> Iterator[None]:
         for name, factors in updates.items():
             linear = base.model.get_submodule(name)
             foldable(name, linear)
-            weight = before[name] = linear.weight.data
+            weight = linear.weight.data
+            before[name] = weight
             update = factors.map(placed).product()
-            linear.weight.data = (weight.to(update.dtype) + update).to(weight.dtype)
+            whole = weight.to(update.dtype) + update
+            linear.weight.data = whole.to(weight.dtype)
         yield
     finally:
         for name, weight in before.items():
-            base.model.get_submodule(name).weight.data = weight
+            linear = base.model.get_submodule(name)
+            linear.weight.data = weight
 
 
 @contextmanager
@@ -181,8 +192,9 @@ def without_layers(base: Base, kept: frozenset[int]) -> Iterator[None]:
     try:
         for number, name in layer_names(base).items():
             if number not in kept:
-                before[name] = base.model.get_submodule(name)
-                base.model.set_submodule(name, LeftOut(before[name]))
+                layer = base.model.get_submodule(name)
+                before[name] = layer
+                base.model.set_submodule(name, LeftOut(layer))
         yield
     finally:
         for name, layer in before.items():
@@ -199,7 +211,8 @@ class LeftOut(nn.Module):
         self.__dict__["layer"] = layer  # no part of the model
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
+        layer = self.__dict__["layer"]
+        return getattr(layer, name)
 
     def forward(
         self, hidden_states: Float[Tensor, "b t h"], *args: object, **others: object
@@ -212,7 +225,10 @@ def layer_names(base: Base) -> dict[int, str]:
     found: dict[int, str] = {}
     for name, site in base.sites.items():
         parts = name.split(".")
-        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-        if numbers and int(parts[numbers[0]]) == site.layer:
-            found[site.layer] = ".".join(parts[: numbers[0] + 1])
+        for index, part in enumerate(parts):
+            if not part.isdigit():
+                continue
+            if int(part) == site.layer:
+                found[site.layer] = ".".join(parts[: index + 1])
+            break  # the first number is the layer's
     return found

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Assembly, trained_parameters
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.ground.seeds import derive, generator
 from fedgrove.methods.contract import Step, Trained
 from fedgrove.training.cohort import Cohort
@@ -76,7 +77,10 @@ class Kernel:
     """
 
     def __init__(self, base: Base, task: Task, options: TrainSection, *, dropout: float = 0.0):
-        self.base, self.task, self.options, self.dropout = base, task, options, dropout
+        self.base = base
+        self.task = task
+        self.options = options
+        self.dropout = dropout
         #: set from another thread: work ends before its next batch
         self.halt = threading.Event()
         self.hooked = HookedBase(base, packs=READERS[base.head].packs)
@@ -109,16 +113,17 @@ class Kernel:
             )
         if step.measure == "features":
             chosen = some(work.examples, step, work.clock)
-            return Trained(
-                step.assembly, math.nan, 0, features=self.features(chosen, step.assembly)
-            )
+            features = self.features(chosen, step.assembly)
+            return Trained(step.assembly, math.nan, 0, features=features)
         if trained_parameters(step.assembly) == 0:
             return Trained(step.assembly, math.nan, 0)
         if step.measure == "fisher":
             return self._fisher(work)
         if self.dropout:
-            torch.manual_seed(derive(work.clock.seed, *_keys(work), "dropout"))
-        return self._optimise([work])[0]
+            seed = derive(work.clock.seed, *_keys(work), "dropout")
+            torch.manual_seed(seed)
+        (trained,) = self._optimise([work])
+        return trained
 
     def joins(self, work: Work) -> bool:
         """Whether a client's work can share its batches with other clients'.
@@ -159,17 +164,25 @@ class Kernel:
         with ExitStack() as stack:
             members = []
             for work in works:
-                live = stack.enter_context(self.opened(work.step.assembly, train=True))
+                opened = self.opened(work.step.assembly, train=True)
+                live = stack.enter_context(opened)
                 chosen = some(work.examples, work.step, work.clock)
                 count = self.steps(work.step, len(chosen))
-                members.append(self._member(work, live, chosen, count))
+                member = self._member(work, live, chosen, count)
+                members.append(member)
             gradients = self._gradients(members, works[0])
-            fit(members, gradients, optimizer_of(members, options, self.base.device), options)
-            return [Trained(m.live.trained(), m.loss, m.stretch.count) for m in members]
+            optimizer = optimizer_of(members, options, self.base.device)
+            fit(members, gradients, optimizer, options)
+            found = []
+            for member in members:
+                assembly = member.live.trained()
+                found.append(Trained(assembly, member.loss, member.stretch.count))
+            return found
 
     def _gradients(self, members: Sequence[Member], work: Work) -> Gradients:
         """The source of gradients; under a guard of the one member, whose work this is."""
-        size, accumulation = self.options.batch_size, self.options.accumulation
+        size = self.options.batch_size
+        accumulation = self.options.accumulation
         if work.guard is None:
             losses = partial(self.losses, together=len(members) > 1)
             return OfBatches(losses, accumulation)
@@ -187,10 +200,12 @@ class Kernel:
         step = work.step
         options = self.options.model_copy(update={"clip": 0.0})
         with self.opened(step.assembly, train=True) as live:
-            count = step.count or math.ceil(len(work.examples) / options.batch_size)
+            batches = math.ceil(len(work.examples) / options.batch_size)
+            count = step.count or batches
             member = self._member(work, live, work.examples, count)
             measured = SquaredGradients(live.leaves, count)
-            fit([member], OfBatches(self.losses, accumulation=1), measured, options)
+            gradients = OfBatches(self.losses, accumulation=1)
+            fit([member], gradients, measured, options)
 
         def score(leaf: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
             if leaf in measured.squares:
@@ -199,14 +214,18 @@ class Kernel:
 
         scores: dict[str, Adapter] = {}
         for term in live.terms:
-            scores[term.name] = {
-                site: Factors(score(factors.A), score(factors.B), factors.scale)
-                for site, factors in term.adapter.items()
-            }
+            found: Adapter = {}
+            for site, factors in term.adapter.items():
+                found[site] = Factors(score(factors.A), score(factors.B), factors.scale)
+            scores[term.name] = found
         return Trained(step.assembly, member.loss, 0, scores=scores)
 
     def _member(
-        self, work: Work, live: LiveAssembly, examples: Sequence[Example], count: int
+        self,
+        work: Work,
+        live: LiveAssembly,
+        examples: Sequence[Example],
+        count: int,
     ) -> Member:
         """The client of this work, who makes ``count`` steps on these examples."""
         clock = work.clock
@@ -231,7 +250,8 @@ class Kernel:
         gradients can be asked for. ``together``: as a cohort, also where one is left of it.
         """
         rows = [len(own) for own in examples]
-        batch = self._batch(list(chain.from_iterable(examples)))
+        everyones = list(chain.from_iterable(examples))
+        batch = self._batch(everyones)
         if together:
             running: Running = Cohort(lives, rows)
         else:
@@ -239,7 +259,8 @@ class Kernel:
         with self.hooked.running(batch, running):
             with span("forward"):
                 self._prepare(lives, batch)
-                found = self.reader.losses([live.head for live in lives], rows, batch)
+                heads = [live.head for live in lives]
+                found = self.reader.losses(heads, rows, batch)
             yield found
 
     # -------------------------------------------------------------- evaluation
@@ -248,7 +269,7 @@ class Kernel:
         self,
         assembly: Assembly,
         examples: Sequence[Example],
-        keep: list[dict[str, Any]] | None = None,
+        keep: list[Plain] | None = None,
     ) -> dict[str, float]:
         """The task's measures of an assembly on some examples.
 
@@ -272,7 +293,10 @@ class Kernel:
 
     @torch.inference_mode()
     def generate(
-        self, assembly: Assembly, examples: Sequence[Example], most: int | None = None
+        self,
+        assembly: Assembly,
+        examples: Sequence[Example],
+        most: int | None = None,
     ) -> list[str]:
         """What a language model writes after each prompt, greedily, in the given order; ``most``
         new tokens.
@@ -284,7 +308,9 @@ class Kernel:
 
     @torch.inference_mode()
     def logits(
-        self, assembly: Assembly, examples: Sequence[Example]
+        self,
+        assembly: Assembly,
+        examples: Sequence[Example],
     ) -> Float[Tensor, "examples classes"]:
         """Logits in the given order, on the CPU."""
         rows: dict[int, Tensor] = {}
@@ -292,11 +318,13 @@ class Kernel:
             for indices, batch in self.passes(live, examples):
                 logits = self.reader.logits(live.head, batch)
                 rows.update(zip(indices, logits.cpu(), strict=True))
-        return torch.stack([rows[index] for index in range(len(examples))])
+        return _in_order(rows)
 
     @torch.inference_mode()
     def features(
-        self, examples: Sequence[Example], assembly: Assembly | None = None
+        self,
+        examples: Sequence[Example],
+        assembly: Assembly | None = None,
     ) -> Float[Tensor, "examples h"]:
         """Pooled features of the base (of the untouched one without an assembly), in the given
         order, on the CPU.
@@ -306,7 +334,7 @@ class Kernel:
             for indices, batch in self.passes(live, examples):
                 pooled = self.reader.features(batch)
                 rows.update(zip(indices, pooled.cpu(), strict=True))
-        return torch.stack([rows[index] for index in range(len(examples))])
+        return _in_order(rows)
 
     def passes(
         self,
@@ -325,7 +353,8 @@ class Kernel:
             size = _EVAL_BATCH
         for start in range(0, len(order), size):
             indices = order[start : start + size]
-            batch = self._batch([examples[index] for index in indices], collate)
+            chosen = [examples[index] for index in indices]
+            batch = self._batch(chosen, collate)
             with self.hooked.running(batch, live):
                 self._prepare([live], batch)
                 yield indices, batch
@@ -348,9 +377,11 @@ class Kernel:
         """The examples as one batch on the device."""
         if self.halt.is_set():
             raise Halted
+        collate = collate or self.task.collate
+        device = self.base.device
         with span("batches"):
-            batch = (collate or self.task.collate)(examples, self.base.pad_id)
-            return {key: value.to(self.base.device) for key, value in batch.items()}
+            batch = collate(examples, self.base.pad_id)
+            return {key: value.to(device) for key, value in batch.items()}
 
     def _prepare(self, lives: Sequence[LiveAssembly], batch: Batch) -> None:
         """Give a live assembly whose mix reads them the running batch's features."""
@@ -360,6 +391,11 @@ class Kernel:
                 added = live.part(mix.features_with)
                 with self.hooked.instead(added), torch.no_grad():
                     live.features = self.reader.features(batch)
+
+
+def _in_order(rows: Mapping[int, Tensor]) -> Tensor:
+    """Rows [...] by their numbers, 0 and on -> [rows, ...]."""
+    return torch.stack([rows[index] for index in range(len(rows))])
 
 
 def _keys(work: Work) -> tuple[object, ...]:

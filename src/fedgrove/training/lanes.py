@@ -54,7 +54,8 @@ class Lanes:
     """
 
     def __init__(self, kernels: Sequence[Kernel], threads: int = 1):
-        self.kernels, self.threads = list(kernels), threads
+        self.kernels = list(kernels)
+        self.threads = threads
 
     @classmethod
     def on(
@@ -74,12 +75,7 @@ class Lanes:
 
     def train(self, works: Sequence[Work]) -> list[Trained]:
         """What ``Kernel.work`` gives for each; those that can share a batch, one in each lane."""
-        count = len(self.kernels)
-        joined = [index for index, work in enumerate(works) if self.kernels[0].joins(work)]
-        # dealt in turn: neighbours are often of one group, with texts of one length
-        dealt = [joined[lane::count] for lane in range(count)]
-        parts = [part for part in dealt if part]
-        parts += [[index] for index in sorted(set(range(len(works))) - set(joined))]
+        parts = self._parts(works)
 
         def train(kernel: Kernel, part: list[int]) -> list[Trained]:
             return kernel.train_together([works[index] for index in part])
@@ -89,7 +85,27 @@ class Lanes:
             done.update(zip(part, found, strict=True))
         return [done[index] for index in range(len(works))]
 
-    def map(self, work: Callable[[Kernel, Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+    def _parts(self, works: Sequence[Work]) -> list[list[int]]:
+        """The works that share a batch, one such part for each lane, and the others one by one."""
+        count = len(self.kernels)
+        kernel = self.kernels[0]
+        joined = []
+        alone = []
+        for index, work in enumerate(works):
+            if kernel.joins(work):
+                joined.append(index)
+            else:
+                alone.append(index)
+        # dealt in turn: neighbours are often of one group, with texts of one length
+        dealt = [joined[lane::count] for lane in range(count)]
+        parts = [part for part in dealt if part]
+        return parts + [[index] for index in alone]
+
+    def map(
+        self,
+        work: Callable[[Kernel, Item], Found],
+        items: Iterable[Item],
+    ) -> Iterator[Found]:
         """``work`` of each item in the given order, on whichever lane is free; items are drawn as
         they are needed.
 
@@ -113,12 +129,11 @@ class Lanes:
             finally:
                 free.put(kernel)
 
-        share = max(1, self.threads // len(self.kernels))
+        lanes = len(self.kernels)
+        share = max(1, self.threads // lanes)
         # here too: what makes the next item must not depend on who is at work beside it
         torch.set_num_threads(share)
-        pool = ThreadPoolExecutor(
-            len(self.kernels), initializer=torch.set_num_threads, initargs=(share,)
-        )
+        pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(share,))
         waiting: deque[Future[Found]] = deque()
         try:
             for item in chain(first, rest):
@@ -146,8 +161,9 @@ class Lanes:
 def twin(base: Base) -> Base:
     """The base with module objects of its own around the same tensors."""
     model = base.model
-    known: dict[int, object] = {
-        id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()
-    }
-    known |= {id(buffer): buffer for buffer in model.buffers()}
+    known: dict[int, object] = {}  # what deepcopy takes as copied already
+    for parameter in model.parameters():
+        known[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
+    for buffer in model.buffers():
+        known[id(buffer)] = buffer
     return replace(base, model=copy.deepcopy(model, known))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -26,7 +25,9 @@ class LanguageModel:
         self._hook.remove()
 
     def logits(
-        self, inputs: Mapping[str, Any], positions: Bool[Tensor, "b t"]
+        self,
+        inputs: Mapping[str, object],
+        positions: Bool[Tensor, "b t"],
     ) -> Float[Tensor, "n vocabulary"]:
         """Logits at the n true positions, row by row.
 
@@ -44,6 +45,7 @@ class LanguageModel:
         return logits
 
     def _select(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """States [b, t, h] of all tokens -> [n, h] of those that are asked for; None: as they are."""
         states = args[0]
         if self._asked is None or states.shape[:2] != self._asked.shape:
             return None
@@ -69,12 +71,14 @@ class LanguageModel:
             pad_token_id=self.base.pad_id,
             use_cache=cache,
         )
-        model, training = self.base.model, self.base.model.training
+        model = self.base.model
+        training = model.training
         model.eval()  # layers that are checkpointed in training mode would leave the cache empty
         with torch.inference_mode():
             whole = model.generate(**prompts, generation_config=plain)
         model.train(training)
-        written = whole[:, prompts["input_ids"].shape[1] :].tolist()
+        _, length = prompts["input_ids"].shape
+        written = whole[:, length:].tolist()
         return [_before_the_end(row, ends) for row in written]
 
 

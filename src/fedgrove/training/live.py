@@ -18,6 +18,10 @@ from fedgrove.adapters.private import seal, unseal
 from fedgrove.methods.contract import Live
 from fedgrove.training.packed import Layout
 
+#: What a site is given and what it gives, with what stands in front of the features.
+Inputs = Float[Tensor, "*rows in"]
+Outputs = Float[Tensor, "*rows out"]
+
 
 class Running(Protocol):
     """What the base's hooks add while a batch runs: one client's assembly, or a cohort's."""
@@ -30,8 +34,11 @@ class Running(Protocol):
         """A batch begins; with a layout it runs as one packed row."""
 
     def add(
-        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
-    ) -> Float[Tensor, "*rows out"]:
+        self,
+        site: Site,
+        x: Inputs,
+        output: Outputs,
+    ) -> Outputs:
         """The site's output with what runs there added to it."""
 
 
@@ -56,14 +63,18 @@ class LiveAssembly:
         dropout: float = 0.0,
     ):
         self.assembly = assembly
-        self.device, self.dtype = device, dtype
+        self.device = device
+        self.dtype = dtype
         self.dropout = dropout * train  # none where nothing trains
         #: pooled features of the batch's examples [b, hidden], where the mix reads them
         self.features: Float[Tensor, "b hidden"] | None = None
         #: learning-rate multiplier (None: the head's own) -> leaves
         self.groups: dict[float | None, list[Tensor]] = {}
         self.terms = [self._term(term, train) for term in assembly.terms]
-        self.extras = {name: self._extra(extra, train) for name, extra in assembly.extras.items()}
+        self.extras: dict[str, Tensor] = {}
+        for name, extra in assembly.extras.items():
+            leaf = train and extra.train
+            self.extras[name] = self._place(extra.value, leaf, extra.lr)
         self.delta = self._delta(assembly.base_delta or {})
         # sites that share an input (query and value) share its conversion
         self._x: Tensor | None = None
@@ -80,38 +91,52 @@ class LiveAssembly:
     @property
     def leaves(self) -> list[Tensor]:
         """All tensors [any shape] that train, group by group."""
-        return [leaf for group in self.groups.values() for leaf in group]
+        found: list[Tensor] = []
+        for group in self.groups.values():
+            found.extend(group)
+        return found
 
     @property
     def head(self) -> dict[str, Tensor]:
         """The head's tensors by their own names, as ``{"weight": [c, h], "bias": [c]}``."""
-        return {
-            name.removeprefix("head."): value
-            for name, value in self.extras.items()
-            if name.startswith("head.")
-        }
+        found: dict[str, Tensor] = {}
+        for name, value in self.extras.items():
+            if name.startswith("head."):
+                found[name.removeprefix("head.")] = value
+        return found
 
     def seen(self) -> Live:
         """What a penalty sees."""
-        return Live({term.name: term.adapter for term in self.terms}, self.extras)
+        adapters = {term.name: term.adapter for term in self.terms}
+        return Live(adapters, self.extras)
 
     def enter(self, layout: Layout | None) -> None:
         """As in Running. An assembly alone adds the same to every row."""
 
     # -------------------------------------------------------------------- forward
-    def products(self, site: Site, x: Float[Tensor, "*rows in"]) -> list[Product]:
+    def products(self, site: Site, x: Inputs) -> list[Product]:
         """What runs at a site whose input is x, but for an update that has become a dense
         matrix.
         """
         updates: list[Adapter] = []
         if site.name not in self.delta.dense:
             updates.append(self.delta.factored)
-        mix = self.assembly.mix
-        return products(site, x, self.terms, mix, self.extras, updates, self.features)
+        return products(
+            site=site,
+            x=x,
+            terms=self.terms,
+            mix=self.assembly.mix,
+            extras=self.extras,
+            updates=updates,
+            features=self.features,
+        )
 
     def add(
-        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
-    ) -> Float[Tensor, "*rows out"]:
+        self,
+        site: Site,
+        x: Inputs,
+        output: Outputs,
+    ) -> Outputs:
         """The site's output with every product added, in the wider of the base's and the adapters'
         precision.
         """
@@ -125,11 +150,12 @@ class LiveAssembly:
         dropped = x
         if self.dropout:
             dropped = F.dropout(x, self.dropout, training=True)
-        found = self.products(site, x)
-        updates = [product for product in found if product.term is None]
-        terms = [product for product in found if product.term is not None]
-        for product in updates:
-            result = result + product.output(x)
+        terms = []
+        for product in self.products(site, x):
+            if product.term is None:  # an update of the base
+                result = result + product.output(x)
+            else:
+                terms.append(product)
         for product in terms:
             result = result + product.output(dropped)
         return result.to(output.dtype)
@@ -138,14 +164,18 @@ class LiveAssembly:
     def _foldable(self) -> bool:
         return not self._train and self.assembly.mix.linear and not torch.is_grad_enabled()
 
-    def _in_adapters_precision(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
+    def _in_adapters_precision(self, x: Inputs) -> Inputs:
         if x is not self._x or self._converted is None:
-            self._x, self._converted = x, x.to(self.dtype)
+            self._x = x
+            self._converted = x.to(self.dtype)
         return self._converted
 
     def _add_at_once(
-        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
-    ) -> Float[Tensor, "*rows out"]:
+        self,
+        site: Site,
+        x: Inputs,
+        output: Outputs,
+    ) -> Outputs:
         """``add`` where nothing trains: all products as one, in the base's precision, onto the
         output in place.
         """
@@ -155,13 +185,17 @@ class LiveAssembly:
         if whole is None:
             return output
         down, up = whole
-        inner = F.linear(x, down).flatten(0, -2).to(output.dtype)
+        inner = F.linear(x, down).flatten(0, -2)
         output = output.contiguous()  # what is not would be flattened into a copy
-        output.flatten(0, -2).addmm_(inner, up)
+        flat = output.flatten(0, -2)
+        flat.addmm_(inner.to(output.dtype), up)
         return output
 
     def _joined(
-        self, site: Site, x: Float[Tensor, "*rows in"], output: Float[Tensor, "*rows out"]
+        self,
+        site: Site,
+        x: Inputs,
+        output: Outputs,
     ) -> tuple[Float[Tensor, "ranks in"], Float[Tensor, "ranks out"]] | None:
         """All products side by side in the base's precision; None where there are none."""
         pairs = [product.folded() for product in self.products(site, x)]
@@ -169,15 +203,21 @@ class LiveAssembly:
             return None
         down = torch.cat([A for A, _ in pairs])
         up = torch.cat([B for _, B in pairs], 1)
-        return down.to(x.dtype), up.T.to(output.dtype).contiguous()
+        turned = up.T.to(output.dtype)
+        return down.to(x.dtype), turned.contiguous()
 
     def part(self, names: Sequence[str]) -> LiveAssembly | None:
         """The terms of these names alone, added up as they are now; None where there are none."""
-        terms = tuple(term for term in self.terms if term.name in names)
+        terms = [term for term in self.terms if term.name in names]
         if not terms:
             return None
-        plain = Assembly(terms)
-        return LiveAssembly(plain, device=self.device, dtype=self.dtype, train=False)
+        plain = Assembly(tuple(terms))
+        return LiveAssembly(
+            plain,
+            device=self.device,
+            dtype=self.dtype,
+            train=False,
+        )
 
     def copy(self) -> LiveAssembly:
         """The same numbers in the same place, with gradients of their own."""
@@ -193,15 +233,16 @@ class LiveAssembly:
 
         other.terms = [_mapped(term, leaf) for term in self.terms]
         other.extras = {name: leaf(value) for name, value in self.extras.items()}
-        other.groups = {
-            rate: [own[value] for value in leaves] for rate, leaves in self.groups.items()
-        }
+        other.groups = {}
+        for rate, leaves in self.groups.items():
+            other.groups[rate] = [own[value] for value in leaves]
         return other
 
     # -------------------------------------------------------------------- results
     def trained(self) -> Assembly:
         """The assembly with the values as they are now, on the CPU; client-home ones sealed."""
-        terms = zip(self.assembly.terms, self.terms, strict=True)
+        pairs = zip(self.assembly.terms, self.terms, strict=True)
+        terms = [_trained(before, after) for before, after in pairs]
         extras: dict[str, Extra] = {}
         for name, extra in self.assembly.extras.items():
             value = extra.value
@@ -210,15 +251,22 @@ class LiveAssembly:
             if extra.home == "client":
                 value = seal(value)
             extras[name] = replace(extra, value=value)
-        return replace(self.assembly, terms=tuple(_trained(*pair) for pair in terms), extras=extras)
+        return replace(self.assembly, terms=tuple(terms), extras=extras)
 
     # ------------------------------------------------------------------ placement
-    def _place(self, value: Float[Tensor, "*any"], leaf: bool, group: float | None) -> Tensor:
+    def _place(
+        self,
+        value: Float[Tensor, "*any"],
+        leaf: bool,
+        group: float | None,
+    ) -> Tensor:
         """On the device in the adapters' precision; a leaf is a copy that gets gradients."""
-        placed = unseal(value).detach().to(self.device, self.dtype)
+        frozen = unseal(value).detach()
+        placed = frozen.to(self.device, self.dtype)
         if leaf:
             placed = placed.clone().requires_grad_()
-            self.groups.setdefault(group, []).append(placed)
+            leaves = self.groups.setdefault(group, [])
+            leaves.append(placed)
         return placed
 
     def _term(self, term: Term, train: bool) -> Term:
@@ -230,31 +278,38 @@ class LiveAssembly:
             A = self._place(factors.A, "A" in letters, term.lr)
             B = self._place(factors.B, "B" in letters, term.lr)
             adapter[site] = Factors(A, B, factors.scale)
-        diagonal = {
-            site: self._place(values, "D" in letters, term.lr * term.diagonal_lr)
-            for site, values in (term.diagonal or {}).items()
-        }
+        diagonal: dict[str, Tensor] = {}
+        rate = term.lr * term.diagonal_lr
+        for site, values in _diagonal(term).items():
+            diagonal[site] = self._place(values, "D" in letters, rate)
         return replace(term, adapter=adapter, diagonal=diagonal)
-
-    def _extra(self, extra: Extra, train: bool) -> Float[Tensor, "*any"]:
-        return self._place(extra.value, train and extra.train, extra.lr)
 
     def _delta(self, delta: Mapping[str, Factors]) -> Delta:
         factored: Adapter = {}
         dense: dict[str, Tensor] = {}
+
+        def frozen(value: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+            return self._place(value, False, 1.0)
+
         for name, factors in delta.items():
-            placed = factors.map(lambda value: self._place(value, False, 1.0))
+            placed = factors.map(frozen)
             factored[name] = placed
-            rows, columns = placed.B.shape[0], placed.A.shape[1]
+            rows = placed.B.shape[0]
+            columns = placed.A.shape[1]
             if placed.rank * (rows + columns) > rows * columns:
                 dense[name] = placed.product()
         return Delta(factored, dense)
 
 
+def _diagonal(term: Term) -> Mapping[str, Float[Tensor, " rank"]]:
+    """The term's diagonal by site; empty where it has none."""
+    return term.diagonal or {}
+
+
 def _mapped(term: Term, change: Callable[[Tensor], Tensor]) -> Term:
     """The term with ``change`` applied to every tensor [any shape]."""
     adapter = {site: factors.map(change) for site, factors in term.adapter.items()}
-    diagonal = {site: change(values) for site, values in (term.diagonal or {}).items()}
+    diagonal = {site: change(values) for site, values in _diagonal(term).items()}
     return replace(term, adapter=adapter, diagonal=diagonal)
 
 
@@ -267,7 +322,8 @@ def _trained(before: Term, after: Term) -> Term:
     adapter: Adapter = {}
     for site, factors in after.adapter.items():
         old = before.adapter[site]
-        A, B = old.A, old.B
+        A = old.A
+        B = old.B
         if "A" in before.train:
             A = _taken(factors.A)
         if "B" in before.train:
@@ -275,10 +331,11 @@ def _trained(before: Term, after: Term) -> Term:
         adapter[site] = Factors(A, B, factors.scale)
     diagonal = before.diagonal
     if diagonal is not None and "D" in before.train:
-        diagonal = {site: _taken(values) for site, values in (after.diagonal or {}).items()}
+        diagonal = {site: _taken(values) for site, values in _diagonal(after).items()}
         if "D" in before.private:
             diagonal = {site: seal(values) for site, values in diagonal.items()}
-    return replace(before, adapter=sealed(adapter, before.private), diagonal=diagonal)
+    own = sealed(adapter, before.private)
+    return replace(before, adapter=own, diagonal=diagonal)
 
 
 def _taken(leaf: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

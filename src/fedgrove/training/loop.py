@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedgrove.ground.plain import Plain
 from fedgrove.ground.seeds import generator
 from fedgrove.training.live import LiveAssembly
 from fedgrove.training.profile import span
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from fedgrove.job.sections import TrainSection
     from fedgrove.methods.contract import Step
     from fedgrove.privacy.example_dp import ExampleGuard
+
+#: A parameter group of an optimiser: leaves, their learning rate, its peak, and their stretch.
+Group = Plain
 
 #: A pass over some members' examples: inside, each member's task loss on its own.
 Losses = Callable[
@@ -55,7 +59,8 @@ class Stretch:
 
     def progress(self, index: int) -> float:
         """The share of the run that is done before step ``index``."""
-        return self.start + (self.end - self.start) * index / self.count
+        share = self.end - self.start
+        return self.start + share * index / self.count
 
 
 @dataclass(eq=False)
@@ -76,13 +81,15 @@ class Member:
 
     def draw(self) -> list[Example]:
         """The next batch."""
-        return [self.examples[index] for index in next(self.batches)]
+        indices = next(self.batches)
+        return [self.examples[index] for index in indices]
 
     def objective(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """What is minimised: the task's loss and the step's penalty."""
         if self.step.penalty is None:
             return loss
-        return loss + self.step.penalty(self.live.seen())
+        penalty = self.step.penalty(self.live.seen())
+        return loss + penalty
 
 
 class Gradients(Protocol):
@@ -101,7 +108,8 @@ def fit(
     options: TrainSection,
 ) -> None:
     """Make every member's steps. The optimiser is one for all of them (``optimizer_of``)."""
-    for index in range(max(member.stretch.count for member in members)):
+    most = max(member.stretch.count for member in members)
+    for index in range(most):
         active = [member for member in members if index < member.stretch.count]
         set_rates(optimizer.param_groups, index, options)
         optimizer.zero_grad(set_to_none=True)  # who is done has no gradients, and does not move
@@ -118,7 +126,8 @@ class OfBatches:
     """The gradient of each member's own mean loss over ``accumulation`` batches."""
 
     def __init__(self, losses: Losses, accumulation: int):
-        self.losses, self.accumulation = losses, accumulation
+        self.losses = losses
+        self.accumulation = accumulation
 
     def __call__(self, members: Sequence[Member], index: int) -> None:
         """As in Gradients."""
@@ -130,9 +139,11 @@ class OfBatches:
                 pairs = zip(members, losses, strict=True)
                 objectives = [member.objective(loss) for member, loss in pairs]
                 with span("backward"):
-                    (torch.stack(objectives).sum() * share).backward()
-            for member, loss in zip(members, torch.stack(losses).tolist(), strict=True):
-                member.total += loss * share
+                    whole = torch.stack(objectives).sum() * share
+                    whole.backward()
+            numbers: list[float] = torch.stack(losses).tolist()
+            for member, number in zip(members, numbers, strict=True):
+                member.total += number * share
         for member in members:
             member.seen += 1
 
@@ -158,23 +169,28 @@ class PerExample:
         purpose: Sequence[object],
         copies: Sequence[LiveAssembly] = (),
     ):
-        self.losses, self.guard = losses, guard
-        self.expected, self.purpose = expected, tuple(purpose)
+        self.losses = losses
+        self.guard = guard
+        self.expected = expected
+        self.purpose = tuple(purpose)
         self.copies = copies
 
     def __call__(self, members: Sequence[Member], index: int) -> None:
         """As in Gradients."""
         (member,) = members
         leaves = member.live.leaves
-        rate = self.expected / len(member.examples)
+        examples = len(member.examples)
+        rate = self.expected / examples
         purpose = (*self.purpose, index)
-        drawn = self.guard.draw(len(member.examples), rate, *purpose)
-        found = self.guard.step(self._each(member, drawn), leaves, self.expected, *purpose)
+        drawn = self.guard.draw(examples, rate, *purpose)
+        each = self._each(member, drawn)
+        found = self.guard.step(each, leaves, self.expected, *purpose)
         self.guard.count(rate, 1)
         for leaf, gradient in zip(leaves, found, strict=True):
             leaf.grad = gradient
         if member.step.penalty is not None:
-            member.step.penalty(member.live.seen()).backward()
+            penalty = member.step.penalty(member.live.seen())
+            penalty.backward()
 
     def _each(self, member: Member, drawn: Sequence[int]) -> Iterator[Sequence[Tensor | None]]:
         """Each drawn example's gradient of every leaf, [as the leaf], None where it does not reach
@@ -185,34 +201,54 @@ class PerExample:
             chosen = drawn[start : start + len(lives)]
             examples = [[member.examples[place]] for place in chosen]
             running = lives[: len(chosen)]
-            leaves = [leaf for live in running for leaf in live.leaves]
+            leaves: list[Tensor] = []
+            for live in running:
+                leaves.extend(live.leaves)
             with self.losses(running, examples) as losses, span("backward"):
                 whole = torch.stack(losses)
                 found = torch.autograd.grad(whole.sum(), leaves, allow_unused=True)
             member.total += math.fsum(whole.tolist())
             member.seen += len(chosen)
             each = len(member.live.leaves)
-            yield from (found[first : first + each] for first in range(0, len(found), each))
+            for first in range(0, len(found), each):
+                yield found[first : first + each]
 
 
 # ------------------------------------------------------------------------------ optimisers
 def optimizer_of(
-    members: Sequence[Member], options: TrainSection, device: torch.device
+    members: Sequence[Member],
+    options: TrainSection,
+    device: torch.device,
 ) -> torch.optim.Optimizer:
     """A fresh optimiser over all members' leaves; those of one rate and stretch are one group."""
     together: dict[tuple[float | None, Stretch], list[Tensor]] = {}
     for member in members:
         for multiplier, leaves in member.live.groups.items():
-            together.setdefault((multiplier, member.stretch), []).extend(leaves)
-    groups: list[dict[str, Any]] = []
+            alike = together.setdefault((multiplier, member.stretch), [])
+            alike.extend(leaves)
+    groups: list[Group] = []
     for (multiplier, stretch), leaves in together.items():
         peak = _peak(multiplier, options)
-        groups.append({"params": leaves, "lr": peak, "peak": peak, "stretch": stretch})
-    decay = options.weight_decay
+        group = {
+            "params": leaves,
+            "lr": peak,
+            "peak": peak,
+            "stretch": stretch,
+        }
+        groups.append(group)
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, weight_decay=decay)
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=options.lr, weight_decay=decay, fused=fused)
+        return torch.optim.SGD(
+            groups,
+            lr=options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+        )
+    return torch.optim.AdamW(
+        groups,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
 
 
 def _peak(multiplier: float | None, options: TrainSection) -> float:
@@ -229,10 +265,14 @@ class SquaredGradients:
     over ``count`` steps (the diagonal of the empirical Fisher information, by batches).
     """
 
-    def __init__(self, leaves: Sequence[Float[Tensor, "*any"]], count: int):
+    def __init__(
+        self,
+        leaves: Sequence[Float[Tensor, "*any"]],
+        count: int,
+    ):
         self.count = count
         self.squares = {leaf: torch.zeros_like(leaf) for leaf in leaves}
-        self.param_groups: list[dict[str, Any]] = []
+        self.param_groups: list[Group] = []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the last step's gradients."""
@@ -247,10 +287,11 @@ class SquaredGradients:
 
 
 # -------------------------------------------------------------------------------- schedule
-def set_rates(groups: Sequence[dict[str, Any]], index: int, options: TrainSection) -> None:
+def set_rates(groups: Sequence[Group], index: int, options: TrainSection) -> None:
     """Each group's learning rate at its step ``index``."""
     for group in groups:
-        progress = group["stretch"].progress(index)
+        stretch: Stretch = group["stretch"]
+        progress = stretch.progress(index)
         now = factor(progress, options.schedule, options.warmup_fraction)
         group["lr"] = group["peak"] * now
 
@@ -270,19 +311,24 @@ def factor(progress: float, schedule: str, warmup: float) -> float:
     if schedule == "linear":
         return max(0.0, 1 - rest)
     if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
+        angle = math.pi * min(1.0, rest)
+        return 0.5 * (1 + math.cos(angle))
     return 1.0
 
 
 # ------------------------------------------------------------------------------------ data
 def steps_of(options: TrainSection, step: Step, examples: int) -> int:
     """How many optimiser steps a step of local work makes on so many examples."""
-    per_epoch = math.ceil(examples / options.batch_size) / options.accumulation
+    batches = math.ceil(examples / options.batch_size)
+    per_epoch = batches / options.accumulation
     if step.epochs is not None:
-        return max(1, math.ceil(step.epochs * per_epoch))
-    if options.local_epochs is not None:
-        return max(1, math.ceil(options.local_epochs * per_epoch * step.share))
-    return max(1, round((options.local_steps or 1) * step.share))
+        count = math.ceil(step.epochs * per_epoch)
+    elif options.local_epochs is not None:
+        count = math.ceil(options.local_epochs * per_epoch * step.share)
+    else:
+        steps = options.local_steps or 1
+        count = round(steps * step.share)
+    return max(1, count)
 
 
 def batch_order(examples: int, size: int, rng: torch.Generator) -> Iterator[list[int]]:
@@ -302,5 +348,6 @@ def some(examples: Sequence[Example], step: Step, clock: Clock) -> Sequence[Exam
     if not step.count:
         return examples
     rng = generator(clock.seed, *clock.keys, step.stream, "examples")
-    drawn = torch.randperm(len(examples), generator=rng)[: step.count].tolist()
-    return [examples[index] for index in sorted(drawn)]
+    order = torch.randperm(len(examples), generator=rng)
+    drawn = sorted(order[: step.count].tolist())
+    return [examples[index] for index in drawn]

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def measured(
-    kernel: Kernel, assembly: Assembly, examples: Sequence[Example], more: Iterable[str] = ()
+    kernel: Kernel,
+    assembly: Assembly,
+    examples: Sequence[Example],
+    more: Iterable[str] = (),
 ) -> Plain:
     """The task's metrics, and ``more`` by their names; {} where there are none. A value is a
     number, a number for each class, or None where it is not defined.

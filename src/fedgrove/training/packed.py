@@ -15,16 +15,19 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from fedgrove.interop.models import first_position
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fedgrove.federation.tasks.base import Batch
 
 #: the attention function's name in transformers' registry, and the argument of a model's forward
@@ -40,6 +43,11 @@ _TOKENS, _LENGTH = 64, 8
 #: what attention functions of some models are given that this one does not do
 _REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "attention_bias", "bias_mask")
 
+#: In attention: a packed row, and the texts and the mask of one group of them.
+Heads = Float[Tensor, "1 heads n d"]
+Texts = Float[Tensor, "rows heads _ d"]
+Mask = Float[Tensor, "rows 1 _ longest"]
+
 
 class Unsupported(Exception):
     """The model's attention does something that a packed row cannot express."""
@@ -54,6 +62,11 @@ class Group:
     lengths: tuple[int, ...]
     longest: int
     start: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(texts, slots of each)."""
+        return len(self.lengths), self.longest
 
     @property
     def stop(self) -> int:
@@ -91,21 +104,20 @@ class Layout:
         lengths = mask.sum(1)
         row: list[int] = lengths.tolist()
         longest = mask.shape[1]
-        if min(row) == longest or min(row) == 0:
+        if min(row) in (0, longest):
             return None
-        right = torch.arange(longest, device=mask.device) < lengths[:, None]
-        if not bool((mask.bool() == right).all()):
+        if not _padded_on_the_right(mask, lengths):
             return None
         groups, starts = _grouped(row)
-        real, last = sum(row), groups[-1].stop
-        unit = _LENGTH
-        if real > 8 * _TOKENS:
-            unit = _TOKENS
-        spare = unit - real % unit
-        runs = [
-            torch.arange(start, start + length) for start, length in zip(starts, row, strict=True)
-        ]
-        places = torch.cat([*runs, torch.full((spare,), last)])
+        real = sum(row)
+        spare = _spare(real)
+        last = groups[-1].stop
+        runs = []
+        for start, length in zip(starts, row, strict=True):
+            stop = start + length
+            runs.append(torch.arange(start, stop))
+        of_no_text = torch.full((spare,), last)
+        places = torch.cat([*runs, of_no_text])
         tokens = torch.full((last + 1,), real)
         tokens[places[:real]] = torch.arange(real)
         return cls(
@@ -122,53 +134,73 @@ class Layout:
         """[b, t, ...] -> [1, n, ...]: the real tokens one after the other, zeros in the spare
         ones.
         """
-        tokens = padded.flatten(0, 1).index_select(0, self.slots)
-        return torch.cat([tokens, tokens.new_zeros(self.spare, *tokens.shape[1:])])[None]
+        flat = padded.flatten(0, 1)
+        tokens = flat.index_select(0, self.slots)
+        zeros = tokens.new_zeros(self.spare, *tokens.shape[1:])
+        row = torch.cat([tokens, zeros])
+        return row[None]
 
     def unpack(self, packed: Shaped[Tensor, "1 n *rest"]) -> Shaped[Tensor, "b t *rest"]:
         """[1, n, ...] -> [b, t, ...]: the padded batch again, zeros where there is padding."""
         shape = packed.shape[2:]
-        real = packed.squeeze(0)[: len(self.slots)]
-        empty = packed.new_zeros(len(self.lengths) * self.longest, *shape)
+        row = packed.squeeze(0)
+        real = row[: len(self.slots)]
+        texts = len(self.lengths)
+        empty = packed.new_zeros(texts * self.longest, *shape)
         padded = empty.index_copy(0, self.slots, real)
-        return padded.view(len(self.lengths), self.longest, *shape)
+        return padded.view(texts, self.longest, *shape)
 
-    def apart(self, packed: Float[Tensor, "1 heads n d"]) -> list[Float[Tensor, "rows heads _ d"]]:
+    def apart(self, packed: Heads) -> list[Texts]:
         """For each group [rows, heads, longest, d], anything finite where there is padding."""
-        placed = _Moved.apply(packed.squeeze(0).transpose(0, 1), self.tokens, self.places)
+        row = packed.squeeze(0).transpose(0, 1)
+        placed = _Moved.apply(row, self.tokens, self.places)
         sizes = [group.stop - group.start for group in self.groups]
-        parts = placed.split([*sizes, 1])[:-1]
-        return [
-            part.unflatten(0, (len(group.lengths), group.longest)).transpose(1, 2)
-            for group, part in zip(self.groups, parts, strict=True)
-        ]
+        *parts, _ = placed.split([*sizes, 1])
+        found = []
+        for group, part in zip(self.groups, parts, strict=True):
+            texts = part.unflatten(0, group.shape)
+            found.append(texts.transpose(1, 2))
+        return found
 
     def masks(
-        self, causal: bool, like: Float[Tensor, "1 heads n d"]
-    ) -> list[Float[Tensor, "rows 1 _ longest"] | None]:
+        self,
+        causal: bool,
+        like: Heads,
+    ) -> list[Mask | None]:
         """For each group what is added to its scores, the same in every layer."""
         if causal not in self._masks:
-            self._masks[causal] = [_mask(group, causal, like) for group in self.groups]
+            made = [_mask(group, causal, like) for group in self.groups]
+            self._masks[causal] = made
         return self._masks[causal]
 
-    def join(
-        self, parts: Sequence[Float[Tensor, "rows heads _ d"]]
-    ) -> Float[Tensor, "1 n heads d"]:
+    def join(self, parts: Sequence[Texts]) -> Float[Tensor, "1 n heads d"]:
         """The groups' tokens in the row's order."""
-        last = parts[0].new_zeros(1, parts[0].shape[1], parts[0].shape[3])
-        rows = [part.transpose(1, 2).flatten(0, 1) for part in parts]
+        _, heads, _, d = parts[0].shape
+        last = parts[0].new_zeros(1, heads, d)
+        rows = []
+        for part in parts:
+            texts = part.transpose(1, 2)
+            rows.append(texts.flatten(0, 1))
         placed = torch.cat([*rows, last])
-        return _Moved.apply(placed, self.places, self.tokens)[None]
+        row = _Moved.apply(placed, self.places, self.tokens)
+        return row[None]
 
-    def inputs(self, batch: Batch, first: int) -> dict[str, Any]:
+    def inputs(self, batch: Batch, first: int) -> dict[str, object]:
         """The model's arguments for the packed row; ``first`` is its first position."""
         runs = [torch.arange(length) for length in self.lengths]
-        places = torch.cat([*runs, torch.zeros(self.spare, dtype=torch.long)])
+        of_no_text = torch.zeros(self.spare, dtype=torch.long)
+        positions = torch.cat([*runs, of_no_text]).to(self.slots.device)
         return {
             "input_ids": self.pack(batch["input_ids"]),
-            "position_ids": places[None].to(self.slots.device) + first,
+            "position_ids": positions[None] + first,
             LAYOUT: self,
         }
+
+
+class _Context(FunctionCtx):
+    """What a move keeps for its way back."""
+
+    back: Int[Tensor, " from"]
 
 
 class _Moved(torch.autograd.Function):
@@ -178,7 +210,7 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         rows: Float[Tensor, " from *rest"],
         there: Int[Tensor, " to"],
         back: Int[Tensor, " from"],
@@ -188,49 +220,75 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, *gradients: Float[Tensor, " to *rest"]
+        ctx: _Context,
+        *gradients: Float[Tensor, " to *rest"],
     ) -> tuple[Float[Tensor, " from *rest"], None, None]:
-        return gradients[0].index_select(0, ctx.back), None, None
+        (gradient,) = gradients
+        moved = gradient.index_select(0, ctx.back)
+        return moved, None, None
 
 
 def attention(
     module: nn.Module,
-    query: Float[Tensor, "1 heads n d"],
+    query: Heads,
     key: Float[Tensor, "1 kv n d"],
     value: Float[Tensor, "1 kv n d"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Float[Tensor, "1 n heads d"], None]:
     """Attention within each text of the row whose layout is among ``others``."""
     layout = others.pop(LAYOUT, None)
     refused = any(others.get(name) is not None for name in _REFUSED)
-    if layout is None or attention_mask is not None or refused:
+    if not isinstance(layout, Layout) or attention_mask is not None or refused:
         raise Unsupported
-    if key.shape[1] != query.shape[1]:  # grouped-query attention
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:  # grouped-query attention
+        key = key.repeat_interleave(repeats, 1)
+        value = value.repeat_interleave(repeats, 1)
     causal = is_causal
     if causal is None:
         causal = bool(getattr(module, "is_causal", False))
     scale = scaling
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    parts = zip(
+    groups = zip(
         layout.apart(query),
         layout.apart(key),
         layout.apart(value),
         layout.masks(causal, query),
         strict=True,
     )
-    return layout.join([_attend(q, k, v, mask, scale) for q, k, v, mask in parts]), None
+    parts = [_attend(q, k, v, mask, scale) for q, k, v, mask in groups]
+    return layout.join(parts), None
+
+
+def _padded_on_the_right(
+    mask: Shaped[Tensor, "b t"],
+    lengths: Int[Tensor, " b"],
+) -> bool:
+    """Whether each row is so many ones, and then zeros."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    right = places < lengths[:, None]
+    same = mask.bool() == right
+    return bool(same.all())
+
+
+def _spare(real: int) -> int:
+    """How many tokens of no text, at least one, make so many real ones a round number."""
+    unit = _LENGTH
+    if real > 8 * _TOKENS:
+        unit = _TOKENS
+    return unit - real % unit
 
 
 def _mask(
-    group: Group, causal: bool, like: Float[Tensor, "1 heads n d"]
-) -> Float[Tensor, "rows 1 _ longest"] | None:
+    group: Group,
+    causal: bool,
+    like: Heads,
+) -> Mask | None:
     """What is added to scores: -inf after a text's end, and after the query's place where attention
     is causal.
     """
@@ -238,9 +296,11 @@ def _mask(
         return None
     lengths = torch.tensor(group.lengths, device=like.device)
     place = torch.arange(group.longest, device=like.device)
-    seen: Bool[Tensor, "rows 1 _ longest"] = (place < lengths[:, None])[:, None, None, :]
+    inside: Bool[Tensor, "rows longest"] = place < lengths[:, None]
+    seen: Bool[Tensor, "rows 1 _ longest"] = inside[:, None, None, :]
     if causal:
-        seen = seen & (place <= place[:, None])
+        earlier = place <= place[:, None]
+        seen = seen & earlier
     nothing = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
     return nothing.masked_fill_(~seen, float("-inf"))
 
@@ -259,8 +319,15 @@ def _attend(
         scores = torch.matmul(q * scale, k.transpose(-1, -2))
         if mask is not None:
             scores = scores + mask
-        return torch.matmul(F.softmax(scores, dim=-1), v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        shares = F.softmax(scores, dim=-1)
+        return torch.matmul(shares, v)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        scale=scale,
+    )
 
 
 def _grouped(lengths: Sequence[int]) -> tuple[tuple[Group, ...], list[int]]:
@@ -274,8 +341,9 @@ def _grouped(lengths: Sequence[int]) -> tuple[tuple[Group, ...], list[int]]:
     begin = 0
     for first in range(0, len(order), rows):
         members = order[first : first + rows]
-        longest = math.ceil(lengths[members[-1]] / _LENGTH) * _LENGTH
-        group = Group(tuple(lengths[index] for index in members), longest, begin)
+        own = tuple(lengths[index] for index in members)
+        longest = math.ceil(own[-1] / _LENGTH) * _LENGTH
+        group = Group(own, longest, begin)
         for row, index in enumerate(members):
             starts[index] = begin + row * longest
         groups.append(group)
@@ -284,7 +352,7 @@ def _grouped(lengths: Sequence[int]) -> tuple[tuple[Group, ...], list[int]]:
 
 
 @torch.no_grad()
-def packs(model: Any) -> bool:
+def packs(model: PreTrainedModel) -> bool:
     """Whether the model gives the same states for a packed row as for a padded batch: tried on two
     short texts.
     """
@@ -294,25 +362,39 @@ def packs(model: Any) -> bool:
     takes = inspect.signature(model.forward).parameters
     if not {"input_ids", "position_ids", "attention_mask"} <= set(takes):
         return False
-    device = next(model.parameters()).device
-    words = int(model.config.vocab_size)
-    ids = torch.arange(16, device=device).view(2, 8) % max(2, words - 4) + 3
-    ids = ids.clamp(max=words - 1)
-    mask = (torch.arange(8, device=device) < torch.tensor([[8], [5]], device=device)).long()
+    ids, mask = _two_texts(model)
     layout = Layout.of(mask)
     assert layout is not None
     inputs = layout.inputs({"input_ids": ids}, first_position(model.config))
     chosen = model.config._attn_implementation
     try:
-        padded = model(input_ids=ids, attention_mask=mask, output_hidden_states=False)[0]
+        padded = model(
+            input_ids=ids,
+            attention_mask=mask,
+            output_hidden_states=False,
+        )[0]
         model.set_attn_implementation(NAME)
         packed = model(**inputs)[0]
     except (Unsupported, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         return False
     finally:
         model.set_attn_implementation(chosen)
-    found, wanted = layout.unpack(packed).float(), layout.unpack(layout.pack(padded)).float()
+    found = layout.unpack(packed).float()
+    wanted = layout.unpack(layout.pack(padded)).float()
     tolerance = 1e-3
     if padded.dtype in (torch.bfloat16, torch.float16):
         tolerance = 0.05
-    return bool((found - wanted).norm() <= tolerance * wanted.norm())
+    error = (found - wanted).norm()
+    return bool(error <= tolerance * wanted.norm())
+
+
+def _two_texts(model: PreTrainedModel) -> tuple[Int[Tensor, "2 8"], Int[Tensor, "2 8"]]:
+    """The ids of two texts of eight and five tokens, and their mask."""
+    device = next(model.parameters()).device
+    words = int(model.config.vocab_size)
+    numbers = torch.arange(16, device=device).view(2, 8)
+    ids = numbers % max(2, words - 4) + 3
+    places = torch.arange(8, device=device)
+    lengths = torch.tensor([[8], [5]], device=device)
+    mask = places < lengths
+    return ids.clamp(max=words - 1), mask.long()

@@ -16,9 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from fedgrove.ground.plain import Given, Plain
+
+#: (depth, name, seconds)
+Row = tuple[int, str, float]
 
 _OFF: AbstractContextManager[None] = nullcontext()
 _active: Profile | None = None
@@ -30,7 +34,7 @@ class Profile:
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.total: dict[str, float] = {}
-        self.rounds: list[dict[str, Any]] = []
+        self.rounds: list[Plain] = []
         self._threads = threading.local()  # each thread's open spans, and what its seconds count
         self._adding = threading.Lock()
         self._round: dict[str, float] | None = None
@@ -48,25 +52,31 @@ class Profile:
         """In a thread that is one of ``count`` at the same time: its spans are below ``path``, at
         their share.
         """
-        self._threads.path, self._threads.share = list(path), 1 / count
+        self._threads.path = list(path)
+        self._threads.share = 1 / count
         yield
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Add the time spent inside to ``name``, below the spans that are open."""
         self.path.append(name)
-        path, started = "/".join(self.path), time.perf_counter()
+        path = "/".join(self.path)
+        started = time.perf_counter()
         try:
             yield
         finally:
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
+            if _on_device():
                 torch.cuda.synchronize()
-            seconds = (time.perf_counter() - started) * getattr(self._threads, "share", 1.0)
+            seconds = time.perf_counter() - started
+            share = getattr(self._threads, "share", 1.0)
             self.path.pop()
-            with self._adding:
-                for sums in (self.total, self._round):
-                    if sums is not None:
-                        sums[path] = sums.get(path, 0.0) + seconds
+            self._add(path, seconds * share)
+
+    def _add(self, path: str, seconds: float) -> None:
+        with self._adding:
+            for sums in (self.total, self._round):
+                if sums is not None:
+                    sums[path] = sums.get(path, 0.0) + seconds
 
     @contextmanager
     def round(self, number: int) -> Iterator[None]:
@@ -76,16 +86,25 @@ class Profile:
             with self.span("rounds"):
                 yield
         finally:
-            row = {path.removeprefix("rounds/"): seconds for path, seconds in self._round.items()}
-            self.rounds.append({"round": number, "seconds": row, "peak_mb": peak_mb(), **_device()})
+            row = {}
+            for path, seconds in self._round.items():
+                row[path.removeprefix("rounds/")] = seconds
+            line = {
+                "round": number,
+                "seconds": row,
+                "peak_mb": peak_mb(),
+                **_device(),
+            }
+            self.rounds.append(line)
             self._round = None
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> Plain:
         """What ``profile.json`` holds: seconds by path ("rounds/training/forward"), memory in 10^6
         bytes.
         """
+        whole = time.perf_counter() - self.began
         return {
-            "seconds": {**self.total, "total": time.perf_counter() - self.began},
+            "seconds": {**self.total, "total": whole},
             "rounds": self.rounds,
             "peak_mb": peak_mb(),
             **_device(),
@@ -119,7 +138,8 @@ def round_span(number: int) -> AbstractContextManager[None]:
 def profiling() -> Iterator[Profile]:
     """Inside, every span is recorded."""
     global _active
-    before, _active = _active, Profile()
+    before = _active
+    _active = Profile()
     try:
         yield _active
     finally:
@@ -135,57 +155,65 @@ def peak_mb() -> float:
     return most * unit / 1e6
 
 
+def _on_device() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
 def _device() -> dict[str, float]:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return {"peak_device_mb": torch.cuda.max_memory_allocated() / 1e6}
-    return {}
+    if not _on_device():
+        return {}
+    most = torch.cuda.max_memory_allocated()
+    return {"peak_device_mb": most / 1e6}
 
 
-def rows(seconds: Mapping[str, float]) -> list[tuple[int, str, float]]:
+def rows(seconds: Mapping[str, float]) -> list[Row]:
     """(depth, name, seconds) in the order of a table: the largest first, and below a span what its
     parts leave.
     """
 
-    def below(prefix: str, depth: int) -> list[tuple[int, str, float]]:
-        names = [
-            path
-            for path in seconds
-            if path.startswith(prefix) and "/" not in path.removeprefix(prefix)
-        ]
-        found: list[tuple[int, str, float]] = []
+    def below(prefix: str, depth: int) -> list[Row]:
+        names: dict[str, str] = {}  # of the spans right below, by path
+        for path in seconds:
+            name = path.removeprefix(prefix)
+            if path.startswith(prefix) and "/" not in name:
+                names[path] = name
+        found: list[Row] = []
         for path in sorted(names, key=lambda each: -seconds[each]):
-            found.append((depth, path.removeprefix(prefix), seconds[path]))
+            found.append((depth, names[path], seconds[path]))
             inner = below(f"{path}/", depth + 1)
             if inner:
-                rest = seconds[path] - sum(s for d, _, s in inner if d == depth + 1)
-                found += [*inner, (depth + 1, "everything else", rest)]
+                rest = _rest(seconds[path], inner, depth + 1)
+                found += [*inner, rest]
         return found
 
     return below("", 0)
 
 
+def _rest(whole: float, inner: Sequence[Row], depth: int) -> Row:
+    """What the spans of a depth leave of the whole."""
+    parts = [seconds for each, _, seconds in inner if each == depth]
+    return depth, "everything else", whole - sum(parts)
+
+
 def save(path: Path, profile: Profile) -> str:
     """Write ``profile.json``, and give back the table for the terminal."""
     content = profile.content()
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1) + "\n"
+    path.write_text(text, encoding="utf-8")
     return table(content)
 
 
-def table(content: Mapping[str, Any]) -> str:
+def table(content: Given) -> str:
     """The profile as text: seconds and their share of the run."""
-    whole = content["seconds"]["total"]
-    parts: Sequence[tuple[int, str, float]] = rows(
-        {k: v for k, v in content["seconds"].items() if k != "total"}
-    )
-    rest = whole - sum(seconds for depth, _, seconds in parts if depth == 0)
-    lines = [
-        f"{'  ' * depth + name:<34}{seconds:>9.2f} s {100 * seconds / whole:>6.1f} %"
-        for depth, name, seconds in [
-            *parts,
-            (0, "everything else", rest),
-            (0, "the whole run", whole),
-        ]
-    ]
+    spans = dict(content["seconds"])
+    whole: float = spans.pop("total")
+    parts = rows(spans)
+    parts += [_rest(whole, parts, 0), (0, "the whole run", whole)]
+    lines = []
+    for depth, name, seconds in parts:
+        indented = "  " * depth + name
+        share = 100 * seconds / whole
+        lines.append(f"{indented:<34}{seconds:>9.2f} s {share:>6.1f} %")
     memory = f"Peak memory {content['peak_mb']:.0f} MB"
     if "peak_device_mb" in content:
         memory += f", on the device {content['peak_device_mb']:.0f} MB"

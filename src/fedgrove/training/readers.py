@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, WritingTask
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.interop.models import Base
 from fedgrove.training.hooked import HookedBase
 from fedgrove.training.language import LanguageModel
@@ -62,7 +63,9 @@ class Reader(Generic[Asked]):
     has_head: ClassVar[bool] = True
 
     def __init__(self, hooked: HookedBase, task: Asked):
-        self.hooked, self.base, self.task = hooked, hooked.base, task
+        self.hooked = hooked
+        self.base = hooked.base
+        self.task = task
 
     @staticmethod
     def token_bytes(base: Base) -> int:
@@ -85,34 +88,41 @@ class Reader(Generic[Asked]):
 
     def features(self, batch: Batch) -> Float[Tensor, "b h"]:
         """Each example's pooled state, with what the hooks add."""
-        return self.task.pool(self._states(batch), batch)
+        states = self._states(batch)
+        return self.task.pool(states, batch)
 
     def _states(self, batch: Batch) -> Float[Tensor, "b *t h"]:
-        return self.hooked.states(self.encoder, self.task.inputs(batch))
+        inputs = self.task.inputs(batch)
+        return self.hooked.states(self.encoder, inputs)
 
     def logits(self, head: Head, batch: Batch) -> Float[Tensor, "_ *t c"]:
         """The running batch's logits, rows in the order of its examples."""
         raise NotImplementedError
 
     def losses(
-        self, heads: Sequence[Head], rows: Sequence[int], batch: Batch
+        self,
+        heads: Sequence[Head],
+        rows: Sequence[int],
+        batch: Batch,
     ) -> list[Float[Tensor, ""]]:
         """The task's loss on each client's ``rows`` of the running batch, read with its own head."""
         (head,) = heads
-        return [self.task.loss(self.logits(head, batch), batch)]
+        logits = self.logits(head, batch)
+        return [self.task.loss(logits, batch)]
 
     def evaluate(
         self,
         live: LiveAssembly,
         examples: Sequence[Example],
         passes: Passes,
-        keep: list[dict[str, Any]] | None = None,
+        keep: list[Plain] | None = None,
     ) -> dict[str, float]:
         """Sums for ``Task.measure``; ``keep`` takes what was written, one object for each text."""
         sums: dict[str, float] = {}
         for _, batch in passes(live, examples):
             with span("forward"):
-                scores = self.task.score(self.logits(live.head, batch), batch)
+                logits = self.logits(live.head, batch)
+                scores = self.task.score(logits, batch)
             for key, value in scores.items():
                 sums[key] = sums.get(key, 0.0) + value
         return sums
@@ -127,17 +137,22 @@ class Pooled(Reader[HeadedTask]):
         return encoder
 
     def logits(self, head: Head, batch: Batch) -> Float[Tensor, "b *t c"]:
-        return self.task.head_logits(self._seen(batch), head)
+        seen = self._seen(batch)
+        return self.task.head_logits(seen, head)
 
     def losses(
-        self, heads: Sequence[Head], rows: Sequence[int], batch: Batch
+        self,
+        heads: Sequence[Head],
+        rows: Sequence[int],
+        batch: Batch,
     ) -> list[Float[Tensor, ""]]:
         states = self._seen(batch).split(list(rows))
         parts = parts_of(batch, rows)
-        return [
-            self.task.loss(self.task.head_logits(own, head), part)
-            for head, own, part in zip(heads, states, parts, strict=True)
-        ]
+        losses = []
+        for head, own, part in zip(heads, states, parts, strict=True):
+            logits = self.task.head_logits(own, head)
+            losses.append(self.task.loss(logits, part))
+        return losses
 
     @property
     def head_sees_features(self) -> bool:
@@ -187,23 +202,31 @@ class Writer(Reader[WritingTask]):
 
     def logits(self, head: Head, batch: Batch) -> Float[Tensor, "n c"]:
         """At the positions where the task asks for a token, row by row."""
-        positions = self.hooked.places(self.task.positions(batch))
-        return self.language.logits(self.hooked.inputs(self.task.inputs(batch)), positions)
+        asked = self.task.positions(batch)
+        inputs = self.task.inputs(batch)
+        return self.language.logits(self.hooked.inputs(inputs), self.hooked.places(asked))
 
     def losses(
-        self, heads: Sequence[Head], rows: Sequence[int], batch: Batch
+        self,
+        heads: Sequence[Head],
+        rows: Sequence[int],
+        batch: Batch,
     ) -> list[Float[Tensor, ""]]:
         parts = parts_of(batch, rows)
-        counts = [int(self.task.positions(part).sum()) for part in parts]
+        counts = []
+        for part in parts:
+            asked = self.task.positions(part)
+            counts.append(int(asked.sum()))
         logits = self.logits({}, batch).split(counts)
-        return [self.task.loss(own, part) for own, part in zip(logits, parts, strict=True)]
+        pairs = zip(logits, parts, strict=True)
+        return [self.task.loss(own, part) for own, part in pairs]
 
     def evaluate(
         self,
         live: LiveAssembly,
         examples: Sequence[Example],
         passes: Passes,
-        keep: list[dict[str, Any]] | None = None,
+        keep: list[Plain] | None = None,
     ) -> dict[str, float]:
         """Sums over tokens, and over texts that it writes for some of the examples."""
         sums = super().evaluate(live, examples, passes)
@@ -211,7 +234,8 @@ class Writer(Reader[WritingTask]):
         texts = self.write(live, chosen, passes)
         if keep is not None:
             keep += self.task.shown(texts, chosen)
-        return sums | self.task.judge(texts, chosen)
+        of_texts = self.task.judge(texts, chosen)
+        return sums | of_texts
 
     def write(
         self,
@@ -223,37 +247,49 @@ class Writer(Reader[WritingTask]):
         """What it writes after each prompt, greedily, in the given order; ``most`` new tokens."""
         tokenizer = self.base.processor
         ends = self.task.ends(tokenizer)
+        most = most or self.task.max_new_tokens
+        # a layer that is left out keeps no cache, and the first one's length is what positions come
+        # from
+        cache = live.assembly.layers is None
         texts: dict[int, str] = {}
         for indices, batch in passes(live, examples, self.task.prompts):
             written = self.language.generate(
                 batch,
-                most=most or self.task.max_new_tokens,
+                most=most,
                 ends=ends,
-                # a layer that is left out keeps no cache, and the first one's length is what
-                # positions come from
-                cache=live.assembly.layers is None,
+                cache=cache,
             )
             decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
-            texts.update(zip(indices, map(str.strip, decoded), strict=True))
+            for index, text in zip(indices, decoded, strict=True):
+                texts[index] = text.strip()
         return [texts[index] for index in range(len(examples))]
 
 
 #: ``Base.head`` -> its reader
-READERS: dict[str, type[Reader[Any]]] = {"pooled": Pooled, "stock": Stock, "lm": Writer}
+READERS: dict[str, type[Reader[Any]]] = {
+    "pooled": Pooled,
+    "stock": Stock,
+    "lm": Writer,
+}
 
 
 def reader_of(hooked: HookedBase, task: Task) -> Reader[Any]:
     """The reader of a base for a task. Raises ``JobError`` where the task cannot be read so."""
     head = hooked.base.head
     if head not in task.heads:
+        wanted = " or ".join(map(repr, task.heads))
         raise JobError(
-            f"data.task = {task.name!r} reads a model by {' or '.join(map(repr, task.heads))}, but "
-            f"{hooked.base.name} was loaded for {head!r}; choose another task or model.head."
+            f"data.task = {task.name!r} reads a model by {wanted}, but {hooked.base.name} was "
+            f"loaded for {head!r}; choose another task or model.head."
         )
     return READERS[head](hooked, task)
 
 
 def parts_of(batch: Batch, rows: Sequence[int]) -> list[Batch]:
     """The batch in parts of so many examples, every tensor of it."""
-    pieces = zip(*(values.split(list(rows)) for values in batch.values()), strict=True)
-    return [dict(zip(batch, each, strict=True)) for each in pieces]
+    parts: list[Batch] = [{} for _ in rows]
+    for name, values in batch.items():
+        pieces = values.split(list(rows))
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece
+    return parts
