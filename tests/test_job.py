@@ -397,6 +397,8 @@ def test_written_order_is_fixed_and_complete() -> None:
         "method",
         "train",
         "privacy",
+        "defence",
+        "attack",
         "run",
     ]
     assert tomllib.loads(written)["train"]["lr"] == 1e-3  # defaults are written out too

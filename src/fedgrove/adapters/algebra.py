@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.adapters.centre import active, centred, shares_of
 from fedgrove.ground.errors import AdapterError
 
 #: The rank indices of some modules, ascending: the same for every site, or one list per site.
@@ -123,17 +124,14 @@ def mean(
     dtype. Raises AdapterError where ranks or scales differ: the rule is undefined there.
     """
     check(adapters)
-    parts = shares(weights, len(adapters))
+    parts = shares_of(adapters, shares(weights, len(adapters)))
     result: Adapter = {}
     for site, first in adapters[0].items():
         held = [adapter[site] for adapter in adapters]
         _equal_ranks(site, held)
         _equal_scales(site, held)
-        a = torch.zeros_like(first.A, dtype=torch.float64)
-        b = torch.zeros_like(first.B, dtype=torch.float64)
-        for part, factors in zip(parts, held, strict=True):
-            a += part * factors.A.double()
-            b += part * factors.B.double()
+        a = centred([each.A for each in held], parts)
+        b = centred([each.B for each in held], parts)
         result[site] = Factors(
             A=a.to(first.A.dtype),
             B=b.to(first.B.dtype),
@@ -174,7 +172,10 @@ def index_mean(
         for factors, wanted in zip(held, given, strict=True):
             row = positions(site, factors, wanted, old.rank)
             rows.append(row)
-        result[site] = _index_mean(held, rows, old, weights)
+        if active() is None:
+            result[site] = _index_mean(held, rows, old, weights)
+        else:
+            result[site] = _defended_indices(held, rows, old, weights)
     return result
 
 
@@ -203,6 +204,33 @@ def _index_mean(
         B=torch.where(keep, b, old.B),
         scale=old.scale,
     )
+
+
+def _defended_indices(
+    held: Sequence[Factors],
+    rows: Sequence[Int[Tensor, " _"]],
+    old: Factors,
+    weights: Weights,
+) -> Factors:
+    """``_index_mean`` under a defence: each index is a group of its own."""
+    A = old.A.clone()
+    B = old.B.clone()
+    for index in range(old.rank):
+        modules: list[Adapter] = []
+        given: list[float] = []
+        for number, (row, factors) in enumerate(zip(rows, held, strict=True)):
+            places = (row == index).nonzero().flatten()
+            for place in places.tolist():
+                modules.append(select({"": factors}, [place]))
+                given.append(1.0 if weights is None else float(weights[number]))
+        if not modules:
+            continue
+        if not any(given):
+            given = [1.0] * len(given)
+        one = mean(modules, given)[""]
+        A[index] = one.A[0]
+        B[:, index] = one.B[:, 0]
+    return Factors(A, B, old.scale)
 
 
 def index_shares(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import mean, widen
+from fedgrove.adapters.centre import shares_of, weighed
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +41,12 @@ def group_means(
     for group in range(count):
         members = [i for i, label in enumerate(labels) if label == group]
         total = sum(weights[i] for i in members)
-        wide = [widen(adapters[i]) for i in members]
-        shares = [weights[i] / total for i in members]
+        inside = [adapters[i] for i in members]
+        shares = shares_of(inside, [weights[i] / total for i in members])
+        wide = [widen(each) for each in inside]
         sums.append(total)
-        means.append(mean(wide, shares))
+        with weighed():
+            means.append(mean(wide, shares))
     own = [_narrow(each, like) for each in means]
     if count == 1:
         return GroupMeans(own, [{}], own[0])

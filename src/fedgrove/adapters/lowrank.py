@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import Weights, check, shares
+from fedgrove.adapters.centre import shares_of, weighed
 from fedgrove.ground.errors import AdapterError
 
 #: Where the singular values go: into A (HiLoRA), into B, or their square roots into both.
@@ -63,17 +64,19 @@ def product_mean(
 ) -> Adapter:
     """``truncated`` at every site of whole adapters; AdapterError where they do not fit together."""
     check(adapters)
+    parts = shares_of(adapters, shares(weights, len(adapters)))
     result: Adapter = {}
-    for site in adapters[0]:
-        factors = [adapter[site] for adapter in adapters]
-        result[site] = truncated(
-            factors,
-            weights,
-            rank,
-            scale,
-            split,
-            site=site,
-        )
+    with weighed():
+        for site in adapters[0]:
+            factors = [adapter[site] for adapter in adapters]
+            result[site] = truncated(
+                factors,
+                parts,
+                rank,
+                scale,
+                split,
+                site=site,
+            )
     return result
 
 
@@ -105,7 +108,7 @@ def truncated(
     check([{site: each} for each in factors])
     if not (math.isfinite(scale) and scale > 0):
         raise AdapterError(f"Scale {scale} must be finite and > 0.")
-    parts = shares(weights, len(factors))
+    parts = shares_of([{site: each} for each in factors], shares(weights, len(factors)))
     triplets = _svd(site, factors, parts, rank)
     return _factors(
         triplets,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.tree import numbers
+from fedgrove.defence.attack import SPLIT, Attackers
 from fedgrove.federation.tasks.base import Example
 from fedgrove.ground.errors import JobError, RunError
 from fedgrove.ground.plain import Given, Plain
@@ -33,6 +34,7 @@ from fedgrove.training.profile import span
 from fedgrove.wire.compress import passed, sent_bytes
 
 if TYPE_CHECKING:
+    from fedgrove.federation.federation import Client
     from fedgrove.job import Job
     from fedgrove.runs.directory import RunDirectory
     from fedgrove.tracking.callback import Callback
@@ -55,7 +57,8 @@ def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
         lab = noise = NoiseLab(parts.method, parts.base.sites, out)
         watch = noise.seen
     half = parts.client_half(watch=watch)
-    data = {client.name: parts.encode(client) for client in people.federation.clients}
+    attackers = Attackers.drawn(job.attack, people.clients, job.run.seed)
+    data = {each.name: encoded(parts, each, attackers) for each in people.federation.clients}
     return Stage(
         parts,
         people.federation,
@@ -97,6 +100,15 @@ def remarks(stage: Stage[LocalEngine]) -> list[str]:
         f"there "
         "(`fedgrove data --tokens` counts them)"
     ]
+
+
+def encoded(parts: Parts, client: Client, attackers: Attackers) -> dict[str, list[Example]]:
+    """A client's splits as it trains on them, and the rows that tell whether an attack worked."""
+    labels = parts.task.labels
+    splits = parts.encode(attackers.trains_on(client, labels))
+    if asked := attackers.asked(client, labels):
+        splits[SPLIT] = parts.task.encode(asked, parts.base.processor)
+    return splits
 
 
 def with_cohort(parts: Parts, clients: int) -> Job:
@@ -214,7 +226,8 @@ class LocalEngine:
     def evaluate(
         self, clients: Sequence[str], offer: OfferOf, split: str
     ) -> Iterator[tuple[str, dict[str, float]]]:
-        models = ((name, self.personal(name, self._given(offer(name)))) for name in clients)
+        names = [name for name in clients if split != SPLIT or SPLIT in self.data[name]]
+        models = ((name, self.personal(name, self._given(offer(name)))) for name in names)
 
         def measure(kernel: Kernel, item: tuple[str, Assembly]) -> tuple[str, dict[str, float]]:
             name, model = item

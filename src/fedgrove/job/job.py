@@ -23,6 +23,7 @@ from fedgrove.ground.marks import (
 )
 from fedgrove.job import text
 from fedgrove.job.data import DataSection
+from fedgrove.job.defence import AttackSection, DefenceSection
 from fedgrove.job.kinds import nearest
 from fedgrove.job.privacy import PrivacySection
 from fedgrove.job.sections import (
@@ -66,6 +67,12 @@ class Job(Section):
     train: TrainSection = Field(default_factory=TrainSection, description="The local training.")
     privacy: PrivacySection = Field(
         default_factory=PrivacySection, description="Noise and secure aggregation."
+    )
+    defence: DefenceSection = Field(
+        default_factory=DefenceSection, description="Against updates that would spoil the run."
+    )
+    attack: AttackSection = Field(
+        default_factory=AttackSection, description="Attackers among simulated clients."
     )
     run: RunSection = Field(default_factory=RunSection, description="Rounds, seed and records.")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Assembly, Term
+from fedgrove.adapters.centre import active, centred, plain_gram, reweighed
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -59,6 +60,8 @@ class SharedHalf:
         weights: Sequence[float],
     ) -> Tensor:
         """The weighted sum of one factor of all clients, all [rank, in] or all [out, rank]."""
+        if active() is not None:
+            return centred(halves, weights).to(halves[0].dtype)
         total = halves[0] * weights[0]
         for half, weight in zip(halves[1:], weights[1:], strict=True):
             total = total + half * weight
@@ -95,6 +98,7 @@ class Half(Method, Summable):
     """Shares the factor that its rule averages; the other is frozen or private."""
 
     stale = True
+    centres = "values"
     State, Offer, Mine, Sent = OneFactor, OneFactor, OwnFactor, OneFactor
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
     Rule: ClassVar[type[SharedHalf]]
@@ -119,6 +123,11 @@ class Half(Method, Summable):
     ) -> OneFactor:
         weights = shares(updates, self.options.weights)
         halves = [update.content.half for update in updates]
+        weights = reweighed(
+            [next(iter(half.values())) for half in halves],
+            lambda: plain_gram([list(half.values()) for half in halves]),
+            weights,
+        )
         common = {}
         for site in self.setting.sites:
             common[site] = self.Rule.mean([half[site] for half in halves], weights)

@@ -57,6 +57,7 @@ class Truncations(Method):
     shares = "A, B"
     keeps = "nothing"
     ranks = "mixed"
+    centres = "weights"
     State: ClassVar[type[Whole]] = Whole
     Offer, Sent = Truncation, OneAdapter
     Options: ClassVar[type[contract.Options]] = SplitOptions

@@ -65,6 +65,7 @@ class SomeLayers(Method):
     """
 
     averages_factors = True
+    centres = "values"
     State, Offer, Sent = LayersState, SomeOfIt, OneAdapter
     Options: ClassVar[type[contract.Options]] = LayerOptions
     no_rule = (

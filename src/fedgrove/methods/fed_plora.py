@@ -106,6 +106,7 @@ class FedPLoRA(Method):
     keeps = "nothing"
     ranks = "mixed"
     averages_factors = True
+    centres = "values"
     State, Offer, Mine, Sent = Whole, Whole, Counts, Modules
     Options: ClassVar[type[contract.Options]] = PLoRAOptions
     Rule: ClassVar[type[ServerRule]] = MeanOfModules

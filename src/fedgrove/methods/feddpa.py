@@ -160,6 +160,7 @@ class _FedDPA(Method):
         "its server averages the clients' global adapters as fedit does; aggregate those with fedit"
     )
     mixes = (ByExample, ByLocalExample)
+    centres = "values"
     Offer, Mine, Sent = Down, Kept, OneAdapter
 
     def reads(self) -> str:

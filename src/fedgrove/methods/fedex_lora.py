@@ -70,6 +70,7 @@ class FedExLoRA(Method):
     trains = "A, B"
     shares = "A, B"
     keeps = "nothing"
+    centres = "weights"
     State, Offer, Mine, Sent = MeanAndMerged, MeanAndBrought, Held, OneAdapter
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
     Rule: ClassVar[type[ServerRule]] = MeanAndResidual

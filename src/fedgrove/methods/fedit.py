@@ -48,6 +48,7 @@ class FedIT(Method, Summable):
     keeps = "nothing"
     stale = True
     averages_factors = True
+    centres = "values"
     State, Offer, Sent = Whole, Whole, OneAdapter
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
     Rule: ClassVar[type[ServerRule]] = MeanOfFactors

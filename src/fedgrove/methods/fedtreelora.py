@@ -303,6 +303,7 @@ class FedTreeLoRA(Method):
     trains = "A, B, λ"
     shares = "A, B"
     keeps = "λ"
+    centres = "values"
     State, Offer, Mine, Sent, Probed = TreeState, Paths, Kept, Upload, Probe
     Options: ClassVar[type[contract.Options]] = TreeOptions
     Rule: ClassVar[type[ServerRule]] = GroupMeans

@@ -68,6 +68,7 @@ class FLoRA(Method):
     shares = "A, B"
     keeps = "nothing"
     ranks = "mixed"
+    centres = "weights"
     State, Offer, Mine, Sent = Merged, Brought, Held, OneAdapter
     Options: ClassVar[type[contract.Options]] = contract.WeightedOptions
     Rule: ClassVar[type[ServerRule]] = Stack

@@ -173,6 +173,7 @@ class Grove(Method):
         "its groups grow from what training changed over several rounds, and a directory holds "
         "where one round ended"
     )
+    centres = "values"
     State, Offer, Mine, Sent, Probed = GroveState, Path, Nothing, Modules, Changed
     Options: ClassVar[type[contract.Options]] = GroveOptions
 

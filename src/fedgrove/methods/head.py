@@ -16,6 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Extra
+from fedgrove.adapters.centre import active, centred, plain_gram, reweighed
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import Offer, Step, Update
 
@@ -133,6 +134,8 @@ class HeadPolicy:
         total = sum(update.examples for update in arrived)
         shares = [update.examples / total for update in arrived]
         heads = [update.content["head"] for update in arrived]
+        if active() is not None:
+            return _defended(heads, shares)
         mean: dict[str, Tensor] = {}
         for name, first in heads[0].items():
             value = first * shares[0]
@@ -140,3 +143,15 @@ class HeadPolicy:
                 value = value + other[name] * share
             mean[name] = value
         return mean
+
+
+def _defended(
+    heads: Sequence[Mapping[str, Tensor]], shares: Sequence[float]
+) -> Mapping[str, Tensor]:
+    """The heads' centre under a defence."""
+    parts = [list(head.values()) for head in heads]
+    weights = reweighed([part[0] for part in parts], lambda: plain_gram(parts), shares)
+    found = {}
+    for name, first in heads[0].items():
+        found[name] = centred([head[name] for head in heads], weights).to(first.dtype)
+    return found

@@ -141,6 +141,7 @@ class HETLoRA(Method):
     shares = "first r_i of A, B"
     keeps = "nothing"
     ranks = "mixed"
+    centres = "values"
     State, Offer, Sent = WholeAndRanks, Whole, OneAdapter
     Options: ClassVar[type[contract.Options]] = HetOptions
     Rule: ClassVar[type[ServerRule]] = PaddedMean

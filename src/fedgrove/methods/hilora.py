@@ -313,6 +313,7 @@ class HiLoRA(Method):
     keeps = "leaf tier"
     ranks = "mixed"
     tiers: ClassVar[tuple[str, ...]] = TIERS
+    centres = "weights"
     State, Offer, Mine, Sent, Probed = HiLoRAState, Tiers, Kept, Upload, Probe
     Options = HiLoRAOptions
     Rule: ClassVar[type[ServerRule]] = ClusterMeans

@@ -68,6 +68,7 @@ class LoRAFair(FedIT):
     paper = "arXiv 2411.14961"
     stale = False
     averages_factors = False
+    centres = "weights"
     Options: ClassVar[type[contract.Options]] = FairOptions
     Rule: ClassVar[type[ServerRule]] = CorrectedMean
 

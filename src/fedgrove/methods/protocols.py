@@ -244,6 +244,19 @@ def averages_factors(method: Method) -> bool:
     return isinstance(method, AveragesFactors) and method.averages_factors
 
 
+# ----------------------------------------------------------------------- defence
+@runtime_checkable
+class Centred(Protocol):
+    """The server's means all pass ``adapters.centre``, so that a robust rule can take their place."""
+
+    centres: str  # "values": of factors; "weights": of products, whose members can be weighed
+
+
+def centres(method: Method) -> str:
+    """What a defence can do to the method's means: "values" and weights, "weights", or "none"."""
+    return method.centres if isinstance(method, Centred) else "none"
+
+
 # ------------------------------------------------------------------------- files
 @runtime_checkable
 class ServerArtefacts(Protocol):

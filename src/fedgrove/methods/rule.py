@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site, Sites
 from fedgrove.adapters.algebra import Indices, check, pad
+from fedgrove.adapters.centre import active, shares_of, weighed
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import Setting
@@ -205,9 +206,19 @@ def combine(rule: ServerRule, arrivals: Arrivals) -> Combined:
     """
     check(arrivals.adapters)
     weights = prepared(rule, arrivals, arrivals.weights)
+    # an index has holders of its own, so that it is judged by itself
+    if active() is None or arrivals.indices is not None:
+        return _sites(rule, replace(arrivals, weights=weights))
+    weights = shares_of(arrivals.adapters, weights)
+    with weighed():
+        return _sites(rule, replace(arrivals, weights=weights))
+
+
+def _sites(rule: ServerRule, arrivals: Arrivals) -> Combined:
+    """The last pass of a rule."""
     whole: Adapter = {}
     base: Adapter = {}
-    for given in replace(arrivals, weights=weights):
+    for given in arrivals:
         outcome = rule.site(given)
         if outcome.whole is not None:
             whole[given.name] = outcome.whole

@@ -117,6 +117,7 @@ class SDFLoRA(Method):
     shares = "A, B of the shared"
     keeps = "private module"
     ranks = "mixed"
+    centres = "weights"
     State, Offer, Mine, Sent = Whole, Shared, Private, OneAdapter
     Options: ClassVar[type[contract.Options]] = SDFOptions
     no_rule = (

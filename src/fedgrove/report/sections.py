@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 #: What any run may leave, whatever its method. Each gives nothing where there is nothing.
 ALWAYS = (
+    "fedgrove.report.pictures.defence:defence",
     "fedgrove.report.pictures.events:events",
     "fedgrove.report.pictures.generations:generations",
     "fedgrove.report.pictures.noise:noise",

@@ -5,13 +5,16 @@ last checkpoint.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedgrove.defence.attack import SPLIT
 from fedgrove.ground.ctrlc import stop_if_pressed
 from fedgrove.ground.files import sync_all, write_json, write_text
 from fedgrove.ground.plain import Given, Plain
+from fedgrove.ground.statistics import mean
 from fedgrove.methods.protocols import ServerArtefacts, global_assembly
 from fedgrove.report import write_report
 from fedgrove.runs.engine import Absence, Leaving
@@ -58,6 +61,9 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     summary["metric"] = stage.task.metric
     if spent := privacy(loop, left):
         summary["privacy"] = spent
+    if told := poison(loop, left):
+        summary.update(told)
+        write_json(out / "defence.json", {**told, "lines": loop.shield.lines})
     write_json(out / "summary.json", summary)
     loop.watch.phase("writing the report")
     with span("report"):
@@ -114,6 +120,35 @@ def privacy(loop: Loop, left: Mapping[str, Leaving]) -> Plain:
             "randomness": section.randomness,
         }
     return found
+
+
+def poison(loop: Loop, left: Mapping[str, Leaving]) -> Plain:
+    """What the defence was, and what attackers came to; {} where the job has neither."""
+    stage = loop.prepared
+    found: Plain = {}
+    wanted, attackers = stage.job.defence, stage.attackers.names
+    if wanted.active:
+        found["defence"] = {"rule": wanted.rule, "norm": wanted.norm}
+    if attackers:
+        metric = stage.task.metric
+        honest = [left[name].row["metric"] for name in left if name not in attackers]
+        success: list[float] = []
+        if stage.job.attack.tells:
+            success = [line[metric] for line in loop.measured(loop.done, SPLIT)]
+        found["attack"] = {
+            "kind": stage.job.attack.kind,
+            "attackers": list(attackers),
+            "honest": or_none(mean(honest)),
+            "success": or_none(mean(success)),
+        }
+    return found
+
+
+def or_none(value: float) -> float | None:
+    """JSON has no word for what is no number."""
+    if math.isnan(value):
+        return None
+    return value
 
 
 def farewell(loop: Loop) -> dict[str, Leaving]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from fedgrove.defence.check import refuse_unfit as refuse_defence
 from fedgrove.ground.errors import JobError
 from fedgrove.privacy.check import refuse_unfit as refuse_privacy
 
@@ -32,6 +33,7 @@ def refuse_unfit(
             "false, or run with the local engine."
         )
     _refuse_federation(parts, len(clients))
+    refuse_defence(parts.job, parts.task, parts.method, clients, local=local)
     refuse_privacy(
         parts.job,
         parts.method,

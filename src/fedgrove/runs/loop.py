@@ -11,9 +11,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedgrove.adapters.tree import Tree, typed
+from fedgrove.defence.changes import Changes
+from fedgrove.defence.shield import Shield
 from fedgrove.ground.ctrlc import stop_if_pressed
 from fedgrove.ground.errors import AdapterError, FedgroveError, RunError
-from fedgrove.ground.plain import Plain
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import ClientInfo, State, Update
 from fedgrove.privacy.client_dp import protection
 from fedgrove.runs.engine import Absence, Arrival, Engine
@@ -47,6 +49,7 @@ class Loop:
         self._opened: tuple[State, int, State] | None = None
         self.done = 0  # rounds completed
         self.guard = protection(stage.job, stage.method, stage.head, records.out)
+        self.shield = Shield(stage.job.defence)
         if self.checkpoints.exists():
             self._restore()
         else:
@@ -88,8 +91,10 @@ class Loop:
         with self.ledger.clock("training"):
             if selected:
                 updates = self.collect(number, selected)
+        changes = self.changes(number)
+        updates = stage.attackers.spoiled(updates, changes)
         with self.ledger.clock("server"):
-            updates = self.aggregate(number, updates, selected)
+            updates = self.aggregate(number, updates, selected, changes)
         if schedule.noise:  # else updates may be masked
             parts = [method_part(update) for update in updates]
             self.lab.end(self.state, parts)
@@ -191,18 +196,22 @@ class Loop:
         number: int,
         updates: list[Update],
         selected: Sequence[str],
+        changes: Changes,
     ) -> list[Update]:
         """The next state; the updates that it was made of. From clients elsewhere, one that breaks
         it is left out.
         """
         prepared = self.prepared
         seen: Sequence[Update] = ()  # what of the updates the state was made of, at the last try
+        head: Mapping[str, Tensor] | None = None
 
         def combine(whole: Sequence[Update]) -> State:
-            nonlocal seen
+            nonlocal seen, head
             seen = self.protected(number, whole, selected)
-            parts = [method_part(update) for update in seen]
-            state = prepared.method.aggregate(self.state, number, parts)
+            with self.shield.over(number, seen, changes) as guarded:
+                parts = [method_part(update) for update in guarded]
+                state = prepared.method.aggregate(self.state, number, parts)
+                head = prepared.head.aggregate(self.head, guarded)
             if not prepared.engine.trusted:
                 refuse_loss(self.state, state, prepared.method.setting.sites)
             return state
@@ -221,8 +230,8 @@ class Loop:
             self._enough(number, present, reasons)
         if self.guard is not None:
             self.guard.released(seen[0])
-        self.state = state
-        self.head = prepared.head.aggregate(self.head, seen)
+        self.shield.used(updates, changes)
+        self.state, self.head = state, head
         return updates
 
     def _reject(self, number: int, faults: Sequence[tuple[str, str]]) -> None:
@@ -233,6 +242,16 @@ class Loop:
                 self._refuse(number, client, reason)
             else:
                 self.lost(number, Absence(client, reason))
+
+    def changes(self, number: int) -> Changes:
+        """What the clients of a round changed, where somebody asks."""
+        prepared, how = self.prepared, self.prepared.job.run.compress
+
+        def received(name: str) -> Given:
+            found: Given = passed(self.offer(name, number), how)
+            return found
+
+        return Changes(prepared.method, prepared.head, prepared.clients, received, number)
 
     def protected(
         self,
@@ -386,6 +405,8 @@ class Loop:
         }
         if self.guard is not None:
             server["releases"] = self.guard.releases
+        if self.prepared.job.defence.active:
+            server["defence"] = self.shield.notes()
         with span("checkpoint"):
             changed = self.prepared.engine.changed()
             self.checkpoints.save(self.done, server, changed)
@@ -398,6 +419,8 @@ class Loop:
         self.prepared.engine.restore(stores, server.get("engine", {}))
         if self.guard is not None:
             self.guard.releases = int(server["releases"])
+        if "defence" in server:
+            self.shield.restore(server["defence"])
 
 
 def method_part(update: Update) -> Update:

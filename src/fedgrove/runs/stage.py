@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from fedgrove.defence.attack import SPLIT, Attackers
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.runs.engine import Engine
 from fedgrove.runs.noise import Lab
@@ -63,10 +64,18 @@ class Stage(Generic[E]):
         return self.parts.head
 
     @property
+    def attackers(self) -> Attackers:
+        """Who of the clients attacks; nobody outside a simulation that says so."""
+        return Attackers.drawn(self.job.attack, self.clients, self.job.run.seed)
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """What an evaluated round measures: the test split, and the validation split where the job
         holds one out.
         """
+        splits = ["test"]
         if self.job.data.validation_fraction:
-            return ("test", "validation")
-        return ("test",)
+            splits.append("validation")
+        if self.job.attack.tells:
+            splits.append(SPLIT)
+        return tuple(splits)
