@@ -84,6 +84,8 @@ def reweighed(
 
 def shares_of(adapters: Sequence[Adapter], shares: Sequence[float]) -> list[float]:
     """``reweighed`` for adapters, by the inner products of their updates."""
+    if active() is None or not all(adapters):
+        return list(shares)
     members = [next(iter(adapter.values())).A for adapter in adapters]
     return reweighed(members, lambda: product_gram(adapters), shares)
 
