@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 
+from fedgrove.ground.plain import Given
 from fedgrove.report.style import CYCLE
 
 Group = frozenset[str]
 Colour = tuple[float, float, float]
 Floats = NDArray[np.float64]
+Span = tuple[list[int], list[Group], list[float]]
 
 _WOOD = (0.52, 0.49, 0.46)  # what a trunk of many branches fades to
-_SPREAD = (
-    0.45  # all gaps between branches at the deepest layer, as a share of the clients' own width
-)
+#: all gaps between branches at the deepest layer, as a share of the clients' own width
+_SPREAD = 0.45
 _WIDEST = 0.13  # one gap, likewise
 
 
@@ -48,17 +48,17 @@ class Tree:
     shares: Mapping[str, Mapping[str, float]]
 
     @classmethod
-    def read(cls, content: Mapping[str, Any]) -> Tree:
-        rows = [
-            Layer(row["layer"], row["score"], [frozenset(group) for group in row["groups"]])
-            for row in content["layers"]
-        ]
+    def read(cls, content: Given) -> Tree:
+        layers = []
+        for row in content["layers"]:
+            groups = [frozenset(group) for group in row["groups"]]
+            layers.append(Layer(row["layer"], row["score"], groups))
         return cls(
-            content["clients"],
-            content["merges"],
-            content.get("joined", []),
-            rows,
-            content.get("lambda") or {},
+            clients=content["clients"],
+            merges=content["merges"],
+            joined=content.get("joined", []),
+            layers=layers,
+            shares=content.get("lambda") or {},
         )
 
     @cached_property
@@ -66,24 +66,26 @@ class Tree:
         """Whether no layer brings clients together that the layer above parted (the ablation
         without a tree may).
         """
-        return all(
-            any(fine <= coarse for coarse in above.groups)
-            for above, below in pairwise(self.layers)
-            for fine in below.groups
-        )
+        for above, below in pairwise(self.layers):
+            for fine in below.groups:
+                if not any(fine <= coarse for coarse in above.groups):
+                    return False
+        return True
 
     @cached_property
     def nodes(self) -> list[list[str]]:
         """The clients below each node, left to right: the leaves, then the merges in order."""
         rank = {name: place for place, name in enumerate(self.clients)}
+
+        def earliest(names: Sequence[str]) -> int:
+            return min(rank[name] for name in names)
+
         found = [[name] for name in self.clients]
         for left, right, *_ in self.merges:
             # The branch with the earliest client stands on the left, whichever of the two scipy
             # names first.
-            one, other = sorted(
-                (found[int(left)], found[int(right)]),
-                key=lambda names: min(rank[name] for name in names),
-            )
+            pair = (found[int(left)], found[int(right)])
+            one, other = sorted(pair, key=earliest)
             found.append(one + other)
         return found
 
@@ -95,7 +97,8 @@ class Tree:
         order = list(self.nodes[-1])
         for name in self.joined:
             own = next(group for group in self.layers[-1].groups if name in group)
-            order.insert(1 + max(place for place, other in enumerate(order) if other in own), name)
+            places = [place for place, other in enumerate(order) if other in own]
+            order.insert(1 + max(places), name)
         return order
 
     @cached_property
@@ -104,35 +107,44 @@ class Tree:
 
     def ordered(self, groups: Sequence[Group]) -> list[Group]:
         """Groups from left to right, by their first column."""
-        return sorted(groups, key=lambda group: min(self.place[name] for name in group))
+
+        def first(group: Group) -> int:
+            return min(self.place[name] for name in group)
+
+        return sorted(groups, key=first)
 
     # ---------------------------------------------------------------- what to say
-    def spans(self) -> list[tuple[list[int], list[Group], list[float]]]:
+    def spans(self) -> list[Span]:
         """Runs of layers with the same groups: (the layers, the groups, their scores)."""
-        found: list[tuple[list[int], list[Group], list[float]]] = []
+        found: list[Span] = []
+        before: list[Group] = []
         for layer in self.layers:
-            if found and set(found[-1][1]) == set(layer.groups):
-                found[-1][0].append(layer.index)
-                found[-1][2].append(layer.score)
-            else:
-                found.append(([layer.index], layer.groups, [layer.score]))
+            if not found or set(before) != set(layer.groups):
+                found.append(([], layer.groups, []))
+                before = layer.groups
+            indices, _, scores = found[-1]
+            indices.append(layer.index)
+            scores.append(layer.score)
         return found
 
     # ---------------------------------------------------------------- colours
     @cached_property
     def _twigs(self) -> dict[str, int]:
-        return {
-            name: n
-            for n, group in enumerate(self.ordered(self.layers[-1].groups))
-            for name in group
-        }
+        """The number of each client's group in the deepest layer."""
+        found: dict[str, int] = {}
+        deepest = self.ordered(self.layers[-1].groups)
+        for number, group in enumerate(deepest):
+            found |= dict.fromkeys(group, number)
+        return found
 
     @cached_property
     def _palette(self) -> list[Colour]:
         count = len(self.layers[-1].groups)
         if count <= len(CYCLE):
             return [to_rgb(colour) for colour in CYCLE[:count]]
-        return [to_rgb(colormaps["turbo"](0.05 + 0.9 * n / (count - 1))) for n in range(count)]
+        turbo = colormaps["turbo"]
+        places = [0.05 + 0.9 * number / (count - 1) for number in range(count)]
+        return [to_rgb(turbo(place)) for place in places]
 
     def colour(self, group: Sequence[str] | Group) -> Colour:
         """A group of the deepest layer has a colour of its own; what splits into several is the
@@ -140,9 +152,8 @@ class Tree:
         """
         twigs = [self._twigs[name] for name in group]
         wood = 0.8 * (1 - 1 / len(set(twigs)))
-        mixed = (1 - wood) * np.mean(
-            [self._palette[twig] for twig in twigs], axis=0
-        ) + wood * np.array(_WOOD)
+        own = np.mean([self._palette[twig] for twig in twigs], axis=0)
+        mixed = (1 - wood) * own + wood * np.array(_WOOD)
         red, green, blue = (float(value) for value in mixed)
         return red, green, blue
 
@@ -152,14 +163,14 @@ class Tree:
         """For each pair of neighbouring columns the first layer, by place, that parts them."""
         if not self.nested:
             return [None] * (len(self.columns) - 1)
-        found: list[int | None] = []
-        for one, other in pairwise(self.columns):
-            together = [
-                any(one in group and other in group for group in layer.groups)
-                for layer in self.layers
-            ]
-            found.append(together.index(False) if False in together else None)
-        return found
+        return [self._birth(frozenset(pair)) for pair in pairwise(self.columns)]
+
+    def _birth(self, pair: Group) -> int | None:
+        """The first layer that parts two clients."""
+        for place, layer in enumerate(self.layers):
+            if not any(pair <= group for group in layer.groups):
+                return place
+        return None
 
     @cached_property
     def _gaps(self) -> Floats:
@@ -167,15 +178,16 @@ class Tree:
         older, the wider.
         """
         depth = len(self.layers)
-        ages = np.array(
-            [0.0 if birth is None else 0.35 + (depth - birth) / depth for birth in self.births]
-        )
+        ages = np.zeros(len(self.births))
+        for place, birth in enumerate(self.births):
+            if birth is not None:
+                ages[place] = 0.35 + (depth - birth) / depth
         if not ages.any():
             return ages
-        return np.minimum(
-            _SPREAD * len(self.columns) * ages / ages.sum(),
-            _WIDEST * len(self.columns) * ages + 0.2,
-        )
+        count = len(self.columns)
+        shared = _SPREAD * count * ages / ages.sum()
+        widest = _WIDEST * count * ages + 0.2
+        return np.minimum(shared, widest)
 
     @cached_property
     def width(self) -> float:
@@ -192,30 +204,39 @@ class Tree:
         layers = len(self.layers)
         if depth is None:
             depth = float(layers)
-        else:
-            depth = depth
-        opened = [
-            gap * _opening(depth - birth, layers - birth) if birth is not None else 0.0
-            for gap, birth in zip(self._gaps, self.births, strict=True)
-        ]
-        places = np.arange(len(self.columns)) + np.concatenate([[0.0], np.cumsum(opened)])
-        return np.asarray(places - (places[0] + places[-1]) / 2)
+        opened = []
+        for gap, birth in zip(self._gaps, self.births, strict=True):
+            share = 0.0
+            if birth is not None:
+                share = _opening(depth - birth, layers - birth)
+            opened.append(gap * share)
+        moved = np.concatenate([[0.0], np.cumsum(opened)])
+        places = np.arange(len(self.columns)) + moved
+        middle = (places[0] + places[-1]) / 2
+        return np.asarray(places - middle)
 
     def lives(self) -> list[tuple[Group, int, int]]:
         """Each group with the first layer that has it and the one after the last, by place."""
-        found: dict[Group, tuple[int, int]] = {}
+        starts: dict[Group, int] = {}
+        ends: dict[Group, int] = {}
         for place, layer in enumerate(self.layers):
             for group in layer.groups:
-                found[group] = (found[group][0] if group in found else place, place + 1)
-        return [(group, start, end) for group, (start, end) in found.items()]
+                starts.setdefault(group, place)
+                ends[group] = place + 1
+        return [(group, start, ends[group]) for group, start in starts.items()]
 
     def outline(self, group: Group, start: float, end: float) -> Floats:
         """The corners [n, 2] of a branch that is ``group`` from one depth to another."""
-        depths = np.linspace(start, end, max(3, int(12 * (end - start)) + 1))
+        steps = int(12 * (end - start)) + 1
         columns = [self.place[name] for name in group]
-        rows = [self.centres(depth) for depth in depths]
-        left = [(row[min(columns)] - 0.5, depth) for row, depth in zip(rows, depths, strict=True)]
-        right = [(row[max(columns)] + 0.5, depth) for row, depth in zip(rows, depths, strict=True)]
+        first = min(columns)
+        last = max(columns)
+        left = []
+        right = []
+        for depth in np.linspace(start, end, max(3, steps)):
+            row = self.centres(depth)
+            left.append((row[first] - 0.5, depth))
+            right.append((row[last] + 0.5, depth))
         return np.array(left + right[::-1])
 
 
@@ -223,5 +244,6 @@ def _opening(age: float, whole: float) -> float:
     """How far a gap is open, 0 to 1: smoothly over the first part of its ``whole`` layers, then it
     stays as it is.
     """
-    part = min(max(age, 0.0) / min(whole, max(1.0, 0.7 * whole)), 1.0)
+    opens = min(whole, max(1.0, 0.7 * whole))
+    part = min(max(age, 0.0) / opens, 1.0)
     return part * part * (3 - 2 * part)

@@ -6,9 +6,9 @@ import base64
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fedgrove.ground import files, words
+from fedgrove.ground.plain import Plain
 from fedgrove.report import clients, compare, facts, figures, sections, style
 from fedgrove.report.compare import Comparison
 from fedgrove.report.data import Run, load
@@ -53,7 +53,12 @@ def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
         usage=usage(run),
         pictures=core,
         plugged=plugged,
-        notes=[*run.notes, *comparison.warnings, *failed, *painter.failed],
+        notes=[
+            *run.notes,
+            *comparison.warnings,
+            *failed,
+            *painter.failed,
+        ],
         broken=_broken(run),
     )
     target = run_dir / "report.html"
@@ -61,7 +66,7 @@ def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
     return target
 
 
-def _plugged(number: int, section: sections.Section, painter: Painter) -> dict[str, Any]:
+def _plugged(number: int, section: sections.Section, painter: Painter) -> Plain:
     picture = None
     if section.figure:
         picture = painter.paint(f"extra-{number}", section.title, section.figure)
@@ -78,18 +83,18 @@ def _core_pictures(run: Run, comparison: Comparison, painter: Painter) -> Pictur
         "clients": (bool(comparison.ours.values), f"{metric} of every client", figures.clients),
         "gains": (len(comparison.gains()) > 1, "Who gains and who loses", figures.gains),
     }
-    found: Pictures = {
-        name: painter.paint(name, label, partial(draw, run, comparison)) if there else None
-        for name, (there, label, draw) in drawn.items()
-    }
+    found: Pictures = {}
+    for name, (there, label, draw) in drawn.items():
+        found[name] = None
+        if there:
+            found[name] = painter.paint(name, label, partial(draw, run, comparison))
+    found["data"] = None
     if run.table:
         found["data"] = _who_holds_what(run.table, painter)
-    else:
-        found["data"] = None
     return found
 
 
-def _who_holds_what(table: dict[str, Any], painter: Painter) -> Picture | None:
+def _who_holds_what(table: Plain, painter: Painter) -> Picture | None:
     """The federation's own picture of its data."""
     try:
         from fedgrove.federation.picture import who_holds_what

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedgrove.ground import words
 from fedgrove.ground.statistics import mean, percentiles, tail10
@@ -16,7 +15,15 @@ WHOLE = 200  # clients that all stand in the table; of more the weakest do, and 
 WEAKEST = 100
 CROWD = 40  # more clients than this are shown as quantiles too
 GROUPS = 60  # more groups than this are no overview
-SHARES = {"worst": 0, "5 %": 5, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "best": 100}
+SHARES = {
+    "worst": 0,
+    "5 %": 5,
+    "25 %": 25,
+    "median": 50,
+    "75 %": 75,
+    "95 %": 95,
+    "best": 100,
+}
 
 Grid = list[list[str]]  # the first row is the header
 
@@ -36,10 +43,9 @@ class Table:
 def table(run: Run, comparison: Comparison) -> Table:
     """Every client in the order of the names; of very many those that fare worst."""
     gains = comparison.gains()
+    alone = None
     if comparison.local:
         alone = comparison.local.values
-    else:
-        alone = None
     headings = ["client", "group", "examples", "rank", "base"]
     if alone is not None:
         headings.append("alone")
@@ -47,36 +53,48 @@ def table(run: Run, comparison: Comparison) -> Table:
     everyone = sorted(run.summary["clients"])
     lines = {name: _line(run, name, alone, gains) for name in everyone}
     if len(everyone) <= WHOLE:
-        return Table(headings, list(lines.values()), len(everyone), "")
+        return Table(
+            headings,
+            list(lines.values()),
+            len(everyone),
+            "",
+        )
     ours = comparison.ours.values
-    weakest = sorted(ours, key=lambda name: (ours[name], name))[:WEAKEST]
+    by_score = sorted(ours, key=lambda name: (ours[name], name))
+    weakest = by_score or everyone
+    shown = [lines[name] for name in weakest[:WEAKEST]]
     data = json.dumps(list(lines.values()), ensure_ascii=False, separators=(",", ":"))
-    shown = [lines[name] for name in weakest or everyone[:WEAKEST]]
-    return Table(headings, shown, len(everyone), data.replace("<", "\\u003c"))
+    safe = data.replace("<", "\\u003c")
+    return Table(headings, shown, len(everyone), safe)
 
 
 def _line(
-    run: Run, name: str, alone: Mapping[str, float] | None, gains: Mapping[str, float]
+    run: Run,
+    name: str,
+    alone: Mapping[str, float] | None,
+    gains: Mapping[str, float],
 ) -> list[str]:
     row = run.summary["clients"][name]
+    called = name
     if row.get("held_out"):
-        never = " (never trained)"
-    else:
-        never = ""
+        called = f"{name} (never trained)"
+    group = run.described(name).get("group") or ""
     cells = [
-        name + never,
-        str(run.described(name).get("group") or ""),
+        called,
+        str(group),
         _whole(row.get("examples")),
         _whole(row.get("rank")),
         _score(run, row.get("metric_base")),
     ]
     if alone is not None:
         cells.append(_score(run, alone.get(name)))
+    gain = words.change(gains.get(name), percent=run.percent)
+    loss = words.number(row.get("loss"))
     cells += [
         _score(run, row.get("metric")),
         _score(run, row.get("metric_tuned")),
-        words.typographic(words.change(gains.get(name), percent=run.percent)),
-        words.typographic(words.number(row.get("loss"))),
+        words.typographic(gain),
+        words.typographic(loss),
     ]
     return cells
 
@@ -86,21 +104,25 @@ def quantiles(run: Run, comparison: Comparison) -> Grid:
     if len(comparison.ours.values) <= CROWD:
         return []
     header = ["", *(words.typographic(name) for name in SHARES)]
-    return [header, *(_quantile_row(run, row) for row in comparison.rows)]
+    rows = [_quantile_row(run, row) for row in comparison.rows]
+    return [header, *rows]
 
 
 def _quantile_row(run: Run, row: Row) -> list[str]:
     found = percentiles(row.values.values(), list(SHARES.values()))
-    return [row.label, *(_score(run, value) for value in found)]
+    cells = [_score(run, value) for value in found]
+    return [row.label, *cells]
 
 
 def groups(run: Run, comparison: Comparison) -> Grid:
     """Mean, tail, worst and gain of each natural group of clients; [] without groups."""
-    ours, gains = comparison.ours.values, comparison.gains()
+    ours = comparison.ours.values
+    gains = comparison.gains()
     members: dict[str, list[str]] = {}
     for name in ours:
-        group = str(run.described(name).get("group") or "")
-        members.setdefault(group, []).append(name)
+        group = run.described(name).get("group") or ""
+        mates = members.setdefault(str(group), [])
+        mates.append(name)
     if not 2 <= len(members) <= GROUPS:
         return []
     rows = [["group", "clients", "base", "mean", "tail", "worst", "mean gain"]]
@@ -108,14 +130,21 @@ def groups(run: Run, comparison: Comparison) -> Grid:
         values = [ours[name] for name in names]
         base = mean(comparison.base.values.get(name) for name in names)
         gain = mean(gains.get(name) for name in names)
-        scores = (base, mean(values), tail10(values), min(values))
-        change = words.typographic(words.change(gain, percent=run.percent))
-        shown = [_score(run, value) for value in scores]
-        rows.append([group or "none", f"{len(names):,}", *shown, change])
+        change = words.change(gain, percent=run.percent)
+        row = [
+            group or "none",
+            f"{len(names):,}",
+            _score(run, base),
+            _score(run, mean(values)),
+            _score(run, tail10(values)),
+            _score(run, min(values)),
+            words.typographic(change),
+        ]
+        rows.append(row)
     return rows
 
 
-def _score(run: Run, value: Any) -> str:
+def _score(run: Run, value: float | None) -> str:
     return words.typographic(words.score(value, percent=run.percent))
 
 

@@ -40,7 +40,11 @@ class Row:
     @property
     def worst(self) -> str:
         """The client with the lowest value."""
-        return min(self.values, key=lambda name: (self.values[name], name), default="")
+        return min(
+            self.values,
+            key=lambda name: (self.values[name], name),
+            default="",
+        )
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,22 @@ class Comparison:
             others = [self.local]
         else:
             others = [row for row in self.rows if row.kind == "other"]
-        return next((row for row in [*others, self.base] if row and row.values), None)
+        for row in [*others, self.base]:
+            if row and row.values:
+                return row
+        return None
 
     def gains(self) -> dict[str, float]:
         """``{client: this run − reference}``, largest first; {} without a reference."""
-        if self.reference:
-            other = self.reference.values
-        else:
-            other = {}
-        both = {
-            name: value - other[name] for name, value in self.ours.values.items() if name in other
-        }
-        return dict(sorted(both.items(), key=lambda item: (-item[1], item[0])))
+        if not self.reference:
+            return {}
+        other = self.reference.values
+        gain = {}
+        for name, value in self.ours.values.items():
+            if name in other:
+                gain[name] = value - other[name]
+        in_order = sorted(gain, key=lambda name: (-gain[name], name))
+        return {name: gain[name] for name in in_order}
 
 
 def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
@@ -81,12 +89,20 @@ def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
     row.
     """
     base = Row("Untouched base, head only", run.values("metric_base"), "base")
-    ours = Row(_label(run), run.values("metric"), "ours", "this run")
-    rows, warnings, local = [base] if base.values else [], [], None
+    ours = Row(
+        _label(run),
+        run.values("metric"),
+        "ours",
+        "this run",
+    )
+    rows = []
+    warnings = []
+    local = None
+    if base.values:
+        rows.append(base)
     for other in baselines:
-        values = {
-            name: value for name, value in other.values("metric").items() if name in run.clients
-        }
+        scores = other.values("metric")
+        values = {name: value for name, value in scores.items() if name in run.clients}
         if not values:
             warnings.append(
                 f"{other.path.name} has no client in common with this run, so it is not in the "
@@ -94,7 +110,10 @@ def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
             )
             continue
         warnings += _differences(run, other, len(values))
-        row = Row(_label(other), values, "local" if other.alone else "other", other.path.name)
+        kind = "other"
+        if other.alone:
+            kind = "local"
+        row = Row(_label(other), values, kind, other.path.name)
         rows.append(row)
         if other.alone and local is None and not run.alone:
             local = row
@@ -102,7 +121,13 @@ def compare(run: Run, baselines: Sequence[Run]) -> Comparison:
     tuned = run.values("metric_tuned")
     if tuned:
         rows.append(Row("… then trained on at each client", tuned, "tuned"))
-    return Comparison(tuple(rows), ours, base, local, tuple(warnings))
+    return Comparison(
+        tuple(rows),
+        ours,
+        base,
+        local,
+        tuple(warnings),
+    )
 
 
 def _label(run: Run) -> str:
@@ -115,14 +140,15 @@ def unseen(run: Run) -> list[Row]:
     """The clients that never trained: as they arrive, and after local training where the run did
     it.
     """
-    label = f"{words.count(len(run.newcomers), 'client')} that never trained"
+    newcomers = words.count(len(run.newcomers), "client")
+    label = f"{newcomers} that never trained"
     found = []
     for key, title in (("metric", label), ("metric_tuned", "… then trained on at each of them")):
-        values = {
-            name: row[key]
-            for name, row in run.newcomers.items()
-            if isinstance(row.get(key), int | float)
-        }
+        values = {}
+        for name, row in run.newcomers.items():
+            value = row.get(key)
+            if isinstance(value, int | float):
+                values[name] = value
         if values:
             found.append(Row(title, values, "unseen"))
     return found
@@ -130,7 +156,10 @@ def unseen(run: Run) -> list[Row]:
 
 def verdict(run: Run, comparison: Comparison) -> list[str]:
     """What came out, in sentences that are true whatever the numbers are."""
-    ours, base, local, percent = comparison.ours, comparison.base, comparison.local, run.percent
+    ours = comparison.ours
+    base = comparison.base
+    local = comparison.local
+    percent = run.percent
     if not ours.values:
         return [
             f"No client has a {run.metric} at the end of the run, so there is nothing to compare."
@@ -151,10 +180,8 @@ def verdict(run: Run, comparison: Comparison) -> list[str]:
     else:
         said.append(f"{whose} {run.metric} is {shown(ours.mean)} at the end.")
     if local:
-        average, weakest = (
-            _effect(getattr(ours, what) - getattr(local, what), percent)
-            for what in ("mean", "tail")
-        )
+        average = _effect(ours.mean - local.mean, percent)
+        weakest = _effect(ours.tail - local.tail, percent)
         both = f"{average} on average and {weakest} for the weakest clients (tail)"
         if average == weakest:
             both = f"{average}, on average as for the weakest clients (tail)"
@@ -167,41 +194,40 @@ def verdict(run: Run, comparison: Comparison) -> list[str]:
             "whether taking part beats training alone."
         )
     gains = comparison.gains()
-    reference = comparison.reference
-    if reference and len(gains) > 1:
-        better, worse = (
-            sum(gain > 0 for gain in gains.values()),
-            sum(gain < 0 for gain in gains.values()),
-        )
-        same = len(gains) - better - worse
-        than = {"local": "than alone", "base": "than with the base"}.get(
-            reference.kind, f"than in {reference.note}"
-        )
-        if same:
-            unchanged = f", {same} unchanged"
-        else:
-            unchanged = ""
-        if better == 1:
-            are = "is"
-        else:
-            are = "are"
-        said.append(
-            f"{better:,} of {len(gains):,} clients {are} better off {than}, {worse:,} worse{unchanged}."
-        )
+    if comparison.reference and len(gains) > 1:
+        said.append(_better_off(list(gains.values()), comparison.reference))
     if run.newcomers:
-        said.append(
-            f"{words.count(len(run.newcomers), 'more client')} never trained and only tried the "
-            f"result."
-        )
+        more = words.count(len(run.newcomers), "more client")
+        said.append(f"{more} never trained and only tried the result.")
     return said
+
+
+def _better_off(gains: Sequence[float], reference: Row) -> str:
+    """How many clients win and lose."""
+    better = sum(gain > 0 for gain in gains)
+    worse = sum(gain < 0 for gain in gains)
+    same = len(gains) - better - worse
+    known = {"local": "than alone", "base": "than with the base"}
+    than = known.get(reference.kind, f"than in {reference.note}")
+    unchanged = ""
+    if same:
+        unchanged = f", {same} unchanged"
+    are = "are"
+    if better == 1:
+        are = "is"
+    return (
+        f"{better:,} of {len(gains):,} clients {are} better off {than}, {worse:,} worse{unchanged}."
+    )
 
 
 def grain(run: Run) -> str:
     """How much one test example weighs, "" where it is not known."""
     sizes = run.test_sizes
-    if not sizes or sizes[len(sizes) // 2] <= 0 or not run.percent:
+    if not sizes or not run.percent:
         return ""
     middle = sizes[len(sizes) // 2]
+    if middle <= 0:
+        return ""
     worth = f"a single one is worth {100 / middle:.1f} points"
     return f"A client has about {middle:.0f} test examples, so {worth}: small differences may be chance."
 
@@ -210,14 +236,14 @@ def _effect(difference: float, percent: bool) -> str:
     text = words.change(difference, percent=percent).lstrip("+-")
     if not float(text):
         return "changes nothing"
-    if percent:
-        if text == "1.0":
-            unit = " point"
-        else:
-            unit = " points"
-    else:
-        unit = ""
-    return f"{'adds' if difference > 0 else 'costs'} {text}{unit}"
+    does = "costs"
+    if difference > 0:
+        does = "adds"
+    if not percent:
+        return f"{does} {text}"
+    if text == "1.0":
+        return f"{does} {text} point"
+    return f"{does} {text} points"
 
 
 def _differences(run: Run, other: Run, shared: int) -> list[str]:

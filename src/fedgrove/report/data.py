@@ -7,13 +7,13 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedgrove.ground import words
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.report.sections import method_of
 from fedgrove.tracking import metrics
 from fedgrove.tracking import summary as summaries
@@ -26,11 +26,11 @@ class Run:
     """
 
     path: Path
-    summary: Mapping[str, Any]
-    job: dict[str, Any]
+    summary: Given
+    job: Plain
     job_text: str
-    lines: list[dict[str, Any]]  # metrics.jsonl
-    table: dict[str, Any] | None  # Federation.table()
+    lines: list[Plain]  # metrics.jsonl
+    table: Plain | None  # Federation.table()
     versions: dict[str, str]
     notes: tuple[str, ...]
 
@@ -47,47 +47,52 @@ class Run:
         return kind is not None and not kind.federated
 
     @cached_property
-    def clients(self) -> dict[str, dict[str, Any]]:
+    def clients(self) -> dict[str, Plain]:
         """The clients that trained, by name."""
-        return {
-            name: row for name, row in self.summary["clients"].items() if not row.get("held_out")
-        }
+        rows = self.summary["clients"]
+        return {name: row for name, row in rows.items() if not row.get("held_out")}
 
     @cached_property
-    def newcomers(self) -> dict[str, dict[str, Any]]:
+    def newcomers(self) -> dict[str, Plain]:
         """The clients that never trained."""
-        return {name: row for name, row in self.summary["clients"].items() if row.get("held_out")}
+        rows = self.summary["clients"]
+        return {name: row for name, row in rows.items() if row.get("held_out")}
 
     def values(self, key: str) -> dict[str, float]:
         """``{client: number}`` over the clients that trained and have one: key ``metric``,
         ``metric_base``, ...
         """
-        numbers = {name: _number(row.get(key)) for name, row in self.clients.items()}
-        return {name: value for name, value in numbers.items() if value is not None}
+        found = {}
+        for name, row in self.clients.items():
+            value = _number(row.get(key))
+            if value is not None:
+                found[name] = value
+        return found
 
     @cached_property
     def metric(self) -> str:
         """What ``metric`` measures, as summary.json says or the evaluation lines call it."""
         if self.summary.get("metric"):
             return str(self.summary["metric"])
-        names = (metrics.metric_name(line) for line in self._tests)
-        return next((name for name in names if name), "score")
+        names = filter(None, map(metrics.metric_name, self._tests))
+        return next(names, "score")
 
     @cached_property
     def percent(self) -> bool:
-        keys = ("metric", "metric_base", "metric_tuned")
-        return words.shares(value for key in keys for value in self.values(key).values())
+        values: list[float] = []
+        for key in ("metric", "metric_base", "metric_tuned"):
+            values.extend(self.values(key).values())
+        return words.shares(values)
 
     @cached_property
-    def _tests(self) -> list[dict[str, Any]]:
+    def _tests(self) -> list[Plain]:
         """The evaluation lines of the clients that trained."""
         trained = self.clients
-        return [
-            line for line in self.lines if line["split"] == "test" and line["client"] in trained
-        ]
+        tests = [line for line in self.lines if line["split"] == "test"]
+        return [line for line in tests if line["client"] in trained]
 
     @cached_property
-    def trained(self) -> list[dict[str, Any]]:
+    def trained(self) -> list[Plain]:
         """The lines of training."""
         return [line for line in self.lines if line["split"] == "train"]
 
@@ -101,7 +106,8 @@ class Run:
         for line in self._tests:
             value = _number(line.get(metric))
             if value is not None:
-                found.setdefault(line["round"], {})[line["client"]] = value
+                row = found.setdefault(line["round"], {})
+                row[line["client"]] = value
         return dict(sorted(found.items()))
 
     @cached_property
@@ -111,7 +117,8 @@ class Run:
         for line in self.trained:
             loss = _number(line.get("loss"))
             if loss is not None:
-                found.setdefault(line["round"], []).append(loss)
+                losses = found.setdefault(line["round"], [])
+                losses.append(loss)
         return dict(sorted(found.items()))
 
     @cached_property
@@ -120,26 +127,27 @@ class Run:
         found: dict[str, int] = {}
         for line in self.trained:
             if "loss" in line and _number(line["loss"]) is None:
-                found[line["client"]] = found.get(line["client"], 0) + 1
+                client = line["client"]
+                found[client] = found.get(client, 0) + 1
         return found
 
     @cached_property
     def test_sizes(self) -> list[int]:
         """Test examples of each client that trained, as evaluated."""
-        sizes = {
-            line["client"]: line["examples"]
-            for line in self._tests
-            if _number(line.get("examples")) is not None
-        }
+        sizes: dict[str, int] = {}
+        for line in self._tests:
+            if _number(line.get("examples")) is not None:
+                sizes[line["client"]] = line["examples"]
         return sorted(sizes.values())
 
-    def described(self, name: str) -> Mapping[str, Any]:
+    def described(self, name: str) -> Given:
         """The client's row of federation.json, {} where there is none."""
         return self._described.get(name, {})
 
     @cached_property
-    def _described(self) -> dict[str, Mapping[str, Any]]:
-        return {row["name"]: row for row in (self.table or {}).get("clients", [])}
+    def _described(self) -> dict[str, Given]:
+        table = self.table or {}
+        return {row["name"]: row for row in table.get("clients", [])}
 
     @property
     def source(self) -> dict[str, str]:
@@ -182,10 +190,19 @@ def load(run_dir: Path) -> Run:
     if not lines:
         notes.append("metrics.jsonl is missing or empty, so there are no curves.")
     table = _json(run_dir / "federation.json", notes)
-    versions = _json(
-        run_dir / "versions.json", notes if (run_dir / "versions.json").exists() else []
+    versions = {}
+    if (run_dir / "versions.json").exists():
+        versions = _json(run_dir / "versions.json", notes) or {}
+    return Run(
+        path=run_dir,
+        summary=summary,
+        job=job,
+        job_text=job_text,
+        lines=lines,
+        table=table,
+        versions=versions,
+        notes=tuple(notes),
     )
-    return Run(run_dir, summary, job, job_text, lines, table, versions or {}, tuple(notes))
 
 
 def _text(path: Path, notes: list[str]) -> str:
@@ -196,22 +213,20 @@ def _text(path: Path, notes: list[str]) -> str:
         return ""
 
 
-def _json(path: Path, notes: list[str]) -> dict[str, Any] | None:
+def _json(path: Path, notes: list[str]) -> Plain | None:
     text = _text(path, notes)
+    content = None
     try:
         if text:
             content = json.loads(text)
-        else:
-            content = None
     except ValueError:
-        content = None
         notes.append(f"{path.name} is not valid JSON.")
     if isinstance(content, dict):
         return content
     return None
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     """A finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

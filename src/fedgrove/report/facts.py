@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 from statistics import median
-from typing import Any
 
 from fedgrove.ground import words
 from fedgrove.report.compare import Comparison, Row, unseen
@@ -23,46 +22,55 @@ class Tile:
 
 def headline(run: Run) -> str:
     """One sentence on what ran."""
-    trained, rounds = len(run.clients), run.summary.get("rounds", 0)
-    model, data = PurePath(run.setting("model", "name") or "a model").name, run.data_name
+    trained = len(run.clients)
+    model = run.setting("model", "name") or "a model"
     said = words.count(trained, "client")
     if trained > 1 and not run.alone:
         said += " together"
-    said += f" fine-tuned {model}"
-    if data:
-        said += f" on {data}"
-    said += ", each on its own," if run.alone else f" with {run.method}"
-    return f"{said} in {words.count(rounds, 'round')}{_ranks(run)} (seed {run.summary.get('seed')})"
+    said += f" fine-tuned {PurePath(model).name}"
+    if run.data_name:
+        said += f" on {run.data_name}"
+    if run.alone:
+        said += ", each on its own,"
+    else:
+        said += f" with {run.method}"
+    rounds = words.count(run.summary.get("rounds", 0), "round")
+    seed = run.summary.get("seed")
+    return f"{said} in {rounds}{_ranks(run)} (seed {seed})"
 
 
 def _ranks(run: Run) -> str:
     """`` at LoRA rank 8``; "" where none is recorded."""
-    ranks = sorted({row["rank"] for row in run.clients.values() if row.get("rank")})
+    given = [row.get("rank") for row in run.clients.values()]
+    ranks = [rank for rank in given if rank]
     if not ranks:
         return ""
-    if len(ranks) == 1:
-        return f" at LoRA rank {ranks[0]}"
-    return f" at LoRA ranks {ranks[0]} to {ranks[-1]}"
+    least = min(ranks)
+    most = max(ranks)
+    if least == most:
+        return f" at LoRA rank {least}"
+    return f" at LoRA ranks {least} to {most}"
 
 
 def settings(run: Run) -> list[tuple[str, str]]:
     """The handful of settings that a reader looks for first; the whole job is at the end of the
     page.
     """
-    found: list[tuple[str, Any]] = [
-        ("method", run.method),
-        ("model", run.setting("model", "name")),
-        ("task", run.summary.get("task")),
-        ("data", run.data_name),
-        ("clients", _clients(run)),
-        ("clients in a round", _share(run)),
-        ("head", run.setting("federation", "head")),
-        ("rounds", run.summary.get("rounds")),
-        ("privacy", _privacy(run)),
-        ("local work", _local_work(run)),
-        ("seed", run.summary.get("seed")),
-    ]
-    return [(name, str(value)) for name, value in found if value is not None and value != ""]
+    found = {
+        "method": run.method,
+        "model": run.setting("model", "name"),
+        "task": run.summary.get("task"),
+        "data": run.data_name,
+        "clients": _clients(run),
+        "clients in a round": _share(run),
+        "head": run.setting("federation", "head"),
+        "rounds": run.summary.get("rounds"),
+        "privacy": _privacy(run),
+        "local work": _local_work(run),
+        "seed": run.summary.get("seed"),
+    }
+    known = {name: value for name, value in found.items() if value is not None and value != ""}
+    return [(name, str(value)) for name, value in known.items()]
 
 
 def _clients(run: Run) -> str:
@@ -83,51 +91,52 @@ def _share(run: Run) -> str | None:
 
 
 def tiles(run: Run, comparison: Comparison) -> list[Tile]:
-    ours, percent = comparison.ours, run.percent
-    before = [
-        (name, row)
-        for name, row in (("base", comparison.base), ("alone", comparison.local))
-        if row and row.values
-    ]
+    ours = comparison.ours
+    percent = run.percent
 
     def beside(statistic: str) -> str:
-        return ", ".join(
-            f"{name} {_score(getattr(row, statistic), percent)}" for name, row in before
-        )
+        parts = []
+        for name, row in (("base", comparison.base), ("alone", comparison.local)):
+            if row and row.values:
+                score = _score(getattr(row, statistic), percent)
+                parts.append(f"{name} {score}")
+        return ", ".join(parts)
 
-    found = [Tile(_score(ours.mean, percent), f"mean {run.metric}", beside("mean"))]
+    mean = _score(ours.mean, percent)
+    found = [Tile(mean, f"mean {run.metric}", beside("mean"))]
     if len(run.clients) > 1:
-        found.append(
-            Tile(_score(ours.tail, percent), "tail: the 10th-percentile client", beside("tail"))
-        )
-    gains, reference = comparison.gains(), comparison.reference
+        tail = _score(ours.tail, percent)
+        found.append(Tile(tail, "tail: the 10th-percentile client", beside("tail")))
+    gains = comparison.gains()
+    reference = comparison.reference
     if gains and reference and len(gains) > 1:
-        than = {"local": "than training alone", "base": "than with the base"}.get(
-            reference.kind, f"than in {reference.note}"
-        )
         better = sum(gain > 0 for gain in gains.values())
-        found.append(Tile(f"{better:,} of {len(gains):,}", f"clients do better {than}"))
+        share = f"{better:,} of {len(gains):,}"
+        than = _than(reference)
+        found.append(Tile(share, f"clients do better {than}"))
     sent = run.summary.get("bytes", {})
     if sent.get("up") or sent.get("down"):
-        found.append(
-            Tile(
-                words.size(sent.get("up", 0)),
-                "sent up in the whole run",
-                f"down {words.size(sent.get('down', 0))}",
-            )
-        )
-    found.append(
-        Tile(
-            words.duration(run.summary.get("seconds", {}).get("total")),
-            "wall time, from start to end",
-        )
-    )
+        up = words.size(sent.get("up", 0))
+        down = words.size(sent.get("down", 0))
+        found.append(Tile(up, "sent up in the whole run", f"down {down}"))
+    seconds = run.summary.get("seconds", {})
+    time = words.duration(seconds.get("total"))
+    found.append(Tile(time, "wall time, from start to end"))
     return found
+
+
+def _than(reference: Row) -> str:
+    if reference.kind == "local":
+        return "than training alone"
+    if reference.kind == "base":
+        return "than with the base"
+    return f"than in {reference.note}"
 
 
 def comparison_rows(run: Run, comparison: Comparison) -> list[dict[str, str]]:
     """mean, std, tail and worst client of every row, with the row's colour."""
-    return [_comparison_row(row, run) for row in [*comparison.rows, *unseen(run)]]
+    rows = [*comparison.rows, *unseen(run)]
+    return [_comparison_row(row, run) for row in rows]
 
 
 def _comparison_row(row: Row, run: Run) -> dict[str, str]:
@@ -147,33 +156,29 @@ def _comparison_row(row: Row, run: Run) -> dict[str, str]:
 
 def cost_rows(run: Run) -> list[tuple[str, str, str]]:
     """(what, how much, meaning): numbers that are easily confused, one under the other."""
-    parameters, total = run.summary.get("parameters", {}), run.summary.get("bytes", {})
+    parameters = run.summary.get("parameters", {})
+    total = run.summary.get("bytes", {})
     meanings = (
         ("trained", "trained", "change while a client trains"),
         ("stored", "stored", "make up a client’s own model, beside the base that all share"),
         ("sent_up", "sent up", "leave a client in a round"),
         ("sent_down", "sent down", "reach a client in a round"),
     )
-    rows = [
-        (f"parameters {name}", f"{parameters[key]:,}", meaning)
-        for key, name, meaning in meanings
-        if parameters.get(key) is not None
-    ]
-    for key, name in (("bytes_up", "up"), ("bytes_down", "down")):
+    rows = []
+    for key, name, meaning in meanings:
+        number = parameters.get(key)
+        if number is not None:
+            rows.append((f"parameters {name}", f"{number:,}", meaning))
+    for way in ("up", "down"):
+        key = f"bytes_{way}"
         each = [line[key] for line in run.trained if line.get(key) is not None]
         if each:
-            rows.append(
-                (
-                    f"bytes {name} in a round",
-                    words.size(median(each)),
-                    "one client, as encoded for the wire",
-                )
-            )
-    rows += [
-        (f"bytes {name} in the run", words.size(total[name]), "all clients and rounds together")
-        for name in ("up", "down")
-        if name in total
-    ]
+            size = words.size(median(each))
+            rows.append((f"bytes {way} in a round", size, "one client, as encoded for the wire"))
+    for way in ("up", "down"):
+        if way in total:
+            size = words.size(total[way])
+            rows.append((f"bytes {way} in the run", size, "all clients and rounds together"))
     return rows
 
 
@@ -183,20 +188,26 @@ def time_rows(run: Run) -> list[tuple[str, str, float]]:
     """
     seconds = run.summary.get("seconds", {})
     total = seconds.get("total") or 0.0
-    parts = [
-        ("local training", seconds.get("training")),
-        ("evaluation", seconds.get("evaluation")),
-        ("server", seconds.get("server")),
-    ]
-    known = [(name, float(value)) for name, value in parts if value is not None]
-    rest = total - sum(value for _, value in known)
+    known: dict[str, float] = {}
+    for key, name in (
+        ("training", "local training"),
+        ("evaluation", "evaluation"),
+        ("server", "server"),
+    ):
+        value = seconds.get(key)
+        if value is not None:
+            known[name] = float(value)
+    rest = total - sum(known.values())
     if rest > 0.005 * total:
-        known.append(("the rest: loading, writing", rest))
-    rows = [
-        (name, words.duration(value), 100 * value / total if total else 0.0)
-        for name, value in known
-    ]
-    return [*rows, ("total", words.duration(total), 100.0)]
+        known["the rest: loading, writing"] = rest
+    rows = []
+    for name, value in known.items():
+        share = 0.0
+        if total:
+            share = 100 * value / total
+        rows.append((name, words.duration(value), share))
+    whole = words.duration(total)
+    return [*rows, ("total", whole, 100.0)]
 
 
 def _score(value: float | None, percent: bool) -> str:
@@ -214,14 +225,12 @@ def _privacy(run: Run) -> str | None:
         if budget.get("epsilon") is None:
             found.append(f"no guarantee {whom.removeprefix('at most, ')} (no noise)")
             continue
+        at = ""
         if "delta" in budget:
             at = f" at δ {budget['delta']:.2g}"
-        else:
-            at = ""
+        known = ""
         if budget.get("randomness") == "seed":
             known = ", noise from the seed: an experiment"
-        else:
-            known = ""
         found.append(f"ε {budget['epsilon']:.3g}{at} {whom}{known}")
     if spent.get("secure_aggregation"):
         found.append("secure aggregation")
@@ -229,7 +238,8 @@ def _privacy(run: Run) -> str | None:
 
 
 def _local_work(run: Run) -> str | None:
-    epochs, steps = run.setting("train", "local_epochs"), run.setting("train", "local_steps")
+    epochs = run.setting("train", "local_epochs")
+    steps = run.setting("train", "local_steps")
     if epochs:
         return words.count(epochs, "epoch")
     if steps:

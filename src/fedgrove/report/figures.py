@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from fedgrove.ground import words
+from fedgrove.ground.plain import Plain
 from fedgrove.ground.statistics import mean, percentiles, tail10
 from fedgrove.report import style
 from fedgrove.report.compare import Comparison
@@ -29,7 +30,7 @@ _STEPS = [1, 2, 5, 10]  # ticks at round numbers
 _ROW = 0.27  # inches a client's line is high
 
 Floats = NDArray[np.float64]
-Look = dict[str, Any]  # keywords of a drawing
+Look = Plain  # keywords of a drawing
 
 
 def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
@@ -41,31 +42,23 @@ def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
     scores = [list(each.values()) for each in run.history.values()]
     quantiles = [percentiles(each, [0, 25, 75, 100]) for each in scores]
     low, quarter, three, high = zip(*quantiles, strict=True)
-    axes.fill_between(rounds, low, high, color=COLOURS["ours"], alpha=0.10, linewidth=0)
-    axes.fill_between(rounds, quarter, three, color=COLOURS["ours"], alpha=0.18, linewidth=0)
-    means, tails, dots = (
-        [mean(each) for each in scores],
-        [tail10(each) for each in scores],
-        _dots(rounds),
-    )
-    axes.plot(rounds, means, color=COLOURS["ours"], **dots)
-    named = [("mean", means[-1], "ours")]
-    if len(run.clients) > 1:
-        axes.plot(rounds, tails, color=COLOURS["tail"], linestyle=(0, (5, 1.5)), **dots)
-        named.append(("tail", tails[-1], "tail"))
-    for name, row, role in (
-        ("base", comparison.base, "base"),
-        ("alone", comparison.local, "local"),
-    ):
-        if row is not None and row.values:
-            axes.axhline(row.mean, color=COLOURS[role], linewidth=1.4, linestyle=(0, (2, 2)))
-            named.append((name, row.mean, role))
+    _band(axes, rounds, low, high, 0.10)
+    _band(axes, rounds, quarter, three, 0.18)
+    named = _curves(axes, run, rounds, scores)
+    named += _levels(axes, comparison)
     axes.margins(x=0.015)
-    ends = [value for _, value, _ in named]
-    bottom, top = min(*low, *ends), max(*high, *ends)
+    ends = [end.value for end in named]
+    bottom = min(*low, *ends)
+    top = max(*high, *ends)
     margin = 0.06 * (top - bottom) or 0.05 * (abs(top) or 1)
     axes.set_ylim(bottom - margin, top + margin)
-    _end_labels(axes, named, run.percent, (top - bottom + 2 * margin) * 0.062)
+    height = top - bottom + 2 * margin
+    _end_labels(
+        axes,
+        named,
+        run.percent,
+        height * 0.062,
+    )
     _rounds_axis(axes, width)
     axes.set_ylabel(f"{run.metric} of a client")
     _value_axis(axes.yaxis, run.percent)
@@ -75,14 +68,94 @@ def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
 def losses(run: Run, comparison: Comparison, width: float) -> Figure:
     """The mean training loss of each round with the range of its clients."""
     figure, axes = style.new_figure(width, 2.9)
-    rounds, values = list(run.losses), list(run.losses.values())
-    low, high = [min(each) for each in values], [max(each) for each in values]
-    axes.fill_between(rounds, low, high, color=COLOURS["ours"], alpha=0.12, linewidth=0)
+    rounds = list(run.losses)
+    values = list(run.losses.values())
+    low = [min(each) for each in values]
+    high = [max(each) for each in values]
+    _band(axes, rounds, low, high, 0.12)
     means = [mean(each) for each in values]
-    axes.plot(rounds, means, color=COLOURS["ours"], **_dots(rounds))
+    axes.plot(
+        rounds,
+        means,
+        color=COLOURS["ours"],
+        **_dots(rounds),
+    )
     _rounds_axis(axes, width)
     axes.set_ylabel("training loss")
     return figure
+
+
+@dataclass(frozen=True)
+class End:
+    """A line's name, its last value, and the role whose colour it has."""
+
+    name: str
+    value: float
+    role: str
+
+
+def _band(
+    axes: Axes,
+    rounds: Sequence[int],
+    low: Sequence[float],
+    high: Sequence[float],
+    alpha: float,
+) -> None:
+    axes.fill_between(
+        rounds,
+        low,
+        high,
+        color=COLOURS["ours"],
+        alpha=alpha,
+        linewidth=0,
+    )
+
+
+def _curves(
+    axes: Axes,
+    run: Run,
+    rounds: Sequence[int],
+    scores: Sequence[Sequence[float]],
+) -> list[End]:
+    """The mean over rounds, and the tail of several clients."""
+    dots = _dots(rounds)
+    means = [mean(each) for each in scores]
+    axes.plot(
+        rounds,
+        means,
+        color=COLOURS["ours"],
+        **dots,
+    )
+    ends = [End("mean", means[-1], "ours")]
+    if len(run.clients) > 1:
+        tails = [tail10(each) for each in scores]
+        axes.plot(
+            rounds,
+            tails,
+            color=COLOURS["tail"],
+            linestyle=(0, (5, 1.5)),
+            **dots,
+        )
+        ends.append(End("tail", tails[-1], "tail"))
+    return ends
+
+
+def _levels(axes: Axes, comparison: Comparison) -> list[End]:
+    """The base and training alone, as far as they are known."""
+    ends = []
+    for name, row, role in (
+        ("base", comparison.base, "base"),
+        ("alone", comparison.local, "local"),
+    ):
+        if row is not None and row.values:
+            axes.axhline(
+                row.mean,
+                color=COLOURS[role],
+                linewidth=1.4,
+                linestyle=(0, (2, 2)),
+            )
+            ends.append(End(name, row.mean, role))
+    return ends
 
 
 def clients(run: Run, comparison: Comparison, width: float) -> Figure:
@@ -94,32 +167,80 @@ def clients(run: Run, comparison: Comparison, width: float) -> Figure:
     chart = Chart(axes, crowd, width)
     ours = crowd.gathered(comparison.ours.values)
     base = crowd.gathered(comparison.base.values)
+    local: dict[int, float] = {}
     if comparison.local:
         local = crowd.gathered(comparison.local.values)
-    else:
-        local = {}
     tuned = crowd.gathered(run.values("metric_tuned"))
-    everything = [value for each in (ours, base, local, tuned) for value in each.values()]
-    floor, top = _floor(everything), max(everything)
+    everything: list[float] = []
+    for each in (ours, base, local, tuned):
+        everything.extend(each.values())
+    floor = _floor(everything)
+    top = max(everything)
     cut = tail10(comparison.ours.values.values())
     several = len(crowd) > 1
-    roles = [COLOURS["tail" if several and value <= cut else "ours"] for value in ours.values()]
-    chart.bars(list(ours.values()), roles, floor=floor, alpha=0.22)
+    roles = [_role(several and value <= cut) for value in ours.values()]
+    chart.bars(
+        list(ours.values()),
+        roles,
+        floor=floor,
+        alpha=0.22,
+    )
     size = min(34.0, max(5.0, 34 * MANY / len(crowd)))
-    ring: Look = {"facecolors": COLOURS["paper"], "edgecolors": COLOURS["base"], "linewidths": 1.6}
+    ring: Look = {
+        "facecolors": COLOURS["paper"],
+        "edgecolors": COLOURS["base"],
+        "linewidths": 1.6,
+    }
     dash: Look = {"color": COLOURS["local"], "linewidths": 2.2}
-    diamond: Look = {"facecolors": "none", "edgecolors": COLOURS["tuned"], "linewidths": 1.8}
-    chart.marks(base, marker="o", s=size, **ring)
-    chart.marks(local, marker=chart.dash, s=size * 3, **dash)
-    chart.marks(ours, marker="o", s=size * 1.3, color=roles)
-    chart.marks(tuned, marker="D", s=size * 0.9, **diamond)
+    diamond: Look = {
+        "facecolors": "none",
+        "edgecolors": COLOURS["tuned"],
+        "linewidths": 1.8,
+    }
+    chart.marks(
+        base,
+        marker="o",
+        s=size,
+        **ring,
+    )
+    chart.marks(
+        local,
+        marker=chart.dash,
+        s=size * 3,
+        **dash,
+    )
+    chart.marks(
+        ours,
+        marker="o",
+        s=size * 1.3,
+        color=roles,
+    )
+    chart.marks(
+        tuned,
+        marker="D",
+        s=size * 0.9,
+        **diamond,
+    )
     if several:
-        chart.level(cut, color=COLOURS["tail"], linewidth=1.3, linestyle=(0, (5, 1.5)))
+        chart.level(
+            cut,
+            color=COLOURS["tail"],
+            linewidth=1.3,
+            linestyle=(0, (5, 1.5)),
+        )
     chart.names()
     _value_axis(chart.values, run.percent)
-    chart.limits(floor, top + 0.03 * (top - floor or 1))
+    room = 0.03 * (top - floor or 1)
+    chart.limits(floor, top + room)
     chart.label(run.metric)
     return figure
+
+
+def _role(loses: bool) -> str:
+    """The colour of a client that fares badly, or of another."""
+    if loses:
+        return COLOURS["tail"]
+    return COLOURS["ours"]
 
 
 def gains(run: Run, comparison: Comparison, width: float) -> Figure:
@@ -129,12 +250,21 @@ def gains(run: Run, comparison: Comparison, width: float) -> Figure:
     figure, axes = style.new_figure(width, crowd.height(3.8))
     chart = Chart(axes, crowd, width)
     values = list(crowd.gathered(found).values())
-    chart.bars(values, [COLOURS["ours" if value >= 0 else "tail"] for value in values])
+    chart.bars(values, [_role(value < 0) for value in values])
     chart.level(0, color=COLOURS["muted"], linewidth=1)
     chart.names()
     if not crowd.upright:
-        _numbers(axes, np.array(values), run.percent, width)
-    unit, what = (100, "points") if run.percent else (1, run.metric)
+        _numbers(
+            axes,
+            np.array(values),
+            run.percent,
+            width,
+        )
+    unit = 1
+    what = run.metric
+    if run.percent:
+        unit = 100
+        what = "points"
     chart.values.set_major_formatter(FuncFormatter(lambda value, _: _tick(unit * value)))
     ticks = MaxNLocator(nbins=style.fitting(width, 7, 5), steps=_STEPS)
     chart.values.set_major_locator(ticks)
@@ -145,9 +275,14 @@ def gains(run: Run, comparison: Comparison, width: float) -> Figure:
 def _numbers(axes: Axes, values: Floats, percent: bool, width: float) -> None:
     """Each bar's value beyond its end, and room for it."""
     for place, value in enumerate(values):
-        away, side = (4, "left") if value >= 0 else (-4, "right")
+        away = 4
+        side = "left"
+        if value < 0:
+            away = -4
+            side = "right"
+        change = words.change(value, percent=percent)
         axes.annotate(
-            words.typographic(words.change(value, percent=percent)),
+            words.typographic(change),
             (value, place),
             xytext=(away, 0),
             textcoords="offset points",
@@ -157,7 +292,8 @@ def _numbers(axes: Axes, values: Floats, percent: bool, width: float) -> None:
             color=COLOURS["muted"],
         )
     reach = max(float(np.abs(values).max()), 1e-9)
-    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    low = min(float(values.min()), 0.0)
+    high = max(float(values.max()), 0.0)
     room = 0.11 * (high - low or reach) * style.WIDE / width
     if (values < 0).any():
         low -= room
@@ -180,9 +316,11 @@ class Crowd:
         names = sorted(values, key=lambda name: (-values[name], name))
         if len(names) <= SHARED:
             return cls(tuple((name,) for name in names), len(names))
-        shares = np.array_split(np.arange(len(names)), BARS)
-        members = tuple(tuple(names[place] for place in share) for share in shares)
-        return cls(members, len(names))
+        members = []
+        for share in np.array_split(np.arange(len(names)), BARS):
+            own = [names[place] for place in share]
+            members.append(tuple(own))
+        return cls(tuple(members), len(names))
 
     def __len__(self) -> int:
         """How many bars there are."""
@@ -200,11 +338,12 @@ class Crowd:
 
     def gathered(self, values: Mapping[str, float]) -> dict[int, float]:
         """``{place of the bar: mean of its members that have a value}``."""
-        means = {
-            at: mean(values[name] for name in names if name in values)
-            for at, names in enumerate(self.members)
-        }
-        return {at: value for at, value in means.items() if not math.isnan(value)}
+        found = {}
+        for at, names in enumerate(self.members):
+            own = mean(values[name] for name in names if name in values)
+            if not math.isnan(own):
+                found[at] = own
+        return found
 
 
 @dataclass(frozen=True)
@@ -230,23 +369,56 @@ class Chart:
         return "|"
 
     def bars(
-        self, values: Sequence[float], colours: Sequence[str], *, floor: float = 0, alpha: float = 1
+        self,
+        values: Sequence[float],
+        colours: Sequence[str],
+        *,
+        floor: float = 0,
+        alpha: float = 1,
     ) -> None:
         """From ``floor`` to each value."""
-        places, lengths = np.arange(len(values)), np.array(values) - floor
-        look: Look = {"color": colours, "alpha": alpha, "linewidth": 0}
+        places = np.arange(len(values))
+        lengths = np.array(values) - floor
+        look: Look = {
+            "color": colours,
+            "alpha": alpha,
+            "linewidth": 0,
+        }
         if self.crowd.upright:
-            self.axes.bar(places, lengths, 0.66, floor, **look)
+            self.axes.bar(
+                places,
+                lengths,
+                0.66,
+                floor,
+                **look,
+            )
         else:
-            self.axes.barh(places, lengths, 0.66, floor, **look)
+            self.axes.barh(
+                places,
+                lengths,
+                0.66,
+                floor,
+                **look,
+            )
 
     def marks(self, values: Mapping[int, float], **look: Any) -> None:
         """One mark for each bar that has a value."""
-        places, numbers = list(values), list(values.values())
+        places = list(values)
+        numbers = list(values.values())
         if self.crowd.upright:
-            self.axes.scatter(places, numbers, zorder=3, **look)
+            self.axes.scatter(
+                places,
+                numbers,
+                zorder=3,
+                **look,
+            )
         else:
-            self.axes.scatter(numbers, places, zorder=3, **look)
+            self.axes.scatter(
+                numbers,
+                places,
+                zorder=3,
+                **look,
+            )
 
     def level(self, value: float, **look: Any) -> None:
         """A line across all bars."""
@@ -264,7 +436,10 @@ class Chart:
     def label(self, text: str) -> None:
         """What the values are, and lines to read them by."""
         self.values.set_label_text(text)
-        self.axes.grid(axis="y" if self.crowd.upright else "x")
+        if self.crowd.upright:
+            self.axes.grid(axis="y")
+        else:
+            self.axes.grid(axis="x")
 
     def names(self) -> None:
         """Who the bars are: by name, or only how many."""
@@ -290,11 +465,12 @@ class Chart:
 
 def _rounds_axis(axes: Axes, width: float) -> None:
     axes.set_xlabel("round")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=style.fitting(width, 10, 6)))
+    ticks = MaxNLocator(integer=True, nbins=style.fitting(width, 10, 6))
+    axes.xaxis.set_major_locator(ticks)
     axes.grid(axis="y")
 
 
-def _dots(rounds: Sequence[int]) -> dict[str, Any]:
+def _dots(rounds: Sequence[int]) -> Look:
     """Marks at the rounds, while there is room."""
     if len(rounds) > 30:
         return {}
@@ -302,25 +478,38 @@ def _dots(rounds: Sequence[int]) -> dict[str, Any]:
 
 
 def _end_labels(
-    axes: Axes, named: Sequence[tuple[str, float, str]], percent: bool, gap: float
+    axes: Axes,
+    named: Sequence[End],
+    percent: bool,
+    gap: float,
 ) -> None:
     """Names and last values right of the lines, moved apart where they would overlap."""
-    for (name, value, role), place in zip(
-        named, style.spread([value for _, value, _ in named], gap), strict=True
-    ):
+    places = style.spread([end.value for end in named], gap)
+    for end, place in zip(named, places, strict=True):
+        weight = "normal"
+        if end.role in ("ours", "tail"):
+            weight = "bold"
+        role = end.role
+        if role == "base":
+            role = "muted"
+        score = words.score(end.value, percent=percent)
         axes.text(
             1.015,
             place,
-            f"{name} {words.score(value, percent=percent)}",
+            f"{end.name} {score}",
             transform=axes.get_yaxis_transform(),
             va="center_baseline",
-            color=COLOURS["muted" if role == "base" else role],
-            fontweight="bold" if role in ("ours", "tail") else "normal",
+            color=COLOURS[role],
+            fontweight=weight,
         )
 
 
 def _value_axis(axis: Axis, percent: bool) -> None:
-    unit, sign = (100, " %") if percent else (1, "")
+    unit = 1
+    sign = ""
+    if percent:
+        unit = 100
+        sign = " %"
     written = FuncFormatter(lambda value, _: f"{round(unit * value, 6):g}{sign}")
     axis.set_major_formatter(written)
     axis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))

@@ -29,7 +29,12 @@ class Painter:
         self.folder = folder
         self.failed: list[str] = []
 
-    def paint(self, name: str, label: str, figure: Drawing | Figure) -> Picture | None:
+    def paint(
+        self,
+        name: str,
+        label: str,
+        figure: Drawing | Figure,
+    ) -> Picture | None:
         """``label``: what a screen reader says of it."""
         try:
             with style.applied():
@@ -40,7 +45,12 @@ class Painter:
             self.failed.append(sections.failure(f"The figure “{label}”", error))
             return None
 
-    def _painted(self, name: str, label: str, figure: Drawing | Figure) -> Picture:
+    def _painted(
+        self,
+        name: str,
+        label: str,
+        figure: Drawing | Figure,
+    ) -> Picture:
         if isinstance(figure, Figure):
             drawing = None
         else:

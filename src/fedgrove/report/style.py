@@ -104,7 +104,14 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 def new_grid(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
     """``rows`` × ``columns`` axes that share their y axis, row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    return figure, list(
+        figure.subplots(
+            rows,
+            columns,
+            sharey=True,
+            squeeze=False,
+        ).flat
+    )
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
@@ -116,7 +123,12 @@ def svg(figure: Figure, name: str, label: str) -> str:
         buffer,
         format="svg",
         transparent=True,
-        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        metadata={
+            "Date": None,
+            "Creator": None,
+            "Format": None,
+            "Type": None,
+        },
     )
     return inline(buffer.getvalue(), name, label)
 
@@ -126,7 +138,10 @@ def inline(text: str, name: str, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(
-        r"<style.*?</style>", "", text, flags=re.DOTALL
+        r"<style.*?</style>",
+        "",
+        text,
+        flags=re.DOTALL,
     )  # it would hold for the whole page; see style.css
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
@@ -160,20 +175,23 @@ def spread(places: list[float], gap: float) -> list[float]:
     # Blocks of labels that touch sit around the mean of where their members want to be.
     blocks: list[tuple[float, list[int]]] = []
     for index in order:
-        centre, members = places[index], [index]
-        while (
-            blocks
-            and centre - gap * (len(members) - 1) / 2
-            < blocks[-1][0] + gap * (len(blocks[-1][1]) + 1) / 2
-        ):
-            _, before = blocks.pop()
+        centre = places[index]
+        members = [index]
+        while blocks:
+            middle, before = blocks[-1]
+            first = centre - gap * (len(members) - 1) / 2
+            free = middle + gap * (len(before) + 1) / 2
+            if first >= free:
+                break
+            blocks.pop()
             members = before + members
             centre = sum(places[member] for member in members) / len(members)
         blocks.append((centre, members))
     moved = list(places)
     for centre, members in blocks:
+        half = (len(members) - 1) / 2
         for position, member in enumerate(members):
-            moved[member] = centre + gap * (position - (len(members) - 1) / 2)
+            moved[member] = centre + gap * (position - half)
     return moved
 
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedgrove.ground import words
+from fedgrove.ground.plain import Given
 from fedgrove.ground.statistics import mean, std, tail10
 from fedgrove.tracking import metrics
 
@@ -32,38 +32,42 @@ class Tiers:
     missing: list[str]  # tiers at whose end nobody was evaluated
 
     @classmethod
-    def read(cls, run_dir: Path, content: Mapping[str, Any]) -> Tiers:
+    def read(cls, run_dir: Path, content: Given) -> Tiers:
         """From metrics.jsonl and, for those that never trained, summary.json where it is there."""
-        lines = [
-            line for line in metrics.read(run_dir / "metrics.jsonl") if line["split"] == "test"
-        ]
-        metric = next((name for name in map(metrics.metric_name, lines) if name), "score")
+        everything = metrics.read(run_dir / "metrics.jsonl")
+        lines = [line for line in everything if line["split"] == "test"]
+        names = filter(None, map(metrics.metric_name, lines))
+        metric = next(names, "score")
         scores: dict[int, dict[str, float]] = {}
         for line in lines:
             value = line.get(metric)
             if isinstance(value, int | float) and math.isfinite(value):
-                scores.setdefault(line["round"], {})[line["client"]] = float(value)
+                row = scores.setdefault(line["round"], {})
+                row[line["client"]] = float(value)
         ends: dict[str, tuple[int, dict[str, float]]] = {}
         missing: list[str] = []
         for part in content.get("tiers", []):
             seen = [round for round in scores if part["first"] <= round <= part["last"]]
             if seen:
-                ends[part["tier"]] = (max(seen), scores[max(seen)])
+                last = max(seen)
+                ends[part["tier"]] = (last, scores[last])
             else:
                 missing.append(part["tier"])
-        if ends:
-            common = set.intersection(*(set(found) for _, found in ends.values()))
-        else:
-            common = set()
+        rows = [found for _, found in ends.values()]
+        common: set[str] = set()
+        if rows:
+            common = set.intersection(*map(set, rows))
+        labels = dict(zip(content["clients"], content["labels"], strict=True))
+        unseen, newcomers = _unseen(run_dir)
         return cls(
-            names=[("+ " if number else "") + tier for number, tier in enumerate(ends)],
+            names=_added(list(ends)),
             rounds=[str(round) for round, _ in ends.values()],
-            clients={name: [found[name] for _, found in ends.values()] for name in sorted(common)},
-            labels=dict(zip(content["clients"], content["labels"], strict=True))
-            | content.get("late", {}),
+            clients={name: [found[name] for found in rows] for name in sorted(common)},
+            labels=labels | content.get("late", {}),
             metric=metric,
+            unseen=unseen,
+            newcomers=newcomers,
             missing=missing,
-            **_unseen(run_dir),
         )
 
     @property
@@ -85,34 +89,39 @@ class Tiers:
 
     def table(self) -> list[list[str]]:
         rows = [["after", "round", "mean", "std", "tail"]]
-        for name, round, column in zip(self.names, self.rounds, self.columns, strict=True):
-            numbers = (mean(column), std(column), tail10(column))
-            rows.append(
-                [
-                    name,
-                    round,
-                    *(
-                        words.typographic(words.score(value, percent=self.percent))
-                        for value in numbers
-                    ),
-                ]
-            )
+        for name, round, column in zip(
+            self.names,
+            self.rounds,
+            self.columns,
+            strict=True,
+        ):
+            cells = [name, round]
+            for number in (mean(column), std(column), tail10(column)):
+                score = words.score(number, percent=self.percent)
+                cells.append(words.typographic(score))
+            rows.append(cells)
         return rows
 
 
-def _unseen(run_dir: Path) -> dict[str, Any]:
+def _added(tiers: Sequence[str]) -> list[str]:
+    """``root``, ``+ cluster``, …"""
+    return [*tiers[:1], *(f"+ {tier}" for tier in tiers[1:])]
+
+
+def _unseen(run_dir: Path) -> tuple[dict[str, float], int]:
+    """The mean of the clients that never trained, by when; and how many they are."""
     try:
-        rows = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))[
-            "clients"
-        ].values()
+        text = (run_dir / "summary.json").read_text(encoding="utf-8")
+        rows = json.loads(text)["clients"].values()
     except (OSError, ValueError, KeyError):
-        return {"unseen": {}, "newcomers": 0}
+        return {}, 0
     new = [row for row in rows if row.get("held_out")]
-    found = {
-        "with root and cluster alone": mean(row.get("metric") for row in new),
-        "after training a leaf": mean(row.get("metric_tuned") for row in new),
-    }
-    return {
-        "unseen": {when: value for when, value in found.items() if not math.isnan(value)},
-        "newcomers": len(new),
-    }
+    found = {}
+    for key, when in (
+        ("metric", "with root and cluster alone"),
+        ("metric_tuned", "after training a leaf"),
+    ):
+        value = mean(row.get(key) for row in new)
+        if not math.isnan(value):
+            found[when] = value
+    return found, len(new)

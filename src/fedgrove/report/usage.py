@@ -109,7 +109,13 @@ def _introduction(reader: Reader, stock: bool) -> str:
     )
 
 
-def _code(run: Run, reader: Reader, folder: str, base: str, stock: bool) -> str:
+def _code(
+    run: Run,
+    reader: Reader,
+    folder: str,
+    base: str,
+    stock: bool,
+) -> str:
     from fedgrove.interop.models import SHIPPED_MODELS
 
     if stock:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
 
 from fedgrove.ground import words
+from fedgrove.ground.plain import Plain
 from fedgrove.report.sections import Left, Section
 
 FILE = "events.jsonl"
@@ -19,31 +19,52 @@ def events(left: Left) -> list[Section]:
     found = left.lines(FILE)
     if not found:
         return []
-    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[str, str], list[Plain]] = {}
     for event in found:
-        kinds.setdefault((event["event"], _kind(event["reason"])), []).append(event)
-    ordered = sorted(kinds.items(), key=lambda kind: (-len(kind[1]), kind[0]))
+        kind = (event["event"], _kind(event["reason"]))
+        alike = kinds.setdefault(kind, [])
+        alike.append(event)
+    ordered = sorted(kinds, key=lambda kind: (-len(kinds[kind]), kind))
     rows = [["what", "times", "clients", "rounds", "reason", "most often"]]
-    rows += [_row(what, each) for (what, _), each in ordered[:KINDS]]
-    clients = words.count(len({event["client"] for event in found}), "client")
-    text = f"{words.count(len(found), 'event')} of {clients}, of {FILE}."
-    rest = sum(len(each) for _, each in ordered[KINDS:])
+    for kind in ordered[:KINDS]:
+        what, _ = kind
+        rows.append(_row(what, kinds[kind]))
+    names = {event["client"] for event in found}
+    count = words.count(len(found), "event")
+    clients = words.count(len(names), "client")
+    text = f"{count} of {clients}, of {FILE}."
+    rest = sum(len(kinds[kind]) for kind in ordered[KINDS:])
     if rest:
-        text += f" {words.count(rest, 'event')} of rarer kinds are in the file alone."
-    return [Section("What happened to clients", text, table=rows, prose=True)]
+        rarer = words.count(rest, "event")
+        text += f" {rarer} of rarer kinds are in the file alone."
+    return [
+        Section(
+            "What happened to clients",
+            text,
+            table=rows,
+            prose=True,
+        )
+    ]
 
 
-def _row(what: str, events: list[dict[str, Any]]) -> list[str]:
-    rounds = sorted({event["round"] for event in events})
+def _row(what: str, events: list[Plain]) -> list[str]:
+    rounds = {event["round"] for event in events}
+    first = min(rounds)
+    last = max(rounds)
+    span = str(first)
+    if last > first:
+        span = f"{first} to {last}"
     times = Counter(event["client"] for event in events)
-    ordered = [name for name, _ in sorted(times.items(), key=lambda each: (-each[1], each[0]))]
-    if len(rounds) == 1:
-        span = str(rounds[0])
-    else:
-        span = f"{rounds[0]} to {rounds[-1]}"
-    count, clients = f"{len(events):,}", f"{len(times):,}"
+    ordered = sorted(times, key=lambda name: (-times[name], name))
     reason = str(events[0]["reason"])
-    return [what, count, clients, span, words.shorten(reason, 160), words.some(ordered, NAMED)]
+    return [
+        what,
+        f"{len(events):,}",
+        f"{len(times):,}",
+        span,
+        words.shorten(reason, 160),
+        words.some(ordered, NAMED),
+    ]
 
 
 def _kind(reason: str) -> str:

@@ -36,7 +36,14 @@ def generations(left: Left) -> list[Section]:
         "generations.jsonl holds. ROUGE and exact match are measured on these texts, the loss on "
         "all test rows."
     )
-    return [Section("What the models write", said, table=rows, prose=True)]
+    return [
+        Section(
+            "What the models write",
+            said,
+            table=rows,
+            prose=True,
+        )
+    ]
 
 
 def short(text: str) -> str:

@@ -100,30 +100,45 @@ def trained(tree: Tree, budgets: Budgets, width: float) -> Figure:
     """Modules downwards, clients across, shaded by how often."""
     clients = tree.columns
     values = budgets.matrix(clients)
-    row = min(_ROW, 6.0 / len(values))
-    named = (width - _LEFT - _RIGHT) / len(clients) >= _NAME
+    tall = min(_ROW, 6.0 / len(values)) * len(values)
+    inches = width - _LEFT - _RIGHT
+    named = inches / len(clients) >= _NAME
     below = 0.45
     if named:
-        below = 0.2 + 0.088 * min(max(map(len, clients)) + 1, _LONGEST)
-    height = _TOP + row * len(values) + below
+        longest = max(map(len, clients))
+        below = 0.2 + 0.088 * min(longest + 1, _LONGEST)
+    height = _TOP + tall + below
     figure = Figure(figsize=(width, height))
-    across = (width - _LEFT - _RIGHT) / width
-    axes = figure.add_axes((_LEFT / width, below / height, across, row * len(values) / height))
+    bottom = below / height
+    axes = figure.add_axes((_LEFT / width, bottom, inches / width, tall / height))
     most = max(1.0, float(values.max()))
-    image = axes.imshow(values, aspect="auto", cmap=_TRAINED, vmin=0, vmax=most)
+    image = axes.imshow(
+        values,
+        aspect="auto",
+        cmap=_TRAINED,
+        vmin=0,
+        vmax=most,
+    )
     axes.axhline(budgets.root - 0.5, color=COLOURS["ink"], linewidth=1.4)
     axes.spines[:].set_visible(False)
     axes.set_yticks(*_ticks(budgets), fontsize=10)
     axes.tick_params(length=0)
     if named:
         labels = [words.shorten(name, _LONGEST) for name in clients]
-        axes.set_xticks(range(len(clients)), labels, rotation=90, fontsize=10)
+        axes.set_xticks(
+            range(len(clients)),
+            labels,
+            rotation=90,
+            fontsize=10,
+        )
     else:
         axes.set_xticks([])
         axes.set_xlabel(words.count(len(clients), "client"))
-    place = (1 - (_RIGHT - 0.15) / width, below / height, 0.12 / width, row * len(values) / height)
-    bar = figure.colorbar(image, cax=figure.add_axes(place), ticks=[0, most])
-    bar.ax.set_yticklabels(["never", words.count(int(most), "round")], fontsize=10)
+    right = 1 - (_RIGHT - 0.15) / width
+    key = figure.add_axes((right, bottom, 0.12 / width, tall / height))
+    bar = figure.colorbar(image, cax=key, ticks=[0, most])
+    rounds = words.count(int(most), "round")
+    bar.ax.set_yticklabels(["never", rounds], fontsize=10)
     bar.outline.set_visible(False)
     return figure
 
