@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from safetensors.torch import save_file
 
+from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.algebra import shares
 from fedgrove.aggregate import saved as beside
 from fedgrove.aggregate.directories import Directories
@@ -24,7 +25,13 @@ from fedgrove.aggregate.inputs import (
     open_source,
     sites_of,
 )
-from fedgrove.aggregate.options import Chosen, parse_options, parse_weights, rule_of, rules
+from fedgrove.aggregate.options import (
+    Chosen,
+    named_rules,
+    parse_options,
+    parse_weights,
+    rule_of,
+)
 from fedgrove.aggregate.progress import Phase, silent
 from fedgrove.aggregate.tags import read_tags
 from fedgrove.aggregate.writer import (
@@ -38,7 +45,8 @@ from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import CARD, HEAD, read_json
 from fedgrove.methods.rule import Finds, FirstPass, Needs, OwnWeights, Round, ServerRule, prepared
 
-GLOBAL, RECORD = "_global", "aggregate.json"
+GLOBAL = "_global"
+RECORD = "aggregate.json"
 Item = TypeVar("Item")
 
 
@@ -96,23 +104,49 @@ def aggregate(
     chosen = parse_options(options, kind, rule_class.needs)
     refuse_existing(out)
     _check_rank(rank, method, rule_class.needs)
-    directories = _opened(method, rule_class.needs, clients, weights, rank, previous, chosen, base)
+    directories = _opened(
+        method,
+        rule_class.needs,
+        clients,
+        weights,
+        rank,
+        previous,
+        chosen,
+        base,
+    )
     directories.check()
     _check_values(directories, phase)
-    seed = chosen.directories.seed
-    rule = rule_class(chosen.method, Round(directories.sites, directories.round, seed))
+    this_round = Round(directories.sites, directories.round, chosen.directories.seed)
+    rule = rule_class(chosen.method, this_round)
     used = _compared(rule, directories, phase)
     with appearing(out) as partial:
         tick = phase("Aggregating sites", len(directories.sites))
-        common = beside.common(directories.sources, leave=chosen.directories.heads == "leave")
-        adapters, noise = _write(rule, directories, used, partial, tick, common, base)
+        leave = chosen.directories.heads == "leave"
+        common = beside.common(directories.sources, leave=leave)
+        adapters, noise = _write(
+            rule,
+            directories,
+            used,
+            partial,
+            tick,
+            common,
+            base,
+        )
         total = _total(list(noise.values()))
         sites = {site: {"n_agg": value} for site, value in noise.items()}
-        write_json(partial / "noise.json", {"method": method, "n_agg": total, "sites": sites})
+        write_json(
+            partial / "noise.json",
+            {
+                "method": method,
+                "n_agg": total,
+                "sites": sites,
+            },
+        )
         if isinstance(rule, Finds):
             for name, content in rule.artefacts(directories.names).items():
                 write_json(partial / name, content)
-        notes = [*_notes(rule, directories), *common.notes]
+        notes = _notes(rule, directories)
+        notes += common.notes
         record = {
             "method": method,
             "round": directories.round,
@@ -144,10 +178,9 @@ def _opened(
             f"--weights '{weights}': {method} needs weights above 0, since every group needs a "
             f"mean."
         )
+    last = None
     if previous:
         last = _previous(previous, sources[0], base)
-    else:
-        last = None
     number = chosen.directories.round or _last_round(previous) + 1
     if needs.rounds and number > 1 and last is None:
         raise AdapterError(
@@ -210,21 +243,23 @@ def _write(
 ) -> tuple[tuple[str, ...], dict[str, float | None]]:
     """Every site of every output; the names of the adapters and the noise by site."""
     sources = directories.sources
-    config, dtype = shared_config(sources, common, base), _dtype(sources)
+    config = shared_config(sources, common, base)
+    dtype = _dtype(sources)
     writers: dict[str, AdapterWriter] = {}
     noise: dict[str, float | None] = {}
     for given in _counted(directories.arrivals(weights), tick):
-        whole, own = directories.adapters(given, rule.site(given))
-        if whole is None:
-            parts = {}
-        else:
-            parts = {GLOBAL: whole}
-        for n, factors in enumerate(own):
-            parts[sources[n].name] = factors
+        outcome = rule.site(given)
+        whole, own = directories.adapters(given, outcome)
+        parts: dict[str, Factors] = {}
+        if whole is not None:
+            parts[GLOBAL] = whole
+        for source, factors in zip(sources, own, strict=False):  # a rule may give nobody its own
+            parts[source.name] = factors
         for name, factors in parts.items():
             if name not in writers:
                 writers[name] = AdapterWriter(folder / name, config, dtype)
-            writers[name].add(given.name, factors)
+            writer = writers[name]
+            writer.add(given.name, factors)
         noise[given.name] = directories.noise(given, whole)
     for name in common.in_adapter:
         value = beside.mean(sources, name, weights)
@@ -233,7 +268,13 @@ def _write(
     for writer in writers.values():
         writer.close()
     if common.in_head:
-        _write_heads(folder, list(writers), sources, common, weights)
+        _write_heads(
+            folder,
+            list(writers),
+            sources,
+            common,
+            weights,
+        )
     return tuple(writers), noise
 
 
@@ -249,7 +290,7 @@ def _check_rank(rank: int | None, method: str, needs: Needs) -> None:
     if rank is None:
         return
     if not needs.rank:
-        takers = ", ".join(name for name, (_, rule) in rules().items() if rule.needs.rank)
+        takers = named_rules(lambda needs: needs.rank)
         raise AdapterError(
             f"--rank has no meaning for {method}; it is the global rank of {takers}."
         )
@@ -265,15 +306,19 @@ def _write_heads(
     weights: Sequence[float],
 ) -> None:
     """Our own head file and card beside each output: with them ``fedgrove.load`` has a classifier."""
-    head = {
-        name.removeprefix(f"{HEAD}/"): beside.mean(sources, name, weights).float().contiguous()
-        for name in common.in_head
-    }
-    card = {key: value for key, value in sources[0].card().items() if key not in ("client", "head")}
+    head = {}
+    for name in common.in_head:
+        mean = beside.mean(sources, name, weights)
+        own_name = name.removeprefix(f"{HEAD}/")
+        head[own_name] = mean.float().contiguous()
+    card = sources[0].card()
+    card.pop("client", None)
+    card.pop("head", None)
     for name in names:
-        save_file(head, folder / name / HEAD, metadata={"format": "pt"})
+        place = folder / name
+        save_file(head, place / HEAD, metadata={"format": "pt"})
         if card:
-            write_json(folder / name / CARD, card)
+            write_json(place / CARD, card)
 
 
 def _previous(folder: Path, first: Source, base: str | None) -> Source:
@@ -309,14 +354,15 @@ def _dtype(sources: Sequence[Source]) -> torch.dtype:
     """float32, or float64 where a client has it: means of half-precision factors are not rounded to
     half precision.
     """
-    wide = any(source.dtype == torch.float64 for source in sources)
-    if wide:
+    dtypes = {source.dtype for source in sources}
+    if torch.float64 in dtypes:
         return torch.float64
     return torch.float32
 
 
 def _notes(rule: ServerRule, directories: Directories) -> list[str]:
-    method, last = directories.method, directories.previous
+    method = directories.method
+    last = directories.previous
     notes = []
     if directories.weighed and isinstance(rule, OwnWeights) and rule.measure:
         notes.append(f"{method} weighs clients by {rule.measure}; --weights was not used.")
@@ -326,7 +372,8 @@ def _notes(rule: ServerRule, directories: Directories) -> list[str]:
         notes += directories.tags.notes(last)
     if last is not None and not directories.needs.previous:
         notes.append(f"{method} does not refer to the last round; --previous was not used.")
-    bases = sorted({base_of(source) for source in directories.sources})
+    bases = {base_of(source) for source in directories.sources}
     if len(bases) > 1:
-        notes.append(f"Taken for one base model under several names: {', '.join(bases)}.")
+        names = ", ".join(sorted(bases))
+        notes.append(f"Taken for one base model under several names: {names}.")
     return notes

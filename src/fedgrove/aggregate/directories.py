@@ -12,8 +12,8 @@ from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.algebra import rescale
 from fedgrove.adapters.lowrank import lean
 from fedgrove.adapters.noise import Noise, aggregation_noise, index_aggregation_noise
-from fedgrove.aggregate.inputs import Source
-from fedgrove.aggregate.options import rules
+from fedgrove.aggregate.inputs import Place, Source
+from fedgrove.aggregate.options import named_rules
 from fedgrove.aggregate.tags import Tags
 from fedgrove.ground.errors import AdapterError
 from fedgrove.interop.peft import CONFIG
@@ -46,11 +46,14 @@ class Directories:
     # ------------------------------------------------------------------ checks
     def check(self) -> None:
         """Refuse, from the headers alone, what the rule is undefined for."""
-        for source in self.sources[1:]:
+        first, *others = self.sources
+        for source in others:
             for site in self.sites:
-                self._check_pair(self.sources[0], source, site)
-        if self.needs.equal_ranks and self.needs.previous and self.previous is not None:
-            self._check_previous(self.sources[0], self.previous)
+                self._check_pair(first, source, site)
+        if self.previous is None:
+            return
+        if self.needs.equal_ranks and self.needs.previous:
+            self._check_previous(first, self.previous)
 
     def check_frozen(self, advance: Callable[[], None]) -> None:
         """Refuse clients that differ in the factor that the rule freezes."""
@@ -59,23 +62,27 @@ class Directories:
         for site in self.sites:
             wanted = getattr(first.read(site), half)
             for source in others:
-                if not torch.equal(getattr(source.read(site), half), wanted):
+                found = getattr(source.read(site), half)
+                if not torch.equal(found, wanted):
+                    name = getattr(source.places[site], half)
                     raise AdapterError(
-                        f"{source.file}: '{getattr(source.places[site], half)}' differs from that "
-                        f"of {first.folder}; {self.method} freezes {half} at one draw for all "
-                        f"clients (fedit averages A too)."
+                        f"{source.file}: '{name}' differs from that of {first.folder}; "
+                        f"{self.method} freezes {half} at one draw for all clients (fedit averages "
+                        f"A too)."
                     )
             advance()
 
     def _check_pair(self, first: Source, source: Source, site: str) -> None:
-        ours, theirs = first.places[site], source.places[site]
+        ours = first.places[site]
+        theirs = source.places[site]
         if self.needs.equal_ranks and ours.rank != theirs.rank:
-            others = [name for name, (_, rule) in rules().items() if not rule.needs.equal_ranks]
+            others = named_rules(lambda needs: not needs.equal_ranks)
             raise AdapterError(
                 f"{source.file}: '{theirs.A}' has rank {theirs.rank}, but {ours.rank} in "
-                f"{first.folder}; {self.method} needs equal ranks ({', '.join(others)} do not)."
+                f"{first.folder}; {self.method} needs equal ranks ({others} do not)."
             )
-        if self.needs.equal_scales and not self.fold and not _close(ours.scale, theirs.scale):
+        one_scale = self.fold or _close(ours.scale, theirs.scale)
+        if self.needs.equal_scales and not one_scale:
             raise AdapterError(
                 f"{source.folder / CONFIG}: alpha / r of '{site}' is {theirs.scale:g}, but "
                 f"{ours.scale:g} in {first.folder}, and a mean of factors is undefined for unequal "
@@ -100,17 +107,27 @@ class Directories:
         """A site of all clients; where the rule takes means of factors, at one scale."""
         factors = [source.read(site.name) for source in self.sources]
         scale = self._scale(site.name)
-        previous = None
+        previous: Factors | None = None
         if self.previous is not None and self.needs.previous:
             previous = self.previous.read(site.name)
         if self.needs.equal_scales:
             factors = [at_scale(each, scale) for each in factors]
-            previous = previous and at_scale(previous, scale)
-        indices = None
+            if previous is not None:
+                previous = at_scale(previous, scale)
+        indices: list[list[int]] | None = None
         if self.tags is not None:
-            factors = [self.tags.ordered(n, each) for n, each in enumerate(factors)]
-            indices = self.tags.indices
-        return Arrived(site, factors, weights, self._rank(site.name), scale, previous, indices)
+            tags = self.tags
+            factors = [tags.ordered(client, each) for client, each in enumerate(factors)]
+            indices = tags.indices
+        return Arrived(
+            site,
+            factors,
+            weights,
+            self._rank(site.name),
+            scale,
+            previous,
+            indices,
+        )
 
     def adapters(self, given: Arrived, outcome: Outcome) -> tuple[Factors | None, list[Factors]]:
         """What is written: the global factors, and each client's at the scale that it came with.
@@ -118,12 +135,16 @@ class Directories:
         An adapter alone cannot change the base, so what would go there stands behind the global
         factors; it is compacted where it has more modules than the layer.
         """
+        site = given.name
         own = []
-        for source, each in zip(self.sources, outcome.own or (), strict=outcome.own is not None):
-            own.append(at_scale(each, source.places[given.name].scale))
+        if outcome.own is not None:
+            for source, each in zip(self.sources, outcome.own, strict=True):
+                place = source.places[site]
+                own.append(at_scale(each, place.scale))
         whole = outcome.whole
         if outcome.base is not None:
-            whole = lean({given.name: self._with_base(given, outcome)})[given.name]
+            joined = self._with_base(given, whole, outcome.base)
+            whole = lean({site: joined})[site]
         return whole, own
 
     def noise(self, given: Arrived, whole: Factors | None) -> float | None:
@@ -132,9 +153,12 @@ class Directories:
         """
         if whole is None:
             return None
-        new, ends = {given.name: whole}, given.adapters
+        new = {given.name: whole}
+        ends = given.adapters
         if self.needs.by_index:
-            most = max([given.rank] if self.tags else [each.rank for each in given.factors])
+            most = given.rank
+            if self.tags is None:
+                most = max(each.rank for each in given.factors)
             old = {given.name: given.old(most)}
             found = index_aggregation_noise(new, old, ends, given.indices, given.weights)
             parts: Sequence[float] = [1.0] * len(ends)
@@ -143,32 +167,40 @@ class Directories:
             parts = given.weights
         return _beyond_rounding(found, given, parts)
 
-    def _with_base(self, given: Arrived, outcome: Outcome) -> Factors:
-        whole, base = outcome.whole, outcome.base
-        assert base is not None
+    def _with_base(self, given: Arrived, whole: Factors | None, base: Factors) -> Factors:
+        """The global factors with what would go into the base behind them."""
         if whole is None:
             return base
-        if _size(base) <= _ROUNDING * _sum(given, given.weights):
+        rounding = _ROUNDING * _sum(given, given.weights)
+        if _size(base) <= rounding:
             return whole
         base = at_scale(base, whole.scale)
-        return replace(whole, A=torch.cat([whole.A, base.A]), B=torch.cat([whole.B, base.B], 1))
+        A = torch.cat([whole.A, base.A])
+        B = torch.cat([whole.B, base.B], 1)
+        return replace(whole, A=A, B=B)
+
+    def _places(self, site: str) -> list[Place]:
+        return [source.places[site] for source in self.sources]
 
     def _scale(self, site: str) -> float:
         """The scale of the global factors: that of the (first) client with the largest rank."""
-        places = [source.places[site] for source in self.sources]
-        return max(places, key=lambda place: place.rank).scale
+        largest = max(self._places(site), key=lambda place: place.rank)
+        return largest.scale
 
     def _rank(self, site: str) -> int:
         if self.tags is not None:
             return self.tags.rank
-        return self.rank or max(source.places[site].rank for source in self.sources)
+        if self.rank:
+            return self.rank
+        return max(place.rank for place in self._places(site))
 
 
 def at_scale(factors: Factors, scale: float) -> Factors:
     """The same update at another scale, folded into B unless it is only rounded otherwise."""
     if _close(factors.scale, scale):
         return replace(factors, scale=scale)
-    return rescale({"": factors}, scale)[""]
+    rescaled = rescale({"": factors}, scale)
+    return rescaled[""]
 
 
 def _close(first: float, second: float) -> bool:
@@ -177,17 +209,20 @@ def _close(first: float, second: float) -> bool:
 
 
 def _beyond_rounding(found: Noise, given: Arrived, parts: Sequence[float]) -> float:
-    if found.total <= _ROUNDING * _sum(given, parts):
+    rounding = _ROUNDING * _sum(given, parts)
+    if found.total <= rounding:
         return 0.0
     return found.total
 
 
 def _sum(given: Arrived, parts: Sequence[float]) -> float:
     """A bound on the sum of the clients' updates."""
-    sizes = [part * _size(each) for part, each in zip(parts, given.factors, strict=True)]
+    pairs = zip(parts, given.factors, strict=True)
+    sizes = [part * _size(each) for part, each in pairs]
     return math.fsum(sizes)
 
 
 def _size(factors: Factors) -> float:
     """A bound on the norm of an update."""
-    return factors.scale * float(factors.A.norm() * factors.B.norm())
+    norms = factors.A.norm() * factors.B.norm()
+    return factors.scale * float(norms)

@@ -12,13 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.keys import plain_name
 from fedgrove.interop.peft import CARD, CONFIG, HEAD, WEIGHTS, read_json
 from fedgrove.interop.targets import layer_index
@@ -73,7 +73,7 @@ class Source:
 
     name: str
     folder: Path
-    config: Mapping[str, Any]
+    config: Given
     places: Mapping[str, Place]
     dtype: torch.dtype  # the widest of its factors
     others: Mapping[str, Saved]  # by their name in the base: modules to save, a head of its own
@@ -87,15 +87,13 @@ class Source:
         place = self.places[site]
         try:
             with safe_open(self.file, "pt") as file:
-                a, b = (
-                    file.get_tensor(name).to(torch.float64, copy=True)
-                    for name in (place.A, place.B)
-                )
+                A = file.get_tensor(place.A).to(torch.float64, copy=True)
+                B = file.get_tensor(place.B).to(torch.float64, copy=True)
         except (OSError, SafetensorError) as error:
             raise AdapterError(
                 f"{self.file} can no longer be read ({error}); leave the files alone."
             ) from error
-        return Factors(a, b, place.scale)
+        return Factors(A, B, place.scale)
 
     def saved(self, name: str) -> torch.Tensor:
         """A tensor beside the factors, in float64 [as ``others`` says]."""
@@ -109,13 +107,14 @@ class Source:
         with safe_open(self.file, "pt") as file:
             for place in self.places.values():
                 for name in (place.A, place.B):
-                    if not bool(torch.isfinite(file.get_tensor(name)).all()):
+                    finite = torch.isfinite(file.get_tensor(name)).all()
+                    if not bool(finite):
                         raise AdapterError(
                             f"{self.file}: the tensor '{name}' holds NaN or Inf; leave this client "
                             f"out."
                         )
 
-    def card(self) -> dict[str, Any]:
+    def card(self) -> Plain:
         """``fedgrove.json``, or nothing where there is none."""
         if (self.folder / CARD).exists():
             return read_json(self.folder / CARD)
@@ -168,8 +167,8 @@ def open_source(folder: Path, name: str) -> Source:
     _check_config(folder / CONFIG, config)
     places, others, dtypes = _places(folder, config)
     dtype = torch.float32
-    for each in dtypes:
-        dtype = torch.promote_types(dtype, {"F64": torch.float64}.get(each, torch.float32))
+    if "F64" in dtypes:
+        dtype = torch.float64
     return Source(name, folder, config, places, dtype, others)
 
 
@@ -179,20 +178,23 @@ def check_alike(first: Source, other: Source, *, base: str | None = None) -> Non
     The same model may lie under different paths: then the last part of the path tells, unless
     ``base`` names what all are adapters of.
     """
-    ours, theirs = base_of(first), base_of(other)
+    ours = base_of(first)
+    theirs = base_of(other)
     if base is None and Path(ours).name != Path(theirs).name:
         raise AdapterError(
             f"{other.folder / CONFIG}: the base model is '{theirs}', but {first.folder} has "
             f"'{ours}'; aggregate adapters of one base model, or name it with --base where it is "
             "one under two names."
         )
-    revisions = [str(each.config.get("revision") or "") for each in (first, other)]
-    if revisions[0] != revisions[1]:
+    revision = _revision(first)
+    others = _revision(other)
+    if revision != others:
         raise AdapterError(
-            f"{other.folder / CONFIG}: the revision of the base model is '{revisions[1]}', but "
-            f"{first.folder} has '{revisions[0]}'; aggregate adapters of one base model."
+            f"{other.folder / CONFIG}: the revision of the base model is '{others}', but "
+            f"{first.folder} has '{revision}'; aggregate adapters of one base model."
         )
-    if bool(first.config.get("fan_in_fan_out")) != bool(other.config.get("fan_in_fan_out")):
+    turned = bool(first.config.get("fan_in_fan_out"))
+    if turned != bool(other.config.get("fan_in_fan_out")):
         raise AdapterError(
             f"{other.folder / CONFIG}: fan_in_fan_out is not that of {first.folder}; use one for "
             f"all."
@@ -208,20 +210,38 @@ def check_alike(first: Source, other: Source, *, base: str | None = None) -> Non
             f"targets for all."
         )
     for site, place in other.places.items():
-        wanted = first.places[site].shape
-        if place.shape != wanted:
-            which, side = (place.B, 0) if place.shape[0] != wanted[0] else (place.A, 1)
-            words = ("out", "in")[side]
+        _check_shape(
+            other,
+            place,
+            first,
+            first.places[site],
+        )
+
+
+def _check_shape(other: Source, place: Place, first: Source, wanted: Place) -> None:
+    sides = zip(
+        ("out", "in"),
+        (place.B, place.A),
+        place.shape,
+        wanted.shape,
+        strict=True,
+    )
+    for side, name, found, due in sides:
+        if found != due:
             raise AdapterError(
-                f"{other.file}: '{which}' has {place.shape[side]} {words} features, but "
-                f"{wanted[side]} in "
+                f"{other.file}: '{name}' has {found} {side} features, but {due} in "
                 f"{first.folder}; use the same base model everywhere."
             )
 
 
+def _revision(source: Source) -> str:
+    return str(source.config.get("revision") or "")
+
+
 def base_of(source: Source) -> str:
     """What the configuration calls the base model."""
-    return str(source.config.get("base_model_name_or_path") or "").rstrip("/")
+    name = source.config.get("base_model_name_or_path") or ""
+    return str(name).rstrip("/")
 
 
 def sites_of(source: Source) -> dict[str, Site]:
@@ -229,17 +249,20 @@ def sites_of(source: Source) -> dict[str, Site]:
     is one above all.
     """
     numbers = {site: layer_index(site) for site in source.places}
-    above = max((number for number in numbers.values() if number is not None), default=-1) + 1
+    known = [number for number in numbers.values() if number is not None]
+    above = max(known, default=-1) + 1
     sites = []
     for name, place in source.places.items():
-        number = numbers[name]
-        sites.append(
-            Site(name, above if number is None else number, place.shape[1], place.shape[0])
-        )
-    return {site.name: site for site in sorted(sites, key=lambda site: (site.layer, site.name))}
+        layer = numbers[name]
+        if layer is None:
+            layer = above
+        out_features, in_features = place.shape
+        sites.append(Site(name, layer, in_features, out_features))
+    sites.sort(key=lambda site: (site.layer, site.name))
+    return {site.name: site for site in sites}
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+def _check_config(path: Path, config: Given) -> None:
     kind = config.get("peft_type")
     if str(kind).upper() != "LORA":
         raise AdapterError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be aggregated.")
@@ -259,82 +282,102 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
             f"the adapter to "
             "plain LoRA first (path_initial_model_for_weight_conversion of PEFT's save_pretrained)."
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank = config.get("r")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"{path}: r is {rank!r}; it must be a whole number of at least 1.")
-    _number(path, "lora_alpha", alpha)
+    _number(path, "lora_alpha", config.get("lora_alpha"))
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise AdapterError(f"{path}: {key} must be a table of patterns and numbers.")
-        for pattern, value in patterns.items():
-            _number(path, f"{key} '{pattern}'", value)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise AdapterError(
-                    f"{path}: {key} '{pattern}' is no regular expression ({error})."
-                ) from None
+        _check_patterns(path, key, config.get(key) or {})
 
 
-def _number(path: Path, what: str, value: Any) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not (math.isfinite(value) and value > 0)
-    ):
-        raise AdapterError(f"{path}: {what} is {value!r}; it must be a number above 0.")
+def _check_patterns(path: Path, key: str, patterns: object) -> None:
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{path}: {key} must be a table of patterns and numbers.")
+    for pattern, value in patterns.items():
+        _number(path, f"{key} '{pattern}'", value)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(
+                f"{path}: {key} '{pattern}' is no regular expression ({error})."
+            ) from None
+
+
+def _number(path: Path, what: str, value: object) -> None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return
+    raise AdapterError(f"{path}: {what} is {value!r}; it must be a number above 0.")
+
+
+class _Contents:
+    """What an adapter file's header names, one tensor after the other."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        #: site -> half -> the tensor's name
+        self.halves: dict[str, dict[str, str]] = {}
+        self.shapes: dict[str, list[int]] = {}
+        self.others: dict[str, Saved] = {}
+        self.dtypes: set[str] = set()
+
+    def add(
+        self,
+        name: str,
+        shape: list[int],
+        dtype: str,
+    ) -> None:
+        """Raises ``AdapterError`` for a tensor that no rule can take."""
+        plain = _plain(self.path, name)
+        found = _PAIR.match(plain)
+        if found is not None:
+            self._add_half(
+                found["site"],
+                found["half"],
+                name,
+                dtype,
+            )
+            self.shapes[name] = shape
+            return
+        if "lora_" in name:
+            raise AdapterError(f"{self.path}: '{name}' is no plain LoRA factor of a linear layer.")
+        self.others[plain] = Saved(self.path, name, tuple(shape))
+
+    def _add_half(self, site: str, half: str, name: str, dtype: str) -> None:
+        if dtype not in _FLOATS:
+            raise AdapterError(f"{self.path}: '{name}' is stored as {dtype}; save it as float32.")
+        self.dtypes.add(dtype)
+        pair = self.halves.setdefault(site, {})
+        if half in pair:
+            raise AdapterError(
+                f"{self.path} holds two adapters: '{pair[half]}' and '{name}'; keep one."
+            )
+        pair[half] = name
 
 
 def _places(
-    folder: Path, config: Mapping[str, Any]
+    folder: Path,
+    config: Given,
 ) -> tuple[dict[str, Place], dict[str, Saved], set[str]]:
     path = folder / WEIGHTS
-    halves: dict[str, dict[str, str]] = {}
-    shapes: dict[str, list[int]] = {}
-    others: dict[str, Saved] = {}
-    dtypes: set[str] = set()
+    contents = _Contents(path)
     try:
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):
-                plain = _plain(path, name)
-                found = _PAIR.match(plain)
-                if not found:
-                    if "lora_" in name:
-                        raise AdapterError(
-                            f"{path}: '{name}' is no plain LoRA factor of a linear layer."
-                        )
-                    shape = tuple(file.get_slice(name).get_shape())
-                    others[plain] = Saved(path, name, shape)
-                    continue
                 view = file.get_slice(name)
-                shapes[name] = list(view.get_shape())
-                dtype = view.get_dtype()
-                if dtype not in _FLOATS:
-                    raise AdapterError(
-                        f"{path}: '{name}' is stored as {dtype}; save it as float32."
-                    )
-                dtypes.add(dtype)
-                pair = halves.setdefault(found["site"], {})
-                if found["half"] in pair:
-                    raise AdapterError(
-                        f"{path} holds two adapters: '{pair[found['half']]}' and '{name}'; keep "
-                        f"one."
-                    )
-                pair[found["half"]] = name
+                contents.add(name, list(view.get_shape()), view.get_dtype())
     except FileNotFoundError:
         raise AdapterError(f"{path} does not exist; {folder} is no adapter directory.") from None
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"{path} is not a whole safetensors file ({error}); it was cut short or altered."
         ) from error
-    if not halves:
+    if not contents.halves:
         raise AdapterError(f"{path} holds no LoRA tensors (lora_A, lora_B).")
-    return (
-        {site: _place(path, site, pair, shapes, config) for site, pair in halves.items()},
-        others | _own_head(folder),
-        dtypes,
-    )
+    places = {}
+    for site, pair in contents.halves.items():
+        places[site] = _place(path, site, pair, contents.shapes, config)
+    others = contents.others | _own_head(folder)
+    return places, others, contents.dtypes
 
 
 def _plain(path: Path, name: str) -> str:
@@ -351,11 +394,12 @@ def _own_head(folder: Path) -> dict[str, Saved]:
         return {}
     try:
         with safe_open(path, "pt") as file:
-            names = sorted(file.keys())
-            return {
-                f"{HEAD}/{name}": Saved(path, name, tuple(file.get_slice(name).get_shape()))
-                for name in names
-            }
+            found = {}
+            for name in sorted(file.keys()):
+                shape = file.get_slice(name).get_shape()
+                called = f"{HEAD}/{name}"
+                found[called] = Saved(path, name, tuple(shape))
+            return found
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"{path} is not a whole safetensors file ({error}); it was cut short or altered."
@@ -367,21 +411,23 @@ def _place(
     site: str,
     pair: Mapping[str, str],
     shapes: Mapping[str, list[int]],
-    config: Mapping[str, Any],
+    config: Given,
 ) -> Place:
     for half, other in ("AB", "BA"):
         if half not in pair:
             raise AdapterError(
                 f"{path}: '{pair[other]}' has no lora_{half}; one half of the pair is missing."
             )
-    a, b = shapes[pair["A"]], shapes[pair["B"]]
+    a = shapes[pair["A"]]
+    b = shapes[pair["B"]]
     for half, shape in (("A", a), ("B", b)):
         if len(shape) != 2 or 0 in shape:
             raise AdapterError(
                 f"{path}: '{pair[half]}' has shape {shape}; it must be a matrix, as of a linear "
                 f"layer."
             )
-    rank = int(_patterned(config, "r", "rank_pattern", site))
+    r = _patterned(config, "r", "rank_pattern", site)
+    rank = int(r)
     if a[0] != rank:
         raise AdapterError(
             f"{path}: '{pair['A']}' has shape {a}, but its rank is {rank} in {CONFIG}."
@@ -390,16 +436,25 @@ def _place(
         raise AdapterError(
             f"{path}: '{pair['B']}' has shape {b}, but its rank is {rank} in {CONFIG}."
         )
-    alpha = float(_patterned(config, "lora_alpha", "alpha_pattern", site))
+    lora_alpha = _patterned(config, "lora_alpha", "alpha_pattern", site)
+    alpha = float(lora_alpha)
     scale = alpha / rank
     if config.get("use_rslora"):
         scale = alpha / math.sqrt(rank)
-    return Place(pair["A"], pair["B"], rank, scale, (b[0], a[1]))
+    return Place(
+        A=pair["A"],
+        B=pair["B"],
+        rank=rank,
+        scale=scale,
+        shape=(b[0], a[1]),
+    )
 
 
-def _patterned(config: Mapping[str, Any], key: str, patterns: str, site: str) -> Any:
+def _patterned(config: Given, key: str, patterns: str, site: str) -> float:
     """As PEFT resolves it: the first pattern that matches the end of the module's path."""
-    for pattern, value in (config.get(patterns) or {}).items():
+    found: float = config[key]
+    by_pattern: Mapping[str, float] = config.get(patterns) or {}
+    for pattern, value in by_pattern.items():
         if re.match(rf"(.*\.)?({pattern})$", site):
             return value
-    return config[key]
+    return found

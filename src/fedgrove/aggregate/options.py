@@ -8,14 +8,15 @@ that only adapters from elsewhere need.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.job.kinds import choices, field_kind, join, nearest
 from fedgrove.job.toml import parse_value, shown, value_text
 from fedgrove.methods.contract import Method
@@ -54,7 +55,7 @@ class Chosen:
 
     method: BaseModel
     directories: Directories
-    record: Mapping[str, Any]
+    record: Given
 
 
 def rules() -> dict[str, tuple[type[Method], type[ServerRule]]]:
@@ -65,6 +66,13 @@ def rules() -> dict[str, tuple[type[Method], type[ServerRule]]]:
         if not isinstance(rule, str):
             found[name] = (kind, rule)
     return found
+
+
+def named_rules(wanted: Callable[[Needs], bool]) -> str:
+    """The names of the methods whose rules need what is wanted, for people."""
+    found = rules().items()
+    names = [name for name, (_, rule) in found if wanted(rule.needs)]
+    return ", ".join(names)
 
 
 def rule_of(name: str) -> tuple[type[Method], type[ServerRule]]:
@@ -78,19 +86,34 @@ def rule_of(name: str) -> tuple[type[Method], type[ServerRule]]:
     return kind, rule
 
 
-def parse_options(given: Sequence[str], kind: type[Method], needs: Needs) -> Chosen:
+def parse_options(
+    given: Sequence[str],
+    kind: type[Method],
+    needs: Needs,
+) -> Chosen:
     """``["K=3", "tau=0.1"]`` as the rule's options. Raises AdapterError in one sentence for the
     first mistake.
     """
     own = {key: kind.Options.model_fields[key] for key in needs.options}
-    fields = {**_about_directories(needs), **own}
+    about = _about_directories(needs)
+    fields = {**about, **own}
     values = _values(given, fields, kind.name)
-    method = _checked(kind.Options, {k: v for k, v in values.items() if k in own})
-    other = _checked(Directories, {k: v for k, v in values.items() if k not in own})
-    record = {}
+    of_method: Plain = {}
+    of_directories: Plain = {}
+    for key, value in values.items():
+        if key in own:
+            of_method[key] = value
+        else:
+            of_directories[key] = value
+    method = _checked(kind.Options, of_method)
+    directories = _checked(Directories, of_directories)
+    record: Plain = {}
     for key in fields:
-        record[key] = getattr(method if key in own else other, key)
-    return Chosen(method, other, record)
+        if key in own:
+            record[key] = getattr(method, key)
+        else:
+            record[key] = getattr(directories, key)
+    return Chosen(method, directories, record)
 
 
 def parse_weights(text: str | None, count: int) -> list[float] | None:
@@ -108,7 +131,8 @@ def parse_weights(text: str | None, count: int) -> list[float] | None:
             f"--weights has {len(weights)} numbers for {count} adapters; give one for each, in "
             f"order."
         )
-    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+    in_range = all(0 <= weight < math.inf for weight in weights)
+    if not in_range or not any(weights):
         raise AdapterError(f"--weights '{text}' must be finite, not negative, and not all zero.")
     return weights
 
@@ -120,14 +144,19 @@ def _about_directories(needs: Needs) -> dict[str, FieldInfo]:
         "seed": needs.seed,
         "heads": True,
     }
-    return {key: Directories.model_fields[key] for key, need in wanted.items() if need}
+    keys = [key for key, need in wanted.items() if need]
+    return {key: Directories.model_fields[key] for key in keys}
 
 
-def _values(given: Sequence[str], fields: Mapping[str, FieldInfo], method: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _values(
+    given: Sequence[str],
+    fields: Mapping[str, FieldInfo],
+    method: str,
+) -> Plain:
+    values: Plain = {}
     for text in given:
-        key, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or not key or not value:
+        key, equals, written = (part.strip() for part in text.partition("="))
+        if not equals or not key or not written:
             raise AdapterError(
                 f"--option '{text}' is no setting; write key=value, for example {_example(fields)}."
             )
@@ -136,42 +165,44 @@ def _values(given: Sequence[str], fields: Mapping[str, FieldInfo], method: str) 
             raise AdapterError(f"--option {key}: {method} has no such key; {meant}")
         if key in values:
             raise AdapterError(f"--option {key} is given twice; give it once.")
-        values[key] = parse_value(value)
-        if isinstance(values[key], float) and not math.isfinite(values[key]):
-            raise _wrong(key, fields[key], values[key])
+        value = parse_value(written)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _wrong(key, fields[key], value)
+        values[key] = value
     return values
 
 
-def _checked(model: type[Model], values: Mapping[str, Any]) -> Model:
+def _checked(model: type[Model], values: Given) -> Model:
     try:
         return model.model_validate(values, strict=True)
     except ValidationError as error:
         item = error.errors(include_url=False)[0]
         if item["type"] == "value_error":
-            words = str(item["ctx"]["error"]).replace("method.", "").rstrip(".")
+            said = str(item["ctx"]["error"])
+            words = said.replace("method.", "").rstrip(".")
             raise AdapterError(f"--option: {words}.") from None
         name = str(item["loc"][0])
         raise _wrong(name, model.model_fields[name], values[name]) from None
 
 
-def _wrong(key: str, field: FieldInfo, value: Any) -> AdapterError:
+def _wrong(key: str, field: FieldInfo, value: object) -> AdapterError:
     guess = None
     if isinstance(value, str):
         guess = nearest(value, choices(field.annotation))
+    hint = "."
     if guess:
         hint = f"; did you mean {key}={guess}?"
-    else:
-        hint = "."
-    return AdapterError(f"--option {key} must be {field_kind(field)}, not {shown(value)}{hint}")
+    kind = field_kind(field)
+    return AdapterError(f"--option {key} must be {kind}, not {shown(value)}{hint}")
 
 
 def _unknown(name: str) -> AdapterError:
-    known = rules()
     guess = nearest(name, catalogue())
     if guess:
         meant = f"did you mean {guess}?"
     else:
-        meant = f"the rules are {join(list(known), 'and')}."
+        known = join(list(rules()), "and")
+        meant = f"the rules are {known}."
     return AdapterError(f"The method '{name}' is unknown; {meant}")
 
 

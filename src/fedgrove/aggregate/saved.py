@@ -26,46 +26,72 @@ class Common:
     @property
     def in_adapter(self) -> list[str]:
         """Those that stand in PEFT's own file."""
-        return [name for name in self.names if not name.startswith(f"{HEAD}/")]
+        return [name for name in self.names if not _of_head(name)]
 
     @property
     def in_head(self) -> list[str]:
         """Those of our own head file."""
-        return [name for name in self.names if name.startswith(f"{HEAD}/")]
+        return [name for name in self.names if _of_head(name)]
 
 
 def common(sources: Sequence[Source], *, leave: bool = False) -> Common:
     """The saved tensors that all clients have in one shape; none of them with ``leave``."""
-    everything = sorted({name for source in sources for name in source.others})
+    everything: set[str] = set()
+    for source in sources:
+        everything.update(source.others)
     if not everything:
         return Common()
     if leave:
         return Common(notes=("Heads and other saved modules were left out, as asked for.",))
-    fits = [name for name in everything if _in_one_shape(sources, name)]
-    rest = [name.removeprefix(f"{HEAD}/") for name in everything if name not in fits]
+    fits = []
+    rest = []
+    for name in sorted(everything):
+        if _in_one_shape(sources, name):
+            fits.append(name)
+        else:
+            rest.append(name)
     notes = []
     if fits:
-        what = ", ".join(name.removeprefix(f"{HEAD}/") for name in fits[:4])
-        notes.append(f"Averaged beside the adapters: {what}{', ...' if fits[4:] else ''}.")
+        notes.append(f"Averaged beside the adapters: {_listed(fits)}.")
     if rest:
-        notes.append(
-            f"Left out, because not every client has it in one shape: {', '.join(rest[:4])}"
-            f"{', ...' if rest[4:] else ''}."
-        )
+        notes.append(f"Left out, because not every client has it in one shape: {_listed(rest)}.")
     return Common(tuple(fits), tuple(notes), _modules(sources, fits))
 
 
-def mean(sources: Sequence[Source], name: str, weights: Sequence[float]) -> torch.Tensor:
-    """The weighted mean of one saved tensor, float64, in its own shape."""
-    total = weights[0] * sources[0].saved(name)
-    for source, weight in zip(sources[1:], weights[1:], strict=True):
+def _of_head(name: str) -> bool:
+    """Whether a tensor is of our own head file."""
+    return name.startswith(f"{HEAD}/")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first four of the names, for people."""
+    words = [name.removeprefix(f"{HEAD}/") for name in names[:4]]
+    if len(names) > 4:
+        words.append("...")
+    return ", ".join(words)
+
+
+def mean(
+    sources: Sequence[Source],
+    name: str,
+    weights: Sequence[float],
+) -> torch.Tensor:
+    """The weighted mean of one saved tensor [any shape, one for all], float64."""
+    pairs = list(zip(sources, weights, strict=True))
+    first, weight = pairs[0]
+    total = weight * first.saved(name)
+    for source, weight in pairs[1:]:
         total += weight * source.saved(name)
     return total
 
 
 def _in_one_shape(sources: Sequence[Source], name: str) -> bool:
-    shapes = {source.others[name].shape for source in sources if name in source.others}
-    return len(shapes) == 1 and all(name in source.others for source in sources)
+    shapes = set()
+    for source in sources:
+        if name not in source.others:
+            return False
+        shapes.add(source.others[name].shape)
+    return len(shapes) == 1
 
 
 def _modules(sources: Sequence[Source], names: Sequence[str]) -> tuple[str, ...]:
@@ -74,5 +100,9 @@ def _modules(sources: Sequence[Source], names: Sequence[str]) -> tuple[str, ...]
     found = wanted.get("modules_to_save") or ()
     if not isinstance(found, list | tuple):
         return ()
-    kept = [str(module) for module in found if any(f".{module}." in f".{name}" for name in names)]
+    kept = []
+    for module in found:
+        part = f".{module}."
+        if any(part in f".{name}" for name in names):
+            kept.append(str(module))
     return tuple(kept)

@@ -9,10 +9,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -20,6 +20,7 @@ from fedgrove.adapters.adapter import Factors
 from fedgrove.aggregate.inputs import Source
 from fedgrove.aggregate.saved import Common
 from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.peft import CONFIG, PREFIX, WEIGHTS
 
 _CODES = {torch.float32: "F32", torch.float64: "F64"}
@@ -33,9 +34,11 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 class AdapterWriter:
     """One adapter directory. Tensors go to a spool as they come, so only one site is in memory."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self.folder, self.config, self.dtype = folder, config, dtype
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    def __init__(self, folder: Path, config: Given, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.config = config
+        self.dtype = dtype
+        self._header: Plain = {"__metadata__": {"format": "pt"}}
         self._ranks: dict[str, int] = {}
         self._alphas: dict[str, float] = {}
         self._size = 0
@@ -52,37 +55,48 @@ class AdapterWriter:
         self._alphas[site] = _tidy(factors.scale * factors.rank)
 
     def save(self, name: str, value: torch.Tensor) -> None:
-        """A tensor beside the factors, under its name in the base model."""
+        """A tensor [any shape] beside the factors, under its name in the base model."""
         with self._spool.open("ab") as spool:
             self._put(spool, f"{PREFIX}{name}", value)
 
-    def _put(self, spool: IO[bytes], name: str, value: torch.Tensor) -> None:
+    def _put(
+        self,
+        spool: IO[bytes],
+        name: str,
+        value: torch.Tensor,
+    ) -> None:
+        """The tensor [any shape] at the spool's end, and where it stands in the header."""
         data = value.detach().to(self.dtype).contiguous()
-        if not bool(torch.isfinite(data).all()):
+        finite = torch.isfinite(data).all()
+        if not bool(finite):
             raise AdapterError(f"{self.folder.name}, '{name}': the result overflows {self.dtype}.")
         array = data.numpy()
         if sys.byteorder == "big":
             array = array.byteswap()
         raw = array.tobytes()
+        start = self._size
+        self._size += len(raw)
         self._header[name] = {
             "dtype": _CODES[self.dtype],
             "shape": list(data.shape),
-            "data_offsets": [self._size, self._size + len(raw)],
+            "data_offsets": [start, self._size],
         }
-        self._size += len(raw)
         spool.write(raw)
 
     def close(self) -> None:
         """Write header, tensors and configuration."""
-        header = json.dumps(self._header, separators=(",", ":")).encode()
+        text = json.dumps(self._header, separators=(",", ":"))
+        header = text.encode()
         header += b" " * (-len(header) % 8)
+        size = len(header).to_bytes(8, "little")
         with (self.folder / WEIGHTS).open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(size + header)
             with self._spool.open("rb") as spool:
                 shutil.copyfileobj(spool, file, 1 << 20)
         self._spool.unlink()
-        rank = max(self._ranks.values())
-        alpha = self._alphas[max(self._ranks, key=self._ranks.__getitem__)]
+        largest = max(self._ranks, key=self._ranks.__getitem__)
+        rank = self._ranks[largest]
+        alpha = self._alphas[largest]
         config = {
             **self.config,
             "r": rank,
@@ -90,32 +104,22 @@ class AdapterWriter:
             "rank_pattern": {site: r for site, r in self._ranks.items() if r != rank},
             "alpha_pattern": {site: a for site, a in self._alphas.items() if a != alpha},
         }
-        write_json(self.folder / CONFIG, dict(sorted(config.items())))
+        in_order = dict(sorted(config.items()))
+        write_json(self.folder / CONFIG, in_order)
 
 
 def shared_config(
-    sources: Sequence[Source], saved: Common, base: str | None = None
-) -> dict[str, Any]:
+    sources: Sequence[Source],
+    saved: Common,
+    base: str | None = None,
+) -> Plain:
     """PEFT's configuration of every output, without ranks and alphas: what the clients agree on."""
     first = sources[0].config
-    chosen = {key: _plain(first[key]) for key in _TARGETS if first.get(key) is not None}
-    if not chosen.get("target_modules") or any(
-        _plain(source.config.get(key)) != chosen.get(key) for source in sources for key in _TARGETS
-    ):
-        chosen = {"target_modules": sorted(sources[0].places)}
-    if not all(targeted(site, chosen) for site in sources[0].places):
-        # PEFT would load such an adapter without a word, and it would do nothing
-        chosen = {"target_modules": sorted(sources[0].places)}
-    tasks = {source.config.get("task_type") for source in sources}
-    if len(tasks) == 1:
-        task = next(iter(tasks))
-    else:
-        task = None
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base or first.get("base_model_name_or_path"),
         "revision": first.get("revision"),
-        "task_type": task if task in _HEADLESS or saved.modules else None,
+        "task_type": _task_type(sources, saved),
         "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
         "lora_dropout": first.get("lora_dropout") or 0.0,
         "bias": "none",
@@ -124,11 +128,48 @@ def shared_config(
         "modules_to_save": list(saved.modules) or None,
         "use_dora": False,
         "use_rslora": False,
-        **chosen,
+        **_targets(sources),
     }
 
 
-def targeted(site: str, config: Mapping[str, Any]) -> bool:
+def _task_type(sources: Sequence[Source], saved: Common) -> object:
+    """PEFT's task type that all clients have; None where the outputs would lack the head that it
+    asks for.
+    """
+    tasks = {source.config.get("task_type") for source in sources}
+    if len(tasks) > 1:
+        return None
+    (task,) = tasks
+    if task in _HEADLESS or saved.modules:
+        return task
+    return None
+
+
+def _targets(sources: Sequence[Source]) -> Plain:
+    """How the clients chose the sites, where they agree and PEFT would find them; else their
+    names.
+    """
+    first = sources[0]
+    by_name = {"target_modules": sorted(first.places)}
+    chosen = {}
+    for key in _TARGETS:
+        value = first.config.get(key)
+        if value is not None:
+            chosen[key] = _plain(value)
+    if not chosen.get("target_modules"):
+        return by_name
+    for source in sources:
+        for key in _TARGETS:
+            value = source.config.get(key)
+            if _plain(value) != chosen.get(key):
+                return by_name
+    if all(targeted(site, chosen) for site in first.places):
+        return chosen
+    # PEFT would load such an adapter without a word, and it would do nothing
+    return by_name
+
+
+def targeted(site: str, config: Given) -> bool:
     """Whether PEFT would adapt the site by a configuration's choice of modules."""
     wanted = config.get("target_modules")
     if wanted == "all-linear":
@@ -137,7 +178,8 @@ def targeted(site: str, config: Mapping[str, Any]) -> bool:
         return False  # name the sites instead: their own names say enough
     if isinstance(wanted, str):
         return re.fullmatch(wanted, site) is not None
-    return any(site == each or site.endswith(f".{each}") for each in wanted or ())
+    names = wanted or ()
+    return any(f".{site}".endswith(f".{each}") for each in names)
 
 
 def refuse_existing(out: Path) -> None:
@@ -154,8 +196,9 @@ def appearing(out: Path) -> Iterator[Path]:
     it does not.
     """
     refuse_existing(out)
-    made = _make_parents(out.absolute().parent)
-    partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
+    target = out.absolute()
+    made = _make_parents(target.parent)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.mkdir()
         yield partial
@@ -171,10 +214,14 @@ def appearing(out: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(
-        json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+def write_json(path: Path, content: Given) -> None:
+    text = json.dumps(
+        content,
+        indent=2,
+        ensure_ascii=False,
+        allow_nan=False,
     )
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -184,7 +231,7 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing[::-1]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """PEFT keeps lists of modules as sets: their order means nothing."""
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return sorted(value)
