@@ -300,13 +300,7 @@ def _index_noise(new: Adapter, old: Adapter, at: Senders) -> float:
     """What the server lost where it averages modules by their index."""
     if not at.modules:  # nobody trained this site: it should be as it was
         return aggregation_noise(new, [old]).total
-    noise = index_aggregation_noise(
-        new,
-        old,
-        at.modules,
-        at.indices,
-        at.shares,
-    )
+    noise = index_aggregation_noise(new, old, at.modules, at.indices, at.shares)
     return noise.total
 
 
