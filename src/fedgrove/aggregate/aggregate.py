@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from fedgrove.adapters.algebra import shares
 from fedgrove.aggregate import saved as beside
+from fedgrove.aggregate.cards import write_cards
 from fedgrove.aggregate.directories import Directories
 from fedgrove.aggregate.inputs import (
     Source,
@@ -35,7 +36,7 @@ from fedgrove.aggregate.writer import (
     write_json,
 )
 from fedgrove.ground.errors import AdapterError
-from fedgrove.interop.peft import CARD, HEAD, read_json
+from fedgrove.interop.peft import HEAD, read_json
 from fedgrove.methods.rule import Finds, FirstPass, Needs, OwnWeights, Round, ServerRule, prepared
 
 GLOBAL, RECORD = "_global", "aggregate.json"
@@ -123,6 +124,7 @@ def aggregate(
             "notes": notes,
         }
         write_json(partial / RECORD, record)
+        write_cards(partial, adapters, directories.sources, common, record)
     return Done(out, adapters, total, tuple(notes))
 
 
@@ -264,16 +266,13 @@ def _write_heads(
     common: beside.Common,
     weights: Sequence[float],
 ) -> None:
-    """Our own head file and card beside each output: with them ``fedgrove.load`` has a classifier."""
+    """Our own head file beside each output."""
     head = {
         name.removeprefix(f"{HEAD}/"): beside.mean(sources, name, weights).float().contiguous()
         for name in common.in_head
     }
-    card = {key: value for key, value in sources[0].card().items() if key not in ("client", "head")}
     for name in names:
         save_file(head, folder / name / HEAD, metadata={"format": "pt"})
-        if card:
-            write_json(folder / name / CARD, card)
 
 
 def _previous(folder: Path, first: Source, base: str | None) -> Source:

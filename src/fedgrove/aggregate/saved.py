@@ -41,6 +41,12 @@ def common(sources: Sequence[Source], *, leave: bool = False) -> Common:
         return Common()
     if leave:
         return Common(notes=("Heads and other saved modules were left out, as asked for.",))
+    classes = {tuple(source.card().get("labels") or ()) for source in sources} - {()}
+    if len(classes) > 1:
+        orders = " and ".join(", ".join(map(str, each)) for each in sorted(classes)[:2])
+        return Common(
+            notes=(f"Heads were left out, because the clients' classes differ: {orders}.",)
+        )
     fits = [name for name in everything if _in_one_shape(sources, name)]
     rest = [name.removeprefix(f"{HEAD}/") for name in everything if name not in fits]
     notes = []
