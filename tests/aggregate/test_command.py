@@ -38,6 +38,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert wrote == f"Wrote {out}: _global/ and an adapter for each of 2 clients."
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c0", "c1", "out"]
     assert sorted(path.name for path in (out / "c0").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

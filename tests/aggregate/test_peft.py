@@ -209,6 +209,10 @@ WRAPS = {
     "checkpointed": lambda name: name.replace(
         ".attention.", "._checkpoint_wrapped_module.attention."
     ),
+    "data parallel deep inside": lambda name: name.replace("layer.0.", "layer.0.module."),
+    "compiled and data parallel": lambda name: f"_orig_mod.module._orig_mod.{name}",
+    "inside another model": lambda name: f"model.{name}",
+    "a whole checkpoint": lambda name: f"state_dict.model._orig_mod.{name}",
     "lightning": lambda name: f"_forward_module.{name}",
     "bare": lambda name: name.removeprefix("base_model.model."),
     "twice": lambda name: f"base_model.model.{name}",

@@ -59,6 +59,7 @@ def test_fedit(tmp_path: Path) -> None:
         assert scale == 2.0
     check_noise(tmp_path / "out", ideal_of(factors, EVEN[1]))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "_global",
         "aggregate.json",
         "noise.json",

@@ -52,6 +52,19 @@ def test_a_common_model_without_a_trained_head_says_so(result: Result, tmp_path:
     assert local.answering() == local.names()
     with pytest.raises(AdapterError, match="has no head that was trained"):
         local.client("_global").predict(["good day"])
+    for folder in (local.path / "adapters" / "_global", tmp_path / "moved", tmp_path / "merged"):
+        if folder.name == "moved":
+            local.client("_global").export(folder)
+        if folder.name == "merged":
+            local.client("_global").export(folder, merge=True)
+        alone = fg.load(folder)
+        assert alone.labels == ("negative", "positive")
+        with pytest.raises(AdapterError, match="has no head that was trained"):
+            alone.predict(["good day"])
+        with pytest.raises(AdapterError, match="has no head that was trained"):
+            said("predict", str(folder), "good day")
+    assert fg.load(local.client("site-0").path).predict(["good day"])
+    assert "head_trained" not in fg.load(result.path / "adapters" / "_global").card
     assert "_global" not in said("evaluate", str(local.path))
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.algebra import shares
 from fedgrove.aggregate import saved as beside
+from fedgrove.aggregate.cards import write_cards
 from fedgrove.aggregate.directories import Directories
 from fedgrove.aggregate.inputs import (
     Source,
@@ -42,7 +43,7 @@ from fedgrove.aggregate.writer import (
     write_json,
 )
 from fedgrove.ground.errors import AdapterError
-from fedgrove.interop.peft import CARD, HEAD, read_json
+from fedgrove.interop.peft import HEAD, read_json
 from fedgrove.methods.rule import Finds, FirstPass, Needs, OwnWeights, Round, ServerRule, prepared
 
 GLOBAL = "_global"
@@ -157,6 +158,7 @@ def aggregate(
             "notes": notes,
         }
         write_json(partial / RECORD, record)
+        write_cards(partial, adapters, directories.sources, common, record)
     return Done(out, adapters, total, tuple(notes))
 
 
@@ -305,20 +307,14 @@ def _write_heads(
     common: beside.Common,
     weights: Sequence[float],
 ) -> None:
-    """Our own head file and card beside each output: with them ``fedgrove.load`` has a classifier."""
+    """Our own head file beside each output."""
     head = {}
     for name in common.in_head:
         mean = beside.mean(sources, name, weights)
         own_name = name.removeprefix(f"{HEAD}/")
         head[own_name] = mean.float().contiguous()
-    card = sources[0].card()
-    card.pop("client", None)
-    card.pop("head", None)
     for name in names:
-        place = folder / name
-        save_file(head, place / HEAD, metadata={"format": "pt"})
-        if card:
-            write_json(place / CARD, card)
+        save_file(head, folder / name / HEAD, metadata={"format": "pt"})
 
 
 def _previous(folder: Path, first: Source, base: str | None) -> Source:

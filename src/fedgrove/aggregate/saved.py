@@ -43,13 +43,19 @@ def common(sources: Sequence[Source], *, leave: bool = False) -> Common:
         return Common()
     if leave:
         return Common(notes=("Heads and other saved modules were left out, as asked for.",))
+    classes = {tuple(source.card().get("labels") or ()) for source in sources} - {()}
+    if len(classes) > 1:
+        orders = " and ".join(", ".join(map(str, each)) for each in sorted(classes)[:2])
+        return Common(
+            notes=(f"Heads were left out, because the clients' classes differ: {orders}.",)
+        )
     fits = []
     rest = []
     for name in sorted(everything):
         if _in_one_shape(sources, name):
             fits.append(name)
         else:
-            rest.append(name)
+            rest.append(name.removeprefix(f"{HEAD}/"))
     notes = []
     if fits:
         notes.append(f"Averaged beside the adapters: {_listed(fits)}.")

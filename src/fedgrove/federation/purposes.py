@@ -22,6 +22,8 @@ WORDS = {
     "valid": VALIDATION,
     "val": VALIDATION,
     "dev": VALIDATION,
+    "eval": VALIDATION,
+    "evaluation": VALIDATION,
 }
 
 

@@ -17,22 +17,27 @@ WRAPPERS = (
     "_checkpoint_wrapped_module",
     "_forward_module",
 )
-#: What DistributedDataParallel and DeepSpeed put in front of everything, where it is no layer.
-IN_FRONT = ("module", "model_wrapped")
+#: What DistributedDataParallel and DeepSpeed call what they wrap, in front or inside, where it is no
+#: layer: no model of transformers has a part of these names.
+NAMELESS = ("module", "model_wrapped")
 
 
 def plain_name(name: str) -> str:
-    """The tensor's name in the base model, without PEFT's prefix and without wrappers.
+    """The tensor's name in the base model, without PEFT's prefix, what a launcher put before it,
+    and wrappers.
 
     Raises ``AdapterError`` where a part is of a wrapper that is not known here.
     """
     parts = [part for part in name.split(".") if part not in WRAPPERS]
-    while parts and parts[0] in IN_FRONT and len(parts) > 2:
-        parts = parts[1:]
+    bare = [part for part in parts if part not in NAMELESS]
+    if len(bare) > 2:  # else it is the layer's own name
+        parts = bare
+    for start in range(1, len(parts) - 2):
+        if parts[start : start + 2] == ["base_model", "model"]:
+            parts = parts[start:]
+            break
     while parts[:2] == ["base_model", "model"]:
         parts = parts[2:]
-        while parts and parts[0] in IN_FRONT:
-            parts = parts[1:]
     for part in parts:
         if part.startswith("_"):
             raise AdapterError(

@@ -15,6 +15,7 @@ from fedgrove.ground.ctrlc import stop_if_pressed
 from fedgrove.ground.files import sync_all, write_json, write_text
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.ground.statistics import mean
+from fedgrove.interop.peft import CARD, read_json
 from fedgrove.methods.protocols import ServerArtefacts, global_assembly
 from fedgrove.report import write_report
 from fedgrove.runs.engine import Absence, Leaving
@@ -218,17 +219,23 @@ class Offers:
 
 def write_global(loop: Loop) -> None:
     """``adapters/_global``, where the method has one model of all clients; its head is the mean, or
-    the first draw.
+    the first draw, which its card says (``head_trained``).
     """
-    assembly = global_assembly(loop.prepared.method, loop.state)
-    if assembly is not None:
-        if loop.head:
-            head = {"head": dict(loop.head)}
-        else:
-            head = {}
-        with_head = loop.prepared.head.attach(assembly, head, {})
-        folder = loop.out / "adapters" / "_global"
-        write_adapter(loop.prepared.parts, folder, with_head, client=None)
+    parts = loop.prepared.parts
+    assembly = global_assembly(parts.method, loop.state)
+    if assembly is None:
+        return
+    if loop.head:
+        head = {"head": dict(loop.head)}
+    else:
+        head = {}
+    with_head = loop.prepared.head.attach(assembly, head, {})
+    folder = loop.out / "adapters" / "_global"
+    write_adapter(parts, folder, with_head, client=None)
+    drawn = parts.head.mode == "local" and not loop.head and bool(parts.head.initial)
+    if drawn:
+        card = read_json(folder / CARD)
+        write_json(folder / CARD, {**card, "head_trained": False})
 
 
 def link(loop: Loop) -> None:

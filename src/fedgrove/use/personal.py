@@ -37,7 +37,9 @@ class ClientModel:
         self.kernel, self.assembly, self.card = kernel, assembly, card
         self.labels: tuple[str, ...] = tuple(card["labels"])
         #: whether nothing that was trained turns states into classes
-        self.headless = card["head"] == "pooled" and not assembly.extras
+        self.headless = card.get("head_trained") is False or (
+            card["head"] == "pooled" and not assembly.extras
+        )
 
     def logits(self, texts: Sequence[Any]) -> Tensor:
         """Logits ``[texts, classes]`` in float32, columns in the order of ``labels``.

@@ -11,6 +11,7 @@ from tests.tiny import save_llama
 from torch.nn import functional as F
 
 from fedgrove.federation import build
+from fedgrove.federation.tasks.conversation import conversation
 from fedgrove.federation.tasks.generate import IGNORED, Generate, Template
 from fedgrove.ground.errors import DataError
 from fedgrove.job import Job
@@ -293,6 +294,22 @@ BAD = [
         r"line 2: the column 'prompt' has a broken character, '\\ud83d'",
     ),
 ]
+
+
+def test_roles_are_read_however_they_are_written() -> None:
+    spelled = [
+        {"from": "System", "value": "be brief"},
+        {"from": "Human", "value": "a"},
+        {"from": "bing", "value": "b"},
+        {"from": " prompter", "value": "c"},
+        {"from": "GPT", "value": "d"},
+    ]
+    roles = [each["role"] for each in conversation(spelled, "messages", "line 1")]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    with pytest.raises(DataError, match="has a message 1 of tools"):
+        conversation([{"from": "Tool", "value": "x"}], "messages", "line 1")
+
+
 BAD_CHATS = [
     (
         "hello",

@@ -10,7 +10,15 @@ from fedgrove.ground.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 #: what other tools call them
-SAME = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+SAME = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+}
 TOOLS = ("tool", "function", "function_call", "observation")
 SPELLINGS = (("role", "content"), ("from", "value"))
 
@@ -67,7 +75,7 @@ def _said(message: Any, number: int, wrong: Callable[[str], DataError]) -> tuple
     """Role and content of a message, in either spelling; parts of a content are joined."""
     if not isinstance(message, dict):
         raise wrong(f"has a message {number} that is no object with a role and a content")
-    if message.get("tool_calls") or message.get("role", message.get("from")) in TOOLS:
+    if message.get("tool_calls") or _plain(message.get("role", message.get("from"))) in TOOLS:
         raise wrong(f"has a message {number} of tools, which is not learnt; leave such rows out")
     for role_key, content_key in SPELLINGS:
         if role_key in message and content_key in message:
@@ -75,12 +83,19 @@ def _said(message: Any, number: int, wrong: Callable[[str], DataError]) -> tuple
             break
     else:
         raise wrong(f"has a message {number} that is no object with a role and a content")
-    role = SAME.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
+    plain = SAME.get(_plain(role), _plain(role))
+    if plain not in ROLES:
         raise wrong(f"has a message {number} with the role {role!r}; roles are {', '.join(ROLES)}")
     if isinstance(content, list | tuple):
         content = "".join(_part(part, number, wrong) for part in content)
-    return role, content
+    return plain, content
+
+
+def _plain(role: Any) -> str:
+    """A role as it is compared: small letters."""
+    if isinstance(role, str):
+        return role.strip().lower()
+    return ""
 
 
 def _part(part: Any, number: int, wrong: Callable[[str], DataError]) -> str:
