@@ -67,11 +67,14 @@ def grow(
         for each in range(least, end):
             scores[each] = _crossed(proposals, judges, each)
         score = 0.0
-        if scores and _by_chance(proposals, judges, scores, shuffles) <= level:
-            count = max(scores, key=scores.__getitem__)
-            score = scores[count]
+        if scores:
+            chance = _by_chance(proposals, judges, scores, shuffles)
+            if chance <= level:
+                count = max(scores, key=scores.__getitem__)
+                score = scores[count]
         labels = cut(whole, count)
-        cuts.append(LayerCut(layer, count, score, labels))
+        chosen = LayerCut(layer, count, score, labels)
+        cuts.append(chosen)
     return cuts
 
 
@@ -134,11 +137,12 @@ def _by_chance(
     """The p-value of the best of the candidates' scores against the best candidate of shuffled
     clients.
     """
-    found = max(scores.values())
-    at_least = 0
+    as_good = max(scores.values()) - 1e-12
+    at_least = 1  # the clients as they are
     for order in shuffles:
         both = np.ix_(order, order)
         shuffled = [judge[both] for judge in judges]
-        best = max(_crossed(proposals, shuffled, count) for count in scores)
-        at_least += best >= found - 1e-12
-    return (1 + at_least) / (1 + len(shuffles))
+        by_count = [_crossed(proposals, shuffled, count) for count in scores]
+        if max(by_count) >= as_good:
+            at_least += 1
+    return at_least / (1 + len(shuffles))

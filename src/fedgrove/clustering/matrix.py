@@ -28,11 +28,13 @@ def checked(D: ArrayLike) -> Matrix:
         raise AdapterError(
             f"The distance of clients {pair} is not finite: look for NaN in their adapters."
         )
-    slack = 1e-5 * float(np.abs(matrix).max())
+    largest = np.abs(matrix).max()
+    slack = 1e-5 * float(largest)
     lowest = matrix.min()
-    on_diagonal = np.abs(np.diag(matrix)).max()
-    skew = np.abs(matrix - matrix.T).max()
-    if lowest < -slack or max(on_diagonal, skew) > slack:
+    diagonal = np.diag(matrix)
+    skew = matrix - matrix.T
+    off = max(np.abs(diagonal).max(), np.abs(skew).max())
+    if lowest < -slack or off > slack:
         raise AdapterError(
             "Client distances must be symmetric, not negative, and 0 on the diagonal."
         )

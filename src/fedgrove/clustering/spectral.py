@@ -73,10 +73,15 @@ def spectral(
 
 
 def _laplacian(matrix: Matrix, sigma: float) -> Matrix:
-    affinity = np.exp(-(matrix**2) / (2 * sigma**2))
+    squares = matrix**2
+    width = 2 * sigma**2
+    affinity = np.exp(-squares / width)
     root = affinity.sum(1) ** -0.5
-    normalised = root[:, None] * affinity * root[None, :]
-    return np.eye(len(matrix)) - normalised
+    of_row = root[:, None]
+    of_column = root[None, :]
+    normalised = of_row * affinity * of_column
+    identity = np.eye(len(matrix))
+    return identity - normalised
 
 
 def _largest_gap(
@@ -96,7 +101,10 @@ def _largest_gap(
     return least + int(first)
 
 
-def match(probe: Bases, clusters: Sequence[Bases]) -> tuple[int, list[float]]:
+def match(
+    probe: Bases,
+    clusters: Sequence[Bases],
+) -> tuple[int, list[float]]:
     """The cluster that an unseen client joins: ``argmax_j`` of the mean squared cosine of principal
     angles.
 

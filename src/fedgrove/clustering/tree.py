@@ -189,7 +189,9 @@ def descend(
 
     def closeness(branch: int) -> tuple[float, int]:
         below = members[branch]
-        return to[below].mean(), below.min()
+        apart = to[below].mean()
+        earliest = below.min()
+        return apart, earliest
 
     node = len(members) - 1
     while node >= clients:
@@ -278,8 +280,8 @@ def _members(Z: Matrix) -> list[NDArray[np.int64]]:
         members.append(leaf)
     children = Z[:, :2].astype(int)
     for left, right in children:
-        both = np.concatenate([members[left], members[right]])
-        members.append(both)
+        both = [members[left], members[right]]
+        members.append(np.concatenate(both))
     return members
 
 
@@ -298,7 +300,8 @@ def _sized(
 def _row(distances: ArrayLike, clients: int) -> Matrix:
     row = np.asarray(distances, dtype=np.float64)
     sized = row.shape == (clients,)
-    if not sized or not np.isfinite(row).all():
+    finite = np.isfinite(row)
+    if not (sized and finite.all()):
         found = list(row.shape)
         raise AdapterError(
             f"A newcomer needs {clients} finite distances, one to each client: got {found}."

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fedgrove.adapters.tree import leaves
 from fedgrove.ground import lines
@@ -54,7 +54,7 @@ class AuditLog:
         direction: Direction,
         kind: str,
         blob: bytes,
-        tree: Any = None,
+        tree: object = None,
         note: str = "",
     ) -> None:
         """Log one message: ``blob`` as it travels, ``tree`` what it decodes to (None where it was
@@ -76,14 +76,15 @@ class AuditLog:
             log.write({**line, "previous": _hash(log.last)})
 
 
-def describe(tree: Any) -> list[list[Any]]:
+def describe(tree: object) -> list[list[object]]:
     """``[[path, dtype, [shape]], ...]`` of a tree's tensors."""
     if tree is None:
         return []
-    return [
-        [path, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-        for path, tensor in leaves(tree)
-    ]
+    found: list[list[object]] = []
+    for path, tensor in leaves(tree):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found.append([path, dtype, list(tensor.shape)])
+    return found
 
 
 def read(path: Path) -> Iterator[Entry]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.deploy.certificates import (
     DeployError,
@@ -29,6 +29,7 @@ from fedgrove.deploy.layout import SERVER_FILE, ServerFile
 from fedgrove.deploy.site import FILE as SITE_FILE
 from fedgrove.deploy.site import SitePlace, open_place
 from fedgrove.ground.errors import FedgroveError
+from fedgrove.ground.plain import Plain
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -251,7 +252,7 @@ def _data(place: SitePlace, job: Job | None) -> Iterator[Finding]:
     )
 
 
-def _labels(rows: list[dict[str, Any]]) -> str:
+def _labels(rows: list[Plain]) -> str:
     from collections import Counter
 
     counts = Counter(str(row["label"]) for row in rows if "label" in row)
@@ -297,7 +298,7 @@ def _server(folder: Path, place: SitePlace, public: bytes | None) -> Iterator[Fi
         yield _admitted(told, place.name)
 
 
-def _admitted(told: dict[str, Any], name: str) -> Finding:
+def _admitted(told: Plain, name: str) -> Finding:
     """Whether the running server lets this site in, under its name."""
     if "site" not in told:
         return Finding(
@@ -373,7 +374,7 @@ def _clock(theirs: float) -> Finding:
     return Finding(f"the clocks agree to {max(1.0, abs(skew)):.0f} s")
 
 
-def _versions(told: dict[str, Any]) -> Iterator[Finding]:
+def _versions(told: Plain) -> Iterator[Finding]:
     from fedgrove.deploy.gate import about
 
     mine = about()
@@ -476,7 +477,7 @@ def _flower() -> Finding:
 
 def _ask_about(
     host: str, port: int, anchors: Path | None, public: bytes | None = None
-) -> dict[str, Any] | None:
+) -> Plain | None:
     """What a Fedgrove gate says of itself, and of whose the key ``public`` is; None from any other
     server. Without ``anchors`` its certificate is not looked at.
     """

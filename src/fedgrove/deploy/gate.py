@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from fedgrove.deploy.certificates import DeployError
+from fedgrove.ground.plain import Plain
 
 FLEET = "/v1/fleet/"
 ABOUT = "/v1/fedgrove/about"  # for `fedgrove deploy check`
@@ -34,11 +35,12 @@ _HOP = {
 }
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Event = MutableMapping[str, Any]  # of the web server's protocol, ASGI
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
 
 
-def about() -> dict[str, Any]:
+def about() -> Plain:
     """What the gate tells anyone who asks: versions, and what time it is here."""
     from importlib.metadata import version
 
@@ -181,9 +183,12 @@ async def _answer(
     status: int,
     body: bytes,
     kind: bytes | None = b"text/plain",
-    headers: list[Any] | None = None,
+    headers: list[tuple[bytes, bytes]] | None = None,
 ) -> None:
-    given = [*(headers or []), *([(b"content-type", kind)] if kind else [])]
-    given.append((b"content-length", str(len(body)).encode()))
+    given = list(headers or [])
+    if kind:
+        given.append((b"content-type", kind))
+    length = str(len(body)).encode()
+    given.append((b"content-length", length))
     await send({"type": "http.response.start", "status": status, "headers": given})
     await send({"type": "http.response.body", "body": body})

@@ -26,6 +26,7 @@ from fedgrove.deploy.certificates import (
 )
 from fedgrove.deploy.layout import CONNECTION, ServerFile
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.job.toml import value_text
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Server:
 
         content, digest = bundle()
         nodes = ",".join(f"{number}={name}" for name, number in self.nodes.items())
-        settings: dict[str, Any] = {
+        settings: Plain = {
             "job": str(job),
             "out": str(out),
             "resume": resume,

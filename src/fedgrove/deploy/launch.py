@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from fedgrove.deploy.certificates import DeployError
 
@@ -41,7 +41,11 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def start(
-    command: Sequence[str], *, home: Path, log: IO[Any], cwd: Path | None = None
+    command: Sequence[str],
+    *,
+    home: Path,
+    log: IO[bytes],
+    cwd: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """A Flower command as a child of this process; its output goes to ``log``."""
     whole = [sys.executable, "-m", "fedgrove.deploy.launch", str(os.getpid()), *command]

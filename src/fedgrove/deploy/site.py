@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, ValidationError, field_validator
 
-from fedgrove.deploy.audit import AuditLog
+from fedgrove.deploy.audit import AuditLog, Direction
 from fedgrove.deploy.certificates import DeployError, address
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.ground.files import write_json
 from fedgrove.ground.marks import keys_with
 from fedgrove.ground.options import COLUMN, Text, Texts
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.job.data import DataSection
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import parse_toml
@@ -194,7 +195,7 @@ class SitePlace:
         self.folder, self.file = folder, file
         self.name = file.site.name
         self.audit = AuditLog(folder / "audit.jsonl")
-        self._round: Any = None  # of the message that is being answered
+        self._round: object = None  # of the message that is being answered
 
     # ------------------------------------------------------------------ what it allows
     def admit(self, job: Job) -> Job:
@@ -267,7 +268,7 @@ class SitePlace:
 
     def _own(self, job: Job) -> Job:
         budget = self.file.budget
-        train: dict[str, Any] = {}
+        train: Plain = {}
         if budget.threads is not None:
             train["threads"] = budget.threads
         if budget.device is not None:
@@ -301,7 +302,7 @@ class SitePlace:
                              f"number allowed, {allow.max_local_steps}")  # fmt: skip
         return Client(self.name, parts.train, parts.test, parts.validation, None, held_out=False)
 
-    def tells(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def tells(self, row: Given) -> Plain:
         """What of a client's description leaves the site: sizes always, what they are made of where
         it is allowed.
         """
@@ -380,7 +381,7 @@ class SitePlace:
     def _limit(self) -> int:
         return int(self.file.allow.max_message_mb * MEGABYTE)
 
-    def _log(self, note: Any, blob: bytes, direction: Any, remark: str) -> None:
+    def _log(self, note: Note, blob: bytes, direction: Direction, remark: str) -> None:
         number = note.head.get("round", self._round)
         if number:
             where = f" of round {number}"
@@ -438,5 +439,5 @@ def _allowed(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import Result as FlowerResult
 from flwr.serverapp.strategy import Strategy
 
 from fedgrove.engines.flower.serve import between_sites, on_virtual_nodes
+from fedgrove.ground.plain import Plain
 from fedgrove.start import Opener, run
 from fedgrove.tracking.live import progress
 
@@ -45,7 +46,7 @@ class Rounds(Strategy):
         self.job, self.out, self.resume = job, out, resume
         self.names, self.callbacks = names, callbacks
 
-    def start(self, grid: Grid, *ignored: Any, **also_ignored: Any) -> FlowerResult:
+    def start(self, grid: Grid, *ignored: object, **also_ignored: object) -> FlowerResult:
         """The whole run. The job has what Flower's arguments would say; the result has each round's
         mean measures.
         """
@@ -110,7 +111,7 @@ def on_grid(
     return run(job, out, resume=resume, callbacks=callbacks, engine=engine)
 
 
-def _means(lines: Sequence[dict[str, Any]], split: str) -> dict[int, dict[str, float]]:
+def _means(lines: Sequence[Plain], split: str) -> dict[int, dict[str, float]]:
     """``{round: {measure: mean over clients}}`` of one split."""
     rounds: dict[int, dict[str, list[float]]] = {}
     for line in lines:

@@ -51,7 +51,12 @@ def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
     job, people = settle(job)
     parts = Parts.of(job, people.clients.values())
     parts = replace(parts, job=with_cohort(parts, len(people.clients)), copies=Copies())
-    refuse_unfit(parts, people.clients.values(), people.held_out.values(), local=True)
+    refuse_unfit(
+        parts,
+        people.clients.values(),
+        people.held_out.values(),
+        local=True,
+    )
     lab, watch = Lab(), None
     if job.run.noise and out is not None:
         lab = noise = NoiseLab(parts.method, parts.base.sites, out)
@@ -59,10 +64,17 @@ def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
     half = parts.client_half(watch=watch)
     attackers = Attackers.drawn(job.attack, people.clients, job.run.seed)
     data = {each.name: encoded(parts, each, attackers) for each in people.federation.clients}
+    engine = LocalEngine(
+        parts,
+        half,
+        people.everyone,
+        data,
+        people.held_out,
+    )
     return Stage(
         parts,
         people.federation,
-        LocalEngine(parts, half, people.everyone, data, people.held_out),
+        engine,
         people.clients,
         people.held_out,
         people.fingerprint,
@@ -72,7 +84,11 @@ def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
 
 @contextmanager
 def in_process(
-    job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
+    job: Job,
+    directory: RunDirectory,
+    *,
+    resume: bool,
+    watch: Callback,
 ) -> Iterator[Stage[LocalEngine]]:
     """The stage of a local run. One that was begun on Flower has its clients' stores elsewhere."""
     if (directory.path / "flower.json").exists():
@@ -90,9 +106,14 @@ def in_process(
 def remarks(stage: Stage[LocalEngine]) -> list[str]:
     """What a user would want to know before the run goes on."""
     most = stage.task.tokens.get("max_length", 0)
-    clients = stage.engine.data.values()
-    rows = [row for splits in clients for split in splits.values() for row in split]
-    full = sum(len(row["input_ids"]) >= most for row in rows if "input_ids" in row)
+    rows: list[Example] = []
+    for splits in stage.engine.data.values():
+        for split in splits.values():
+            rows.extend(split)
+    full = 0
+    for row in rows:
+        if "input_ids" in row and len(row["input_ids"]) >= most:
+            full += 1
     if not full:
         return []
     return [
@@ -117,7 +138,13 @@ def with_cohort(parts: Parts, clients: int) -> Job:
     """
     job, base = parts.job, parts.base
     if job.train.cohort == "auto":
-        size = cohort_size(job, base, parts.method.setting, clients, lane_count(job))
+        size = cohort_size(
+            job,
+            base,
+            parts.method.setting,
+            clients,
+            lane_count(job),
+        )
         return job.replace(train={"cohort": size})
     if job.train.cohort > 1 and not row_by_row(base):
         raise JobError(
@@ -141,8 +168,12 @@ class LocalEngine:
         data: Data,
         held_out: Collection[str] = (),
     ):
-        self.parts, self.job, self.half = parts, parts.job, half
-        self.clients, self.data, self.held_out = clients, data, held_out
+        self.parts = parts
+        self.job = parts.job
+        self.half = half
+        self.clients = clients
+        self.data = data
+        self.held_out = held_out
         self._stores: dict[str, Store] = {}
         self._before: dict[str, Store] = {}  # each client's store before its newest update
         self._changed: set[str] = set()
@@ -156,7 +187,12 @@ class LocalEngine:
     def available(self, clients: Sequence[str]) -> list[str]:
         return list(clients)
 
-    def train(self, round: int, clients: Sequence[str], offer: OfferOf) -> Iterator[Arrival]:
+    def train(
+        self,
+        round: int,
+        clients: Sequence[str],
+        offer: OfferOf,
+    ) -> Iterator[Arrival]:
         how = self.job.run.compress
         if self.job.privacy.secure_aggregation:
             room = Room(round, clients)
@@ -185,7 +221,10 @@ class LocalEngine:
             )
 
     def _outcomes(
-        self, round: int, clients: Sequence[str], offer: OfferOf
+        self,
+        round: int,
+        clients: Sequence[str],
+        offer: OfferOf,
     ) -> Iterator[tuple[str, Given, int, Outcome]]:
         """(client, its offer as it arrived, its bytes, what it made of it), ``train.cohort`` a lane
         at a time.
@@ -205,13 +244,35 @@ class LocalEngine:
 
     def _turn(self, client: str, given: Given) -> Turn:
         train = self.data[client]["train"]
-        return Turn(self.clients[client], train, given, self.store(client))
+        return Turn(
+            self.clients[client],
+            train,
+            given,
+            self.store(client),
+        )
 
-    def _masked(self, room: Room, update: Update, given: Given, round: int) -> Plain:
+    def _masked(
+        self,
+        room: Room,
+        update: Update,
+        given: Given,
+        round: int,
+    ) -> Plain:
         """What the client sends where the server is to learn the sum alone."""
         half, info = self.half, self.clients[update.client]
-        own = change(half.method, half.head, info, update.content, given, round)
-        return room.conceal(update.client, own, float(self.job.privacy.clip or 0.0))
+        own = change(
+            half.method,
+            half.head,
+            info,
+            update.content,
+            given,
+            round,
+        )
+        return room.conceal(
+            update.client,
+            own,
+            float(self.job.privacy.clip or 0.0),
+        )
 
     def _given(self, offer: Given) -> Given:
         """An offer as it arrives."""
@@ -219,30 +280,50 @@ class LocalEngine:
         return given
 
     def reject(self, client: str) -> None:
-        rejected, self._stores[client] = self._stores[client], dict(self._before[client])
+        rejected = self._stores[client]
+        before = dict(self._before[client])
         if NOTES in rejected:  # what an update cost is spent, used or not
-            self._stores[client][NOTES] = rejected[NOTES]
+            before[NOTES] = rejected[NOTES]
+        self._stores[client] = before
 
     def evaluate(
-        self, clients: Sequence[str], offer: OfferOf, split: str
+        self,
+        clients: Sequence[str],
+        offer: OfferOf,
+        split: str,
     ) -> Iterator[tuple[str, dict[str, float]]]:
-        names = [name for name in clients if split != SPLIT or SPLIT in self.data[name]]
-        models = ((name, self.personal(name, self._given(offer(name)))) for name in names)
+        def models() -> Iterator[tuple[str, Assembly]]:
+            for name in clients:
+                if split == SPLIT and SPLIT not in self.data[name]:
+                    continue
+                given = self._given(offer(name))
+                yield name, self.personal(name, given)
 
         def measure(kernel: Kernel, item: tuple[str, Assembly]) -> tuple[str, dict[str, float]]:
             name, model = item
-            return name, self.half.alone(kernel).measure(name, model, self.data[name][split])
+            half = self.half.alone(kernel)
+            examples = self.data[name][split]
+            return name, half.measure(name, model, examples)
 
-        yield from self.half.lanes.map(measure, models)
+        yield from self.half.lanes.map(measure, models())
 
     def arrive(self, client: str, ask: Ask) -> Given:
         def through(report: Given | None) -> Given:
-            return self._given(ask(None if report is None else self._given(report)))
+            if report is not None:
+                report = self._given(report)
+            return self._given(ask(report))
 
-        return self.half.arrive(self.clients[client], self.data[client]["train"], through)
+        return self.half.arrive(
+            self.clients[client],
+            self.data[client]["train"],
+            through,
+        )
 
     def leave(
-        self, clients: Sequence[str], offer: OfferOf, out: Path
+        self,
+        clients: Sequence[str],
+        offer: OfferOf,
+        out: Path,
     ) -> Iterator[tuple[str, Leaving]]:
         # their probes need the kernel
         arrived = {name: offer(name) for name in clients if name in self.held_out}
@@ -270,7 +351,11 @@ class LocalEngine:
 
     def personal(self, client: str, offer: Given) -> Assembly:
         """The client's model as it would deploy it, head included."""
-        return self.half.personal(self.clients[client], offer, self.store(client))
+        return self.half.personal(
+            self.clients[client],
+            offer,
+            self.store(client),
+        )
 
     def store(self, client: str) -> Store:
         return self._stores.get(client, {})
@@ -283,6 +368,10 @@ class LocalEngine:
     def notes(self) -> Plain:
         return {}
 
-    def restore(self, stores: Mapping[str, Store], notes: Given | None = None) -> None:
+    def restore(
+        self,
+        stores: Mapping[str, Store],
+        notes: Given | None = None,
+    ) -> None:
         self._stores = dict(stores)
         self._changed.clear()

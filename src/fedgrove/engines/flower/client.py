@@ -62,7 +62,12 @@ class Workshops:
         self._key: tuple[str, str] | None = None
         self._workshop: Workshop | None = None
 
-    def of(self, run: str, job: Job, info: ClientInfo) -> Workshop:
+    def of(
+        self,
+        run: str,
+        job: Job,
+        info: ClientInfo,
+    ) -> Workshop:
         """The workshop for a run, built at the first call."""
         import torch
 
@@ -84,7 +89,13 @@ class Runtime:
     keeps.
     """
 
-    def __init__(self, place: Place, workshops: Workshops, *, simulated: bool = False):
+    def __init__(
+        self,
+        place: Place,
+        workshops: Workshops,
+        *,
+        simulated: bool = False,
+    ):
         self.place, self.workshops, self.simulated = place, workshops, simulated
 
     def handle(self, blob: bytes) -> bytes:
@@ -163,7 +174,11 @@ class Runtime:
 
     def _open(self, note: Note) -> Note:
         given = note.head["client"]
-        info = ClientInfo(str(given["name"]), int(given["rank"]), int(given["examples"]))
+        info = ClientInfo(
+            str(given["name"]),
+            int(given["rank"]),
+            int(given["examples"]),
+        )
         job = self._job(note.head["job"])
         affordable = self.place.rank(job)
         if affordable is not None and info.rank > affordable:
@@ -195,7 +210,13 @@ class Runtime:
         if not 1 <= round <= shop.job.run.rounds:
             raise RunError(f"The job has {shop.job.run.rounds} rounds, and no round {round}.")
         offer, store = note.body["offer"], stores.load(int(head["store"]))
-        outcome = shop.half.train(info, data["train"], offer, store, round)
+        outcome = shop.half.train(
+            info,
+            data["train"],
+            offer,
+            store,
+            round,
+        )
         answer = Note(
             "train",
             {
@@ -208,8 +229,17 @@ class Runtime:
             shop.job.run.compress,
         )
         encode(answer)  # refuses what is private, before anything is kept
-        Spending(self._home(note)).spend(round, offer, store, outcome.store)
-        stores.save(round, outcome.store, keep=int(head["keep"]))
+        Spending(self._home(note)).spend(
+            round,
+            offer,
+            store,
+            outcome.store,
+        )
+        stores.save(
+            round,
+            outcome.store,
+            keep=int(head["keep"]),
+        )
         return answer
 
     def _evaluate(self, note: Note) -> Note:
@@ -218,16 +248,25 @@ class Runtime:
         if split not in ("test", "validation"):
             raise RunError(f"A client is not measured on a split {split[:40]!r}.")
         assembly = shop.half.personal(
-            info, note.body["offer"], self._stores(note).load(int(note.head["store"]))
+            info,
+            note.body["offer"],
+            self._stores(note).load(int(note.head["store"])),
         )
         measures = shop.half.measure(info.name, assembly, data[split])
         return Note("evaluate", {"measures": measures})
 
     def _probe(self, note: Note) -> Note:
         shop, info, data = self._ready(note)
-        report = shop.half.probe(info, data["train"], note.body["offer"])
+        report = shop.half.probe(
+            info,
+            data["train"],
+            note.body["offer"],
+        )
         return Note(
-            "probe", {}, {"report": report} if report is not None else {}, shop.job.run.compress
+            "probe",
+            {},
+            {"report": report} if report is not None else {},
+            shop.job.run.compress,
         )
 
     def _finish(self, note: Note) -> Note:
@@ -263,15 +302,28 @@ class Runtime:
             ) from None
         info = ClientInfo(**opened["client"])
         job = self._job(opened["job"])
-        shop = self.workshops.of(str(note.head["run"]), job, info)
+        shop = self.workshops.of(
+            str(note.head["run"]),
+            job,
+            info,
+        )
         if info.name not in shop.data:
             client = self.place.client(job)
             if not self.simulated:
-                self._same_data(self._home(note) / _DATA, client, job)
+                self._same_data(
+                    self._home(note) / _DATA,
+                    client,
+                    job,
+                )
             shop.data[info.name] = shop.parts.encode(client)
         return shop, info, shop.data[info.name]
 
-    def _same_data(self, mark: Path, client: Client, job: Job) -> None:
+    def _same_data(
+        self,
+        mark: Path,
+        client: Client,
+        job: Job,
+    ) -> None:
         """A site that comes back to a run has the rows that it had before. Raises ``RunError``
         where it has others.
         """

@@ -57,7 +57,12 @@ def simulated_runtime(message: Message, context: Context) -> Runtime:
             "file."
         )
     partition = int(str(context.node_config["partition-id"]))
-    place = simulated(str(told["run"]), str(told["directory"]), partition, str(told["name"]))
+    place = simulated(
+        str(told["run"]),
+        str(told["directory"]),
+        partition,
+        str(told["name"]),
+    )
     return Runtime(place, workshops(), simulated=True)
 
 

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.adapters.tree import numbers
 from fedgrove.engines.flower.post import Failure, Post
 from fedgrove.engines.flower.wire import Note
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import ClientInfo, Method, Update
 from fedgrove.methods.protocols import Probes
 from fedgrove.runs.engine import Absence, Arrival, Ask, Leaving, OfferOf
@@ -37,12 +38,17 @@ AGAIN = 60.0  # seconds before a node that refused is asked again
 _LEAVING = {"metric_base", "metric", "metric_tuned", "loss", "epsilon", "delta"}
 _MEASURED = {"metric_base", "metric", "loss"}  # and what it must
 
-_Ask = tuple[str, dict[str, Any], dict[str, Any]]  # kind, head, body
+_Ask = tuple[str, Plain, Plain]  # kind, head, body
 Told = Callable[[int, str, str, str], None]  # (round, client, what, reason): for the log
 Newcomer = Callable[[ClientInfo], None]
 
 
-def _nobody_listens(round: int, client: str, what: str, reason: str) -> None:
+def _nobody_listens(
+    round: int,
+    client: str,
+    what: str,
+    reason: str,
+) -> None:
     pass
 
 
@@ -56,7 +62,7 @@ class Member:
 
     name: str
     node: int
-    row: dict[str, Any]  # as in federation.json
+    row: Plain  # as in federation.json
     rank: int | None  # the largest that it affords
 
     @property
@@ -87,7 +93,10 @@ class FlowerEngine:
         names: Mapping[int, str] | None = None,
         told: Told = _nobody_listens,
     ):
-        self.post, self.key, self.job, self.simulation = post, key, job, simulation
+        self.post = post
+        self.key = key
+        self.job = job
+        self.simulation = simulation
         self.names = dict(names or {})
         self.told = told
         self.patience = job.federation.deadline
@@ -134,14 +143,27 @@ class FlowerEngine:
         """
         import fedgrove
 
-        head = {"job": self.job.to_toml(), "version": fedgrove.__version__}
+        head = {
+            "job": self.job.to_toml(),
+            "version": fedgrove.__version__,
+        }
         for node in self._strangers():
-            sent = self._to(node, "hello", head, {}, seconds=GREETING)
+            sent = self._to(
+                node,
+                "hello",
+                head,
+                {},
+                seconds=GREETING,
+            )
             if sent:
                 self._greeted[sent] = node
-        found = []
-        for sent, answer in self.post.collect(list(self._greeted), seconds=GREETING if wait else 0):
-            member = self._met(self._greeted.pop(sent), answer)
+        patience = 0.0
+        if wait:
+            patience = GREETING
+        found: list[Member] = []
+        for sent, answer in self.post.collect(list(self._greeted), seconds=patience):
+            node = self._greeted.pop(sent)
+            member = self._met(node, answer)
             if member is not None:
                 self.members[member.name] = member
                 self._opened.discard(member.name)
@@ -150,10 +172,15 @@ class FlowerEngine:
 
     def _strangers(self) -> list[int]:
         """Connected nodes of which nothing is known, or that were turned away a while ago."""
-        known = {member.node for member in self.members.values()} | set(self._greeted.values())
+        known = {member.node for member in self.members.values()}
+        known.update(self._greeted.values())
         long_ago = time.monotonic() - AGAIN
-        found = [node for node in self.post.nodes() if node not in known]
-        return [node for node in found if self._refused.get(node, (long_ago, ""))[0] <= long_ago]
+        found: list[int] = []
+        for node in self.post.nodes():
+            turned_away, _ = self._refused.get(node, (long_ago, ""))
+            if node not in known and turned_away <= long_ago:
+                found.append(node)
+        return found
 
     def _met(self, node: int, answer: Note | Failure) -> Member | None:
         """Who a node says it is; None where it is turned away."""
@@ -163,7 +190,12 @@ class FlowerEngine:
                 self._turn_away(node, called, answer.reason)
             return None
         row, rank = answer.head.get("row"), answer.head.get("rank")
-        wrong = row_fault(row, rank, self.job.data.classes, strict=not self.trusted)
+        wrong = row_fault(
+            row,
+            rank,
+            self.job.data.classes,
+            strict=not self.trusted,
+        )
         if wrong or not isinstance(row, dict):
             self._turn_away(node, called, f"its hello is refused, because {wrong}")
             return None
@@ -171,7 +203,11 @@ class FlowerEngine:
             self._turn_away(node, row["name"], "its node has a key that belongs to no site")
             return None
         if self.names and self.names[node] != row["name"]:
-            self._turn_away(node, row["name"], f"its node has the key of {self.names[node]!r}")
+            self._turn_away(
+                node,
+                row["name"],
+                f"its node has the key of {self.names[node]!r}",
+            )
             return None
         before = self.members.get(row["name"])
         if before is not None and before.node in self.post.nodes():
@@ -183,21 +219,31 @@ class FlowerEngine:
         """Tell clients who they are; each loads the model. Those that cannot, with the reason, are
         forgotten.
         """
-        asked: dict[int, _Ask] = {
-            self.members[info.name].node: ("open", self._opening_of(info), {}) for info in infos
-        }
-        named = {self.members[info.name].node: info for info in infos}
-        answers = {
-            named[node].name: self._has_opened(named[node], each)
-            for node, each in self._ask(asked, seconds=GREETING)
-        }
+        asked: dict[int, _Ask] = {}
+        named: dict[int, ClientInfo] = {}
+        for info in infos:
+            node = self.members[info.name].node
+            asked[node] = ("open", self._opening_of(info), {})
+            named[node] = info
+        answers: dict[str, str] = {}
+        for node, answer in self._ask(asked, seconds=GREETING):
+            info = named[node]
+            answers[info.name] = self._has_opened(info, answer)
         return {name: reason for name, reason in answers.items() if reason}
 
-    def _opening_of(self, info: ClientInfo) -> dict[str, Any]:
+    def _opening_of(self, info: ClientInfo) -> Plain:
         import fedgrove
 
-        client = {"name": info.name, "rank": info.rank, "examples": info.examples}
-        return {"job": self.job.to_toml(), "version": fedgrove.__version__, "client": client}
+        client = {
+            "name": info.name,
+            "rank": info.rank,
+            "examples": info.examples,
+        }
+        return {
+            "job": self.job.to_toml(),
+            "version": fedgrove.__version__,
+            "client": client,
+        }
 
     def _has_opened(self, info: ClientInfo, answer: Note | Failure) -> str:
         """Nothing where the client can begin, else the reason why it cannot; then it is
@@ -223,7 +269,13 @@ class FlowerEngine:
                 continue
             known = self.infos.get(name)
             info = known or ClientInfo(name, self._rank(member), member.examples)
-            sent = self._to(member.node, "open", self._opening_of(info), {}, seconds=GREETING)
+            sent = self._to(
+                member.node,
+                "open",
+                self._opening_of(info),
+                {},
+                seconds=GREETING,
+            )
             if sent:
                 self._opening[sent] = info, known is not None
         for sent, answer in self.post.collect(list(self._opening), seconds=0):
@@ -260,11 +312,14 @@ class FlowerEngine:
         if self.trusted:
             return []
         self._take_in()
-        ready, self._ready = sorted(self._ready, key=lambda each: each[0].name), []
+        ready = sorted(self._ready, key=lambda each: each[0].name)
+        self._ready = []
+        new: list[ClientInfo] = []
         for info, known in ready:
             if known:
                 self.told(round, info.name, "back", "it is connected again")
-        new = [info for info, known in ready if not known and info.name in self.members]
+            elif info.name in self.members:
+                new.append(info)
         for info in new:
             if info.name in self._never:
                 self.held_out.add(info.name)
@@ -295,9 +350,18 @@ class FlowerEngine:
     def _idle(self, clients: Sequence[str]) -> list[str]:
         """Those that have loaded the model, are connected and not at work."""
         online = set(self.post.nodes())
-        busy = {sent.client for name, sent in self._overdue.items() if name not in self._came}
-        here = [name for name in clients if name in self._opened and name in self.members]
-        return [name for name in here if self.members[name].node in online and name not in busy]
+        busy: set[str] = set()
+        for message, sent in self._overdue.items():
+            if message not in self._came:
+                busy.add(sent.client)
+        idle: list[str] = []
+        for name in clients:
+            if name in busy or name not in self._opened:
+                continue
+            member = self.members.get(name)
+            if member is not None and member.node in online:
+                idle.append(name)
+        return idle
 
     def _deadline(self) -> float | None:
         """When a round that begins now is over, by the monotonic clock."""
@@ -307,7 +371,10 @@ class FlowerEngine:
 
     # ------------------------------------------------------------------ rounds
     def train(
-        self, round: int, clients: Sequence[str], offer: OfferOf
+        self,
+        round: int,
+        clients: Sequence[str],
+        offer: OfferOf,
     ) -> Iterator[Arrival | Absence]:
         waiting, self._overdue = self._overdue, {}
         came, self._came = self._came, {}
@@ -345,7 +412,11 @@ class FlowerEngine:
                 self.post.forget([sent])
 
     def _ask_all_to_train(
-        self, clients: Sequence[str], round: int, offer: OfferOf, waiting: dict[str, _Sent]
+        self,
+        clients: Sequence[str],
+        round: int,
+        offer: OfferOf,
+        waiting: dict[str, _Sent],
     ) -> tuple[set[str], list[str]]:
         """(the messages that the round waits for, those whose node is not there); what was sent is
         put among those that are waited for.
@@ -360,7 +431,12 @@ class FlowerEngine:
                 gone.append(name)
         return needed, gone
 
-    def _are_back(self, gone: Sequence[str], round: int, until: float | None) -> bool:
+    def _are_back(
+        self,
+        gone: Sequence[str],
+        round: int,
+        until: float | None,
+    ) -> bool:
         """Whether all of those whose node went away are connected again in time."""
         if self.trusted:
             return False
@@ -373,7 +449,12 @@ class FlowerEngine:
             )
         return self._wait_for(gone, until)
 
-    def _ask_to_train(self, name: str, round: int, offer: OfferOf) -> tuple[str, _Sent]:
+    def _ask_to_train(
+        self,
+        name: str,
+        round: int,
+        offer: OfferOf,
+    ) -> tuple[str, _Sent]:
         given = offer(name)
         # A message may be read only as long as its answer can be used.
         lifetime = self.patience
@@ -382,9 +463,20 @@ class FlowerEngine:
                 lifetime = 3 * lifetime + 1
             else:
                 lifetime = lifetime + 1
-        head = {"round": round, "store": self._stores.get(name, 0), "keep": self._kept.get(name, 0)}
-        sent = self._send(name, "train", head, {"offer": dict(given)}, seconds=lifetime)
-        return sent, _Sent(name, round, numbers(given), sent_bytes(given, self.job.run.compress))
+        head = {
+            "round": round,
+            "store": self._stores.get(name, 0),
+            "keep": self._kept.get(name, 0),
+        }
+        sent = self._send(
+            name,
+            "train",
+            head,
+            {"offer": dict(given)},
+            seconds=lifetime,
+        )
+        size = sent_bytes(given, self.job.run.compress)
+        return sent, _Sent(name, round, numbers(given), size)
 
     def _arrival(self, sent: _Sent, answer: Note | Failure) -> Arrival | Absence:
         name = sent.client
@@ -444,7 +536,10 @@ class FlowerEngine:
 
     # ------------------------------------------------------------------ personal models
     def evaluate(
-        self, clients: Sequence[str], offer: OfferOf, split: str
+        self,
+        clients: Sequence[str],
+        offer: OfferOf,
+        split: str,
     ) -> Iterator[tuple[str, dict[str, float]] | Absence]:
         for name, answer in self._ask_clients(clients, "evaluate", {"split": split}, offer):
             if isinstance(answer, Note):
@@ -458,7 +553,7 @@ class FlowerEngine:
             else:
                 yield name, dict(measures or {})
 
-    def arrive(self, client: str, ask: Ask) -> Mapping[str, Any]:
+    def arrive(self, client: str, ask: Ask) -> Given:
         offer = ask(None)
         method = self._method
         if method is None or not isinstance(method, Probes):
@@ -469,7 +564,10 @@ class FlowerEngine:
         return offer  # usable as it is
 
     def leave(
-        self, clients: Sequence[str], offer: OfferOf, out: Path
+        self,
+        clients: Sequence[str],
+        offer: OfferOf,
+        out: Path,
     ) -> Iterator[tuple[str, Leaving] | Absence]:
         self._wait_for(clients, self._a_while())
         for held_out in (False, True):
@@ -490,7 +588,11 @@ class FlowerEngine:
                     own = {}
                 yield name, Leaving(row, stored, own.get("artefacts", {}), own.get("texts", []))
 
-    def _wait_for(self, clients: Sequence[str], until: float | None) -> bool:
+    def _wait_for(
+        self,
+        clients: Sequence[str],
+        until: float | None,
+    ) -> bool:
         """Whether all of these clients are connected, or are again before ``until`` by the
         monotonic clock.
         """
@@ -509,10 +611,10 @@ class FlowerEngine:
         )
 
     # ------------------------------------------------------------------ checkpoints
-    def changed(self) -> dict[str, dict[str, Any]]:
+    def changed(self) -> dict[str, Plain]:
         return {}
 
-    def notes(self) -> dict[str, Any]:
+    def notes(self) -> Plain:
         self._kept = dict(self._stores)
         clients = {
             info.name: {"rank": info.rank, "examples": info.examples}
@@ -520,7 +622,11 @@ class FlowerEngine:
         }
         return {"stores": dict(self._stores), "clients": clients}
 
-    def restore(self, stores: Mapping[str, dict[str, Any]], notes: Mapping[str, Any]) -> None:
+    def restore(
+        self,
+        stores: Mapping[str, Plain],
+        notes: Given,
+    ) -> None:
         self._stores = {name: int(round) for name, round in notes.get("stores", {}).items()}
         self._kept, self._before = dict(self._stores), {}
 
@@ -529,22 +635,28 @@ class FlowerEngine:
         self,
         client: str,
         kind: str,
-        head: Mapping[str, Any],
-        body: dict[str, Any],
+        head: Given,
+        body: Plain,
         *,
         seconds: float | None,
     ) -> str:
         member = self.members.get(client)
         if member:
-            return self._to(member.node, kind, head, body, seconds=seconds)
+            return self._to(
+                member.node,
+                kind,
+                head,
+                body,
+                seconds=seconds,
+            )
         return ""
 
     def _to(
         self,
         node: int,
         kind: str,
-        head: Mapping[str, Any],
-        body: dict[str, Any],
+        head: Given,
+        body: Plain,
         *,
         seconds: float | None,
     ) -> str:
@@ -552,11 +664,19 @@ class FlowerEngine:
         if simulation is not None:
             names = {member.node: member.name for member in self.members.values()}
             simulation = {**simulation, "name": names.get(node, "")}
-        note = Note(kind, {"run": self.key, **head}, body, self.job.run.compress)
+        note = Note(
+            kind,
+            {"run": self.key, **head},
+            body,
+            self.job.run.compress,
+        )
         return self.post.send(node, note, seconds=seconds, simulation=simulation)
 
     def _ask(
-        self, asked: Mapping[int, _Ask], *, seconds: float | None
+        self,
+        asked: Mapping[int, _Ask],
+        *,
+        seconds: float | None,
     ) -> Iterator[tuple[int, Note | Failure]]:
         """Each node's answer, in any order; one that does not come in time is a failure.
 
@@ -583,11 +703,20 @@ class FlowerEngine:
             yield from ((node, answer) for node, answer in gone.items() if node not in todo)
 
     def _ask_once(
-        self, asked: Mapping[int, _Ask], *, seconds: float | None
+        self,
+        asked: Mapping[int, _Ask],
+        *,
+        seconds: float | None,
     ) -> Iterator[tuple[int, Note | Failure]]:
         waiting = {}
         for node, (kind, head, body) in asked.items():
-            sent = self._to(node, kind, head, body, seconds=seconds)
+            sent = self._to(
+                node,
+                kind,
+                head,
+                body,
+                seconds=seconds,
+            )
             if sent:
                 waiting[sent] = node
             else:
@@ -599,7 +728,11 @@ class FlowerEngine:
         self.post.forget(list(waiting))
 
     def _ask_clients(
-        self, clients: Sequence[str], kind: str, head: dict[str, Any], offer: OfferOf
+        self,
+        clients: Sequence[str],
+        kind: str,
+        head: Plain,
+        offer: OfferOf,
     ) -> Iterator[tuple[str, Note | Failure]]:
         online = set(self.post.nodes())
         asked: dict[int, _Ask] = {}
@@ -632,7 +765,12 @@ class FlowerEngine:
             return rank
         return min(rank, member.rank or rank)
 
-    def _turn_away(self, node: int, client: str, reason: str) -> None:
+    def _turn_away(
+        self,
+        node: int,
+        client: str,
+        reason: str,
+    ) -> None:
         if self._refused.get(node, (0.0, ""))[1] != reason:
             self.told(0, client, "refused", reason)
         self._refused[node] = (time.monotonic(), reason)

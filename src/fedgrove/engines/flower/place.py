@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fedgrove.ground.errors import RunError
+from fedgrove.ground.plain import Plain
 
 if TYPE_CHECKING:
     from fedgrove.engines.flower.wire import Note
@@ -40,12 +41,17 @@ class Place(Protocol):
     def rank(self, job: Job) -> int | None:
         """The largest rank that this place affords; None leaves it to the server."""
 
-    def tells(self, row: dict[str, Any]) -> dict[str, Any]:
+    def tells(self, row: Plain) -> Plain:
         """What of the client's line of ``federation.json`` (sizes, labels, median length) the
         server may know.
         """
 
-    def received(self, note: Note, blob: bytes, method: Method | None) -> None:
+    def received(
+        self,
+        note: Note,
+        blob: bytes,
+        method: Method | None,
+    ) -> None:
         """A message arrived, and nothing was done with it yet. Raises ``FedgroveError`` to refuse
         it. ``method``: the run's, to check it against; None before the model is loaded.
         """
@@ -59,7 +65,12 @@ class SimulatedPlace:
     owns.
     """
 
-    def __init__(self, run: Path, partition: int, name: str = ""):
+    def __init__(
+        self,
+        run: Path,
+        partition: int,
+        name: str = "",
+    ):
         self.run, self.partition, self.name = run, partition, name
 
     @property
@@ -85,17 +96,27 @@ class SimulatedPlace:
     def rank(self, job: Job) -> int | None:
         return None
 
-    def tells(self, row: dict[str, Any]) -> dict[str, Any]:
+    def tells(self, row: Plain) -> Plain:
         return row
 
-    def received(self, note: Note, blob: bytes, method: Method | None) -> None:
+    def received(
+        self,
+        note: Note,
+        blob: bytes,
+        method: Method | None,
+    ) -> None:
         pass
 
     def sending(self, note: Note, blob: bytes) -> None:
         pass
 
 
-def simulated(run: str, directory: str, partition: int, name: str = "") -> SimulatedPlace:
+def simulated(
+    run: str,
+    directory: str,
+    partition: int,
+    name: str = "",
+) -> SimulatedPlace:
     """A simulated client's place in whichever process works for it. The job's paths start from
     ``directory``.
     """

@@ -122,12 +122,20 @@ class Post:
         if name and self.again:
             now = time.monotonic()
             self._sent[name] = _Sent(
-                node, note, None if seconds is None else now + seconds, [name], now
+                node,
+                note,
+                None if seconds is None else now + seconds,
+                [name],
+                now,
             )
         return name
 
     def _push(
-        self, node: int, note: Note, seconds: float | None, simulation: dict[str, str] | None = None
+        self,
+        node: int,
+        note: Note,
+        seconds: float | None,
+        simulation: dict[str, str] | None = None,
     ) -> str:
         blob = encode(note)
         content = to_content(blob)
@@ -271,7 +279,9 @@ class Post:
                 sent.answered = False
             elif not sent.call:
                 sent.call = self._push(
-                    sent.node, Note("here", {"run": sent.note.head.get("run", "")}), None
+                    sent.node,
+                    Note("here", {"run": sent.note.head.get("run", "")}),
+                    None,
                 )
 
     def _lost(self, name: str, message: Message) -> bool:

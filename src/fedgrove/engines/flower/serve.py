@@ -7,10 +7,10 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flwr.serverapp import Grid
 
@@ -19,6 +19,7 @@ from fedgrove.engines.flower.engine import FlowerEngine, Member
 from fedgrove.engines.flower.post import Post
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_text
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import ClientInfo
 from fedgrove.runs import prepare
 from fedgrove.runs.directory import RunDirectory
@@ -44,25 +45,41 @@ class Roster:
     """The clients as they described themselves; ``table`` is what ``federation.json`` shows."""
 
     labels: tuple[str, ...]
-    rows: Sequence[Mapping[str, Any]]
-    source: dict[str, Any]
+    rows: Sequence[Given]
+    source: Plain
     remarks: tuple[str, ...] = ()  # what sites found out about their data stays there
 
-    def table(self) -> dict[str, Any]:
-        return {"labels": list(self.labels), "clients": [dict(row) for row in self.rows]}
+    def table(self) -> Plain:
+        return {
+            "labels": list(self.labels),
+            "clients": [dict(row) for row in self.rows],
+        }
 
 
 @contextmanager
 def on_virtual_nodes(
-    lend: Lend, job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
+    lend: Lend,
+    job: Job,
+    directory: RunDirectory,
+    *,
+    resume: bool,
+    watch: Callback,
 ) -> Iterator[Stage[FlowerEngine]]:
     """The stage of a simulation: job and data are checked here, before ``lend`` starts anything."""
     key, _ = continued(directory, resume=resume)
     job, people = prepare.settle(job)
     job = alone(job)
     parts = Parts.of(job, people.clients.values())
-    refuse_unfit(parts, people.clients.values(), people.held_out.values(), local=False)
-    paths = {"run": str(directory.path.absolute()), "directory": os.getcwd()}
+    refuse_unfit(
+        parts,
+        people.clients.values(),
+        people.held_out.values(),
+        local=False,
+    )
+    paths = {
+        "run": str(directory.path.absolute()),
+        "directory": os.getcwd(),
+    }
     watch.phase("starting Flower")
     with marked(directory, key), lend(len(people.everyone), job) as grid:
         refusals: list[str] = []
@@ -86,7 +103,10 @@ def on_virtual_nodes(
 
 
 def meet(
-    engine: FlowerEngine, everyone: Sequence[ClientInfo], refusals: Sequence[str], watch: Callback
+    engine: FlowerEngine,
+    everyone: Sequence[ClientInfo],
+    refusals: Sequence[str],
+    watch: Callback,
 ) -> None:
     """Every simulated client loads the model. Raises ``RunError`` with the sentence of one that
     cannot; ``refusals`` has what the engine told of those whom it turned away.
@@ -123,11 +143,22 @@ def between_sites(
     job = deployable(prepare.machine_choices(job.resolved()))
     torch.set_num_threads(int(job.train.threads))
     told = telling(directory, watch)
-    engine = FlowerEngine(Post(grid, again=True), key, job, names=names, told=told)
-    members = gather(engine, job.federation.min_clients, watch, among=set(known) if known else None)
-    clients = known or ranked(job, members)
-    held_out = {name: info for name, info in clients.items() if name in named_held_out(job)}
-    clients = {name: info for name, info in clients.items() if name not in held_out}
+    engine = FlowerEngine(
+        Post(grid, again=True),
+        key,
+        job,
+        names=names,
+        told=told,
+    )
+    least = job.federation.min_clients
+    among = None
+    if known:
+        among = set(known)
+    members = gather(engine, least, watch, among=among)
+    everyone = known or ranked(job, members)
+    never = named_held_out(job)
+    clients = {name: info for name, info in everyone.items() if name not in never}
+    held_out = {name: info for name, info in everyone.items() if name in never}
     if not clients:
         raise RunError(
             "Every site that is here is held out, so nobody would train; see federation.held_out."
@@ -138,28 +169,41 @@ def between_sites(
     engine.settle(
         parts,
         held_out=held_out,
-        never=named_held_out(job),
+        never=never,
         newcomer=lambda info: held_out.update({info.name: info}),
     )
-    rows = [member.row for member in sorted(members, key=lambda member: member.name)]
+    in_order = sorted(members, key=lambda member: member.name)
+    rows = [member.row for member in in_order]
     roster = Roster(job.data.classes, rows, {"name": "the sites' own data"})
     with marked(directory, key):
         watch.phase("waiting for the sites to load the model")
         here = [info for info in engine.infos.values() if info.name in engine.members]
         failed = engine.open(here)
-        for name in failed if not known else ():  # who cannot begin is not waited for
-            engine.forget(name)
-            clients.pop(name, None)
-            held_out.pop(name, None)
-        if len(clients) < job.federation.min_clients:
-            why = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
-            raise RunError(
-                f"{len(clients)} of {job.federation.min_clients} sites can take part ({why})."
-            )
+        if not known:  # who cannot begin is not waited for
+            for name in failed:
+                engine.forget(name)
+                clients.pop(name, None)
+                held_out.pop(name, None)
+        _refuse_too_few(clients, least, failed)
         yield Stage(parts, roster, engine, clients, held_out, "at the sites")
 
 
-def settled(post: Post, nodes: int, seconds: float = 30.0) -> None:
+def _refuse_too_few(
+    clients: Collection[str],
+    least: int,
+    failed: Mapping[str, str],
+) -> None:
+    """Raises ``RunError`` with the reasons of those that cannot take part, by name."""
+    if len(clients) < least:
+        why = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items()))
+        raise RunError(f"{len(clients)} of {least} sites can take part ({why}).")
+
+
+def settled(
+    post: Post,
+    nodes: int,
+    seconds: float = 30.0,
+) -> None:
     """Wait for a simulation's nodes, which Flower registers while the server starts: all, or no new
     ones for 1 s.
     """
@@ -175,7 +219,10 @@ def settled(post: Post, nodes: int, seconds: float = 30.0) -> None:
 
 
 def gather(
-    engine: FlowerEngine, least: int, watch: Callback, among: set[str] | None = None
+    engine: FlowerEngine,
+    least: int,
+    watch: Callback,
+    among: set[str] | None = None,
 ) -> list[Member]:
     """Wait for ``least`` clients (``among``: of these names) to say hello, and a little for
     others.
@@ -205,9 +252,14 @@ def ranked(job: Job, members: Sequence[Member]) -> dict[str, ClientInfo]:
     else:
         ranks = job.ranks(names)
     rows = {member.name: member for member in members}
-    ranks = {name: min(rank, rows[name].rank or rank) for name, rank in ranks.items()}
-    ranks = prepare.fitting_ranks(job, ranks)
-    return {name: ClientInfo(name, ranks[name], rows[name].examples) for name in names}
+    affordable: dict[str, int] = {}
+    for name, rank in ranks.items():
+        affordable[name] = min(rank, rows[name].rank or rank)
+    fitting = prepare.fitting_ranks(job, affordable)
+    clients: dict[str, ClientInfo] = {}
+    for name in names:
+        clients[name] = ClientInfo(name, fitting[name], rows[name].examples)
+    return clients
 
 
 def continued(directory: RunDirectory, *, resume: bool) -> tuple[str, dict[str, ClientInfo]]:
@@ -260,7 +312,12 @@ def telling(directory: RunDirectory, watch: Callback) -> Callable[[int, str, str
     """Events of the engine, for the run's log and for the watcher."""
     events = Events(directory.path / "events.jsonl")
 
-    def tell(round: int, client: str, what: str, reason: str) -> None:
+    def tell(
+        round: int,
+        client: str,
+        what: str,
+        reason: str,
+    ) -> None:
         events.write(round, client, what, reason)
         watch.client_lost(round, client, what, reason)
 

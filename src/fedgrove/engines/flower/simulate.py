@@ -14,9 +14,10 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.ground.errors import FedgroveError, RunError
+from fedgrove.ground.plain import Plain
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -34,7 +35,11 @@ class FlowerMissing(FedgroveError):
 
 @contextmanager
 def simulated(
-    job: Job, directory: RunDirectory, *, resume: bool, watch: Callback
+    job: Job,
+    directory: RunDirectory,
+    *,
+    resume: bool,
+    watch: Callback,
 ) -> Iterator[Stage[FlowerEngine]]:
     """The stage of a simulation on Ray."""
     require()
@@ -108,12 +113,12 @@ def ray_grid(nodes: int, job: Job) -> Iterator[Grid]:
         thread.join(timeout=30)
 
 
-def resources(nodes: int, job: Job) -> dict[str, Any]:
+def resources(nodes: int, job: Job) -> Plain:
     """Ray's share: as many processes as fit with the job's threads each; a GPU serves one of
     them.
     """
     threads = int(job.train.threads)
-    start: dict[str, Any] = {
+    start: Plain = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "include_dashboard": False,
@@ -124,5 +129,8 @@ def resources(nodes: int, job: Job) -> dict[str, Any]:
         else:
             cores = os.cpu_count() or 1
         start["num_cpus"] = max(threads, min(cores, nodes * threads))
-    share = {"num_cpus": threads, "num_gpus": 1.0 if job.train.device == "cuda" else 0.0}
+    share = {
+        "num_cpus": threads,
+        "num_gpus": 1.0 if job.train.device == "cuda" else 0.0,
+    }
     return {"init_args": start, "client_resources": share}

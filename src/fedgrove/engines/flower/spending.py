@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fedgrove.adapters.tree import pack
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_text
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.privacy.example_dp import NOTES
+
+Steps = list[list[float]]  # [[sampling rate, steps], ...]
 
 
 class Spending:
@@ -30,36 +31,45 @@ class Spending:
     def spend(
         self,
         round: int,
-        offer: Mapping[str, Any],
-        before: Mapping[str, Any],
-        after: Mapping[str, Any],
+        offer: Given,
+        before: Given,
+        after: Given,
     ) -> None:
         """Note a training between two stores. To be called before its answer leaves."""
         if NOTES not in after:
             return
         earlier = _spent(before)
-        more = {rate: steps - earlier.get(rate, 0) for rate, steps in _spent(after).items()}
-        answer = hashlib.sha256(
-            f"{after[NOTES]['key']} {round} ".encode() + pack(dict(offer))
-        ).hexdigest()
+        more: Steps = []
+        for rate, steps in _spent(after).items():
+            added = steps - earlier.get(rate, 0)
+            if added:
+                more.append([rate, added])
+        key = after[NOTES]["key"]
+        purpose = f"{key} {round} ".encode()
+        answer = hashlib.sha256(purpose + pack(dict(offer))).hexdigest()
         noted = self._noted()
-        noted[answer] = [[rate, steps] for rate, steps in more.items() if steps]
-        write_text(self.path, json.dumps(noted, indent=1) + "\n")
+        noted[answer] = more
+        words = json.dumps(noted, indent=1)
+        write_text(self.path, words + "\n")
 
-    def told(self, store: Mapping[str, Any]) -> dict[str, Any]:
+    def told(self, store: Given) -> Plain:
         """The store with all that was spent in place of what its own line of rounds spent."""
         if NOTES not in store:
             return dict(store)
-        total: dict[float, int] = {}
+        total: dict[float, float] = {}
         for entry in self._noted().values():
             for rate, steps in entry:
                 total[rate] = total.get(rate, 0) + steps
         spent = [[rate, steps] for rate, steps in total.items()]
-        return {**store, NOTES: {**store[NOTES], "spent": spent or store[NOTES]["spent"]}}
+        notes = dict(store[NOTES])
+        if spent:
+            notes["spent"] = spent
+        return {**store, NOTES: notes}
 
-    def _noted(self) -> dict[str, list[list[Any]]]:
+    def _noted(self) -> dict[str, Steps]:
         try:
-            noted: dict[str, list[list[Any]]] = json.loads(self.path.read_text(encoding="utf-8"))
+            words = self.path.read_text(encoding="utf-8")
+            noted: dict[str, Steps] = json.loads(words)
             return noted
         except FileNotFoundError:
             return {}
@@ -71,5 +81,7 @@ class Spending:
             ) from error
 
 
-def _spent(store: Mapping[str, Any]) -> dict[float, int]:
-    return {float(rate): int(steps) for rate, steps in store.get(NOTES, {}).get("spent", [])}
+def _spent(store: Given) -> dict[float, int]:
+    notes = store.get(NOTES, {})
+    spent = notes.get("spent", [])
+    return {float(rate): int(steps) for rate, steps in spent}

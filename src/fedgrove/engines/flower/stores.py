@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from fedgrove.adapters.tree import pack, unpack
 from fedgrove.ground.errors import AdapterError, RunError
 from fedgrove.ground.files import write_bytes
+from fedgrove.ground.plain import Plain
 
 _NAME = re.compile(r"store-(\d+)\.safetensors")
 
@@ -27,7 +27,7 @@ class Stores:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def load(self, round: int) -> dict[str, Any]:
+    def load(self, round: int) -> Plain:
         """The store after ``round``. Raises ``RunError`` where this disk has none."""
         if round == 0:
             return {}
@@ -40,7 +40,13 @@ class Stores:
                 "here, or its folder was changed; bring the folder back, or start the run anew."
             ) from None
 
-    def save(self, round: int, store: dict[str, Any], *, keep: int) -> None:
+    def save(
+        self,
+        round: int,
+        store: Plain,
+        *,
+        keep: int,
+    ) -> None:
         """Write the store after ``round``; older ones than that of round ``keep`` go."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_bytes(self._file(round), pack(store, private=True))

@@ -18,12 +18,11 @@ encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedgrove.adapters.tree import Tree, pack, unpack
 from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.plain import Given
 from fedgrove.wire.compress import Compression, expand, squeeze
 
 KINDS = ("hello", "open", "train", "evaluate", "probe", "finish", "here")
@@ -36,7 +35,7 @@ class Note:
     """
 
     kind: str
-    head: Mapping[str, Any] = field(default_factory=dict)
+    head: Given = field(default_factory=dict)
     body: Tree = field(default_factory=dict)
     compress: Compression = "none"
 
