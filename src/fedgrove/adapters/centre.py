@@ -32,7 +32,7 @@ class Centre(Protocol):
         """The shares of a group's members, not negative, adding up to 1.
 
         Args:
-            members: a tensor of each, by whose identity the defence knows whose it is.
+            members: a tensor ``[...]`` of each, by whose identity the defence knows whose it is.
             gram: of what they sent.
             shares: what the method's own rule gives them.
         """
@@ -75,7 +75,7 @@ def active() -> Centre | None:
 def reweighed(
     members: Sequence[Tensor], gram: Callable[[], Gram], shares: Sequence[float]
 ) -> list[float]:
-    """The shares of a group's members: as given, or the defence's."""
+    """The shares of a group's members, a tensor ``[...]`` of each: as given, or the defence's."""
     centre = _centre.get()
     if centre is None or _weighed.get():
         return list(shares)
@@ -123,7 +123,7 @@ def product_gram(adapters: Sequence[Adapter]) -> Gram:
 
 
 def plain_gram(parts: Sequence[Sequence[Tensor]]) -> Gram:
-    """Inner products of members that are lists of tensors of equal shapes."""
+    """Inner products of members that are lists of tensors ``[...]`` of equal shapes."""
     rows = [torch.cat([tensor.double().flatten() for tensor in member]) for member in parts]
     stack = torch.stack(rows)
     return stack @ stack.T

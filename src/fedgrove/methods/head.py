@@ -148,7 +148,7 @@ class HeadPolicy:
 def _defended(
     heads: Sequence[Mapping[str, Tensor]], shares: Sequence[float]
 ) -> Mapping[str, Tensor]:
-    """The heads' centre under a defence."""
+    """The heads' centre under a defence; heads are tensors ``[...]`` by name."""
     parts = [list(head.values()) for head in heads]
     weights = reweighed([part[0] for part in parts], lambda: plain_gram(parts), shares)
     found = {}
