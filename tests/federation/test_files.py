@@ -341,6 +341,10 @@ def test_what_is_no_division_is_named(silos: Callable[..., Job], tmp_path: Path)
         table(12).to_csv(folder / "a" / name, index=False)
     with pytest.raises(DataError, match=r"dev\.csv and .*val\.csv are both for validation"):
         build(silos())
+    (folder / "a" / "dev.csv").unlink()
+    (folder / "a" / "val.csv").rename(folder / "a" / "Eval.csv")
+    (client,) = build(silos()).clients
+    assert len(client.validation) == 12
 
 
 def put_pictures(folder: Path, count: int) -> None:

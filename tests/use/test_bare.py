@@ -164,6 +164,24 @@ def test_an_adapter_of_peft_is_exported_as_ours_are(
         said("export", str(tmp_path / "nothing"), "--out", str(tmp_path / "x"))
 
 
+def test_what_is_no_model_or_not_whole_is_told(run: Result, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is neither a run nor an adapter directory"):
+        said("predict", str(run.path / "adapters"), "good")
+    broken = tmp_path / "broken"
+    shutil.copytree(run.client("site-0").path, broken)
+    weights = broken / "adapter_model.safetensors"
+    cut = weights.read_bytes()[:600]
+    weights.unlink()
+    weights.write_bytes(cut)
+    out = tmp_path / "out"
+    with pytest.raises(AdapterError, match="is not a whole safetensors file"):
+        said("export", str(broken), "--out", str(out))
+    weights.unlink()
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors does not exist"):
+        said("export", str(broken), "--out", str(out))
+    assert not out.exists()
+
+
 def test_a_writer_has_no_probabilities_of_classes(tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -10,6 +10,8 @@ from fedgrove.use.foreign import is_adapter
 from fedgrove.use.one import OneModel
 from fedgrove.use.result import Result
 
+_OF_A_RUN = ("summary.json", "job.toml")
+
 
 def chosen(
     path: Path,
@@ -23,6 +25,11 @@ def chosen(
     is neither, or a client is missing or has no use.
     """
     if not is_bare(path):
+        if path.is_dir() and not any((path / name).exists() for name in _OF_A_RUN):
+            raise RunError(
+                f"{path} is neither a run nor an adapter directory; name a run, or one directory "
+                "such as RUN/adapters/CLIENT."
+            )
         result = Result(path)
         if client is None:
             known = ", ".join(result.models())

@@ -96,6 +96,8 @@ def _ours(source: Path, out: Path, base: str | None) -> Path:
         )
     if not card.get("head"):
         return tidied(source, out, base)
+    if not (source / assembly_file.FILE).exists():
+        peft.read_adapter(source)  # a directory that is not whole is not copied on
     if base is None:
         return source
     shutil.copytree(source, out)

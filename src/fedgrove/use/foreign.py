@@ -48,7 +48,7 @@ def says_which(folder: Path) -> Iterator[None]:
             raise
         why = str(error).removeprefix("model.name: ")
         raise ModelError(
-            f"{folder}: its base model {why} Where it lies elsewhere, say so (base=..., --base)."
+            f"The base model of {folder}: {why} Where it lies elsewhere, say so (base=..., --base)."
         ) from error
 
 
