@@ -143,17 +143,16 @@ def _attempt(plan: Plan, entry: Entry, trial: Trial, progress: Overall) -> Attem
 
 
 def validation_score(result: Result) -> float | None:
-    """The mean over clients of the validation metric after the last round; None where a client's
-    loss is not finite.
+    """The mean over clients of the validation metric after the round whose models left; None where
+    a client's loss is not finite.
     """
-    last = result.summary["rounds"]
-    where = ("validation", last)
+    where = ("validation", result.left_after)
     lines = [line for line in result.metrics() if (line["split"], line["round"]) == where]
     names = filter(None, map(metric_name, lines))
     name = next(names, None)
     if name is None:
         raise RunError(
-            f"{result.path} has no validation measures of round {last}; remove it, and compare "
+            f"{result.path} has no validation measures of round {result.left_after}; remove it, and compare "
             f"again."
         )
     values = [line.get(name) for line in lines]

@@ -375,3 +375,12 @@ class LocalEngine:
     ) -> None:
         self._stores = dict(stores)
         self._changed.clear()
+
+    def hold(self, notes: Given | None) -> None:
+        """Stores are in the checkpoint."""
+
+    def go_back(self, stores: Mapping[str, Store], notes: Given | None = None) -> None:
+        spent = {name: store[NOTES] for name, store in self._stores.items() if NOTES in store}
+        self.restore(stores, notes)
+        for name, noted in spent.items():
+            self._stores[name] = {**self.store(name), NOTES: noted}

@@ -421,6 +421,18 @@ class RunSection(Section):
     checkpoint_every: int = Field(
         1, ge=1, description="Rounds between checkpoints, which --resume starts from."
     )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="Whose models the clients leave with: those of the last round, or of the "
+        "evaluated round with the best mean metric over the clients, on their validation rows "
+        "(data.validation_fraction), else on their test rows, which makes the figures optimistic.",
+    )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Stop after so many evaluations without a better one, measured as in run.keep. "
+        "Not set: all rounds.",
+        examples=[3],
+    )
     noise: bool = Field(
         False,
         description="Record initialisation and aggregation noise of each round in noise.jsonl.",

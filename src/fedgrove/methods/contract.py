@@ -251,6 +251,14 @@ class Method(Kinds):
         self.options = options
         self.setting = setting
 
+    @property
+    def complete_from(self) -> int:
+        """The first round after which a client's model has all its parts: of a method that trains
+        them in phases, the first of the last phase. Earlier rounds are not kept as the best one
+        (``run.keep``), and do not count for ``run.patience``.
+        """
+        return 1
+
     # ------------------------------------------------------------------ server
     def check(self, clients: Sequence[ClientInfo]) -> None:
         """Refuse, with a ``JobError``, clients that the method cannot serve; asked before anything

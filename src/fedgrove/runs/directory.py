@@ -161,6 +161,13 @@ def refuse_longer(job: Job, recorded: Job) -> None:
             f'"{train.schedule}", train.warmup_fraction = {train.warmup_fraction:g}); run the '
             f"longer job into another --out."
         )
+    compared = job.run.keep == "best" or job.run.patience is not None
+    if compared and recorded.run.rounds % job.run.eval_every:
+        raise RunError(
+            f"{more}its last round was evaluated out of turn (run.eval_every = "
+            f"{job.run.eval_every}), and run.keep and run.patience compare evaluations; run the "
+            f"longer job into another --out."
+        )
     if job.privacy.example_level and train.final_local_epochs:
         raise RunError(
             f"{more}the local fine-tuning at its end (train.final_local_epochs) spent of the "
