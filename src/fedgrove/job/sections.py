@@ -139,6 +139,11 @@ class LoraSection(Section):
         description="The scale of a client of rank r: alpha / R for every client, or alpha / r for "
         "each.",
     )
+    rslora: bool = Field(
+        False,
+        description="Divide alpha by the square root of the rank instead of the rank (rsLoRA), so "
+        "that updates of a large rank do not shrink.",
+    )
     dropout: Share = Field(0.0, description="Dropout on the input of each adapter while training.")
     targets: Literal["auto"] | Texts = Field(
         "auto",

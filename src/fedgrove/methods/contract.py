@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from fedgrove.adapters.adapter import Adapter, Factors, Sites, fresh
+from fedgrove.adapters.adapter import Adapter, Factors, Sites, fresh, scale_of
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.adapters.tree import map_tensors
@@ -73,12 +73,15 @@ class Setting:
     rounds: int
     seed: int
     scaling: Literal["global", "client"] = "global"
+    rslora: bool = False
 
     def scale(self, rank: int) -> float:
-        """``alpha / R`` for everyone, or ``alpha / rank`` with ``lora.scaling = "client"``."""
+        """``alpha / R`` for everyone, or ``alpha / rank`` with ``lora.scaling = "client"``; of the
+        square root of that rank with ``lora.rslora``.
+        """
         if self.scaling == "global":
-            return self.alpha / self.rank
-        return self.alpha / rank
+            rank = self.rank
+        return scale_of(self.alpha, rank, self.rslora)
 
     def rng(self, *keys: object) -> torch.Generator:
         """A generator for ``(seed, *keys)``; use (round, client, purpose)."""

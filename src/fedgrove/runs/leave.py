@@ -220,6 +220,7 @@ def write_adapter(
         head_modules=base.head_modules,
         card=card,
         copies=parts.copies,
+        rslora=job.lora.rslora,
     )
 
 

@@ -203,6 +203,7 @@ def setting_of(job: Job, base: Base, clients: Collection[ClientInfo]) -> Setting
         rounds=job.run.rounds,
         seed=job.run.seed,
         scaling=job.lora.scaling,
+        rslora=job.lora.rslora,
     )
 
 
