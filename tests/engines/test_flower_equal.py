@@ -65,3 +65,15 @@ def test_the_best_round_leaves_from_flower_too(
         run_on(FakeGrid(3), job, tmp_path / "flower", callbacks=[StopAfter(best + 2)])
     run_on(FakeGrid(3), job, tmp_path / "flower", resume=True)
     same(tmp_path / "local", tmp_path / "flower")
+
+
+def test_a_run_from_an_adapter_is_the_same_on_flower(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    first = tiny_job(tiny_bert, silos, run={"rounds": 1}, train={"cohort": 1})
+    run(first, tmp_path / "first")
+    start = {"adapter": str(tmp_path / "first" / "adapters" / "site-0")}
+    job = tiny_job(tiny_bert, silos, model=start, run={"rounds": 1}, train={"cohort": 1})
+    run(job, tmp_path / "local")
+    run_on(FakeGrid(3), job, tmp_path / "flower")
+    same(tmp_path / "local", tmp_path / "flower")

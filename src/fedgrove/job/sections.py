@@ -104,6 +104,19 @@ class ModelSection(Section):
         "memory, a little less "
         "exact; adapters are not affected.",
     )
+    adapter: Text | None = Field(
+        None,
+        description="Directory of a LoRA adapter of this model that the run starts from: it is part "
+        "of the frozen base while clients train, and of every adapter that leaves. Not set: the "
+        "model as it is.",
+        examples=["runs/fedit/adapters/_global"],
+    )
+    adapter_digest: Annotated[Text | None, Automatic("data")] = Field(
+        None,
+        description="SHA-256 of that adapter's files, written at the start: a run that goes on must "
+        "see the same.",
+        examples=["0" * 64],
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> ModelSection:
@@ -113,6 +126,13 @@ class ModelSection(Section):
                 f"is trained; set "
                 'model.head = "pooled", or leave model.quantize out.'
             )
+        if self.quantize != "none" and self.adapter is not None:
+            raise ValueError(
+                f"model.adapter cannot be folded into a base of rounded weights (model.quantize = "
+                f"{value_text(self.quantize)}); leave one of them out."
+            )
+        if self.adapter_digest is not None and self.adapter is None:
+            raise ValueError("model.adapter_digest has no use without model.adapter; leave it out.")
         if self.revision is not None and self.name in EMBEDDED_MODELS:
             raise ValueError(
                 f"model.revision = {shown(self.revision)} has no use with the embedded model; "
