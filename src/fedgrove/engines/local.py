@@ -96,6 +96,11 @@ def in_process(
             f"{directory.path} was begun with the flower engine; go on with --engine flower, or "
             f"choose another --out."
         )
+    if (directory.path / "pooled.json").exists():
+        raise RunError(
+            f"{directory.path} was begun by `fedgrove compare` with all rows on one machine; go on "
+            f"with that comparison, or choose another --out."
+        )
     with span("loading model and data"):
         stage = prepare(job, directory.path)
     for remark in remarks(stage):

@@ -290,7 +290,8 @@ class OptionsError(ValueError):
 
 
 _POOLED = (
-    'put all rows into one silo and choose "local", which then trains on everything on one machine'
+    "all rows on one machine are a yardstick, a row of `fedgrove compare --methods fedit,pooled`, and "
+    'no way to run a federation; for such a model alone put all rows into one silo and choose "local"'
 )
 #: what other tools call a method, or a yardstick, and what there is instead
 NOT_METHODS = {

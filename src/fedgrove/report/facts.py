@@ -59,6 +59,7 @@ def settings(run: Run) -> list[tuple[str, str]]:
     found = {
         "method": run.method,
         "model": run.setting("model", "name"),
+        "starts from": run.setting("model", "adapter"),
         "task": run.summary.get("task"),
         "data": run.data_name,
         "clients": _clients(run),

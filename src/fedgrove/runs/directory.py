@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedgrove.runs.stage import Stage
 
 #: what a run may leave that was killed before it began
-_BEFORE = ("run.lock", "flower.json", "sites", "events.jsonl")
+_BEFORE = ("run.lock", "flower.json", "pooled.json", "sites", "events.jsonl")
 
 
 _PLACE = (("run", "out"),)  # where a run lies is no part of it

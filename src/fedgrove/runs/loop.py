@@ -65,8 +65,8 @@ class Loop:
         stage = self.prepared
         job = stage.job
         info = RunInfo(
-            method=job.method.name,
-            title=f"{stage.method.title} on {job.model.name}",
+            method=stage.called or job.method.name,
+            title=f"{stage.called or stage.method.title} on {job.model.name}",
             rounds=job.run.rounds,
             clients=tuple(stage.clients),
             out=self.out,
@@ -89,7 +89,6 @@ class Loop:
         last = number == schedule.rounds
         for info in stage.engine.joined(number):
             self.admit(number, info)
-            self.choice.start_anew()
         selected = self.select(number)
         self.watch.round_started(number, selected)
         self.lab.begin(number, self.state)
@@ -338,6 +337,7 @@ class Loop:
             self._refuse(number, info.name, f"the server's half failed on it ({error!r})")
             return
         self.new.add(info.name)
+        self.choice.start_anew()
         training.append(info)
         training.sort(key=lambda each: each.name)
         prepared.clients.clear()
