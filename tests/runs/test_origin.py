@@ -232,8 +232,13 @@ def test_a_job_that_would_round_the_start_away_is_refused(
         job_from(first, tiny_bert, silos, train={"dtype": "bfloat16"})
     with pytest.raises(JobError, match="base of rounded weights"):
         job_from(first, tiny_bert, silos, model={"quantize": "8bit"})
-    with pytest.raises(JobError, match="has no use without"):
-        tiny_job(tiny_bert, silos, model={"adapter_digest": "0" * 64})
+
+
+def test_another_start_has_a_digest_of_its_own(first: Path, tiny_bert: Path, silos: Path) -> None:
+    job = job_from(first, tiny_bert, silos, model={"adapter_digest": "0" * 64})
+    assert job.override(["model.adapter=elsewhere"]).model.adapter_digest is None
+    assert job.override(["model.adapter="]).model.adapter_digest is None
+    assert job.override(["run.rounds=9"]).model.adapter_digest == "0" * 64
 
 
 def test_sites_do_not_start_from_a_path_of_the_servers(

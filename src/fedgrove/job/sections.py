@@ -104,14 +104,14 @@ class ModelSection(Section):
         "memory, a little less "
         "exact; adapters are not affected.",
     )
-    adapter: Text | None = Field(
+    adapter: Annotated[Text | None, Chooser()] = Field(
         None,
         description="Directory of a LoRA adapter of this model that the run starts from: it is part "
         "of the frozen base while clients train, and of every adapter that leaves. Not set: the "
         "model as it is.",
         examples=["runs/fedit/adapters/_global"],
     )
-    adapter_digest: Annotated[Text | None, Automatic("data")] = Field(
+    adapter_digest: Annotated[Text | None, Automatic("data"), Of("adapter")] = Field(
         None,
         description="SHA-256 of that adapter's files, written at the start: a run that goes on must "
         "see the same.",
@@ -131,8 +131,6 @@ class ModelSection(Section):
                 f"model.adapter cannot be folded into a base of rounded weights (model.quantize = "
                 f"{value_text(self.quantize)}); leave one of them out."
             )
-        if self.adapter_digest is not None and self.adapter is None:
-            raise ValueError("model.adapter_digest has no use without model.adapter; leave it out.")
         if self.revision is not None and self.name in EMBEDDED_MODELS:
             raise ValueError(
                 f"model.revision = {shown(self.revision)} has no use with the embedded model; "
