@@ -167,6 +167,16 @@ MISTAKES = [
         "the section [zzz] is unknown; the sections are [model], [lora], [data], [federation], "
         "[method]",
     ),
+    ("[lora]\nuse_rslora = true", "the key lora.use_rslora is unknown; did you mean lora.rslora?"),
+    ("[lora]\ndora = true", "the key lora.dora is none: DoRA trains a magnitude for every output"),
+    (
+        "[model]\nresume_from_adapter = 1",
+        "the key model.resume_from_adapter is unknown; did you mean model.adapter?",
+    ),
+    (
+        "[train]\nearly_stopping_patience = 3",
+        "the key train.early_stopping_patience is unknown; did you mean run.patience?",
+    ),
     ("[run]\nround = 3", "the key run.round is unknown; did you mean run.rounds?"),
     ("[train]\nrounds = 3", "the key train.rounds is unknown; did you mean run.rounds?"),
     ("rounds = 3", "the key rounds is unknown; did you mean run.rounds?"),
@@ -645,9 +655,9 @@ def test_the_job_does_not_import_torch() -> None:
         ("FedProx", "no proximal term"),
         ("scaffold", "no control variates"),
         ("fedadam", "no optimiser at the server"),
-        ("centralized", "one silo"),
-        ("pooled", "one silo"),
-        ("oracle", "one silo"),
+        ("centralized", "fedgrove compare --methods fedit,pooled"),
+        ("pooled", "fedgrove compare --methods fedit,pooled"),
+        ("oracle", "fedgrove compare --methods fedit,pooled"),
     ],
 )
 def test_names_from_elsewhere_are_answered_with_what_there_is(name: str, words: str) -> None:

@@ -51,7 +51,7 @@ class Trial:
         """What is set on top of the field's job."""
         own = [*self.field.changes, *self.changes]
         if self.entry.method == POOLED:
-            return [*own, "method.name=fedit", f"run.seed={self.seed}"]
+            return [*own, "method.name=fedit", "federation.ranks=[]", f"run.seed={self.seed}"]
         if self.entry.method != BASE:
             return [*own, *self.entry.settings, f"run.seed={self.seed}"]
         return [*own, "method.name=local", *_frozen(self.written), f"run.seed={self.seed}"]
@@ -160,43 +160,14 @@ def made(wanted: Trial, cache: Path, scratch: Path) -> Record:
 
 
 def pooled(wanted: Trial, job: fg.Job, folder: Path) -> Record:
-    """One adapter trained on everybody's rows in one place, with as many steps as all clients have
-    together; measured on each client's own test rows. Texts only: rows of pictures have no table.
+    """One adapter trained on everybody's rows in one place, as the row of that name in `fedgrove
+    compare` is; measured on each client's own test rows.
     """
-    from fedgrove.federation import build
+    from fedgrove.engines import pooled as one_machine
 
-    federation = build(job)
-    rows = [row for client in federation.training for row in client.train]
-    silos = folder / "silos"
-    silos.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_text(silos / "everyone.jsonl", lines)
-    steps = len(federation.training) * (job.train.local_steps or 1)
-    one = job.override(
-        [
-            "data.source=silos",
-            f"data.path={silos}",
-            f"data.task={federation.task.name}",
-            "data.test_fraction=1e-9",  # one row, which is not looked at
-            f"train.local_steps={steps}",
-            "federation.ranks=[]",
-            f"run.eval_every={job.run.rounds}",
-        ]
-    )
-    result = fg.run(one, folder / "run", resume=(folder / "run").exists())
-    model = result.client("everyone").model()
-    last = {
-        client.name: {
-            key: round(value, 6)
-            for key, value in model.evaluate(client.test).items()
-            if key not in ("examples", "perplexity")
-        }
-        for client in federation.training
-    }
-    record = _record(wanted, result)
-    record.clients = {name: {"metric": score.get(record.metric)} for name, score in last.items()}
-    record.rounds = {str(job.run.rounds): last}
-    return record
+    everybodys = one_machine.pooled(job)
+    engine = one_machine.all_rows
+    return _record(wanted, fg.run(everybodys, folder, resume=folder.exists(), engine=engine))
 
 
 def _source(wanted: Trial, scratch: Path) -> Path:

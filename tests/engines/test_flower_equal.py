@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.engines.grid import FakeGrid, run_on, virtual
+from tests.stops import StopAfter
 from tests.test_run import adapters, lines, summary
 from tests.tiny import tiny_job
 
@@ -40,6 +41,39 @@ def test_a_run_on_flower_equals_a_local_one(
     changes = {key: dict(value) for key, value in JOBS[method].items()}
     changes.setdefault("method", {})["name"] = method
     job = tiny_job(tiny_bert, silos, **changes, train={"final_local_epochs": 1, "cohort": 1})
+    run(job, tmp_path / "local")
+    run_on(FakeGrid(3), job, tmp_path / "flower")
+    same(tmp_path / "local", tmp_path / "flower")
+
+
+def test_the_best_round_leaves_from_flower_too(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    """Each client goes home with its own store of that round, also after a stop."""
+    job = tiny_job(
+        tiny_bert,
+        silos,
+        data={"validation_fraction": 0.25},
+        method={"name": "fedsa-lora"},
+        run={"rounds": 6, "keep": "best"},
+        train={"lr": 0.05, "cohort": 1},
+    )
+    result = run(job, tmp_path / "local")
+    best = result.left_after
+    assert best < 6
+    with pytest.raises(KeyboardInterrupt):
+        run_on(FakeGrid(3), job, tmp_path / "flower", callbacks=[StopAfter(best + 2)])
+    run_on(FakeGrid(3), job, tmp_path / "flower", resume=True)
+    same(tmp_path / "local", tmp_path / "flower")
+
+
+def test_a_run_from_an_adapter_is_the_same_on_flower(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    first = tiny_job(tiny_bert, silos, run={"rounds": 1}, train={"cohort": 1})
+    run(first, tmp_path / "first")
+    start = {"adapter": str(tmp_path / "first" / "adapters" / "site-0")}
+    job = tiny_job(tiny_bert, silos, model=start, run={"rounds": 1}, train={"cohort": 1})
     run(job, tmp_path / "local")
     run_on(FakeGrid(3), job, tmp_path / "flower")
     same(tmp_path / "local", tmp_path / "flower")

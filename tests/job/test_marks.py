@@ -207,6 +207,7 @@ def test_every_mark_names_a_key_of_its_section() -> None:
 
 def test_what_is_automatic_is_open_by_default() -> None:
     assert set(automatic_keys(Job())) == {
+        ("model", "adapter_digest"),
         ("data", "task"),
         ("data", "labels"),
         ("federation", "newcomer_head"),

@@ -1,6 +1,6 @@
 """Pure tensor algebra on low-rank adapters: no models, no files."""
 
-from fedgrove.adapters.adapter import Adapter, Factors, Site, fresh
+from fedgrove.adapters.adapter import Adapter, Factors, Site, alpha_of, fresh, scale_of
 from fedgrove.adapters.assembly import (
     Assembly,
     Convex,
@@ -23,6 +23,8 @@ __all__ = [
     "Site",
     "Term",
     "Weighted",
+    "alpha_of",
     "as_one_adapter",
     "fresh",
+    "scale_of",
 ]

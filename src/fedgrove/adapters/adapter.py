@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -54,6 +55,23 @@ class Factors:
             A=change(self.A),
             B=change(self.B),
         )
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """LoRA's ``alpha / r``, or rsLoRA's ``alpha / sqrt(r)`` (Kalajdzievski, arXiv 2312.03732)."""
+    if rslora:
+        return alpha / math.sqrt(rank)
+    return alpha / rank
+
+
+def alpha_of(scale: float, rank: int, rslora: bool) -> float:
+    """The alpha whose ``scale_of`` this scale is; a whole number is not missed by a rounded root."""
+    if not rslora:
+        return scale * rank
+    alpha = scale * math.sqrt(rank)
+    if math.isclose(alpha, round(alpha), rel_tol=1e-15):
+        return float(round(alpha))
+    return alpha
 
 
 #: ``{site name: factors}``

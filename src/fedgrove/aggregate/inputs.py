@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedgrove.adapters.adapter import Factors, Site
+from fedgrove.adapters.adapter import Factors, Site, scale_of
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.keys import plain_name
@@ -437,15 +437,12 @@ def _place(
             f"{path}: '{pair['B']}' has shape {b}, but its rank is {rank} in {CONFIG}."
         )
     lora_alpha = _patterned(config, "lora_alpha", "alpha_pattern", site)
-    alpha = float(lora_alpha)
-    scale = alpha / rank
-    if config.get("use_rslora"):
-        scale = alpha / math.sqrt(rank)
+    rslora = bool(config.get("use_rslora"))
     return Place(
         A=pair["A"],
         B=pair["B"],
         rank=rank,
-        scale=scale,
+        scale=scale_of(float(lora_alpha), rank, rslora),
         shape=(b[0], a[1]),
     )
 

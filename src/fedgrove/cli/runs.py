@@ -113,7 +113,7 @@ def compare(
             metavar="M,...",
             help="Methods, each with its own options in brackets and a label before a colon where "
             "you want one: "
-            "fedit, two trees: fedtreelora\\[K=2].",
+            "fedit, two trees: fedtreelora\\[K=2]. pooled: all rows on one machine, as a ceiling.",
             show_default=False,
         ),
     ],

@@ -12,9 +12,11 @@ from pathlib import Path
 from fedgrove.compare.entries import Entry, Trial, trial_name
 from fedgrove.compare.plan import Plan, check
 from fedgrove.compare.progress import Overall
+from fedgrove.engines.pooled import all_rows
 from fedgrove.ground.errors import AdapterError, RunError
 from fedgrove.ground.statistics import mean
 from fedgrove.runs.directory import RunDirectory
+from fedgrove.start import Opener
 from fedgrove.tracking.metrics import metric_name
 from fedgrove.use.result import Result
 
@@ -95,8 +97,16 @@ def _run(
             directory,
             resume=True,
             callbacks=[watch],
+            engine=engine_of(entry),
             baselines=baselines,
         )
+
+
+def engine_of(entry: Entry) -> str | Opener:
+    """Who trains: the clients of a simulation, or one who has all their rows."""
+    if entry.pooled:
+        return all_rows
+    return "local"
 
 
 def _tune(plan: Plan, entry: Entry, progress: Overall) -> Tuned:
@@ -130,6 +140,7 @@ def _attempt(plan: Plan, entry: Entry, trial: Trial, progress: Overall) -> Attem
                 directory,
                 resume=True,
                 callbacks=[watch],
+                engine=engine_of(entry),
             )
         except (AdapterError, torch.linalg.LinAlgError) as error:
             # A rate far too large makes weights that are not finite; that is this trial's result,
@@ -143,17 +154,16 @@ def _attempt(plan: Plan, entry: Entry, trial: Trial, progress: Overall) -> Attem
 
 
 def validation_score(result: Result) -> float | None:
-    """The mean over clients of the validation metric after the last round; None where a client's
-    loss is not finite.
+    """The mean over clients of the validation metric after the round whose models left; None where
+    a client's loss is not finite.
     """
-    last = result.summary["rounds"]
-    where = ("validation", last)
+    where = ("validation", result.left_after)
     lines = [line for line in result.metrics() if (line["split"], line["round"]) == where]
     names = filter(None, map(metric_name, lines))
     name = next(names, None)
     if name is None:
         raise RunError(
-            f"{result.path} has no validation measures of round {last}; remove it, and compare "
+            f"{result.path} has no validation measures of round {result.left_after}; remove it, and compare "
             f"again."
         )
     values = [line.get(name) for line in lines]

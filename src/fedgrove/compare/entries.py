@@ -27,6 +27,9 @@ TUNABLE = {
 }
 
 
+POOLED = "pooled"  # an entry that is no method: ``engines.pooled``
+
+
 @dataclass(frozen=True)
 class Entry:
     """One row of the comparison: a method, its own options, and what it is called."""
@@ -42,7 +45,14 @@ class Entry:
 
     @property
     def settings(self) -> list[str]:
+        if self.pooled:
+            return []
         return [f"method.name={self.method}", *(f"method.{option}" for option in self.options)]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether this is no method, but all rows on one machine (``engines.pooled``)."""
+        return self.method == POOLED
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,11 @@ def _entry(text: str) -> Entry:
         raise JobError(
             f"--methods has 'name' as an option in {text.strip()}; the method's name stands before "
             f"the bracket."
+        )
+    if method == POOLED and options:
+        raise JobError(
+            f"--methods has {text.strip()}, but {POOLED} is all rows on one machine, which has no "
+            "options; leave them out."
         )
     label = (match["label"] or "").strip() or (
         f"{method}[{', '.join(options)}]" if options else method

@@ -19,6 +19,7 @@ from fedgrove.compare.entries import (
     trial_name,
     trials,
 )
+from fedgrove.engines.pooled import pooled
 from fedgrove.ground.errors import JobError, RunError
 from fedgrove.job import Job
 from fedgrove.job.toml import parse_assignment, value_text
@@ -83,7 +84,10 @@ class Plan:
     ) -> Job:
         tuned = [f"{key}={value_text(value)}" for key, value in trial]
         try:
-            return self.base.override([*entry.settings, *tuned, *changes])
+            job = self.base.override([*entry.settings, *tuned, *changes])
+            if entry.pooled:
+                return pooled(job)
+            return job
         except JobError as error:
             raise JobError(f"{entry.label}: {error}") from None
 

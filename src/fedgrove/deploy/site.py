@@ -218,6 +218,11 @@ class SitePlace:
                 f"the base model {model_of(job)!r} is not allowed here; allowed are "
                 f"{_listed(allow.models)}"
             )
+        if job.model.adapter is not None:
+            self._refuse(
+                f"the job starts from the adapter {job.model.adapter!r} (model.adapter), a path of "
+                "the server's; it can start from a model that has the adapter in it"
+            )
         if not _allowed(job.method.name, allow.methods):
             self._refuse(
                 f"the method {job.method.name!r} is not allowed here; allowed are "

@@ -96,6 +96,11 @@ def in_process(
             f"{directory.path} was begun with the flower engine; go on with --engine flower, or "
             f"choose another --out."
         )
+    if (directory.path / "pooled.json").exists():
+        raise RunError(
+            f"{directory.path} was begun by `fedgrove compare` with all rows on one machine; go on "
+            f"with that comparison, or choose another --out."
+        )
     with span("loading model and data"):
         stage = prepare(job, directory.path)
     for remark in remarks(stage):
@@ -375,3 +380,12 @@ class LocalEngine:
     ) -> None:
         self._stores = dict(stores)
         self._changed.clear()
+
+    def hold(self, notes: Given | None) -> None:
+        """Stores are in the checkpoint."""
+
+    def go_back(self, stores: Mapping[str, Store], notes: Given | None = None) -> None:
+        spent = {name: store[NOTES] for name, store in self._stores.items() if NOTES in store}
+        self.restore(stores, notes)
+        for name, noted in spent.items():
+            self._stores[name] = {**self.store(name), NOTES: noted}

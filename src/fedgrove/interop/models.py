@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedgrove.adapters.adapter import Site
+from fedgrove.adapters.adapter import Adapter, Site
 from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import ModelError
 from fedgrove.ground.seeds import derive
@@ -61,6 +61,8 @@ class Base:
     dtype: torch.dtype
     device: torch.device
     notes: tuple[str, ...] = ()  # what a user may want to know of how it was loaded
+    start: Adapter = field(default_factory=dict)  # of ``model.adapter``, which is in the weights
+    start_head: dict[str, Tensor] = field(default_factory=dict)  # its head, where it has one
 
     @property
     def adapter_dtype(self) -> torch.dtype:
@@ -362,9 +364,8 @@ def load_config(name: str, revision: str | None = None) -> Any:
     folder = Path(name)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ModelError(
-            f"model.name: '{name}' is an adapter, not a model; to train on from it, name the model "
-            f"that `fedgrove export RUN --client NAME --merge --out DIR` writes, or the base for a "
-            f"run that starts anew."
+            f"model.name: '{name}' is an adapter, not a model; to train on from it, name its base "
+            f"here and the adapter as model.adapter."
         )
     return from_pretrained(AutoConfig, name, revision)
 

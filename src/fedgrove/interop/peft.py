@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.adapters.adapter import Adapter, Factors, alpha_of, scale_of
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.files import whole_directory
 from fedgrove.interop.copies import Copies, Origin, content_key, copy_beside
@@ -42,12 +42,14 @@ def save_adapter(
     head_modules: tuple[str, ...] = (),
     card: Mapping[str, Any],
     copies: Copies | None = None,
+    rslora: bool = False,
 ) -> None:
     """Write one PEFT adapter directory, replacing what is there only when all of it is written.
 
     ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes
     where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
     ``copies``: what was written of the same run, so that equal content is one file; its owner syncs.
+    ``rslora`` says how PEFT is to read alpha; the scales are the factors' own.
     """
     if not adapter:
         raise AdapterError(f"{folder.name}: there is no LoRA term to write as an adapter.")
@@ -71,9 +73,10 @@ def save_adapter(
         if stock:
             tensors |= {f"{PREFIX}{name}": value for name, value in head.items()}
         scales = [(site, factors.scale) for site, factors in adapter.items()]
-        told = _store(tensors, partial, folder, WEIGHTS, card, copies, base, modules, kind, scales)
+        described = (base, modules, kind, rslora, scales)
+        told = _store(tensors, partial, folder, WEIGHTS, card, copies, *described)
         if told is None:
-            _config(adapter, base, modules, kind).save_pretrained(str(partial))
+            _config(adapter, base, modules, kind, rslora).save_pretrained(str(partial))
         else:
             copy_beside(told.path, CONFIG, partial)
             card = {**card, "same_weights_as": told.client or GLOBAL}
@@ -128,14 +131,17 @@ def rewrite(
         head_kind=card["head"],
         head_modules=tuple(config.get("modules_to_save") or ()),
         card=card,
+        rslora=bool(config.get("use_rslora")),
     )
 
 
-def _config(adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | None) -> Any:
+def _config(
+    adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | None, rslora: bool
+) -> Any:
     from peft import LoraConfig
 
     ranks = {site: factors.rank for site, factors in adapter.items()}
-    alphas = {site: factors.scale * factors.rank for site, factors in adapter.items()}
+    alphas = {site: alpha_of(f.scale, f.rank, rslora) for site, f in adapter.items()}
     rank = max(ranks.values())
     alpha = next(alphas[site] for site in adapter if ranks[site] == rank)
     config: Any = LoraConfig(
@@ -148,6 +154,7 @@ def _config(adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | N
         modules_to_save=list(modules) or None,
         base_model_name_or_path=base,
         inference_mode=True,
+        use_rslora=rslora,
     )
     config.target_modules = sorted(
         config.target_modules
@@ -174,11 +181,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, An
             f"{folder} holds pickled weights (adapter_model.bin); save the adapter as safetensors."
         )
     tensors = read_tensors(folder / WEIGHTS)
-    for key in ("use_dora", "use_rslora"):
-        if config.get(key):
-            raise AdapterError(
-                f"{folder / CONFIG} has {key} = true; only plain LoRA adapters can be read."
-            )
+    if config.get("use_dora"):
+        raise AdapterError(
+            f"{folder / CONFIG} has use_dora = true; only plain LoRA adapters can be read."
+        )
     pairs: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -223,7 +229,7 @@ def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
         if re.match(rf"(.*\.)?({pattern})$", site):
             alpha = value
             break
-    return float(alpha) / rank
+    return scale_of(float(alpha), rank, bool(config.get("use_rslora")))
 
 
 def read_json(path: Path) -> dict[str, Any]:

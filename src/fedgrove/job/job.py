@@ -309,6 +309,11 @@ class Job(Section):
                 )
         if self.data.task_class.writes:
             self._without_head()
+        if self.model.adapter is not None and self.train.dtype == "bfloat16":
+            raise ValueError(
+                'train.dtype = "bfloat16" would round away most of model.adapter, which is folded '
+                'into the base; set it to "float32".'
+            )
         return self
 
     def _without_head(self) -> None:

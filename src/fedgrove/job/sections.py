@@ -104,6 +104,19 @@ class ModelSection(Section):
         "memory, a little less "
         "exact; adapters are not affected.",
     )
+    adapter: Annotated[Text | None, Chooser()] = Field(
+        None,
+        description="Directory of a LoRA adapter of this model that the run starts from: it is part "
+        "of the frozen base while clients train, and of every adapter that leaves. Not set: the "
+        "model as it is.",
+        examples=["runs/fedit/adapters/_global"],
+    )
+    adapter_digest: Annotated[Text | None, Automatic("data"), Of("adapter")] = Field(
+        None,
+        description="SHA-256 of that adapter's files, written at the start: a run that goes on must "
+        "see the same.",
+        examples=["0" * 64],
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> ModelSection:
@@ -112,6 +125,11 @@ class ModelSection(Section):
                 f"model.quantize = {value_text(self.quantize)} would round the stock head, which "
                 f"is trained; set "
                 'model.head = "pooled", or leave model.quantize out.'
+            )
+        if self.quantize != "none" and self.adapter is not None:
+            raise ValueError(
+                f"model.adapter cannot be folded into a base of rounded weights (model.quantize = "
+                f"{value_text(self.quantize)}); leave one of them out."
             )
         if self.revision is not None and self.name in EMBEDDED_MODELS:
             raise ValueError(
@@ -138,6 +156,11 @@ class LoraSection(Section):
         "global",
         description="The scale of a client of rank r: alpha / R for every client, or alpha / r for "
         "each.",
+    )
+    rslora: bool = Field(
+        False,
+        description="Divide alpha by the square root of the rank instead of the rank (rsLoRA), so "
+        "that updates of a large rank do not shrink.",
     )
     dropout: Share = Field(0.0, description="Dropout on the input of each adapter while training.")
     targets: Literal["auto"] | Texts = Field(
@@ -265,7 +288,8 @@ class OptionsError(ValueError):
 
 
 _POOLED = (
-    'put all rows into one silo and choose "local", which then trains on everything on one machine'
+    "all rows on one machine are a yardstick, a row of `fedgrove compare --methods fedit,pooled`, and "
+    'no way to run a federation; for such a model alone put all rows into one silo and choose "local"'
 )
 #: what other tools call a method, or a yardstick, and what there is instead
 NOT_METHODS = {
@@ -420,6 +444,18 @@ class RunSection(Section):
     )
     checkpoint_every: int = Field(
         1, ge=1, description="Rounds between checkpoints, which --resume starts from."
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="Whose models the clients leave with: those of the last round, or of the "
+        "evaluated round with the best mean metric over the clients, on their validation rows "
+        "(data.validation_fraction), else on their test rows, which makes the figures optimistic.",
+    )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Stop after so many evaluations without a better one, measured as in run.keep. "
+        "Not set: all rounds.",
+        examples=[3],
     )
     noise: bool = Field(
         False,

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from fedgrove.adapters.adapter import Adapter, Factors, Sites, fresh
+from fedgrove.adapters.adapter import Adapter, Factors, Sites, fresh, scale_of
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.adapters.tree import map_tensors
@@ -73,12 +73,15 @@ class Setting:
     rounds: int
     seed: int
     scaling: Literal["global", "client"] = "global"
+    rslora: bool = False
 
     def scale(self, rank: int) -> float:
-        """``alpha / R`` for everyone, or ``alpha / rank`` with ``lora.scaling = "client"``."""
+        """``alpha / R`` for everyone, or ``alpha / rank`` with ``lora.scaling = "client"``; of the
+        square root of that rank with ``lora.rslora``.
+        """
         if self.scaling == "global":
-            return self.alpha / self.rank
-        return self.alpha / rank
+            rank = self.rank
+        return scale_of(self.alpha, rank, self.rslora)
 
     def rng(self, *keys: object) -> torch.Generator:
         """A generator for ``(seed, *keys)``; use (round, client, purpose)."""
@@ -250,6 +253,14 @@ class Method(Kinds):
     def __init__(self, options: Any, setting: Setting):
         self.options = options
         self.setting = setting
+
+    @property
+    def complete_from(self) -> int:
+        """The first round after which a client's model has all its parts: of a method that trains
+        them in phases, the first of the last phase. Earlier rounds are not kept as the best one
+        (``run.keep``), and do not count for ``run.patience``.
+        """
+        return 1
 
     # ------------------------------------------------------------------ server
     def check(self, clients: Sequence[ClientInfo]) -> None:

@@ -130,6 +130,10 @@ class FDLoRA(FedIT):
     def last(self) -> int:
         return self.setting.rounds
 
+    @property
+    def complete_from(self) -> int:
+        return self.last
+
     def _alone(self, round: int) -> bool:
         """Whether the round is the one whose personal LoRAs make the first global one."""
         return round == 1 and self.options.start == "local"

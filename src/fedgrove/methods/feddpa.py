@@ -255,6 +255,10 @@ class FedDPAF(_FedDPA):
             local = max(1, round(wanted))
         return max(1, self.setting.rounds - local)
 
+    @property
+    def complete_from(self) -> int:
+        return self.federated_rounds + 1
+
     def begin(self, clients: Sequence[ClientInfo]) -> DPAFState:
         return DPAFState(self.setting.shared_draw())
 

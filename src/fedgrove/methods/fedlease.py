@@ -176,6 +176,10 @@ class FedLEASE(Method):
                 "method.experts = 1."
             )
 
+    @property
+    def complete_from(self) -> int:
+        return self.warmup + 1
+
     # ------------------------------------------------------------------ server
     def needs_each(self) -> str:
         return "its experts are clusters of the clients' own updates"

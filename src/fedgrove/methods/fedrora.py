@@ -30,6 +30,7 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Assembly, Term, as_one_adapter, unit_rows
 from fedgrove.adapters.lowrank import product_svd
+from fedgrove.ground.errors import JobError
 from fedgrove.methods import contract
 from fedgrove.methods.contract import (
     ClientInfo,
@@ -96,6 +97,12 @@ class FedRoRA(Method):
     )
 
     # ------------------------------------------------------------------ server
+    def check(self, clients: Sequence[ClientInfo]) -> None:
+        if self.setting.rslora:
+            raise JobError(
+                "lora.rslora = true has no use with FedRoRA, whose update has no alpha; leave it out."
+            )
+
     def begin(self, clients: Sequence[ClientInfo]) -> RoRAState:
         rng = self.setting.rng("shared", "directions of B")
         rank = max(client.rank for client in clients)

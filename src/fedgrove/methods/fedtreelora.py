@@ -313,6 +313,10 @@ class FedTreeLoRA(Method):
         self.layers = layers_of(setting.sites)
         self.warmup = _warmup(options, setting.rounds)
 
+    @property
+    def complete_from(self) -> int:
+        return self.warmup + 1
+
     # ------------------------------------------------------------------ server
     def needs_each(self) -> str:
         return "its tree is built from each client's own B"

@@ -188,6 +188,12 @@ class Grove(Method):
         self.root_rank = rank
         self.root_rounds = _root_rounds(options, setting, rank)
 
+    @property
+    def complete_from(self) -> int:
+        if self.root_rounds == self.setting.rounds:
+            return 1
+        return self.root_rounds + 1
+
     # ------------------------------------------------------------------ server
     def check(self, clients: Sequence[ClientInfo]) -> None:
         refuse_scales(clients, self.setting, "grove")

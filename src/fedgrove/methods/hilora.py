@@ -329,6 +329,11 @@ class HiLoRA(Method):
         lengths = tier_lengths(setting.rounds, options.fractions)
         self.lengths = dict(zip(TIERS, lengths, strict=True))
 
+    @property
+    def complete_from(self) -> int:
+        last = [length for length in self.lengths.values() if length][-1]
+        return self.setting.rounds - last + 1
+
     # ------------------------------------------------------------------ server
     def needs_each(self) -> str:
         return "its clusters are built from each client's own B"

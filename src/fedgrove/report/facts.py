@@ -59,18 +59,43 @@ def settings(run: Run) -> list[tuple[str, str]]:
     found = {
         "method": run.method,
         "model": run.setting("model", "name"),
+        "starts from": run.setting("model", "adapter"),
         "task": run.summary.get("task"),
         "data": run.data_name,
         "clients": _clients(run),
         "clients in a round": _share(run),
         "head": run.setting("federation", "head"),
-        "rounds": run.summary.get("rounds"),
+        "rounds": _rounds(run),
+        "models of": _kept(run),
         "privacy": _privacy(run),
         "local work": _local_work(run),
         "seed": run.summary.get("seed"),
     }
     known = {name: value for name, value in found.items() if value is not None and value != ""}
     return [(name, str(value)) for name, value in known.items()]
+
+
+def _rounds(run: Run) -> str | None:
+    """How many there were, and how many the job had where it stopped before."""
+    done = run.summary.get("rounds")
+    if run.summary.get("stopped_early"):
+        return f"{done} of {run.setting('run', 'rounds')} (run.patience)"
+    return done
+
+
+def _kept(run: Run) -> str | None:
+    """Which round's models these are, where the job chose among rounds."""
+    kept = run.summary.get("kept")
+    if not kept:
+        return None
+    if run.setting("run", "keep") != "best":
+        return f"round {kept['round']}, the last"
+    if "best" not in kept:
+        return f"round {kept['round']}, the last: in no round was every client measured"
+    said = f"round {kept['round']}, the best by {run.metric} on the clients’ {kept['split']} rows"
+    if kept["split"] == "test":
+        return f"{said}, which makes the figures here optimistic"
+    return said
 
 
 def _clients(run: Run) -> str:

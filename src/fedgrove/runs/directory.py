@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedgrove.runs.stage import Stage
 
 #: what a run may leave that was killed before it began
-_BEFORE = ("run.lock", "flower.json", "sites", "events.jsonl")
+_BEFORE = ("run.lock", "flower.json", "pooled.json", "sites", "events.jsonl")
 
 
 _PLACE = (("run", "out"),)  # where a run lies is no part of it
@@ -159,6 +159,13 @@ def refuse_longer(job: Job, recorded: Job) -> None:
         raise RunError(
             f"{more}the learning rate follows the whole run (train.schedule = "
             f'"{train.schedule}", train.warmup_fraction = {train.warmup_fraction:g}); run the '
+            f"longer job into another --out."
+        )
+    compared = job.run.keep == "best" or job.run.patience is not None
+    if compared and recorded.run.rounds % job.run.eval_every:
+        raise RunError(
+            f"{more}its last round was evaluated out of turn (run.eval_every = "
+            f"{job.run.eval_every}), and run.keep and run.patience compare evaluations; run the "
             f"longer job into another --out."
         )
     if job.privacy.example_level and train.final_local_epochs:

@@ -115,3 +115,13 @@ class Engine(Protocol):
 
     def restore(self, stores: Mapping[str, Plain], notes: Given) -> None:
         """Put back what a checkpoint held."""
+
+    def hold(self, notes: Given | None) -> None:
+        """The clients' stores as these ``notes`` know them are asked for again at the end: they
+        stay beside newer ones. None: no longer.
+        """
+
+    def go_back(self, stores: Mapping[str, Plain], notes: Given) -> None:
+        """As ``restore``, to an earlier round of this very run: what was spent since of the
+        examples' privacy stays spent.
+        """

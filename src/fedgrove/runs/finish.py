@@ -32,22 +32,23 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     """Write everything that a finished run has."""
     stage = loop.prepared
     out = loop.out
-    write_global(loop)  # first, because clients' equal adapters are linked to it
-    with loop.ledger.clock("evaluation"):
-        left = farewell(loop)
-    link(loop)
-    for file, content in artefacts(loop, left).items():
-        write_json(out / file, content)
-    write_texts(out, left)
+    with loop.at_leaving():
+        write_global(loop)  # first, because clients' equal adapters are linked to it
+        with loop.ledger.clock("evaluation"):
+            left = farewell(loop)
+        link(loop)
+        for file, content in artefacts(loop, left).items():
+            write_json(out / file, content)
+        write_texts(out, left)
     loop.save()  # with the seconds of the work above
     job = stage.job
     ledger = loop.ledger
     here = [left[name] for name in stage.clients if name in left]
     summary = summaries.summarise(
-        method=job.method.name,
+        method=stage.called or job.method.name,
         task=stage.task.name,
         seed=job.run.seed,
-        rounds=job.run.rounds,
+        rounds=loop.done,
         clients=rows(loop, left),
         parameters={
             "trained": flat(ledger.trained),
@@ -60,6 +61,9 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
         seconds=ledger.seconds,
     )
     summary["metric"] = stage.task.metric
+    summary.update(loop.choice.told(loop.done))
+    if said := loop.choice.sentence(loop.done):
+        loop.watch.remark(said)
     if spent := privacy(loop, left):
         summary["privacy"] = spent
     if told := poison(loop, left):
@@ -163,7 +167,7 @@ def farewell(loop: Loop) -> dict[str, Leaving]:
     for gone in prepared.engine.leave(everyone, Offers(loop), loop.out):
         stop_if_pressed()
         if isinstance(gone, Absence):
-            loop.lost(prepared.job.run.rounds, gone, "not measured")
+            loop.lost(loop.done, gone, "not measured")
         else:
             name, leaving = gone
             left[name] = leaving
@@ -208,7 +212,7 @@ class Offers:
         loop = self.loop
         prepared = loop.prepared
         if name in prepared.clients:
-            return loop.deployed(name, prepared.job.run.rounds)
+            return loop.deployed(name, loop.leaves)
         if name not in self._arrived:
             state = loop.opened(prepared.job.run.rounds + 1)
             newcomer = prepared.held_out[name]

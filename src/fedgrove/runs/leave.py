@@ -5,6 +5,7 @@ directory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from fedgrove.interop.assembly_file import needs_own_format, save_assembly, why
 from fedgrove.interop.peft import save_adapter
 from fedgrove.methods.protocols import tiers as tiers_of
 from fedgrove.runs.engine import Leaving
+from fedgrove.runs.origin import appended
 from fedgrove.training.base_line import base_measure
 from fedgrove.training.measured import measured
 
@@ -178,7 +180,8 @@ def write_adapter(
     privacy: Given | None = None,
 ) -> None:
     """One standard PEFT directory; several terms become one adapter by exact concatenation, which
-    is compacted where it would have more modules than a site has inputs or outputs.
+    is compacted where it would have more modules than a site has inputs or outputs. The adapter that
+    the run started from is part of it, so that it is one on the original base.
 
     Where the mix depends on the input there is no such adapter: then our own format
     (``interop.assembly_file``).
@@ -200,9 +203,10 @@ def write_adapter(
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     if needs_own_format(assembly):
+        begun = appended(assembly.base_delta or {}, base.start)
         save_assembly(
             folder,
-            assembly,
+            replace(assembly, base_delta=begun or None),
             card={
                 **card,
                 "peft": False,
@@ -210,7 +214,8 @@ def write_adapter(
             },
         )
         return
-    whole = as_one_adapter(assembly, base.sites)
+    trained = as_one_adapter(assembly, base.sites)
+    whole = appended(trained, base.start, before=sum(tiers.values()))
     save_adapter(
         folder,
         whole if tiers else lean(whole),  # a tier is a slice of the concatenation
@@ -220,6 +225,7 @@ def write_adapter(
         head_modules=base.head_modules,
         card=card,
         copies=parts.copies,
+        rslora=job.lora.rslora,
     )
 
 

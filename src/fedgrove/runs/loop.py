@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from fedgrove.ground.errors import AdapterError, FedgroveError, RunError
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import ClientInfo, State, Update
 from fedgrove.privacy.client_dp import protection
+from fedgrove.runs.choice import Choice, Rule
 from fedgrove.runs.engine import Absence, Arrival, Engine
 from fedgrove.runs.ledger import Ledger
 from fedgrove.runs.records import Records
@@ -48,6 +50,7 @@ class Loop:
         #: (state, round, ``Method.open`` of them)
         self._opened: tuple[State, int, State] | None = None
         self.done = 0  # rounds completed
+        self.choice = Choice(Rule.of(stage.parts))
         self.guard = protection(stage.job, stage.method, stage.head, records.out)
         self.shield = Shield(stage.job.defence)
         if self.checkpoints.exists():
@@ -58,12 +61,12 @@ class Loop:
         self.started = time.perf_counter() - self.ledger.seconds["total"]
 
     def rounds(self) -> None:
-        """All the rounds that are left."""
+        """All the rounds that are left, or as many as ``run.patience`` wants."""
         stage = self.prepared
         job = stage.job
         info = RunInfo(
-            method=job.method.name,
-            title=f"{stage.method.title} on {job.model.name}",
+            method=stage.called or job.method.name,
+            title=f"{stage.called or stage.method.title} on {job.model.name}",
             rounds=job.run.rounds,
             clients=tuple(stage.clients),
             out=self.out,
@@ -74,6 +77,8 @@ class Loop:
         self.watch.run_started(info)
         for number in range(self.done + 1, job.run.rounds + 1):
             stop_if_pressed()
+            if self.choice.enough:
+                return
             with round_span(number):
                 self.round(number)
 
@@ -104,9 +109,11 @@ class Loop:
                 for split in stage.splits:
                     lines.extend(self.measured(number, split))
             self.watch.evaluated(number, lines)
+            self.choice.look(number, lines, stage.clients)
         self.watch.round_done(number, self.cost())
         self.done = number
-        if last or number % schedule.checkpoint_every == 0:
+        due = last or number % schedule.checkpoint_every == 0
+        if due or self.choice.kept == number or self.choice.enough:
             self.save()
 
     def select(self, number: int) -> list[str]:
@@ -330,6 +337,7 @@ class Loop:
             self._refuse(number, info.name, f"the server's half failed on it ({error!r})")
             return
         self.new.add(info.name)
+        self.choice.start_anew()
         training.append(info)
         training.sort(key=lambda each: each.name)
         prepared.clients.clear()
@@ -407,20 +415,58 @@ class Loop:
             server["releases"] = self.guard.releases
         if self.prepared.job.defence.active:
             server["defence"] = self.shield.notes()
+        if self.choice.rule.asked:
+            server["choice"] = self.choice.notes()
+        kept = self.choice.kept
+        if kept == self.done:
+            self.prepared.engine.hold(server["engine"])
+        elif not kept:
+            self.prepared.engine.hold(None)
         with span("checkpoint"):
             changed = self.prepared.engine.changed()
-            self.checkpoints.save(self.done, server, changed)
+            self.checkpoints.save(self.done, server, changed, kept=kept)
 
     def _restore(self) -> None:
         self.done, server, stores = self.checkpoints.load()
-        self.state = typed(self.prepared.method.State, server["state"])
-        self.head = server["head"]
+        self._put(server)
         self.ledger = Ledger(**server["ledger"])
         self.prepared.engine.restore(stores, server.get("engine", {}))
         if self.guard is not None:
             self.guard.releases = int(server["releases"])
         if "defence" in server:
             self.shield.restore(server["defence"])
+        if self.choice.rule.asked:
+            self.choice.restore(server["choice"])
+        if self.choice.kept:
+            held = self.checkpoints.load_server(kept=True)
+            self.prepared.engine.hold(held.get("engine", {}))
+
+    def _put(self, server: Tree) -> None:
+        """The server's state out of a checkpoint."""
+        self.state = typed(self.prepared.method.State, server["state"])
+        self.head = server["head"]
+
+    @property
+    def leaves(self) -> int:
+        """The round whose models the clients leave with."""
+        return self.choice.kept or self.done
+
+    @contextmanager
+    def at_leaving(self) -> Iterator[None]:
+        """Inside, the state and the clients' stores are those of the round ``leaves``."""
+        if self.leaves == self.done:
+            yield
+            return
+        engine = self.prepared.engine
+        _, kept, stores = self.checkpoints.load_kept()
+        self._put(kept)
+        engine.go_back(stores, kept.get("engine", {}))
+        try:
+            yield
+        finally:
+            _, newest, stores = self.checkpoints.load()
+            self._put(newest)
+            engine.restore(stores, newest.get("engine", {}))
 
 
 def method_part(update: Update) -> Update:

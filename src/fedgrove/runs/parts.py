@@ -24,6 +24,7 @@ from fedgrove.job.sections import TrainSection
 from fedgrove.methods.contract import Setting
 from fedgrove.methods.head import HeadPolicy
 from fedgrove.methods.registry import method_class
+from fedgrove.runs.origin import started
 from fedgrove.training.client import ClientHalf
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.lanes import Lanes, lane_count
@@ -155,7 +156,7 @@ def base_of(job: Job) -> Base:
     if limit is not None:
         _refuse_too_long(task, job.model.name, limit)
     targets = job.lora.targets
-    return load_base(
+    base = load_base(
         job.model.name,
         revision=job.model.revision,
         task=task.name,
@@ -168,6 +169,7 @@ def base_of(job: Job) -> Base:
         gradient_checkpointing=job.train.gradient_checkpointing,
         quantize=job.model.quantize,
     )
+    return started(job, base, drawn_head(job, base, task))
 
 
 def _refuse_too_long(task: Task[Any], model: str, limit: int) -> None:
@@ -203,12 +205,18 @@ def setting_of(job: Job, base: Base, clients: Collection[ClientInfo]) -> Setting
         rounds=job.run.rounds,
         seed=job.run.seed,
         scaling=job.lora.scaling,
+        rslora=job.lora.rslora,
     )
 
 
+def drawn_head(job: Job, base: Base, task: Task) -> dict[str, torch.Tensor]:
+    """The model's own, or a draw from the seed; a task without a head has an empty one."""
+    return base.stock_head or task.new_head(base.hidden, generator(job.run.seed, "head"))
+
+
 def head_policy(job: Job, base: Base, task: Task) -> HeadPolicy:
-    """The head's one initial draw for all clients, from the seed; a task without a head has an
-    empty one.
+    """One head for all clients to begin with: that of the adapter that the run starts from, or a
+    draw.
     """
-    initial = base.stock_head or task.new_head(base.hidden, generator(job.run.seed, "head"))
+    initial = base.start_head or drawn_head(job, base, task)
     return HeadPolicy(job.federation.head, initial, newcomers=job.federation.newcomer_head is True)

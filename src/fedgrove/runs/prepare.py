@@ -22,6 +22,7 @@ from fedgrove.federation.tasks import task_class, task_name
 from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import ClientInfo
 from fedgrove.methods.registry import method_class
+from fedgrove.runs.origin import digest_of
 
 if TYPE_CHECKING:
     from fedgrove.federation.federation import Client
@@ -74,7 +75,7 @@ def machine_choices(job: Job) -> Job:
             f'to "auto" or "cpu".'
         )
     if given.dtype == "auto":
-        fast = fast_in_bfloat16(device) and job.model.head == "pooled"
+        fast = fast_in_bfloat16(device) and job.model.head == "pooled" and not job.model.adapter
         if fast:
             train["dtype"] = "bfloat16"
         else:
@@ -129,7 +130,10 @@ def data_choices(job: Job, federation: Federation) -> Job:
     if federation.labels:
         data["labels"] = list(federation.labels)
     head = newcomer_head(job, bool(federation.held_out))
-    return job.replace(data=data, federation={"newcomer_head": head})
+    job = job.replace(data=data, federation={"newcomer_head": head})
+    if job.model.adapter_digest is None:
+        return job.replace(model={"adapter_digest": digest_of(job)})
+    return job
 
 
 def newcomer_head(job: Job, held_out: bool) -> bool:

@@ -42,6 +42,7 @@ class Stage(Generic[E]):
     held_out: dict[str, ClientInfo]
     fingerprint: str  # of the data: a resumed run must see the same
     lab: Lab = field(default_factory=Lab)  # looks on at what ``run.noise`` records
+    called: str = ""  # what the run is called where that is not its method's name
 
     @property
     def job(self) -> Job:

@@ -1,8 +1,8 @@
 """``RUN/checkpoints/``: full state after a round, atomic, never pickled.
 
-``latest.json`` names the files of the newest complete checkpoint; it is replaced in one rename
-after everything that it names is on disk. A client's store is written again only when it changed,
-so a round costs what it touched.
+``latest.json`` names the files of the newest complete checkpoint, and of an earlier one that is
+kept beside it (``run.keep = "best"``); it is replaced in one rename after everything that it names
+is on disk. A client's store is written again only when it changed, so a round costs what it touched.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from fedgrove.adapters.tree import Tree, pack, unpack
 from fedgrove.ground.errors import AdapterError, RunError
 from fedgrove.ground.files import write_bytes
-from fedgrove.ground.plain import Plain
+from fedgrove.ground.plain import Given, Plain
 
 _LATEST = "latest.json"
 
@@ -26,6 +26,7 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[str, str] = {}
+        self._kept: Plain | None = None  # as ``latest``, of the one kept beside it
 
     def exists(self) -> bool:
         return (self.folder / _LATEST).exists()
@@ -35,9 +36,12 @@ class Checkpoints:
         round: int,
         server: Tree,
         changed: Mapping[str, Tree],
+        *,
+        kept: int = 0,
     ) -> None:
         """``server``: everything that is not a client's; ``changed``: the stores that this round
-        touched, by client.
+        touched, by client; ``kept``: the round whose checkpoint stays beside this one, which is
+        this one or was saved with the same word before; 0 is none.
         """
         clients = self.folder / "clients"
         clients.mkdir(parents=True, exist_ok=True)
@@ -47,29 +51,51 @@ class Checkpoints:
             file = f"clients/{name}-{round:05d}.safetensors"
             self._files[name] = file
             write_bytes(self.folder / file, pack(store, private=True))
-        latest = {
+        latest: Plain = {
             "round": round,
             "server": server_file,
-            "clients": self._files,
+            "clients": dict(self._files),
         }
+        if kept == round:
+            self._kept = dict(latest)
+        elif kept == 0:
+            self._kept = None
+        wanted = {server_file, *self._files.values()}
+        if self._kept is not None:
+            latest["kept"] = self._kept
+            wanted |= {self._kept["server"], *self._kept["clients"].values()}
         text = json.dumps(latest, indent=1)
         write_bytes(self.folder / _LATEST, text.encode())
-        self._sweep({server_file, *self._files.values()})
+        self._sweep(wanted)
 
     def load(self) -> tuple[int, Tree, dict[str, Tree]]:
         """(round, server, stores by client) of the newest checkpoint."""
         with self._readable():
             latest = self._latest()
             self._files = dict(latest["clients"])
-            stores = {name: self._unpacked(file) for name, file in self._files.items()}
-            server = self._unpacked(latest["server"])
-            return int(latest["round"]), server, stores
+            self._kept = latest.get("kept")
+            return self._read(latest)
 
-    def load_server(self) -> Tree:
-        """The server's part of the newest checkpoint; no client's store is read."""
+    def load_kept(self) -> tuple[int, Tree, dict[str, Tree]]:
+        """The same of the one that is kept beside it; the newest where there is none."""
         with self._readable():
             latest = self._latest()
+            return self._read(latest.get("kept", latest))
+
+    def load_server(self, *, kept: bool = False) -> Tree:
+        """The server's part of the newest checkpoint, or of the ``kept`` one where there is one; no
+        client's store is read.
+        """
+        with self._readable():
+            latest = self._latest()
+            if kept:
+                latest = latest.get("kept", latest)
             return self._unpacked(latest["server"])
+
+    def _read(self, named: Given) -> tuple[int, Tree, dict[str, Tree]]:
+        stores = {name: self._unpacked(file) for name, file in named["clients"].items()}
+        server = self._unpacked(named["server"])
+        return int(named["round"]), server, stores
 
     def _latest(self) -> Plain:
         text = (self.folder / _LATEST).read_text()

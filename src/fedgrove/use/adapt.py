@@ -164,7 +164,7 @@ def _open(result: Result, job: Job) -> Finished:
     if not has_device(job.train.device):
         job = job.replace(train={"device": "cpu"})
     torch.set_num_threads(int(job.train.threads))
-    server = Checkpoints(result.path / "checkpoints").load_server()
+    server = Checkpoints(result.path / "checkpoints").load_server(kept=True)
     trained = [
         ClientInfo(name, row["rank"], row["examples"])
         for name, row in result.summary["clients"].items()

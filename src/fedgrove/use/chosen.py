@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedgrove.aggregate.foreign import is_adapter
 from fedgrove.ground.errors import RunError
-from fedgrove.use.foreign import is_adapter
 from fedgrove.use.one import OneModel
 from fedgrove.use.result import Result
 

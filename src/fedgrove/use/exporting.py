@@ -83,7 +83,7 @@ def _check(out: Path, to: str, *, merge: bool) -> None:
 
 def _ours(source: Path, out: Path, base: str | None) -> Path:
     """``source`` where it is a directory of ours, else ``out``, where it is written as ours are."""
-    from fedgrove.use.foreign import is_adapter, tidied
+    from fedgrove.aggregate.foreign import is_adapter, tidied
 
     if not is_adapter(source):
         raise RunError(f"{source} is not an adapter directory; it has no {peft.CONFIG}.")

@@ -64,7 +64,7 @@ class OneModel:
 
     def card(self) -> Plain:
         """What the directory says of the model, as our own ``fedgrove.json`` does."""
-        from fedgrove.use.foreign import card_of
+        from fedgrove.aggregate.foreign import card_of
 
         return card_of(self.path, self.labels, self.base)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Extra, Term
+from fedgrove.aggregate.foreign import card_of, is_adapter, opened, says_which, tidied
 from fedgrove.federation.readers import Row
 from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import AdapterError, DataError, ModelError, RunError
@@ -27,7 +28,6 @@ from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.measured import measured
 from fedgrove.use.asked import answered, questions
-from fedgrove.use.foreign import card_of, is_adapter, opened, says_which, tidied
 
 
 class ClientModel:
@@ -158,9 +158,8 @@ def load(
     if (folder / assembly_file.FILE).exists():
         own = assembly_file.read_assembly(folder, mixes(method_class(card["method"])))
         head = {}
-        adapter = {
-            site: factors for term in own.terms for site, factors in term.adapter.items()
-        }  # for their shapes
+        every = [*(term.adapter for term in own.terms), own.base_delta or {}]
+        adapter = {site: factors for each in every for site, factors in each.items()}  # for shapes
     elif merged:
         head = peft.read_tensors(folder / peft.HEAD) if (folder / peft.HEAD).exists() else {}
     else:

@@ -64,6 +64,12 @@ class Result:
         return mean or task_class(job.data).writes
 
     @property
+    def left_after(self) -> int:
+        """The round whose models the clients left with: the last, or the best (``run.keep``)."""
+        rounds = int(self.summary["rounds"])
+        return int(self.summary.get("kept", {}).get("round", rounds))
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

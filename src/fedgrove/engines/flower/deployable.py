@@ -24,6 +24,12 @@ def deployable(job: Job) -> Job:
             "data.labels is missing: sites do not see each other's data, so the job must name the "
             "classes."
         )
+    if job.model.adapter is not None:
+        raise JobError(
+            f"model.adapter = '{job.model.adapter}' is a directory of this machine, which the sites "
+            "do not have; write the model with the adapter in it (`fedgrove export --merge`), give "
+            "it to every site and name it as model.name."
+        )
     held_out = job.federation.held_out
     if isinstance(held_out, float) and held_out > 0:
         raise JobError(

@@ -110,6 +110,7 @@ class FlowerEngine:
         self._stores: dict[str, int] = {}  # round of each client's store
         self._before: dict[str, int] = {}
         self._kept: dict[str, int] = {}  # as _stores, at the last checkpoint
+        self._held: dict[str, int] | None = None  # as _stores, at the checkpoint beside it
         # messages without an answer at the deadline, where late ones count
         self._overdue: dict[str, _Sent] = {}
         self._came: dict[str, Note] = {}  # their answers, where they came between rounds
@@ -463,10 +464,13 @@ class FlowerEngine:
                 lifetime = 3 * lifetime + 1
             else:
                 lifetime = lifetime + 1
+        keep = self._kept.get(name, 0)
+        if self._held is not None:
+            keep = min(keep, self._held.get(name, 0))
         head = {
             "round": round,
             "store": self._stores.get(name, 0),
-            "keep": self._kept.get(name, 0),
+            "keep": keep,
         }
         sent = self._send(
             name,
@@ -627,8 +631,17 @@ class FlowerEngine:
         stores: Mapping[str, Plain],
         notes: Given,
     ) -> None:
-        self._stores = {name: int(round) for name, round in notes.get("stores", {}).items()}
+        self._stores = _rounds(notes)
         self._kept, self._before = dict(self._stores), {}
+
+    def hold(self, notes: Given | None) -> None:
+        if notes is None:
+            self._held = None
+        else:
+            self._held = _rounds(notes)
+
+    def go_back(self, stores: Mapping[str, Plain], notes: Given) -> None:
+        self.restore(stores, notes)  # what was spent is noted at the clients
 
     # ------------------------------------------------------------------ messages
     def _send(
@@ -774,6 +787,11 @@ class FlowerEngine:
         if self._refused.get(node, (0.0, ""))[1] != reason:
             self.told(0, client, "refused", reason)
         self._refused[node] = (time.monotonic(), reason)
+
+
+def _rounds(notes: Given) -> dict[str, int]:
+    """Of each client's store, as a checkpoint noted them."""
+    return {name: int(round) for name, round in notes.get("stores", {}).items()}
 
 
 def _over(until: float | None) -> bool:
