@@ -162,9 +162,9 @@ def test_a_thousand_clients_of_whom_three_hundred_are_lost() -> None:
         gone = np.random.default_rng(1).choice(clients, size=3 * count // 10, replace=False)
         lost = {str(name): EXCHANGES[place % 4] for place, name in enumerate(gone)}
         given, round = vectors(clients, 100), Round(clients, terms(0.51), lost)
-        began = time.perf_counter()
+        began = time.process_time()
         total = round.run(given)
-        seconds[count] = time.perf_counter() - began
+        seconds[count] = time.process_time() - began
         np.testing.assert_array_equal(total, plain_sum(given, round.here("update")))
         costs[count] = max(round.bytes.values())
     print(costs, seconds, {count: degree(count, 0.51) for count in costs})
