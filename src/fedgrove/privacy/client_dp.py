@@ -84,6 +84,13 @@ def change(
     )
 
 
+def travels(
+    method: Method, head: HeadPolicy, client: ClientInfo, offer: Mapping[str, Any], round: int
+) -> int:
+    """How many numbers a client's change has, which it knows as the server does."""
+    return len(flat(addend(method, untouched(method, head, client, offer, round), offer)))
+
+
 @dataclass
 class Protection:
     """The server's side: who is drawn, what the sum becomes, and what it has cost. ``releases`` is

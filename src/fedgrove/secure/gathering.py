@@ -88,11 +88,16 @@ class Gathering:
         return None
 
     # ------------------------------------------------------------------ the sum
-    def total(self, masked: Mapping[str, Words], revealed: Mapping[str, Revealed]) -> Words:
+    def total(
+        self,
+        masked: Mapping[str, Words],
+        revealed: Mapping[str, Revealed],
+        reasons: Mapping[str, str] | None = None,
+    ) -> Words:
         """The sum of the vectors ``[count]`` of all in ``masked``. Raises ``SecureError`` where too few
-        answered, or with shares that do not fit.
+        answered, with the ``reasons`` of the others, or where shares do not fit.
         """
-        self._enough(revealed, "helped to open the sum")
+        self._enough(revealed, "helped to open the sum", reasons or {})
         total: Words = np.zeros(len(next(iter(masked.values()))), dtype=np.uint32)
         for vector in masked.values():
             total = total + vector
@@ -161,11 +166,15 @@ class Gathering:
             "do not fit together: a client altered one; nothing was learnt. Go on with --resume."
         )
 
-    def _enough(self, present: Collection[str], did: str) -> None:
+    def _enough(
+        self, present: Collection[str], did: str, reasons: Mapping[str, str] | None = None
+    ) -> None:
         if len(present) < self.least:
+            said = [f"{name}: {reason}" for name, reason in sorted((reasons or {}).items())]
+            why = f" ({'; '.join(said)})" if said else ""
             raise SecureError(
                 f"Round {self.terms.round} ends without a sum: {len(present)} of {self.asked} clients "
-                f"{did}, and privacy.threshold = {self.terms.threshold:.3g} asks for {self.least}; "
+                f"{did}{why}, and privacy.threshold = {self.terms.threshold:.3g} asks for {self.least}; "
                 "nothing was learnt of anybody. Go on with --resume."
             )
 
