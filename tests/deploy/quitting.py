@@ -1,4 +1,4 @@
-"""A site that dies by SIGKILL in the second round, when a message of one kind is there and before it is
+"""A site that dies by SIGKILL in the second round or later, when a message of one kind is there and before it is
 answered: ``python quitting.py FOLDER KIND`` instead of ``deploy site``.
 """
 
@@ -18,7 +18,7 @@ handle = client.Runtime.handle
 
 def dying(self: client.Runtime, blob: bytes) -> bytes:
     note = decode(blob)
-    if note.kind == sys.argv[2] and note.head.get("round") == 2:
+    if note.kind == sys.argv[2] and note.head.get("round", 0) >= 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return handle(self, blob)
 

@@ -6,7 +6,7 @@ the sparse graph of Bell et al. (CCS 2020). A member masks its vector with a str
 of which the sum over both sides is nothing, and with one of its own. Its neighbours hold shares of
 both secrets. Of each other client it gives one kind of share and never the second, and of more than
 half of the holders each secret takes one: so the server learns one of the two, and the update of
-nobody. With a threshold of 2/3 this holds against a lying server that has a third of the sites with it.
+nobody. With a threshold of 2/3 this holds against a lying server with fewer than a third of the holders.
 """
 
 from __future__ import annotations
