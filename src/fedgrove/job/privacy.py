@@ -92,12 +92,6 @@ class PrivacySection(Section):
                 "their size; "
                 "set privacy.clip."
             )
-        for key in ("threshold", "neighbours"):
-            if getattr(self, key) is not None and not self.secure_aggregation:
-                raise ValueError(
-                    f"privacy.{key} is of secure aggregation; set privacy.secure_aggregation = true, "
-                    "or leave it out."
-                )
         return self
 
     @property
