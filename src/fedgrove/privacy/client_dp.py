@@ -85,10 +85,21 @@ def change(
 
 
 def travels(
-    method: Method, head: HeadPolicy, client: ClientInfo, offer: Mapping[str, Any], round: int
+    method: Method,
+    head: HeadPolicy,
+    client: ClientInfo,
+    offer: Given,
+    round: int,
 ) -> int:
     """How many numbers a client's change has, which it knows as the server does."""
-    return len(flat(addend(method, untouched(method, head, client, offer, round), offer)))
+    nothing = untouched(
+        method,
+        head,
+        client,
+        offer,
+        round,
+    )
+    return len(flat(addend(method, nothing, offer)))
 
 
 @dataclass
