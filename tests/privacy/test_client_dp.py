@@ -45,9 +45,9 @@ def shared_head() -> HeadPolicy:
     )
 
 
-def federation(name: str) -> tuple[Any, dict[str, Any], Any]:
+def federation(name: str, weights: str = "uniform") -> tuple[Any, dict[str, Any], Any]:
     """A method, its clients, and an offer for each, all in float64."""
-    options: dict[str, Any] = {} if name == "fed-plora" else {"weights": "uniform"}
+    options: dict[str, Any] = {} if name == "fed-plora" else {"weights": weights}
     method = kit.method(name, **options)
     ranks = (1, 2, 3) if name in MIXED else (3, 3, 3)
     clients = {f"c{n}": kit.info(f"c{n}", rank) for n, rank in enumerate(ranks)}
@@ -94,7 +94,7 @@ def test_without_clip_and_noise_the_mean_gives_the_state_that_all_updates_give(n
     method, state, (clients, head, offer) = federation(name)
     updates = moved(method, clients, head, offer)
     guard = protection(method, head, clip=1e9)
-    mean = guard.combine(2, clients, updates, offer, offer, list(clients))
+    mean = guard.combine(2, clients, updates, offer, offer)
     assert mean.client == MEAN
     parts = [Update(u.client, u.examples, u.content["method"]) for u in updates]
     wanted = method.aggregate(state, 2, parts)
@@ -148,14 +148,14 @@ def test_the_noise_has_its_deviation_on_every_number_and_the_divisor_is_fixed(ra
     loud = protection(method, head, rate, clip=0.5, client_noise=3.0)
     base = flat(untouched(method, head, clients["c0"], offer("c0"), 2))
     for some in (updates, updates[:1], []):
-        quiet = flat(still.combine(2, clients, some, offer, offer, list(clients)).content)
+        quiet = flat(still.combine(2, clients, some, offer, offer).content)
         # Σ clipped / (q N), whoever took part
         clipped = [
             change(method, head, clients[u.client], u.content, offer(u.client), 2) for u in some
         ]
         total = sum((c * min(1.0, 0.5 / float(c.norm())) for c in clipped), torch.zeros_like(base))
         torch.testing.assert_close(quiet - base, total / (rate * 3), rtol=1e-6, atol=1e-11)
-        noise = flat(loud.combine(2, clients, some, offer, offer, list(clients)).content) - quiet
+        noise = flat(loud.combine(2, clients, some, offer, offer).content) - quiet
         wanted = 3.0 * 0.5 / (rate * 3)
         assert len(noise) > 250
         assert abs(float(noise.std()) / wanted - 1) < 4 / math.sqrt(2 * len(noise))
@@ -167,9 +167,7 @@ def test_the_server_clips_again_what_a_client_did_not() -> None:
     guard = protection(method, head, clip=0.5)
     base = flat(untouched(method, head, clients["c0"], offer("c0"), 2))
     mean = flat(
-        guard.combine(
-            2, clients, moved(method, clients, head, offer, 1e6), offer, offer, []
-        ).content
+        guard.combine(2, clients, moved(method, clients, head, offer, 1e6), offer, offer).content
     )
     assert float((mean - base).norm()) <= 0.5
 
@@ -180,7 +178,7 @@ def test_another_sum_in_the_same_round_has_other_noise() -> None:
     updates = moved(method, clients, head, offer, 1e-3)
 
     def mean(some: list[Update]) -> torch.Tensor:
-        return flat(guard.combine(2, clients, some, offer, offer, []).content)
+        return flat(guard.combine(2, clients, some, offer, offer).content)
 
     assert torch.equal(mean(updates), mean(updates)), "asked twice it gives the same"
     # were the noise the same, the difference would be the left-out client's own update

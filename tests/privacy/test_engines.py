@@ -14,7 +14,6 @@ from tests.tiny import tiny_job
 
 from fedgrove.adapters.tree import numbers
 from fedgrove.engines.flower.wire import decode
-from fedgrove.ground.errors import JobError
 from fedgrove.start import run
 
 __all__ = ["virtual"]
@@ -31,6 +30,21 @@ JOBS: dict[str, dict[str, Any]] = {
     "fp16, a tree": {
         "method": {"name": "fedtreelora", "warmup_rounds": 1},
         "run": {"compress": "fp16"},
+    },
+    "secure": {**SHARED, "privacy": {"clip": 5.0, "secure_aggregation": True}},
+    "secure, with weights": {
+        "method": {"name": "fedit", "weights": "examples"},
+        "privacy": {"clip": 5.0, "secure_aggregation": True},
+    },
+    "secure, with noise": {
+        **SHARED,
+        "privacy": {
+            "clip": 0.2,
+            "client_noise": 1.0,
+            "randomness": "seed",
+            "secure_aggregation": True,
+        },
+        "run": {"compress": "int8"},
     },
     "both": {
         **SHARED,
@@ -82,11 +96,3 @@ def test_a_message_is_smaller_by_what_the_accounting_says(
         sizes[f"{how} numbers"] = numbers(content) * each
     saved = sizes["none numbers"] - sizes["int8 numbers"]
     assert 0.7 * saved < sizes["none"] - sizes["int8"] <= saved
-
-
-def test_secure_aggregation_between_processes_is_refused(
-    tiny_bert: Path, silos: Path, tmp_path: Path
-) -> None:
-    job = tiny_job(tiny_bert, silos, **SHARED, privacy={"clip": 1.0, "secure_aggregation": True})
-    with pytest.raises(JobError, match="no message yet"):
-        run_on(FakeGrid(3), job, tmp_path / "out")

@@ -21,7 +21,10 @@ from fedgrove.ground.errors import FedgroveError
 
 if TYPE_CHECKING:
     from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.asymmetric.ec import (
+        EllipticCurvePrivateKey,
+        EllipticCurvePublicKey,
+    )
 
 PORT = 9443  # where a deployment's server listens unless it is told otherwise
 AUTHORITY_DAYS = 3650
@@ -137,12 +140,23 @@ def public_of(private: bytes, where: Path) -> bytes:
     """The public half (OpenSSH, without a comment) of a private node key. Raises
     ``DeployError``.
     """
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    key = _node_key(private, where)
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+
+
+def private_key(path: Path) -> EllipticCurvePrivateKey:
+    """A site's node key, to sign with. Raises ``DeployError``."""
+    try:
+        return _node_key(path.read_bytes(), path)
+    except OSError as error:
+        raise DeployError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _node_key(private: bytes, where: Path) -> EllipticCurvePrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        PublicFormat,
-        load_ssh_private_key,
-    )
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
     try:
         key = load_ssh_private_key(private, None)
@@ -152,7 +166,20 @@ def public_of(private: bytes, where: Path) -> bytes:
         ) from error
     if not isinstance(key, EllipticCurvePrivateKey):
         raise DeployError(f"{where} is no elliptic-curve key; make one with `fedgrove deploy key`.")
-    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return key
+
+
+def public_keys(folder: Path) -> dict[str, EllipticCurvePublicKey]:
+    """The public node keys of ``folder/keys``, by site. Raises ``DeployError``."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+    found = {}
+    for path in sorted((folder / "keys").glob("*.pub")):
+        key = load_ssh_public_key(check_public(path.read_bytes(), path))
+        assert isinstance(key, EllipticCurvePublicKey)
+        found[path.stem] = key
+    return found
 
 
 def check_public(public: bytes, where: Path) -> bytes:

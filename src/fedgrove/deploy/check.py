@@ -21,6 +21,7 @@ from fedgrove.deploy.certificates import (
     host_names,
     load_certificates,
     open_to_others,
+    public_keys,
     public_of,
 )
 from fedgrove.deploy.gate import ABOUT
@@ -203,8 +204,20 @@ def check_site(folder: Path, job: Path | None) -> Iterator[Finding]:
         asked = None
     if asked is not None:
         yield from asked.findings
+        if asked.job is not None and asked.job.privacy.secure_aggregation:
+            yield _peers(folder, place.name)
     yield from _data(place, asked.job if asked else None)
     yield from _server(folder, place, public)
+
+
+def _peers(folder: Path, name: str) -> Finding:
+    others = sorted(set(public_keys(folder)) - {name})
+    if others:
+        return Finding(f"it knows the keys of {', '.join(others)}, with whom it masks")
+    return Finding(
+        "the job masks updates, and keys/ has no other site's public key",
+        f"get each node.pub from its site, and `fedgrove deploy admit {folder} NAME node.pub`",
+    )
 
 
 def _public_half(folder: Path, public: bytes) -> Iterator[Finding]:

@@ -76,7 +76,7 @@ def key(folder: Site, force: Force = False) -> None:
 
 @app.command()
 def admit(
-    folder: Server,
+    folder: Either,
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="The site's name.", show_default=False)
     ],
@@ -84,7 +84,9 @@ def admit(
         Path, typer.Argument(metavar="node.pub", help="Its public key.", show_default=False)
     ],
 ) -> None:
-    """Let a site take part: keep its public key. A running server takes it at its next start."""
+    """At the server: let a site take part (a running server takes it at its next start). At a site: know
+    another, with which it masks its updates.
+    """
     from fedgrove.deploy.layout import admit_key
 
     print(f"Kept {admit_key(folder, name, public)}.")

@@ -99,8 +99,8 @@ def init(plan: Plan) -> list[str]:
     else:
         job = None
     _check(plan, [server, *sites])
-    for folder in (server / "keys", *sites):
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (server, *sites):
+        (folder / "keys").mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     authority = new_authority(f"Fedgrove authority of {plan.host}")
     certificate = new_server(authority, [plan.host])
@@ -119,7 +119,8 @@ def init(plan: Plan) -> list[str]:
         (site / "README.md").write_text(_site_readme(plan, site.name), encoding="utf-8")
         if plan.keys:
             public = make_key(site, site.name, force=plan.force)
-            (server / "keys" / f"{site.name}.pub").write_bytes(public.read_bytes())
+            for folder in (server, *sites):
+                (folder / "keys" / f"{site.name}.pub").write_bytes(public.read_bytes())
     return _said(plan, server, sites)
 
 
@@ -133,9 +134,9 @@ def make_key(site: Path, name: str, *, force: bool = False) -> Path:
     return site / "node.pub"
 
 
-def admit_key(server: Path, name: str, public: Path) -> Path:
-    """Put a site's public key among those that the server knows. Raises ``DeployError`` where it is
-    none.
+def admit_key(side: Path, name: str, public: Path) -> Path:
+    """Put a site's public key among those that the server, or another site, knows. Raises
+    ``DeployError`` where it is none.
     """
     from fedgrove.ground.names import PLAIN
 
@@ -148,7 +149,7 @@ def admit_key(server: Path, name: str, public: Path) -> Path:
     except OSError as error:
         raise DeployError(f"{public} cannot be read: {error.strerror or error}.") from None
     check_public(data, public)
-    kept = server / "keys" / f"{name}.pub"
+    kept = side / "keys" / f"{name}.pub"
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_bytes(data)
     return kept
@@ -257,7 +258,8 @@ def _server_readme(plan: Plan) -> str:
             "and delete it here, "
             "or better: let each site replace the key with its own (`fedgrove deploy key DIR --force`) "
             "and send you "
-            "`node.pub`, which you take with `fedgrove deploy admit DIR NAME node.pub`."
+            "`node.pub`, which you take with `fedgrove deploy admit DIR NAME node.pub`. The other sites do "
+            "the same with it where the job masks updates."
         )
     else:
         keys = (
@@ -297,7 +299,8 @@ def _site_readme(plan: Plan, name: str) -> str:
 |---|---|---|
 | `site.toml` | your data, your budget, what you allow: go through it line by line | you |
 | `node.key` | your identity: who has it can take part as {name} | you alone (a new one: `fedgrove deploy key .`) |
-| `node.pub` | its public half | the server's operator |
+| `node.pub` | its public half | the server's operator, and every other site where updates are masked |
+| `keys/NAME.pub` | by these you know the other sites where updates are masked | anyone |
 | `ca.crt` | by it you know the server | anyone |
 | `audit.jsonl` | every message: when, how large, its SHA-256, names and shapes of its tensors | you |
 | `runs/` | your private part of each run, and your own adapter at its end | you |

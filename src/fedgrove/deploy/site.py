@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, ValidationError, field_validator
 
 from fedgrove.deploy.audit import AuditLog, Direction
-from fedgrove.deploy.certificates import DeployError, address
+from fedgrove.deploy.certificates import DeployError, address, private_key, public_keys
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.ground.files import write_json
 from fedgrove.ground.marks import keys_with
@@ -28,6 +28,7 @@ from fedgrove.ground.plain import Given, Plain
 from fedgrove.job.data import DataSection
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import parse_toml
+from fedgrove.secure.identity import NodeKeys
 from fedgrove.wire import validate
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fedgrove.federation.federation import Client
     from fedgrove.job import Job
     from fedgrove.methods.contract import Method
+    from fedgrove.secure.identity import Identity
 
 FILE = "site.toml"
 MEGABYTE = 1_000_000
@@ -270,6 +272,19 @@ class SitePlace:
     def rank(self, job: Job) -> int | None:
         """The site's budget: the largest rank that it trains."""
         return self.file.budget.rank
+
+    def identity(self, run: str) -> Identity:
+        """The site's node key, and the other sites' public ones in its own ``keys``: the server's word
+        on who they are counts for nothing. Raises ``SiteRefusal`` where it knows nobody.
+        """
+        private, others = private_key(self.folder / "node.key"), public_keys(self.folder)
+        others.pop(self.name, None)
+        if not others:
+            self._refuse(
+                "the job masks updates between sites, and keys/ has no other site's public key; "
+                "get each node.pub from its site and keep it with `fedgrove deploy admit`"
+            )
+        return NodeKeys(private, {**others, self.name: private.public_key()})
 
     def _own(self, job: Job) -> Job:
         budget = self.file.budget

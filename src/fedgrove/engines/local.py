@@ -18,7 +18,7 @@ from fedgrove.interop.copies import Copies
 from fedgrove.methods.contract import ClientInfo, Update
 from fedgrove.privacy.client_dp import change
 from fedgrove.privacy.example_dp import NOTES
-from fedgrove.privacy.secure import Room
+from fedgrove.privacy.masked import MASKED, Addition, Opened, noise_key, terms, weighted
 from fedgrove.runs.engine import Arrival, Ask, Leaving, OfferOf
 from fedgrove.runs.fit import refuse_unfit
 from fedgrove.runs.leave import leave
@@ -26,6 +26,8 @@ from fedgrove.runs.noise import Lab, NoiseLab
 from fedgrove.runs.parts import Parts
 from fedgrove.runs.prepare import settle
 from fedgrove.runs.stage import Stage
+from fedgrove.secure import fixed
+from fedgrove.secure.room import Room
 from fedgrove.training.client import ClientHalf, Outcome, Store, Turn
 from fedgrove.training.cohort_size import cohort_size, row_by_row
 from fedgrove.training.lanes import lane_count
@@ -70,6 +72,7 @@ def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
         people.everyone,
         data,
         people.held_out,
+        out,
     )
     return Stage(
         parts,
@@ -172,6 +175,7 @@ class LocalEngine:
         clients: Mapping[str, ClientInfo],
         data: Data,
         held_out: Collection[str] = (),
+        out: Path | None = None,
     ):
         self.parts = parts
         self.job = parts.job
@@ -182,6 +186,8 @@ class LocalEngine:
         self._stores: dict[str, Store] = {}
         self._before: dict[str, Store] = {}  # each client's store before its newest update
         self._changed: set[str] = set()
+        self.out = out  # the run's directory, where it has one
+        self._room: Room | None = None  # of the round, where updates are masked
 
     def joined(self, round: int) -> Sequence[ClientInfo]:
         return ()
@@ -199,14 +205,14 @@ class LocalEngine:
         offer: OfferOf,
     ) -> Iterator[Arrival]:
         how = self.job.run.compress
+        self._room = None
         if self.job.privacy.secure_aggregation:
-            room = Room(round, clients)
-        else:
-            room = None
+            agreed = terms(self.job, "simulated", round, f"round {round}")
+            self._room = Room(agreed, clients)
         for name, given, bytes_down, outcome in self._outcomes(round, clients, offer):
             content = outcome.update.content
-            if room is not None:
-                content = self._masked(room, outcome.update, given, round)
+            if self._room is not None:
+                content = self._masked(self._room, outcome.update, given, round)
             bytes_up = sent_bytes(content, how)  # refuses what is private
             content = passed(content, how)
             self._before[name] = self.store(name)
@@ -273,11 +279,24 @@ class LocalEngine:
             given,
             round,
         )
-        return room.conceal(
-            update.client,
-            own,
-            float(self.job.privacy.clip or 0.0),
-        )
+        asked = list(room.members)
+        addition = Addition(info.name, round, own, info.examples, self._scale(asked))
+        key = noise_key(self.job, self.out)
+        words = addition.words(self.job.privacy, len(asked), key)
+        return {MASKED: fixed.to_tensor(room.mask(info.name, words))}
+
+    def opened(self, round: int, updates: Sequence[Update]) -> Opened:
+        assert self._room is not None
+        asked = list(self._room.members)
+        masked = {each.client: fixed.from_tensor(each.content[MASKED]) for each in updates}
+        steps = fixed.signed(self._room.total(masked))
+        return Opened(steps, len(asked), self._scale(asked))
+
+    def _scale(self, asked: Sequence[str]) -> int | None:
+        """The largest weight of those who were asked; None where all weigh the same."""
+        if not weighted(self.half.method):
+            return None
+        return max(self.clients[name].examples for name in asked)
 
     def _given(self, offer: Given) -> Given:
         """An offer as it arrives."""

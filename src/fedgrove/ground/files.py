@@ -14,12 +14,16 @@ from typing import Any
 from fedgrove.ground.errors import RunError
 
 
-def write_bytes(path: Path, data: bytes, *, synced: bool = True) -> None:
+def write_bytes(path: Path, data: bytes, *, synced: bool = True, private: bool = False) -> None:
     """After a crash ``path`` is the old file or the new one. Raises ``RunError`` (no space, no
     permission). Not ``synced``: whoever wrote many files calls ``sync_all`` in the end.
+    ``private``: only its owner may read it, from its first byte on.
     """
     partial = path.with_name(path.name + ".partial")
     try:
+        if private:
+            partial.unlink(missing_ok=True)
+            partial.touch(mode=0o600, exist_ok=False)
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
@@ -32,9 +36,9 @@ def write_bytes(path: Path, data: bytes, *, synced: bool = True) -> None:
         raise unwritable(path, error) from error
 
 
-def write_text(path: Path, text: str, *, synced: bool = True) -> None:
+def write_text(path: Path, text: str, *, synced: bool = True, private: bool = False) -> None:
     """``write_bytes`` for UTF-8 text."""
-    write_bytes(path, text.encode("utf-8"), synced=synced)
+    write_bytes(path, text.encode("utf-8"), synced=synced, private=private)
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, synced: bool = True) -> None:

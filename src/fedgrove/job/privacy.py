@@ -61,6 +61,19 @@ class PrivacySection(Section):
         "clip.",
     )
 
+    threshold: Annotated[float, Field(gt=0.5, le=1)] | None = Field(
+        None,
+        description="Secure aggregation: the share of a round's clients without whose updates their "
+        "sum stays closed. Not set: 2/3.",
+        examples=[0.75],
+    )
+    neighbours: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Secure aggregation: with how many others each client masks. Not set: with all "
+        "in a round of up to 64, else as few as are safe (docs/privacy.md).",
+        examples=[100],
+    )
+
     @model_validator(mode="after")
     def _agree(self) -> PrivacySection:
         for noise, clip, what in (

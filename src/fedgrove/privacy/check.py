@@ -10,6 +10,7 @@ from fedgrove.ground.errors import JobError
 from fedgrove.methods.contract import Method
 from fedgrove.methods.protocols import Counted, Probes, needs_each, reads
 from fedgrove.privacy import accountant, randomness
+from fedgrove.privacy.masked import weighted
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
@@ -23,11 +24,8 @@ def refuse_unfit(
     *,
     clients: int,
     held_out: bool,
-    local: bool,
 ) -> None:
-    """Raise ``JobError`` where the job's privacy cannot be had. ``local``: all clients are
-    simulated here.
-    """
+    """Raise ``JobError`` where the job's privacy cannot be had."""
     wanted = job.privacy
     if wanted.client_level:
         _client_level(job, method, head)
@@ -44,13 +42,6 @@ def refuse_unfit(
             "of them."
         )
     if wanted.secure_aggregation:
-        if not local:
-            raise JobError(
-                "privacy.secure_aggregation = true is simulated by the local engine, and clients "
-                "elsewhere have no "
-                "message yet to exchange keys with; set it to false (docs/privacy.md says what is "
-                "missing)."
-            )
         fraction = job.federation.fraction
         if wanted.client_noise and fraction < 1:
             raise JobError(
@@ -85,7 +76,8 @@ def _client_level(
             f"not enough: {why}; choose a method such as fedit, ffa-lora, fedsa-lora, or "
             f"privacy.example_noise instead."
         )
-    if getattr(method.options, "weights", "uniform") != "uniform":
+    hidden = job.privacy.secure_aggregation and not job.privacy.client_noise
+    if weighted(method) and not hidden:
         raise JobError(
             f"{key} needs the same weight for every client, or weights would tell of the data; set "
             f"method.weights = "

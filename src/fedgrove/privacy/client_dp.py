@@ -6,7 +6,8 @@ fixed-denominator estimator:
 ``state + (Σ clip(trained − received, C) + N(0, (z C)²)) / (q N)``, uniform weights, each of the N
 clients drawn by its own coin of probability q. One flat norm over everything that travels, the head
 included. The server clips again, in float64, so that one client that does not clip cannot spoil the
-others' guarantee. With noise the sum is taken on a grid (``fedgrove.privacy.gaussian``).
+others' guarantee. With noise the sum is taken on a grid (``fedgrove.privacy.gaussian``). Under masks the
+server sees neither changes nor an exact sum, and the clients add the noise (``privacy.masked``).
 
 What the sum becomes is left to the method: its server half is given one update, the mean, which for
 a method whose server needs no more than sums is the same as all of them.
@@ -23,12 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedgrove.adapters.tree import Tree, leaves, typed
-from fedgrove.ground.errors import RunError
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods import protocols
 from fedgrove.methods.contract import Method, Update
 from fedgrove.methods.protocols import Counted
-from fedgrove.privacy import accountant, randomness, secure
+from fedgrove.privacy import accountant, masked, randomness
 from fedgrove.privacy.gaussian import Grid
 from fedgrove.privacy.reference import untouched
 from fedgrove.privacy.vector import difference, flat, restore, shortened
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fedgrove.job.privacy import PrivacySection
     from fedgrove.methods.contract import ClientInfo
     from fedgrove.methods.head import HeadPolicy
+    from fedgrove.privacy.masked import Opened
 
 MEAN = "(mean)"  # the name of the one update that the server half sees
 OfferTo = Callable[[str], Given]
@@ -83,6 +84,24 @@ def change(
     )
 
 
+def travels(
+    method: Method,
+    head: HeadPolicy,
+    client: ClientInfo,
+    offer: Given,
+    round: int,
+) -> int:
+    """How many numbers a client's change has, which it knows as the server does."""
+    nothing = untouched(
+        method,
+        head,
+        client,
+        offer,
+        round,
+    )
+    return len(flat(addend(method, nothing, offer)))
+
+
 @dataclass
 class Protection:
     """The server's side: who is drawn, what the sum becomes, and what it has cost. ``releases`` is
@@ -124,12 +143,12 @@ class Protection:
         updates: Sequence[Update],
         base: OfferTo,
         received: OfferTo,
-        expected: Sequence[str],
+        opened: Opened | None = None,
     ) -> Update:
         """The mean as one update; asked twice it gives the same.
 
         ``base``: what the server offers; ``received``: what of it arrived at a client;
-        ``expected``: who was asked.
+        ``opened``: the sum of the changes, where updates are masked.
         """
         info = next(iter(clients.values()))
         if updates:
@@ -147,8 +166,9 @@ class Protection:
         length = len(before)
         if not length:
             return Update(MEAN, 1, start)  # a round in which nothing travels
-        if self.section.secure_aggregation:
-            total = self._of_masked(round, updates, expected, length)
+        weights: float | None = None
+        if opened is not None:
+            total, weights = masked.read(self.section, opened, length)
         else:
             total = self._of_plain(
                 round,
@@ -157,13 +177,17 @@ class Protection:
                 received,
                 length,
             )
-        divisor = self._divisor(
-            round,
-            clients,
-            updates,
-            received,
-            length,
-        )
+        divisor: float | Tensor
+        if weights is not None:
+            divisor = weights
+        else:
+            divisor = self._divisor(
+                round,
+                clients,
+                updates,
+                received,
+                length,
+            )
         mean = restore(start, before + total / divisor)
         return Update(MEAN, 1, mean)
 
@@ -255,38 +279,6 @@ class Protection:
         )
         return torch.cat([found, rest])
 
-    def _of_masked(
-        self,
-        round: int,
-        updates: Sequence[Update],
-        expected: Sequence[str],
-        length: int,
-    ) -> Float[Tensor, " length"]:
-        """The sum of the masked changes with its noise, float64 ``[length]``."""
-        missing = set(expected) - {update.client for update in updates}
-        if missing:
-            raise RunError(
-                f"The sum of the round cannot be read, because {min(missing)} was to take part and "
-                f"sent nothing; "
-                "go on with --resume, or set privacy.secure_aggregation = false."
-            )
-        masked = [update.content.get(secure.MASKED) for update in updates]
-        whole = [each for each in masked if isinstance(each, Tensor) and each.shape == (length,)]
-        if len(whole) != len(updates):
-            raise RunError(
-                "A masked update does not have the length of the others; the sites run different "
-                "versions."
-            )
-        steps = secure.signed(secure.summed(whole))
-        step = secure.step(len(updates), float(self.section.clip or 0.0))
-        if not self._deviation:
-            return steps.double() * step
-        return self._noisy(
-            Grid.given(step, self._deviation),
-            steps,
-            round,
-        )
-
     def released(self, mean: Update) -> None:
         """The mean was used: count it, where there was something in it."""
         self.releases += any(True for _ in leaves(mean.content))
@@ -329,7 +321,8 @@ def protection(
     if not section.client_level:
         return None
     key = randomness.of_seed(job.run.seed, "server")
-    if section.client_noise and section.randomness == "secret":
+    at_the_server = section.client_noise and not section.secure_aggregation
+    if at_the_server and section.randomness == "secret":
         key = randomness.kept(folder)
     return Protection(
         section,

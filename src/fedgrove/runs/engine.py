@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.methods.contract import ClientInfo, Update
+from fedgrove.privacy.masked import Opened
 
 OfferOf = Callable[[str], Given]  # client name -> offer
 Ask = Callable[[Given | None], Given]  # a probe's report (or None) -> offer to a newcomer
@@ -81,6 +82,11 @@ class Engine(Protocol):
     ) -> Iterator[Arrival | Absence]:
         """One round on the named clients, in any order; updates of earlier rounds may come in
         late.
+        """
+
+    def opened(self, round: int, updates: Sequence[Update]) -> Opened:
+        """The sum of the round's masked updates (``privacy.secure_aggregation``). Raises
+        ``FedgroveError`` where it stays closed.
         """
 
     def reject(self, client: str) -> None:

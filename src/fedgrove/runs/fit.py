@@ -40,7 +40,6 @@ def refuse_unfit(
         parts.head,
         clients=len(clients),
         held_out=bool(held_out),
-        local=local,
     )
 
 

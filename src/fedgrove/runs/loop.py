@@ -99,7 +99,7 @@ class Loop:
         changes = self.changes(number)
         updates = stage.attackers.spoiled(updates, changes)
         with self.ledger.clock("server"):
-            updates = self.aggregate(number, updates, selected, changes)
+            updates = self.aggregate(number, updates, changes)
         if schedule.noise:  # else updates may be masked
             parts = [method_part(update) for update in updates]
             self.lab.end(self.state, parts)
@@ -198,13 +198,7 @@ class Loop:
         content = {**update.content, "method": sent}
         return replace(update, content=content), None
 
-    def aggregate(
-        self,
-        number: int,
-        updates: list[Update],
-        selected: Sequence[str],
-        changes: Changes,
-    ) -> list[Update]:
+    def aggregate(self, number: int, updates: list[Update], changes: Changes) -> list[Update]:
         """The next state; the updates that it was made of. From clients elsewhere, one that breaks
         it is left out.
         """
@@ -214,7 +208,7 @@ class Loop:
 
         def combine(whole: Sequence[Update]) -> State:
             nonlocal seen, head
-            seen = self.protected(number, whole, selected)
+            seen = self.protected(number, whole)
             with self.shield.over(number, seen, changes) as guarded:
                 parts = [method_part(update) for update in guarded]
                 state = prepared.method.aggregate(self.state, number, parts)
@@ -223,8 +217,10 @@ class Loop:
                 refuse_loss(self.state, state, prepared.method.setting.sites)
             return state
 
-        if prepared.engine.trusted:
+        masked = prepared.job.privacy.secure_aggregation
+        if prepared.engine.trusted or masked:  # of a sum nobody's part can be tried without
             state = combine(updates)
+            self.new -= {update.client for update in updates}
         else:
             state, faults = sift(combine, updates)
             self._reject(number, faults)
@@ -260,12 +256,7 @@ class Loop:
 
         return Changes(prepared.method, prepared.head, prepared.clients, received, number)
 
-    def protected(
-        self,
-        number: int,
-        updates: Sequence[Update],
-        selected: Sequence[str],
-    ) -> Sequence[Update]:
+    def protected(self, number: int, updates: Sequence[Update]) -> Sequence[Update]:
         """What of the updates the server's half sees: all of them, or under ``[privacy] clip``
         their noisy mean.
         """
@@ -281,13 +272,16 @@ class Loop:
             found: Tree = passed(base(name), how)
             return found
 
+        opened = None
+        if self.prepared.job.privacy.secure_aggregation:
+            opened = self.prepared.engine.opened(number, updates)
         mean = self.guard.combine(
             round=number,
             clients=clients,
             updates=updates,
             base=base,
             received=received,
-            expected=selected,
+            opened=opened,
         )
         return [mean]
 

@@ -18,6 +18,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedgrove.engines.flower.confidant import Confidant
 from fedgrove.engines.flower.spending import Spending
 from fedgrove.engines.flower.stores import Stores
 from fedgrove.engines.flower.wire import Note, decode, encode
@@ -143,6 +144,9 @@ class Runtime:
             "hello": self._hello,
             "open": self._open,
             "train": self._train,
+            "keys": lambda note: self._confidant(note).keys(note),
+            "shares": lambda note: self._confidant(note).shares(note),
+            "unmask": lambda note: self._confidant(note).unmask(note),
             "evaluate": self._evaluate,
             "probe": self._probe,
             "finish": self._finish,
@@ -217,6 +221,9 @@ class Runtime:
             store,
             round,
         )
+        content = dict(outcome.update.content)
+        if shop.job.privacy.secure_aggregation:
+            content = self._confidant(note).masked(note, shop.half, outcome.update, offer)
         answer = Note(
             "train",
             {
@@ -225,7 +232,7 @@ class Runtime:
                 "trained": outcome.trained,
                 "seconds": outcome.seconds,
             },
-            {"update": dict(outcome.update.content)},
+            {"update": content},
             shop.job.run.compress,
         )
         encode(answer)  # refuses what is private, before anything is kept
@@ -276,6 +283,8 @@ class Runtime:
         folder = self.place.adapters(str(note.head["run"]))
         store = Spending(self._home(note)).told(self._stores(note).load(int(note.head["store"])))
         held_out = bool(note.head["held_out"])
+        if shop.job.privacy.secure_aggregation:
+            self._confidant(note).forget()
         left = leave(
             shop.parts, shop.half, info, data, note.body["offer"], store, folder,
             held_out=held_out, keep_texts=self.simulated,
@@ -289,19 +298,30 @@ class Runtime:
         )  # what a client knows of itself is for its own eyes
         return Note("finish", head)
 
+    def _confidant(self, note: Note) -> Confidant:
+        """The client's part in this run's masked rounds. Raises ``RunError`` where it has none."""
+        info, job = self._opened(note)
+        if not job.privacy.secure_aggregation:
+            raise RunError("The job has no secure aggregation, so there is nothing to mask.")
+        run = str(note.head["run"])
+        return Confidant(
+            self._home(note), job, info, self.place.identity(run), simulated=self.simulated
+        )
+
     # ------------------------------------------------------------------ what it works with
-    def _ready(self, note: Note) -> tuple[Workshop, ClientInfo, Data]:
-        """The workshop, who the client is, and its data; after a restart from what ``open`` left on
-        disk.
-        """
+    def _opened(self, note: Note) -> tuple[ClientInfo, Job]:
+        """Who the client is in this run, and its job; after a restart from what ``open`` left on disk."""
         try:
             opened = json.loads((self._home(note) / _OPENED).read_text(encoding="utf-8"))
         except OSError:
             raise RunError(
                 f"{self.place.name} does not know this run; it was not opened here."
             ) from None
-        info = ClientInfo(**opened["client"])
-        job = self._job(opened["job"])
+        return ClientInfo(**opened["client"]), self._job(opened["job"])
+
+    def _ready(self, note: Note) -> tuple[Workshop, ClientInfo, Data]:
+        """The workshop, who the client is, and its data."""
+        info, job = self._opened(note)
         shop = self.workshops.of(
             str(note.head["run"]),
             job,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgrove.adapters.tree import numbers
+from fedgrove.engines.flower.masked import MaskedRound
 from fedgrove.engines.flower.post import Failure, Post
 from fedgrove.engines.flower.wire import Note
 from fedgrove.ground.plain import Given, Plain
@@ -27,6 +28,7 @@ from fedgrove.wire.validate import fault
 if TYPE_CHECKING:
     from fedgrove.job import Job
     from fedgrove.methods.head import HeadPolicy
+    from fedgrove.privacy.masked import Opened
     from fedgrove.runs.parts import Parts
 
 GREETING = 900.0  # seconds for a node to read its data and to load the model
@@ -124,6 +126,7 @@ class FlowerEngine:
         self._method: Method | None = None
         self._head: HeadPolicy | None = None
         self._metric = ""
+        self._masks: MaskedRound  # of the round, where updates are masked
 
     @property
     def trusted(self) -> bool:
@@ -383,6 +386,9 @@ class FlowerEngine:
         for sent, note in came.items():
             yield self._arrival(waiting.pop(sent), note)
         todo, present, tries = list(clients), 0, 0
+        if self.job.privacy.secure_aggregation:
+            yield from self._meet(round, clients)
+            todo = [name for name in clients if name in self._masks.mails]
         while todo:
             tries += 1
             # those whose node went away: asked again where the round has too few without them
@@ -411,6 +417,16 @@ class FlowerEngine:
                 self._overdue[sent] = asked
             else:
                 self.post.forget([sent])
+
+    def _meet(self, round: int, clients: Sequence[str]) -> Iterator[Absence]:
+        """The exchanges before a round under masks; those who are lost in them."""
+        assert self._method is not None
+        infos = [self.infos[name] for name in clients]
+        self._masks = MaskedRound(self.job, self.key, self._method, round, infos)
+        yield from self._masks.meet(self._ask_each)
+
+    def opened(self, round: int, updates: Sequence[Update]) -> Opened:
+        return self._masks.opened(updates, self._ask_each)
 
     def _ask_all_to_train(
         self,
@@ -472,6 +488,11 @@ class FlowerEngine:
             "store": self._stores.get(name, 0),
             "keep": keep,
         }
+        if self.job.privacy.secure_aggregation:
+            assert self._method is not None
+            assert self._head is not None
+            self._masks.expect(self._method, self._head, self.infos[name], given)
+            head |= self._masks.beside(name)
         sent = self._send(
             name,
             "train",
@@ -505,7 +526,10 @@ class FlowerEngine:
         info = self.infos.get(name)
         if info is None:
             return Absence(name, "it was turned away in the meantime")
-        wrong = fault(content, method=self._method, head=self._head.initial)
+        if self.job.privacy.secure_aggregation:
+            wrong = self._masks.fault(content)
+        else:
+            wrong = fault(content, method=self._method, head=self._head.initial)
         if wrong:
             return Absence(name, f"its update is refused, because {wrong}")
         self._before[name] = self._stores.get(name, 0)
@@ -747,20 +771,27 @@ class FlowerEngine:
         head: Plain,
         offer: OfferOf,
     ) -> Iterator[tuple[str, Note | Failure]]:
+        """``offer``: is made for those alone that are there."""
+        heads = {name: {**head, "store": self._stores.get(name, 0)} for name in clients}
+        yield from self._ask_each(kind, heads, lambda name: {"offer": dict(offer(name))})
+
+    def _ask_each(
+        self,
+        kind: str,
+        heads: Mapping[str, Plain],
+        body: Callable[[str], Plain] = lambda name: {},
+    ) -> Iterator[tuple[str, Note | Failure]]:
+        """Each client's answer to a message of its own, in any order."""
         online = set(self.post.nodes())
         asked: dict[int, _Ask] = {}
         names = {}
-        for name in clients:
+        for name, head in heads.items():
             member = self.members.get(name)
             if member is None or member.node not in online:
                 yield name, Failure("its node is not connected")
                 continue
             names[member.node] = name
-            asked[member.node] = (
-                kind,
-                {**head, "store": self._stores.get(name, 0)},
-                {"offer": dict(offer(name))},
-            )
+            asked[member.node] = (kind, head, body(name))
         for node, answer in self._ask(asked, seconds=self.patience):
             yield names[node], answer
 

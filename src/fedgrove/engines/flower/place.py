@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.plain import Plain
+from fedgrove.secure.identity import OfTheRun
 
 if TYPE_CHECKING:
     from fedgrove.engines.flower.wire import Note
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fedgrove.federation.federation import Client
     from fedgrove.job import Job
     from fedgrove.methods.contract import Method
+    from fedgrove.secure.identity import Identity
 
 
 class Place(Protocol):
@@ -40,6 +42,9 @@ class Place(Protocol):
 
     def rank(self, job: Job) -> int | None:
         """The largest rank that this place affords; None leaves it to the server."""
+
+    def identity(self, run: str) -> Identity:
+        """With what the client signs its keys of a round, and whose it takes."""
 
     def tells(self, row: Plain) -> Plain:
         """What of the client's line of ``federation.json`` (sizes, labels, median length) the
@@ -95,6 +100,9 @@ class SimulatedPlace:
 
     def rank(self, job: Job) -> int | None:
         return None
+
+    def identity(self, run: str) -> Identity:
+        return OfTheRun(run, self.name)
 
     def tells(self, row: Plain) -> Plain:
         return row

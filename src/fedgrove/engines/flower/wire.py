@@ -9,6 +9,9 @@ encoder.
 ``hello``     the job as text -> who the client is, what it holds (counts, no rows), its versions
 ``open``      the resolved job and the client's rank -> the client has loaded the model
 ``train``     an offer -> an update and figures
+``keys``      nothing -> this round's public keys, signed (``secure.messages``, as the next two)
+``shares``    the keys of a client's neighbours -> shares of its secrets for them
+``unmask``    whose masked updates arrived -> what takes the masks out of their sum
 ``evaluate``  an offer -> the personal model's measures on one split
 ``probe``     a newcomer's offer -> what its probe found
 ``finish``    an offer -> the client's adapter stays with the client; measures go up
@@ -25,7 +28,18 @@ from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.plain import Given
 from fedgrove.wire.compress import Compression, expand, squeeze
 
-KINDS = ("hello", "open", "train", "evaluate", "probe", "finish", "here")
+KINDS = (
+    "hello",
+    "open",
+    "keys",
+    "shares",
+    "train",
+    "unmask",
+    "evaluate",
+    "probe",
+    "finish",
+    "here",
+)
 
 
 @dataclass(frozen=True, eq=False)
