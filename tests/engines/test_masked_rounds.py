@@ -115,22 +115,22 @@ def unmasked(note: Note) -> Note:
 
 
 def other_name(note: Note) -> Note:
-    note.head["advert"]["name"] = "site-0"  # type: ignore[index]
+    note.head["advert"]["name"] = "site-0"
     return note
 
 
 def no_keys(note: Note) -> Note:
-    note.head["advert"]["mask"] = "none"  # type: ignore[index]
+    note.head["advert"]["mask"] = "none"
     return note
 
 
 def not_for_all(note: Note) -> Note:
-    note.head["parcels"]["locked"].popitem()  # type: ignore[index]
+    note.head["parcels"]["locked"].popitem()
     return note
 
 
 def of_no_kind(note: Note) -> Note:
-    note.head["parcels"]["more"] = 1  # type: ignore[index]
+    note.head["parcels"]["more"] = 1
     return note
 
 

@@ -224,7 +224,7 @@ def test_it_resumes_bit_for_bit_although_its_keys_are_new(
 
 def test_a_weighted_mean_is_the_plain_one(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
     """By the clients' examples, whose sum is masked too: one number of four bytes more for each."""
-    plain = {
+    plain: dict[str, dict[str, Any]] = {
         "method": {"weights": "examples"},
         "privacy": {"clip": None, "secure_aggregation": False},
     }

@@ -43,9 +43,9 @@ def test_the_best_round_is_the_first_with_the_highest_mean_of_all_clients() -> N
     ):
         choice.look(number, lines_, ["a", "b"])
         assert (choice.round, choice.since) == (best, since), number
-    assert not choice.enough
+    before = choice.enough
     choice.look(8, both(0.0, 0.0), ["a", "b"])
-    assert choice.enough
+    assert (before, choice.enough) == (False, True)
     again = Choice(choice.rule)
     again.restore(choice.notes())
     assert again == choice

@@ -229,7 +229,7 @@ def evaluate(
         wanted = [name.strip() for name in metrics.split(",")]
     else:
         wanted = []
-    given = {"base": base, "labels": labels_of(labels), "settings": settings or ()}
+    given: Plain = {"base": base, "labels": labels_of(labels), "settings": settings or ()}
     if is_bare(directory):
         if on != "own":
             raise RunError(f"--on {on} is for a run; {directory} is one adapter.")

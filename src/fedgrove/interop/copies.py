@@ -62,7 +62,7 @@ def content_key(tensors: Mapping[str, Tensor], *described: object) -> str:
     for name, value in sorted(tensors.items()):
         plain = value.detach().cpu().contiguous()
         digest.update(f"\n{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
-        digest.update(plain.reshape(-1).view(uint8).numpy())
+        digest.update(plain.reshape(-1).view(uint8).numpy().data)
     return digest.hexdigest()
 
 
