@@ -247,9 +247,11 @@ class SitePlace:
                 "the job sends the classifier's head to the server, which is not allowed here "
                 "(share_head)"
             )
-        if task_class(job.data).classifies and not job.data.classes:
+        missing = task_class(job.data).lacks(job.data)
+        if missing is not None:
+            key, what = missing
             self._refuse(
-                "the job does not name the classes; set data.labels, which all sites must agree on"
+                f"the job does not name {what}; set data.{key}, which all sites must agree on"
             )
         own = self._own(job)
         named = set(self.file.data.columns.values())

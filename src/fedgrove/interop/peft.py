@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.federation.tasks import TASKS
+from fedgrove.federation.tasks.base import Stock
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.files import whole_directory
 from fedgrove.interop.copies import Copies, Origin, content_key, copy_beside
@@ -53,16 +55,7 @@ def save_adapter(
         raise AdapterError(f"{folder.name}: there is no LoRA term to write as an adapter.")
     with whole_directory(folder, synced=copies is None) as partial:
         stock = head_kind == "stock"
-        if stock and head_modules:
-            kind: str | None = "SEQ_CLS"
-        else:
-            kind = "FEATURE_EXTRACTION"
-        if head_kind == "lm":
-            kind = "CAUSAL_LM"
-        elif card.get("task") == "classify-images":
-            # with one of the others PEFT hands on a text's arguments, which not every image model
-            # takes
-            kind = None
+        kind = _task_type(card.get("task"), head_kind, head_modules)
         modules = head_modules if stock else ()
         tensors: dict[str, Tensor] = {}
         for site, factors in adapter.items():
@@ -82,6 +75,18 @@ def save_adapter(
         (partial / CARD).write_text(
             json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+
+
+def _task_type(task: str | None, head_kind: str, head_modules: tuple[str, ...]) -> str | None:
+    """What PEFT calls the task of a model with this kind of head."""
+    if head_kind == "lm":
+        return "CAUSAL_LM"
+    whole = Stock()
+    if task is not None:
+        whole = TASKS.find(task).stock
+    if whole.peft is None or (head_kind == "stock" and head_modules):
+        return whole.peft
+    return "FEATURE_EXTRACTION"
 
 
 def _store(

@@ -211,4 +211,5 @@ def head_policy(job: Job, base: Base, task: Task) -> HeadPolicy:
     empty one.
     """
     initial = base.stock_head or task.new_head(base.hidden, generator(job.run.seed, "head"))
+    task.check_head(initial)
     return HeadPolicy(job.federation.head, initial, newcomers=job.federation.newcomer_head is True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Assembly, trained_parameters
@@ -308,10 +309,8 @@ class Kernel:
 
     @torch.inference_mode()
     def logits(
-        self,
-        assembly: Assembly,
-        examples: Sequence[Example],
-    ) -> Float[Tensor, "examples classes"]:
+        self, assembly: Assembly, examples: Sequence[Example]
+    ) -> Float[Tensor, "examples *t classes"]:
         """Logits in the given order, on the CPU."""
         rows: dict[int, Tensor] = {}
         with self.opened(assembly, train=False) as live:

@@ -64,6 +64,7 @@ class Classifier:
     """
 
     classifies: ClassVar[bool] = True
+    kind: ClassVar[str] = "class"
     metric: ClassVar[str] = "accuracy"
     gives: ClassVar[tuple[str, ...]] = ("truth", "predicted", "scores")
     metrics: ClassVar[tuple[str, ...]] = (
