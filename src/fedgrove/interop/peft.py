@@ -42,6 +42,7 @@ def save_adapter(
     head: Mapping[str, Tensor],
     head_kind: Literal["pooled", "stock", "lm"],
     head_modules: tuple[str, ...] = (),
+    transposed: bool = False,
     card: Mapping[str, Any],
     copies: Copies | None = None,
 ) -> None:
@@ -49,6 +50,7 @@ def save_adapter(
 
     ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes
     where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
+    ``transposed``: whether the base has adapted layers that hold their weights so (``Site``).
     ``copies``: what was written of the same run, so that equal content is one file; its owner syncs.
     """
     if not adapter:
@@ -66,7 +68,9 @@ def save_adapter(
         scales = [(site, factors.scale) for site, factors in adapter.items()]
         told = _store(tensors, partial, folder, WEIGHTS, card, copies, base, modules, kind, scales)
         if told is None:
-            _config(adapter, base, modules, kind).save_pretrained(str(partial))
+            config = _config(adapter, base, modules, kind)
+            config.fan_in_fan_out = transposed
+            config.save_pretrained(str(partial))
         else:
             copy_beside(told.path, CONFIG, partial)
             card = {**card, "same_weights_as": told.client or GLOBAL}
@@ -132,6 +136,7 @@ def rewrite(
         head=head,
         head_kind=card["head"],
         head_modules=tuple(config.get("modules_to_save") or ()),
+        transposed=bool(config.get("fan_in_fan_out")),
         card=card,
     )
 

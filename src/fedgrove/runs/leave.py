@@ -222,6 +222,7 @@ def write_adapter(
         head=head,
         head_kind=base.head,
         head_modules=base.head_modules,
+        transposed=any(site.transposed for site in base.sites.values()),
         card=card,
         copies=parts.copies,
     )

@@ -176,6 +176,8 @@ def folded(base: Base, updates: Mapping[str, Factors]) -> Iterator[None]:
             weight = linear.weight.data
             before[name] = weight
             update = factors.map(placed).product()
+            if base.sites[name].transposed:
+                update = update.T
             whole = weight.to(update.dtype) + update
             linear.weight.data = whole.to(weight.dtype)
         yield

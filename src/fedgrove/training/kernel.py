@@ -393,8 +393,10 @@ class Kernel:
 
 
 def _in_order(rows: Mapping[int, Tensor]) -> Tensor:
-    """Rows [...] by their numbers, 0 and on -> [rows, ...]."""
-    return torch.stack([rows[index] for index in range(len(rows))])
+    """Rows [...] by their numbers, 0 and on -> [rows, ...]; of tokens, whose number differs, with
+    zeros after the last.
+    """
+    return pad_sequence([rows[index] for index in range(len(rows))], batch_first=True)
 
 
 def _keys(work: Work) -> tuple[object, ...]:

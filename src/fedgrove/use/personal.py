@@ -239,7 +239,7 @@ def _kernel(
         task=task.name,
         head=head,
         classes=task.outputs,
-        targets=list(targets) or "auto",
+        targets=targets or "auto",
         dtype=getattr(torch, dtype),
         device=device,
     )
