@@ -110,8 +110,8 @@ def _check_theirs(
         output = theirs(**tokenizer(TEXT, return_tensors="pt")).logits
     assert torch.allclose(output, logits, atol=1e-5)
     if task == "tokens":
-        piped = pipeline("token-classification", str(merged), aggregation_strategy="first")
-        found = [(each["start"], each["end"], each["entity_group"]) for each in piped(TEXT)]
+        tagger = pipeline("token-classification", str(merged), aggregation_strategy="first")
+        found = [(each["start"], each["end"], each["entity_group"]) for each in tagger(TEXT)]
         assert found == [(each["start"], each["end"], each["label"]) for each in answer]
         return
     piped = pipeline("text-classification", str(merged), top_k=None)
@@ -176,7 +176,8 @@ SETTLED: dict[str, HeadedTask[Any]] = {
 
 def _row(task: str, values: dict[str, Any]) -> dict[str, Any]:
     """As the task's own ``row``."""
-    data = DataSection(source="silos", path="mine", task=task, **TASKS[task])
+    kind: Any = DataSection
+    data = kind(source="silos", path="mine", task=task, **TASKS[task])
     return TASK_CLASSES.find(task).row(values, data, "here")
 
 

@@ -131,7 +131,7 @@ class Kernel:
 
         What does not fit runs alone: measuring steps, noise by example, dropout (its draws would
         differ), folded updates and left-out layers (they change the base for everyone), weights
-        that depend on the input, a head inside the model.
+        that depend on the input, a head inside the model, a base that mixes a batch's rows.
         """
         return (
             work.guard is None
@@ -144,6 +144,7 @@ class Kernel:
         """Whether an assembly can run on a part of a batch."""
         return (
             self.reader.joins
+            and self.hooked.joins
             and not self.dropout
             and not assembly.folded
             and assembly.layers is None

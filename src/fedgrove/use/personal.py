@@ -66,7 +66,7 @@ class ClientModel:
         """What the model says of checked rows, whose answers do not matter."""
         task = self.kernel.task
         logits, examples = self._read(rows)
-        return Told(task.answers(logits, examples), task.scored(logits))
+        return Told(task.told_of(logits, examples), task.scored(logits))
 
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, list[Example]]:
         self._check_head()

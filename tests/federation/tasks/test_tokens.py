@@ -187,7 +187,7 @@ def test_answers_are_entities_in_the_text(tokenizer: Any) -> None:
     logits = torch.zeros(1, 12, 5)
     logits[0, :, 0] = 1
     logits[0, 3, 1] = logits[0, 5, 3] = 2
-    assert TASK.answers(logits, [example]) == [
+    assert TASK.told_of(logits, [example]) == [
         [
             {"start": 3, "end": 9, "label": "DRUG", "text": "Nubrex"},
             {"start": 10, "end": 14, "label": "DOSE", "text": "20mg"},

@@ -254,7 +254,7 @@ class Task(ABC, Generic[Keys]):
         """The answers that a user is told."""
         return list(logits.tolist())
 
-    def answers(self, logits: Float[Tensor, "n *t c"], examples: Sequence[Example]) -> list[Any]:
+    def told_of(self, logits: Float[Tensor, "n *t c"], examples: Sequence[Example]) -> list[Any]:
         """As ``told``, where an answer also depends on the example that it is about."""
         return self.told(logits)
 

@@ -259,7 +259,7 @@ class Tokens(ReadsText[Any]):
             predicted=_objects(self._predicted(found, examples)),
         )
 
-    def answers(
+    def told_of(
         self, logits: Float[Tensor, "n t c"], examples: Sequence[Example]
     ) -> list[list[dict[str, Any]]]:
         """The entities of each text."""
