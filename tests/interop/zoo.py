@@ -23,18 +23,20 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 ENCODERS = (
-    "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert",
-    "electra", "ernie", "esm", "eurobert", "fnet", "ibert", "layoutlm", "longformer", "luke", "megatron-bert",
-    "mobilebert", "modernbert", "mpnet", "nomic_bert", "nystromformer", "rembert", "roberta", "roberta-prelayernorm",
-    "roformer", "splinter", "squeezebert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso",
+    "albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta",
+    "deberta-v2", "distilbert", "electra", "ernie", "esm", "eurobert", "fnet", "ibert",
+    "layoutlm", "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet",
+    "nomic_bert", "nystromformer", "rembert", "roberta", "roberta-prelayernorm", "roformer",
+    "splinter", "squeezebert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "yoso",
 )  # fmt: skip
 DECODERS = (
-    "apertus", "arcee", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "deepseek_v2", "deepseek_v3",
-    "ernie4_5", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode",
-    "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "helium", "jetmoe", "llama", "mamba",
-    "ministral", "mistral", "mixtral", "modernbert-decoder", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt",
-    "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "recurrent_gemma", "seed_oss", "smollm3",
-    "stablelm", "starcoder2", "xglm",
+    "apertus", "arcee", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2",
+    "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
+    "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss",
+    "gptj", "granite", "granitemoe", "helium", "jetmoe", "llama", "mamba", "ministral",
+    "mistral", "mixtral", "modernbert-decoder", "mpt", "nemotron", "olmo", "olmo2", "olmo3",
+    "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "recurrent_gemma", "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm",
 )  # fmt: skip
 #: what has an encoder and a decoder
 #: what knows no float64: its experts' products, its masks
