@@ -60,7 +60,7 @@ MISTAKES = [
     ),
     (
         "[data]\nsource = 'silo'",
-        'data.source must be "embedded", "hub", "silos" or "table", not "silo"; did you mean "s',
+        'data.source must be "embedded", "hub", "made", "silos" or "table", not "silo"; did you mean "s',
     ),
     (
         "[data]\nsource = 'silos'",
@@ -88,11 +88,11 @@ MISTAKES = [
     ),
     (
         "[data]\ntask = 'generat'",
-        'data.task must be "auto", "classify-images", "classify-text" or "generate", not "generat"',
+        'data.task must be "auto", "classify-images", "classify-text", "generate", "labels", "regression" or "tokens"',
     ),
     (
         "[data]\nmetrics = ['f1_marco']",
-        'each of data.metrics must be "auroc", "balanced_accuracy", "ece", "exact_match", "f1"',
+        'each of data.metrics must be "auroc", "balanced_accuracy", "ece", "entity_f1", "entity_f1_by_type"',
     ),
     (
         "[data]\nmetrics = ['rouge_1']",

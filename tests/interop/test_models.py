@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import WORDS, save_vit, sentences, tiny_job
+from tests.tiny import WORDS, save_vit, sentences, tiny_job, unclipped
 from torch import nn
 
+import fedgrove as fg
+from fedgrove.adapters import Assembly, Term, fresh
+from fedgrove.federation.tasks import ClassifyText
 from fedgrove.ground.errors import ModelError
+from fedgrove.ground.seeds import generator
 from fedgrove.interop.models import (
     SHIFTED,
     first_position,
@@ -25,7 +29,9 @@ from fedgrove.interop.models import (
     longest_input,
 )
 from fedgrove.interop.targets import find_sites, layer_index
+from fedgrove.job import Job
 from fedgrove.start import run
+from fedgrove.training.kernel import Kernel
 
 SIZE: Any = {"vocab_size": len(WORDS), "max_position_embeddings": 64}
 SMALL: Any = {
@@ -68,6 +74,8 @@ def save(kind: str, folder: Path, tiny_bert: Path) -> Path:
         ("opt", {"q_proj", "v_proj"}),
         ("roberta", {"query", "value"}),
         ("distilbert", {"q_lin", "v_lin"}),
+        ("gpt2", {"c_attn"}),
+        ("gpt_neox", {"query_key_value"}),
     ],
 )
 def test_query_and_value_are_found_whatever_they_are_called(
@@ -77,7 +85,7 @@ def test_query_and_value_are_found_whatever_they_are_called(
     model = save(kind, tmp_path / kind, tiny_bert)
     base = load_base(str(model))
     assert {site.name.rsplit(".", 1)[-1] for site in base.sites.values()} == ends
-    assert [site.layer for site in base.sites.values()] == [0, 0, 1, 1]
+    assert [site.layer for site in base.sites.values()] == sorted([0, 1] * len(ends))
     result = run(tiny_job(model, silos, run={"rounds": 1}), tmp_path / "run")
     texts = [row["text"] for row in sentences(5, seed=1)]
     ours = result.client("site-0").model().logits(texts)
@@ -101,14 +109,48 @@ def in_peft(model: Path, folder: Path, texts: list[str]) -> torch.Tensor:
     return pooled @ head["weight"].T + head["bias"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "named"), [("gpt2", "c_attn, a Conv1D"), ("gpt_neox", "query_key_value, a Linear")]
-)
-def test_fused_layers_are_named_plainly(
-    kind: str, named: str, tiny_bert: Path, tmp_path: Path
+def test_every_linear_layer(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
+    """Of the numbered layers: no embedding, no pooler, no head."""
+    job = tiny_job(tiny_bert, silos, lora={"targets": "all-linear"}, run={"rounds": 1})
+    assert Job.parse(job.to_toml()) == job
+    result = run(job, tmp_path / "run")
+    model = result.client("site-0").model()
+    assert len(model.kernel.base.sites) == 2 * 6
+    texts = [row["text"] for row in sentences(5, seed=1)]
+    peft = in_peft(tiny_bert, tmp_path / "run" / "adapters" / "site-0", texts)
+    assert (peft - model.logits(texts)).abs().max() <= 1e-5
+
+
+def test_a_layer_that_is_held_transposed(
+    tiny_bert: Path, silos: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    with pytest.raises(ModelError, match=named):
-        load_base(str(save(kind, tmp_path / kind, tiny_bert)))
+    """GPT-2's Conv1D: sides, folding into its weights, PEFT's fan_in_fan_out, merging."""
+    folder = save("gpt2", tmp_path / "gpt2", tiny_bert)
+    base = load_base(str(folder), dtype=torch.float64)
+    assert all(site.transposed for site in base.sites.values())
+    assert {(s.in_features, s.out_features) for s in base.sites.values()} == {(32, 96)}
+    kernel = Kernel(base, ClassifyText(("negative", "positive"), max_length=32), unclipped())
+    examples = kernel.task.encode(sentences(6, seed=3), base.processor)
+    adapter = {
+        name: factors.map(lambda value: value + 0.05)
+        for name, factors in fresh(base.sites, 3, 0.5, generator(0), dtype=torch.float64).items()
+    }
+    beside = kernel.features(examples, Assembly((Term("own", adapter, train=""),)))
+    inside = kernel.features(examples, Assembly(folded=adapter))
+    untouched = kernel.features(examples)
+    assert torch.allclose(beside, inside, atol=1e-12)
+    assert not torch.allclose(beside, untouched, atol=1e-3)
+    kernel.close()
+    result = run(tiny_job(folder, silos, run={"rounds": 1}), tmp_path / "run")
+    site = result.client("site-0")
+    config = json.loads((site.path / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is True
+    texts = ["good fine day", "bad poor film"]
+    in_peft(folder, site.path, texts)
+    assert not [each for each in recwarn if "fan_in_fan_out" in str(each.message)]
+    site.export(tmp_path / "merged", merge=True)
+    merged = fg.load(tmp_path / "merged").logits(texts)
+    assert torch.allclose(merged, site.model().logits(texts), atol=1e-5)
 
 
 def test_patterns_and_layers(tiny_bert: Path) -> None:
@@ -119,7 +161,7 @@ def test_patterns_and_layers(tiny_bert: Path) -> None:
     assert len(names) == 2 * 2 + 1 + 1
     assert base.sites["encoder.layer.1.output.dense"].layer == 1
     assert base.sites["pooler.dense"].layer == 2  # not in a numbered layer: one more on top
-    with pytest.raises(ModelError, match="only plain Linear"):
+    with pytest.raises(ModelError, match="only Linear and Conv1D"):
         find_sites(base.model, ["LayerNorm"])
     assert layer_index("a.b") is None
     assert isinstance(base.model.get_submodule("encoder.layer.0.output.dense"), nn.Linear)

@@ -28,6 +28,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "silos": {"path": "mine"},
     "table": {"path": "mine.csv"},
     "hub": {"name": "ag_news"},
+    "made": {},
 }
 #: a value of each key of [data] that is not its default, with what else it needs
 OTHER: dict[str, dict[str, Any]] = {
@@ -46,6 +47,16 @@ OTHER: dict[str, dict[str, Any]] = {
     "prompt": {"task": "generate", "prompt": "question"},
     "completion": {"task": "generate", "completion": "answer"},
     "messages": {"task": "generate", "messages": "chat"},
+    "made": {"made": "other"},
+    "separator": {"task": "labels", "separator": ","},
+    "threshold": {"task": "labels", "threshold": 0.3},
+    "targets": {"task": "regression", "targets": ["heat"]},
+    "center": {"task": "regression", "center": [1.0]},
+    "scale": {"task": "regression", "scale": [2.0]},
+    "spans": {"task": "tokens", "spans": "entities"},
+    "words": {"task": "tokens", "words": "tokens", "tags": "ner_tags"},
+    "tags": {"task": "tokens", "words": "tokens", "tags": "ner_tags"},
+    "tag_names": {"task": "tokens", "tag_names": ["O", "B-PER"]},
     "group": {"group": "site"},
     "groups": {"group": "site", "groups": ["a*"]},
     "labels": {"labels": ["no", "yes"]},
@@ -65,10 +76,11 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 #: which keys a source does not have
 FOREIGN = {
-    "embedded": {"path", "encoding", "config", "parts"},
-    "silos": {"name", "config", "parts", "groups", "partition"},
-    "table": {"name", "config", "parts"},
-    "hub": {"path", "encoding"},
+    "embedded": {"made", "path", "encoding", "config", "parts"},
+    "silos": {"made", "name", "config", "parts", "groups", "partition"},
+    "table": {"made", "name", "config", "parts"},
+    "hub": {"made", "path", "encoding"},
+    "made": {"name", "path", "encoding", "config", "parts"},
 }
 #: what describes the budget or the split, and not one data set
 STAYS = {
@@ -77,6 +89,7 @@ STAYS = {
     "max_length",
     "max_new_tokens",
     "generate_examples",
+    "threshold",
     "test_fraction",
     "validation_fraction",
 }
@@ -135,17 +148,22 @@ def test_the_embedded_default_can_be_had_from_any_job() -> None:
 
 
 @pytest.mark.parametrize("key", OTHER)
-@pytest.mark.parametrize("after", ["classify-text", "classify-images", "generate"])
+@pytest.mark.parametrize("after", ["classify-text", "classify-images", "generate", "tokens"])
 def test_every_key_under_another_task(key: str, after: str) -> None:
     source = "hub"
     if key in ("path", "encoding"):
         source = "silos"
+    if key == "made":
+        source = "made"
     values: dict[str, Any] = {"task": "classify-text", **NEEDED[source], **OTHER[key]}
     if key == "parts" and after != "classify-text":
         return  # they are texts with labels
     job = Job.build({"data": {"source": source, **values}})
     changed = job.override([f"data.task={after}"])
     if key == "task":
+        return
+    if (key, after) == ("labels", "tokens"):  # types of entities are no classes of rows
+        assert changed.data.labels is None
         return
     if key in type(changed.data).model_fields and (key != "metrics" or after == "classify-text"):
         assert at(changed, key) == at(job, key)

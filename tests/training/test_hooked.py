@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.interop import zoo
 from tests.tiny import save_vit, sentences, unclipped
 from tests.training.test_kernel import CLOCK, TASK, head, start
 from torch import nn
@@ -15,8 +16,9 @@ from fedgrove.adapters import Assembly, Term
 from fedgrove.interop.models import Base, load_base
 from fedgrove.methods.contract import Step
 from fedgrove.training.hooked import LeftOut, layer_names, without_layers
-from fedgrove.training.kernel import Halted, Kernel
+from fedgrove.training.kernel import Halted, Kernel, Work
 from fedgrove.training.packed import NAME
+from fedgrove.training.rows import rows_first
 
 
 @pytest.fixture
@@ -106,3 +108,23 @@ def test_layers_of_any_model_are_found_and_left_out(tmp_path: Path, tiny_llama: 
         assert calls == [names[1]]
         for hook in hooks:
             hook.remove()
+
+
+def test_a_base_that_puts_tokens_first_has_no_cohorts(tmp_path: Path) -> None:
+    """Longformer's attention sees ``[tokens, rows, in]``: whose a token is, a cohort could not
+    tell, and where there are as many tokens as rows it would not even notice.
+    """
+    folder = zoo.save("longformer", tmp_path / "longformer")
+    kernel = Kernel(load_base(str(folder), dtype=torch.float64), TASK, unclipped())
+    examples = TASK.encode(sentences(4, seed=0), kernel.base.processor)
+    work = Work(Step(Assembly((Term("own", start(kernel.base)),))), examples, CLOCK)
+    assert not kernel.hooked.joins
+    assert not kernel.joins(work)
+
+
+def test_a_base_of_rows_has_cohorts(base: Base) -> None:
+    before = state(base)
+    assert rows_first(base)
+    assert state(base) == before
+    names = list(base.sites)
+    assert not any(base.model.get_submodule(name)._forward_pre_hooks for name in names)

@@ -20,6 +20,7 @@ class Site:
     layer: int  # index of the transformer layer it belongs to, from 0
     in_features: int
     out_features: int
+    transposed: bool = False  # whether the model holds W0 as [in_features, out_features] (Conv1D)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -114,6 +114,7 @@ def tidied(source: Path, out: Path, base: str | None = None) -> Path:
         head=found.head,
         head_kind=found.card["head"],
         head_modules=modules if found.card["head"] == "stock" else (),
+        transposed=bool(peft.read_json(source / peft.CONFIG).get("fan_in_fan_out")),
         card=found.card,
     )
     return out

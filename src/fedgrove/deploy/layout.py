@@ -199,10 +199,7 @@ def site_text(plan: Plan, name: str, job: object | None) -> str:
         chosen = Job.default()
     resolved = chosen.resolved()
     rank = resolved.lora.rank or 1
-    if chosen.lora.targets == "auto":
-        targets = ["auto"]
-    else:
-        targets = list(chosen.lora.targets)
+    targets = list(chosen.lora.named_targets)
     steps = chosen.train.local_steps or 200
     read = task_class(chosen.data).columns(chosen.data)
     named = {

@@ -209,10 +209,6 @@ class SitePlace:
         allow = self.file.allow
         resolved = job.resolved()
         rank = resolved.lora.rank or 1
-        if job.lora.targets == "auto":
-            targets = ["auto"]
-        else:
-            targets = list(job.lora.targets)
         if allow.jobs and job_digest(job) not in allow.jobs:
             self._refuse(f"the job {job_digest(job)[:12]}… is not among the jobs of allow.jobs")
         if model_of(job) not in allow.models:
@@ -230,7 +226,7 @@ class SitePlace:
                 f"the method {job.method.name!r} is not allowed here; allowed are "
                 f"{_listed(allow.methods)}"
             )
-        for target in targets:
+        for target in job.lora.named_targets:
             if target not in allow.targets and "*" not in allow.targets:
                 self._refuse(f"lora.targets has {target!r}, which is not allowed here; allowed are "
                              f"{_listed(allow.targets)}")  # fmt: skip
@@ -254,9 +250,11 @@ class SitePlace:
                 "the job sends the classifier's head to the server, which is not allowed here "
                 "(share_head)"
             )
-        if task_class(job.data).classifies and not job.data.classes:
+        missing = task_class(job.data).lacks(job.data)
+        if missing is not None:
+            key, what = missing
             self._refuse(
-                "the job does not name the classes; set data.labels, which all sites must agree on"
+                f"the job does not name {what}; set data.{key}, which all sites must agree on"
             )
         own = self._own(job)
         named = set(self.file.data.columns.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ class Federation:
                     **self.task.describe(client.train),
                 }
                 for client in self.clients
-                for counts in [Counter(row["label"] for row in client.train)]
+                for counts in [Counter(_classes_in(client.train, self.task))]
             ],
         }
 
@@ -175,12 +175,12 @@ def _held_out(clients: Sequence[Client], job: Job) -> set[str]:
 
 
 def _draw(clients: Sequence[Client], size: int, job: Job) -> set[str]:
-    everywhere = Counter(
-        label for client in clients for label in {row["label"] for row in client.train}
-    )
+    task = task_class(job.data)
+    held = [set(_classes_in(client.train, task)) for client in clients]
+    everywhere = Counter(label for own in held for label in own)
     chosen: set[str] = set()
     for number in numpy_rng(job.run.seed, "held out").permutation(len(clients)):
-        own = {row["label"] for row in clients[number].train}
+        own = held[number]
         if len(chosen) < size and all(everywhere[label] > 1 for label in own):
             chosen.add(clients[number].name)
             everywhere.subtract(own)
@@ -199,22 +199,27 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
     """
     if job.data.classes:  # the user's word that these are the classes, trained or not
         return job.data.classes
-    trained = {row["label"] for client in clients if not client.held_out for row in client.train}
+    task = task_class(job.data)
+    training = [row for client in clients if not client.held_out for row in client.train]
+    trained = set(_classes_in(training, task))
     for client in clients:
-        for row in (*client.test, *client.validation, *client.train):
-            if row["label"] not in trained:
+        rows = (*client.test, *client.validation, *client.train)
+        for label in _classes_in(rows, task):
+            if label not in trained:
                 raise DataError(
-                    f"the label {row['label']!r} of the client {client.name!r} occurs only in "
+                    f"the label {label!r} of the client {client.name!r} occurs only in "
                     f"test, validation or "
                     "held-out rows, so nobody would learn it; give it more rows "
                     "(data.test_fraction, "
                     "data.train_examples), remove it, or list all labels in data.labels"
                 )
-    if len(trained) < 2:
+    if not trained:
+        raise DataError("no training row has a label, so there is nothing to learn")
+    if len(trained) < 2 and not task.several:
         raise DataError(
             f"all training rows have the one label {min(trained)!r}; to classify takes two or more"
         )
-    present = {row["label"] for row in loaded.every_row()}
+    present = set(_classes_in(loaded.every_row(), task))
     labels = tuple(sorted(trained | present, key=_natural_order))
     _refuse_unordered(labels, job)
     spelt: dict[str, str] = {}
@@ -227,6 +232,11 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
                 "data.labels if they are two"
             )
     return labels
+
+
+def _classes_in(rows: Iterable[Row], task: type[Task[Any]]) -> Iterator[str]:
+    for row in rows:
+        yield from task.classes_in(row)
 
 
 def _refuse_unordered(labels: Sequence[str], job: Job) -> None:

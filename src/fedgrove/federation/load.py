@@ -22,6 +22,7 @@ from fedgrove.ground.toml import value_text
 if TYPE_CHECKING:
     from fedgrove.job import DataSection, Job
 
+CLASSES = "the classes of a row"  # the column of their sets, where a row may have several
 SUPERCLASS = "superclass"  # the column that a partition by "sc-dirichlet" goes by
 
 
@@ -79,8 +80,10 @@ def load(job: Job) -> Table | Silos:
         loaded = _table(job.data, source)
     loaded.remarks.extend(source.remarks.sentences())
     if source.task.classifies and not job.data.classes:
-        _refuse_measures(loaded, getattr(job.data, "label", ""))
-        _merge_spellings(loaded, getattr(job.data, "label", ""))
+        column = getattr(job.data, "label", "")
+        if not source.task.several:
+            _refuse_measures(loaded, column)
+        _merge_spellings(loaded, source.task, column)
     return loaded
 
 
@@ -158,7 +161,7 @@ def _table(data: DataSection, source: Rows[Any]) -> Table:
     group = source.grouped() or data.group
     beside = _unique([group, partition_column(data)])
     own = source.task.columns(seen)
-    label = getattr(seen, "label", None)
+    label = None if source.task.several else getattr(seen, "label", None)
     names = [name for name in _unique([*own, *beside]) if name in beside or name == label]
     columns: dict[str, list[Any]] = {name: [] for name in names}
     rows: list[Row] = []
@@ -171,6 +174,8 @@ def _table(data: DataSection, source: Rows[Any]) -> Table:
         for name, column in columns.items():
             named = name in (group, label)
             column.append(_what_to_go_by(values[name], name, place, named))
+    if source.task.several:
+        columns[CLASSES] = [row["label"] for row in rows]
     origin = _told(source, rows)
     if not rows:
         raise DataError(f"{origin['name']} has no rows; give a file or data set with rows")
@@ -227,15 +232,15 @@ def _refuse_measures(loaded: Table | Silos, column: str) -> None:
         )
 
 
-def _merge_spellings(loaded: Table | Silos, column: str) -> None:
+def _merge_spellings(loaded: Table | Silos, task: type[Task[Any]], column: str) -> None:
     """Give rows that spell one label in several ways the same one, and say so."""
     rows = list(loaded.every_row())
-    classes = classes_of(row["label"] for row in rows)
+    classes = classes_of(label for row in rows for label in task.classes_in(row))
     several = merged(classes)
     if not several:
         return
     for row in rows:
-        row["label"] = classes[row["label"]]
+        task.respell(row, classes)
     if isinstance(loaded, Table) and column in loaded.columns:
         loaded.columns[column] = [classes.get(label, label) for label in loaded.columns[column]]
     for name, spellings in several.items():

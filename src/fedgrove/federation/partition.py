@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from fedgrove.federation.load import SUPERCLASS, Table
+from fedgrove.federation.load import CLASSES, SUPERCLASS, Table
 from fedgrove.federation.readers import label_of
 from fedgrove.federation.tasks import task_class
 from fedgrove.ground.errors import DataError, JobError
@@ -278,7 +278,7 @@ def _partitioner(job: Job, table: Table) -> tuple[Any, dict[str, Any]]:
                 f'to "iid" or '
                 '"natural", or name a column of the data in data.partition.options.partition_by'
             )
-        by_column = table.group if name in NATURAL else getattr(job.data, "label", None)
+        by_column = table.group if name in NATURAL else _label_column(job, table)
         if by_column is not None:
             options["partition_by"] = by_column
     for key, parameter in taken.items():
@@ -287,3 +287,11 @@ def _partitioner(job: Job, table: Table) -> tuple[Any, dict[str, Any]]:
     if "distribution_array" in options:
         options["distribution_array"] = numpy.asarray(options["distribution_array"])
     return maker, options
+
+
+def _label_column(job: Job, table: Table) -> str | None:
+    """The column of the labels, or of their sets; None where the task has none."""
+    if CLASSES in table.columns:
+        return CLASSES
+    label: str | None = getattr(job.data, "label", None)
+    return label

@@ -152,9 +152,7 @@ def model_class(task: str, head: str) -> Any:
         return transformers.AutoModel
     if head == "lm":
         return transformers.AutoModelForCausalLM
-    if reads_images(task):
-        return transformers.AutoModelForImageClassification
-    return transformers.AutoModelForSequenceClassification
+    return getattr(transformers, TASKS.find(task).stock.auto)
 
 
 def load_base(

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, alpha_of, scale_of
+from fedgrove.federation.tasks import TASKS
+from fedgrove.federation.tasks.base import Stock
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.files import whole_directory
 from fedgrove.interop.copies import Copies, Origin, content_key, copy_beside
@@ -40,6 +42,7 @@ def save_adapter(
     head: Mapping[str, Tensor],
     head_kind: Literal["pooled", "stock", "lm"],
     head_modules: tuple[str, ...] = (),
+    transposed: bool = False,
     card: Mapping[str, Any],
     copies: Copies | None = None,
     rslora: bool = False,
@@ -48,6 +51,7 @@ def save_adapter(
 
     ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes
     where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
+    ``transposed``: whether the base has adapted layers that hold their weights so (``Site``).
     ``copies``: what was written of the same run, so that equal content is one file; its owner syncs.
     ``rslora`` says how PEFT is to read alpha; the scales are the factors' own.
     """
@@ -55,16 +59,7 @@ def save_adapter(
         raise AdapterError(f"{folder.name}: there is no LoRA term to write as an adapter.")
     with whole_directory(folder, synced=copies is None) as partial:
         stock = head_kind == "stock"
-        if stock and head_modules:
-            kind: str | None = "SEQ_CLS"
-        else:
-            kind = "FEATURE_EXTRACTION"
-        if head_kind == "lm":
-            kind = "CAUSAL_LM"
-        elif card.get("task") == "classify-images":
-            # with one of the others PEFT hands on a text's arguments, which not every image model
-            # takes
-            kind = None
+        kind = _task_type(card.get("task"), head_kind, head_modules)
         modules = head_modules if stock else ()
         tensors: dict[str, Tensor] = {}
         for site, factors in adapter.items():
@@ -76,7 +71,9 @@ def save_adapter(
         described = (base, modules, kind, rslora, scales)
         told = _store(tensors, partial, folder, WEIGHTS, card, copies, *described)
         if told is None:
-            _config(adapter, base, modules, kind, rslora).save_pretrained(str(partial))
+            config = _config(adapter, base, modules, kind, rslora)
+            config.fan_in_fan_out = transposed
+            config.save_pretrained(str(partial))
         else:
             copy_beside(told.path, CONFIG, partial)
             card = {**card, "same_weights_as": told.client or GLOBAL}
@@ -85,6 +82,18 @@ def save_adapter(
         (partial / CARD).write_text(
             json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+
+
+def _task_type(task: str | None, head_kind: str, head_modules: tuple[str, ...]) -> str | None:
+    """What PEFT calls the task of a model with this kind of head."""
+    if head_kind == "lm":
+        return "CAUSAL_LM"
+    whole = Stock()
+    if task is not None:
+        whole = TASKS.find(task).stock
+    if whole.peft is None or (head_kind == "stock" and head_modules):
+        return whole.peft
+    return "FEATURE_EXTRACTION"
 
 
 def _store(
@@ -130,6 +139,7 @@ def rewrite(
         head=head,
         head_kind=card["head"],
         head_modules=tuple(config.get("modules_to_save") or ()),
+        transposed=bool(config.get("fan_in_fan_out")),
         card=card,
         rslora=bool(config.get("use_rslora")),
     )

@@ -1,15 +1,16 @@
-"""Which linear layers are adapted: ``"auto"`` (query and value of every attention layer) or
-patterns.
+"""Which linear layers are adapted: ``"auto"`` (query and value of every attention layer, else what
+PEFT's own table says), ``"all-linear"`` or patterns.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fedgrove.adapters.adapter import Site
 from fedgrove.ground.errors import ModelError
@@ -22,19 +23,21 @@ _QUERY_VALUE = (
     ("query_proj", "value_proj"),  # DeBERTa-v2/v3
     ("q", "v"),  # T5
 )
-#: one matrix for query, key and value: adapting "query and value" alone is not possible there
-_FUSED = ("c_attn", "query_key_value", "qkv", "qkv_proj", "Wqkv", "in_proj", "in_proj_qkv")
+#: one matrix for query, key and value, which gets one adapter as a whole
+_FUSED = ("c_attn", "query_key_value", "qkv", "qkv_proj", "Wqkv", "in_proj_qkv")
+
+Targets = Literal["auto", "all-linear"] | Sequence[str]
 
 
-def find_sites(model: nn.Module, targets: Literal["auto"] | Sequence[str]) -> dict[str, Site]:
+def find_sites(model: nn.Module, targets: Targets) -> dict[str, Site]:
     """The adapted linears in the model's order. Raises ``ModelError`` where nothing fits."""
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if targets == "auto":
         chosen = _auto(model, linears)
+    elif targets == "all-linear":
+        chosen = _all(model, linears)
     else:
-        chosen = _matching(model, linears, list(targets))
+        chosen = _matching(model, linears, targets)
     numbers = {name: layer_index(name) for name in chosen}
     known = [number for number in numbers.values() if number is not None]
     above = (
@@ -42,11 +45,28 @@ def find_sites(model: nn.Module, targets: Literal["auto"] | Sequence[str]) -> di
     )  # a linear outside the numbered layers counts as one more layer on top
     sites: dict[str, Site] = {}
     for name in chosen:
-        number, linear = numbers[name], linears[name]
+        number, (inputs, outputs) = numbers[name], _sides(linears[name])
         sites[name] = Site(
-            name, above if number is None else number, linear.in_features, linear.out_features
+            name,
+            above if number is None else number,
+            inputs,
+            outputs,
+            transposed=isinstance(linears[name], Conv1D),
         )
     return sites
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _sides(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) of a layer; ``Conv1D`` of transformers holds its weight [in, out]."""
+    if isinstance(linear, Conv1D):
+        inputs, outputs = linear.weight.shape
+        return int(inputs), int(outputs)
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features, linear.out_features
 
 
 def layer_index(name: str) -> int | None:
@@ -59,37 +79,61 @@ def layer_index(name: str) -> int | None:
     return None
 
 
-def _auto(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
+def _auto(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[str]:
     for query, value in _QUERY_VALUE:
         names = [
             name
             for name in linears
-            if name.rsplit(".", 1)[-1] in (query, value) and layer_index(name) is not None
+            if name.rsplit(".", 1)[-1] in (query, value) and _numbered(name)
         ]
         ends = {name.rsplit(".", 1)[-1] for name in names}
         if ends == {query, value}:
             return names
-    fused = sorted(
-        {n.rsplit(".", 1)[-1] for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in _FUSED}
-    )
-    if fused:
-        kinds = sorted(
-            {type(m).__name__ for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in fused}
-        )
-        raise ModelError(
-            f"{type(model).__name__} computes query, key and value in one layer "
-            f"({', '.join(fused)}, a {'/'.join(kinds)}), "
-            'so lora.targets = "auto" has no query and value to adapt; name other layers in '
-            "lora.targets, such as "
-            f"{_suggestions(linears)}."
-        )
+    for names in (_of_pefts_table(model, linears), _fused(linears)):
+        if names:
+            return names
     raise ModelError(
         f'lora.targets = "auto" found no query and value layers in {type(model).__name__}; '
         f"name the layers in lora.targets, such as {_suggestions(linears)}."
     )
 
 
-def _matching(model: nn.Module, linears: dict[str, nn.Linear], patterns: list[str]) -> list[str]:
+def _of_pefts_table(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[str]:
+    """What PEFT adapts of a model of this type where it is told nothing."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    wanted = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ())
+    if isinstance(wanted, str):
+        return [name for name in linears if re.fullmatch(wanted, name)]
+    ends = tuple(wanted)
+    return [name for name in linears if _numbered(name) and name.rsplit(".", 1)[-1] in ends]
+
+
+def _fused(linears: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name in linears if _numbered(name) and name.rsplit(".", 1)[-1] in _FUSED]
+
+
+def _all(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[str]:
+    """Every linear of the numbered layers: neither embeddings nor poolers, heads and output
+    layers.
+    """
+    names = [name for name in linears if _numbered(name)]
+    if not names:
+        raise ModelError(
+            f'lora.targets = "all-linear" found no linear layer in {type(model).__name__}\'s '
+            f"numbered layers; name the layers in lora.targets, such as {_suggestions(linears)}."
+        )
+    return names
+
+
+def _numbered(name: str) -> bool:
+    return layer_index(name) is not None
+
+
+def _matching(
+    model: nn.Module, linears: Mapping[str, nn.Module], patterns: Sequence[str]
+) -> list[str]:
     chosen: set[str] = set()
     for pattern in patterns:
         hits = {name for name in linears if _matches(name, pattern)}
@@ -102,7 +146,9 @@ def _matching(model: nn.Module, linears: dict[str, nn.Linear], patterns: list[st
             else:
                 kind = ""
             if others:
-                why = f"matches only {kind} modules, and only plain Linear layers can be adapted"
+                why = (
+                    f"matches only {kind} modules, and only Linear and Conv1D layers can be adapted"
+                )
             else:
                 why = "matches no layer"
             raise ModelError(
@@ -117,7 +163,7 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
 
 
-def _suggestions(linears: dict[str, nn.Linear]) -> str:
+def _suggestions(linears: Mapping[str, nn.Module]) -> str:
     ends = sorted(
         {".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in linears}
     )

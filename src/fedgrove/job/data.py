@@ -272,6 +272,11 @@ class DataSection(Section):
                     f"{join(missing, 'and')}, which the task {value_text(task.name)} does not "
                     "give; leave it out."
                 )
+            if metric.of and task.kind not in metric.of:
+                raise ValueError(
+                    f"data.metrics = {shown(self.metrics)}: {value_text(name)} measures no answers "
+                    f"such as those of the task {value_text(task.name)}; leave it out."
+                )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The class of a job is made when it is needed, so that pickle finds none by its name."""

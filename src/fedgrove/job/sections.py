@@ -163,12 +163,20 @@ class LoraSection(Section):
         "that updates of a large rank do not shrink.",
     )
     dropout: Share = Field(0.0, description="Dropout on the input of each adapter while training.")
-    targets: Literal["auto"] | Texts = Field(
+    targets: Literal["auto", "all-linear"] | Texts = Field(
         "auto",
-        description="Adapted linear layers: query and value of every attention layer, or patterns "
-        "for module paths "
+        description="Adapted linear layers. auto: query and value of every attention layer, or what "
+        "PEFT takes for the model's type (their fused layer); all-linear: every one of the "
+        "transformer's layers; or patterns for module paths "
         '(a whole path, its last parts, or with * and ?), for example ["query", "*.dense"].',
     )
+
+    @property
+    def named_targets(self) -> tuple[str, ...]:
+        """What ``targets`` says, word by word."""
+        if isinstance(self.targets, str):
+            return (self.targets,)
+        return self.targets
 
 
 class FederationSection(Section):

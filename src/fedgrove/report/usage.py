@@ -19,9 +19,16 @@ class Reader:
     stock: str  # class of the base model with its own head
     processor: str
     lines: tuple[str, ...]  # from the base's name and the model to the output
-    positions: str = ""  # what a pooled head takes the mean over; "" where there is no such head
+    acts_on: str = ""  # what a head of ours is given; "" where there is no such head
     imports: tuple[str, ...] = ()
     options: str = ""  # of the base's ``from_pretrained``
+
+
+def _of_a_text(text: str) -> tuple[str, ...]:
+    return (
+        "reader = AutoTokenizer.from_pretrained(base_name)",
+        f'output = model(**reader("{text}", return_tensors="pt"))',
+    )
 
 
 READERS = {
@@ -30,11 +37,32 @@ READERS = {
         model="AutoModel",
         stock="AutoModelForSequenceClassification",
         processor="AutoTokenizer",
-        lines=(
-            "reader = AutoTokenizer.from_pretrained(base_name)",
-            'output = model(**reader("a text to classify", return_tensors="pt"))',
-        ),
-        positions="the tokens",
+        lines=_of_a_text("a text to classify"),
+        acts_on="the mean of the hidden states over the tokens",
+    ),
+    "labels": Reader(
+        asked="a text to label",
+        model="AutoModel",
+        stock="AutoModelForSequenceClassification",
+        processor="AutoTokenizer",
+        lines=_of_a_text("a text to label"),
+        acts_on="the mean of the hidden states over the tokens",
+    ),
+    "regression": Reader(
+        asked="a text to rate",
+        model="AutoModel",
+        stock="AutoModelForSequenceClassification",
+        processor="AutoTokenizer",
+        lines=_of_a_text("a text to rate"),
+        acts_on="the mean of the hidden states over the tokens",
+    ),
+    "tokens": Reader(
+        asked="a text with names in it",
+        model="AutoModel",
+        stock="AutoModelForTokenClassification",
+        processor="AutoTokenizer",
+        lines=_of_a_text("a text with names in it"),
+        acts_on="the hidden state of each token",
     ),
     "classify-images": Reader(
         asked="photo.png",
@@ -46,7 +74,7 @@ READERS = {
             'image = Image.open("photo.png").convert("RGB")',
             'output = model(**reader(images=image, return_tensors="pt"))',
         ),
-        positions="all positions",
+        acts_on="the mean of the hidden states over all positions",
         imports=("from PIL import Image",),
         # a base in half precision, which Transformers keeps, does not take the processor's pixels
         options=', dtype="float32"',
@@ -82,7 +110,7 @@ def usage(run: Run) -> list[tuple[str, str]]:
     folder = f"adapters/{folder_of(name)}"
     base = _base(run, folder)
     if reader and base:
-        stock = bool(reader.positions) and run.setting("model", "head") == "stock"
+        stock = bool(reader.acts_on) and run.setting("model", "head") == "stock"
         found.append((_introduction(reader, stock), _code(run, reader, folder, base, stock)))
     return found
 
@@ -101,11 +129,11 @@ def _base(run: Run, folder: str) -> str:
 
 def _introduction(reader: Reader, stock: bool) -> str:
     alone = "With PEFT and Transformers alone"
-    if stock or not reader.positions:
+    if stock or not reader.acts_on:
         return f"{alone}:"
     return (
         f"{alone}. The classifier is head.safetensors beside the adapter: its weight and bias act "
-        f"on the mean of the hidden states over {reader.positions}."
+        f"on {reader.acts_on}."
     )
 
 
@@ -122,10 +150,9 @@ def _code(
         kind = reader.stock
     else:
         kind = reader.model
-    labels = len((run.table or {}).get("labels", []))
     options = reader.options
-    if stock and labels:
-        options += f", num_labels={labels}"
+    if stock and (outputs := _outputs(run, folder)):
+        options += f", num_labels={outputs}"
     name = json.dumps(base, ensure_ascii=False)
     lines = ["from peft import PeftModel", *reader.imports]
     lines.append(f"from transformers import {kind}, {reader.processor}")
@@ -139,6 +166,21 @@ def _code(
         f"model = PeftModel.from_pretrained(base, {json.dumps(folder, ensure_ascii=False)}).eval()",
         *reader.lines,
     ]
-    if reader.positions:
+    if reader.acts_on:
         lines.append("print(output.logits)" if stock else "hidden = output.last_hidden_state")
     return "\n".join(lines)
+
+
+def _outputs(run: Run, folder: str) -> int:
+    """How many numbers the head of an adapter gives: as its card says, else one for each label."""
+    from fedgrove.federation.tasks import TASKS
+
+    labels = len((run.table or {}).get("labels", []))
+
+    try:
+        card = json.loads((run.path / folder / "fedgrove.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return labels
+    if card.get("task") not in TASKS.names():
+        return labels
+    return TASKS.find(card["task"]).from_card(card).outputs

@@ -187,11 +187,15 @@ def write_adapter(
     (``interop.assembly_file``).
     """
     base, job = parts.base, parts.job
+    own = needs_own_format(assembly)
+    task, head = parts.task, parts.head.after(assembly)
+    if not own:
+        task, head = task.leaving({name: unseal(value) for name, value in head.items()})
     named = tiers_of(parts.method)
     tiers = {term.name: rank_of(term) for term in assembly.terms if term.name in named}
     card: Plain = {
         "format": 1,
-        **parts.task.card(),
+        **task.card(),
         "model": base.name,
         "revision": job.model.revision,
         "head": base.head,
@@ -202,7 +206,7 @@ def write_adapter(
         **({"privacy": dict(privacy)} if privacy else {}),  # the client's own example-level budget
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if needs_own_format(assembly):
+    if own:
         begun = appended(assembly.base_delta or {}, base.start)
         save_assembly(
             folder,
@@ -220,9 +224,10 @@ def write_adapter(
         folder,
         whole if tiers else lean(whole),  # a tier is a slice of the concatenation
         base=base.upstream,
-        head={name: unseal(value) for name, value in parts.head.after(assembly).items()},
+        head=head,
         head_kind=base.head,
         head_modules=base.head_modules,
+        transposed=any(site.transposed for site in base.sites.values()),
         card=card,
         copies=parts.copies,
         rslora=job.lora.rslora,

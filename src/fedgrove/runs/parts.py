@@ -155,14 +155,13 @@ def base_of(job: Job) -> Base:
     limit = longest_input(load_config(job.model.name, job.model.revision))
     if limit is not None:
         _refuse_too_long(task, job.model.name, limit)
-    targets = job.lora.targets
     base = load_base(
         job.model.name,
         revision=job.model.revision,
         task=task.name,
         head="lm" if task.writes else job.model.head,
         classes=task.outputs,
-        targets=targets if targets == "auto" else list(targets),
+        targets=job.lora.targets,
         dtype=getattr(torch, job.train.dtype),
         device=job.train.device,
         seed=job.run.seed,
@@ -219,4 +218,5 @@ def head_policy(job: Job, base: Base, task: Task) -> HeadPolicy:
     draw.
     """
     initial = base.start_head or drawn_head(job, base, task)
+    task.check_head(initial)
     return HeadPolicy(job.federation.head, initial, newcomers=job.federation.newcomer_head is True)

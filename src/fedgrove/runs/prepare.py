@@ -126,7 +126,9 @@ def fast_in_bfloat16(device: str) -> bool:
 
 def data_choices(job: Job, federation: Federation) -> Job:
     """The task, the classes and whether heads are kept, where the job leaves them to the data."""
-    data: dict[str, Any] = {"task": task_name(job.data)}
+    rows = [row for client in federation.training for row in client.train]
+    settled = task_class(job.data).settled(job.data, rows)
+    data: dict[str, Any] = {"task": task_name(job.data), **settled}
     if federation.labels:
         data["labels"] = list(federation.labels)
     head = newcomer_head(job, bool(federation.held_out))

@@ -22,6 +22,7 @@ from fedgrove.interop.models import Base, first_position
 from fedgrove.interop.quantise import foldable
 from fedgrove.training import packed
 from fedgrove.training.live import Outputs, Running
+from fedgrove.training.rows import rows_first
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Batch
@@ -36,6 +37,8 @@ class HookedBase:
         self.base = base
         #: whether batches run without their padding where that can be
         self.packs = packs and packed.packs(base.model)
+        #: whether a batch may hold several clients' rows
+        self.joins = rows_first(base)
         self._running: Running | None = None
         self._layout: packed.Layout | None = None
         self._attention = base.model.config._attn_implementation
@@ -176,6 +179,8 @@ def folded(base: Base, updates: Mapping[str, Factors]) -> Iterator[None]:
             weight = linear.weight.data
             before[name] = weight
             update = factors.map(placed).product()
+            if base.sites[name].transposed:
+                update = update.T
             whole = weight.to(update.dtype) + update
             linear.weight.data = whole.to(weight.dtype)
         yield

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Assembly, trained_parameters
@@ -130,7 +131,7 @@ class Kernel:
 
         What does not fit runs alone: measuring steps, noise by example, dropout (its draws would
         differ), folded updates and left-out layers (they change the base for everyone), weights
-        that depend on the input, a head inside the model.
+        that depend on the input, a head inside the model, a base that mixes a batch's rows.
         """
         return (
             work.guard is None
@@ -143,6 +144,7 @@ class Kernel:
         """Whether an assembly can run on a part of a batch."""
         return (
             self.reader.joins
+            and self.hooked.joins
             and not self.dropout
             and not assembly.folded
             and assembly.layers is None
@@ -308,10 +310,8 @@ class Kernel:
 
     @torch.inference_mode()
     def logits(
-        self,
-        assembly: Assembly,
-        examples: Sequence[Example],
-    ) -> Float[Tensor, "examples classes"]:
+        self, assembly: Assembly, examples: Sequence[Example]
+    ) -> Float[Tensor, "examples *t classes"]:
         """Logits in the given order, on the CPU."""
         rows: dict[int, Tensor] = {}
         with self.opened(assembly, train=False) as live:
@@ -394,8 +394,10 @@ class Kernel:
 
 
 def _in_order(rows: Mapping[int, Tensor]) -> Tensor:
-    """Rows [...] by their numbers, 0 and on -> [rows, ...]."""
-    return torch.stack([rows[index] for index in range(len(rows))])
+    """Rows [...] by their numbers, 0 and on -> [rows, ...]; of tokens, whose number differs, with
+    zeros after the last.
+    """
+    return pad_sequence([rows[index] for index in range(len(rows))], batch_first=True)
 
 
 def _keys(work: Work) -> tuple[object, ...]:

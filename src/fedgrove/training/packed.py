@@ -162,6 +162,11 @@ class Layout:
             found.append(texts.transpose(1, 2))
         return found
 
+    @property
+    def used(self) -> bool:
+        """Whether some layer attended by this layout."""
+        return bool(self._masks)
+
     def masks(
         self,
         causal: bool,
@@ -379,6 +384,8 @@ def packs(model: PreTrainedModel) -> bool:
         return False
     finally:
         model.set_attn_implementation(chosen)
+    if not layout.used:  # the model has an attention of its own, which knows no layout
+        return False
     found = layout.unpack(packed).float()
     wanted = layout.unpack(layout.pack(padded)).float()
     tolerance = 1e-3

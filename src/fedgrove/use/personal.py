@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedgrove.adapters import Adapter, Assembly, Extra, Term
 from fedgrove.aggregate.foreign import card_of, is_adapter, opened, says_which, tidied
 from fedgrove.federation.readers import Row
-from fedgrove.federation.tasks import TASKS
+from fedgrove.federation.tasks import TASKS, Example
 from fedgrove.ground.errors import AdapterError, DataError, ModelError, RunError
 from fedgrove.ground.plain import Plain
 from fedgrove.interop import assembly_file, peft
@@ -28,6 +29,14 @@ from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.measured import measured
 from fedgrove.use.asked import answered, questions
+
+
+@dataclass(frozen=True)
+class Told:
+    """For each row its answer, and how likely each label is, {} where answers have no scores."""
+
+    answers: list[Any]
+    scores: list[dict[str, float]]
 
 
 class ClientModel:
@@ -51,19 +60,30 @@ class ClientModel:
 
     def answers(self, rows: Sequence[Row]) -> Tensor:
         """As ``logits``, of checked rows, whose labels do not matter."""
+        return self._read(rows)[0]
+
+    def asked(self, rows: Sequence[Row]) -> Told:
+        """What the model says of checked rows, whose answers do not matter."""
+        task = self.kernel.task
+        logits, examples = self._read(rows)
+        return Told(task.told_of(logits, examples), task.scored(logits))
+
+    def _read(self, rows: Sequence[Row]) -> tuple[Tensor, list[Example]]:
         self._check_head()
         examples = self.kernel.task.encode(rows, self.kernel.base.processor)
-        return self.kernel.logits(self.assembly, examples).clone()
+        return self.kernel.logits(self.assembly, examples).clone(), examples
 
     def probabilities(self, texts: Sequence[Any]) -> Tensor:
-        return torch.softmax(self.logits(texts).float(), dim=-1)
+        return self.kernel.task.probabilities(self.logits(texts).float())
 
     def predict(self, texts: Sequence[Any]) -> list[Any]:
-        """The most likely label of each text (or image); what a language model writes after each
-        prompt.
+        """The most likely label of each text (or image), or what else the task answers; what a
+        language model writes after each prompt.
         """
         task = self.kernel.task
-        return self.generate(texts) if task.writes else task.told(self.logits(texts))
+        if task.writes:
+            return self.generate(texts)
+        return self.asked(questions(task, texts)).answers
 
     def generate(self, prompts: Sequence[Any], *, max_new_tokens: int | None = None) -> list[str]:
         """What a language model writes after each prompt, greedily; a prompt is a text, or a list
@@ -218,7 +238,7 @@ def _kernel(
         task=task.name,
         head=head,
         classes=task.outputs,
-        targets=list(targets) or "auto",
+        targets=targets or "auto",
         dtype=getattr(torch, dtype),
         device=device,
     )
@@ -250,9 +270,12 @@ def merge(source: Path, out: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's calls of names that transformers deprecates
         whole = PeftModel.from_pretrained(base.to(torch.float32), str(source)).merge_and_unload()
-    if card["labels"]:
-        whole.config.id2label = dict(enumerate(card["labels"]))
-        whole.config.label2id = {label: index for index, label in enumerate(card["labels"])}
+    task = TASKS.find(card["task"]).from_card(card)
+    if task.output_names:
+        whole.config.id2label = dict(enumerate(task.output_names))
+        whole.config.label2id = {name: index for index, name in enumerate(task.output_names)}
+    if task.stock.problem:
+        whole.config.problem_type = task.stock.problem
     whole.save_pretrained(str(out))
     load_processor(card["model"], revision, card["task"]).save_pretrained(str(out))
     head = peft.read_tensors(source / peft.HEAD) if (source / peft.HEAD).exists() else {}

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fedgrove.use.personal import ClientModel
 
 SUFFIXES = (".csv", ".jsonl")
-_FILLED = "?"  # stands for an answer that a table lacks, while its row is checked
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,10 @@ def questions_of(path: Path, job: Job) -> list[Row]:
         return [{task.asks: each} for each in files]
     if not files_of(path):
         raise DataError(f"the table {path} does not exist or is a folder; name one file ({KINDS})")
-    answer = getattr(data, task.learns, None)
-    columns = [name for name in task.columns(data) if name != answer]
-    rows: list[Row] = []
-    for place, values in rows_at(path, columns, getattr(data, "encoding", None)):
-        known = getattr(data, "labels", None) or (_FILLED,)
-        row = task.row({**values, str(answer): known[0]}, data, place)
-        rows.append({key: value for key, value in row.items() if key != task.learns})
+    answers = task.answer_columns(data)
+    columns = [name for name in task.columns(data) if name not in answers]
+    found = rows_at(path, columns, getattr(data, "encoding", None))
+    rows = [task.question(values, data, place) for place, values in found]
     if not rows:
         raise DataError(f"the table {path} has no rows; give a file with rows")
     return rows
@@ -79,16 +75,19 @@ def predictions(model: ClientModel, rows: Sequence[Row]) -> list[Prediction]:
             Prediction(number, question, text, {})
             for number, (question, text) in enumerate(zip(asked, written, strict=True), start=1)
         ]
-    logits = model.answers(rows)
-    told = [str(answer) for answer in task.told(logits)]
-    scores: list[list[float]] = [[] for _ in rows]
-    if task.classifies:
-        scores = logits.double().softmax(-1).tolist()
-    named = [dict(zip(model.labels, each, strict=False)) for each in scores]
+    found = model.asked(rows)
+    told = [_said(answer) for answer in found.answers]
     return [
         Prediction(number, *each)
-        for number, each in enumerate(zip(asked, told, named, strict=True), 1)
+        for number, each in enumerate(zip(asked, told, found.scores, strict=True), 1)
     ]
+
+
+def _said(answer: Any) -> str:
+    """An answer as a cell of a table: a text as it is, anything else as JSON."""
+    if isinstance(answer, str):
+        return answer
+    return json.dumps(answer, ensure_ascii=False)
 
 
 def _words(asked: object, place: str) -> str:

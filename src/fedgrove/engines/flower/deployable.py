@@ -19,10 +19,12 @@ def deployable(job: Job) -> Job:
     """The job between sites. What only a simulation can do is refused with a ``JobError``; what a
     simulation looks up in everybody's data must be in the job.
     """
-    if task_class(job.data).classifies and not job.data.classes:
+    missing = task_class(job.data).lacks(job.data)
+    if missing is not None:
+        key, what = missing
         raise JobError(
-            "data.labels is missing: sites do not see each other's data, so the job must name the "
-            "classes."
+            f"data.{key} is missing: sites do not see each other's data, so the job must name "
+            f"{what}."
         )
     if job.model.adapter is not None:
         raise JobError(

@@ -24,7 +24,9 @@ class Answers:
     """n answers. What a task does not know of is None; a metric gets what it ``needs``."""
 
     labels: tuple[str, ...] = ()  # the names of the classes
-    truth: NDArray[Any] | None = None  # [n] class numbers, or what else the task learns
+    #: [n] class numbers, [n, classes] of 0 and 1 where a row may have several classes, [n, targets]
+    #: numbers, or n lists of tags; and what else a task learns
+    truth: NDArray[Any] | None = None
     predicted: NDArray[Any] | None = None  # as truth
     scores: NDArray[np.float64] | None = None  # [n, classes] probabilities
     outputs: Sequence[str] | None = None  # n texts
@@ -36,6 +38,8 @@ class Metric(ABC):
 
     name: ClassVar[str]  # in data.metrics, and in what is measured
     needs: ClassVar[tuple[str, ...]] = ("truth", "predicted")  # fields of Answers
+    #: the kinds of answers that it is for (``Task.kind``); () for any
+    of: ClassVar[tuple[str, ...]] = ()
     higher: ClassVar[bool] = True  # whether a larger value is better
 
     @abstractmethod

@@ -13,28 +13,55 @@ from fedgrove.federation.metrics.base import Answers, Metric
 BINS = 15  # of equal width, as in Guo et al., "On Calibration of Modern Neural Networks" (2017)
 
 
+ONE, SEVERAL = "class", "labels"  # kinds of answers: a class for each row, or any number of them
+
+
+class F1Micro(Metric):
+    """F1 over all labels of all rows together."""
+
+    name: ClassVar[str] = "f1_micro"
+    of: ClassVar[tuple[str, ...]] = (ONE, SEVERAL)
+
+    def __call__(self, answers: Answers) -> float:
+        """In [0, 1]; 0 where no label occurs and none was answered."""
+        from sklearn.metrics import f1_score
+
+        return float(f1_score(answers.truth, answers.predicted, average="micro", zero_division=0))
+
+
 class F1Macro(Metric):
     """The mean of the classes' F1, over classes that occur or were answered."""
 
     name: ClassVar[str] = "f1_macro"
+    of: ClassVar[tuple[str, ...]] = (ONE, SEVERAL)
 
     def __call__(self, answers: Answers) -> float:
-        """In [0, 1]."""
+        """In [0, 1]; nan where no class occurs and none was answered."""
         from sklearn.metrics import f1_score
 
-        return float(f1_score(answers.truth, answers.predicted, average="macro", zero_division=0))
+        present = _present(answers)
+        if not present:
+            return math.nan
+        return float(
+            f1_score(
+                answers.truth, answers.predicted, labels=present, average="macro", zero_division=0
+            )
+        )
 
 
 class F1(Metric):
     """F1 of each class that occurs or was answered."""
 
     name: ClassVar[str] = "f1"
+    of: ClassVar[tuple[str, ...]] = (ONE, SEVERAL)
 
     def __call__(self, answers: Answers) -> dict[str, float]:
         """By the label's name."""
         from sklearn.metrics import f1_score
 
-        present = np.union1d(_of(answers.truth), _of(answers.predicted)).tolist()
+        present = _present(answers)
+        if not present:
+            return {}
         values = f1_score(
             answers.truth, answers.predicted, labels=present, average=None, zero_division=0
         )
@@ -47,6 +74,7 @@ class Matthews(Metric):
     """Matthews' correlation coefficient, of several classes too (Gorodkin, 2004)."""
 
     name: ClassVar[str] = "mcc"
+    of: ClassVar[tuple[str, ...]] = (ONE,)
 
     def __call__(self, answers: Answers) -> float:
         """In [-1, 1]; 0 where either side is of one class."""
@@ -61,6 +89,7 @@ class BalancedAccuracy(Metric):
     """The mean of the recalls of the classes that occur."""
 
     name: ClassVar[str] = "balanced_accuracy"
+    of: ClassVar[tuple[str, ...]] = (ONE,)
 
     def __call__(self, answers: Answers) -> float:
         """In [0, 1]."""
@@ -80,6 +109,7 @@ class Auroc(Metric):
     """
 
     name: ClassVar[str] = "auroc"
+    of: ClassVar[tuple[str, ...]] = (ONE, SEVERAL)
     needs: ClassVar[tuple[str, ...]] = ("truth", "scores")
 
     def __call__(self, answers: Answers) -> float:
@@ -87,6 +117,8 @@ class Auroc(Metric):
         from sklearn.metrics import roc_auc_score
 
         truth, scores = _of(answers.truth), _of(answers.scores)
+        if truth.ndim == 2:
+            return _mean_area(truth, scores)
         present = np.unique(truth)
         if len(present) < 2:
             return math.nan
@@ -102,6 +134,7 @@ class CalibrationError(Metric):
     """
 
     name: ClassVar[str] = "ece"
+    of: ClassVar[tuple[str, ...]] = (ONE,)
     needs: ClassVar[tuple[str, ...]] = ("truth", "predicted", "scores")
     higher: ClassVar[bool] = False
 
@@ -121,6 +154,7 @@ class QuadraticKappa(Metric):
     """
 
     name: ClassVar[str] = "qwk"
+    of: ClassVar[tuple[str, ...]] = (ONE,)
 
     def __call__(self, answers: Answers) -> float:
         """At most 1; nan where both sides are of one class."""
@@ -138,11 +172,37 @@ class StepsOff(Metric):
     """How many steps an answer is off, in the mean."""
 
     name: ClassVar[str] = "steps_off"
+    of: ClassVar[tuple[str, ...]] = (ONE,)
     higher: ClassVar[bool] = False
 
     def __call__(self, answers: Answers) -> float:
         """In steps."""
         return float(np.abs(_of(answers.truth) - _of(answers.predicted)).mean())
+
+
+def _present(answers: Answers) -> list[int]:
+    """The numbers of the classes that occur or were answered."""
+    truth, predicted = _of(answers.truth), _of(answers.predicted)
+    if truth.ndim == 2:
+        found: list[int] = np.flatnonzero((truth + predicted).any(axis=0)).tolist()
+        return found
+    both: list[int] = np.union1d(truth, predicted).tolist()
+    return both
+
+
+def _mean_area(truth: NDArray[np.float64], scores: NDArray[np.float64]) -> float:
+    """Over the classes that some rows have and others have not; nan where there is none.
+
+    Args:
+        truth: [n, classes] of 0 and 1.
+        scores: [n, classes] probabilities.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    told = [column for column in range(truth.shape[1]) if len(np.unique(truth[:, column])) == 2]
+    if not told:
+        return math.nan
+    return float(np.mean([roc_auc_score(truth[:, each], scores[:, each]) for each in told]))
 
 
 def _of(values: NDArray[np.float64] | None) -> NDArray[np.float64]:

@@ -62,7 +62,7 @@ class HubOptions(Options):
             return self
         distinct("data.parts", [part.name for part in self.parts])
         fields = type(self).model_fields
-        if "text" not in fields:  # of the task
+        if not {"text", "label"} <= fields.keys():  # of the task
             raise ValueError(
                 "data.parts are texts with labels; leave them out, or set data.task to "
                 '"classify-text".'

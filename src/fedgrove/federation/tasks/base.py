@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
@@ -35,6 +35,16 @@ Batch = dict[str, Tensor]
 #: of a setting that cards tell where it is not the default, as cards of earlier versions lack it
 SAID_WHERE_SET = {"said": "where set"}
 Keys = TypeVar("Keys", bound=options.Options)
+_FILLED = "?"  # stands for an answer that a table lacks, while its row is checked
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What others call a whole model of the task, with the checkpoint's own head."""
+
+    auto: str = "AutoModelForSequenceClassification"  # its class in transformers
+    peft: str | None = "SEQ_CLS"  # PEFT's task_type
+    problem: str | None = None  # problem_type in config.json: what the head's outputs mean
 
 
 class Task(ABC, Generic[Keys]):
@@ -56,6 +66,11 @@ class Task(ABC, Generic[Keys]):
     writes: ClassVar[bool] = False  # whether a model answers with a text
     reads: ClassVar[Literal["text", "images"]] = "text"
     classifies: ClassVar[bool] = False  # whether rows have classes, which all clients must agree on
+    #: whether a row may have several classes, or none: its "label" then names the set of them
+    several: ClassVar[bool] = False
+    #: what answers are, for metrics that are of some kind alone: "class", "labels", "number", ...
+    kind: ClassVar[str] = ""
+    stock: ClassVar[Stock] = Stock()
     asks: ClassVar[str]  # the part of a row that a model is asked about: "text", "image", "prompt"
     learns: ClassVar[str] = "label"  # the part of a row that is to be learnt
     #: what rows are that it learns, where another task points to it: see ``federation.otherwise``
@@ -69,6 +84,11 @@ class Task(ABC, Generic[Keys]):
     def outputs(self) -> int:
         """c: how many numbers the head gives; 0 where there is none."""
         return len(self.labels)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What the head's outputs are called, in their order; () where they have no names."""
+        return self.labels
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -111,6 +131,46 @@ class Task(ABC, Generic[Keys]):
         """A checked row, with a "label" to split by (a class, or "" where there is none). Raises
         DataError.
         """
+
+    @classmethod
+    def answer_columns(cls, data: Keys) -> list[str]:
+        """Those of ``columns`` that hold what is learnt."""
+        return [getattr(data, cls.learns)] if hasattr(data, cls.learns) else []
+
+    @classmethod
+    def question(cls, values: Mapping[str, Any], data: Keys, place: Place) -> Row:
+        """A checked row without its answer, out of the other columns. Raises DataError."""
+        known = getattr(data, "labels", None) or (_FILLED,)
+        filled = dict.fromkeys(cls.answer_columns(data), known[0])
+        row = cls.row({**values, **filled}, data, place)
+        return {key: value for key, value in row.items() if key != cls.learns}
+
+    @classmethod
+    def classes_in(cls, row: Row) -> Sequence[str]:
+        """The classes of a row, where rows have classes."""
+        return (row["label"],)
+
+    @classmethod
+    def respell(cls, row: Row, names: Mapping[str, str]) -> None:
+        """Give the row's classes these names."""
+        row["label"] = names[row["label"]]
+
+    @classmethod
+    def lacks(cls, data: Keys) -> tuple[str, str] | None:
+        """What clients that do not see each other's rows must be told: the key of ``[data]`` and
+        what it says; None where nothing is missing.
+        """
+        if cls.classifies and not getattr(data, "labels", None):
+            return "labels", "the classes"
+        return None
+
+    @classmethod
+    def settled(cls, data: Keys, rows: Sequence[Row]) -> dict[str, Any]:
+        """The keys of ``[data]`` that a job leaves to its training rows, besides the classes.
+
+        Raises DataError where the rows cannot say.
+        """
+        return {}
 
     @classmethod
     def in_folder(cls, folder: Path, data: Keys, source: str) -> Found:
@@ -160,6 +220,9 @@ class Task(ABC, Generic[Keys]):
         """A fresh head's tensors in float32, by name; none where the model has its own."""
         return {}
 
+    def check_head(self, head: Mapping[str, Tensor]) -> None:
+        """Raises JobError where the head's tensors, [any shape] by name, cannot learn the task."""
+
     @abstractmethod
     def pool(self, hidden_states: Float[Tensor, "b *t h"], batch: Batch) -> Float[Tensor, "b h"]:
         """What stands for each example as a whole."""
@@ -191,6 +254,28 @@ class Task(ABC, Generic[Keys]):
         """The answers that a user is told."""
         return list(logits.tolist())
 
+    def told_of(self, logits: Float[Tensor, "n *t c"], examples: Sequence[Example]) -> list[Any]:
+        """As ``told``, where an answer also depends on the example that it is about."""
+        return self.told(logits)
+
+    def probabilities(self, logits: Float[Tensor, "n *t c"]) -> Float[Tensor, "n *t c"]:
+        """How likely each output is, in the logits' precision."""
+        return torch.softmax(logits, dim=-1)
+
+    def scored(self, logits: Float[Tensor, "n *t c"]) -> list[dict[str, float]]:
+        """By label, how likely it is; {} of each where answers have no such scores."""
+        if not self.classifies:
+            return [{} for _ in logits]
+        likely = self.probabilities(logits.double()).tolist()
+        return [dict(zip(self.labels, row, strict=False)) for row in likely]
+
+    # ------------------------------------------------------------------ leaving
+    def leaving(self, head: Mapping[str, Tensor]) -> tuple[Task[Keys], dict[str, Tensor]]:
+        """The task and the head as they stand in an adapter directory, for whoever reads it without
+        us; tensors in the shapes and by the names that they have.
+        """
+        return self, dict(head)
+
 
 class HeadedTask(Task[Keys]):
     """A task that our own head on an encoder can learn (``training.readers.Pooled``): one linear
@@ -218,6 +303,7 @@ class WritingTask(Task[Keys]):
     """A task of a language model (``training.readers.Writer``)."""
 
     heads: ClassVar[tuple[str, ...]] = ("lm",)
+    stock: ClassVar[Stock] = Stock("AutoModelForCausalLM", "CAUSAL_LM")
     writes: ClassVar[bool] = True
     max_new_tokens: int
 

@@ -58,12 +58,34 @@ class ClassOptions(Options):
         return labels
 
 
+class NamedLabels(Options):
+    """The key of rows that may have several classes, or none."""
+
+    labels: Annotated[
+        Annotated[tuple[Text, ...], Field(min_length=1), Strict(False)] | None,
+        Automatic("data"),
+        OF_THE_DATA,
+    ] = Field(
+        None,
+        description="The classes in their order, which all sites must agree on. Not set: those in "
+        "the training data, sorted.",
+        examples=[["negative", "positive"]],
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _each_label_once(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        distinct("data.labels", labels or ())
+        return labels
+
+
 class Classifier:
     """The part of a Task that looks at logits and labels alone; ``labels`` in the order of the
     head's outputs.
     """
 
     classifies: ClassVar[bool] = True
+    kind: ClassVar[str] = "class"
     metric: ClassVar[str] = "accuracy"
     gives: ClassVar[tuple[str, ...]] = ("truth", "predicted", "scores")
     metrics: ClassVar[tuple[str, ...]] = (

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedgrove.federation.images import Picture, labelled, picture_of, purposes
 from fedgrove.federation.purposes import marked
 from fedgrove.federation.readers import Found, Place, Row
-from fedgrove.federation.tasks.base import SAID_WHERE_SET, Batch, Example, HeadedTask
+from fedgrove.federation.tasks.base import SAID_WHERE_SET, Batch, Example, HeadedTask, Stock
 from fedgrove.federation.tasks.classifier import Classifier, ClassOptions, class_of
 from fedgrove.ground.options import Column
 
@@ -67,6 +67,8 @@ class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
     asks: ClassVar[str] = "image"
     reads: ClassVar[Literal["text", "images"]] = "images"
     folders: ClassVar[bool] = True
+    # with a task_type PEFT hands on a text's arguments, which not every image model takes
+    stock: ClassVar[Stock] = Stock("AutoModelForImageClassification", None)
 
     labels: tuple[str, ...]
     class_weights: str | dict[str, float] = field(default="none", metadata=SAID_WHERE_SET)

@@ -33,10 +33,15 @@ class LengthOptions(Options):
     )
 
 
-class TextOptions(LengthOptions):
-    """The keys of rows that are texts."""
+class TextColumnOptions(LengthOptions):
+    """The keys of rows that have one text."""
 
     text: Column = Field("text", description="Column of the text.")
+
+
+class TextOptions(TextColumnOptions):
+    """The keys of rows that are texts, or pairs of them."""
+
     pair: Annotated[Text | None, COLUMN, OF_THE_DATA] = Field(
         None,
         description="Column of a second text, where each row is a pair (a claim and its evidence, "

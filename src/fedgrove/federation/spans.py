@@ -1,0 +1,191 @@
+"""Entities in texts: spans of characters or tags of words, checked, and one as the other.
+
+A span is ``[start, end, type]`` in characters, end excluded. Tags are B-I-O: ``O``, ``B-TYPE``,
+``I-TYPE``; other schemes (IOB1, BIOES, BILOU, the type alone) are read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from fedgrove.federation.readers import Place, label_of, whole
+from fedgrove.ground.errors import DataError
+
+Span = list[Any]  # [start, end, type]
+Word = list[int]  # [start, end]
+OUTSIDE = "O"
+
+#: runs of digits, runs of letters, single signs; signs of scripts without spaces one by one
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\d+|[^\W\d\u3040-\u9fff]+|[^\w\s]")
+_PREFIXED = re.compile(r"[BIESLU]-.+")
+_SAME = {"L": "E", "U": "S"}  # BILOU's letters as BIOES has them
+
+
+def words_of(text: str) -> list[Word]:
+    """Where the words of a text stand."""
+    return [[found.start(), found.end()] for found in _WORD.finditer(text)]
+
+
+def joined(words: Sequence[str]) -> tuple[str, list[Word]]:
+    """A text of these words, and where each stands in it."""
+    places: list[Word] = []
+    start = 0
+    for word in words:
+        places.append([start, start + len(word)])
+        start += len(word) + 1
+    return " ".join(words), places
+
+
+def word_list(value: Any, column: str, place: Place) -> list[str]:
+    """A row's words: a list, the JSON of one, or a text with spaces between. Raises DataError."""
+    found = _listed(value)
+    if found is None and isinstance(value, str):
+        found = value.split()
+    if not found:
+        raise DataError(f"{place}: the column {column!r} has no words; correct or remove the row")
+    for number, word in enumerate(found, start=1):
+        if not isinstance(word, str) or not word.strip():
+            raise DataError(
+                f"{place}: word {number} of the column {column!r} is {word!r}, not a text; correct "
+                "or remove the row"
+            )
+        whole(word, column, place)
+    return [str(word) for word in found]
+
+
+def tag_list(
+    value: Any, words: int, names: Sequence[str] | None, column: str, place: Place
+) -> list[str]:
+    """A row's tags as BIOES, one for each of its words; numbers by their ``names``. Raises
+    DataError.
+    """
+    found = _listed(value)
+    if found is None and isinstance(value, str):
+        found = value.split()
+    if found is None or len(found) != words:
+        count = 0 if found is None else len(found)
+        raise DataError(
+            f"{place} has {words} words, but the column {column!r} has {count} tags; give one for "
+            "each word"
+        )
+    return [_tag(each, names, column, place) for each in found]
+
+
+def _tag(value: Any, names: Sequence[str] | None, column: str, place: Place) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not names or not 0 <= value < len(names):
+            raise DataError(
+                f"{place}: the column {column!r} has the number {value} for a tag; name what the "
+                "numbers mean, in their order, in data.tag_names"
+            )
+        value = names[value]
+    tag = label_of(value, column, place)
+    if tag == OUTSIDE:
+        return tag
+    if tag in ("B", "I", "E", "S", "L", "U") or tag[1:] == "-":
+        raise DataError(f"{place}: the tag {tag!r} has no type; write {tag[0]}-TYPE")
+    if not _PREFIXED.fullmatch(tag):
+        return f"I-{tag}"
+    return _SAME.get(tag[0], tag[0]) + tag[1:]
+
+
+def spans_of_tags(tags: Sequence[str], words: Sequence[Word]) -> list[Span]:
+    """The entities of tagged words."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    return [
+        [words[first][0], words[last][1], str(kind)]
+        for kind, first, last in get_entities(list(tags))
+    ]
+
+
+def tags_of_spans(spans: Sequence[Span], words: Sequence[Word]) -> list[str]:
+    """B-I-O of each word."""
+    tags = [OUTSIDE] * len(words)
+    for start, end, kind in spans:
+        inside = [number for number, word in enumerate(words) if start <= word[0] < end]
+        for number in inside:
+            tags[number] = f"I-{kind}"
+        tags[inside[0]] = f"B-{kind}"
+    return tags
+
+
+def checked_spans(
+    value: Any, text: str, words: Sequence[Word], column: str, place: Place
+) -> list[Span]:
+    """A row's spans in their order: objects with start, end and label, or lists of the three, or
+    the JSON of that. White space at their ends is left out.
+
+    Raises DataError for spans that are empty, leave the text, overlap, or end inside a word.
+    """
+    found = _listed(value)
+    if found is None and value == "":
+        found = []
+    if found is None:
+        raise DataError(
+            f"{place}: the column {column!r} is no list of spans; give objects with start, end and "
+            "label, [] where there is none"
+        )
+    spans = sorted(_span(each, text, column, place) for each in found)
+    for before, after in pairwise(spans):
+        if after[0] < before[1]:
+            raise DataError(
+                f"{place}: the spans {_shown(before, text)} and {_shown(after, text)} overlap; "
+                "keep one of them"
+            )
+    starts, ends = {start for start, _ in words}, {end for _, end in words}
+    for span in spans:
+        if span[0] not in starts or span[1] not in ends:
+            where = "begins" if span[0] not in starts else "ends"
+            raise DataError(
+                f"{place}: the span {_shown(span, text)} {where} inside a word; move it to the "
+                "word's edge"
+            )
+    return spans
+
+
+def _span(value: Any, text: str, column: str, place: Place) -> Span:
+    parts = value
+    if isinstance(value, dict):
+        parts = [value.get(key) for key in ("start", "end", "label")]
+    if not isinstance(parts, list | tuple) or len(parts) != 3 or not all(map(_is_place, parts[:2])):
+        raise DataError(
+            f"{place}: the column {column!r} has {value!r}, which is no span; give start and end in "
+            "characters, and label"
+        )
+    start, end = int(parts[0]), int(parts[1])
+    if not 0 <= start <= end <= len(text):
+        raise DataError(
+            f"{place}: the span {start} to {end} is not in the text, which has {len(text)} "
+            "characters; correct or remove it"
+        )
+    own = text[start:end]
+    start += len(own) - len(own.lstrip())
+    end -= len(own) - len(own.rstrip())
+    if start >= end:
+        raise DataError(f"{place}: the span {parts[0]} to {parts[1]} is empty; remove it")
+    return [start, end, label_of(parts[2], column, place)]
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(span: Span, text: str) -> str:
+    return f"{span[0]} to {span[1]} ({text[span[0] : span[1]]!r})"
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """A list, or the list that a text is the JSON of; else None."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    if isinstance(value, list | tuple):
+        return list(value)
+    return None
