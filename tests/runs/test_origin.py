@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from tests.interop.test_peft import TEXTS, in_peft
 from tests.tiny import save_bert, tiny_job, without_reports
 from tests.use.test_foreign import trained
+from transformers.pytorch_utils import Conv1D
 
 import fedgrove as fg
 from fedgrove.adapters import Factors
 from fedgrove.engines.flower.deployable import deployable
 from fedgrove.ground.errors import FedgroveError, JobError
 from fedgrove.interop.peft import read_adapter
-from fedgrove.runs.origin import appended
+from fedgrove.runs.origin import _as_linear, _fold, appended
 from fedgrove.start import run
 from fedgrove.use.adapt import adapt
 
@@ -146,6 +147,17 @@ def test_a_start_of_other_sites_and_of_a_whole_classifier(
     assert one.evaluate()["loss"] == pytest.approx(one.summary["loss"], abs=1e-6)
     theirs = in_peft(tiny_bert, one.path, stock=True)
     torch.testing.assert_close(theirs, one.model().logits(TEXTS), atol=2e-6, rtol=0)
+
+
+def test_a_start_is_folded_into_a_layer_that_is_held_transposed() -> None:
+    rng = torch.Generator().manual_seed(0)
+    layer = Conv1D(5, 3)  # weight [in 3, out 5]
+    factors = Factors(torch.randn(2, 3, generator=rng), torch.randn(5, 2, generator=rng), 0.5)
+    x = torch.randn(4, 3, generator=rng)
+    with torch.no_grad():
+        before = layer(x)
+        _fold(_as_linear(layer), factors)
+        torch.testing.assert_close(layer(x), before + 0.5 * x @ factors.A.T @ factors.B.T)
 
 
 def test_zeros_keep_slices_in_their_place() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import concat
@@ -61,16 +62,17 @@ def started(job: Job, base: Base, drawn: Mapping[str, Tensor]) -> Base:
     for site, factors in found.adapter.items():
         name, layer = _layer(job, base, site)
         shape = (factors.B.shape[0], factors.A.shape[1])
-        if tuple(layer.weight.shape) != shape:
+        held = tuple(_as_linear(layer).shape)
+        if held != shape:
             raise _refused(
                 job,
                 f"its update of '{site}' is {list(shape)}, but that layer of {base.name} is "
-                f"{list(layer.weight.shape)}; it is an adapter of another base",
+                f"{list(held)}; it is an adapter of another base",
             )
         start[name] = factors.map(lambda tensor: tensor.to(base.adapter_dtype))
     head = _head(job, base, found, drawn)
     for name, factors in start.items():
-        _fold(base.model.get_submodule(name).weight, factors)
+        _fold(_as_linear(base.model.get_submodule(name)), factors)
     return replace(base, start=start, start_head=head)
 
 
@@ -124,7 +126,7 @@ def _check_base(job: Job, base: Base, folder: Path) -> None:
         raise _refused(job, f"it is an adapter of {named}, and model.name is {base.name}")
 
 
-def _layer(job: Job, base: Base, site: str) -> tuple[str, nn.Linear]:
+def _layer(job: Job, base: Base, site: str) -> tuple[str, nn.Module]:
     """The linear layer that the start calls ``site``, by its name in this base: with the prefix of
     a whole classifier, or without.
     """
@@ -132,7 +134,7 @@ def _layer(job: Job, base: Base, site: str) -> tuple[str, nn.Linear]:
     modules = dict(base.model.named_modules())
     for name in (site, prefix + site, site.removeprefix(prefix)):
         layer = modules.get(name)
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear | Conv1D):
             if layer.weight is base.model.get_input_embeddings().weight:
                 raise _refused(
                     job, f"its '{site}' shares its weights with the input embedding of {base.name}"
@@ -166,6 +168,15 @@ def _head(job: Job, base: Base, found: Opened, drawn: Mapping[str, Tensor]) -> d
 
 
 @torch.no_grad()
+def _as_linear(layer: nn.Module) -> Tensor:
+    """The layer's weight, or a view of it, as [out, in]; a Conv1D holds it as [in, out]."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, Conv1D):
+        return weight.T
+    return weight
+
+
 def _fold(weight: Tensor, factors: Factors) -> None:
     """Add the update to ``weight [out, in]``, in float64."""
     update = factors.map(lambda tensor: tensor.to(weight.device, torch.float64)).product()
