@@ -114,5 +114,8 @@ def test_a_frozen_head_stays_frozen_and_a_writer_has_none(job: Job) -> None:
     assert pooled(job).federation.head == "shared"
     frozen = job.replace(federation={"head": "frozen"})
     assert pooled(frozen).federation.head == "frozen"
+    attacked = job.replace(attack={"kind": "sign-flip"}, defence={"rule": "median", "norm": 0.5})
+    assert not pooled(attacked).attack.active
+    assert not pooled(attacked).defence.active
     writer = Job.build({"data": {"task": "generate"}})
     assert pooled(writer).federation.head == "local"

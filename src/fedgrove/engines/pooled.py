@@ -34,14 +34,17 @@ MARK = "pooled.json"  # in the run's directory, whose job says FedIT
 
 def pooled(job: Job) -> Job:
     """The job of the one who has everybody's rows: FedIT, whose mean over one is that one, with one
-    head for all. Raises ``JobError`` where the job protects clients, of which there are none.
+    head for all; nobody attacks, so nothing defends. Raises ``JobError`` where the job protects
+    clients, of which there are none.
     """
     if job.privacy.client_level or job.privacy.example_level:
         raise JobError(
             f"{NAME} puts all rows on one machine, where [privacy] protects nobody; leave {NAME} out "
             "of --methods, or leave out [privacy]."
         )
-    job = job.override(["method.name=fedit"])
+    job = job.override(
+        ["method.name=fedit", "defence.rule=none", "defence.norm=", "attack.kind=none"]
+    )
     federation: dict[str, object] = {"ranks": []}
     if job.federation.head == "local" and not job.data.task_class.writes:
         federation["head"] = "shared"
