@@ -6,7 +6,6 @@ import itertools
 import secrets
 
 import pytest
-import sympy
 
 from fedgrove.secure.shamir import PRIME, WIDTH, join, split, value_at
 
@@ -19,9 +18,24 @@ def test_the_worked_example_of_the_literature() -> None:
         assert join({x: shares[x] for x in chosen}, 1613) == 1234
 
 
+def passes_for_prime(number: int) -> bool:
+    """Miller and Rabin's test with the first twelve primes as bases."""
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37):
+        powers = [pow(base, odd << step, number) for step in range(twos)]
+        if powers[0] != 1 and number - 1 not in powers:
+            return False
+    return True
+
+
 def test_the_field_is_one_and_holds_32_bytes() -> None:
-    assert sympy.isprime(PRIME)
-    assert sympy.prevprime(PRIME) < 1 << 256 < PRIME < 1 << 8 * WIDTH
+    """It is the smallest prime above 2^256."""
+    assert passes_for_prime(2**127 - 1)
+    assert not passes_for_prime(561)
+    assert (1 << 256) < PRIME < 1 << 8 * WIDTH
+    assert [x for x in range((1 << 256) + 1, PRIME + 1, 2) if passes_for_prime(x)] == [PRIME]
 
 
 @pytest.mark.parametrize("secret", [0, 1, (1 << 256) - 1, PRIME - 1])
