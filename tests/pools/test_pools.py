@@ -459,6 +459,48 @@ def test_routers_are_read_by_their_names_alone() -> None:
     assert Components(1).needs_features
 
 
+# ------------------------------------------------------------------- models that write
+@pytest.fixture(scope="module")
+def writers(tiny_llama: Path, exchanges: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Three language models that trained alone."""
+    job = tiny_job(
+        tiny_llama,
+        exchanges,
+        data={"task": "generate", "max_length": 32, "max_new_tokens": 4},
+        method={"name": "local"},
+        train={"local_steps": 6, "lr": 2e-2},
+        run={"rounds": 1, "out": str(tmp_path_factory.mktemp("writers") / "run")},
+    )
+    with without_reports():
+        return fg.run(job)
+
+
+PROMPTS = ["what is not good", "the film what is not happy", "what is not bright"]
+
+
+@pytest.mark.parametrize("router", ["retrieve", "arrow", "roc"])
+def test_language_models_write_as_their_members_do(writers: Result, router: str) -> None:
+    found = made(writers, router, options={"gamma": 1.0} if router == "roc" else {})
+    one = found.without("site-1", "site-2")
+    member = found.member("site-0")
+    torch.testing.assert_close(
+        one.model.logits(PROMPTS), member.logits(PROMPTS), atol=1e-10, rtol=1e-9
+    )
+    assert one.predict(PROMPTS) == member.predict(PROMPTS)
+    apart = found.without("site-0", "site-1").predict(PROMPTS)
+    assert apart == found.member("site-2").predict(PROMPTS)
+    together = found.predict(PROMPTS)
+    assert together == [found.predict([prompt])[0] for prompt in PROMPTS]
+    assert all(sum(own.values()) == pytest.approx(1) for own in found.route(PROMPTS))
+    rows = owners_rows(found)["site-0"]
+    assert one.measures(rows)["loss"] == pytest.approx(member.measures(rows)["loss"], rel=1e-9)
+
+
+def test_language_models_have_no_probabilities_to_average(writers: Result) -> None:
+    with pytest.raises(FedgroveError, match="adds up by mixture or fusion"):
+        made(writers, "uniform", compose="ensemble")
+
+
 # ------------------------------------------------------------------- a router that trains
 def test_a_trained_router_moves_nothing_else(planted: Result, tmp_path: Path) -> None:
     from fedgrove.pools.attend import attended, left_out, router_of

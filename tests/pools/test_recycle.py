@@ -13,11 +13,12 @@ from tests.tiny import picture, save_pictures, save_vit, tiny_job, without_repor
 from torch import Tensor
 
 import fedgrove as fg
+from fedgrove.adapters.assembly import Assembly
 from fedgrove.cli import main
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.job import Job
 from fedgrove.pools import Pool
-from fedgrove.pools.inversion import Effort, distance, invert, statistics, variation
+from fedgrove.pools.inversion import Effort, invert, loss_of, statistics, variation
 from fedgrove.pools.recycle import Course, Episode, distances, drawn, learn, loss_of, recycle
 from fedgrove.pools.recycled import images_of, labelled
 
@@ -51,6 +52,18 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     return fg.pool([run.path], router="arrow")
 
 
+def test_images_are_routed_by_their_patches(members: Pool) -> None:
+    draw = random.Random(8)
+    images = [picture(label, draw) for label in ("red", "blue", "red")]
+    together = members.model.logits(images)
+    alone = torch.cat([members.model.logits([each]) for each in images])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    one = members.without("site-1")
+    torch.testing.assert_close(
+        one.model.logits(images), members.member("site-0").logits(images), atol=1e-5, rtol=1e-5
+    )
+
+
 def frozen(pool: Pool) -> list[Tensor]:
     found = [value.clone() for value in pool.kernel.base.model.parameters()]
     for each in pool.members:
@@ -78,13 +91,48 @@ def test_real_images_pull_the_statistics(members: Pool, tmp_path: Path) -> None:
     real = statistics(members.kernel, images_of(members, paths))
     assert set(real) == set(members.kernel.base.sites)
     own = members.member("site-0").assembly
-    plain = invert(members.kernel, own, "site-0", EFFORT, None)
-    pulled = invert(members.kernel, own, "site-0", Effort(each=4, steps=12, prior=1.0), real)
+    kernel = members.kernel
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 0, 1])
+    with kernel.opened(own, train=False) as live, torch.no_grad():
+        plain, pulled = (
+            loss_of(kernel, live, images, labels, each, Effort(prior=0.5)) for each in (None, real)
+        )
+    logits, seen = inputs_of(members, own, images)
+    entropy = torch.nn.functional.cross_entropy(logits, labels)
+    assert float(plain) == pytest.approx(float(entropy + 1e-3 * variation(images)), rel=1e-5)
+    prior = 0.0
+    for site, x in seen.items():
+        line = x.double().flatten(0, -2).numpy()
+        prior += float(np.linalg.norm(line.mean(0) - real[site][0].double().numpy()))
+        prior += float(np.linalg.norm(line.var(0) - real[site][1].double().numpy()))
+    assert float(pulled - plain) == pytest.approx(0.5 * prior, rel=1e-4)
+    made = invert(kernel, own, "site-0", Effort(each=4, steps=12, prior=1.0), real)
+    assert made.best < made.first
 
-    def off(examples: list[dict[str, object]]) -> float:
-        return float(distance(statistics(members.kernel, examples), real))
 
-    assert off(pulled.examples) < off(plain.examples)
+def inputs_of(
+    members: Pool, assembly: Assembly, images: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of a member, and what each site is given while it runs."""
+    kernel, seen = members.kernel, {}
+    hooks = []
+    for name in kernel.base.sites:
+
+        def keep(_: object, args: tuple[Tensor], name: str = name) -> None:
+            seen[name] = args[0]
+
+        hooks.append(kernel.base.model.get_submodule(name).register_forward_pre_hook(keep))
+    batch = {"pixel_values": images}
+    with (
+        kernel.opened(assembly, train=False) as live,
+        kernel.hooked.running(batch, live),
+        torch.no_grad(),
+    ):
+        logits = kernel.reader.logits(live.head, batch)
+    for hook in hooks:
+        hook.remove()
+    return logits, seen
 
 
 def test_total_variation_by_hand() -> None:
@@ -109,8 +157,6 @@ def test_an_episode_is_its_formula(members: Pool) -> None:
     teachers = {
         name: kernel.logits(members.member(name).assembly, own) for name, own in images.items()
     }
-    from fedgrove.adapters.assembly import Assembly
-
     for several in (False, True):
         rng = np.random.default_rng(3)
         episode: Episode = drawn(images, teachers, COURSE, rng, several=several)

@@ -71,11 +71,12 @@ def invert(
     with kernel.opened(assembly.frozen(), train=False) as live:
         for step in range(effort.steps):
             seen = jittered(images, draw)
-            loss = _loss(kernel, live, seen, labels, real, effort)
+            loss = loss_of(kernel, live, seen, labels, real, effort)
+            value = float(loss.detach())
             if step == 0:
-                first = float(loss)
-            if float(loss) < best:
-                best, kept = float(loss), images.detach().clone()
+                first = value
+            if value < best:
+                best, kept = value, images.detach().clone()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -107,7 +108,7 @@ def jittered(images: Float[Tensor, "n c s w"], draw: torch.Generator) -> Float[T
     return moved
 
 
-def _loss(
+def loss_of(
     kernel: Kernel,
     live: LiveAssembly,
     images: Float[Tensor, "n c s w"],
@@ -115,6 +116,7 @@ def _loss(
     real: Statistics | None,
     effort: Effort,
 ) -> Float[Tensor, ""]:
+    """How far images are from what a member takes for these labels, and from what images are."""
     batch: Batch = {"pixel_values": images, "labels": labels}
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with watched(kernel, found, real is not None), kernel.hooked.running(batch, live):

@@ -127,7 +127,7 @@ def learn(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return dict(live.trained().adapter(META)), losses
 
 
