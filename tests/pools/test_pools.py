@@ -483,8 +483,11 @@ def test_language_models_write_as_their_members_do(writers: Result, router: str)
     found = made(writers, router, options={"gamma": 1.0} if router == "roc" else {})
     one = found.without("site-1", "site-2")
     member = found.member("site-0")
+    near = 1e-10
+    if router == "roc":  # its singular triplets are in the factors' own precision
+        near = 1e-5
     torch.testing.assert_close(
-        one.model.logits(PROMPTS), member.logits(PROMPTS), atol=1e-10, rtol=1e-9
+        one.model.logits(PROMPTS), member.logits(PROMPTS), atol=near, rtol=near
     )
     assert one.predict(PROMPTS) == member.predict(PROMPTS)
     apart = found.without("site-0", "site-1").predict(PROMPTS)
@@ -493,7 +496,7 @@ def test_language_models_write_as_their_members_do(writers: Result, router: str)
     assert together == [found.predict([prompt])[0] for prompt in PROMPTS]
     assert all(sum(own.values()) == pytest.approx(1) for own in found.route(PROMPTS))
     rows = owners_rows(found)["site-0"]
-    assert one.measures(rows)["loss"] == pytest.approx(member.measures(rows)["loss"], rel=1e-9)
+    assert one.measures(rows)["loss"] == pytest.approx(member.measures(rows)["loss"], rel=near)
 
 
 def test_language_models_have_no_probabilities_to_average(writers: Result) -> None:

@@ -18,7 +18,7 @@ from fedgrove.cli import main
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.job import Job
 from fedgrove.pools import Pool
-from fedgrove.pools.inversion import Effort, invert, loss_of, statistics, variation
+from fedgrove.pools.inversion import Effort, invert, objective, statistics, variation
 from fedgrove.pools.recycle import Course, Episode, distances, drawn, learn, loss_of, recycle
 from fedgrove.pools.recycled import images_of, labelled
 
@@ -96,7 +96,8 @@ def test_real_images_pull_the_statistics(members: Pool, tmp_path: Path) -> None:
     labels = torch.tensor([0, 1, 0, 1])
     with kernel.opened(own, train=False) as live, torch.no_grad():
         plain, pulled = (
-            loss_of(kernel, live, images, labels, each, Effort(prior=0.5)) for each in (None, real)
+            objective(kernel, live, images, labels, each, Effort(prior=0.5))
+            for each in (None, real)
         )
     logits, seen = inputs_of(members, own, images)
     entropy = torch.nn.functional.cross_entropy(logits, labels)

@@ -71,7 +71,7 @@ def invert(
     with kernel.opened(assembly.frozen(), train=False) as live:
         for step in range(effort.steps):
             seen = jittered(images, draw)
-            loss = loss_of(kernel, live, seen, labels, real, effort)
+            loss = objective(kernel, live, seen, labels, real, effort)
             value = float(loss.detach())
             if step == 0:
                 first = value
@@ -108,7 +108,7 @@ def jittered(images: Float[Tensor, "n c s w"], draw: torch.Generator) -> Float[T
     return moved
 
 
-def loss_of(
+def objective(
     kernel: Kernel,
     live: LiveAssembly,
     images: Float[Tensor, "n c s w"],
