@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
+    from fedgrove.pools import Pool, open_pool, pool
     from fedgrove.start import run
     from fedgrove.use.personal import load
     from fedgrove.use.result import Result
@@ -29,12 +30,15 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
 
 __version__ = "0.1.0"
-__all__ = ["Job", "Result", "__version__", "load", "run"]
+__all__ = ["Job", "Pool", "Result", "__version__", "load", "open_pool", "pool", "run"]
 
 _HOME = {
     "Job": "fedgrove.job",
+    "Pool": "fedgrove.pools",
     "Result": "fedgrove.use.result",
     "load": "fedgrove.use.personal",
+    "open_pool": "fedgrove.pools",
+    "pool": "fedgrove.pools",
     "run": "fedgrove.start",
 }
 

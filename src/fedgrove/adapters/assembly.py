@@ -1,7 +1,8 @@
 """What a client runs: terms, how they mix, and the other tensors that train beside them.
 
 Forward of a site: ``W0 x + Σ_terms mix · scale · B (D ⊙ (A x))`` where ``D`` is the term's optional
-diagonal.
+diagonal. A mix that routes inputs to terms says, in place of a weight, what goes up through B and
+for which tokens (``Inner``): the other tokens are not run.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site, Sites
 from fedgrove.adapters.private import seal, unseal
+from fedgrove.adapters.tally import Tally
 from fedgrove.ground.errors import AdapterError
 
 Home = Literal["server", "client"]
@@ -84,6 +86,22 @@ class Junction:
     terms: Sequence[str]  # their names, in order
     extras: Mapping[str, Tensor]  # the assembly's, as they train now
     features: Tensor | None = None  # [batch, hidden]
+    choice: object = None  # what ``Mix.choose`` made of them
+    factors: Sequence[Factors | None] = ()  # the terms' at this site; None where one lacks it
+    tally: Tally | None = None  # where a mix that routes notes who runs for whom
+
+
+@dataclass(frozen=True, eq=False)
+class Inner:
+    """In place of a weight: what goes up through B for some tokens, instead of weight · D ⊙ (A x).
+    ``tokens`` counts a site's inputs ``[batch, tokens, in]`` as one line; the others are not run.
+    """
+
+    values: Float[Tensor, "n rank"]
+    tokens: Int[Tensor, " n"]
+
+
+Weight = float | Tensor | Inner
 
 
 class Mix:
@@ -95,10 +113,23 @@ class Mix:
     needs_features: bool = False
     #: these terms are added to the base, as they are, while it reads them
     features_with: Sequence[str] = ()
+    #: sends each input to some of the terms, and notes to which (``Junction.tally``)
+    routes: bool = False
+    #: the terms run one by one, each with a head of its own, and their probabilities add up
+    apart: bool = False
 
-    def weigh(self, at: Junction) -> Sequence[float | Tensor]:
-        """One weight per term: a float, a scalar tensor, or a tensor that broadcasts over ``[batch,
-        tokens, 1]``.
+    def choose(
+        self,
+        features: Float[Tensor, "b hidden"] | None,
+        extras: Mapping[str, Tensor],
+        examples: int,
+    ) -> object:
+        """What is settled for a batch before it runs: ``Junction.choice`` at every site."""
+        return None
+
+    def weigh(self, at: Junction) -> Sequence[Weight]:
+        """One weight per term: a float (0.0: the term is not run), a scalar tensor, a tensor that
+        broadcasts over ``[batch, tokens, rank]``, or an ``Inner``.
         """
         return [1.0] * len(at.terms)
 
@@ -309,12 +340,19 @@ class Product(NamedTuple):
     B: Float[Tensor, "out rank"]
     D: Float[Tensor, " rank"] | None
     scale: float
-    weight: float | Tensor  # the mix's; a tensor broadcasts over [batch, tokens, 1]
+    weight: Weight  # the mix's
 
     @property
     def factor(self) -> float | Tensor:
-        """All that multiplies the product: a number, or a tensor ``[batch, tokens, 1]``."""
-        return self.scale * self.weight
+        """All that multiplies the product: a number, or a tensor that broadcasts over ``[batch,
+        tokens, rank]``.
+        """
+        return self.scale * self._number
+
+    @property
+    def _number(self) -> float | Tensor:
+        assert not isinstance(self.weight, Inner)  # only a mix that depends on the input gives one
+        return self.weight
 
     def output(self, x: Float[Tensor, " *batch in"]) -> Float[Tensor, " *batch out"]:
         """The summand. All factors act on the few numbers between A and B, not on the output."""
@@ -324,6 +362,22 @@ class Product(NamedTuple):
         if not _is_one(self.factor):
             inner = inner * self.factor
         return F.linear(inner, self.B)
+
+    def onto(
+        self, result: Float[Tensor, " *batch out"], x: Float[Tensor, " *batch in"]
+    ) -> Float[Tensor, " *batch out"]:
+        """The result with the summand added, for the tokens that it is for. Without gradients it may
+        be added in place.
+        """
+        if not isinstance(self.weight, Inner):
+            return result + self.output(x)
+        up = F.linear(self.scale * self.weight.values, self.B)
+        line = result.flatten(0, -2).to(torch.promote_types(result.dtype, up.dtype))
+        if torch.is_grad_enabled():
+            line = line.index_add(0, self.weight.tokens, up.to(line.dtype))
+        else:
+            line.index_add_(0, self.weight.tokens, up.to(line.dtype))
+        return line.view(result.shape)
 
     def folded(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
         """(A, B) with everything else folded into B; for weights that do not depend on x."""
@@ -335,7 +389,7 @@ class Product(NamedTuple):
         """
         return Factors(
             A=self.A,
-            B=self._up(self.weight).contiguous(),
+            B=self._up(self._number).contiguous(),
             scale=self.scale,
         )
 
@@ -357,18 +411,25 @@ def products(
     extras: Mapping[str, Tensor],
     updates: Sequence[Adapter] = (),
     features: Float[Tensor, "b hidden"] | None = None,
+    choice: object = None,
+    tally: Tally | None = None,
 ) -> list[Product]:
     """All that runs at a site beside the base's own weight: the terms in their order, then the
     frozen updates. ``x`` is the site's input; empty where a linear mix is asked outside a pass.
+    ``features``, ``choice`` and ``tally`` as in ``Junction``.
     """
     name = site.name
     names = [term.name for term in terms]
+    factors = [term.adapter.get(name) for term in terms]
     junction = Junction(
         site,
         x,
         names,
         extras,
         features,
+        choice,
+        factors,
+        tally,
     )
     weights = mix.weigh(junction)
     found: list[Product] = []
@@ -388,9 +449,9 @@ def products(
 def _product(
     term: Term,
     site: str,
-    weight: float | Tensor,
+    weight: Weight,
 ) -> Product:
-    """The term's summand; its weight a number, or a tensor ``[batch, tokens, 1]``."""
+    """The term's summand, by its weight."""
     factors = term.adapter[site].map(unseal)
     A = factors.A
     B = factors.B

@@ -116,6 +116,11 @@ def parse_options(
     return Chosen(method, directories, record)
 
 
+def parsed(given: Sequence[str], kind: type[Model], whose: str) -> Model:
+    """``["top_k=3"]`` as the options of ``whose``. Raises AdapterError for the first mistake."""
+    return _checked(kind, _values(given, kind.model_fields, whose))
+
+
 def parse_weights(text: str | None, count: int) -> list[float] | None:
     """``"120,80"`` as weights in the order of the directories; None is uniform."""
     if text is None:

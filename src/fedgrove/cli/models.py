@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedgrove.cli import pools
 from fedgrove.cli.shared import (
     BaseModel,
     ClientName,
@@ -24,6 +25,7 @@ from fedgrove.ground.errors import RunError
 from fedgrove.ground.plain import Plain
 
 if TYPE_CHECKING:
+    from fedgrove.use.adapt import Way
     from fedgrove.use.predictions import Prediction
     from fedgrove.use.result import Result
 
@@ -37,6 +39,7 @@ commands = typer.Typer(rich_markup_mode="rich")
         "fedgrove export runs/flora --client clinic-3 --rank 16 --out adapters/clinic-3-small",
         "fedgrove export runs/chat --client clinic-3 --to gguf --out clinic-3.gguf",
         "fedgrove export their-adapter --base models/bert --merge --out models/theirs",
+        "fedgrove export pools/clinics --client clinic-3 --out adapters/clinic-3",
     )
 )
 def export(
@@ -85,6 +88,15 @@ def export(
     from fedgrove.use.chosen import chosen
     from fedgrove.use.exporting import export as write
 
+    if pools.is_pool(directory):
+        if tier is not None or rank is not None or to != "peft":
+            raise RunError(
+                f"{directory} is a pool; --tier, --rank and --to are for one model: export a member with "
+                "--client, then that."
+            )
+        pools.refuse(directory, base)
+        pools.export_with(directory, out, client, merge)
+        return
     source = chosen(directory, client, base=base).path
     for sentence in write(source, out, base, merge=merge, tier=tier, rank=rank, to=to):
         print(sentence)
@@ -96,6 +108,7 @@ def export(
         "fedgrove adapt runs/hilora --data new-clinic.csv",
         "fedgrove adapt runs/hilora --data new-clinic.csv --name clinic-9 --epochs 10 --out "
         "adapters/clinic-9",
+        "fedgrove adapt runs/hilora --data few-shots.csv --how prototypes",
     )
 )
 def adapt(
@@ -119,6 +132,14 @@ def adapt(
             metavar="E", min=0, help="Passes of local training; 0 places and measures it only."
         ),
     ] = 5,
+    how: Annotated[
+        str,
+        typer.Option(
+            metavar="WAY",
+            help="train; or without a step: route (the run's adapters, weighed by a router), prototypes "
+            "(a head of class means).",
+        ),
+    ] = "train",
     seed: Annotated[
         int | None,
         typer.Option(
@@ -144,7 +165,7 @@ def adapt(
 
     from fedgrove.use.adapt import adapt as bring
 
-    found = bring(run, data, name=name, epochs=epochs, seed=seed, out=out)
+    found = bring(run, data, name=name, epochs=epochs, seed=seed, out=out, way=_way(how))
     console = printer()
     console.print(
         f"{found.name}: {found.train} training and {found.test} test examples, {found.method}"
@@ -162,6 +183,21 @@ def adapt(
     print(f"Wrote {found.path}.")
 
 
+def _way(how: str) -> Way | None:
+    """How a newcomer's model is made; None: by training it."""
+    if how == "train":
+        return None
+    if how == "prototypes":
+        from fedgrove.use.prototypes import by_prototypes
+
+        return by_prototypes
+    if how == "route":
+        from fedgrove.pools.newcomer import by_routing
+
+        return by_routing
+    raise RunError(f"--how {how}: choose from train, route and prototypes.")
+
+
 def _private_words(spent: Mapping[str, Any]) -> str:
     """What training cost of a client's own example-level budget, as a sentence."""
     steps = f"{spent['steps']} private steps on its examples"
@@ -177,6 +213,7 @@ def _private_words(spent: Mapping[str, Any]) -> str:
         "fedgrove evaluate runs/fedit --client _global",
         "fedgrove evaluate runs/fedit --on all --metrics f1_macro,ece",
         "fedgrove evaluate their-adapter --data new.csv --labels negative,positive",
+        "fedgrove evaluate pools/clinics --against own,base,uniform,best --mask-own",
     )
 )
 def evaluate(
@@ -218,6 +255,20 @@ def evaluate(
     base: BaseModel = None,
     labels: Labels = None,
     settings: Columns = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHO,...",
+            help="Of a pool: what else to measure on the same rows: own, base, uniform, best.",
+            show_default=False,
+        ),
+    ] = None,
+    mask_own: Annotated[
+        bool,
+        typer.Option(
+            "--mask-own", help="Of a pool: also without the member of the client that tests."
+        ),
+    ] = False,
 ) -> None:
     """Measure the finished clients' models on their test data, on everybody's, or on a file; or one
     adapter on a file.
@@ -229,6 +280,17 @@ def evaluate(
         wanted = [name.strip() for name in metrics.split(",")]
     else:
         wanted = []
+    if pools.is_pool(directory):
+        if client is not None or on != "own":
+            raise RunError(
+                f"{directory} is a pool, which is measured whole; leave out --client and --on, and name "
+                "what it has to beat with --against."
+            )
+        pools.refuse(directory, base, labels, settings)
+        pools.evaluate_with(directory, data, against, mask_own, wanted)
+        return
+    if against is not None or mask_own:
+        raise RunError(f"--against and --mask-own are for a pool; {directory} is none.")
     given: Plain = {"base": base, "labels": labels_of(labels), "settings": settings or ()}
     if is_bare(directory):
         if on != "own":
@@ -300,6 +362,7 @@ def _by_class(value: Any) -> bool:
         'fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"',
         "fedgrove predict runs/fedit --client tweets-0 --data new.csv --out answers.csv",
         'fedgrove predict their-adapter --base models/bert --labels no,yes --probs "not again"',
+        'fedgrove predict pools/tweets "what a day" --why',
     )
 )
 def predict(
@@ -337,6 +400,9 @@ def predict(
     base: BaseModel = None,
     labels: Labels = None,
     settings: Columns = None,
+    why: Annotated[
+        bool, typer.Option("--why", help="Of a pool: also who answered, and what decided it.")
+    ] = False,
 ) -> None:
     """Ask one model about texts, images or a table: the likeliest label and its score, or what it
     writes after a prompt.
@@ -344,12 +410,21 @@ def predict(
     from fedgrove.federation.tasks import task_class
     from fedgrove.use.asked import questions
     from fedgrove.use.chosen import chosen
-    from fedgrove.use.predictions import check_out, check_probs, predictions, questions_of, write
+    from fedgrove.use.predictions import check_out, check_probs, predictions, questions_of
 
     if bool(texts) == bool(data):
         raise RunError("Give texts to ask about, or a table with --data, one of the two.")
     if out is not None:
         check_out(out)
+    if pools.is_pool(directory):
+        pools.refuse(directory, base, labels, settings)
+        found = pools.answers(directory, texts or [], data, client, why=why)
+        _told(found, out, probs=probs, scored=bool(data))
+        if why:
+            pools.explain(directory, len(found))
+        return
+    if why:
+        raise RunError(f"--why is for a pool; {directory} is none.")
     one = chosen(directory, client, base=base, labels=labels_of(labels), settings=settings or ())
     job = one.job
     task = task_class(job.data)
@@ -368,13 +443,19 @@ def predict(
     model = one.model()
     if rows is None:
         rows = questions(model.kernel.task, texts or [])
-    found = predictions(model, rows)
+    _told(predictions(model, rows), out, probs=probs, scored=bool(data))
+
+
+def _told(found: Sequence[Prediction], out: Path | None, *, probs: bool, scored: bool) -> None:
+    """Answers into a file, or a line each."""
+    from fedgrove.use.predictions import write
+
     if out is not None:
         write(out, found)
         print(f"Wrote {out}, {len(found)} rows.")
         return
     for each in found:
-        print(*_answer(each, probs=probs, scored=bool(data)), sep="\t")
+        print(*_answer(each, probs=probs, scored=scored), sep="\t")
 
 
 def _answer(found: Prediction, *, probs: bool, scored: bool) -> Iterator[str]:

@@ -46,7 +46,7 @@ ClientName = Annotated[
     typer.Option(
         "--client",
         metavar="NAME",
-        help="One client of the run, or _global, the common model.",
+        help="One client of the run, or _global, the common model; of a pool one member.",
         show_default=False,
     ),
 ]

@@ -12,8 +12,8 @@ metadata):
 * ``base_delta``, ``folded``: adapters that belong to the base, where there are any.
 
 ``fedgrove.json`` is that of every client, with ``peft`` (false) and ``why`` (one sentence) besides.
-The mix is looked up by its name among those that the method names (``Method.mixes``), so that
-reading a directory runs no foreign code.
+The mix is looked up by its name among those that the method names (``Method.mixes``; of a pool,
+``adapters.routers``), so that reading a directory runs no foreign code.
 """
 
 from __future__ import annotations
@@ -51,15 +51,23 @@ def why(assembly: Assembly, method: str) -> str:
     )
 
 
-def save_assembly(folder: Path, assembly: Assembly, *, card: Mapping[str, Any]) -> None:
+def save_assembly(
+    folder: Path,
+    assembly: Assembly,
+    *,
+    card: Mapping[str, Any],
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
     """Write one directory, replacing what is there only when all of it is written. The head is
-    among the extras.
+    among the extras; ``beside`` are further files, by name.
     """
     with whole_directory(folder) as partial:
         (partial / FILE).write_bytes(pack(_described(assembly)))
         (partial / CARD).write_text(
             json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        for name, content in (beside or {}).items():
+            (partial / name).write_bytes(content)
 
 
 def read_assembly(folder: Path, mixes: Sequence[type[Mix]]) -> Assembly:

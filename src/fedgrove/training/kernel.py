@@ -261,9 +261,17 @@ class Kernel:
         with self.hooked.running(batch, running):
             with span("forward"):
                 self._prepare(lives, batch)
-                heads = [live.head for live in lives]
-                found = self.reader.losses(heads, rows, batch)
+                found = self._losses(lives, rows, batch)
             yield found
+
+    def _losses(
+        self, lives: Sequence[LiveAssembly], rows: Sequence[int], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
+        """Each client's loss on its rows of the running batch."""
+        if lives[0].heads:  # alone in the batch: its mix depends on the input
+            return [self.task.loss(self.reader.answer(lives[0], batch), batch)]
+        heads = [live.head for live in lives]
+        return self.reader.losses(heads, rows, batch)
 
     # -------------------------------------------------------------- evaluation
     @torch.inference_mode()
@@ -316,7 +324,7 @@ class Kernel:
         rows: dict[int, Tensor] = {}
         with self.opened(assembly, train=False) as live:
             for indices, batch in self.passes(live, examples):
-                logits = self.reader.logits(live.head, batch)
+                logits = self.reader.answer(live, batch)
                 rows.update(zip(indices, logits.cpu(), strict=True))
         return _in_order(rows)
 
@@ -384,13 +392,20 @@ class Kernel:
             return {key: value.to(device) for key, value in batch.items()}
 
     def _prepare(self, lives: Sequence[LiveAssembly], batch: Batch) -> None:
-        """Give a live assembly whose mix reads them the running batch's features."""
+        """Give a live assembly whose mix reads them the running batch's features, and have it
+        begin.
+        """
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            mask = mask.bool()
+        examples = len(next(iter(batch.values())))
         for live in lives:
             mix = live.assembly.mix
             if mix.needs_features:
                 added = live.part(mix.features_with)
                 with self.hooked.instead(added), torch.no_grad():
                     live.features = self.reader.features(batch)
+            live.begin(examples, mask)
 
 
 def _in_order(rows: Mapping[int, Tensor]) -> Tensor:

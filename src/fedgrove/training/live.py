@@ -9,12 +9,13 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors, Site
 from fedgrove.adapters.assembly import Assembly, Extra, Product, Term, products, sealed
 from fedgrove.adapters.private import seal, unseal
+from fedgrove.adapters.tally import Tally
 from fedgrove.methods.contract import Live
 from fedgrove.training.packed import Layout
 
@@ -68,6 +69,9 @@ class LiveAssembly:
         self.dropout = dropout * train  # none where nothing trains
         #: pooled features of the batch's examples [b, hidden], where the mix reads them
         self.features: Float[Tensor, "b hidden"] | None = None
+        #: what the mix settled for the batch, and who runs for whom in it
+        self.choice: object = None
+        self.tally: Tally | None = None
         #: learning-rate multiplier (None: the head's own) -> leaves
         self.groups: dict[float | None, list[Tensor]] = {}
         self.terms = [self._term(term, train) for term in assembly.terms]
@@ -105,6 +109,18 @@ class LiveAssembly:
                 found[name.removeprefix("head.")] = value
         return found
 
+    @property
+    def heads(self) -> list[dict[str, Tensor]]:
+        """A head for each term, as ``head`` has one, from extras ``heads.NUMBER.NAME``; [] where
+        there is one head for all.
+        """
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, value in self.extras.items():
+            if name.startswith("heads."):
+                _, number, own = name.split(".", 2)
+                found.setdefault(int(number), {})[own] = value
+        return [found[number] for number in sorted(found)]
+
     def seen(self) -> Live:
         """What a penalty sees."""
         adapters = {term.name: term.adapter for term in self.terms}
@@ -112,6 +128,16 @@ class LiveAssembly:
 
     def enter(self, layout: Layout | None) -> None:
         """As in Running. An assembly alone adds the same to every row."""
+
+    def begin(self, examples: int, mask: Bool[Tensor, "b t"] | None) -> None:
+        """A batch of so many examples begins, whose features are known; ``mask``: its tokens that
+        are no padding.
+        """
+        mix = self.assembly.mix
+        self.tally = None
+        if mix.routes:
+            self.tally = Tally(examples, mask)
+        self.choice = mix.choose(self.features, self.extras, examples)
 
     # -------------------------------------------------------------------- forward
     def products(self, site: Site, x: Inputs) -> list[Product]:
@@ -129,6 +155,8 @@ class LiveAssembly:
             extras=self.extras,
             updates=updates,
             features=self.features,
+            choice=self.choice,
+            tally=self.tally,
         )
 
     def add(
@@ -157,7 +185,7 @@ class LiveAssembly:
             else:
                 terms.append(product)
         for product in terms:
-            result = result + product.output(dropped)
+            result = product.onto(result, dropped)
         return result.to(output.dtype)
 
     @property

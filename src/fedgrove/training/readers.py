@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedgrove.adapters.routers import Choice
 from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, WritingTask
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.plain import Plain
@@ -99,6 +100,32 @@ class Reader(Generic[Asked]):
         """The running batch's logits, rows in the order of its examples."""
         raise NotImplementedError
 
+    def answer(self, live: LiveAssembly, batch: Batch) -> Float[Tensor, "_ *t c"]:
+        """The running batch's logits of a live assembly: of its head; or, of terms that run apart,
+        the logarithm of their mean probabilities.
+        """
+        if not live.assembly.mix.apart:
+            return self.logits(live.head, batch)
+        return self._apart(live, batch)
+
+    def _apart(self, live: LiveAssembly, batch: Batch) -> Float[Tensor, "b *t c"]:
+        """Each term that some example chose runs alone, on the examples that chose it."""
+        choice = live.choice
+        assert isinstance(choice, Choice)  # of a router that chooses by example
+        found: Tensor | None = None
+        for number, (term, head) in enumerate(zip(live.terms, live.heads, strict=True)):
+            rows = choice.who[number]
+            if not len(rows):
+                continue
+            with self.hooked.instead(live.part([term.name])):
+                logits = self.logits(head, {key: value[rows] for key, value in batch.items()})
+            own = logits.softmax(-1) * choice.per(rows, number, logits)
+            if found is None:
+                found = own.new_zeros(len(choice.weights), *own.shape[1:])
+            found.index_add_(0, rows, own)
+        assert found is not None  # every example chose a term
+        return found.log()
+
     def losses(
         self,
         heads: Sequence[Head],
@@ -121,7 +148,7 @@ class Reader(Generic[Asked]):
         sums: dict[str, float] = {}
         for _, batch in passes(live, examples):
             with span("forward"):
-                logits = self.logits(live.head, batch)
+                logits = self.answer(live, batch)
                 scores = self.task.score(logits, batch)
             for key, value in scores.items():
                 sums[key] = sums.get(key, 0.0) + value
@@ -139,6 +166,18 @@ class Pooled(Reader[HeadedTask]):
     def logits(self, head: Head, batch: Batch) -> Float[Tensor, "b *t c"]:
         seen = self._seen(batch)
         return self.task.head_logits(seen, head)
+
+    def answer(self, live: LiveAssembly, batch: Batch) -> Float[Tensor, "b *t c"]:
+        """As in Reader; where each term has a head, all read the mixed states, and their logits add
+        up by the share that an example gave each term.
+        """
+        heads = live.heads
+        if not heads or live.assembly.mix.apart:
+            return super().answer(live, batch)
+        seen = self._seen(batch)
+        assert live.tally is not None  # only terms that are routed to have heads of their own
+        logits = torch.stack([self.task.head_logits(seen, head) for head in heads])
+        return torch.einsum("bn,nb...->b...", live.tally.shares(), logits)
 
     def losses(
         self,

@@ -8,7 +8,7 @@ answer a held-out client; the newcomer's half, its probe and its training run he
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,10 @@ from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.use.result import Result
 
 if TYPE_CHECKING:
+    from fedgrove.adapters.assembly import Assembly
+    from fedgrove.federation.tasks.base import Example
     from fedgrove.job import Job
+    from fedgrove.training.client import ClientHalf
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,21 @@ class Adapted:
 
 
 @dataclass(frozen=True, eq=False)
+class Arrived:
+    """A newcomer as it is welcomed, before anything of its own is in its model."""
+
+    result: Result
+    parts: Parts
+    half: ClientHalf
+    assembly: Assembly  # of the welcome
+    examples: Mapping[str, list[Example]]  # by split
+
+
+#: makes a newcomer's model without a training step: its name among the measures, and the model
+Way = Callable[[Arrived], "tuple[str, Assembly]"]
+
+
+@dataclass(frozen=True, eq=False)
 class Finished:
     """A finished run, ready to answer: its parts, and the server at its last round."""
 
@@ -69,6 +87,7 @@ def adapt(
     epochs: int = 5,
     seed: int | None = None,
     out: str | Path | None = None,
+    way: Way | None = None,
 ) -> Adapted:
     """Adapt a finished run, of any method, to a new client.
 
@@ -81,6 +100,8 @@ def adapt(
         epochs: passes over its training rows; 0 only places and measures it.
         seed: of the split, the probe and the training; default the run's own.
         out: the adapter's directory, a new one; default ``RUN/adapted/NAME``.
+        way: what to do with the welcomed model instead of training (``use.prototypes``,
+            ``pools.newcomer``).
 
     Raises ``FedgroveError``: the run is not finished, the table or the name cannot be used, the
     directory is taken.
@@ -106,7 +127,10 @@ def adapt(
     offer = half.arrive(info, examples["train"], welcome, guard)
     assembly = half.personal(info, offer, {})
     measures = {"zero-shot": half.kernel.evaluate(half.deployed(assembly), examples["test"])}
-    if epochs:
+    if way is not None:
+        after, assembly = _by(way, Arrived(result, parts, half, assembly, examples))
+        measures[after] = half.kernel.evaluate(half.deployed(assembly), examples["test"])
+    elif epochs:
         penalty = half.penalty(info, offer, {})
         assembly = half.tune(info, assembly, examples["train"], epochs, penalty, guard)
         after = f"after {epochs} epoch{'s' * (epochs > 1)}"
@@ -125,6 +149,16 @@ def adapt(
         measures=measures,
         privacy=spent,
     )
+
+
+def _by(way: Way, arrived: Arrived) -> tuple[str, Assembly]:
+    """Raises ``RunError`` where the job protects each example, whom such a way reads as they are."""
+    if arrived.parts.job.privacy.example_level:
+        raise RunError(
+            f"{arrived.result.path} protects its examples (privacy.example_clip), and without training "
+            "a model would be made of them as they are; adapt it with --how train."
+        )
+    return way(arrived)
 
 
 def _name(result: Result, data: Path, name: str | None) -> str:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fedgrove.adapters import Adapter, Assembly, Extra, Term
+from fedgrove.adapters.assembly import Mix
+from fedgrove.adapters.routers import ROUTERS
 from fedgrove.aggregate.foreign import card_of, is_adapter, opened, says_which, tidied
 from fedgrove.federation.readers import Row
 from fedgrove.federation.tasks import TASKS, Example
@@ -29,6 +31,8 @@ from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.measured import measured
 from fedgrove.use.asked import answered, questions
+
+POOL = "pool"  # the method that the card of a pool names
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def load(
     if merged or (folder / assembly_file.FILE).exists():
         card = card_of(folder, labels, base)
     if (folder / assembly_file.FILE).exists():
-        own = assembly_file.read_assembly(folder, mixes(method_class(card["method"])))
+        own = assembly_file.read_assembly(folder, _mixes(card))
         head = {}
         every = [*(term.adapter for term in own.terms), own.base_delta or {}]
         adapter = {site: factors for each in every for site, factors in each.items()}  # for shapes
@@ -185,6 +189,28 @@ def load(
     else:
         found = opened(folder, labels, base)
         adapter, head, card = found.adapter, found.head, found.card
+    kernel = kernel_for(folder, card, adapter, dtype=dtype, device=device, merged=merged)
+    if card["head"] == "stock" and (merged or not head):
+        head = kernel.base.stock_head
+    if own is not None:
+        return ClientModel(kernel, own, card)
+    extras = {PREFIX + name: Extra(value, train=False) for name, value in head.items()}
+    terms = (Term("adapter", adapter, train=""),) if adapter else ()
+    return ClientModel(kernel, Assembly(terms, extras=extras), card)
+
+
+def kernel_for(
+    folder: Path,
+    card: Plain,
+    adapter: Adapter,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    merged: bool = False,
+) -> Kernel:
+    """The base that a card names, with the sites of an adapter that lies in ``folder``. Raises
+    ``AdapterError`` where the two do not fit.
+    """
     try:
         with says_which(folder):
             kernel = _kernel(
@@ -203,20 +229,20 @@ def load(
             f"{folder}: the adapter is of another model than {card['model']}, which has no layer "
             f"'{next(iter(adapter))}' that can be adapted."
         ) from error
-    loaded = kernel.base
-    if card["head"] == "stock" and (merged or not head):
-        head = loaded.stock_head
     for site, factors in adapter.items():
-        known = loaded.sites[site]
+        known = kernel.base.sites[site]
         if (factors.A.shape[1], factors.B.shape[0]) != (known.in_features, known.out_features):
             raise AdapterError(
                 f"{folder}: '{site}' does not have the shape of that layer in {card['model']}."
             )
-    if own is not None:
-        return ClientModel(kernel, own, card)
-    extras = {PREFIX + name: Extra(value, train=False) for name, value in head.items()}
-    terms = (Term("adapter", adapter, train=""),) if adapter else ()
-    return ClientModel(kernel, Assembly(terms, extras=extras), card)
+    return kernel
+
+
+def _mixes(card: Plain) -> Sequence[type[Mix]]:
+    """What the terms of a directory in our own format may be mixed by."""
+    if card["method"] == POOL:
+        return ROUTERS
+    return mixes(method_class(card["method"]))
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,256 @@
+"""From members to the assembly that runs them: a frozen term each, a router as their mix, and what
+the router and the heads need as extras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedgrove.adapters.adapter import Adapter, Factors, Site
+from fedgrove.adapters.algebra import mean
+from fedgrove.adapters.assembly import Assembly, Extra, Mix, Term, Weighted
+from fedgrove.adapters.lowrank import product_svd
+from fedgrove.adapters.routers import Arrow, Attention, Components, Compose, Even, Retrieve
+from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.options import Options
+from fedgrove.ground.seeds import generator
+from fedgrove.methods.head import PREFIX
+from fedgrove.pools.members import Member, matched
+from fedgrove.pools.options import READS, ArrowOptions, AttentionOptions, ComponentsOptions
+
+Head = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen for a pool."""
+
+    router: str
+    compose: Compose
+    top_k: int
+    options: Options
+
+
+def assembly_of(
+    members: Sequence[Member], plan: Plan, sites: Mapping[str, Site], fallback: Head
+) -> Assembly:
+    """The pool. ``fallback``: the base's own head, of members that have none. Raises
+    ``AdapterError`` where the members do not fit the plan.
+    """
+    check(members, plan)
+    heads = heads_of(members, fallback)
+    if plan.router == "uniform" and plan.compose != "ensemble":
+        return uniform(members, heads, plan.compose)
+    terms = tuple(Term(each.name, each.adapter, train="") for each in members)
+    values = {**_signatures(members, plan), **_own(members, plan, sites)}
+    apart = plan.compose == "ensemble"
+    extras = _frozen(values) | _heads(heads, members, apart)
+    if isinstance(plan.options, ComponentsOptions) and plan.options.components == "svd":
+        terms = tuple(replace(term, adapter=triplets(term.adapter)) for term in terms)
+    return Assembly(terms, _mix(plan, len(members)), extras)
+
+
+def uniform(members: Sequence[Member], heads: Sequence[Head], compose: Compose) -> Assembly:
+    """All members alike, which one LoRA adapter computes: side by side, or the mean of the
+    factors.
+    """
+    share = 1 / len(members)
+    extras = head_extras(mean_head(heads))
+    if compose == "fusion":
+        whole = mean([each.adapter for each in members])
+        return Assembly((Term("mean", whole, train=""),), Weighted({}), extras)
+    terms = tuple(Term(each.name, each.adapter, train="") for each in members)
+    return Assembly(terms, Weighted({each.name: share for each in members}), extras)
+
+
+def alone(member: Member, head: Head) -> Assembly:
+    """One member as it is."""
+    return Assembly((Term(member.name, member.adapter, train=""),), extras=head_extras(head))
+
+
+def head_extras(head: Head) -> dict[str, Extra]:
+    """A head as every assembly has it."""
+    return {PREFIX + name: Extra(value, train=False) for name, value in head.items()}
+
+
+def heads_of(members: Sequence[Member], fallback: Head) -> list[Head]:
+    """Each member's head with its outputs in the order of the first one's labels; {} where the model
+    writes.
+    """
+    labels = members[0].card["labels"]
+    found: list[Head] = []
+    for each in members:
+        head = matched(each, labels) or fallback
+        if not head and each.card["head"] != "lm":
+            raise AdapterError(
+                f"{each.place.folder} has no head that was trained, so it names no classes; use one "
+                "with its head (modules_to_save, head.safetensors)."
+            )
+        found.append(head)
+    return found
+
+
+def mean_head(heads: Sequence[Head]) -> Head:
+    """The mean of the heads' tensors, in float64: what reads a state as the mean of all their logits
+    does, where they are linear.
+    """
+    return {name: torch.stack([head[name].double() for head in heads]).mean(0) for name in heads[0]}
+
+
+def triplets(adapter: Adapter) -> Adapter:
+    """The same update by its singular triplets: rows of A are the right vectors, columns of B the left
+    ones times the singular values; the scale is 1.
+    """
+    found: Adapter = {}
+    for site, factors in adapter.items():
+        u, s, vh = product_svd([factors])
+        found[site] = Factors(vh.contiguous(), (u * s).contiguous(), 1.0)
+    return found
+
+
+# ------------------------------------------------------------------------ checks
+def check(members: Sequence[Member], plan: Plan) -> None:
+    """Refuse what the plan cannot run."""
+    count = len(members)
+    if plan.top_k > count:
+        raise AdapterError(
+            f"--top-k {plan.top_k} is more than the pool's {count} members; set it to {count} or less."
+        )
+    if plan.compose == "fusion":
+        _check_fusion(members)
+    needs = READS[plan.router]
+    if plan.router == "attention" and plan.top_k == count:
+        needs = None
+    if needs is None:
+        return
+    for each in members:
+        if each.signature is None:
+            raise AdapterError(
+                f"{each.place.folder} has no signature, which --router {plan.router} reads: sign it "
+                f"with --signature {needs}, fedgrove sign or --samples {each.name}=FILE, or take "
+                "--router arrow, which needs none."
+            )
+        if needs == "gaussian" and each.signature.kind != "gaussian":
+            raise AdapterError(
+                f"{each.place.folder}: --router {plan.router} reads a signature of the kind gaussian, "
+                f"and this one is a {each.signature.kind}; sign it again, or take --router retrieve."
+            )
+
+
+def _check_fusion(members: Sequence[Member]) -> None:
+    first = members[0]
+    for other in members[1:]:
+        for site in sorted(first.adapter.keys() | other.adapter.keys()):
+            ours, theirs = first.adapter.get(site), other.adapter.get(site)
+            if ours is None or theirs is None:
+                what = "covers other layers"
+            elif ours.rank != theirs.rank:
+                what = f"has rank {theirs.rank}, not {ours.rank},"
+            elif ours.scale != theirs.scale:
+                what = f"has the scale {theirs.scale:g}, not {ours.scale:g},"
+            else:
+                continue
+            raise AdapterError(
+                f"{other.place.folder} {what} at '{site}' than {first.place.folder}; fusion takes "
+                "equal ranks and scales: use --compose mixture."
+            )
+
+
+# ------------------------------------------------------------------------ pieces
+def _mix(plan: Plan, count: int) -> Mix:
+    options = plan.options
+    if plan.router == "uniform":
+        return Even()
+    if isinstance(options, ArrowOptions):
+        return Arrow(plan.top_k, options.score)
+    if isinstance(options, AttentionOptions):
+        return Attention(plan.top_k, retrieves=plan.top_k < count)
+    if isinstance(options, ComponentsOptions):
+        return Components(plan.top_k, **options.model_dump())
+    return Retrieve(plan.top_k, plan.compose)
+
+
+def _signatures(members: Sequence[Member], plan: Plan) -> dict[str, Tensor]:
+    """What the router reads of the members' signatures, in float64."""
+    signed = [each.signature for each in members]
+    kind = READS[plan.router]
+    if kind is None or any(each is None for each in signed):
+        return {}
+    found = {"signature.mean": torch.stack([each.mean for each in signed if each])}
+    if kind == "mean":
+        return found
+    for number, each in enumerate(signed):
+        assert each is not None
+        assert each.axes is not None
+        assert each.spread is not None
+        found[f"signature.axes.{number}"] = each.axes
+        found[f"signature.spread.{number}"] = each.spread
+    numbers = [(each.rest or 0.0, each.threshold or 0.0) for each in signed if each]
+    rest, limits = torch.tensor(numbers, dtype=torch.float64).T
+    ranks = torch.tensor([each.rank for each in members], dtype=torch.float64)
+    return found | {
+        "signature.rest": rest.contiguous(),
+        "signature.threshold": limits.contiguous(),
+        "signature.rank": ranks,
+    }
+
+
+def _own(members: Sequence[Member], plan: Plan, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """What the router has at each site."""
+    options = plan.options
+    found: dict[str, Tensor] = {}
+    covered = [name for name in sorted(sites) if any(name in member.adapter for member in members)]
+    for name in covered:
+        site = sites[name]
+        if isinstance(options, ArrowOptions):
+            found[f"prototypes.{name}"] = torch.stack(
+                [_prototype(member.adapter.get(name), site) for member in members]
+            )
+        if isinstance(options, AttentionOptions):
+            draw = generator(options.seed, "router", name)
+            bound = site.in_features**-0.5
+            down = torch.rand(options.width, site.in_features, generator=draw)
+            up = torch.randn(site.out_features, options.width, generator=draw)
+            found[f"router.A.{name}"] = (2 * down - 1) * bound
+            found[f"router.B.{name}"] = 0.01 * up
+    return found
+
+
+def _prototype(factors: Factors | None, site: Site) -> Tensor:
+    """[in]: the first right singular vector of ``B A``; zero where there is none."""
+    if factors is None:
+        return torch.zeros(site.in_features)
+    _, _, vh = product_svd([factors], rank=1)
+    return vh[0].to(factors.A.dtype)
+
+
+def _heads(heads: Sequence[Head], members: Sequence[Member], apart: bool) -> dict[str, Extra]:
+    """A head for each member; one for all where they have the same, or where the model writes."""
+    if members[0].card["head"] == "lm":
+        if apart:
+            raise AdapterError(
+                "--compose ensemble averages probabilities of classes; a model that writes adds up by "
+                "mixture or fusion."
+            )
+        return {}
+    same = all(torch.equal(head[name], heads[0][name]) for head in heads for name in heads[0])
+    if same and not apart:
+        return head_extras(heads[0])
+    if members[0].card["head"] == "stock" and not apart:
+        raise AdapterError(
+            "The members have heads of their own inside the base's classifier, which take no mixed "
+            "states: use --compose ensemble (of --router retrieve or uniform)."
+        )
+    return {
+        f"heads.{number}.{name}": Extra(value, train=False)
+        for number, head in enumerate(heads)
+        for name, value in head.items()
+    }
+
+
+def _frozen(values: Mapping[str, Tensor]) -> dict[str, Extra]:
+    return {name: Extra(value, train=False) for name, value in values.items()}
