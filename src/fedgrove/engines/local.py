@@ -348,6 +348,7 @@ class LocalEngine:
         clients: Sequence[str],
         offer: OfferOf,
         out: Path,
+        unmeasured: Collection[str] = (),
     ) -> Iterator[tuple[str, Leaving]]:
         # their probes need the kernel
         arrived = {name: offer(name) for name in clients if name in self.held_out}
@@ -368,6 +369,7 @@ class LocalEngine:
                 out / "adapters",
                 held_out=name in self.held_out,
                 keep_texts=True,
+                measure=name not in unmeasured,
             )
             return name, gone
 
