@@ -54,9 +54,9 @@ def test_only_those_drawn_are_measured_and_all_leave_as_ever(job: fg.Job, tmp_pa
     run(some, tmp_path / "some")
     everyones = adapters(tmp_path / "all")
     ours = adapters(tmp_path / "some")
-    assert {name for name in everyones if not name.endswith("measures.json")} == set(
+    assert {name for name in everyones if not name.endswith("measures.json")} == {
         name for name in ours if not name.endswith("measures.json")
-    )
+    }
     for name in ours:
         if name.endswith("safetensors"):
             assert ours[name] == everyones[name], name
