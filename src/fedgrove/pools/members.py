@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from fedgrove.ground.errors import AdapterError, RunError
 from fedgrove.ground.names import RULE, client_name
 from fedgrove.ground.plain import Plain
 from fedgrove.interop import assembly_file, peft
+from fedgrove.interop.copies import content_key
 from fedgrove.interop.models import EMBEDDED_MODELS
 from fedgrove.pools.signature import Signature, read
 from fedgrove.use.result import Result
@@ -123,20 +123,22 @@ def _member(place: Place, base: str | None) -> Member:
     found = opened(folder, base=base)
     if found.card.get("merged") or not found.adapter:
         raise AdapterError(f"{folder} holds a merged model; a pool takes adapters.")
-    digest = hashlib.sha256()
     tensors: dict[str, Tensor] = dict(found.head)
+    scales = []
     for site, factors in found.adapter.items():
         tensors |= {f"{site}.A": factors.A, f"{site}.B": factors.B}
-    for name in sorted(tensors):
-        if not bool(torch.isfinite(tensors[name]).all()):
+        scales.append((site, factors.scale))
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
             raise AdapterError(f"{folder}: '{name}' holds NaN or Inf; leave this member out.")
-        digest.update(name.encode())
-        digest.update(tensors[name].float().contiguous().numpy().tobytes())
-    for site, factors in found.adapter.items():
-        digest.update(f"{site} {factors.scale!r}".encode())
     signature = read(folder)
     member = Member(
-        place, found.adapter, dict(found.head), found.card, digest.hexdigest(), signature
+        place,
+        found.adapter,
+        dict(found.head),
+        found.card,
+        content_key(tensors, sorted(scales)),
+        signature,
     )
     if signature is not None and not same_base(signature.base, member.base):
         raise AdapterError(
