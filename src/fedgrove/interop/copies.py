@@ -57,7 +57,7 @@ class Copies:
 
 
 def content_key(tensors: Mapping[str, Tensor], *described: object) -> str:
-    """The SHA-256 of tensors, ``{name: any shape}``, and of what else is written with them."""
+    """The SHA-256 of tensors [any shape], by name, and of what else is written with them."""
     digest = hashlib.sha256(repr(described).encode())
     for name, value in sorted(tensors.items()):
         plain = value.detach().cpu().contiguous()

@@ -121,7 +121,9 @@ def smollm2(source: Path, folder: Path) -> None:
 
 
 def _save(config: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
-    """A plain Llama in float16, as its authors kept it."""
+    """A plain Llama in float16, as its authors kept it; ``weights``: a linear layer's [out, in],
+    a norm's [hidden], the embedding's [vocabulary, hidden].
+    """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     plain = LlamaConfig(**{**config, "dtype": torch.float16})

@@ -128,6 +128,7 @@ def _reordered(b: Float[Tensor, "out rank"], site: str, config: Any) -> Float[Te
 def _write(
     out: Path, architecture: Architecture, alpha: float, tensors: Mapping[str, Tensor]
 ) -> None:
+    """``tensors``: ``lora_a`` [rank, in] and ``lora_b`` [out, rank] of each layer."""
     import gguf
 
     partial = out.with_name(out.name + ".partial")

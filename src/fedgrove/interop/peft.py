@@ -50,7 +50,8 @@ def save_adapter(
     """Write one PEFT adapter directory, replacing what is there only when all of it is written.
 
     ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes
-    where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
+    where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter: weight
+    [c, h] and bias [c], none for a language model.
     ``transposed``: whether the base has adapted layers that hold their weights so (``Site``).
     ``copies``: what was written of the same run, so that equal content is one file; its owner syncs.
     ``rslora`` says how PEFT is to read alpha; the scales are the factors' own.
@@ -105,8 +106,8 @@ def _store(
     copies: Copies | None,
     *described: object,
 ) -> Origin | None:
-    """Write tensors as the file ``name`` of what becomes ``folder``, or link it to the first of
-    the same content, which is returned.
+    """Write tensors [any shape] as the file ``name`` of what becomes ``folder``, or link it to the
+    first of the same content, which is returned.
     """
     key = ""
     if copies is not None:
@@ -129,8 +130,8 @@ def rewrite(
     *,
     card: Mapping[str, Any],
 ) -> None:
-    """Write a directory of other factors with the head and the configuration of one that was
-    read.
+    """Write a directory of other factors with the head, tensors [any shape] by name, and the
+    configuration of one that was read.
     """
     save_adapter(
         folder,
@@ -182,8 +183,8 @@ def _tidy(alpha: float) -> Any:
 def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, Any]]:
     """(adapter, head, PEFT's configuration) of a directory, whoever wrote it.
 
-    Tensors other than LoRA's pairs (modules to save) come back as the head, by their name in the
-    base model. Raises ``AdapterError`` in one sentence that names the file and the tensor.
+    Tensors [any shape] other than LoRA's pairs (modules to save) come back as the head, by their
+    name in the base model. Raises ``AdapterError`` in one sentence that names the file and the tensor.
     """
     config = read_json(folder / CONFIG)
     if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS).exists():
@@ -257,6 +258,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors [any shape] of a safetensors file, by name. Raises ``AdapterError``."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in sorted(file.keys())}

@@ -63,7 +63,7 @@ class ClientModel:
         return self.answers(questions(self.kernel.task, texts))
 
     def answers(self, rows: Sequence[Row]) -> Tensor:
-        """As ``logits``, of checked rows, whose labels do not matter."""
+        """As ``logits``, [rows, classes], of checked rows, whose labels do not matter."""
         return self._read(rows)[0]
 
     def asked(self, rows: Sequence[Row]) -> Told:
@@ -73,11 +73,13 @@ class ClientModel:
         return Told(task.told_of(logits, examples), task.scored(logits))
 
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, list[Example]]:
+        """As ``answers``, [rows, classes] or [rows, tokens, classes], and what the rows became."""
         self._check_head()
         examples = self.kernel.task.encode(rows, self.kernel.base.processor)
         return self.kernel.logits(self.assembly, examples).clone(), examples
 
     def probabilities(self, texts: Sequence[Any]) -> Tensor:
+        """As ``logits``, [texts, classes], in float32."""
         return self.kernel.task.probabilities(self.logits(texts).float())
 
     def predict(self, texts: Sequence[Any]) -> list[Any]:
