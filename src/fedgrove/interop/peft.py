@@ -81,11 +81,16 @@ def save_adapter(
         if head and not stock:
             _store(head, partial, folder, HEAD, card, copies)
         (partial / CARD).write_text(
-            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
         )
 
 
-def _task_type(task: str | None, head_kind: str, head_modules: tuple[str, ...]) -> str | None:
+def _task_type(
+    task: str | None,
+    head_kind: str,
+    head_modules: tuple[str, ...],
+) -> str | None:
     """What PEFT calls the task of a model with this kind of head."""
     if head_kind == "lm":
         return "CAUSAL_LM"
@@ -147,7 +152,11 @@ def rewrite(
 
 
 def _config(
-    adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | None, rslora: bool
+    adapter: Adapter,
+    base: str,
+    modules: tuple[str, ...],
+    kind: str | None,
+    rslora: bool,
 ) -> Any:
     from peft import LoraConfig
 
@@ -232,7 +241,11 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, An
     return adapter, head, config
 
 
-def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
+def _scale(
+    config: Mapping[str, Any],
+    site: str,
+    rank: int,
+) -> float:
     import re
 
     alpha = config.get("lora_alpha", rank)
