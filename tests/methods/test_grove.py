@@ -196,6 +196,7 @@ def test_growing_again_splits_groups_and_changes_no_client_s_function() -> None:
             trained = moved(path, 100 * round + number, pairs)
             updates.append(Update(name, 10, Modules(trained, [0, 1, 2, 3])))
         state = aggregated(chosen, state, round, updates)
+    assert state.tree is not None
     assert state.tree.round == 8
     deepest = state.tree.layers[-1]
     assert deepest.count == 4
