@@ -183,7 +183,7 @@ def _rounds(wanted: Trial, job: fg.Job, folder: Path) -> Record:
         directory.open(stage, resume=resume)
         loop = Loop(stage, Records.at(directory.path, watch, stage.lab))
         loop.rounds()
-        found = {}
+        found: dict[str, Any] = {}
         if isinstance(stage.method, ServerArtefacts):
             found = stage.method.artefacts(loop.state)
         clients = {

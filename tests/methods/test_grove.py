@@ -324,7 +324,7 @@ def test_a_leaf_has_no_more_modules_than_its_client_can_train() -> None:
 
 def gated(loss: Callable[[Mapping[int, Gate]], float]) -> dict[int, Gate]:
     """What a client chooses whose held-out loss is that of its gates."""
-    steps = leaf.choose(Assembly(), list(range(6)))
+    steps = leaf.gate_steps(Assembly(), list(range(6)))
     done = [Trained(Assembly(), 0.0, 1)]
     step = next(steps)
     found: dict[int, Gate] = {}
@@ -337,7 +337,7 @@ def gated(loss: Callable[[Mapping[int, Gate]], float]) -> dict[int, Gate]:
             step = steps.send(done[-1])
         except StopIteration as stop:
             found = stop.value
-    assert leaf.chosen(done, list(range(6))) == found  # the report finds the same
+    assert leaf.gates_of(done, list(range(6))) == found  # the report finds the same
     return found
 
 

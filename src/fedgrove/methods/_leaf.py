@@ -48,7 +48,9 @@ def stretches(layers: Sequence[int]) -> list[list[int]]:
     return [list(layers[bounds[part] : bounds[part + 1]]) for part in range(count)]
 
 
-def choose(trained: Assembly, layers: Sequence[int]) -> Generator[Step, Trained, dict[int, Gate]]:
+def gate_steps(
+    trained: Assembly, layers: Sequence[int]
+) -> Generator[Step, Trained, dict[int, Gate]]:
     """The gates that lose least on the held-out rows: a step for each trial, the gates at the end."""
     losses: dict[tuple[tuple[int, Gate], ...], float] = {}
 
@@ -61,7 +63,7 @@ def choose(trained: Assembly, layers: Sequence[int]) -> Generator[Step, Trained,
         return losses[key]
 
     def best(base: Mapping[int, Gate], own: Sequence[int]) -> Generator[Step, Trained, Gate]:
-        found = {}
+        found: dict[Gate, float] = {}
         for gate in CHOICES:
             found[gate] = yield from loss({**base, **dict.fromkeys(own, gate)})
         return min(CHOICES, key=lambda gate: found[gate])
@@ -76,9 +78,9 @@ def choose(trained: Assembly, layers: Sequence[int]) -> Generator[Step, Trained,
     return shrunk
 
 
-def chosen(trained: Sequence[Trained], layers: Sequence[int]) -> dict[int, Gate]:
-    """The gates from what the steps of a round gave: the leaf's training, then ``choose``'s."""
-    steps = choose(trained[0].assembly, layers)
+def gates_of(trained: Sequence[Trained], layers: Sequence[int]) -> dict[int, Gate]:
+    """The gates from what the steps of a round gave: the leaf's training, then ``gate_steps``'s."""
+    steps = gate_steps(trained[0].assembly, layers)
     looked = iter(trained[1:])
     try:
         next(steps)

@@ -47,8 +47,8 @@ from fedgrove.clustering.matrix import Matrix
 from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.plain import Plain
-from fedgrove.methods import _leaf as leaf
 from fedgrove.methods import contract
+from fedgrove.methods._leaf import BRANCH, LEAF, ROOT, SEEN, Gated, gate_steps, gates_of
 from fedgrove.methods.contract import ClientInfo, Method, Plan, Setting, Step, Trained, Update
 from fedgrove.methods.fed_plora import best, refuse_scales, training, wanted
 
@@ -599,9 +599,9 @@ class Grove(Method):
         round: int,
     ) -> Generator[Step, Trained, None]:
         if self._of_leaves(round):
-            grown = yield Step(self._with_leaf(client, offer, mine), part=leaf.SEEN)
+            grown = yield Step(self._with_leaf(client, offer, mine), part=SEEN)
             if round == self.setting.rounds:
-                yield from leaf.choose(grown.assembly, list(self.layers))
+                yield from gate_steps(grown.assembly, list(self.layers))
             return
         gradients = None
         if self.options.selection == "gradient" and client.rank < _rank(offer) - offer.first:
@@ -654,7 +654,7 @@ class Grove(Method):
         whole = self._with_leaf(client, offer, mine)
         gates = {int(layer): (pair[0], pair[1]) for layer, pair in mine.gates.items()}
         terms = tuple(replace(term, train="AB") for term in whole.terms)
-        return replace(whole, terms=terms, mix=leaf.Gated(gates))
+        return replace(whole, terms=terms, mix=Gated(gates))
 
     def client_artefacts(
         self,
@@ -673,10 +673,10 @@ class Grove(Method):
 
     def _leafed(self, trained: Sequence[Trained], round: int) -> Own:
         """What a client keeps after a round of its leaf; after the last one its gates too."""
-        own = Own(trained[0].adapter(leaf.LEAF))
+        own = Own(trained[0].adapter(LEAF))
         if round < self.setting.rounds:
             return own
-        gates = leaf.chosen(trained, list(self.layers))
+        gates = gates_of(trained, list(self.layers))
         return replace(own, gates={str(layer): list(gate) for layer, gate in gates.items()})
 
     def _with_leaf(
@@ -690,14 +690,14 @@ class Grove(Method):
         root = rank - offer.branches
         terms = []
         if root:
-            terms.append(Term(leaf.ROOT, _some(offer.path, 0, root), train=""))
+            terms.append(Term(ROOT, _some(offer.path, 0, root), train=""))
         if offer.branches:
-            terms.append(Term(leaf.BRANCH, _some(offer.path, root, rank), train=""))
+            terms.append(Term(BRANCH, _some(offer.path, root, rank), train=""))
         own = mine.leaf
         if own is None:
             modules = min(self.options.leaf_rank, client.rank)
             own = self.setting.shared_draw(modules, "leaf")
-        return Assembly((*terms, Term(leaf.LEAF, own, home="client")))
+        return Assembly((*terms, Term(LEAF, own, home="client")))
 
     def _choose(
         self,
