@@ -7,8 +7,9 @@ tree      FedTreeLoRA: distances between B, the merge tree and its cuts; RoBERTa
           value, d 1024, rank 4. Wanted for 1,000 clients: < 20 s and < 3 GB, the clients' B
           included.
 spectral  HiLoRA: bases of B, principal angles, spectral clustering; 24 sites, d 1024, rank 8. Wanted: < 60 s.
-Above 2,000 clients both go by landmarks and sketches: the rule of the method, which sees one site of all clients at a
-time, as the memory here does. Agreement: adjusted Rand index with the 8 planted groups. Wanted for 10,000: 120 s, 4 GB.
+Above 2,000 clients both go by landmarks and sketches: the method's own rule, which sees one site of all clients at a
+time, and so does the memory here. Agreement: adjusted Rand index with the 8 planted groups. Wanted for 10,000:
+          < 120 s, < 4 GB.
 mean      HiLoRA's mean of products at d = 4096 (20 clients of rank 16, one site) beside its QR trick alone in float64
           (QR of the stacked factors, SVD of the core, and the products back). Wanted: within 2 x.
 """

@@ -439,7 +439,7 @@ def _inner(
 def _attended(
     inner: Float[Tensor, "N r"] | None, weights: Float[Tensor, " N"], allowed: Tensor
 ) -> Weight:
-    """A term's part for the tokens [N] that may attend to it."""
+    """A term's part for those of the N tokens that may attend to it, ``allowed`` [N]."""
     if inner is None:
         return 0.0
     tokens = allowed.nonzero().flatten()
@@ -454,6 +454,7 @@ def _choice(at: Junction) -> Choice:
 
 
 def _dtype(extras: Mapping[str, Tensor]) -> torch.dtype:
+    """That of the tensors ``[any shape]``, which share one."""
     return next(iter(extras.values())).dtype
 
 

@@ -174,7 +174,11 @@ def _held_out(clients: Sequence[Client], job: Job) -> set[str]:
     return chosen
 
 
-def _draw(clients: Sequence[Client], size: int, job: Job) -> set[str]:
+def _draw(
+    clients: Sequence[Client],
+    size: int,
+    job: Job,
+) -> set[str]:
     task = task_class(job.data)
     held = [set(_classes_in(client.train, task)) for client in clients]
     everywhere = Counter(label for own in held for label in own)
@@ -193,7 +197,11 @@ def _draw(clients: Sequence[Client], size: int, job: Job) -> set[str]:
     return chosen
 
 
-def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple[str, ...]:
+def _labels(
+    clients: Sequence[Client],
+    loaded: Table | Silos,
+    job: Job,
+) -> tuple[str, ...]:
     """The classes in the order of the head's outputs: all that the data have, also those of rows
     that nobody uses.
     """

@@ -101,7 +101,11 @@ def holding_of(path: Path, job: Job) -> Holding:
     return _of_a_path(path, job, job.data.split)
 
 
-def _of_a_path(path: Path, job: Job, split: str | None) -> Holding:
+def _of_a_path(
+    path: Path,
+    job: Job,
+    split: str | None,
+) -> Holding:
     task, data = task_class(job.data), job.data
     if task.folders and path.is_dir():
         return _holding(task, data, task.in_folder(path, data, ""), split)
@@ -137,7 +141,12 @@ def _silos(data: DataSection, source: Clients[Any]) -> Silos:
     )
 
 
-def _holding(task: type[Task[Any]], data: DataSection, found: Found, split: str | None) -> Holding:
+def _holding(
+    task: type[Task[Any]],
+    data: DataSection,
+    found: Found,
+    split: str | None,
+) -> Holding:
     column = data.group
     rows: list[Row] = []
     purposes: list[str] = []
@@ -190,7 +199,12 @@ def partition_column(data: DataSection) -> str | None:
     return column if isinstance(column, str) else None
 
 
-def _what_to_go_by(value: Any, name: str, place: Place, named: bool) -> Any:
+def _what_to_go_by(
+    value: Any,
+    name: str,
+    place: Place,
+    named: bool,
+) -> Any:
     """A number stays one (unless it is nan), so that a partitioner may compare; labels and groups
     are names.
     """
@@ -198,7 +212,11 @@ def _what_to_go_by(value: Any, name: str, place: Place, named: bool) -> Any:
     return value if number and not named else label_of(value, name, place)
 
 
-def _of_groups(data: DataSection, found: Found, group: str | None) -> Found:
+def _of_groups(
+    data: DataSection,
+    found: Found,
+    group: str | None,
+) -> Found:
     """The rows of ``data.groups`` alone, where it is set. Raises JobError for one that no row
     belongs to.
     """
@@ -232,7 +250,11 @@ def _refuse_measures(loaded: Table | Silos, column: str) -> None:
         )
 
 
-def _merge_spellings(loaded: Table | Silos, task: type[Task[Any]], column: str) -> None:
+def _merge_spellings(
+    loaded: Table | Silos,
+    task: type[Task[Any]],
+    column: str,
+) -> None:
     """Give rows that spell one label in several ways the same one, and say so."""
     rows = list(loaded.every_row())
     classes = classes_of(label for row in rows for label in task.classes_in(row))
@@ -249,7 +271,9 @@ def _merge_spellings(loaded: Table | Silos, task: type[Task[Any]], column: str) 
 
 
 def _checked(
-    task: type[Task[Any]], data: DataSection, found: Found
+    task: type[Task[Any]],
+    data: DataSection,
+    found: Found,
 ) -> Iterator[tuple[Row, Place, Values]]:
     """Each row as the task reads it, its place, and its raw values. Rows of another task are told
     whose they are.

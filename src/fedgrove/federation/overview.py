@@ -32,7 +32,9 @@ class Overview:
 
 
 def overview(
-    federation: Federation, tokens: Mapping[str, Mapping[str, Any]], limit: int
+    federation: Federation,
+    tokens: Mapping[str, Mapping[str, Any]],
+    limit: int,
 ) -> Overview:
     """The table of a federation, its clients in name order.
 
@@ -75,7 +77,9 @@ def overview(
         ]
     rows = [list(row) for row in zip(*cells, strict=True)]
     return Overview(
-        headings, rows, [_sums(clients, labels), _origin(federation.source), *federation.remarks]
+        headings,
+        rows,
+        [_sums(clients, labels), _origin(federation.source), *federation.remarks],
     )
 
 

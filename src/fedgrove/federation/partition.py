@@ -83,7 +83,13 @@ Members = dict[str | None, list[int]]
 Named = dict[str, tuple[list[int], str | None]]
 
 
-def _even(table: Table, job: Job, maker: Any, options: dict[str, Any], members: Members) -> Named:
+def _even(
+    table: Table,
+    job: Job,
+    maker: Any,
+    options: dict[str, Any],
+    members: Members,
+) -> Named:
     """As many clients as the job asks for, named after their group."""
     clients = job.federation.clients
     if clients < len(members):
@@ -97,14 +103,26 @@ def _even(table: Table, job: Job, maker: Any, options: dict[str, Any], members: 
     prefixes = _prefixes(list(members), table.group)
     named: Named = {}
     for group, numbers in members.items():
-        parts = _parts(table, job, maker, options, group, numbers, every + (group in larger))
+        parts = _parts(
+            table,
+            job,
+            maker,
+            options,
+            group,
+            numbers,
+            every + (group in larger),
+        )
         width = len(str(len(parts) - 1)) if group is not None else max(2, len(str(len(parts) - 1)))
         named |= {f"{prefixes[group]}-{i:0{width}}": (rows, group) for i, rows in enumerate(parts)}
     return named
 
 
 def _natural(
-    table: Table, job: Job, maker: Any, options: dict[str, Any], members: Members
+    table: Table,
+    job: Job,
+    maker: Any,
+    options: dict[str, Any],
+    members: Members,
 ) -> Named:
     """The clients that the data name, however many; they keep their ids where these can be file
     names.
@@ -210,7 +228,10 @@ def _parts(
 
 
 def _columns(
-    table: Table, maker: Any, options: dict[str, Any], order: list[int]
+    table: Table,
+    maker: Any,
+    options: dict[str, Any],
+    order: list[int],
 ) -> dict[str, list[Any]]:
     by = options.get("partition_by")
     if by is None:
@@ -224,7 +245,11 @@ def _columns(
     return {by: values}
 
 
-def _run(maker: Any, arguments: dict[str, Any], columns: dict[str, list[Any]]) -> list[list[int]]:
+def _run(
+    maker: Any,
+    arguments: dict[str, Any],
+    columns: dict[str, list[Any]],
+) -> list[list[int]]:
     import datasets
 
     # retries and unused classes are warned about, one partitioner draws a progress bar: what

@@ -54,10 +54,19 @@ def who_holds_what(table: dict[str, Any], target: Path | BytesIO) -> None:
         text.set_parse_math(False)  # "$" in a label is a dollar
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a script that the font lacks shows as boxes
-        figure.savefig(target, format="png", dpi=144, metadata={"Software": None})
+        figure.savefig(
+            target,
+            format="png",
+            dpi=144,
+            metadata={"Software": None},
+        )
 
 
-def _bars(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> None:
+def _bars(
+    figure: Figure,
+    clients: list[dict[str, Any]],
+    labels: list[str],
+) -> None:
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
@@ -85,9 +94,24 @@ def _bars(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> N
     most = float(start.max())
     for place, client, total in zip(places, clients, start, strict=True):
         note = f"{int(total)}" + ("  held out" if client["held_out"] else "")
-        axes.text(total + 0.01 * most, place, note, va="center_baseline", fontsize=7.5, color=INK)
+        axes.text(
+            total + 0.01 * most,
+            place,
+            note,
+            va="center_baseline",
+            fontsize=7.5,
+            color=INK,
+        )
     for place, group in heads:
-        axes.text(0, place, short(group, 40), va="center", fontsize=9, fontweight="bold", color=INK)
+        axes.text(
+            0,
+            place,
+            short(group, 40),
+            va="center",
+            fontsize=9,
+            fontweight="bold",
+            color=INK,
+        )
     axes.set_yticks(places, [short(client["name"], 22) for client in clients], fontsize=7.5)
     axes.set_ylim(max(at - (GAP if grouped else 0.0), 1) - 0.4, -0.6)
     axes.set_xlim(0, 1.13 * most)
@@ -109,12 +133,18 @@ def _bars(figure: Figure, clients: list[dict[str, Any]], labels: list[str]) -> N
     )
 
 
-def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what: str) -> None:
+def _heat(
+    figure: Figure,
+    clients: list[dict[str, Any]],
+    labels: list[str],
+    what: str,
+) -> None:
     named = len(clients) <= MOST_NAMES
     if not named:
         clients = sorted(clients, key=_by_main_label)
     counts = np.array(
-        [[client["labels"].get(label, 0) for label in labels] for client in clients], float
+        [[client["labels"].get(label, 0) for label in labels] for client in clients],
+        float,
     )
     totals = counts.sum(1)
     shares = counts / np.maximum(totals, 1)[:, None]
@@ -131,7 +161,13 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what
     edges = np.arange(len(clients) + 1) - 0.5  # one outline: a bar each takes minutes for thousands
     away = np.array([client["held_out"] for client in clients])
     for colour, shown in ((COLOURS[0], ~away), (COLOURS[1], away)):
-        sizes.stairs(np.where(shown, totals, 0), edges, fill=True, color=colour, linewidth=0)
+        sizes.stairs(
+            np.where(shown, totals, 0),
+            edges,
+            fill=True,
+            color=colour,
+            linewidth=0,
+        )
     held_out = int(away.sum())
     title = f"training examples of {len(clients)} clients" + (
         f" ({held_out} held out: orange)" if held_out else ""
@@ -141,11 +177,24 @@ def _heat(figure: Figure, clients: list[dict[str, Any]], labels: list[str], what
     sizes.tick_params(axis="y", labelsize=8)
     sizes.set_xticks([])
 
-    image = heat.imshow(shares.T, aspect="auto", interpolation="nearest", cmap="PuBu", vmin=0)
-    heat.set_title(f"share of each {what}", fontsize=9, color=INK, loc="left")
+    image = heat.imshow(
+        shares.T,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="PuBu",
+        vmin=0,
+    )
+    heat.set_title(
+        f"share of each {what}",
+        fontsize=9,
+        color=INK,
+        loc="left",
+    )
     step = -(-len(labels) // MOST_LABELS)
     heat.set_yticks(
-        range(0, len(labels), step), [short(label, 22) for label in labels[::step]], fontsize=8
+        range(0, len(labels), step),
+        [short(label, 22) for label in labels[::step]],
+        fontsize=8,
     )
     names = [short(client["name"], 16) for client in clients] if named else []
     heat.set_xticks(range(len(names)), names, fontsize=7.5, rotation=90)

@@ -40,7 +40,11 @@ def joined(words: Sequence[str]) -> tuple[str, list[Word]]:
     return " ".join(words), places
 
 
-def word_list(value: Any, column: str, place: Place) -> list[str]:
+def word_list(
+    value: Any,
+    column: str,
+    place: Place,
+) -> list[str]:
     """A row's words: a list, the JSON of one, or a text with spaces between. Raises DataError."""
     found = _listed(value)
     if found is None and isinstance(value, str):
@@ -58,7 +62,11 @@ def word_list(value: Any, column: str, place: Place) -> list[str]:
 
 
 def tag_list(
-    value: Any, words: int, names: Sequence[str] | None, column: str, place: Place
+    value: Any,
+    words: int,
+    names: Sequence[str] | None,
+    column: str,
+    place: Place,
 ) -> list[str]:
     """A row's tags as BIOES, one for each of its words; numbers by their ``names``. Raises
     DataError.
@@ -75,7 +83,12 @@ def tag_list(
     return [_tag(each, names, column, place) for each in found]
 
 
-def _tag(value: Any, names: Sequence[str] | None, column: str, place: Place) -> str:
+def _tag(
+    value: Any,
+    names: Sequence[str] | None,
+    column: str,
+    place: Place,
+) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         if not names or not 0 <= value < len(names):
             raise DataError(
@@ -115,7 +128,11 @@ def tags_of_spans(spans: Sequence[Span], words: Sequence[Word]) -> list[str]:
 
 
 def checked_spans(
-    value: Any, text: str, words: Sequence[Word], column: str, place: Place
+    value: Any,
+    text: str,
+    words: Sequence[Word],
+    column: str,
+    place: Place,
 ) -> list[Span]:
     """A row's spans in their order: objects with start, end and label, or lists of the three, or
     the JSON of that. White space at their ends is left out.
@@ -148,7 +165,12 @@ def checked_spans(
     return spans
 
 
-def _span(value: Any, text: str, column: str, place: Place) -> Span:
+def _span(
+    value: Any,
+    text: str,
+    column: str,
+    place: Place,
+) -> Span:
     parts = value
     if isinstance(value, dict):
         parts = [value.get(key) for key in ("start", "end", "label")]

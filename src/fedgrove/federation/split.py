@@ -25,7 +25,12 @@ class Parts:
     validation: list[Row]
 
 
-def divided(client: str, holding: Holding, data: DataSection, seed: int) -> Parts:
+def divided(
+    client: str,
+    holding: Holding,
+    data: DataSection,
+    seed: int,
+) -> Parts:
     """What a client holds, as the job divides it."""
     return split(
         client,
@@ -78,7 +83,14 @@ class _Deal:
     rows: list[Row]
     rng: np.random.Generator
 
-    def draw(self, pool: list[int], size: int, *, leave: int = 0, cover: bool = False) -> list[int]:
+    def draw(
+        self,
+        pool: list[int],
+        size: int,
+        *,
+        leave: int = 0,
+        cover: bool = False,
+    ) -> list[int]:
         """``size`` of the pool's numbers, in order; ``leave`` and ``cover`` as in ``apportion``."""
         members: dict[str, list[int]] = {}
         for row in pool:
@@ -93,7 +105,12 @@ class _Deal:
 Numbers = tuple[list[int], list[int], list[int]]  # for training, test and validation
 
 
-def _drawn(client: str, deal: _Deal, test_fraction: float, validation_fraction: float) -> Numbers:
+def _drawn(
+    client: str,
+    deal: _Deal,
+    test_fraction: float,
+    validation_fraction: float,
+) -> Numbers:
     count = len(deal.rows)
     needed = 2 + (validation_fraction > 0)
     if count < needed:
@@ -112,7 +129,10 @@ def _drawn(client: str, deal: _Deal, test_fraction: float, validation_fraction: 
 
 
 def _given(
-    client: str, deal: _Deal, purposes: Sequence[str], validation_fraction: float
+    client: str,
+    deal: _Deal,
+    purposes: Sequence[str],
+    validation_fraction: float,
 ) -> Numbers:
     held = {
         purpose: [row for row, own in enumerate(purposes) if own == purpose]
@@ -136,7 +156,11 @@ def _share(count: int, fraction: float) -> int:
 
 
 def apportion(
-    counts: Mapping[str, int], size: int, *, leave: int = 0, cover: bool = False
+    counts: Mapping[str, int],
+    size: int,
+    *,
+    leave: int = 0,
+    cover: bool = False,
 ) -> dict[str, int]:
     """How many of ``size`` go to each label, in proportion to its count (largest remainders, ties
     by label).
@@ -159,7 +183,8 @@ def apportion(
     # one by one to the label that is furthest behind its quota and has room
     while sum(extra.values()) < missing:
         label = min(
-            (x for x in counts if extra[x] < room[x]), key=lambda x: (extra[x] - quotas[x], x)
+            (x for x in counts if extra[x] < room[x]),
+            key=lambda x: (extra[x] - quotas[x], x),
         )
         extra[label] += 1
     return {label: shares[label] + extra[label] for label in counts}

@@ -64,7 +64,8 @@ def save_assembly(
     with whole_directory(folder) as partial:
         (partial / FILE).write_bytes(pack(_described(assembly)))
         (partial / CARD).write_text(
-            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
         )
         for name, content in (beside or {}).items():
             (partial / name).write_bytes(content)

@@ -50,7 +50,8 @@ def save_adapter(
     """Write one PEFT adapter directory, replacing what is there only when all of it is written.
 
     ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes
-    where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
+    where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter: weight
+    [c, h] and bias [c], none for a language model.
     ``transposed``: whether the base has adapted layers that hold their weights so (``Site``).
     ``copies``: what was written of the same run, so that equal content is one file; its owner syncs.
     ``rslora`` says how PEFT is to read alpha; the scales are the factors' own.
@@ -80,11 +81,16 @@ def save_adapter(
         if head and not stock:
             _store(head, partial, folder, HEAD, card, copies)
         (partial / CARD).write_text(
-            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
         )
 
 
-def _task_type(task: str | None, head_kind: str, head_modules: tuple[str, ...]) -> str | None:
+def _task_type(
+    task: str | None,
+    head_kind: str,
+    head_modules: tuple[str, ...],
+) -> str | None:
     """What PEFT calls the task of a model with this kind of head."""
     if head_kind == "lm":
         return "CAUSAL_LM"
@@ -105,8 +111,8 @@ def _store(
     copies: Copies | None,
     *described: object,
 ) -> Origin | None:
-    """Write tensors as the file ``name`` of what becomes ``folder``, or link it to the first of
-    the same content, which is returned.
+    """Write tensors [any shape] as the file ``name`` of what becomes ``folder``, or link it to the
+    first of the same content, which is returned.
     """
     key = ""
     if copies is not None:
@@ -129,8 +135,8 @@ def rewrite(
     *,
     card: Mapping[str, Any],
 ) -> None:
-    """Write a directory of other factors with the head and the configuration of one that was
-    read.
+    """Write a directory of other factors with the head, tensors [any shape] by name, and the
+    configuration of one that was read.
     """
     save_adapter(
         folder,
@@ -146,7 +152,11 @@ def rewrite(
 
 
 def _config(
-    adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | None, rslora: bool
+    adapter: Adapter,
+    base: str,
+    modules: tuple[str, ...],
+    kind: str | None,
+    rslora: bool,
 ) -> Any:
     from peft import LoraConfig
 
@@ -182,8 +192,8 @@ def _tidy(alpha: float) -> Any:
 def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, Any]]:
     """(adapter, head, PEFT's configuration) of a directory, whoever wrote it.
 
-    Tensors other than LoRA's pairs (modules to save) come back as the head, by their name in the
-    base model. Raises ``AdapterError`` in one sentence that names the file and the tensor.
+    Tensors [any shape] other than LoRA's pairs (modules to save) come back as the head, by their
+    name in the base model. Raises ``AdapterError`` in one sentence that names the file and the tensor.
     """
     config = read_json(folder / CONFIG)
     if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS).exists():
@@ -231,7 +241,11 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, An
     return adapter, head, config
 
 
-def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
+def _scale(
+    config: Mapping[str, Any],
+    site: str,
+    rank: int,
+) -> float:
     import re
 
     alpha = config.get("lora_alpha", rank)
@@ -257,6 +271,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors [any shape] of a safetensors file, by name. Raises ``AdapterError``."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in sorted(file.keys())}

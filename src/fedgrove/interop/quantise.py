@@ -15,7 +15,11 @@ from fedgrove.ground.errors import ModelError
 Bits = Literal["none", "8bit", "4bit"]
 
 
-def options(bits: Bits, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+def options(
+    bits: Bits,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
     """What ``from_pretrained`` needs; nothing for "none". Products are computed in ``dtype``, NF4
     is the 4-bit kind.
 

@@ -62,7 +62,8 @@ class DataSection(Section):
     """
 
     source: Annotated[Text, Chooser()] = Field(
-        "embedded", description="Where the rows come from; each source has keys of its own."
+        "embedded",
+        description="Where the rows come from; each source has keys of its own.",
     )
     task: Annotated[Text, Chooser(), Automatic("data")] = Field(
         "auto",
@@ -110,7 +111,8 @@ class DataSection(Section):
         examples=[100],
     )
     partition: Annotated[PartitionSection, OF_THE_DATA] = Field(
-        default_factory=PartitionSection, description="How it is split into clients."
+        default_factory=PartitionSection,
+        description="How it is split into clients.",
     )
 
     learnt: ClassVar[type[Task[Any]]]  # the task of a class that has the keys of its parts
@@ -203,7 +205,12 @@ class DataSection(Section):
         return found
 
     @classmethod
-    def dropped(cls, values: Mapping[str, Any], key: str, after: str) -> list[str]:
+    def dropped(
+        cls,
+        values: Mapping[str, Any],
+        key: str,
+        after: str,
+    ) -> list[str]:
         """The keys of a table that another ``source`` or ``task`` drops: those of the old one, and,
         of other data, what they say of the old, the task too where the new data are for one.
 
@@ -304,7 +311,12 @@ def _task_of(values: Mapping[str, Any], source: type[Source[Any]]) -> type[Task[
     return TASKS.find(name)
 
 
-def _named(registry: Registry[Any], key: str, name: Any, *also: str) -> type[Any]:
+def _named(
+    registry: Registry[Any],
+    key: str,
+    name: Any,
+    *also: str,
+) -> type[Any]:
     """The class of a name. Raises ValueError, for pydantic, where there is none."""
     names = [*also, *registry.names()]
     if name in registry.names():
@@ -337,7 +349,10 @@ def _composed(parts: tuple[type[Source[Any]], type[Task[Any]]]) -> type[DataSect
     fields = {key: _described(key) for key in ("source", "task")}
     model: Any = create_model  # its overloads know no classes that are put together at run time
     made: type[DataSection] = model(
-        "DataSection", __base__=(*bases, DataSection), __doc__=DataSection.__doc__, **fields
+        "DataSection",
+        __base__=(*bases, DataSection),
+        __doc__=DataSection.__doc__,
+        **fields,
     )
     made.learnt = task
     return made
@@ -371,7 +386,9 @@ def _declared(kind: type[Options]) -> dict[str, type[Options]]:
 
 
 def _changed(
-    values: Mapping[str, Any], key: str, after: str
+    values: Mapping[str, Any],
+    key: str,
+    after: str,
 ) -> tuple[type[DataSection], type[DataSection], set[str]]:
     """The class of a table before and after a choice, and what is gone whatever they declare."""
     from fedgrove.federation.sources import SOURCES
@@ -390,7 +407,9 @@ def _changed(
 
 
 def _gone_with(
-    old: type[Source[Any]], new: type[Source[Any]], before: type[DataSection]
+    old: type[Source[Any]],
+    new: type[Source[Any]],
+    before: type[DataSection],
 ) -> set[str]:
     """What another source drops of the keys of its own, and of those that speak of the data."""
     from fedgrove.federation.sources import Clients
@@ -432,12 +451,21 @@ def _others(key: str) -> list[Part]:
     return [(chooser, kind) for chooser, kind in _parts() if key in kind.Options.model_fields]
 
 
-def _is_default(kind: type[Source[Any]] | type[Task[Any]], key: str, value: Any) -> bool:
+def _is_default(
+    kind: type[Source[Any]] | type[Task[Any]],
+    key: str,
+    value: Any,
+) -> bool:
     default = kind.Options.model_fields[key].get_default(call_default_factory=True)
     return bool(value == default or (isinstance(default, tuple) and value == list(default)))
 
 
-def _of_no_use(key: str, value: Any, others: list[Part], values: Mapping[str, Any]) -> str:
+def _of_no_use(
+    key: str,
+    value: Any,
+    others: list[Part],
+    values: Mapping[str, Any],
+) -> str:
     """The sentence on a key of another source or task than the job's."""
     chooser = others[0][0]
     chosen = _chosen_name(chooser, values)

@@ -59,20 +59,25 @@ class Job(Section):
         description="The rows and what is learnt of them.",
     )
     federation: FederationSection = Field(
-        default_factory=FederationSection, description="The clients."
+        default_factory=FederationSection,
+        description="The clients.",
     )
     method: MethodSection = Field(
-        default_factory=MethodSection, description="The federated method."
+        default_factory=MethodSection,
+        description="The federated method.",
     )
     train: TrainSection = Field(default_factory=TrainSection, description="The local training.")
     privacy: PrivacySection = Field(
-        default_factory=PrivacySection, description="Noise and secure aggregation."
+        default_factory=PrivacySection,
+        description="Noise and secure aggregation.",
     )
     defence: DefenceSection = Field(
-        default_factory=DefenceSection, description="Against updates that would spoil the run."
+        default_factory=DefenceSection,
+        description="Against updates that would spoil the run.",
     )
     attack: AttackSection = Field(
-        default_factory=AttackSection, description="Attackers among simulated clients."
+        default_factory=AttackSection,
+        description="Attackers among simulated clients.",
     )
     run: RunSection = Field(default_factory=RunSection, description="Rounds, seed and records.")
 
@@ -164,7 +169,12 @@ class Job(Section):
             _set(values, path, value)
         return type(self).build(values, where)
 
-    def _choose(self, values: dict[str, Any], chooser: KeyPath, after: Any) -> None:
+    def _choose(
+        self,
+        values: dict[str, Any],
+        chooser: KeyPath,
+        after: Any,
+    ) -> None:
         """Drop from nested ``values`` what belongs to the old choice of ``chooser``."""
         *above, name = chooser
         table = _get(values, tuple(above))
@@ -202,7 +212,8 @@ class Job(Section):
         """
         ranks = self.federation.ranks
         rank = self.lora.rank or max(
-            ranks.values() if isinstance(ranks, dict) else ranks, default=DEFAULT_RANK
+            ranks.values() if isinstance(ranks, dict) else ranks,
+            default=DEFAULT_RANK,
         )
         return self.replace(
             lora={
@@ -347,7 +358,11 @@ def _get(values: Any, path: tuple[str, ...]) -> Any:
     return values
 
 
-def _set(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def _set(
+    values: dict[str, Any],
+    path: tuple[str, ...],
+    value: Any,
+) -> None:
     """Set a leaf; None removes it. What stands in the way of a deeper path gives way (the check
     then says it).
     """

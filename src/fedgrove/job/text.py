@@ -78,7 +78,10 @@ def explain(job: BaseModel) -> str:
             if entry.value != entry.default and not entry.only:
                 head += f"; here: {value_text(entry.value)}"
             body = textwrap.fill(
-                entry.description, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+                entry.description,
+                WIDTH,
+                initial_indent=" " * 6,
+                subsequent_indent=" " * 6,
             )
             blocks.append(f"{_wrap(head)}\n{body}")
     return "\n\n".join(blocks) + "\n"
@@ -130,22 +133,37 @@ def _entry(section: BaseModel, key: str) -> Entry:
     field = type(section).model_fields[key]
     default = field.get_default(call_default_factory=True)
     return Entry(
-        key, field, getattr(section, key), None if default is PydanticUndefined else default
+        key,
+        field,
+        getattr(section, key),
+        None if default is PydanticUndefined else default,
     )
 
 
-def _entry_of_another(key: str, field: FieldInfo, only: str) -> Entry:
+def _entry_of_another(
+    key: str,
+    field: FieldInfo,
+    only: str,
+) -> Entry:
     default = field.get_default(call_default_factory=True)
     return Entry(key, field, None, default, f"With {only}: ")
 
 
 def _comment(text: str, later: str = "# ") -> list[str]:
     return textwrap.wrap(
-        text, WIDTH, initial_indent="# ", subsequent_indent=later, break_on_hyphens=False
+        text,
+        WIDTH,
+        initial_indent="# ",
+        subsequent_indent=later,
+        break_on_hyphens=False,
     )
 
 
 def _wrap(head: str) -> str:
     return textwrap.fill(
-        head, WIDTH, subsequent_indent=" " * 4, break_on_hyphens=False, break_long_words=False
+        head,
+        WIDTH,
+        subsequent_indent=" " * 4,
+        break_on_hyphens=False,
+        break_long_words=False,
     )

@@ -209,7 +209,9 @@ def setting_of(job: Job, base: Base, clients: Collection[ClientInfo]) -> Setting
 
 
 def drawn_head(job: Job, base: Base, task: Task) -> dict[str, torch.Tensor]:
-    """The model's own, or a draw from the seed; a task without a head has an empty one."""
+    """The model's own, tensors [any shape] by name, or a draw from the seed, as the task's
+    ``new_head``; a task without a head has an empty one.
+    """
     return base.stock_head or task.new_head(base.hidden, generator(job.run.seed, "head"))
 
 

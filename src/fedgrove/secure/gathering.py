@@ -109,7 +109,11 @@ class Gathering:
         return total
 
     def _without(
-        self, total: Words, gone: str, masked: Mapping[str, Words], revealed: Mapping[str, Revealed]
+        self,
+        total: Words,
+        gone: str,
+        masked: Mapping[str, Words],
+        revealed: Mapping[str, Revealed],
     ) -> Words:
         """The sum less what its neighbours masked with a client whose update never came."""
         near = [each for each in self.around[gone] if each in masked]
@@ -167,7 +171,10 @@ class Gathering:
         )
 
     def _enough(
-        self, present: Collection[str], did: str, reasons: Mapping[str, str] | None = None
+        self,
+        present: Collection[str],
+        did: str,
+        reasons: Mapping[str, str] | None = None,
     ) -> None:
         if len(present) < self.least:
             said = [f"{name}: {reason}" for name, reason in sorted((reasons or {}).items())]

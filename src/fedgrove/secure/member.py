@@ -59,10 +59,21 @@ class Member:
         self.identity, self.memory = identity, memory
 
     @classmethod
-    def begin(cls, terms: Terms, name: str, identity: Identity) -> Member:
+    def begin(
+        cls,
+        terms: Terms,
+        name: str,
+        identity: Identity,
+    ) -> Member:
         """Exchange 1: new keys."""
         lock, key, seed = (keys.new_secret() for _ in range(3))
-        advert = Advert(name, keys.public_of(lock), keys.public_of(key), digest(seed), "")
+        advert = Advert(
+            name,
+            keys.public_of(lock),
+            keys.public_of(key),
+            digest(seed),
+            "",
+        )
         advert = replace(advert, signature=identity.sign(advert.text(terms)))
         return cls(identity, Memory(terms, advert, lock, key, seed))
 
@@ -187,7 +198,12 @@ class Member:
             )
         return Held(found[: shamir.WIDTH].hex(), found[shamir.WIDTH :].hex())
 
-    def _lock(self, other: Advert, sender: str, receiver: str) -> bytes:
+    def _lock(
+        self,
+        other: Advert,
+        sender: str,
+        receiver: str,
+    ) -> bytes:
         what = purpose("shares", self.memory.terms, sender, receiver)
         return keys.agreed(self.memory.lock, other.lock, what)
 
@@ -250,12 +266,21 @@ def self_mask(seed: str) -> bytes:
     return keys.derived(bytes.fromhex(seed), "fedgrove self-mask")
 
 
-def pair(terms: Terms, one: str, other: str) -> str:
+def pair(
+    terms: Terms,
+    one: str,
+    other: str,
+) -> str:
     """What the key of a pair's stream is for."""
     return purpose("mask", terms, *sorted([one, other]))
 
 
-def added(total: Words, stream: Words, whose: str, other: str) -> Words:
+def added(
+    total: Words,
+    stream: Words,
+    whose: str,
+    other: str,
+) -> Words:
     """A pair's stream in the vector of one of the two: what one adds the other subtracts."""
     if whose < other:
         return total + stream  # uint32: modulo 2^32

@@ -58,7 +58,11 @@ def answered(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     return [dict(row) for row in rows]
 
 
-def _question(value: Any, what: str, place: str) -> Any:
+def _question(
+    value: Any,
+    what: str,
+    place: str,
+) -> Any:
     if what == "image" and not isinstance(value, str):
         return value  # looked at where it is opened
     if what == "prompt" and isinstance(value, list | tuple):

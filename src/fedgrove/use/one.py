@@ -119,7 +119,15 @@ class OneModel:
         """
         from fedgrove.use.exporting import export
 
-        export(self.path, Path(out), self.base, merge=merge, tier=tier, rank=rank, to=to)
+        export(
+            self.path,
+            Path(out),
+            self.base,
+            merge=merge,
+            tier=tier,
+            rank=rank,
+            to=to,
+        )
         return Path(out)
 
     def model(self, **options: Any) -> ClientModel:

@@ -46,7 +46,12 @@ class Told:
 class ClientModel:
     """A base with one client's adapter and head. Made by ``load``."""
 
-    def __init__(self, kernel: Kernel, assembly: Assembly, card: Plain):
+    def __init__(
+        self,
+        kernel: Kernel,
+        assembly: Assembly,
+        card: Plain,
+    ):
         self.kernel, self.assembly, self.card = kernel, assembly, card
         self.labels: tuple[str, ...] = tuple(card["labels"])
         #: whether nothing that was trained turns states into classes
@@ -63,7 +68,7 @@ class ClientModel:
         return self.answers(questions(self.kernel.task, texts))
 
     def answers(self, rows: Sequence[Row]) -> Tensor:
-        """As ``logits``, of checked rows, whose labels do not matter."""
+        """As ``logits``, [rows, classes], of checked rows, whose labels do not matter."""
         return self._read(rows)[0]
 
     def asked(self, rows: Sequence[Row]) -> Told:
@@ -73,11 +78,13 @@ class ClientModel:
         return Told(task.told_of(logits, examples), task.scored(logits))
 
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, list[Example]]:
+        """As ``answers``, [rows, classes] or [rows, tokens, classes], and what the rows became."""
         self._check_head()
         examples = self.kernel.task.encode(rows, self.kernel.base.processor)
         return self.kernel.logits(self.assembly, examples).clone(), examples
 
     def probabilities(self, texts: Sequence[Any]) -> Tensor:
+        """As ``logits``, [texts, classes], in float32."""
         return self.kernel.task.probabilities(self.logits(texts).float())
 
     def predict(self, texts: Sequence[Any]) -> list[Any]:
@@ -118,7 +125,8 @@ class ClientModel:
         self._check_head()
         task = self.kernel.task
         return self.kernel.evaluate(
-            self.assembly, task.encode(answered(task, rows), self.kernel.base.processor)
+            self.assembly,
+            task.encode(answered(task, rows), self.kernel.base.processor),
         )
 
     def measures(self, rows: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> Plain:
@@ -189,7 +197,14 @@ def load(
     else:
         found = opened(folder, labels, base)
         adapter, head, card = found.adapter, found.head, found.card
-    kernel = kernel_for(folder, card, adapter, dtype=dtype, device=device, merged=merged)
+    kernel = kernel_for(
+        folder,
+        card,
+        adapter,
+        dtype=dtype,
+        device=device,
+        merged=merged,
+    )
     if card["head"] == "stock" and (merged or not head):
         head = kernel.base.stock_head
     if own is not None:
@@ -314,5 +329,6 @@ def merge(source: Path, out: Path) -> None:
         "upstream": EMBEDDED_MODELS.get(card["model"], card["model"]),
     }
     (out / peft.CARD).write_text(
-        peft.json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        peft.json.dumps(card, indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
     )

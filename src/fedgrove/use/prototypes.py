@@ -38,7 +38,9 @@ def by_prototypes(arrived: Arrived) -> tuple[str, Assembly]:
 
 
 def prototype_head(
-    features: Float[Tensor, "n h"], labels: Sequence[int], classes: Sequence[str]
+    features: Float[Tensor, "n h"],
+    labels: Sequence[int],
+    classes: Sequence[str],
 ) -> dict[str, Tensor]:
     """``weight`` [c, h] and ``bias`` [c] whose logits are ``−‖f − c_y‖²`` up to what all classes
     share. Raises ``DataError`` for a class without an example.

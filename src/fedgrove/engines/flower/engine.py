@@ -390,6 +390,7 @@ class FlowerEngine:
         if self.job.privacy.secure_aggregation:
             yield from self._meet(round, clients)
             todo = [name for name in clients if name in self._masks.mails]
+            until = self._deadline()  # each exchange has its own
         while todo:
             tries += 1
             # those whose node went away: asked again where the round has too few without them

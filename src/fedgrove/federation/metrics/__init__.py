@@ -28,7 +28,11 @@ __all__ = [
 
 GROUP = "fedgrove.metrics"
 METRICS: Registry[Metric] = Registry(
-    "metric", "data.metrics", GROUP, "fedgrove.federation.metrics", lambda: Metric
+    "metric",
+    "data.metrics",
+    GROUP,
+    "fedgrove.federation.metrics",
+    lambda: Metric,
 )
 register = METRICS.register
 

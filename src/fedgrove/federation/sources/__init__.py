@@ -24,6 +24,10 @@ __all__ = [
 GROUP = "fedgrove.sources"
 #: by the values of ``data.source``
 SOURCES: Registry[Source[Any]] = Registry(
-    "source", "data.source", GROUP, "fedgrove.federation.sources", lambda: Source
+    "source",
+    "data.source",
+    GROUP,
+    "fedgrove.federation.sources",
+    lambda: Source,
 )
 register = SOURCES.register

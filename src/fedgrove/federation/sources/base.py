@@ -87,6 +87,11 @@ class Clients(Source[Keys]):
         """Each client's name and rows, in the order of the names; rows as in ``Rows.read``."""
 
 
-def origin(name: str, note: str = "", sha256: str = "", licence: str = "the owner's") -> Origin:
+def origin(
+    name: str,
+    note: str = "",
+    sha256: str = "",
+    licence: str = "the owner's",
+) -> Origin:
     """What is kept of where data come from."""
     return {"name": name, "licence": licence, "note": note, "sha256": sha256}

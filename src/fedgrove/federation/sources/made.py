@@ -57,7 +57,12 @@ class MadeSource(Rows[MadeOptions]):
         digest = hashlib.sha256()
         for row in make():
             digest.update(json.dumps(row, sort_keys=True).encode())
-        return origin(self.data.made, about, digest.hexdigest(), "none needed: made up")
+        return origin(
+            self.data.made,
+            about,
+            digest.hexdigest(),
+            "none needed: made up",
+        )
 
     def _set(self) -> tuple[Callable[[], Iterable[dict[str, Any]]], str]:
         if self.data.made not in SETS:
