@@ -152,10 +152,12 @@ def rough_angles(
         for start in range(0, len(alike), _CLIENTS):
             rows = alike[start : start + _CLIENTS]
             B = torch.stack([clients[n] for n in rows]).float()
-            root = _inverse_root(B)
-            first = left.T @ B @ root
-            second = right.T @ B @ root
-            sketch[rows] = (first * second).sum(2) / _SKETCH**0.5
+            directions = _inverse_root(B).mT
+            columns = B.mT.reshape(-1, out)  # one large product, not many narrow ones
+            seen = len(rows), B.shape[2], _SKETCH
+            first = directions @ (columns @ left).view(seen)
+            second = directions @ (columns @ right).view(seen)
+            sketch[rows] = (first * second).sum(1) / _SKETCH**0.5
     chosen = list(landmarks)
     smaller = torch.minimum(ranks[:, None], ranks[chosen][None, :])
     cosines = (sketch @ sketch[chosen].T) / smaller
