@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.federation.load import Holding, Silos, Table, load
 from fedgrove.federation.partition import partition
@@ -13,6 +13,7 @@ from fedgrove.federation.readers import Row
 from fedgrove.federation.split import divided
 from fedgrove.federation.tasks import ClassifyText, Task, task_class
 from fedgrove.ground.errors import DataError, JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.ground.seeds import numpy_rng
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Federation:
 
     clients: tuple[Client, ...]
     labels: tuple[str, ...]
-    source: dict[str, Any]
+    source: Plain
     task: type[Task] = ClassifyText
     kind: str = ""  # the column that clients' kinds are values of
     remarks: tuple[str, ...] = ()  # what a user may want to know of how the data were read
@@ -55,7 +56,7 @@ class Federation:
     def held_out(self) -> tuple[Client, ...]:
         return tuple(client for client in self.clients if client.held_out)
 
-    def table(self) -> dict[str, Any]:
+    def table(self) -> Plain:
         """Who holds what, as plain data: by client its counts and, of its training rows, labels and
         median words.
 
@@ -242,7 +243,7 @@ def _labels(
     return labels
 
 
-def _classes_in(rows: Iterable[Row], task: type[Task[Any]]) -> Iterator[str]:
+def _classes_in(rows: Iterable[Row], task: type[Task]) -> Iterator[str]:
     for row in rows:
         yield from task.classes_in(row)
 

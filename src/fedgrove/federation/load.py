@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.federation.labels import classes_of, merged
 from fedgrove.federation.otherwise import NUMBERS, OtherRows, are_measures
@@ -33,7 +33,7 @@ class Table:
     """
 
     rows: list[Row]
-    columns: dict[str, list[Any]]
+    columns: dict[str, list[object]]
     group: str | None  # the column of the natural groups
     source: Origin
     purposes: list[str] | None = None  # what each row is for, where the data say so
@@ -125,7 +125,7 @@ def _of_a_path(
 
 
 # ------------------------------------------------------------------ by client
-def _silos(data: DataSection, source: Clients[Any]) -> Silos:
+def _silos(data: DataSection, source: Clients) -> Silos:
     wanted = _unique([*source.task.columns(data), data.group, data.split])
     held: dict[str, Holding] = {}
     for name, found in source.read(wanted):
@@ -142,7 +142,7 @@ def _silos(data: DataSection, source: Clients[Any]) -> Silos:
 
 
 def _holding(
-    task: type[Task[Any]],
+    task: type[Task],
     data: DataSection,
     found: Found,
     split: str | None,
@@ -165,14 +165,14 @@ def _holding(
 
 
 # ------------------------------------------------------------------ one table
-def _table(data: DataSection, source: Rows[Any]) -> Table:
+def _table(data: DataSection, source: Rows) -> Table:
     seen = source.seen()
     group = source.grouped() or data.group
     beside = _unique([group, partition_column(data)])
     own = source.task.columns(seen)
     label = None if source.task.several else getattr(seen, "label", None)
     names = [name for name in _unique([*own, *beside]) if name in beside or name == label]
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    columns: dict[str, list[object]] = {name: [] for name in names}
     rows: list[Row] = []
     purposes: list[str] = []
     found = source.read(_unique([*own, *beside, data.split]))
@@ -200,11 +200,11 @@ def partition_column(data: DataSection) -> str | None:
 
 
 def _what_to_go_by(
-    value: Any,
+    value: object,
     name: str,
     place: Place,
     named: bool,
-) -> Any:
+) -> object:
     """A number stays one (unless it is nan), so that a partitioner may compare; labels and groups
     are names.
     """
@@ -252,7 +252,7 @@ def _refuse_measures(loaded: Table | Silos, column: str) -> None:
 
 def _merge_spellings(
     loaded: Table | Silos,
-    task: type[Task[Any]],
+    task: type[Task],
     column: str,
 ) -> None:
     """Give rows that spell one label in several ways the same one, and say so."""
@@ -271,7 +271,7 @@ def _merge_spellings(
 
 
 def _checked(
-    task: type[Task[Any]],
+    task: type[Task],
     data: DataSection,
     found: Found,
 ) -> Iterator[tuple[Row, Place, Values]]:
@@ -292,7 +292,7 @@ def _whose(kind: str) -> str:
     return f"{kind} is another task, which Fedgrove does not have yet"
 
 
-def _told(source: Source[Any], rows: list[Row]) -> Origin:
+def _told(source: Source, rows: list[Row]) -> Origin:
     return {"source": source.name, **source.origin(rows)}
 
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.federation.picture import short
+from fedgrove.ground.plain import Given, Plain
 
 if TYPE_CHECKING:
     from fedgrove.federation.federation import Federation
@@ -33,7 +34,7 @@ class Overview:
 
 def overview(
     federation: Federation,
-    tokens: Mapping[str, Mapping[str, Any]],
+    tokens: Mapping[str, Given],
     limit: int,
 ) -> Overview:
     """The table of a federation, its clients in name order.
@@ -93,7 +94,7 @@ def _most(counts: Mapping[str, int]) -> str:
     return ", ".join([*listed, *["…"] * (len(held) > MOST_FREQUENT)])
 
 
-def _sums(clients: list[dict[str, Any]], labels: list[str]) -> str:
+def _sums(clients: list[Plain], labels: list[str]) -> str:
     held_out = sum(client["held_out"] for client in clients)
     train, test, validation = (
         sum(client[part] for client in clients) for part in ("train", "test", "validation")
@@ -109,5 +110,5 @@ def _sums(clients: list[dict[str, Any]], labels: list[str]) -> str:
     return f"{who}, {', '.join(parts)}" + f", {len(labels)} labels" * bool(labels) + "."
 
 
-def _origin(source: Mapping[str, Any]) -> str:
+def _origin(source: Given) -> str:
     return f"Data: {source['name']}, {source['note']} (licence: {source['licence']})."

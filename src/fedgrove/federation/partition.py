@@ -23,13 +23,14 @@ from fedgrove.federation.readers import label_of
 from fedgrove.federation.tasks import task_class
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.names import client_name, is_letter
+from fedgrove.ground.plain import Plain
 from fedgrove.ground.seeds import derive, numpy_rng
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
 
 #: short names, and options that make a sensible partition where the job gives none
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+ALIASES: dict[str, tuple[str, Plain]] = {
     "iid": ("IidPartitioner", {}),
     "dirichlet": ("DirichletPartitioner", {"alpha": 0.5}),
     "sc-dirichlet": (
@@ -87,7 +88,7 @@ def _even(
     table: Table,
     job: Job,
     maker: Any,
-    options: dict[str, Any],
+    options: Plain,
     members: Members,
 ) -> Named:
     """As many clients as the job asks for, named after their group."""
@@ -121,7 +122,7 @@ def _natural(
     table: Table,
     job: Job,
     maker: Any,
-    options: dict[str, Any],
+    options: Plain,
     members: Members,
 ) -> Named:
     """The clients that the data name, however many; they keep their ids where these can be file
@@ -168,7 +169,7 @@ def _parts(
     table: Table,
     job: Job,
     maker: Any,
-    options: dict[str, Any],
+    options: Plain,
     group: str | None,
     numbers: list[int],
     clients: int | None,
@@ -230,7 +231,7 @@ def _parts(
 def _columns(
     table: Table,
     maker: Any,
-    options: dict[str, Any],
+    options: Plain,
     order: list[int],
 ) -> dict[str, list[Any]]:
     by = options.get("partition_by")
@@ -247,7 +248,7 @@ def _columns(
 
 def _run(
     maker: Any,
-    arguments: dict[str, Any],
+    arguments: Plain,
     columns: dict[str, list[Any]],
 ) -> list[list[int]]:
     import datasets
@@ -261,7 +262,7 @@ def _run(
         return [partitioner.load_partition(i)[:]["row"] for i in range(partitioner.num_partitions)]
 
 
-def _partitioner(job: Job, table: Table) -> tuple[Any, dict[str, Any]]:
+def _partitioner(job: Job, table: Table) -> tuple[Any, Plain]:
     """The partitioner's class and its complete options."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     import flwr_datasets.partitioner as library

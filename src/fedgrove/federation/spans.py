@@ -41,7 +41,7 @@ def joined(words: Sequence[str]) -> tuple[str, list[Word]]:
 
 
 def word_list(
-    value: Any,
+    value: object,
     column: str,
     place: Place,
 ) -> list[str]:
@@ -62,7 +62,7 @@ def word_list(
 
 
 def tag_list(
-    value: Any,
+    value: object,
     words: int,
     names: Sequence[str] | None,
     column: str,
@@ -84,7 +84,7 @@ def tag_list(
 
 
 def _tag(
-    value: Any,
+    value: object,
     names: Sequence[str] | None,
     column: str,
     place: Place,
@@ -128,7 +128,7 @@ def tags_of_spans(spans: Sequence[Span], words: Sequence[Word]) -> list[str]:
 
 
 def checked_spans(
-    value: Any,
+    value: object,
     text: str,
     words: Sequence[Word],
     column: str,
@@ -166,7 +166,7 @@ def checked_spans(
 
 
 def _span(
-    value: Any,
+    value: object,
     text: str,
     column: str,
     place: Place,
@@ -193,7 +193,7 @@ def _span(
     return [start, end, label_of(parts[2], column, place)]
 
 
-def _is_place(value: Any) -> bool:
+def _is_place(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -201,7 +201,7 @@ def _shown(span: Span, text: str) -> str:
     return f"{span[0]} to {span[1]} ({text[span[0] : span[1]]!r})"
 
 
-def _listed(value: Any) -> list[Any] | None:
+def _listed(value: object) -> list[object] | None:
     """A list, or the list that a text is the JSON of; else None."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:

@@ -129,7 +129,7 @@ class ClientModel:
             task.encode(answered(task, rows), self.kernel.base.processor),
         )
 
-    def measures(self, rows: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> Plain:
+    def measures(self, rows: Sequence[Plain], more: Sequence[str] = ()) -> Plain:
         """As ``evaluate``, with every metric of the task, and ``more`` by their names; by class
         where a metric has a value for each, None where one is not defined.
         """
@@ -302,7 +302,7 @@ def merge(source: Path, out: Path) -> None:
             merge(tidied(source, Path(folder) / "adapter"), out)
         return
     revision = card.get("revision")
-    options: dict[str, Any] = {}
+    options: Plain = {}
     if card["head"] == "stock":  # the trained head replaces the checkpoint's, whatever its shape
         outputs = TASKS.find(card["task"]).from_card(card).outputs
         options = {"num_labels": outputs, "ignore_mismatched_sizes": True}

@@ -15,6 +15,7 @@ from fedgrove.federation.tables import files_of, rows_at
 from fedgrove.federation.tasks import task_class
 from fedgrove.ground.errors import DataError
 from fedgrove.ground.files import write_text
+from fedgrove.ground.plain import Plain
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Task
@@ -33,7 +34,7 @@ class Prediction:
     predicted: str
     scores: dict[str, float]
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> Plain:
         """A line of a table."""
         scores = {f"score_{label}": value for label, value in self.scores.items()}
         return {
@@ -105,7 +106,7 @@ def check_out(out: Path) -> None:
         raise DataError(f"--out {out} exists already; name a new file")
 
 
-def check_probs(task: type[Task[Any]]) -> None:
+def check_probs(task: type[Task]) -> None:
     """Raises ``DataError`` where there are no classes to have probabilities."""
     if not task.classifies:
         raise DataError(
@@ -129,7 +130,7 @@ def write(out: Path, found: Sequence[Prediction]) -> None:
     write_text(out, "\n".join(lines) + "\n")
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Plain]) -> str:
     """CSV with the first row's keys as its header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
