@@ -48,7 +48,7 @@ def word_list(
     """A row's words: a list, the JSON of one, or a text with spaces between. Raises DataError."""
     found = _listed(value)
     if found is None and isinstance(value, str):
-        found = value.split()
+        found = [*value.split()]
     if not found:
         raise DataError(f"{place}: the column {column!r} has no words; correct or remove the row")
     for number, word in enumerate(found, start=1):
@@ -73,9 +73,9 @@ def tag_list(
     """
     found = _listed(value)
     if found is None and isinstance(value, str):
-        found = value.split()
+        found = [*value.split()]
     if found is None or len(found) != words:
-        count = 0 if found is None else len(found)
+        count = len(found or [])
         raise DataError(
             f"{place} has {words} words, but the column {column!r} has {count} tags; give one for "
             "each word"
@@ -110,10 +110,12 @@ def spans_of_tags(tags: Sequence[str], words: Sequence[Word]) -> list[Span]:
     """The entities of tagged words."""
     from seqeval.metrics.sequence_labeling import get_entities
 
-    return [
-        [words[first][0], words[last][1], str(kind)]
-        for kind, first, last in get_entities(list(tags))
-    ]
+    found: list[Span] = []
+    for kind, first, last in get_entities(list(tags)):
+        start = words[first][0]
+        end = words[last][1]
+        found.append([start, end, str(kind)])
+    return found
 
 
 def tags_of_spans(spans: Sequence[Span], words: Sequence[Word]) -> list[str]:
@@ -154,14 +156,19 @@ def checked_spans(
                 f"{place}: the spans {_shown(before, text)} and {_shown(after, text)} overlap; "
                 "keep one of them"
             )
-    starts, ends = {start for start, _ in words}, {end for _, end in words}
+    starts = {start for start, _ in words}
+    ends = {end for _, end in words}
     for span in spans:
-        if span[0] not in starts or span[1] not in ends:
-            where = "begins" if span[0] not in starts else "ends"
-            raise DataError(
-                f"{place}: the span {_shown(span, text)} {where} inside a word; move it to the "
-                "word's edge"
-            )
+        if span[0] not in starts:
+            where = "begins"
+        elif span[1] not in ends:
+            where = "ends"
+        else:
+            continue
+        raise DataError(
+            f"{place}: the span {_shown(span, text)} {where} inside a word; move it to the "
+            "word's edge"
+        )
     return spans
 
 
@@ -174,7 +181,8 @@ def _span(
     parts = value
     if isinstance(value, dict):
         parts = [value.get(key) for key in ("start", "end", "label")]
-    if not isinstance(parts, list | tuple) or len(parts) != 3 or not all(map(_is_place, parts[:2])):
+    three = isinstance(parts, list | tuple) and len(parts) == 3
+    if not three or not all(map(_is_place, parts[:2])):
         raise DataError(
             f"{place}: the column {column!r} has {value!r}, which is no span; give start and end in "
             "characters, and label"
@@ -198,7 +206,8 @@ def _is_place(value: object) -> bool:
 
 
 def _shown(span: Span, text: str) -> str:
-    return f"{span[0]} to {span[1]} ({text[span[0] : span[1]]!r})"
+    start, end, _ = span
+    return f"{start} to {end} ({text[start:end]!r})"
 
 
 def _listed(value: object) -> list[object] | None:
