@@ -178,27 +178,37 @@ def _span(
     column: str,
     place: Place,
 ) -> Span:
-    parts = value
-    if isinstance(value, dict):
-        parts = [value.get(key) for key in ("start", "end", "label")]
-    three = isinstance(parts, list | tuple) and len(parts) == 3
-    if not three or not all(map(_is_place, parts[:2])):
+    found = _three(value)
+    if found is None:
         raise DataError(
             f"{place}: the column {column!r} has {value!r}, which is no span; give start and end in "
             "characters, and label"
         )
-    start, end = int(parts[0]), int(parts[1])
-    if not 0 <= start <= end <= len(text):
+    first, last, label = found
+    if not 0 <= first <= last <= len(text):
         raise DataError(
-            f"{place}: the span {start} to {end} is not in the text, which has {len(text)} "
+            f"{place}: the span {first} to {last} is not in the text, which has {len(text)} "
             "characters; correct or remove it"
         )
-    own = text[start:end]
-    start += len(own) - len(own.lstrip())
-    end -= len(own) - len(own.rstrip())
+    own = text[first:last]
+    start = first + len(own) - len(own.lstrip())
+    end = last - len(own) + len(own.rstrip())
     if start >= end:
-        raise DataError(f"{place}: the span {parts[0]} to {parts[1]} is empty; remove it")
-    return [start, end, label_of(parts[2], column, place)]
+        raise DataError(f"{place}: the span {first} to {last} is empty; remove it")
+    return [start, end, label_of(label, column, place)]
+
+
+def _three(value: object) -> tuple[int, int, object] | None:
+    """Start, end and label, where the value has them."""
+    parts = value
+    if isinstance(value, dict):
+        parts = [value.get(key) for key in ("start", "end", "label")]
+    if not isinstance(parts, list | tuple) or len(parts) != 3:
+        return None
+    start, end, label = parts
+    if not _is_place(start) or not _is_place(end):
+        return None
+    return int(start), int(end), label
 
 
 def _is_place(value: object) -> bool:
