@@ -24,7 +24,7 @@ from fedgrove.interop.models import EMBEDDED_MODELS, load_config, longest_input
 
 LONGEST = 128  # tokens of a text, where nothing says how many
 #: PEFT's tasks for which there is no task here yet
-_UNKNOWN = ("TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM")
+_UNKNOWN = ("QUESTION_ANS", "SEQ_2_SEQ_LM")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +171,12 @@ def _described(source: Source, head: Mapping[str, Tensor], base: str | None) -> 
 
 def _task(source: Source, config: Any) -> str:
     kind = source.config.get("task_type")
+    if kind == "TOKEN_CLS":
+        raise AdapterError(
+            f"{source.folder / peft.CONFIG}: task_type is {kind!r}, and nothing says which tags its "
+            "outputs are; one that was trained here has that in its fedgrove.json, any other loads "
+            "with AutoPeftModelForTokenClassification."
+        )
     if kind in _UNKNOWN:
         raise AdapterError(
             f"{source.folder / peft.CONFIG}: task_type is {kind!r}, for which there is no task "
