@@ -226,8 +226,8 @@ class Attention(Router):
         assert at.tally is not None
         at.tally.note_tokens(at.site.layer, weights)
         found: list[Weight] = []
-        for number, own in enumerate(inner):
-            part = _attended(own, weights[:, number], allowed[:, number])
+        for number, down in enumerate(inner):
+            part = _attended(down, weights[:, number], allowed[:, number])
             found.append(part)
         return found
 
