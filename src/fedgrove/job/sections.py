@@ -74,6 +74,7 @@ class Section(Options):
 
 Rank = Annotated[int, Field(ge=1)]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
+Evaluate = Literal["all", "sample"] | Annotated[int, Field(ge=1)]
 
 
 #: models that Fedgrove fetches by itself, or brings along; they have one version
@@ -470,6 +471,13 @@ class RunSection(Section):
         ge=1,
         description="Rounds between evaluations; the last round is always evaluated.",
     )
+    evaluate: Evaluate = Field(
+        "all",
+        description="Which clients an evaluation measures, the last one and the farewell too: all; "
+        "sample: 100 of them; or so many. Drawn anew by the seed for each round; the others train "
+        "and leave with an adapter as ever.",
+        examples=["sample", 500],
+    )
     checkpoint_every: int = Field(
         1,
         ge=1,
@@ -497,6 +505,17 @@ class RunSection(Section):
         "with a scale for "
         "each rank index.",
     )
+
+    @model_validator(mode="after")
+    def _comparable(self) -> RunSection:
+        compares = self.keep == "best" or self.patience is not None
+        if compares and self.evaluate != "all":
+            raise ValueError(
+                f"run.evaluate = {self.evaluate!r} measures other clients in each round, and "
+                'run.keep = "best" and run.patience compare rounds; set it to "all", or leave '
+                "them out."
+            )
+        return self
 
     @field_validator("out")
     @classmethod
