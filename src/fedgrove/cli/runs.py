@@ -54,7 +54,7 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="T",
-            help="Also log curves with tensorboard or wandb; may be repeated.",
+            help="Also log curves with tensorboard, wandb or mlflow; may be repeated.",
             show_default=False,
         ),
     ] = None,
