@@ -317,7 +317,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_of_commands_has_no_breaks_of_the_source() -> None:
-    todo = list(program().commands.values())
+    whole: Any = program()
+    todo = list(whole.commands.values())
     for command in todo:
         assert command.short_help
         assert "\n" not in command.short_help

@@ -276,7 +276,8 @@ def test_the_page_its_rules_and_the_wrong_token(tmp_path: Path) -> None:
 
 
 def _status(server: Server, path: str) -> int:
-    with closing(socket.create_connection(server.server_address[:2], timeout=30)) as connection:
+    host, port = str(server.server_address[0]), int(server.server_address[1])
+    with closing(socket.create_connection((host, port), timeout=30)) as connection:
         connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode("latin-1"))
         return int(connection.makefile("rb").readline().split()[1])
 

@@ -116,9 +116,10 @@ class Server(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """Where the page is, its token included."""
-        host, port = self.server_address[:2]
-        name = f"[{host}]" if ":" in str(host) else str(host)
-        return f"http://{name}:{port}/{self.token}/"
+        host = str(self.server_address[0])
+        if ":" in host:
+            host = f"[{host}]"
+        return f"http://{host}:{self.server_address[1]}/{self.token}/"
 
     def server_close(self) -> None:
         if hasattr(self, "board"):
