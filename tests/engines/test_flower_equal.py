@@ -23,7 +23,10 @@ JOBS: dict[str, dict[str, Any]] = {
     "hilora": {"run": {"rounds": 4}},
     "fed-plora": MIXED,
 }
-SAMPLED = {"federation": {"held_out": ["site-1"]}, "run": {"rounds": 2, "evaluate": 1}}
+SAMPLED: dict[str, dict[str, Any]] = {
+    "federation": {"held_out": ["site-1"]},
+    "run": {"rounds": 2, "evaluate": 1},
+}
 
 
 def same(one: Path, other: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,7 +198,7 @@ def _lines_or_one(text: str, reading: Reading) -> Iterator[tuple[Place, Values]]
     yield from _jsonl(reading)
 
 
-def _parsed(text: str, place: Place) -> Any:
+def _parsed(text: str, place: Place) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -215,7 +215,7 @@ def _parsed(text: str, place: Place) -> Any:
 
 
 def _object(
-    record: Any,
+    record: object,
     reading: Reading,
     place: Place,
 ) -> Values:
@@ -347,7 +347,7 @@ KINDS = ", ".join(READERS)
 
 def _need(
     columns: Sequence[str],
-    present: Any,
+    present: Collection[str],
     place: Place,
 ) -> None:
     missing = [name for name in columns if name not in present]
@@ -360,7 +360,7 @@ def _need(
     raise DataError(f"{sentence} ({_hint(missing[0], present)})")
 
 
-def _hint(missing: str, present: Any) -> str:
+def _hint(missing: str, present: Collection[str]) -> str:
     """What to do about a column that is not there."""
     if missing in ("prompt", "completion"):
         for column in ("messages", "conversations"):
@@ -378,7 +378,7 @@ def _hint(missing: str, present: Any) -> str:
 
 
 def text_of(
-    value: Any,
+    value: object,
     column: str,
     place: Place,
 ) -> str:
@@ -419,7 +419,7 @@ def broken(text: str) -> str:
 
 
 def label_of(
-    value: Any,
+    value: object,
     column: str,
     place: Place,
 ) -> str:

@@ -14,7 +14,6 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from fedgrove.federation.assets import asset
 from fedgrove.ground.errors import ModelError
 from fedgrove.ground.files import whole_directory
+from fedgrove.ground.plain import Plain
 from fedgrove.interop.hub import fetched
 from fedgrove.interop.onnx_weights import dequantised
 
@@ -121,7 +121,7 @@ def smollm2(source: Path, folder: Path) -> None:
 
 
 def _save(
-    config: dict[str, Any],
+    config: Plain,
     weights: dict[str, Tensor],
     folder: Path,
 ) -> None:

@@ -22,6 +22,7 @@ from fedgrove.federation.tasks import TASKS
 from fedgrove.federation.tasks.base import Stock
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.files import whole_directory
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.copies import Copies, Origin, content_key, copy_beside
 
 PREFIX = "base_model.model."
@@ -43,7 +44,7 @@ def save_adapter(
     head_kind: Literal["pooled", "stock", "lm"],
     head_modules: tuple[str, ...] = (),
     transposed: bool = False,
-    card: Mapping[str, Any],
+    card: Given,
     copies: Copies | None = None,
     rslora: bool = False,
 ) -> None:
@@ -107,7 +108,7 @@ def _store(
     partial: Path,
     folder: Path,
     name: str,
-    card: Mapping[str, Any],
+    card: Given,
     copies: Copies | None,
     *described: object,
 ) -> Origin | None:
@@ -131,9 +132,9 @@ def rewrite(
     folder: Path,
     adapter: Adapter,
     head: Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    config: Given,
     *,
-    card: Mapping[str, Any],
+    card: Given,
 ) -> None:
     """Write a directory of other factors with the head, tensors [any shape] by name, and the
     configuration of one that was read.
@@ -189,7 +190,7 @@ def _tidy(alpha: float) -> Any:
     return alpha
 
 
-def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, Any]]:
+def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], Plain]:
     """(adapter, head, PEFT's configuration) of a directory, whoever wrote it.
 
     Tensors [any shape] other than LoRA's pairs (modules to save) come back as the head, by their
@@ -242,7 +243,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, An
 
 
 def _scale(
-    config: Mapping[str, Any],
+    config: Given,
     site: str,
     rank: int,
 ) -> float:
@@ -256,7 +257,7 @@ def _scale(
     return scale_of(float(alpha), rank, bool(config.get("use_rslora")))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Plain:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -5,12 +5,13 @@ adapters' precision.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from fedgrove.ground.errors import ModelError
+from fedgrove.ground.plain import Plain
 
 Bits = Literal["none", "8bit", "4bit"]
 
@@ -19,7 +20,7 @@ def options(
     bits: Bits,
     device: torch.device | str,
     dtype: torch.dtype,
-) -> dict[str, Any]:
+) -> Plain:
     """What ``from_pretrained`` needs; nothing for "none". Products are computed in ``dtype``, NF4
     is the 4-bit kind.
 

@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.marks import Automatic, Chooser, Of, keys_with
 from fedgrove.ground.options import COLUMN, OF_THE_DATA, Options, Share, Text, Texts
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.job.kinds import join, nearest
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import shown, value_text
@@ -115,7 +116,7 @@ class DataSection(Section):
         description="How it is split into clients.",
     )
 
-    learnt: ClassVar[type[Task[Any]]]  # the task of a class that has the keys of its parts
+    learnt: ClassVar[type[Task]]  # the task of a class that has the keys of its parts
 
     if TYPE_CHECKING:
 
@@ -132,14 +133,14 @@ class DataSection(Section):
 
     # ------------------------------------------------------------------ asking
     @property
-    def source_class(self) -> type[Source[Any]]:
+    def source_class(self) -> type[Source]:
         """What reads the rows."""
         from fedgrove.federation.sources import SOURCES
 
         return SOURCES.find(self.source)
 
     @property
-    def task_class(self) -> type[Task[Any]]:
+    def task_class(self) -> type[Task]:
         """What is learnt of them."""
         return _task_of(vars(self), self.source_class)
 
@@ -166,7 +167,7 @@ class DataSection(Section):
         return cast(Self, kind.model_validate(_without_defaults_of_others(values, kind)))
 
     @classmethod
-    def chosen(cls, values: Mapping[str, Any]) -> type[DataSection]:
+    def chosen(cls, values: Given) -> type[DataSection]:
         """As in Section. Raises ValueError, in a sentence, where a name is none."""
         from fedgrove.federation.sources import SOURCES
         from fedgrove.federation.tasks import TASKS
@@ -207,7 +208,7 @@ class DataSection(Section):
     @classmethod
     def dropped(
         cls,
-        values: Mapping[str, Any],
+        values: Given,
         key: str,
         after: str,
     ) -> list[str]:
@@ -291,7 +292,7 @@ class DataSection(Section):
 
 
 # ------------------------------------------------------------------------ the parts' keys
-def _parts() -> Iterator[tuple[str, type[Source[Any]] | type[Task[Any]]]]:
+def _parts() -> Iterator[tuple[str, type[Source] | type[Task]]]:
     """Every source and every task, with the key that chooses it."""
     from fedgrove.federation.sources import SOURCES
     from fedgrove.federation.tasks import TASKS
@@ -302,7 +303,7 @@ def _parts() -> Iterator[tuple[str, type[Source[Any]] | type[Task[Any]]]]:
         yield "task", task
 
 
-def _task_of(values: Mapping[str, Any], source: type[Source[Any]]) -> type[Task[Any]]:
+def _task_of(values: Given, source: type[Source]) -> type[Task]:
     from fedgrove.federation.tasks import AUTO, TASKS
 
     name = values.get("task", "auto")
@@ -333,7 +334,7 @@ def _named(
 
 
 @cache
-def _composed(parts: tuple[type[Source[Any]], type[Task[Any]]]) -> type[DataSection]:
+def _composed(parts: tuple[type[Source], type[Task]]) -> type[DataSection]:
     """The section with the keys of both. Raises ``JobError`` where two of the three collide."""
     source, task = parts
     owners: dict[str, str] = dict.fromkeys(_own_names(DataSection), "[data]")
@@ -386,7 +387,7 @@ def _declared(kind: type[Options]) -> dict[str, type[Options]]:
 
 
 def _changed(
-    values: Mapping[str, Any],
+    values: Given,
     key: str,
     after: str,
 ) -> tuple[type[DataSection], type[DataSection], set[str]]:
@@ -407,8 +408,8 @@ def _changed(
 
 
 def _gone_with(
-    old: type[Source[Any]],
-    new: type[Source[Any]],
+    old: type[Source],
+    new: type[Source],
     before: type[DataSection],
 ) -> set[str]:
     """What another source drops of the keys of its own, and of those that speak of the data."""
@@ -424,13 +425,11 @@ def _gone_with(
 
 
 # ------------------------------------------------------------------------ keys of other parts
-def _without_defaults_of_others(
-    values: Mapping[str, Any], kind: type[DataSection]
-) -> dict[str, Any]:
+def _without_defaults_of_others(values: Given, kind: type[DataSection]) -> Plain:
     """The values without keys of other sources and tasks that say nothing, as files of earlier
     versions have them. Raises ValueError for one that says something.
     """
-    kept: dict[str, Any] = {}
+    kept: Plain = {}
     for key, value in values.items():
         if key in kind.model_fields:
             others = []
@@ -443,7 +442,7 @@ def _without_defaults_of_others(
     return kept
 
 
-Part = tuple[str, "type[Source[Any]] | type[Task[Any]]"]
+Part = tuple[str, "type[Source] | type[Task]"]
 
 
 def _others(key: str) -> list[Part]:
@@ -452,7 +451,7 @@ def _others(key: str) -> list[Part]:
 
 
 def _is_default(
-    kind: type[Source[Any]] | type[Task[Any]],
+    kind: type[Source] | type[Task],
     key: str,
     value: Any,
 ) -> bool:
@@ -464,7 +463,7 @@ def _of_no_use(
     key: str,
     value: Any,
     others: list[Part],
-    values: Mapping[str, Any],
+    values: Given,
 ) -> str:
     """The sentence on a key of another source or task than the job's."""
     chooser = others[0][0]
@@ -476,7 +475,7 @@ def _of_no_use(
     )
 
 
-def _chosen_name(chooser: str, values: Mapping[str, Any]) -> str:
+def _chosen_name(chooser: str, values: Given) -> str:
     from fedgrove.federation.sources import SOURCES
 
     source = str(values.get("source", "embedded"))

@@ -21,6 +21,7 @@ from fedgrove.ground.marks import (
     marked,
     sections,
 )
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.job import text
 from fedgrove.job.data import DataSection
 from fedgrove.job.defence import AttackSection, DefenceSection
@@ -112,7 +113,7 @@ class Job(Section):
         return cls.build(parse_toml(content, where), where)
 
     @classmethod
-    def build(cls, values: Mapping[str, Any], where: str = "") -> Self:
+    def build(cls, values: Given, where: str = "") -> Self:
         """The job in nested plain data, as a TOML file gives it."""
         try:
             return cls.model_validate(dict(values))
@@ -139,7 +140,7 @@ class Job(Section):
         """
         return self._assign([parse_assignment(setting) for setting in settings], where)
 
-    def replace(self, **sections: Mapping[str, Any]) -> Self:
+    def replace(self, **sections: Given) -> Self:
         """A copy with some keys changed: ``job.replace(train={"device": "cpu"}, lora={"rank":
         8})``; None unsets.
         """
@@ -171,7 +172,7 @@ class Job(Section):
 
     def _choose(
         self,
-        values: dict[str, Any],
+        values: Plain,
         chooser: KeyPath,
         after: Any,
     ) -> None:
@@ -191,14 +192,14 @@ class Job(Section):
 
     def opened(self, by: str) -> Self:
         """A copy in which what ``by`` decides at the start (``marks.Automatic``) is open again."""
-        changes: dict[str, dict[str, Any]] = {}
+        changes: dict[str, Plain] = {}
         for section, key in automatic_keys(self, by):
             changes.setdefault(section, {})[key] = None
         return self.replace(**changes)
 
     def adopting(self, recorded: Self) -> Self:
         """A copy that takes over what another job has decided and this one leaves open."""
-        changes: dict[str, dict[str, Any]] = {}
+        changes: dict[str, Plain] = {}
         for section, key in automatic_keys(self):
             default = default_of(self, (section, key))
             decided = getattr(getattr(recorded, section), key)
@@ -271,7 +272,7 @@ class Job(Section):
         ).hexdigest()
 
     # ------------------------------------------------------------------ writing
-    def to_dict(self) -> dict[str, dict[str, Any]]:
+    def to_dict(self) -> dict[str, Plain]:
         """Nested plain data, as a TOML file gives it; keys that are not set are left out."""
         values = self.model_dump(mode="json", exclude_none=True)
         values["method"] |= self.method.options.model_dump(mode="json", exclude_none=True)
@@ -345,7 +346,7 @@ def _is_short(path: tuple[str, ...], value: Any) -> bool:
     return path in (("model",), ("method",)) and isinstance(value, str)
 
 
-def _spread(values: Mapping[str, Any]) -> dict[str, Any]:
+def _spread(values: Given) -> Plain:
     """``model = "name"`` and ``method = "name"`` written out as sections."""
     return {
         key: {"name": value} if _is_short((key,), value) else value for key, value in values.items()
@@ -359,7 +360,7 @@ def _get(values: Any, path: tuple[str, ...]) -> Any:
 
 
 def _set(
-    values: dict[str, Any],
+    values: Plain,
     path: tuple[str, ...],
     value: Any,
 ) -> None:

@@ -8,7 +8,6 @@ happens then.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from fedgrove.ground.marks import Automatic, Chooser, InsteadOf, Of, marks_of
 from fedgrove.ground.options import Options, Share, Text, Texts, distinct
+from fedgrove.ground.plain import Given
 from fedgrove.job.kinds import join, nearest
 from fedgrove.job.toml import shown, value_text
 
@@ -34,7 +34,7 @@ class Section(Options):
     """
 
     @classmethod
-    def chosen(cls, values: Mapping[str, Any]) -> type[Section]:
+    def chosen(cls, values: Given) -> type[Section]:
         """The class that has all keys of a table with these values, where some of them choose
         others.
         """
@@ -53,7 +53,7 @@ class Section(Options):
     @classmethod
     def dropped(
         cls,
-        values: Mapping[str, Any],
+        values: Given,
         key: str,
         after: Any,
     ) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel, ValidationError
 
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Given
 from fedgrove.job.kinds import choices, field_kind, join, nearest
 from fedgrove.job.sections import MethodSection, OptionsError, Section
 from fedgrove.job.toml import key_text, shown, value_text
@@ -49,7 +50,7 @@ NOT_HERE = {"dora": _DORA, "use_dora": _DORA}
 def job_error(
     error: ValidationError,
     root: type[BaseModel],
-    values: Mapping[str, Any],
+    values: Given,
     where: str,
     what: str = "the job",
 ) -> JobError:

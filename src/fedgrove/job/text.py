@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from fedgrove.ground.plain import Plain
 from fedgrove.job.kinds import field_kind
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import key_text, value_text
@@ -125,7 +126,7 @@ def _tables(name: str, section: BaseModel) -> Iterator[Table]:
         yield from _tables(f"{name}.{key}", value)
 
 
-def _values(section: BaseModel) -> dict[str, Any]:
+def _values(section: BaseModel) -> Plain:
     return {key: getattr(section, key) for key in type(section).model_fields}
 
 

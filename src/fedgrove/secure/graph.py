@@ -57,15 +57,13 @@ def _enough(
     """Whether no neighbourhood of the round is likely to be too small, or bought."""
     from scipy.stats import hypergeom
 
-    others, holders = clients - 1, needed(threshold, neighbours + 1)
-    present = others - math.ceil(lost_at_most(threshold) * clients)
+    others = clients - 1
+    holders = needed(threshold, neighbours + 1)
+    lost = math.ceil(lost_at_most(threshold) * clients)
+    present = others - lost
     too_few = hypergeom.cdf(holders - 1, others, present, neighbours)
-    bought = hypergeom.sf(
-        holders - 1,
-        others,
-        math.ceil(COLLUDING * clients),
-        neighbours,
-    )
+    colluding = math.ceil(COLLUDING * clients)
+    bought = hypergeom.sf(holders - 1, others, colluding, neighbours)
     return bool(clients * too_few < UNLUCKY and clients * bought < UNSAFE)
 
 
@@ -83,7 +81,9 @@ def ring(
         return {name: [other for other in order if other != name] for name in order}
     random.Random(seed).shuffle(order)
     found: dict[str, list[str]] = {}
+    reach = neighbours // 2
+    steps = [step for step in range(-reach, reach + 1) if step]
     for place, name in enumerate(order):
-        steps = [step for step in range(-(neighbours // 2), neighbours // 2 + 1) if step]
-        found[name] = sorted(order[(place + step) % len(order)] for step in steps)
+        beside = [order[(place + step) % len(order)] for step in steps]
+        found[name] = sorted(beside)
     return found
