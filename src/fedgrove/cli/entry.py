@@ -51,7 +51,13 @@ def _version(wanted: bool) -> None:
 )
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version.",
+            callback=_version,
+            is_eager=True,
+        ),
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show where an error came from.", show_default=False)
@@ -83,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
     try:
         code = typer.main.get_command(app).main(
-            arguments, prog_name="fedgrove", standalone_mode=False
+            arguments,
+            prog_name="fedgrove",
+            standalone_mode=False,
         )
         sys.stdout.flush()
         # typer turns Ctrl-C into this code without a word
