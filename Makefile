@@ -48,7 +48,7 @@ test: lint  ## lint, then every test but the slow ones and those in a browser
 test-all: lint  ## lint, then every test
 	@$(BIN)/python -m pytest -q -n auto --dist loadscope $(PYTEST_ARGS)
 
-test-browser: setup  ## the report and the comparison in chromium (apt-get install chromium), also on a phone
+test-browser: setup  ## the report, the comparison and the live page in chromium (apt-get install chromium), also on a phone
 	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[browser]"
 	@$(BIN)/python -m pytest -q -m browser tests/browser $(PYTEST_ARGS)
 

@@ -10,6 +10,7 @@ from tests.test_run import adapters, lines, summary
 from tests.tiny import save_silos, tiny_job, without_reports
 
 import fedgrove as fg
+from fedgrove.compare import collect
 from fedgrove.ground.errors import JobError
 from fedgrove.report import data, facts
 from fedgrove.runs.sampled import SAMPLE, drawn
@@ -51,7 +52,7 @@ def test_only_those_drawn_are_measured_and_all_leave_as_ever(job: fg.Job, tmp_pa
     some = job.replace(run={"evaluate": 2})
     with without_reports():
         run(job, tmp_path / "all")
-    run(some, tmp_path / "some")
+    result = run(some, tmp_path / "some")
     everyones = adapters(tmp_path / "all")
     ours = adapters(tmp_path / "some")
     assert {name for name in everyones if not name.endswith("measures.json")} == {
@@ -78,6 +79,9 @@ def test_only_those_drawn_are_measured_and_all_leave_as_ever(job: fg.Job, tmp_pa
     read = data.load(tmp_path / "some")
     assert dict(facts.settings(read))["clients measured"].startswith("2 of 5")
     assert (tmp_path / "some" / "report.html").exists()
+    assert collect._trained(result) == 5
+    (note,) = collect._sampled([result])
+    assert note.startswith("Each run measured 2 of its 5 clients")
 
 
 def test_a_resumed_run_measures_the_same_clients(job: fg.Job, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -108,11 +109,101 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert logged.count("finished") == 1
 
 
-@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
-def test_a_missing_package_is_one_sentence(
-    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+class Mlflow:
+    """What the tracker calls of MLflow, and what it was called with."""
+
+    def __init__(self, known: tuple[str, ...] = ()) -> None:
+        self.known = known  # runs of this directory
+        self.calls: list[tuple[str, Any]] = []
+
+    def set_experiment(self, name: str) -> None:
+        self.calls.append(("experiment", name))
+
+    def search_runs(self, **asked: Any) -> list[Any]:
+        self.calls.append(("search", asked["filter_string"]))
+        return [SimpleNamespace(info=SimpleNamespace(run_id=each)) for each in self.known]
+
+    def start_run(self, **options: Any) -> None:
+        self.calls.append(("start", options))
+
+    def log_dict(self, content: dict[str, Any], file: str) -> None:
+        self.calls.append((file, content))
+
+    def log_metrics(self, found: dict[str, float], step: int) -> None:
+        self.calls.append(("metrics", (step, found)))
+
+    def log_metric(self, key: str, value: float) -> None:
+        self.calls.append((key, value))
+
+    def end_run(self, status: str) -> None:
+        self.calls.append(("end", status))
+
+    def said(self, what: str) -> list[Any]:
+        return [content for name, content in self.calls if name == what]
+
+
+def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Mlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    (tracker,) = trackers(["mlflow"])
+    out = tmp_path / "out"
+    tracker.run_started(RunInfo("fedit", "t", 2, ("a",), out, {"run": {"seed": 0}}))
+    tracker.evaluated(1, [line("a", 0.5, float("nan"))])
+    tracker.run_finished({"mean": 0.5, "std": None}, out)
+    tracker.close()
+    tracker.close()
+    assert module.said("experiment") == ["fedgrove"]
+    (started,) = module.said("start")
+    assert started["run_name"] == "out"
+    assert started["tags"]["fedgrove_directory"] in module.said("search")[0]
+    assert module.said("job.json") == [{"run": {"seed": 0}}]
+    ((step, found),) = module.said("metrics")
+    assert step == 1
+    assert found == {
+        "test/accuracy": 0.5,
+        "test/accuracy tail": 0.5,
+        "test/accuracy worst": 0.5,
+    }
+    assert module.said("mean") == [0.5]
+    assert module.said("std") == []
+    assert module.said("end") == ["FINISHED"]
+
+
+@pytest.mark.parametrize(("stopped", "status"), [(True, "KILLED"), (False, "FAILED")])
+def test_mlflow_goes_on_with_the_run_of_a_directory(
+    stopped: bool, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    module = Mlflow(known=("r1",))
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    (tracker,) = trackers(["mlflow"])
+    tracker.run_started(RunInfo("fedit", "t", 2, ("a",), tmp_path, {}))
+    if stopped:
+        tracker.run_stopped(1, "interrupted")
+    tracker.close()
+    assert module.said("start") == [{"run_id": "r1"}]
+    assert module.said("end") == [status]
+
+
+def test_an_mlflow_that_cannot_start_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Mlflow()
+
+    def refuse(name: str) -> None:
+        raise ValueError("no server\nat all")
+
+    module.set_experiment = refuse  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    (tracker,) = trackers(["mlflow"])
+    with pytest.raises(RunError, match=r"cannot start \(no server\); look at MLFLOW_TRACKING_URI"):
+        tracker.run_started(RunInfo("fedit", "t", 2, ("a",), tmp_path, {}))
+    tracker.close()
+    assert module.said("end") == []
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_missing_package_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(RunError, match=f"install fedgrove\\[{name}\\]"):
         trackers([name])
@@ -121,7 +212,9 @@ def test_a_missing_package_is_one_sentence(
 def test_an_unknown_tracker_is_one_sentence(tmp_path: Path) -> None:
     from fedgrove.cli import app
 
-    found = CliRunner().invoke(app, ["run", "--track", "mlflow", "--out", str(tmp_path / "out")])
+    found = CliRunner().invoke(app, ["run", "--track", "comet", "--out", str(tmp_path / "out")])
     assert isinstance(found.exception, RunError)
-    assert str(found.exception) == "--track mlflow is unknown; there are: tensorboard, wandb."
+    assert (
+        str(found.exception) == "--track comet is unknown; there are: tensorboard, wandb, mlflow."
+    )
     assert not (tmp_path / "out").exists()

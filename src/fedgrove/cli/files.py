@@ -1,4 +1,4 @@
-"""Files of others and of runs: one server round over adapter directories, a report anew."""
+"""Files of others and of runs: one server round over adapter directories, a report anew, a live page."""
 
 from __future__ import annotations
 
@@ -115,3 +115,37 @@ def report(
     from fedgrove.report import write_report
 
     print(f"Wrote {write_report(run, beside or [])}.")
+
+
+@commands.command(epilog=examples("fedgrove watch runs/fedit", "fedgrove watch runs/fedit --open"))
+def watch(
+    run: RunDirectory,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="0: any free one.")
+    ] = 8750,
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="The address of this machine that it listens on.")
+    ] = "127.0.0.1",
+    show: Annotated[
+        bool, typer.Option("--open", help="Open it in the browser.", show_default=False)
+    ] = False,
+) -> None:
+    """Serve a live page of a run that goes on, or is finished, from its directory alone, until
+    Ctrl-C.
+    """
+    from fedgrove.watch.server import Server, served
+
+    server = Server(served(run), host, port)
+    print(f"Watch {run} at {server.address} (Ctrl-C ends it).", flush=True)
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        print("It is not encrypted: whoever sees the traffic sees the token and the page.")
+    if show:
+        import webbrowser
+
+        webbrowser.open(server.address)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("The page is closed; the run was not touched.")
+    finally:
+        server.server_close()

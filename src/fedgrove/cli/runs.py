@@ -55,7 +55,17 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="T",
-            help="Also log curves with tensorboard or wandb; may be repeated.",
+            help="Also log curves with tensorboard, wandb or mlflow; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    page: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            help="Serve a live page meanwhile, to this machine alone (0: any free port).",
+            min=0,
+            max=65535,
             show_default=False,
         ),
     ] = None,
@@ -75,9 +85,10 @@ def run(
     from fedgrove.tracking.trackers import trackers
     from fedgrove.training.profile import profiling
     from fedgrove.training.profile import save as save_profile
+    from fedgrove.watch.beside import told
 
     try:
-        with profiling() if profile else nullcontext() as recorded:
+        with told(chosen.directory(), page), profiling() if profile else nullcontext() as recorded:
             result = start(
                 chosen,
                 resume=resume,

@@ -106,12 +106,22 @@ def server(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")
     ] = False,
+    page: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            help="Serve a live page meanwhile, to this machine alone (0: any free port).",
+            min=0,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Start the server and run its job. Ctrl-C stops it cleanly; --resume goes on."""
     from fedgrove.deploy.host import serve
 
     try:
-        out = serve(folder, resume=resume, say=_say)
+        out = serve(folder, resume=resume, page=page, say=_say)
     except KeyboardInterrupt:
         print(f"Go on with `fedgrove deploy server {folder} --resume`.", file=sys.stderr)
         raise

@@ -28,6 +28,7 @@ from fedgrove.deploy.layout import CONNECTION, ServerFile
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.plain import Plain
 from fedgrove.job.toml import value_text
+from fedgrove.watch.beside import told
 
 if TYPE_CHECKING:
     from flwr.supercore.control import ControlHttpClient
@@ -194,9 +195,9 @@ def plain_lines(text: str) -> Iterator[str]:
             yield line.rstrip()
 
 
-def serve(folder: Path, *, resume: bool = False, say: Say = print) -> Path:
+def serve(folder: Path, *, resume: bool = False, page: int | None = None, say: Say = print) -> Path:
     """Run the server's job to its end; the run's directory. Raises ``FedgroveError``; Ctrl-C stops
-    it cleanly.
+    it cleanly. ``page``: the port of a live page meanwhile.
     """
     launch.need_flower()
     folder = folder.resolve()
@@ -211,7 +212,7 @@ def serve(folder: Path, *, resume: bool = False, say: Say = print) -> Path:
             f"{job_path}."
         )
     server = Server(folder, file, say)
-    with server.open() as control:
+    with told(out, page, say), server.open() as control:
         ended = server.run(control, job_path, out, resume=resume)
     if ended != "completed":
         raise DeployError(

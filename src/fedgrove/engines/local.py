@@ -188,7 +188,7 @@ class LocalEngine:
         self.data = data
         self.held_out = held_out
         self._stores: dict[str, Store] = {}
-        self._before: dict[str, Store] = {}  # each client's store before its newest update
+        self._before: dict[str, Store] = {}  # a client's store before its update of this round
         self._changed: set[str] = set()
         self.out = out  # the run's directory, where it has one
         self._room: Room | None = None  # of the round, where updates are masked
@@ -209,6 +209,7 @@ class LocalEngine:
         offer: OfferOf,
     ) -> Iterator[Arrival]:
         how = self.job.run.compress
+        self._before = {}
         self._room = None
         if self.job.privacy.secure_aggregation:
             agreed = terms(self.job, "simulated", round, f"round {round}")

@@ -89,18 +89,18 @@ def _core_pictures(run: Run, comparison: Comparison, painter: Painter) -> Pictur
         if there:
             found[name] = painter.paint(name, label, partial(draw, run, comparison))
     found["data"] = None
-    if run.table:
-        found["data"] = _who_holds_what(run.table, painter)
+    if run.table and painter.folder is not None:
+        found["data"] = _who_holds_what(run.table, painter.folder, painter)
     return found
 
 
-def _who_holds_what(table: Plain, painter: Painter) -> Picture | None:
+def _who_holds_what(table: Plain, folder: Path, painter: Painter) -> Picture | None:
     """The federation's own picture of its data."""
     try:
         from fedgrove.federation.picture import who_holds_what
 
-        painter.folder.mkdir(parents=True, exist_ok=True)
-        target = painter.folder / "who-holds-what.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / "who-holds-what.png"
         who_holds_what(table, target)
         data = base64.b64encode(target.read_bytes()).decode()
     except Exception as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,41 @@ def load(run_dir: Path) -> Run:
     """Read a run directory. Raises ``RunError`` where summary.json is missing or is none; other
     files may be absent.
     """
-    summary = summaries.read(run_dir / "summary.json")
+    return _read(run_dir, summaries.read(run_dir / "summary.json"))
+
+
+def load_so_far(run_dir: Path) -> Run:
+    """Read the directory of a run that goes on, or stopped: in the summary's place stands what
+    metrics.jsonl knows so far.
+    """
+    run = _read(run_dir, {"clients": {}})
+    tests = [line for line in run.lines if line["split"] == "test"]
+    metric = next(filter(None, map(metrics.metric_name, tests)), "score")
+    rows: dict[str, Plain] = {}
+    for described in (run.table or {}).get("clients", []):
+        rows[described["name"]] = {"held_out": bool(described.get("held_out"))}
+    bytes_up = 0
+    bytes_down = 0
+    for line in run.lines:
+        row = rows.setdefault(line["client"], {"held_out": False})
+        if line["split"] == "test":
+            row["metric"] = line.get(metric)
+        bytes_up += line.get("bytes_up") or 0
+        bytes_down += line.get("bytes_down") or 0
+    summary = {
+        "method": run.setting("method", "name", "?"),
+        "task": run.setting("data", "task"),
+        "metric": metric,
+        "seed": run.setting("run", "seed"),
+        "rounds": max((line["round"] for line in run.lines), default=0),
+        "clients": rows,
+        "bytes": {"up": bytes_up, "down": bytes_down},
+    }
+    return replace(run, summary=summary)
+
+
+def _read(run_dir: Path, summary: Given) -> Run:
+    """The other files of the directory, as far as they are there."""
     notes: list[str] = []
     job_text = _text(run_dir / "job.toml", notes)
     try:

@@ -23,9 +23,11 @@ class Picture:
 
 
 class Painter:
-    """Draws figures for a page and into ``folder``; one that fails becomes a line in ``failed``."""
+    """Draws figures for a page and into ``folder``, where there is one; one that fails becomes a
+    line in ``failed``.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.failed: list[str] = []
 
@@ -59,9 +61,10 @@ class Painter:
             wide = figure
         else:
             wide = figure(style.WIDE)
-        style.png(wide, self.folder / f"{name}.png")
-        # Laid out once is enough: that is most of the time of a figure.
-        wide.set_layout_engine("none")
+        if self.folder is not None:
+            style.png(wide, self.folder / f"{name}.png")
+            # Laid out once is enough: that is most of the time of a figure.
+            wide.set_layout_engine("none")
         page = style.svg(wide, name, label)
         if drawing is None:
             return Picture(page)

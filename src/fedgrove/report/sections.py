@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Given
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,24 +60,31 @@ class Section:
 
 @dataclass(frozen=True)
 class Left:
-    """What a run left in its directory, and the directories of the runs shown beside it."""
+    """What a run left in its directory, and the directories of the runs shown beside it.
+
+    ``forming``: files, by name, that a run which goes on would leave if it ended now.
+    """
 
     folder: Path
     beside: tuple[Path, ...] = ()
+    forming: Given = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        return name in self.forming or (self.folder / name).is_file()
 
     def read(self, name: str) -> Any:
         """A JSON file of the directory."""
+        if name in self.forming:
+            return self.forming[name]
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def lines(self, name: str) -> list[Any]:
-        """The lines of a JSONL file, [] where it is missing."""
-        if not self.has(name):
+        """The complete lines of a JSONL file, [] where it is missing."""
+        path = self.folder / name
+        if not path.is_file():
             return []
-        text = (self.folder / name).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
+        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in whole if line]
 
     def others(self, name: str) -> list[Path]:
         """The directories beside it that have the file too."""

@@ -1,5 +1,5 @@
-"""Curves elsewhere: TensorBoard and Weights & Biases as callbacks. Both are extras, and off unless
-asked for.
+"""Curves elsewhere: TensorBoard, Weights & Biases and MLflow as callbacks. They are extras, and off
+unless asked for.
 
 What is logged, at each evaluated round: mean, tail (10th percentile) and worst client of the task's
 metric, the mean loss of training and test, and the bytes so far. No text, no weights, and no
@@ -122,12 +122,8 @@ class WeightsAndBiases(Tracker):
                 id=_identity(info.out), settings=self._wandb.Settings(silent=True),
             )  # fmt: skip
         except Exception as error:  # its own errors: no key, no network
-            if str(error).strip():
-                reason = str(error).strip().splitlines()[0]
-            else:
-                reason = type(error).__name__
             raise RunError(
-                f"--track wandb: Weights & Biases cannot start ({reason}); log in with `wandb "
+                f"--track wandb: Weights & Biases cannot start ({_reason(error)}); log in with `wandb "
                 f"login`, or set "
                 "WANDB_MODE=offline."
             ) from error
@@ -146,6 +142,76 @@ class WeightsAndBiases(Tracker):
             self._run = None
 
 
+class MLflow(Tracker):
+    """A run in MLflow's experiment "fedgrove", named after the run directory; where it goes is
+    MLflow's own setting, ``MLFLOW_TRACKING_URI``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            import mlflow
+        except ImportError:
+            raise RunError(
+                "--track mlflow needs the package mlflow; install fedgrove[mlflow]."
+            ) from None
+        self._mlflow: Any = mlflow
+        self._open = False
+        self._status = "FAILED"  # until the loop says otherwise
+
+    def run_started(self, info: RunInfo) -> None:
+        try:
+            self._start(info)
+        except Exception as error:  # its own errors: no server, no permission, another active run
+            raise RunError(
+                f"--track mlflow: MLflow cannot start ({_reason(error)}); look at "
+                "MLFLOW_TRACKING_URI."
+            ) from error
+
+    def _start(self, info: RunInfo) -> None:
+        identity = _identity(info.out)
+        self._mlflow.set_experiment("fedgrove")
+        before = self._mlflow.search_runs(
+            experiment_names=["fedgrove"],
+            filter_string=f"tags.fedgrove_directory = '{identity}'",
+            output_format="list",
+        )
+        if before:
+            self._mlflow.start_run(run_id=before[0].info.run_id)
+        else:
+            tags = {"fedgrove_directory": identity, "method": info.method}
+            self._mlflow.start_run(run_name=info.out.name, tags=tags)
+        self._open = True
+        self._mlflow.log_dict(dict(info.job), "job.json")
+
+    def write(self, round: int, found: Curves) -> None:
+        finite = {name: value for name, value in found.items() if math.isfinite(value)}
+        if finite:
+            self._mlflow.log_metrics(finite, step=round)
+
+    def run_finished(self, summary: Given, out: Path) -> None:
+        self._status = "FINISHED"
+        for key in ("mean", "std", "tail10"):
+            if summary.get(key) is not None:
+                self._mlflow.log_metric(key, summary[key])
+
+    def run_stopped(self, round: int, reason: str) -> None:
+        self._status = "KILLED"
+
+    def close(self) -> None:
+        if self._open:
+            self._mlflow.end_run(status=self._status)
+            self._open = False
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of another package."""
+    said = str(error).strip()
+    if said:
+        return said.splitlines()[0]
+    return type(error).__name__
+
+
 def _identity(out: Path) -> str:
     """The same run directory continues the same run."""
     import hashlib
@@ -155,7 +221,11 @@ def _identity(out: Path) -> str:
     return digest[:12]
 
 
-TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+TRACKERS: dict[str, type[Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
 
 
 def trackers(names: Sequence[str]) -> list[Tracker]:

@@ -68,8 +68,8 @@ def clusters(left: Left) -> list[Section]:
         )
         found.append(adds)
     if any(_curves(content).values()):
-        panels = []
-        for path in (run_dir, *beside):
+        panels = [(_penalties(run_dir), content)]
+        for path in beside:
             text = (path / "clusters.json").read_text("utf-8")
             panels.append((_penalties(path), json.loads(text)))
         said = _overlap_words(run_dir, beside)

@@ -1,0 +1,3 @@
+"""The live page of a run: what its directory says so far, drawn anew while it grows. Nothing here
+writes into a run.
+"""
