@@ -40,10 +40,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "opponents"))
 
 import plan as plans  # noqa: E402
-from watch import watch  # noqa: E402
 
 from fedgrove.ground.versions import versions  # noqa: E402
 from fedgrove.job import Job  # noqa: E402
+from watch import watch  # noqa: E402
 
 WHO = ("floor", "floor-bf16", "fedgrove", "fedgrove-fp32", "swap", "flower", "flower-2", "reload")
 # fmt: off

@@ -66,7 +66,15 @@ def methods() -> None:
 
     from fedgrove.methods.registry import catalogue
 
-    table = Table("method", "trains", "shares", "keeps private", "paper", box=None, pad_edge=False)
+    table = Table(
+        "method",
+        "trains",
+        "shares",
+        "keeps private",
+        "paper",
+        box=None,
+        pad_edge=False,
+    )
     for name, kind in catalogue().items():
         table.add_row(name, kind.trains, kind.shares, kind.keeps, kind.paper)
     printer().print(table)

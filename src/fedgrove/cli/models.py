@@ -129,7 +129,9 @@ def adapt(
     epochs: Annotated[
         int,
         typer.Option(
-            metavar="E", min=0, help="Passes of local training; 0 places and measures it only."
+            metavar="E",
+            min=0,
+            help="Passes of local training; 0 places and measures it only.",
         ),
     ] = 5,
     how: Annotated[
@@ -165,7 +167,15 @@ def adapt(
 
     from fedgrove.use.adapt import adapt as bring
 
-    found = bring(run, data, name=name, epochs=epochs, seed=seed, out=out, way=_way(how))
+    found = bring(
+        run,
+        data,
+        name=name,
+        epochs=epochs,
+        seed=seed,
+        out=out,
+        way=_way(how),
+    )
     console = printer()
     console.print(
         f"{found.name}: {found.train} training and {found.test} test examples, {found.method}"
@@ -266,7 +276,8 @@ def evaluate(
     mask_own: Annotated[
         bool,
         typer.Option(
-            "--mask-own", help="Of a pool: also without the member of the client that tests."
+            "--mask-own",
+            help="Of a pool: also without the member of the client that tests.",
         ),
     ] = False,
 ) -> None:
@@ -425,7 +436,13 @@ def predict(
         return
     if why:
         raise RunError(f"--why is for a pool; {directory} is none.")
-    one = chosen(directory, client, base=base, labels=labels_of(labels), settings=settings or ())
+    one = chosen(
+        directory,
+        client,
+        base=base,
+        labels=labels_of(labels),
+        settings=settings or (),
+    )
     job = one.job
     task = task_class(job.data)
     if probs:
@@ -446,7 +463,13 @@ def predict(
     _told(predictions(model, rows), out, probs=probs, scored=bool(data))
 
 
-def _told(found: Sequence[Prediction], out: Path | None, *, probs: bool, scored: bool) -> None:
+def _told(
+    found: Sequence[Prediction],
+    out: Path | None,
+    *,
+    probs: bool,
+    scored: bool,
+) -> None:
     """Answers into a file, or a line each."""
     from fedgrove.use.predictions import write
 
@@ -458,7 +481,12 @@ def _told(found: Sequence[Prediction], out: Path | None, *, probs: bool, scored:
         print(*_answer(each, probs=probs, scored=scored), sep="\t")
 
 
-def _answer(found: Prediction, *, probs: bool, scored: bool) -> Iterator[str]:
+def _answer(
+    found: Prediction,
+    *,
+    probs: bool,
+    scored: bool,
+) -> Iterator[str]:
     """The columns of a printed answer."""
     yield found.predicted
     if probs:

@@ -83,7 +83,10 @@ def pool(
     top_k: Annotated[
         int | None,
         typer.Option(
-            metavar="K", min=1, help="Members to an input.", show_default="3, or all of fewer"
+            metavar="K",
+            min=1,
+            help="Members to an input.",
+            show_default="3, or all of fewer",
         ),
     ] = None,
     signature: Signed = "none",
@@ -239,7 +242,13 @@ def recycle(
     episodes: Annotated[int, typer.Option(metavar="N", min=1, help="Of meta-training.")] = 2000,
     ways: Annotated[int, typer.Option(metavar="W", min=2, help="Classes of an episode.")] = 5,
     few: Annotated[
-        int, typer.Option("--support", metavar="K", min=1, help="Images of a class shown first.")
+        int,
+        typer.Option(
+            "--support",
+            metavar="K",
+            min=1,
+            help="Images of a class shown first.",
+        ),
     ] = 1,
     rank: Annotated[int, typer.Option(metavar="R", min=1, help="Of the adapter.")] = 4,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="Of images and episodes.")] = 0,
@@ -343,7 +352,11 @@ def explain(folder: Path, count: int) -> None:
 
 
 def evaluate_with(
-    folder: Path, data: Path | None, against: str | None, mask_own: bool, metrics: Sequence[str]
+    folder: Path,
+    data: Path | None,
+    against: str | None,
+    mask_own: bool,
+    metrics: Sequence[str],
 ) -> None:
     """``fedgrove evaluate`` of a pool."""
     from fedgrove.pools import against as comparing
@@ -366,7 +379,11 @@ def evaluate_with(
     print(f"Wrote {folder / comparing.FILE} and pool.html.")
 
 
-def _show(found: Pool, measured: Against, metrics: Sequence[str]) -> None:
+def _show(
+    found: Pool,
+    measured: Against,
+    metrics: Sequence[str],
+) -> None:
     """A row for each owner, a column for the pool and each rival, and the means."""
     from rich.table import Table
 
@@ -379,7 +396,12 @@ def _show(found: Pool, measured: Against, metrics: Sequence[str]) -> None:
             raise RunError(
                 f"--metrics: there is no measure {metric!r}; choose from {', '.join(known)}."
             )
-        table = Table(f"{metric}: rows of", *measured.measures, box=None, pad_edge=False)
+        table = Table(
+            f"{metric}: rows of",
+            *measured.measures,
+            box=None,
+            pad_edge=False,
+        )
         for owner in measured.measures["pool"]:
             cells = [figure(each[owner][metric]) for each in measured.measures.values()]
             table.add_row(owner, *cells)
@@ -391,7 +413,12 @@ def _show(found: Pool, measured: Against, metrics: Sequence[str]) -> None:
         print(f"The best single member, chosen on these rows, is {measured.best}.")
 
 
-def export_with(folder: Path, out: Path, client: str | None, merge: bool) -> None:
+def export_with(
+    folder: Path,
+    out: Path,
+    client: str | None,
+    merge: bool,
+) -> None:
     """``fedgrove export`` of a pool: a member, or the one adapter that computes it."""
     from fedgrove.pools import open_pool
     from fedgrove.pools.leave import export_member, export_whole

@@ -47,7 +47,8 @@ def run(
     engine: Annotated[
         str,
         typer.Option(
-            metavar="E", help="local: in this process; flower: on Flower and Ray, in several."
+            metavar="E",
+            help="local: in this process; flower: on Flower and Ray, in several.",
         ),
     ] = "local",
     track: Annotated[
@@ -89,7 +90,10 @@ def run(
     try:
         with told(chosen.directory(), page), profiling() if profile else nullcontext() as recorded:
             result = start(
-                chosen, resume=resume, callbacks=[progress(), *trackers(track or [])], engine=engine
+                chosen,
+                resume=resume,
+                callbacks=[progress(), *trackers(track or [])],
+                engine=engine,
             )
     except KeyboardInterrupt:
         if job:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 JobFile = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[JOB.toml]", help="The job; without it, the embedded default.", show_default=False
+        metavar="[JOB.toml]",
+        help="The job; without it, the embedded default.",
+        show_default=False,
     ),
 ]
 Settings = Annotated[

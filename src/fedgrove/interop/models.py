@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from fedgrove.interop import quantise
 from fedgrove.interop.embedded_models import CONVERTED, model_folder
 from fedgrove.interop.hub import fetched
 from fedgrove.interop.targets import find_sites, layer_index
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: models that the package itself brings along, under ``fedgrove/weights``
 SHIPPED_MODELS = ("grove-vit",)
@@ -181,16 +184,7 @@ def load_base(
 ) -> Base:
     """Load and freeze a base for a task. Raises ``ModelError`` in one sentence."""
     config = load_config(name, revision)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"model.name: '{name}' is an encoder-decoder; Fedgrove adapts encoders and decoders."
-        )
-    if getattr(config, "mask_ratio", 0):
-        raise ModelError(
-            f"model.name: '{name}' hides patches at random in every pass (mask_ratio = "
-            f"{config.mask_ratio}), so no two "
-            "measures agree; choose another model, or a copy whose config.json has mask_ratio 0."
-        )
+    _refuse_unfit(name, config)
     if head == "lm":
         _check_decoder(name, config)
         config.use_cache = False  # a cache is of use in generation alone, which asks for one
@@ -218,47 +212,25 @@ def load_base(
             **placed,
         )
     if head == "lm":
-        model.generation_config = type(
-            model.generation_config
-        )()  # its sampling and penalties are not ours
+        plain = type(model.generation_config)
+        model.generation_config = plain()  # its own sampling and penalties are not ours
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ModelError(
-                f"train.gradient_checkpointing: '{name}' does not support it; set it to false."
-            )
-        _checkpoint_activations(model)
-        model.train()  # transformers checkpoints in training mode only; every dropout rate is 0
+        _checkpointed(name, model)
     if not placed:
         model.to(device)
     modules: tuple[str, ...] = ()
     stock: dict[str, Tensor] = {}
     if head == "stock":
-        prefix = model.base_model_prefix
-        modules = tuple(
-            n
-            for n, m in model.named_children()
-            if n != prefix and any(True for _ in m.parameters())
-        )
-        modules += drawn
+        modules = (*_own_modules(model), *drawn)
         notes += tuple(
             f"{name} has no '{part}'; a new one is drawn, as part of the head." for part in drawn
         )
-        if dtype == torch.float64:
-            wide = torch.float64
-        else:
-            wide = torch.float32
-        for module in modules:
-            for key, value in model.get_submodule(module).named_parameters():
-                stock[f"{module}.{key}"] = value.detach().to("cpu", wide).clone()
-            model.get_submodule(module).to(wide)
-            model.get_submodule(module).register_forward_pre_hook(partial(_widen, wide))
-    sites = {
-        n: s
-        for n, s in find_sites(model, targets).items()
-        if not n.startswith(tuple(f"{m}." for m in modules))
-    }
+        stock = _kept_wide(model, modules, dtype)
+    of_the_head = tuple(f"{module}." for module in modules)
+    every = find_sites(model, targets)
+    sites = {place: site for place, site in every.items() if not place.startswith(of_the_head)}
     if head == "lm":
         _check_tied(model, sites)
     return Base(
@@ -275,6 +247,58 @@ def load_base(
         device=torch.device(device),
         notes=notes,
     )
+
+
+def _refuse_unfit(name: str, config: Any) -> None:
+    """Raise ``ModelError`` for a model that is no encoder or decoder, or hides patches at random."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model.name: '{name}' is an encoder-decoder; Fedgrove adapts encoders and decoders."
+        )
+    if getattr(config, "mask_ratio", 0):
+        raise ModelError(
+            f"model.name: '{name}' hides patches at random in every pass (mask_ratio = "
+            f"{config.mask_ratio}), so no two "
+            "measures agree; choose another model, or a copy whose config.json has mask_ratio 0."
+        )
+
+
+def _checkpointed(name: str, model: PreTrainedModel) -> None:
+    """The model as it trains in little memory. Raises ``ModelError`` where it cannot."""
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"train.gradient_checkpointing: '{name}' does not support it; set it to false."
+        )
+    _checkpoint_activations(model)
+    model.train()  # transformers checkpoints in training mode only; every dropout rate is 0
+
+
+def _own_modules(model: PreTrainedModel) -> list[str]:
+    """The modules with parameters that stand beside the model's body: its head, by name."""
+    found: list[str] = []
+    for name, module in model.named_children():
+        if name != model.base_model_prefix and any(True for _ in module.parameters()):
+            found.append(name)
+    return found
+
+
+def _kept_wide(
+    model: PreTrainedModel,
+    modules: tuple[str, ...],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The head's tensors [any shape], by name, in at least float32, and so its modules compute."""
+    wide = torch.float32
+    if dtype == torch.float64:
+        wide = torch.float64
+    found: dict[str, Tensor] = {}
+    for name in modules:
+        module = model.get_submodule(name)
+        for key, value in module.named_parameters():
+            found[f"{name}.{key}"] = value.detach().to("cpu", wide).clone()
+        module.to(wide)
+        module.register_forward_pre_hook(partial(_widen, wide))
+    return found
 
 
 def _new_head(

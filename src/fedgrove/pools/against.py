@@ -110,20 +110,22 @@ def against(
     advance("pool")
     _look(pool, rows, found)
     if mask_own:
-        found.measures[MASKED] = {
-            name: pool.without(name).measures(own) for name, own in rows.items()
-        }
+        found.measures[MASKED] = {}
+        for name, own in rows.items():
+            found.measures[MASKED][name] = pool.without(name).measures(own)
         advance(MASKED)
     if "own" in rivals:
-        found.measures["own"] = {
-            name: pool.member(name).measures(own) for name, own in rows.items()
-        }
+        found.measures["own"] = {}
+        for name, own in rows.items():
+            found.measures["own"][name] = pool.member(name).measures(own)
         advance("own")
     if "base" in rivals:
         found.measures["base"] = _each(pool.base(), rows)
         advance("base")
     if "uniform" in rivals:
-        way = pool.plan.compose if pool.plan.compose == "ensemble" else None
+        way = None
+        if pool.plan.compose == "ensemble":
+            way = pool.plan.compose
         found.measures["uniform"] = _each(pool.like("uniform", way).model, rows)
         advance("uniform")
     if "best" in rivals:
@@ -136,19 +138,27 @@ def _each(model: ClientModel, rows: Mapping[str, Sequence[Row]]) -> dict[str, Pl
     return {name: model.measures(own) for name, own in rows.items()}
 
 
-def _best(pool: Pool, rows: Mapping[str, Sequence[Row]], found: Against) -> str:
+def _best(
+    pool: Pool,
+    rows: Mapping[str, Sequence[Row]],
+    found: Against,
+) -> str:
     """The member with the highest mean, whose measures become those of ``best``."""
     tried = {name: _each(pool.member(name), rows) for name in pool.names}
-    means = {
-        name: fmean(float(each[found.metric]) for each in own.values())
-        for name, own in tried.items()
-    }
+    means: dict[str, float] = {}
+    for name, own in tried.items():
+        values = [float(each[found.metric]) for each in own.values()]
+        means[name] = fmean(values)
     best = max(means, key=lambda name: means[name])
     found.measures["best"] = tried[best]
     return best
 
 
-def _look(pool: Pool, rows: Mapping[str, Sequence[Row]], found: Against) -> None:
+def _look(
+    pool: Pool,
+    rows: Mapping[str, Sequence[Row]],
+    found: Against,
+) -> None:
     """Who answers for whom."""
     layers: dict[str, list[float]] = {}
     for name, own in rows.items():
@@ -183,7 +193,11 @@ def write(folder: Path, found: Against) -> Path:
     return folder / FILE
 
 
-def note_routes(folder: Path, asked: Sequence[str], routes: Routes) -> None:
+def note_routes(
+    folder: Path,
+    asked: Sequence[str],
+    routes: Routes,
+) -> None:
     """A line in ``routes.jsonl`` for each input that was asked about with ``--why``."""
     path = folder / ROUTES
     new = []
@@ -194,10 +208,11 @@ def note_routes(folder: Path, asked: Sequence[str], routes: Routes) -> None:
             scores = routes.scores[number].tolist()
             line["scores"] = dict(zip(routes.names, scores, strict=True))
         if routes.layers:
-            line["layers"] = {
-                str(layer): dict(zip(routes.names, each[number].tolist(), strict=True))
-                for layer, each in routes.layers.items()
-            }
+            layers: Plain = {}
+            for layer, each in routes.layers.items():
+                weights = each[number].tolist()
+                layers[str(layer)] = dict(zip(routes.names, weights, strict=True))
+            line["layers"] = layers
         new.append(line)
     lines.append(path, *new)
 
@@ -215,4 +230,5 @@ def noted(folder: Path, last: int) -> list[Plain]:
 
 
 def _named(routes: Routes, number: int) -> dict[str, float]:
-    return dict(zip(routes.names, routes.weights[number].tolist(), strict=True))
+    weights = routes.weights[number].tolist()
+    return dict(zip(routes.names, weights, strict=True))

@@ -24,7 +24,12 @@ STRETCHES = 4  # of a pass over the rows, each with members of its own
 
 
 def attended(
-    pool: Pool, rows: Sequence[Row], *, epochs: int = 3, lr: float = 1e-3, seed: int = 0
+    pool: Pool,
+    rows: Sequence[Row],
+    *,
+    epochs: int = 3,
+    lr: float = 1e-3,
+    seed: int = 0,
 ) -> Pool:
     """The same pool, its router trained on rows with their answers. Raises ``FedgroveError``."""
     if pool.plan.router != "attention":
@@ -48,7 +53,11 @@ def attended(
     return with_router(pool, values)
 
 
-def left_out(names: Sequence[str], seed: int, stretch: int) -> list[str]:
+def left_out(
+    names: Sequence[str],
+    seed: int,
+    stretch: int,
+) -> list[str]:
     """The members that a stretch does without: each by a coin, but two stay."""
     rng = numpy_rng(seed, "left out", stretch)
     order = [names[int(i)] for i in rng.permutation(len(names))]
@@ -57,13 +66,18 @@ def left_out(names: Sequence[str], seed: int, stretch: int) -> list[str]:
 
 
 def router_of(assembly: Assembly) -> dict[str, Tensor]:
-    """The factors that all members share, by their names."""
+    """The factors that all members share, by their names: A [width, in], B [out, width]."""
     return {name: extra.value for name, extra in assembly.extras.items() if name.startswith(ROUTER)}
 
 
 def with_router(pool: Pool, values: Mapping[str, Tensor]) -> Pool:
-    """The same pool with these factors."""
+    """The same pool with these factors, [any shape] as ``router_of`` gives them."""
     extras = {
         name: replace(pool.assembly.extras[name], value=each) for name, each in values.items()
     }
-    return Pool(pool.members, pool.plan, pool.kernel, pool.assembly.with_extras(extras))
+    return Pool(
+        pool.members,
+        pool.plan,
+        pool.kernel,
+        pool.assembly.with_extras(extras),
+    )

@@ -37,7 +37,10 @@ class Plan:
 
 
 def assembly_of(
-    members: Sequence[Member], plan: Plan, sites: Mapping[str, Site], fallback: Head
+    members: Sequence[Member],
+    plan: Plan,
+    sites: Mapping[str, Site],
+    fallback: Head,
 ) -> Assembly:
     """The pool. ``fallback``: the base's own head, of members that have none. Raises
     ``AdapterError`` where the members do not fit the plan.
@@ -55,7 +58,11 @@ def assembly_of(
     return Assembly(terms, _mix(plan, len(members)), extras)
 
 
-def uniform(members: Sequence[Member], heads: Sequence[Head], compose: Compose) -> Assembly:
+def uniform(
+    members: Sequence[Member],
+    heads: Sequence[Head],
+    compose: Compose,
+) -> Assembly:
     """All members alike, which one LoRA adapter computes: side by side, or the mean of the
     factors.
     """
@@ -65,12 +72,14 @@ def uniform(members: Sequence[Member], heads: Sequence[Head], compose: Compose) 
         whole = mean([each.adapter for each in members])
         return Assembly((Term("mean", whole, train=""),), Weighted({}), extras)
     terms = tuple(Term(each.name, each.adapter, train="") for each in members)
-    return Assembly(terms, Weighted({each.name: share for each in members}), extras)
+    shares = {each.name: share for each in members}
+    return Assembly(terms, Weighted(shares), extras)
 
 
 def alone(member: Member, head: Head) -> Assembly:
     """One member as it is."""
-    return Assembly((Term(member.name, member.adapter, train=""),), extras=head_extras(head))
+    term = Term(member.name, member.adapter, train="")
+    return Assembly((term,), extras=head_extras(head))
 
 
 def head_extras(head: Head) -> dict[str, Extra]:
@@ -100,7 +109,11 @@ def mean_head(heads: Sequence[Head]) -> Head:
     """The mean of the heads' tensors, in float64: what reads a state as the mean of all their logits
     does, where they are linear.
     """
-    return {name: torch.stack([head[name].double() for head in heads]).mean(0) for name in heads[0]}
+    found: dict[str, Tensor] = {}
+    for name in heads[0]:
+        every = torch.stack([head[name].double() for head in heads])
+        found[name] = every.mean(0)
+    return found
 
 
 def triplets(adapter: Adapter) -> Adapter:
@@ -110,7 +123,8 @@ def triplets(adapter: Adapter) -> Adapter:
     found: Adapter = {}
     for site, factors in adapter.items():
         u, s, vh = product_svd([factors])
-        found[site] = Factors(vh.contiguous(), (u * s).contiguous(), 1.0)
+        columns = u * s
+        found[site] = Factors(vh.contiguous(), columns.contiguous(), 1.0)
     return found
 
 
@@ -177,12 +191,15 @@ def _mix(plan: Plan, count: int) -> Mix:
 
 
 def _signatures(members: Sequence[Member], plan: Plan) -> dict[str, Tensor]:
-    """What the router reads of the members' signatures, in float64."""
+    """What the router reads of the n members' signatures, in float64: means [n, h], and for each
+    member its axes [q, h] and spread [q]; rests, thresholds and ranks, [n] each.
+    """
     signed = [each.signature for each in members]
     kind = READS[plan.router]
     if kind is None or any(each is None for each in signed):
         return {}
-    found = {"signature.mean": torch.stack([each.mean for each in signed if each])}
+    means = [each.mean for each in signed if each]
+    found = {"signature.mean": torch.stack(means)}
     if kind == "mean":
         return found
     for number, each in enumerate(signed):
@@ -201,17 +218,26 @@ def _signatures(members: Sequence[Member], plan: Plan) -> dict[str, Tensor]:
     }
 
 
-def _own(members: Sequence[Member], plan: Plan, sites: Mapping[str, Site]) -> dict[str, Tensor]:
-    """What the router has at each site."""
+def _own(
+    members: Sequence[Member],
+    plan: Plan,
+    sites: Mapping[str, Site],
+) -> dict[str, Tensor]:
+    """What the router has at each site: prototypes [n, in] of n members, or its own factors A
+    [width, in] and B [out, width].
+    """
     options = plan.options
     found: dict[str, Tensor] = {}
-    covered = [name for name in sorted(sites) if any(name in member.adapter for member in members)]
-    for name in covered:
+    covered: set[str] = set()
+    for member in members:
+        covered.update(member.adapter)
+    for name in sorted(sites):
+        if name not in covered:
+            continue
         site = sites[name]
         if isinstance(options, ArrowOptions):
-            found[f"prototypes.{name}"] = torch.stack(
-                [_prototype(member.adapter.get(name), site) for member in members]
-            )
+            rows = [_prototype(member.adapter.get(name), site) for member in members]
+            found[f"prototypes.{name}"] = torch.stack(rows)
         if isinstance(options, AttentionOptions):
             draw = generator(options.seed, "router", name)
             bound = site.in_features**-0.5
@@ -230,7 +256,11 @@ def _prototype(factors: Factors | None, site: Site) -> Tensor:
     return vh[0].to(factors.A.dtype)
 
 
-def _heads(heads: Sequence[Head], members: Sequence[Member], apart: bool) -> dict[str, Extra]:
+def _heads(
+    heads: Sequence[Head],
+    members: Sequence[Member],
+    apart: bool,
+) -> dict[str, Extra]:
     """A head for each member; one for all where they have the same, or where the model writes."""
     kind = TASKS.find(members[0].card["task"]).kind
     if apart and kind != "class":
@@ -240,20 +270,24 @@ def _heads(heads: Sequence[Head], members: Sequence[Member], apart: bool) -> dic
         )
     if members[0].card["head"] == "lm":
         return {}
-    same = all(torch.equal(head[name], heads[0][name]) for head in heads for name in heads[0])
-    if same and not apart:
+    if not apart and all(_equal(head, heads[0]) for head in heads):
         return head_extras(heads[0])
     if members[0].card["head"] == "stock" and not apart:
         raise AdapterError(
             "The members have heads of their own inside the base's classifier, which take no mixed "
             "states: use --compose ensemble (of --router retrieve or uniform)."
         )
-    return {
-        f"heads.{number}.{name}": Extra(value, train=False)
-        for number, head in enumerate(heads)
-        for name, value in head.items()
-    }
+    found: dict[str, Extra] = {}
+    for number, head in enumerate(heads):
+        for name, value in head.items():
+            found[f"heads.{number}.{name}"] = Extra(value, train=False)
+    return found
+
+
+def _equal(one: Head, other: Head) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in other)
 
 
 def _frozen(values: Mapping[str, Tensor]) -> dict[str, Extra]:
+    """Tensors [any shape] that do not train."""
     return {name: Extra(value, train=False) for name, value in values.items()}

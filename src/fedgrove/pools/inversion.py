@@ -55,7 +55,11 @@ class Inverted:
 
 
 def invert(
-    kernel: Kernel, assembly: Assembly, name: str, effort: Effort, real: Statistics | None
+    kernel: Kernel,
+    assembly: Assembly,
+    name: str,
+    effort: Effort,
+    real: Statistics | None,
 ) -> Inverted:
     """``effort.each`` images of each class of a member. The member stays as it is."""
     task, base = kernel.task, kernel.base
@@ -63,11 +67,15 @@ def invert(
     labels = torch.arange(classes).repeat_interleave(effort.each).to(base.device)
     draw = generator(effort.seed, "inversion", name)
     scaling = Scaling.of(base.processor)
-    low, high = (scaling(torch.full((3, 1, 1), value)).to(base.device) for value in (0, 255))
+    low = scaling(torch.full((3, 1, 1), 0)).to(base.device)
+    high = scaling(torch.full((3, 1, 1), 255)).to(base.device)
     shape = image_shape(kernel)
-    images = torch.randn(len(labels), *shape, generator=draw).to(base.device).requires_grad_()
+    noise = torch.randn(len(labels), *shape, generator=draw)
+    images = noise.to(base.device).requires_grad_()
     optimiser = torch.optim.Adam([images], lr=effort.lr, betas=(0.5, 0.99))
-    best, first, kept = float("inf"), float("nan"), images.detach().clone()
+    best = float("inf")
+    first = float("nan")
+    kept = images.detach().clone()
     with kernel.opened(assembly.frozen(), train=False) as live:
         for step in range(effort.steps):
             seen = jittered(images, draw)
@@ -76,13 +84,16 @@ def invert(
             if step == 0:
                 first = value
             if value < best:
-                best, kept = value, images.detach().clone()
+                best = value
+                kept = images.detach().clone()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             with torch.no_grad():
                 images.copy_(images.clamp(low, high))
-    return Inverted(_examples(kept.clamp(low, high).cpu(), labels.cpu(), scaling), first, best)
+    pixels = kept.clamp(low, high).cpu()
+    examples = _examples(pixels, labels.cpu(), scaling)
+    return Inverted(examples, first, best)
 
 
 def image_shape(kernel: Kernel) -> tuple[int, int, int]:
@@ -94,7 +105,8 @@ def image_shape(kernel: Kernel) -> tuple[int, int, int]:
     from PIL import Image
 
     row = {"image": Image.new("RGB", (64, 64))}
-    c, s, w = kernel.task.encode([row], kernel.base.processor)[0]["pixels"].shape
+    examples = kernel.task.encode([row], kernel.base.processor)
+    c, s, w = examples[0]["pixels"].shape
     return int(c), int(s), int(w)
 
 
@@ -103,7 +115,8 @@ def jittered(images: Float[Tensor, "n c s w"], draw: torch.Generator) -> Float[T
     reach = max(1, images.shape[-1] // 8)
     by = torch.randint(-reach, reach + 1, (2,), generator=draw).tolist()
     moved = torch.roll(images, shifts=by, dims=(2, 3))
-    if float(torch.rand(1, generator=draw)) < 0.5:
+    coin = torch.rand(1, generator=draw)
+    if float(coin) < 0.5:
         return moved.flip(3)
     return moved
 
@@ -121,7 +134,8 @@ def objective(
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with watched(kernel, found, real is not None), kernel.hooked.running(batch, live):
         live.begin(len(images), None)
-        loss = F.cross_entropy(kernel.reader.answer(live, batch), labels)
+        logits = kernel.reader.answer(live, batch)
+        loss = F.cross_entropy(logits, labels)
     if real is not None:
         loss = loss + effort.prior * distance(found, real)
     return loss + effort.smooth * variation(images)
@@ -129,26 +143,34 @@ def objective(
 
 def variation(images: Float[Tensor, "n c s w"]) -> Float[Tensor, ""]:
     """Squared differences of neighbouring pixels, summed over an image, the mean over images."""
-    down = (images[:, :, 1:] - images[:, :, :-1]).square().sum()
-    across = (images[:, :, :, 1:] - images[:, :, :, :-1]).square().sum()
-    return (down + across) / len(images)
+    down = images[:, :, 1:] - images[:, :, :-1]
+    across = images[:, :, :, 1:] - images[:, :, :, :-1]
+    total = down.square().sum() + across.square().sum()
+    return total / len(images)
 
 
 def distance(found: Statistics, real: Statistics) -> Float[Tensor, ""]:
     """``Σ ‖μ − μ̂‖ + ‖σ² − σ̂²‖`` over sites."""
     parts = []
     for site, (mean, variance) in found.items():
-        parts.append((mean - real[site][0]).norm() + (variance - real[site][1]).norm())
+        real_mean, real_variance = real[site]
+        of_means = (mean - real_mean).norm()
+        of_variances = (variance - real_variance).norm()
+        parts.append(of_means + of_variances)
     return torch.stack(parts).sum()
 
 
 @contextmanager
 def watched(
-    kernel: Kernel, found: dict[str, tuple[Tensor, Tensor]], wanted: bool = True
+    kernel: Kernel,
+    found: dict[str, tuple[Tensor, Tensor]],
+    wanted: bool = True,
 ) -> Iterator[None]:
-    """Inside, a pass leaves the mean and the variance of each site's input over images and tokens."""
+    """Inside, a pass leaves the mean and the variance, [in] each, of a site's input over images and
+    tokens.
+    """
 
-    def look(name: str, x: Tensor) -> None:
+    def look(name: str, x: Float[Tensor, "*batch in"]) -> None:
         line = x.flatten(0, -2).to(kernel.base.adapter_dtype)
         found[name] = (line.mean(0), line.var(0, unbiased=False))
 
@@ -156,9 +178,10 @@ def watched(
     if wanted:
         for name in kernel.base.sites:
             module = kernel.base.model.get_submodule(name)
-            hooks.append(
-                module.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
+            hook = module.register_forward_pre_hook(
+                lambda _, args, name=name: look(name, args[0]),
             )
+            hooks.append(hook)
     try:
         yield
     finally:
@@ -180,7 +203,11 @@ def statistics(kernel: Kernel, examples: Sequence[Example]) -> Statistics:
     return found
 
 
-def _examples(images: Float[Tensor, "n c s w"], labels: Tensor, scaling: Scaling) -> list[Example]:
+def _examples(
+    images: Float[Tensor, "n c s w"],
+    labels: Tensor,
+    scaling: Scaling,
+) -> list[Example]:
     """The images in 8 bits, as the task's examples."""
     pixels = (images * scaling.std + scaling.mean) / scaling.factor
     whole = pixels.round().clamp(0, 255).to(torch.uint8)

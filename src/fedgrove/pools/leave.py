@@ -22,7 +22,13 @@ from fedgrove.pools.pool import Pool, refuse_used
 from fedgrove.use.personal import merge as merged
 
 
-def export_member(pool: Pool, name: str, out: Path, *, merge: bool = False) -> Path:
+def export_member(
+    pool: Pool,
+    name: str,
+    out: Path,
+    *,
+    merge: bool = False,
+) -> Path:
     """One member, its outputs in the order of the pool's labels."""
     heads = build.heads_of(pool.members, pool.fallback)
     for each, head in zip(pool.members, heads, strict=True):
@@ -31,7 +37,12 @@ def export_member(pool: Pool, name: str, out: Path, *, merge: bool = False) -> P
     raise AdapterError(f"The pool has no member '{name}'; it has {', '.join(pool.names)}.")
 
 
-def export_whole(pool: Pool, out: Path, *, merge: bool = False) -> Path:
+def export_whole(
+    pool: Pool,
+    out: Path,
+    *,
+    merge: bool = False,
+) -> Path:
     """The one adapter that computes the pool. Raises ``AdapterError`` where its router chooses anew
     for each input.
     """
@@ -55,7 +66,7 @@ def write(
     client: str | None,
     merge: bool = False,
 ) -> Path:
-    """A PEFT directory on the pool's base, or the whole model."""
+    """A PEFT directory on the pool's base, or the whole model; ``head``: tensors [any shape] by name."""
     refuse_used(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     base = pool.kernel.base

@@ -196,7 +196,9 @@ def same_base(one: str, other: str) -> bool:
 
 
 def matched(member: Member, labels: Sequence[str]) -> Mapping[str, Tensor]:
-    """The member's head with its outputs in the order of ``labels``."""
+    """The member's head, weight [c, h] and bias [c], with its outputs in the order of ``labels``;
+    a base's own head, tensors [any shape], where it needs no new order.
+    """
     own = list(member.card["labels"])
     if own == list(labels) or not member.head:
         return member.head

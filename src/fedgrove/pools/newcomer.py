@@ -20,14 +20,21 @@ def by_routing(arrived: Arrived) -> tuple[str, Assembly]:
     found = members(places([arrived.result.path]))
     plan = planned("arrow", None, min(TOP, len(found)), {})
     pool = Pool(found, plan, arrived.half.kernel)
-    table = routes(pool.kernel, pool.assembly, pool.names, arrived.examples["train"])
+    table = routes(
+        pool.kernel,
+        pool.assembly,
+        pool.names,
+        arrived.examples["train"],
+    )
     weights = table.weights.mean(0)
     heads = build.heads_of(found, pool.fallback)
     terms = tuple(Term(each.name, each.adapter, train="") for each in found)
     mix = Weighted(dict(zip(pool.names, weights.tolist(), strict=True)))
     head = {
         name: torch.einsum(
-            "n,n...->...", weights.to(value.dtype), torch.stack([h[name] for h in heads])
+            "n,n...->...",
+            weights.to(value.dtype),
+            torch.stack([h[name] for h in heads]),
         )
         for name, value in heads[0].items()
     }

@@ -24,7 +24,8 @@ class ArrowOptions(Options):
     """Arrow."""
 
     score: Literal["inner", "cosine"] = Field(
-        "inner", description="What tokens are compared by; cosine divides by their length."
+        "inner",
+        description="What tokens are compared by; cosine divides by their length.",
     )
 
 
@@ -39,7 +40,10 @@ class ComponentsOptions(Options):
     """HiLoRA-routing."""
 
     gamma: float = Field(
-        0.4, gt=0, le=1, description="The share of the candidates' ranks that runs."
+        0.4,
+        gt=0,
+        le=1,
+        description="The share of the candidates' ranks that runs.",
     )
     tau: float = Field(0.02, gt=0, description="How evenly it is dealt among them.")
     threshold: Literal["quantile", "density"] = Field(
@@ -48,7 +52,8 @@ class ComponentsOptions(Options):
         "where its density is above 1.",
     )
     sampling: Literal["remainder", "multinomial"] = Field(
-        "remainder", description="Deal the budget by largest remainder, or draw it."
+        "remainder",
+        description="Deal the budget by largest remainder, or draw it.",
     )
     components: Literal["svd", "trained"] = Field(
         "svd",

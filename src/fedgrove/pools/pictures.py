@@ -180,7 +180,12 @@ def worth(found: Plain, width: float) -> Figure:
         role = "ours" if name in ("pool", MASKED) else "base"
         colour = style.COLOURS[role]
         axes.scatter(
-            values[name], [place] * len(values[name]), s=26, color=colour, alpha=0.55, lw=0
+            values[name],
+            [place] * len(values[name]),
+            s=26,
+            color=colour,
+            alpha=0.55,
+            lw=0,
         )
         axes.plot([fmean(values[name])] * 2, [place - 0.3, place + 0.3], color=style.COLOURS["ink"])
     axes.set_yticks(range(len(shown)), [_WORDS[name] for name in shown])
@@ -200,22 +205,40 @@ def who(shares: Mapping[str, Mapping[str, float]], width: float) -> Figure:
         edgecolors=style.COLOURS["paper"], linewidth=0.6,
     )  # fmt: skip
     axes.invert_yaxis()
-    _name(axes.set_xticks, members, rotation=60, ha="right", rotation_mode="anchor")
+    _name(
+        axes.set_xticks,
+        members,
+        rotation=60,
+        ha="right",
+        rotation_mode="anchor",
+    )
     _name(axes.set_yticks, list(shares))
     axes.set_xlabel("members")
     axes.set_ylabel("whose rows")
     for spine in axes.spines.values():
         spine.set_visible(False)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="mean weight", drawedges=False)
+    figure.colorbar(
+        image,
+        ax=axes,
+        shrink=0.6,
+        label="mean weight",
+        drawedges=False,
+    )
     return figure
 
 
-def _name(ticks: Any, names: Sequence[str], **look: Any) -> None:
+def _name(
+    ticks: Any,
+    names: Sequence[str],
+    **look: Any,
+) -> None:
     if len(names) > NAMES:
         ticks([])
         return
     ticks(
-        [index + 0.5 for index in range(len(names))], [words.shorten(n, 20) for n in names], **look
+        [index + 0.5 for index in range(len(names))],
+        [words.shorten(n, 20) for n in names],
+        **look,
     )
 
 
@@ -227,11 +250,21 @@ def plane(means: Mapping[str, Tensor], width: float) -> Figure:
     places = (u * s)[:, :2].numpy()
     share = (s.square() / s.square().sum().clamp_min(1e-30))[:2].tolist()
     figure, axes = style.new_figure(width, style.fitting(width, 5.2, 4.2))
-    axes.scatter(places[:, 0], places[:, 1], s=40, color=style.COLOURS["ours"], lw=0)
+    axes.scatter(
+        places[:, 0],
+        places[:, 1],
+        s=40,
+        color=style.COLOURS["ours"],
+        lw=0,
+    )
     if len(means) <= NAMES:
         for name, (x, y) in zip(means, places, strict=True):
             axes.annotate(
-                words.shorten(name, 20), (x, y), (5, 4), textcoords="offset points", fontsize=10
+                words.shorten(name, 20),
+                (x, y),
+                (5, 4),
+                textcoords="offset points",
+                fontsize=10,
             )
     axes.margins(0.15)
     axes.set_xlabel(f"first direction ({100 * share[0]:.0f} % of the spread)")
@@ -243,7 +276,13 @@ def even(entropy: Mapping[str, float], width: float) -> Figure:
     """A line over layers."""
     figure, axes = style.new_figure(width, 2.8)
     layers = [int(layer) for layer in entropy]
-    axes.plot(layers, list(entropy.values()), color=style.COLOURS["ours"], marker="o", markersize=4)
+    axes.plot(
+        layers,
+        list(entropy.values()),
+        color=style.COLOURS["ours"],
+        marker="o",
+        markersize=4,
+    )
     axes.set_ylim(0, 1.02)
     axes.grid(axis="y")
     axes.set_xlabel("layer")

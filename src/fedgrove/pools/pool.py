@@ -59,7 +59,11 @@ class Pool:
     """
 
     def __init__(
-        self, found: Sequence[Member], plan: Plan, kernel: Kernel, assembly: Assembly | None = None
+        self,
+        found: Sequence[Member],
+        plan: Plan,
+        kernel: Kernel,
+        assembly: Assembly | None = None,
     ):
         self.members, self.plan, self.kernel = list(found), plan, kernel
         self.card: Plain = _card(self.members)
@@ -88,7 +92,8 @@ class Pool:
     def route(self, texts: Sequence[Any]) -> list[dict[str, float]]:
         """For each text (or image) what each member has of the answer, by name."""
         found = self.routes(questions(self.kernel.task, texts))
-        return [dict(zip(self.names, own, strict=True)) for own in found.weights.tolist()]
+        table = found.weights.tolist()
+        return [dict(zip(self.names, own, strict=True)) for own in table]
 
     def routes(self, rows: Sequence[Row]) -> Routes:
         """As ``route``, of checked rows, with what it was decided by."""
@@ -102,37 +107,48 @@ class Pool:
             raise AdapterError("A pool without any member cannot answer.")
         plan = replace(self.plan, top_k=min(self.plan.top_k, len(kept)))
         few = build.assembly_of(kept, plan, self.kernel.base.sites, self.fallback)
-        shared = {
-            name: extra for name, extra in self.assembly.extras.items() if name.startswith(ROUTER)
-        }
-        own = {name: extra for name, extra in shared.items() if name in few.extras}
+        shared = [name for name in self.assembly.extras if name.startswith(ROUTER)]
+        own = {name: self.assembly.extras[name] for name in shared if name in few.extras}
         return Pool(kept, plan, self.kernel, few.with_extras(own))
 
     def like(self, router: str, compose: str | None = None) -> Pool:
         """The same members by another router with its default keys."""
-        return Pool(self.members, planned(router, compose, self.plan.top_k, {}), self.kernel)
+        plan = planned(router, compose, self.plan.top_k, {})
+        return Pool(self.members, plan, self.kernel)
 
     def member(self, name: str) -> ClientModel:
         """One member as it is. Raises ``AdapterError`` for a name that the pool does not have."""
         heads = build.heads_of(self.members, self.fallback)
         for each, head in zip(self.members, heads, strict=True):
             if each.name == name:
-                return ClientModel(self.kernel, build.alone(each, head), self.card)
+                alone = build.alone(each, head)
+                return ClientModel(self.kernel, alone, self.card)
         raise AdapterError(f"The pool has no member '{name}'; it has {', '.join(self.names)}.")
 
     def base(self) -> ClientModel:
         """The base alone, its states read by the mean of the members' heads."""
-        head = build.mean_head(build.heads_of(self.members, self.fallback))
-        return ClientModel(self.kernel, Assembly(extras=build.head_extras(head)), self.card)
+        heads = build.heads_of(self.members, self.fallback)
+        head = build.mean_head(heads)
+        base = Assembly(extras=build.head_extras(head))
+        return ClientModel(self.kernel, base, self.card)
 
     def save(self, out: str | Path) -> Path:
         """Write the pool to a new directory, which ``fg.load`` reads too."""
         out = Path(out)
         refuse_used(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        card = {**self.card, "method": POOL, "client": None, "peft": False, "why": self.why()}
+        card = {
+            **self.card,
+            "method": POOL,
+            "client": None,
+            "peft": False,
+            "why": self.why(),
+        }
         about = json.dumps(self.about(), indent=2, ensure_ascii=False) + "\n"
-        beside = {ABOUT: about.encode(), MEMBERS: pack(self._beside())}
+        beside = {
+            ABOUT: about.encode(),
+            MEMBERS: pack(self._beside()),
+        }
         save_assembly(out, self.assembly, card=card, beside=beside)
         return out
 
@@ -225,7 +241,10 @@ def pool(
 
 
 def planned(
-    router: str, compose: str | None, top_k: int, options: Mapping[str, Any] | Sequence[str]
+    router: str,
+    compose: str | None,
+    top_k: int,
+    options: Mapping[str, Any] | Sequence[str],
 ) -> Plan:
     """What was chosen, checked."""
     if router in COMPOSE and compose is None:
@@ -238,18 +257,35 @@ def planned(
         raise AdapterError(f"--top-k {top_k}: give 1 or more.")
     if router == "uniform":
         top_k = 1
-    return Plan(router, way, top_k, parsed(options, OPTIONS[router], f"the router {router}"))
+    chosen = parsed(options, OPTIONS[router], f"the router {router}")
+    return Plan(router, way, top_k, chosen)
 
 
-def kernel_of(found: Sequence[Member], device: str = "cpu", dtype: str | None = None) -> Kernel:
+def kernel_of(
+    found: Sequence[Member],
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> Kernel:
     """The members' base with the sites of all; every member's shapes are checked."""
     whole: Adapter = {}
     for each in found:
         whole = {**each.adapter, **whole}
-    folder, card = found[0].place.folder, _card(found)
-    kernel = kernel_for(folder, card, whole, device=device, dtype=dtype)
+    card = _card(found)
+    kernel = kernel_for(
+        found[0].place.folder,
+        card,
+        whole,
+        device=device,
+        dtype=dtype,
+    )
     for each in found:
-        kernel_for(each.place.folder, card, whole | each.adapter, device=device, dtype=dtype)
+        kernel_for(
+            each.place.folder,
+            card,
+            whole | each.adapter,
+            device=device,
+            dtype=dtype,
+        )
     return kernel
 
 
@@ -290,7 +326,13 @@ def _signed(
 
 
 def sign_member(
-    member: Member, kernel: Kernel, rows: Sequence[Row], kind: Kind, *, noise: float, seed: int
+    member: Member,
+    kernel: Kernel,
+    rows: Sequence[Row],
+    kind: Kind,
+    *,
+    noise: float,
+    seed: int,
 ) -> Signature:
     """The member's signature on these rows."""
     return sign(
@@ -314,7 +356,11 @@ def training_rows(run: Path) -> dict[str, list[Row]]:
     return {client.name: client.train for client in federation_of(result.job).clients}
 
 
-def table_of(path: Path, place: Place | None, kernel: Kernel) -> list[Row]:
+def table_of(
+    path: Path,
+    place: Place | None,
+    kernel: Kernel,
+) -> list[Row]:
     """The rows of a table: with the columns of the member's job, or by the task's own names. Raises
     ``DataError``.
     """
@@ -353,17 +399,31 @@ def open_pool(folder: str | Path, *, device: str = "cpu") -> Pool:
         ) from error
 
 
-def _opened(folder: Path, about: Plain, device: str) -> Pool:
+def _opened(
+    folder: Path,
+    about: Plain,
+    device: str,
+) -> Pool:
     assembly = assembly_file.read_assembly(folder, ROUTERS)
     beside = unpack((folder / MEMBERS).read_bytes())
     adapters = {term.name: term.adapter for term in assembly.terms}
     card = peft.read_json(folder / peft.CARD)
     found = [_kept(told, beside[told["name"]], adapters, card) for told in about["members"]]
-    plan = planned(about["router"], about["compose"], about["top_k"], about["options"])
+    plan = planned(
+        about["router"],
+        about["compose"],
+        about["top_k"],
+        about["options"],
+    )
     return Pool(found, plan, kernel_of(found, device), assembly)
 
 
-def _kept(told: Plain, beside: Plain, adapters: Mapping[str, Adapter], card: Plain) -> Member:
+def _kept(
+    told: Plain,
+    beside: Plain,
+    adapters: Mapping[str, Adapter],
+    card: Plain,
+) -> Member:
     """A member out of the pool's own files."""
     run = signature = None
     if told["run"]:
@@ -373,7 +433,14 @@ def _kept(told: Plain, beside: Plain, adapters: Mapping[str, Adapter], card: Pla
     adapter = adapters.get(told["name"]) or beside["adapter"]
     own = {**card, "labels": beside["labels"]}
     place = Place(told["name"], Path(told["folder"]), run)
-    return Member(place, dict(adapter), beside["head"], own, told["sha256"], signature)
+    return Member(
+        place,
+        dict(adapter),
+        beside["head"],
+        own,
+        told["sha256"],
+        signature,
+    )
 
 
 def refuse_used(out: Path) -> None:
@@ -392,20 +459,29 @@ def _card(found: Sequence[Member]) -> Plain:
 
 def _told(member: Member) -> Plain:
     signature = member.signature
+    run = None
+    if member.place.run:
+        run = str(member.place.run)
+    words = None
+    if signature:
+        words = signature.words()
     return {
         "name": member.name,
         "folder": str(member.place.folder),
-        "run": str(member.place.run) if member.place.run else None,
+        "run": run,
         "sha256": member.sha256,
         "rank": member.rank,
-        "signature": signature.words() if signature else None,
+        "signature": words,
     }
 
 
 # ------------------------------------------------------------------------- routes
 @torch.inference_mode()
 def routes(
-    kernel: Kernel, assembly: Assembly, names: tuple[str, ...], examples: Sequence[Example]
+    kernel: Kernel,
+    assembly: Assembly,
+    names: tuple[str, ...],
+    examples: Sequence[Example],
 ) -> Routes:
     """What each example gives each member, in order; by its features alone where they decide."""
     mix = assembly.mix
@@ -431,10 +507,10 @@ def routes(
     decided = None
     if scores:
         decided = _ordered(scores)
-    return Routes(
-        names, _ordered(rows), decided, {layer: _ordered(each) for layer, each in layers.items()}
-    )
+    by_layer = {layer: _ordered(each) for layer, each in layers.items()}
+    return Routes(names, _ordered(rows), decided, by_layer)
 
 
 def _ordered(rows: Mapping[int, Float[Tensor, " n"]]) -> Float[Tensor, "b n"]:
-    return torch.stack([rows[index] for index in range(len(rows))]).double()
+    ordered = [rows[index] for index in range(len(rows))]
+    return torch.stack(ordered).double()

@@ -106,7 +106,9 @@ def recycle(
 
 
 def learn(
-    pool: Pool, images: Mapping[str, Sequence[Example]], course: Course
+    pool: Pool,
+    images: Mapping[str, Sequence[Example]],
+    course: Course,
 ) -> tuple[Adapter, list[float]]:
     """θ after all episodes, and their losses."""
     kernel = pool.kernel
@@ -168,10 +170,20 @@ def drawn(
         answers = None
     else:
         answers = torch.stack(taught).softmax(-1)
-    return Episode(support, torch.tensor(labels[0]), query, torch.tensor(labels[1]), answers)
+    return Episode(
+        support,
+        torch.tensor(labels[0]),
+        query,
+        torch.tensor(labels[1]),
+        answers,
+    )
 
 
-def loss_of(kernel: Kernel, live: LiveAssembly, episode: Episode) -> Float[Tensor, ""]:
+def loss_of(
+    kernel: Kernel,
+    live: LiveAssembly,
+    episode: Episode,
+) -> Float[Tensor, ""]:
     """``KL(teacher ‖ p)`` of one member's episode, cross-entropy of several's, the mean over queries."""
     whole = [*episode.support, *episode.query]
     plain = [{key: value for key, value in each.items() if key != "label"} for each in whole]
@@ -191,7 +203,9 @@ def loss_of(kernel: Kernel, live: LiveAssembly, episode: Episode) -> Float[Tenso
 
 
 def distances(
-    support: Float[Tensor, "s h"], labels: Int[Tensor, " s"], query: Float[Tensor, "q h"]
+    support: Float[Tensor, "s h"],
+    labels: Int[Tensor, " s"],
+    query: Float[Tensor, "q h"],
 ) -> Float[Tensor, "q w"]:
     """``−‖f − c_y‖²`` to each class's mean feature."""
     ways = int(labels.max()) + 1

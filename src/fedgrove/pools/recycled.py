@@ -48,7 +48,12 @@ def images_of(pool: Pool, paths: Sequence[Path]) -> list[Example]:
     return pool.kernel.task.encode(rows, pool.kernel.base.processor)
 
 
-def write(pool: Pool, made: Recycled, out: Path, shots: Sequence[tuple[Path, str]] = ()) -> Path:
+def write(
+    pool: Pool,
+    made: Recycled,
+    out: Path,
+    shots: Sequence[tuple[Path, str]] = (),
+) -> Path:
     """Write the directory, whole or not at all; with ``shots`` its head knows their labels."""
     refuse_used(out)
     base = pool.kernel.base
@@ -83,7 +88,11 @@ def write(pool: Pool, made: Recycled, out: Path, shots: Sequence[tuple[Path, str
     return out
 
 
-def _keep_images(pool: Pool, made: Recycled, out: Path) -> None:
+def _keep_images(
+    pool: Pool,
+    made: Recycled,
+    out: Path,
+) -> None:
     from PIL import Image
 
     for name, inverted in made.images.items():

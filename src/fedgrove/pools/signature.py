@@ -100,10 +100,27 @@ def sign(
     if kind == "mean":
         mean, epsilon, delta = _noisy_mean(z, noise, len(rows))
         return Signature(
-            kind, name, revision, len(z), mean, noise=noise, epsilon=epsilon, delta=delta
+            kind,
+            name,
+            revision,
+            len(z),
+            mean,
+            noise=noise,
+            epsilon=epsilon,
+            delta=delta,
         )
     mean, axes, spread, rest = gaussian(z)
-    return Signature(kind, name, revision, len(z), mean, axes, spread, rest, threshold(z))
+    return Signature(
+        kind,
+        name,
+        revision,
+        len(z),
+        mean,
+        axes,
+        spread,
+        rest,
+        threshold(z),
+    )
 
 
 def gaussian(
@@ -124,7 +141,12 @@ def gaussian(
     return mean, axes, (1 - share) * spread + share * level, share * level
 
 
-def oas(trace: float, square: float, count: int, size: int) -> float:
+def oas(
+    trace: float,
+    square: float,
+    count: int,
+    size: int,
+) -> float:
     """How far a covariance of ``count`` examples with ``tr(S)`` and ``tr(S²)`` is shrunk."""
     over = (1 - 2 / size) * square + trace**2
     under = (count + 1 - 2 / size) * (square - trace**2 / size)
@@ -138,13 +160,21 @@ def threshold(z: Float[Tensor, "m h"]) -> float:
     scores = []
     for left_out in range(len(z)):
         mean, axes, spread, rest = gaussian(torch.cat([z[:left_out], z[left_out + 1 :]]))
-        own = density(z[left_out : left_out + 1], mean, axes, spread, torch.tensor(rest).to(z))
+        own = density(
+            z[left_out : left_out + 1],
+            mean,
+            axes,
+            spread,
+            torch.tensor(rest).to(z),
+        )
         scores.append(own)
     return float(torch.cat(scores).quantile(QUANTILE))
 
 
 def _noisy_mean(
-    z: Float[Tensor, "m h"], noise: float, held: int
+    z: Float[Tensor, "m h"],
+    noise: float,
+    held: int,
 ) -> tuple[Float[Tensor, " h"], float | None, float | None]:
     """The mean of unit vectors, whose sum one other example changes by 2 at most, and (ε, δ), of one
     who holds so many examples.
