@@ -162,6 +162,7 @@ class Changed:
 class Grove(Method):
     name = "grove"
     title = "Grove"
+    pictures = "fedgrove.report.pictures.grove:grove"
     laid_out = ("root_rounds",)
     paper = "ours"
     trains = "r_i modules of the path"
