@@ -319,10 +319,11 @@ def _timed(
     from fedgrove.training.live import LiveAssembly
 
     found = []
-    plain = {"device": torch.device("cpu"), "dtype": torch.float32, "train": False}
+    device = torch.device("cpu")
     live = None
     if mix is not None:
-        live = LiveAssembly(Assembly(terms, mix, extras), **plain)
+        assembly = Assembly(terms, mix, extras)
+        live = LiveAssembly(assembly, device=device, dtype=torch.float32, train=False)
         live.features = features
     with torch.inference_mode():
         for _ in range(times + 1):

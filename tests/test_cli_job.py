@@ -17,6 +17,7 @@ import pytest
 
 import fedgrove
 from fedgrove.cli import explain, main
+from fedgrove.cli.entry import program
 from fedgrove.ground.errors import RunError
 from fedgrove.job import Job
 
@@ -313,6 +314,15 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fedgrove {fedgrove.__version__}\n"
+
+
+def test_the_table_of_commands_has_no_breaks_of_the_source() -> None:
+    todo = list(program().commands.values())
+    for command in todo:
+        assert command.short_help
+        assert "\n" not in command.short_help
+        todo.extend(getattr(command, "commands", {}).values())
+    assert len(todo) > 20
 
 
 def test_help_in_a_process_of_its_own_is_quick() -> None:

@@ -15,6 +15,7 @@ import torch
 from tests.tiny import save_llama, without_reports
 
 from fedgrove.adapters.adapter import Factors, Site
+from fedgrove.clustering.tree import merge_tree
 from fedgrove.methods import registry
 from fedgrove.methods.contract import ClientInfo, Setting, Update
 from fedgrove.methods.records import OneAdapter, Whole
@@ -24,12 +25,14 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from study import claims, effects, fields, oracle, pages, pictures, planted, results, trials  # noqa: E402
 from study.fields import FIELDS  # noqa: E402
+from study.trials import Record  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def known_oracle() -> Iterator[None]:
     """The oracle is a method while a test of this file runs, and no longer."""
-    registry.register(oracle.Oracle)
+    for own in oracle.METHODS:
+        registry.register(own)
     yield
     registry.METHODS.forget()
 
@@ -91,6 +94,18 @@ def test_recovery_is_one_for_the_truth_and_nought_for_one_group() -> None:
     assert effects.recovery([["a", "b", "c", "d"]], truth) == 0.0
 
 
+def test_groups_are_read_off_each_system_s_own_file() -> None:
+    def found(artefacts: dict[str, Any]) -> Any:
+        given = dict.fromkeys(Record.__dataclass_fields__, None) | {"artefacts": artefacts}
+        return results.layers_of(Record(**given))
+
+    clusters = {"clients": ["a", "b", "c"], "labels": [1, 0, 1], "layers": [0, 1], "late": {"d": 0}}
+    assert found({"clusters.json": clusters}) == [[["a", "c"], ["b", "d"]]] * 2
+    tree = {"clients": ["a", "b"], "layers": [{"groups": [["a"], ["b"]]}]}
+    assert found({"grove.json": tree}) == [[["a"], ["b"]]]
+    assert found({}) is None
+
+
 # ------------------------------------------------------------------ the oracle
 
 
@@ -118,6 +133,27 @@ def test_each_true_group_is_a_federation_of_its_own() -> None:
         B = chosen.offer(state, 2, client).whole["layer.0.query"].B
         assert torch.equal(B, torch.full_like(B, wanted))
     assert [oracle.group_of(name) for name in names] == ["films", "films", "news-of-day"]
+
+
+def test_grove_gets_the_true_groups_or_the_same_in_all_layers() -> None:
+    names = [f"group{group}-{member}" for group in range(4) for member in range(2)]
+    values = Setting(sites=SITES, rank=2, alpha=4.0, rounds=3, seed=1)
+    rng = np.random.default_rng(0)
+    points = np.repeat(rng.normal(size=(2, 3)), 4, axis=0) + 0.01 * rng.normal(size=(8, 3))
+    near = np.linalg.norm(points[:, None] - points[None], axis=2)
+    apart = np.ones((8, 8)) - np.eye(8)
+    merges = merge_tree(near)
+    true = oracle.Regrouped(oracle.OtherGroups(counts=(1, 2, 4)), values)
+    cuts = true._cuts(names, [near] * 3, [near] * 3, merges, [])
+    assert [each.labels.tolist() for each in cuts] == [
+        [0] * 8,
+        [0, 0, 0, 0, 1, 1, 1, 1],
+        [0, 0, 1, 1, 2, 2, 3, 3],
+    ]
+    same = oracle.Regrouped(oracle.OtherGroups(level=0.2), values)
+    cuts = same._cuts(names, [apart, near], [apart, near], merges, [])
+    assert [each.labels.tolist() for each in cuts] == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
+    assert [each.layer for each in cuts] == [0, 1]
 
 
 # ------------------------------------------------------------------ the fields and the cache

@@ -30,7 +30,7 @@ MISTAKES = [
     ("[lora]\ndropout = 1", "lora.dropout must be a number of at least 0 and below 1, not 1."),
     (
         "[lora]\ntargets = 'query'",
-        'lora.targets must be "auto" or a list of 1 or more (each text), not "query".',
+        'lora.targets must be "auto", "all-linear" or a list of 1 or more (each text), not "query".',
     ),
     ("[train]\nlr = true", "train.lr must be a number above 0, not true."),
     ("[train]\nlr = nan", "train.lr must be a number above 0, not nan."),

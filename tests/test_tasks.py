@@ -114,7 +114,7 @@ def _check_theirs(
         found = [(each["start"], each["end"], each["entity_group"]) for each in tagger(TEXT)]
         assert found == [(each["start"], each["end"], each["label"]) for each in answer]
         return
-    piped = pipeline("text-classification", str(merged), top_k=None)
+    piped: Any = pipeline("text-classification", str(merged), top_k=None)
     row: Any = piped([TEXT])[0]
     scores = {each["label"]: each["score"] for each in row}
     if task == "labels":

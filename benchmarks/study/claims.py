@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from study.fields import HILORA, SUSPECTS, TIERS
+from study.fields import HILORA, SAME_GROUPS, SUSPECTS, TIERS, TRUE_GROUPS
 
 Part = Literal["mean", "tail"]
 
@@ -30,6 +30,11 @@ class Claim:
 
 _TREE, _TIERS, _RANKS = "FedTreeLoRA", "HiLoRA", "Fed-PLoRA"
 _ROOT, _ROOT_CLUSTER, _PLAIN = TIERS
+_NO_BRANCH, _CASCADE, _LEAF = (
+    "grove[root_share=1.0]",
+    "grove[together=false]",
+    "grove[leaf_rounds=2]",
+)
 
 
 def _systems(paper: str, method: str, field: str) -> list[Claim]:
@@ -175,8 +180,45 @@ CLAIMS: list[Claim] = [
         )
     ),
     *(
+        Claim(text, "grove", field, better, worse, isolates)
+        for text, field, better, worse, isolates in (
+            ("branches add to the root", "planted", "grove", _NO_BRANCH, "branches"),
+            (
+                "groups by layer are ahead of the deepest groups in all layers",
+                "planted",
+                "grove",
+                SAME_GROUPS,
+                "layer-wise depth",
+            ),
+            ("the true groups are not ahead", "planted", "grove", TRUE_GROUPS, "the growth"),
+            ("both at once is ahead of a cascade", "planted", "grove", _CASCADE, "together"),
+            ("projection pays", "planted", "grove[orthogonal=true]", "grove", "orthogonality"),
+            ("growing again pays", "planted", "grove[regrow=2]", "grove", "regrowth"),
+            ("a leaf pays", "planted", _LEAF, "grove", "leaf and gate"),
+            ("a leaf pays where each is its own", "planted-own", _LEAF, "grove", "leaf and gate"),
+            (
+                "drawing the least trained pays",
+                "planted-budgets",
+                "grove[selection=least_trained]",
+                "grove",
+                "draws by need",
+            ),
+            (
+                "drawing by gradient pays",
+                "planted-budgets",
+                "grove[selection=gradient]",
+                "grove",
+                "draws by need",
+            ),
+        )
+    ),
+    *(
         Claim(text, "grove", field, "grove", other, "all", part)
         for field, rivals in (
+            ("planted", ("fedit", "fedtreelora", HILORA, "fed-plora", "flexlora", "local")),
+            ("planted-one", ("fedit",)),
+            ("planted-own", ("fedit", "fedtreelora", HILORA, "local")),
+            ("planted-budgets", ("fed-plora", "flexlora", "fedtreelora", HILORA, "local")),
             ("generation", ("fedit", "fedtreelora", HILORA, "local")),
             ("generation-family", ("fedit", "fedtreelora", HILORA, "local")),
             ("resources-even", ("fed-plora", "flexlora", "local")),

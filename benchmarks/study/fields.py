@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,26 @@ TIERS = (
     'hilora[basis="B - B_start", fractions=[1,0,0]]',
     'hilora[basis="B - B_start", fractions=[0.4,0.6,0]]',
     "hilora",
+)
+
+
+#: parts of grove left out or replaced, for the planted tree (``oracle.Regrouped``)
+SAME_GROUPS = "grove-regrouped"
+TRUE_GROUPS = "grove-regrouped[counts=[1,2,4]]"
+GROVES = (
+    "grove[root_share=1.0]",
+    SAME_GROUPS,
+    TRUE_GROUPS,
+    "grove[leaf_rounds=2]",
+    "grove[together=false]",
+    "grove[orthogonal=true]",
+    "grove[regrow=2]",
+)
+BUDGETS = (
+    "fed-plora",
+    "flexlora",
+    "grove[selection=least_trained]",
+    "grove[selection=gradient]",
 )
 
 
@@ -75,7 +95,14 @@ class Field:
         return [text.format(folder=folder) for text in self.source.settings]
 
 
-def _planted(name: str, title: str, differs: str, made: Planted, *changes: str) -> Field:
+def _planted(
+    name: str,
+    title: str,
+    differs: str,
+    made: Planted,
+    *changes: str,
+    more: Sequence[str] = (),
+) -> Field:
     return Field(
         name=name,
         title=title,
@@ -83,7 +110,8 @@ def _planted(name: str, title: str, differs: str, made: Planted, *changes: str) 
         file=BENCHMARKS / "study" / "planted.toml",
         metric="loss",
         higher=False,
-        methods=(*ANCHORS, *SYSTEMS, *SUSPECTS[:4], TIERS[0]),
+        # no pooled: the true groups are the ceiling, and a pooled run is a whole one
+        methods=(*ANCHORS[:4], *SYSTEMS, *more),
         full="",
         changes=changes,
         source=Source(
@@ -92,8 +120,8 @@ def _planted(name: str, title: str, differs: str, made: Planted, *changes: str) 
             settings=("model.name={folder}/model", "data.path={folder}/silos"),
         ),
         planted=made,
-        guess=30.0,
-        rates=(2.5e-3, 5e-3, 1e-2),
+        guess=4.0,
+        rates=(1e-2, 2e-2, 4e-2),
         quick=("run.rounds=6",),
     )
 
@@ -113,8 +141,8 @@ def _images(split: str, about: str, head: str) -> Field:
         file=JOBS / f"hilora-quickdraw-{split}-small.toml",
         metric="accuracy",
         higher=True,
-        # there are no true groups of clients here, so no oracle: pooled is FedIT's own ceiling
-        methods=("base", "local", "fedit", "hilora", HILORA, "grove"),
+        # clients have no true groups here, so no oracle: training alone stands for it
+        methods=("base", "local", "fedit", "pooled", "hilora", HILORA, "grove"),
         full=f"hilora-cifar100-{split}.toml",
         changes=(f"federation.head={head}", "run.eval_every=5"),
         guess=220.0,
@@ -127,14 +155,23 @@ FIELDS: dict[str, Field] = {
         _planted(
             "planted",
             "planted tree",
-            "what is to be learnt: one change in two layers, two in two, four in two",
+            "what is to be learnt: one change in the first layer, two in the second, four in the third",
             Planted(),
+            more=("fed-plora", "flexlora", *GROVES),
         ),
         _planted(
             "planted-one",
             "planted, all alike",
             "nothing: one change in every layer",
-            Planted(counts=(1, 1, 1, 1, 1, 1), members=16),
+            Planted(counts=(1, 1, 1), members=16),
+        ),
+        _planted(
+            "planted-own",
+            "planted, each its own",
+            "what is to be learnt: one change in the first layer, four in the second, one for each "
+            "client in the third",
+            Planted(counts=(1, 4, 16), members=1),
+            more=("grove[leaf_rounds=2]",),
         ),
         _planted(
             "planted-budgets",
@@ -142,6 +179,7 @@ FIELDS: dict[str, Field] = {
             "the planted tree, and ranks",
             Planted(),
             "federation.ranks=[1,2,4,8]",
+            more=BUDGETS,
         ),
         Field(
             name="generation",
@@ -216,7 +254,7 @@ FIELDS: dict[str, Field] = {
             file=BENCHMARKS / "study" / "domains.toml",
             metric="accuracy",
             higher=True,
-            methods=(*ANCHORS[:4], *SYSTEMS, TIERS[0], TIERS[1]),
+            methods=(*ANCHORS, *SYSTEMS, TIERS[0], TIERS[1]),
             full="hilora-domainnet.toml",
             source=Source(
                 make=domains.make,
@@ -224,6 +262,7 @@ FIELDS: dict[str, Field] = {
                 settings=("data.path={folder}/silos",),
             ),
             guess=90.0,
+            quick=("run.rounds=3",),
         ),
         *(
             _images(split, about, head)

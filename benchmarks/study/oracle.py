@@ -1,4 +1,5 @@
-"""The ceiling of a perfect grouping: FedIT within the clients' true groups.
+"""The ceiling of a perfect grouping, FedIT within the clients' true groups; and grove with other
+groups than it would grow.
 
 Not a method to deploy: it reads the groups off the clients' names, which a split by natural groups
 calls ``GROUP-0``, ``GROUP-1`` …. Each group is a federation of its own, so nothing of one reaches
@@ -8,10 +9,18 @@ another; all run in one job, so that rows, splits, order and budget are those of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
+import numpy as np
+from pydantic import Field, Strict
+
+from fedgrove.clustering.matrix import Matrix
+from fedgrove.clustering.tree import LayerCut
+from fedgrove.methods import contract
 from fedgrove.methods.contract import Assembly, ClientInfo, Method, Mine, Trained, Update
 from fedgrove.methods.fedit import FedIT
+from fedgrove.methods.grove import Grove, GroveOptions
 from fedgrove.methods.records import OneAdapter, Whole
 
 
@@ -66,3 +75,46 @@ class Oracle(Method):
 
     def personal(self, client: ClientInfo, offer: Whole, mine: Mine) -> Assembly:
         return self.fedit.personal(client, offer, mine)
+
+
+class OtherGroups(GroveOptions):
+    """The keys of ``[method]`` for the ablations of grove's groups."""
+
+    counts: Annotated[tuple[int, ...], Strict(False)] = Field(
+        (),
+        description="Nodes in each layer of the true tree, shallow to deep; not set: the groups that "
+        "grove found in the deepest layer, in all layers.",
+    )
+
+
+class Regrouped(Grove):
+    """grove, with the true groups or with the same ones in all layers. Not a method to deploy."""
+
+    name = "grove-regrouped"
+    title = "Grove, other groups"
+    paper = "an ablation of a study"
+    Options: ClassVar[type[contract.Options]] = OtherGroups
+
+    def _cuts(
+        self,
+        names: Sequence[str],
+        first: list[Matrix],
+        second: list[Matrix],
+        merges: Matrix,
+        parts: list[list[int]],
+    ) -> list[LayerCut]:
+        """As in Grove."""
+        counts = self.options.counts
+        if not counts:
+            deepest = super()._cuts(names, first, second, merges, parts)[-1]
+            return [replace(deepest, layer=layer) for layer in range(len(first))]
+        kinds = sorted({group_of(name) for name in names})
+        own = np.array([kinds.index(group_of(name)) for name in names])
+        cuts = []
+        for layer, count in enumerate(counts):
+            cuts.append(LayerCut(layer, count, 0.0, own * count // len(kinds)))
+        return cuts
+
+
+#: what a study knows beside the package's own methods
+METHODS = (Oracle, Regrouped)

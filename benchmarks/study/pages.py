@@ -57,23 +57,33 @@ def field_table(result: FieldResult) -> str:
         for row in rows
         if row["recovery"]
     ]
-    said = {True: "carries claims", False: "carries no claims", None: "not known yet"}
     parts = [
         f"## {field.title} (`{field.name}`)",
         f"Differs between clients: {field.differs}. Job of the papers' size: "
         f"`{field.full or 'none'}`.",
-        f"Ceilings: {_ceilings(result)}; this field {said[result.honest()]}.",
+        f"Ceilings: {ceilings_line(result)}.",
         tabulate(lines, [*heads, "seeds"], tablefmt="github", disable_numparse=True),
         "\n".join(recovered),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def ceilings_line(result: FieldResult) -> str:
+    """A field's ceilings, and whether claims may rest on it."""
+    said = {True: "honest", False: "not honest", None: "not known yet"}
+    return f"{_ceilings(result)}: {said[result.honest()]}"
+
+
 def _ceilings(result: FieldResult) -> str:
     found = result.ceilings()
     told = [
         f"{name} {found[name]['mean']:+.3f}"
-        for name in ("oracle above base", "pooled above base", "oracle above FedIT")
+        for name in (
+            "oracle above base",
+            "pooled above base",
+            "oracle above FedIT",
+            "local above FedIT",
+        )
         if found[name]
     ]
     return ", ".join(told) or "not run yet"

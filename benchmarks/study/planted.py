@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fedgrove.ground.seeds import derive, generator
 
-WORDS = 32
 SPECIAL = ["<pad>", "<unk>", "<s>", "<|end|>", "<|user|>", "<|assistant|>"]
 CHAT = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }}"
@@ -33,14 +32,17 @@ CHAT = (
 class Planted:
     """``counts``: nodes in each layer, shallow to deep, each a divisor of the next."""
 
-    counts: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
+    counts: tuple[int, ...] = (1, 2, 4)
     members: int = 4  # clients in each of the deepest groups
-    rows: int = 120  # for each client, training and test together
-    hidden: int = 64
-    strength: float = 1.5  # norm of a planted change over that of the weight
+    rows: int = 60  # for each client, training and test together
+    hidden: int = 32
+    #: norm of a planted change over that of the weight, in the first layer and in the last
+    strength: tuple[float, float] = (1.0, 4.0)
     rank: int = 2
-    prompt: int = 8  # words
-    answer: int = 8
+    prompt: int = 2  # words
+    answer: int = 3
+    words: int = 16  # that there are
+    sharp: float = 3.0  # of the output layer: how sure a teacher is of its answers
 
     @property
     def groups(self) -> int:
@@ -49,6 +51,12 @@ class Planted:
     def node(self, layer: int, group: int) -> int:
         """The node of ``layer`` that ``group`` belongs to."""
         return group * self.counts[layer] // self.groups
+
+    def norm(self, layer: int) -> float:
+        """The relative norm of a change in ``layer``: geometric from the first to the last."""
+        first, last = self.strength
+        depth = max(1, len(self.counts) - 1)
+        return float(first * (last / first) ** (layer / depth))
 
     def clients(self) -> dict[str, int]:
         """The group of each client, by name."""
@@ -88,7 +96,7 @@ def _base(planted: Planted) -> tuple[Any, Any]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = [*SPECIAL, *(f"w{number}" for number in range(WORDS))]
+    vocabulary = [*SPECIAL, *(f"w{number}" for number in range(planted.words))]
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -117,6 +125,8 @@ def _base(planted: Planted) -> tuple[Any, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight *= planted.sharp
     return model.eval(), tokenizer
 
 
@@ -127,19 +137,20 @@ def _teacher(planted: Planted, group: int, seed: int) -> Any:
         node = planted.node(layer, group)
         for name in ("q_proj", "v_proj"):
             weight = getattr(block.self_attn, name).weight
-            change = _change(weight, planted, generator(seed, "planted", layer, node, name))
+            rng = generator(seed, "planted", layer, node, name)
+            change = _change(weight, planted.rank, planted.norm(layer), rng)
             with torch.no_grad():
                 weight += change
     return teacher
 
 
-def _change(weight: Tensor, planted: Planted, rng: torch.Generator) -> Tensor:
-    """A random change [out, in] of the planted rank and relative norm."""
+def _change(weight: Tensor, rank: int, norm: float, rng: torch.Generator) -> Tensor:
+    """A random change of the weight [out, in], of this rank and relative norm."""
     rows, columns = weight.shape
-    left = torch.randn(rows, planted.rank, generator=rng)
-    right = torch.randn(planted.rank, columns, generator=rng)
+    left = torch.randn(rows, rank, generator=rng)
+    right = torch.randn(rank, columns, generator=rng)
     change = left @ right
-    return change * (planted.strength * weight.detach().norm() / change.norm())
+    return change * (norm * weight.detach().norm() / change.norm())
 
 
 @torch.inference_mode()
@@ -149,7 +160,9 @@ def _answered(
     """Rows with the teacher's answers, and its loss a token on them: what nothing can undercut."""
     rng = generator(seed, "planted", name)
     first = len(SPECIAL)
-    asked = torch.randint(first, first + WORDS, (planted.rows, planted.prompt), generator=rng)
+    asked = torch.randint(
+        first, first + planted.words, (planted.rows, planted.prompt), generator=rng
+    )
     prompts = [" ".join(tokenizer.convert_ids_to_tokens(row)) for row in asked.tolist()]
     ids = torch.tensor(
         [
@@ -178,4 +191,4 @@ def _answered(
 
 def fingerprint(planted: Planted) -> int:
     """Changes with whatever a planted field is made of."""
-    return derive(0, planted, CHAT, WORDS)
+    return derive(0, planted, CHAT)

@@ -103,21 +103,31 @@ class FieldResult:
         return compare(self.scores(better), self.scores(worse), higher=self.field.higher)
 
     def ceilings(self) -> dict[str, Any]:
-        """What the best adapters reach above the base, and the true groups above one for all."""
+        """What the best adapters reach above the base, and the true groups above one for all.
+
+        Where clients have no true groups, each is a group of its own: training alone.
+        """
         base = self.effect("oracle", "base"), self.effect("pooled", "base")
         gains = [effect.mean for effect in base if effect is not None]
         one = "fedit" if "fedit" in self.runs else "fedit[uniform_rank=max]"
         oracle = "oracle" if "oracle" in self.runs else "oracle[uniform_rank=max]"
         conflict = self.effect(oracle, one)
+        grouped = any(method.startswith("oracle") for method in self.field.methods)
+        if not grouped:
+            conflict = self.effect("local", one)
         if not gains and (other := self.effect(oracle, "base")) is not None:
             gains = [other.mean]
         found: dict[str, Any] = {
             "oracle above base": base[0] and asdict(base[0]),
             "pooled above base": base[1] and asdict(base[1]),
-            "oracle above FedIT": conflict and asdict(conflict),
+            "oracle above FedIT": None,
+            "local above FedIT": None,
             "adapters matter": None,
             "kinds conflict": None,
         }
+        if conflict is not None:
+            name = "oracle above FedIT" if grouped else "local above FedIT"
+            found[name] = asdict(conflict)
         if gains and self.scores("base"):
             gain = max(gains)
             level = effects.mean(self.scores("base"))
@@ -199,14 +209,19 @@ class FieldResult:
 
 
 def layers_of(record: Record) -> list[list[list[str]]] | None:
-    """The groups that a method found, layer by layer; None where it has none."""
+    """The groups that a method found, layer by layer (HiLoRA's are the same in all); None where it
+    has none.
+    """
     for content in record.artefacts.values():
+        if "labels" in content:
+            labels = dict(zip(content["clients"], content["labels"], strict=True))
+            labels |= content.get("late", {})
+            groups: dict[int, list[str]] = {}
+            for name, label in sorted(labels.items()):
+                groups.setdefault(label, []).append(name)
+            return [list(groups.values())] * len(content["layers"])
         if "layers" in content:
             return [layer["groups"] for layer in content["layers"]]
-        if "clusters" in content:
-            clusters = content["clusters"]
-            groups = clusters.values() if isinstance(clusters, dict) else clusters
-            return [[list(group) for group in groups]]
     return None
 
 

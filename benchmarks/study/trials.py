@@ -23,6 +23,13 @@ import fedgrove as fg
 from fedgrove.compare.entries import Entry, parse_methods
 from fedgrove.ground.files import write_text
 from fedgrove.ground.versions import versions
+from fedgrove.methods.protocols import ServerArtefacts
+from fedgrove.runs.directory import RunDirectory
+from fedgrove.runs.loop import Loop
+from fedgrove.runs.records import Records
+from fedgrove.start import opener
+from fedgrove.tracking import metrics
+from fedgrove.tracking.callback import Callbacks
 from study.fields import Field
 
 #: raise it when the study's own code changes what a run means; all runs are then made anew
@@ -148,6 +155,8 @@ def made(wanted: Trial, cache: Path, scratch: Path) -> Record:
     began, cpu = time.monotonic(), time.process_time()
     if wanted.entry.method == POOLED:
         record = pooled(wanted, job, folder)
+    elif wanted.field.planted is not None:
+        record = _rounds(wanted, job, folder)
     else:
         record = _record(wanted, fg.run(job, folder, resume=folder.exists()))
     record.seconds = round(time.monotonic() - began, 1)
@@ -157,6 +166,32 @@ def made(wanted: Trial, cache: Path, scratch: Path) -> Record:
     write_text(path, json.dumps(vars(record), indent=0, sort_keys=True) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     return record
+
+
+def _rounds(wanted: Trial, job: fg.Job, folder: Path) -> Record:
+    """The rounds of a run without its finish, whose adapters, texts and report cost more than the
+    training of a tiny model and are read by nobody.
+    """
+    directory = RunDirectory(folder)
+    resume = folder.exists()
+    job = directory.admit(job, resume=resume, longer=True)
+    watch = Callbacks(())
+    with (
+        directory.lock(),
+        opener("local")(job, directory, resume=resume, watch=watch) as stage,
+    ):
+        directory.open(stage, resume=resume)
+        loop = Loop(stage, Records.at(directory.path, watch, stage.lab))
+        loop.rounds()
+        found: dict[str, Any] = {}
+        if isinstance(stage.method, ServerArtefacts):
+            found = stage.method.artefacts(loop.state)
+        clients = {
+            name: {"examples": info.examples, "rank": info.rank}
+            for name, info in stage.clients.items()
+        }
+        metric = stage.task.metric
+    return _read(wanted, metrics.read(folder / "metrics.jsonl"), metric, clients, found)
 
 
 def pooled(wanted: Trial, job: fg.Job, folder: Path) -> Record:
@@ -186,11 +221,28 @@ def _source(wanted: Trial, scratch: Path) -> Path:
 
 
 def _record(wanted: Trial, result: fg.Result) -> Record:
+    summary = result.summary
+    artefacts = {
+        path.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(result.path.glob("*.json"))
+        if path.name in ARTEFACTS
+    }
+    return _read(wanted, result.metrics(), summary["metric"], summary["clients"], artefacts)
+
+
+def _read(
+    wanted: Trial,
+    lines: Sequence[dict[str, Any]],
+    metric: str,
+    clients: dict[str, dict[str, Any]],
+    artefacts: dict[str, Any],
+) -> Record:
+    """What is kept of a run, from the lines of its ``metrics.jsonl``."""
     rounds: dict[str, dict[str, dict[str, float]]] = {}
     losses: dict[str, list[float]] = {}
     up: dict[str, int] = {}
     steps: dict[str, int] = {}
-    for line in result.metrics():
+    for line in lines:
         number = str(line["round"])
         if line["split"] == "train":
             losses.setdefault(number, []).append(line["loss"])
@@ -204,19 +256,13 @@ def _record(wanted: Trial, result: fg.Result) -> Record:
                 and isinstance(value, int | float)
             }
             rounds.setdefault(number, {})[line["client"]] = measures
-    summary = result.summary
-    artefacts = {
-        path.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(result.path.glob("*.json"))
-        if path.name in ARTEFACTS
-    }
     return Record(
         field=wanted.field.name,
         method=wanted.entry.label,
         seed=wanted.seed,
         settings=wanted.settings,
-        metric=summary["metric"],
-        clients=summary["clients"],
+        metric=metric,
+        clients=clients,
         rounds=rounds,
         train={number: sum(values) / len(values) for number, values in losses.items()},
         bytes=up,

@@ -117,7 +117,7 @@ def test_arrow_is_its_formula_at_mixed_ranks() -> None:
     prototypes = torch.stack([torch.linalg.svd(each.product())[2][0] for each in members])
     extras = {f"prototypes.{SITE.name}": prototypes}
     for score in ("inner", "cosine"):
-        got, tally = ran(Arrow(2, score), members, X, extras=extras)  # type: ignore[arg-type]
+        got, tally = ran(Arrow(2, score), members, X, extras=extras)
         shares = torch.zeros(B, 4, dtype=torch.float64)
         for b in range(B):
             for t in range(T):

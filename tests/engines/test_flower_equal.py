@@ -9,7 +9,7 @@ import pytest
 from tests.engines.grid import FakeGrid, run_on, virtual
 from tests.stops import StopAfter
 from tests.test_run import adapters, lines, summary
-from tests.tiny import tiny_job
+from tests.tiny import tiny_job, without_reports
 
 from fedgrove.start import run
 
@@ -23,6 +23,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "hilora": {"run": {"rounds": 4}},
     "fed-plora": MIXED,
 }
+SAMPLED = {"federation": {"held_out": ["site-1"]}, "run": {"rounds": 2, "evaluate": 1}}
 
 
 def same(one: Path, other: Path) -> None:
@@ -43,6 +44,17 @@ def test_a_run_on_flower_equals_a_local_one(
     job = tiny_job(tiny_bert, silos, **changes, train={"final_local_epochs": 1, "cohort": 1})
     run(job, tmp_path / "local")
     run_on(FakeGrid(3), job, tmp_path / "flower")
+    same(tmp_path / "local", tmp_path / "flower")
+
+
+def test_the_same_clients_are_measured_on_flower(
+    tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    job = tiny_job(tiny_bert, silos, **SAMPLED, train={"final_local_epochs": 1, "cohort": 1})
+    with without_reports():
+        run(job, tmp_path / "local")
+        run_on(FakeGrid(3), job, tmp_path / "flower")
+    assert summary(tmp_path / "local")["measured"] == {"clients": 1, "of": 2}
     same(tmp_path / "local", tmp_path / "flower")
 
 

@@ -14,6 +14,7 @@ from tests.stops import StopAfter
 from tests.test_run import adapters, lines
 from tests.tiny import tiny_job, without_reports
 
+from fedgrove.engines.flower.engine import FlowerEngine
 from fedgrove.engines.flower.wire import Note, decode
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.privacy.masked import MASKED
@@ -78,6 +79,27 @@ def test_a_client_lost_at_any_exchange_is_left_out_and_the_others_count(
     assert all(note.body["update"][MASKED].dtype == torch.int32 for note in sent)
     told = [each for each in read(tmp_path / "secure" / "events.jsonl") if each["round"] == 1]
     assert [each["client"] for each in told] == ([] if kind == "unmask" else ["site-1"])
+
+
+def test_who_is_waited_for_in_vain_takes_no_time_from_the_training(
+    tiny_bert: Path, silos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training has a deadline of its own, from when the exchanges before it are over."""
+    order: list[str] = []
+    meet, deadline = FlowerEngine._meet, FlowerEngine._deadline
+
+    def met(self: FlowerEngine, *arguments: Any) -> Any:
+        yield from meet(self, *arguments)
+        order.append("met")
+
+    def until(self: FlowerEngine) -> float | None:
+        order.append("deadline")
+        return deadline(self)
+
+    monkeypatch.setattr(FlowerEngine, "_meet", met)
+    monkeypatch.setattr(FlowerEngine, "_deadline", until)
+    run_on(FakeGrid(3), job_of(tiny_bert, silos, run={"rounds": 1}), tmp_path / "out")
+    assert order[order.index("met") + 1 :] == ["deadline"]
 
 
 @pytest.mark.parametrize("kind", ["keys", "shares", "train", "unmask"])

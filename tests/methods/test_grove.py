@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,22 +17,32 @@ from tests.methods.kit import (
     SITES,
     aggregated,
     equal_runs,
+    exports,
     info,
     method,
     near,
     offered,
     resumes,
     same,
+    satisfies,
+    watched,
+    worked,
 )
-from tests.tiny import save_silos, tiny_job
+from tests.tiny import save_silos, tiny_job, without_reports
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.algebra import mean
+from fedgrove.adapters.assembly import Assembly, as_one_adapter
 from fedgrove.adapters.groups import group_means
+from fedgrove.adapters.private import PrivacyError
+from fedgrove.adapters.tree import pack
 from fedgrove.ground.errors import JobError
-from fedgrove.methods.contract import Update
-from fedgrove.methods.grove import Changed, Evidence, GroveState, Modules, Tree
+from fedgrove.methods import _leaf as leaf
+from fedgrove.methods._leaf import Gate
+from fedgrove.methods.contract import Trained, Update
+from fedgrove.methods.grove import Changed, Evidence, Grove, GroveState, Modules, Own, Tree
 from fedgrove.start import run
+from fedgrove.wire.validate import fault, offer_fault
 
 NAMES = [f"c{number}" for number in range(8)]
 
@@ -58,7 +69,12 @@ def planted(name: str) -> dict[int, int]:
     return {layer: labels[NAMES.index(name)] for layer, labels in PLANTED.items()}
 
 
-def grown(chosen: Any, order: list[str] = NAMES, rounds: int = 4) -> GroveState:
+def grown(
+    chosen: Any,
+    order: list[str] = NAMES,
+    rounds: int = 4,
+    where: Callable[[str], dict[int, int]] = planted,
+) -> GroveState:
     """The state after the root's rounds, in which clients moved as planted."""
     state = chosen.begin([info(name) for name in order])
     for round in range(1, rounds + 1):
@@ -66,7 +82,7 @@ def grown(chosen: Any, order: list[str] = NAMES, rounds: int = 4) -> GroveState:
         for name in sorted(order):
             start = offered(chosen, state, round, info(name)).path
             rank = next(iter(start.values())).rank
-            trained = moved(start, 100 * round + NAMES.index(name), planted(name))
+            trained = moved(start, 100 * round + NAMES.index(name), where(name))
             updates.append(Update(name, 10, Modules(trained, list(range(rank)))))
         state = aggregated(chosen, state, round, updates)
     return state
@@ -80,12 +96,15 @@ def test_one_node_and_full_budgets_are_fedit_bit_for_bit(
     equal_runs(tiny_bert, silos, tmp_path, ours, {"name": "fedit", "weights": "uniform"})
 
 
+@pytest.mark.parametrize("selection", ["random", "least_trained", "gradient"])
 def test_one_node_and_mixed_budgets_are_fed_plora_bit_for_bit(
-    tiny_bert: Path, silos: Path, tmp_path: Path
+    tiny_bert: Path, silos: Path, tmp_path: Path, selection: str
 ) -> None:
-    ours = {"name": "grove", "root_share": 1.0}
+    ours = {"name": "grove", "root_share": 1.0, "selection": selection}
     mixed: dict[str, Any] = {"federation": {"ranks": [1, 2, 4]}, "run": {"rounds": 4}}
-    equal_runs(tiny_bert, silos, tmp_path, ours, {"name": "fed-plora"}, **mixed)
+    equal_runs(
+        tiny_bert, silos, tmp_path, ours, {"name": "fed-plora", "selection": selection}, **mixed
+    )
 
 
 def test_without_root_modules_it_is_fedtreelora_s_cluster_experts() -> None:
@@ -161,6 +180,40 @@ def test_a_planted_tree_is_found(evidence: str, test: dict[str, Any]) -> None:
         assert [parents[label] for label in below.labels] == above.labels  # nested
 
 
+def test_growing_again_splits_groups_and_changes_no_client_s_function() -> None:
+    chosen = method("grove", rounds=12, root_rounds=4, rank=4, regrow=4, level=0.2)
+    # by chance one shuffle of 35 makes the same halves
+    halves = {layer: [number // 4 for number in range(8)] for layer in range(4)}
+    state = grown(chosen, where=lambda name: {n: halves[n][NAMES.index(name)] for n in halves})
+    assert state.tree is not None
+    assert [layer.count for layer in state.tree.layers] == [2, 2, 2, 2]
+    for round in range(5, 9):  # now each pair moves its own way
+        before = state
+        updates = []
+        for number, name in enumerate(NAMES):
+            path = offered(chosen, state, round, info(name)).path
+            pairs = dict.fromkeys(range(4), 50 + number // 2)
+            trained = moved(path, 100 * round + number, pairs)
+            updates.append(Update(name, 10, Modules(trained, [0, 1, 2, 3])))
+        state = aggregated(chosen, state, round, updates)
+    assert state.tree is not None
+    assert state.tree.round == 8
+    deepest = state.tree.layers[-1]
+    assert deepest.count == 4
+    assert adjusted_rand_score(deepest.labels, [number // 2 for number in range(8)]) == 1.0
+    for place in range(4):
+        old = [before.groups[name][place] for name in NAMES]
+        new = [state.groups[name][place] for name in NAMES]
+        assert len(set(zip(old, new, strict=True))) == len(set(new))  # only split
+    plain = method("grove", rounds=12, root_rounds=4, rank=4)
+    for name in NAMES:  # as if nothing had grown again
+        unchanged = aggregated(plain, before, 8, updates)
+        assert same(
+            offered(chosen, state, 9, info(name)).path,
+            offered(plain, unchanged, 9, info(name)).path,
+        )
+
+
 def test_permuting_clients_permutes_the_result() -> None:
     chosen = method("grove", rounds=8, root_rounds=4, rank=4)
     plain = grown(chosen)
@@ -197,6 +250,25 @@ def test_a_newcomer_and_a_late_client_descend_to_their_groups() -> None:
     near({s: later.root[s] for s in later.root}, late.content.modules)
 
 
+def test_an_orthogonal_branch_moves_off_the_root_s_span() -> None:
+    chosen = method("grove", rounds=8, root_rounds=4, rank=4, orthogonal=True)
+    plain = method("grove", rounds=8, root_rounds=4, rank=4)
+    state = grown(chosen)
+    path = offered(chosen, state, 5, info("c0")).path
+    only = Update("c0", 10, Modules(moved(path, 3, planted("c0")), [0, 1, 2, 3]))
+    after, free = aggregated(chosen, state, 5, [only]), aggregated(plain, state, 5, [only])
+    assert same(after.root, free.root)
+    for place, layer in enumerate(after.tree.layers):
+        group = after.groups["c0"][place]
+        for site, factors in layer.branches[group].items():
+            above = state.root[site].B.double()
+            projector = torch.eye(len(above)) - above @ torch.linalg.pinv(above)  # dense
+            moved_freely = free.tree.layers[place].branches[group][site].B.double()
+            torch.testing.assert_close(
+                factors.B.double(), projector.double() @ moved_freely, rtol=0, atol=1e-5
+            )
+
+
 def test_absent_clients_keep_a_node_as_it_is() -> None:
     chosen = method("grove", rounds=8, root_rounds=4, rank=4)
     state = grown(chosen)
@@ -208,7 +280,133 @@ def test_absent_clients_keep_a_node_as_it_is() -> None:
             near(layer.branches[group], before.branches[group])
 
 
+# ---------------------------------------------------------------------------- leaf
+def leafy(**options: Any) -> tuple[Any, GroveState]:
+    """A grown grove of rank 4 whose last two of eight rounds are the leaves'."""
+    chosen = method("grove", rounds=8, root_rounds=4, rank=4, leaf_rounds=2, **options)
+    return chosen, grown(chosen)
+
+
+def product(assembly: Assembly) -> Adapter:
+    return as_one_adapter(assembly, SITES)
+
+
+def test_a_new_leaf_changes_no_client_s_function() -> None:
+    """The first step of a leaf's first round computes what the path computed."""
+    chosen, state = leafy()
+    offer = offered(chosen, state, 7, info("c0"))
+    step = next(chosen.plan(info("c0"), offer, Own(), 7))
+    path = product(chosen.personal(info("c0"), offer, Own()))
+    for site, factors in product(step.assembly).items():
+        torch.testing.assert_close(factors.product(), path[site].product(), rtol=0, atol=1e-6)
+    trained = {term.name: (term.train, term.home) for term in step.assembly.terms}
+    assert trained == {"root": ("", "server"), "branch": ("", "server"), "leaf": ("AB", "client")}
+
+
+def test_the_leaves_rounds_send_nothing_and_change_nothing() -> None:
+    chosen, state = leafy()
+    offer = offered(chosen, state, 7, info("c0"))
+    steps = worked(chosen.plan(info("c0"), offer, Own(), 7), 1)
+    sent, mine = chosen.report(info("c0"), steps, offer, Own(), 7)
+    assert (sent.modules, sent.indices, mine.gates) == ({}, [], {})
+    with pytest.raises(PrivacyError):
+        pack(mine)
+    assert aggregated(chosen, state, 7, [Update("c0", 10, sent)]) is state
+
+
+def test_a_leaf_has_no_more_modules_than_its_client_can_train() -> None:
+    chosen, state = leafy(leaf_rank=3)
+    for budget, modules in ((1, 1), (4, 3)):
+        client = info("c0", rank=budget)
+        step = next(chosen.plan(client, offered(chosen, state, 7, client), Own(), 7))
+        assert {f.rank for f in step.assembly.adapter("leaf").values()} == {modules}
+
+
+def gated(loss: Callable[[Mapping[int, Gate]], float]) -> dict[int, Gate]:
+    """What a client chooses whose held-out loss is that of its gates."""
+    steps = leaf.gate_steps(Assembly(), list(range(6)))
+    done = [Trained(Assembly(), 0.0, 1)]
+    step = next(steps)
+    found: dict[int, Gate] = {}
+    while not found:
+        assert (step.measure, step.part) == ("loss", leaf.HELD)
+        mix = step.assembly.mix
+        assert isinstance(mix, leaf.Gated)
+        done.append(Trained(step.assembly, loss({n: mix.gates[n] for n in range(6)}), 0))
+        try:
+            step = steps.send(done[-1])
+        except StopIteration as stop:
+            found = stop.value
+    assert leaf.gates_of(done, list(range(6))) == found  # the report finds the same
+    return found
+
+
+def test_the_gate_is_the_best_on_held_out_rows_and_shrinks_stretches_to_all() -> None:
+    assert gated(lambda gates: 1.0) == dict.fromkeys(range(6), (1.0, 0.0))  # a tie: no leaf
+    nothing = gated(lambda gates: sum(branch + own for branch, own in gates.values()))
+    assert nothing == dict.fromkeys(range(6), (0.0, 0.0))  # the root alone
+    whole = gated(lambda gates: -sum(branch + own for branch, own in gates.values()))
+    assert whole == dict.fromkeys(range(6), (1.0, 1.0))
+
+    def deep(gates: Mapping[int, Gate]) -> float:
+        """The leaf hurts above the fourth layer by half of what it helps below."""
+        return sum(own * (0.5 if layer < 4 else -2.0) for layer, (_, own) in gates.items())
+
+    found = gated(deep)
+    assert [found[layer][1] for layer in range(6)] == [0.5, 0.5, 0.5, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"root_share": 0.0, "tau": 0.01},
+        {"root_share": 0.5, "tau": 0.01, "together": False},
+        {"root_share": 1.0, "leaf_rounds": 1},
+        {"root_rounds": 2, "leaf_rounds": 2, "leaf_rank": 9, "tau": 0.01},
+        {"leaf_rounds": 5},
+        {"selection": "gradient", "orthogonal": True, "tau": 0.01},
+        {"regrow": 2},
+        {"selection": "least_trained", "together": False, "tau": 0.01},
+    ],
+)
+def test_every_option_s_messages_pass_the_wire_s_check(options: dict[str, Any]) -> None:
+    satisfies(Grove, rounds=6, **options)
+    chosen = method("grove", **options)
+    clients = [info(f"c{number}", rank=1 + number % 3) for number in range(6)]
+    state = chosen.begin(clients)
+    kept = {client.name: Own() for client in clients}
+    for round in range(1, 7):
+        updates = []
+        for client in clients:
+            offer = offered(chosen, state, round, client)
+            assert offer_fault({"method": offer}, method=chosen) is None
+            steps = worked(chosen.plan(client, offer, kept[client.name], round), round)
+            sent, own = chosen.report(client, steps, offer, kept[client.name], round)
+            assert fault({"method": sent}, method=chosen, head={}) is None
+            kept[client.name] = own
+            updates.append(Update(client.name, 10, sent))
+        state = aggregated(chosen, state, round, updates)
+
+
 # ---------------------------------------------------------------------- whole runs
+def test_a_run_with_leaves_resumes_and_exports_what_it_measured(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silos = save_silos(tmp_path / "silos", clients=6)
+    chosen = {"name": "grove", "root_rounds": 2, "tau": 0.01, "leaf_rounds": 1}
+    job: dict[str, Any] = {"federation": {"ranks": [2, 4]}, "run": {"rounds": 4}}
+    resumes(tiny_bert, silos, tmp_path, [(3, 1), (4, 1)], method=chosen, **job)
+    shown = json.loads((tmp_path / "whole" / "grove.json").read_text())
+    assert shown["gates"]
+    wire = watched(monkeypatch)
+    with without_reports():
+        opened = exports(tiny_bert, silos, tmp_path, method=chosen, run={"rounds": 4})
+    assert wire.private
+    assert not wire.leaks()
+    assert any(mine.leaf for mine in wire.kept)
+    assert opened.method.options.leaf_rounds == 1
+
+
 def test_a_run_grows_resumes_and_shows_its_paths(tiny_bert: Path, tmp_path: Path) -> None:
     silos = save_silos(tmp_path / "silos", clients=6)
     chosen = {"name": "grove", "root_rounds": 2, "tau": 0.01}
@@ -242,7 +440,12 @@ def test_budgets_are_kept(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"root_rounds": 9}, "root_rounds = 9 is more than run.rounds = 6")],
+    [
+        ({"root_rounds": 9}, "root_rounds = 9 is more than run.rounds = 6"),
+        ({"root_rounds": 2, "leaf_rounds": 5}, "leaf_rounds = 5 leaves 1 of run.rounds = 6"),
+        ({"regrow": 2, "together": False}, "method.regrow needs a root that trains"),
+        ({"regrow": 2, "tau": 0.1}, "leave method.tau out"),
+    ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(JobError, match=words):

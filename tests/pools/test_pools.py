@@ -407,6 +407,13 @@ def test_bad_members_get_a_sentence(planted: Result, tmp_path: Path) -> None:
     headless = broken(planted, tmp_path, "headless")
     (headless / peft.HEAD).unlink()
     refused("has no head that was trained", first, headless)
+    untrained = broken(planted, tmp_path, "untrained")
+    card = json.loads((untrained / peft.CARD).read_text(encoding="utf-8"))
+    (untrained / peft.CARD).write_text(json.dumps(card | {"head_trained": False}))
+    refused("has no head that was trained", first, untrained)
+    steps = broken(planted, tmp_path, "steps")
+    (steps / peft.CARD).write_text(json.dumps(card | {"ordinal": True}))
+    refused("its ordinal is true, but not set in", first, steps)
     refused("--top-k 9 is more than the pool's 4", top_k=9)
     refused("--top-k 0", top_k=0)
     refused("choose from retrieve, arrow", router="magic")
@@ -500,7 +507,7 @@ def test_language_models_write_as_their_members_do(writers: Result, router: str)
 
 
 def test_language_models_have_no_probabilities_to_average(writers: Result) -> None:
-    with pytest.raises(FedgroveError, match="adds up by mixture or fusion"):
+    with pytest.raises(FedgroveError, match="one class of several"):
         made(writers, "uniform", compose="ensemble")
 
 

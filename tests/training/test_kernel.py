@@ -30,7 +30,7 @@ from fedgrove.interop.models import Base, load_base
 from fedgrove.job.sections import TrainSection
 from fedgrove.methods.contract import Step
 from fedgrove.training.kernel import Kernel
-from fedgrove.training.loop import Clock, batch_order
+from fedgrove.training.loop import Clock, batch_order, parted
 
 CLOCK = Clock(7, (1, "client"))
 TASK = ClassifyText(labels=("negative", "positive"), max_length=32)
@@ -290,6 +290,35 @@ def test_fisher_scores_are_the_mean_squared_gradients(base: Base, examples: Any)
         gradient = factors.B - after[name].B
         assert torch.allclose(trained.scores["own"][name].B, gradient**2, atol=1e-14)
         assert trained.scores["own"][name].A.abs().max() == 0
+
+
+def test_a_measured_loss_is_the_mean_over_examples_and_trains_nothing(
+    base: Base, examples: Any
+) -> None:
+    kernel = Kernel(base, TASK, unclipped(batch_size=3))
+    assembly = Assembly((Term("own", start(base)),), extras=head(base))
+    found = kernel.train(Step(assembly, measure="loss"), examples, CLOCK)
+    each = [
+        kernel.train(Step(assembly, measure="loss"), [example], CLOCK).loss for example in examples
+    ]
+    kernel.close()
+    assert found.steps == 0
+    assert found.assembly is assembly
+    assert found.loss == pytest.approx(sum(each) / len(each), rel=1e-9)
+
+
+def test_parts_of_the_examples_are_the_same_in_all_rounds_and_apart() -> None:
+    examples: Any = [{"number": number} for number in range(11)]
+    first, later = Clock(3, (1, "a")), Clock(3, (2, "a"))
+
+    def seen(part: tuple[float, float], clock: Clock) -> list[int]:
+        return [each["number"] for each in parted(examples, part, clock)]
+
+    assert parted(examples, (0.0, 1.0), first) is examples
+    assert seen((0.0, 0.75), first) == seen((0.0, 0.75), later)
+    assert sorted(seen((0.0, 0.75), first) + seen((0.75, 1.0), later)) == list(range(11))
+    assert seen((0.75, 1.0), first) != seen((0.75, 1.0), Clock(3, (1, "b")))
+    assert len(parted(examples[:1], (0.75, 1.0), first)) == 1  # one row is in both
 
 
 def test_steps_follow_epochs_accumulation_and_share(base: Base) -> None:

@@ -177,7 +177,10 @@ def test_another_task_and_another_base_are_refused_in_a_sentence(
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "task_type": "TOKEN_CLS"}))
-    with pytest.raises(AdapterError, match="task_type is 'TOKEN_CLS', for which there is no task"):
+    with pytest.raises(AdapterError, match="task_type is 'TOKEN_CLS', and nothing says which tags"):
+        fg.load(folder)
+    path.write_text(json.dumps({**config, "task_type": "QUESTION_ANS"}))
+    with pytest.raises(AdapterError, match="'QUESTION_ANS', for which there is no task here"):
         fg.load(folder)
     path.write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(AdapterError, match="names no base model"):

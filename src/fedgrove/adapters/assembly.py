@@ -351,6 +351,9 @@ class Product(NamedTuple):
 
     @property
     def _number(self) -> float | Tensor:
+        """The weight of a mix that runs every token: one number, or it broadcasts over
+        ``[batch, tokens, rank]``.
+        """
         assert not isinstance(self.weight, Inner)  # only a mix that depends on the input gives one
         return self.weight
 

@@ -27,7 +27,10 @@ class Centre(Protocol):
     """A defence while the server's half works."""
 
     def weights(
-        self, members: Sequence[Tensor], gram: Gram, shares: Sequence[float]
+        self,
+        members: Sequence[Tensor],
+        gram: Gram,
+        shares: Sequence[float],
     ) -> list[float]:
         """The shares of a group's members, not negative, adding up to 1.
 
@@ -73,7 +76,9 @@ def active() -> Centre | None:
 
 
 def reweighed(
-    members: Sequence[Tensor], gram: Callable[[], Gram], shares: Sequence[float]
+    members: Sequence[Tensor],
+    gram: Callable[[], Gram],
+    shares: Sequence[float],
 ) -> list[float]:
     """The shares of a group's members, a tensor ``[...]`` of each: as given, or the defence's."""
     centre = _centre.get()
@@ -95,7 +100,8 @@ def centred(parts: Sequence[Float[Tensor, ...]], shares: Sequence[float]) -> Flo
     centre = _centre.get()
     if centre is not None:
         stack = torch.stack([part.double() for part in parts])
-        found = centre.value(stack, torch.tensor(shares, dtype=torch.float64))
+        weights = torch.tensor(shares, dtype=torch.float64)
+        found = centre.value(stack, weights)
         if found is not None:
             return found
     total = torch.zeros_like(parts[0], dtype=torch.float64)
@@ -114,16 +120,24 @@ def product_gram(adapters: Sequence[Adapter]) -> Gram:
         factors = [adapter[site] for adapter in adapters]
         A = torch.cat([each.A.double() for each in factors])  # [ranks, in]
         B = torch.cat([each.B.double() * each.scale for each in factors], 1)  # [out, ranks]
-        products = (B.T @ B) * (A @ A.T)  # of every module with every other
+        down = A @ A.T
+        up = B.T @ B
+        products = up * down  # of every module with every other
         ranks = torch.tensor([each.rank for each in factors])
         owner = torch.repeat_interleave(torch.arange(count), ranks)
-        sums = torch.zeros(count, len(owner), dtype=torch.float64).index_add_(0, owner, products)
-        gram += torch.zeros(count, count, dtype=torch.float64).index_add_(1, owner, sums)
+        rows = torch.zeros(count, len(owner), dtype=torch.float64)
+        rows.index_add_(0, owner, products)
+        found = torch.zeros(count, count, dtype=torch.float64)
+        found.index_add_(1, owner, rows)
+        gram += found
     return gram
 
 
 def plain_gram(parts: Sequence[Sequence[Tensor]]) -> Gram:
     """Inner products of members that are lists of tensors ``[...]`` of equal shapes."""
-    rows = [torch.cat([tensor.double().flatten() for tensor in member]) for member in parts]
+    rows = []
+    for member in parts:
+        flat = [tensor.double().flatten() for tensor in member]
+        rows.append(torch.cat(flat))
     stack = torch.stack(rows)
     return stack @ stack.T

@@ -50,10 +50,15 @@ class Choice:
         return [column.nonzero().flatten() for column in self.weights.T]
 
     def per(
-        self, rows: Int[Tensor, " rows"], number: int, like: Float[Tensor, "rows ..."]
+        self,
+        rows: Int[Tensor, " rows"],
+        number: int,
+        like: Float[Tensor, "rows ..."],
     ) -> Float[Tensor, "rows ..."]:
         """A term's weights in these examples, ready to multiply a tensor ``like`` this."""
-        return self.weights[rows, number].view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+        own = self.weights[rows, number]
+        further = [1] * (like.ndim - 1)
+        return own.view(-1, *further).to(like.dtype)
 
 
 class Router(Mix):
@@ -87,9 +92,13 @@ class Even(ByExample):
     apart = True
 
     def choose(
-        self, features: Float[Tensor, "b h"] | None, extras: Mapping[str, Tensor], examples: int
+        self,
+        features: Float[Tensor, "b h"] | None,
+        extras: Mapping[str, Tensor],
+        examples: int,
     ) -> Choice:
-        count = len({name.split(".")[1] for name in extras if name.startswith("heads.")})
+        heads = {name.split(".")[1] for name in extras if name.startswith("heads.")}
+        count = len(heads)
         weights = torch.full((examples, count), 1 / count, dtype=_dtype(extras))
         return Choice(weights, weights)
 
@@ -111,7 +120,10 @@ class Retrieve(ByExample):
         return self.compose == "ensemble"
 
     def choose(
-        self, features: Float[Tensor, "b h"] | None, extras: Mapping[str, Tensor], examples: int
+        self,
+        features: Float[Tensor, "b h"] | None,
+        extras: Mapping[str, Tensor],
+        examples: int,
     ) -> Choice:
         scores = cosines(features, extras["signature.mean"])
         return Choice(top(scores, self.top_k), scores)
@@ -134,15 +146,20 @@ class Arrow(Router):
 
     def weigh(self, at: Junction) -> Sequence[Weight]:
         line = at.x.flatten(0, -2)
-        scores = F.linear(line, at.extras[f"prototypes.{at.site.name}"]).abs()
+        prototypes = at.extras[f"prototypes.{at.site.name}"]
+        scores = F.linear(line, prototypes).abs()
         if self.score == "cosine":
-            scores = scores / line.norm(dim=-1, keepdim=True).clamp_min(_tiny(line))
-        has = torch.tensor([factors is not None for factors in at.factors], device=line.device)
-        if not has.any():
+            norms = line.norm(dim=-1, keepdim=True)
+            scores = scores / norms.clamp_min(_tiny(line))
+        present = [factors is not None for factors in at.factors]
+        if not any(present):
             return [0.0] * len(at.terms)
+        has = torch.tensor(present, device=line.device)
         scores = scores.masked_fill(~has, -math.inf)
-        kept = top(scores, min(self.top_k, int(has.sum()))) > 0
-        weights = scores.masked_fill(~kept, -math.inf).softmax(-1)
+        count = min(self.top_k, sum(present))
+        kept = top(scores, count) > 0
+        scores = scores.masked_fill(~kept, -math.inf)
+        weights = scores.softmax(-1)
         assert at.tally is not None
         at.tally.note_tokens(at.site.layer, weights)
         found: list[Weight] = []
@@ -151,7 +168,8 @@ class Arrow(Router):
             if factors is None or not len(tokens):
                 found.append(0.0)
                 continue
-            inner = F.linear(line[tokens], factors.A) * weights[tokens, number, None]
+            share = weights[tokens, number, None]
+            inner = F.linear(line[tokens], factors.A) * share
             found.append(Inner(inner, tokens))
         return found
 
@@ -174,7 +192,10 @@ class Attention(Router):
         return self.retrieves
 
     def choose(
-        self, features: Float[Tensor, "b h"] | None, extras: Mapping[str, Tensor], examples: int
+        self,
+        features: Float[Tensor, "b h"] | None,
+        extras: Mapping[str, Tensor],
+        examples: int,
     ) -> Choice | None:
         if not self.retrieves:
             return None
@@ -187,20 +208,28 @@ class Attention(Router):
         query = F.linear(line, at.extras[f"router.A.{at.site.name}"])
         up = at.extras[f"router.B.{at.site.name}"]
         inner: list[Tensor | None] = []
-        logits = []
+        logits: list[Tensor] = []
+        size = math.sqrt(query.shape[-1])
         for factors in at.factors:
             if factors is None:
                 inner.append(None)
                 logits.append(line.new_zeros(len(line)))
                 continue
             own = F.linear(line, factors.A)
-            keys = F.linear(own, factors.scale * (up.T @ factors.B))
+            shared = factors.scale * (up.T @ factors.B)
+            keys = F.linear(own, shared)
             inner.append(own)
-            logits.append((query * keys).sum(-1) / math.sqrt(query.shape[-1]))
-        weights = torch.stack(logits, -1).masked_fill(~allowed, -math.inf).softmax(-1)
+            fit = (query * keys).sum(-1)
+            logits.append(fit / size)
+        scores = torch.stack(logits, -1).masked_fill(~allowed, -math.inf)
+        weights = scores.softmax(-1)
         assert at.tally is not None
         at.tally.note_tokens(at.site.layer, weights)
-        return [_attended(own, weights[:, i], allowed[:, i]) for i, own in enumerate(inner)]
+        found: list[Weight] = []
+        for number, down in enumerate(inner):
+            part = _attended(down, weights[:, number], allowed[:, number])
+            found.append(part)
+        return found
 
     def _allowed(self, at: Junction, count: int) -> Tensor:
         """[N, n]: which terms a token may attend to."""
@@ -231,7 +260,10 @@ class Components(ByExample):
     seed: int = 0
 
     def choose(
-        self, features: Float[Tensor, "b h"] | None, extras: Mapping[str, Tensor], examples: int
+        self,
+        features: Float[Tensor, "b h"] | None,
+        extras: Mapping[str, Tensor],
+        examples: int,
     ) -> Choice:
         assert features is not None
         scores = densities(unit(features), extras)
@@ -241,18 +273,22 @@ class Components(ByExample):
         gain = torch.ones(len(scores), dtype=scores.dtype)
         for row, own in enumerate(scores):
             chosen = self._candidates(own, limits)
-            total = max(1, math.floor(self.gamma * sum(ranks[i] for i in chosen) + 1e-9))
-            odds = torch.softmax(own[chosen].double() / self.tau, 0).tolist()
             caps = [ranks[i] for i in chosen]
+            total = max(1, math.floor(self.gamma * sum(caps) + 1e-9))
+            fit = own[chosen].double() / self.tau
+            odds = torch.softmax(fit, 0).tolist()
             if self.sampling == "multinomial":
                 dealt = drawn(total, odds, caps, self.seed, own)
             else:
                 dealt = remainders(total, odds, caps)
             budget[row, chosen] = torch.tensor(dealt)
             if self.normalise:
-                gain[row] = math.sqrt(sum(caps) / len(caps) / total)
-        budget, gain = budget.to(scores.device), gain.to(scores.device)
-        weights = budget.to(scores.dtype) / budget.sum(1, keepdim=True)
+                mean = sum(caps) / len(caps)
+                gain[row] = math.sqrt(mean / total)
+        budget = budget.to(scores.device)
+        gain = gain.to(scores.device)
+        totals = budget.sum(1, keepdim=True)
+        weights = budget.to(scores.dtype) / totals
         return Choice(weights, scores, budget, gain)
 
     def _candidates(self, scores: Float[Tensor, " n"], limits: Float[Tensor, " n"]) -> list[int]:
@@ -262,10 +298,12 @@ class Components(ByExample):
             least = self.top_k
         else:
             found = (scores > 0).nonzero().flatten().tolist()
-            least = max(math.ceil(abs(float(scores.max()))), self.top_k)
+            best_score = float(scores.max())
+            least = max(math.ceil(abs(best_score)), self.top_k)
         if found:
             return [int(each) for each in found]
-        best = scores.topk(min(least, len(scores))).indices.tolist()
+        count = min(least, len(scores))
+        best = scores.topk(count).indices.tolist()
         return sorted(int(each) for each in best)
 
     def spread(self, at: Junction, choice: Choice) -> list[Weight]:
@@ -283,10 +321,12 @@ class Components(ByExample):
             score = inner.abs()
             if self.components == "svd":
                 score = score * factors.B.norm(dim=0)
-            place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            kept = place < choice.budget[rows, number].repeat_interleave(each)[:, None]
-            gain = choice.gain[rows].to(inner.dtype).repeat_interleave(each)[:, None]
-            found.append(Inner(inner * kept * gain, tokens))
+            order = score.argsort(dim=-1, descending=True, stable=True)
+            place = order.argsort(dim=-1)
+            budget = choice.budget[rows, number].repeat_interleave(each)
+            kept = place < budget[:, None]
+            gain = choice.gain[rows].to(inner.dtype).repeat_interleave(each)
+            found.append(Inner(inner * kept * gain[:, None], tokens))
         return found
 
 
@@ -297,12 +337,15 @@ ROUTERS: tuple[type[Mix], ...] = (Arrow, Attention, Components, Even, Retrieve, 
 # ----------------------------------------------------------------------- pieces
 def tokens_of(rows: Int[Tensor, " rows"], each: int) -> Int[Tensor, " tokens"]:
     """The places of these examples' tokens in the line of all, ``each`` to an example."""
-    return (rows[:, None] * each + torch.arange(each, device=rows.device)).flatten()
+    starts = rows[:, None] * each
+    within = torch.arange(each, device=rows.device)
+    return (starts + within).flatten()
 
 
 def unit(features: Float[Tensor, "b h"]) -> Float[Tensor, "b h"]:
     """Features divided by their norm."""
-    return features / features.norm(dim=-1, keepdim=True).clamp_min(_tiny(features))
+    norms = features.norm(dim=-1, keepdim=True)
+    return features / norms.clamp_min(_tiny(features))
 
 
 def cosines(
@@ -324,10 +367,13 @@ def densities(z: Float[Tensor, "b h"], extras: Mapping[str, Tensor]) -> Float[Te
     ``signature.axes.i`` [q, h], and ``signature.rest`` [n] along all others.
     """
     means, rest = extras["signature.mean"], extras["signature.rest"]
+    z = z.to(means.dtype)
     columns = []
-    for number in range(len(means)):
-        axes, spread = (extras[f"signature.{part}.{number}"] for part in ("axes", "spread"))
-        columns.append(density(z.to(means.dtype), means[number], axes, spread, rest[number]))
+    for number, mean in enumerate(means):
+        axes = extras[f"signature.axes.{number}"]
+        spread = extras[f"signature.spread.{number}"]
+        column = density(z, mean, axes, spread, rest[number])
+        columns.append(column)
     return torch.stack(columns, -1)
 
 
@@ -342,13 +388,20 @@ def density(
     size = z.shape[-1]
     off = z - mean
     along = off @ axes.T
-    beside = (off.square().sum(-1) - along.square().sum(-1)).clamp_min(0)
-    distance = (along.square() / spread).sum(-1) + beside / rest
-    volume = spread.log().sum() + (size - len(spread)) * rest.log()
-    return -0.5 * (math.log(2 * math.pi) + (volume + distance) / size)
+    squares = along.square()
+    beside = (off.square().sum(-1) - squares.sum(-1)).clamp_min(0)
+    distance = (squares / spread).sum(-1) + beside / rest
+    further = size - len(spread)
+    volume = spread.log().sum() + further * rest.log()
+    each = (volume + distance) / size
+    return -0.5 * (math.log(2 * math.pi) + each)
 
 
-def remainders(total: int, odds: Sequence[float], caps: Sequence[int]) -> list[int]:
+def remainders(
+    total: int,
+    odds: Sequence[float],
+    caps: Sequence[int],
+) -> list[int]:
     """``total`` dealt in proportion to the odds, by largest remainder, none above its cap; what a cap
     turns away is dealt among the others.
     """
@@ -362,8 +415,10 @@ def remainders(total: int, odds: Sequence[float], caps: Sequence[int]) -> list[i
         else:  # all that is left underflowed: alike
             quotas = {i: left / len(open_) for i in open_}
         given = {i: math.floor(quota) for i, quota in quotas.items()}
-        by_rest = sorted(open_, key=lambda i: (given[i] - quotas[i], i))
-        for i in by_rest[: left - sum(given.values())]:
+        behind = {i: given[i] - quotas[i] for i in open_}
+        by_rest = sorted(open_, key=lambda i: (behind[i], i))
+        over = left - sum(given.values())
+        for i in by_rest[:over]:
             given[i] += 1
         for i, count in given.items():
             taken = min(count, caps[i] - dealt[i])
@@ -373,16 +428,25 @@ def remainders(total: int, odds: Sequence[float], caps: Sequence[int]) -> list[i
 
 
 def drawn(
-    total: int, odds: Sequence[float], caps: Sequence[int], seed: int, scores: Float[Tensor, " n"]
+    total: int,
+    odds: Sequence[float],
+    caps: Sequence[int],
+    seed: int,
+    scores: Float[Tensor, " n"],
 ) -> list[int]:
     """``total`` draws by the odds, none above its cap; the draw is the example's, by its scores."""
-    rng = numpy_rng(seed, "components", *(f"{each:.6e}" for each in scores.tolist()))
+    words = [f"{each:.6e}" for each in scores.tolist()]
+    rng = numpy_rng(seed, "components", *words)
     dealt = [0] * len(odds)
     for _ in range(min(total, sum(caps))):
-        open_ = [odds[i] * (dealt[i] < caps[i]) for i in range(len(odds))]
+        room = [have < cap for have, cap in zip(dealt, caps, strict=True)]
+        open_ = [each * free for each, free in zip(odds, room, strict=True)]
         if sum(open_) == 0:
-            open_ = [float(dealt[i] < caps[i]) for i in range(len(odds))]
-        dealt[int(rng.choice(len(odds), p=[each / sum(open_) for each in open_]))] += 1
+            open_ = [float(free) for free in room]
+        whole = sum(open_)
+        shares = [each / whole for each in open_]
+        place = int(rng.choice(len(odds), p=shares))
+        dealt[place] += 1
     return dealt
 
 
@@ -396,7 +460,8 @@ def _mixture(at: Junction, choice: Choice) -> list[Weight]:
             found.append(0.0)
             continue
         tokens = tokens_of(rows, each)
-        found.append(Inner(_inner(line, factors, choice, number, rows, tokens), tokens))
+        inner = _inner(line, factors, choice, number, rows, tokens)
+        found.append(Inner(inner, tokens))
     return found
 
 
@@ -418,8 +483,9 @@ def _fusion(at: Junction, choice: Choice) -> list[Weight]:
         if factors is None or down is None or not len(rows):
             found.append(0.0)
             continue
-        share = choice.weights[rows, number].repeat_interleave(each)[:, None]
-        found.append(Inner(down[places[number]] * share, places[number]))
+        share = choice.weights[rows, number].repeat_interleave(each)
+        inner = down[places[number]] * share[:, None]
+        found.append(Inner(inner, places[number]))
     return found
 
 
@@ -432,20 +498,25 @@ def _inner(
     tokens: Int[Tensor, " tokens"],
 ) -> Float[Tensor, "tokens r"]:
     """``w A x`` of one term for its examples."""
-    share = choice.weights[rows, number].repeat_interleave(len(tokens) // len(rows))
-    return F.linear(line[tokens], factors.A) * share[:, None]
+    each = len(tokens) // len(rows)
+    share = choice.weights[rows, number].repeat_interleave(each)
+    inner = F.linear(line[tokens], factors.A)
+    return inner * share[:, None]
 
 
 def _attended(
-    inner: Float[Tensor, "N r"] | None, weights: Float[Tensor, " N"], allowed: Tensor
+    inner: Float[Tensor, "N r"] | None,
+    weights: Float[Tensor, " N"],
+    allowed: Tensor,
 ) -> Weight:
-    """A term's part for the tokens [N] that may attend to it."""
+    """A term's part for those of the N tokens that may attend to it, ``allowed`` [N]."""
     if inner is None:
         return 0.0
     tokens = allowed.nonzero().flatten()
     if not len(tokens):
         return 0.0
-    return Inner((inner * weights[:, None])[tokens], tokens)
+    shared = inner * weights[:, None]
+    return Inner(shared[tokens], tokens)
 
 
 def _choice(at: Junction) -> Choice:
@@ -454,7 +525,9 @@ def _choice(at: Junction) -> Choice:
 
 
 def _dtype(extras: Mapping[str, Tensor]) -> torch.dtype:
-    return next(iter(extras.values())).dtype
+    """That of the tensors ``[any shape]``, which share one."""
+    first = next(iter(extras.values()))
+    return first.dtype
 
 
 def _tiny(values: Float[Tensor, "*any"]) -> float:

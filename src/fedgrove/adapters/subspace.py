@@ -13,10 +13,13 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Sites
 from fedgrove.ground.errors import AdapterError
+from fedgrove.ground.seeds import generator
 
 #: Columns of one GEMM block of ``principal_angle_distances``: bounds its memory at N = 1000 to
 #: about 200 MB.
 _BLOCK = 2048
+_SKETCH = 256  # numbers of a client's sketch in ``rough_angles``
+_CLIENTS = 500  # that are sketched at a time
 
 Square = Float[Tensor, "N N"]  # of all pairs
 Basis = Float[Tensor, "out _"]  # orthonormal columns, as many as the basis has
@@ -121,6 +124,52 @@ def principal_angle_distances(bases: Sequence[Basis]) -> Square:
     smaller = torch.minimum(of_row, of_column)
     distance = 1 - both / smaller
     return distance.clamp(0, 1).fill_diagonal_(0)
+
+
+def rough_angles(
+    clients: Sequence[Tensor],
+    landmarks: Sequence[int],
+    site: str,
+) -> Float[Tensor, "N M"]:
+    """``principal_angle_distances`` from N clients to M of them at one site, float32, on sketches.
+
+    With Gaussian g, h the number ``g^T P h`` of a projector ``P = U U^T`` has
+    ``E[(g^T P h)(g^T Q h)] = tr(P Q) = ||U^T V||^2``; 256 of them are a client's sketch, so that of
+    rank r a distance has a standard error of about 1/16, and the mean over a model's sites a
+    smaller one. A direction that B lacks counts as at right angles to all.
+
+    Args:
+        clients: B [out, r_i] of each; no basis of it is needed.
+    """
+    out = clients[0].shape[0]
+    draw = generator(0, "angles", site)
+    left, right = torch.randn(2, out, _SKETCH, generator=draw)
+    sketch = torch.zeros(len(clients), _SKETCH)
+    ranks = torch.tensor([min(B.shape) for B in clients])
+    shapes = [B.shape for B in clients]
+    for shape in dict.fromkeys(shapes):
+        alike = [n for n, each in enumerate(shapes) if each == shape]
+        for start in range(0, len(alike), _CLIENTS):
+            rows = alike[start : start + _CLIENTS]
+            B = torch.stack([clients[n] for n in rows]).float()
+            root = _inverse_root(B)
+            first = left.T @ B @ root
+            second = right.T @ B @ root
+            sketch[rows] = (first * second).sum(2) / _SKETCH**0.5
+    chosen = list(landmarks)
+    smaller = torch.minimum(ranks[:, None], ranks[chosen][None, :])
+    cosines = (sketch @ sketch[chosen].T) / smaller
+    return (1 - cosines).clamp_(0, 1)
+
+
+def _inverse_root(B: Float[Tensor, "n out r"]) -> Float[Tensor, "n r r"]:
+    """``W`` with ``B W`` orthonormal, or zero where B has no such direction; float32."""
+    wide = B.double()
+    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    largest = values.amax(1, keepdim=True)
+    there = values > 1e-10 * largest
+    inverse = torch.where(there, values, 1.0).rsqrt() * there
+    return (vectors * inverse[:, None, :]).float()
 
 
 def _squared_cosines(

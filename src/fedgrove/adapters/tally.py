@@ -11,6 +11,7 @@ class Tally:
     """Means over a batch's tokens and sites. Shapes: b examples, t tokens, n terms."""
 
     def __init__(self, examples: int, mask: Bool[Tensor, "b t"] | None):
+        """``mask`` [b, t]: the tokens that are no padding; None where there is none."""
         self.examples, self.mask = examples, mask
         self._sums: dict[int, Float[Tensor, "b n"]] = {}  # by layer
         self._sites: dict[int, int] = {}

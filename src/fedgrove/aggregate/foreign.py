@@ -24,7 +24,7 @@ from fedgrove.interop.models import EMBEDDED_MODELS, load_config, longest_input
 
 LONGEST = 128  # tokens of a text, where nothing says how many
 #: PEFT's tasks for which there is no task here yet
-_UNKNOWN = ("TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM")
+_UNKNOWN = ("QUESTION_ANS", "SEQ_2_SEQ_LM")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,10 @@ def tidied(source: Path, out: Path, base: str | None = None) -> Path:
 
 
 def _modules(config: Mapping[str, Any], head: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The modules of a head, by the names that the configuration has for them, else by their own."""
+    """The modules of a head, by the names that the configuration has for them, else by their own.
+
+    ``head``: its tensors [any shape], by their names in the base.
+    """
     named = config.get("modules_to_save") or ()
     found: dict[str, None] = {}
     for name in head:
@@ -134,7 +137,7 @@ def _modules(config: Mapping[str, Any], head: Mapping[str, Tensor]) -> tuple[str
 
 
 def _described(source: Source, head: Mapping[str, Tensor], base: str | None) -> Plain:
-    """What can be said of an adapter without a card."""
+    """What can be said of an adapter without a card; ``head``: its tensors [any shape] by name."""
     name = base or source.config.get("base_model_name_or_path")
     if not name:
         raise AdapterError(
@@ -168,6 +171,12 @@ def _described(source: Source, head: Mapping[str, Tensor], base: str | None) -> 
 
 def _task(source: Source, config: Any) -> str:
     kind = source.config.get("task_type")
+    if kind == "TOKEN_CLS":
+        raise AdapterError(
+            f"{source.folder / peft.CONFIG}: task_type is {kind!r}, and nothing says which tags its "
+            "outputs are; one that was trained here has that in its fedgrove.json, any other loads "
+            "with AutoPeftModelForTokenClassification."
+        )
     if kind in _UNKNOWN:
         raise AdapterError(
             f"{source.folder / peft.CONFIG}: task_type is {kind!r}, for which there is no task "
@@ -198,7 +207,9 @@ def _labels(config: Any, head: Mapping[str, Tensor]) -> list[str]:
 
 
 def _head_kind(task: str, head: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
-    """As ``Base.head``: our own head has two tensors of these names, any other is the base's."""
+    """As ``Base.head``: our own head has two tensors, weight [c, h] and bias [c], any other is the
+    base's.
+    """
     if task == "generate":
         return "lm"
     ours = not head or set(head) == {"weight", "bias"}
@@ -208,8 +219,8 @@ def _head_kind(task: str, head: Mapping[str, Tensor], card: Mapping[str, Any]) -
 
 
 def _without_copies(folder: Path, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Nothing: what PEFT keeps beside a language model's factors is a copy of frozen layers. Raises
-    ``AdapterError`` for whole modules that were trained.
+    """Nothing: what PEFT keeps beside a language model's factors is a copy of frozen layers [any
+    shape]. Raises ``AdapterError`` for whole modules that were trained.
     """
     trained = [name for name in head if ".base_layer." not in name]
     if trained:

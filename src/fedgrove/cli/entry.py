@@ -73,6 +73,20 @@ def console() -> int:
     return main()
 
 
+def program() -> click.Command:
+    """The application as click runs it, with each command's first paragraph on one line: the table
+    of commands keeps line breaks.
+    """
+    whole = typer.main.get_command(app)
+    todo = [whole]
+    while todo:
+        command = todo.pop()
+        first = (command.help or "").split("\n\n")[0]
+        command.short_help = " ".join(first.split())
+        todo.extend(getattr(command, "commands", {}).values())
+    return whole
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0, 2 for what the user can mend, 1 for what we must, 130
     for Ctrl-C.
@@ -82,9 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:  # welcome anywhere, though it belongs to the root command
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
     try:
-        code = typer.main.get_command(app).main(
-            arguments, prog_name="fedgrove", standalone_mode=False
-        )
+        code = program().main(arguments, prog_name="fedgrove", standalone_mode=False)
         sys.stdout.flush()
         # typer turns Ctrl-C into this code without a word
         if code == 130:

@@ -360,9 +360,9 @@ def evaluate_with(
     else:
         rows = comparing.owners_rows(found)
     measured = comparing.against(found, rows, rivals, mask_own=mask_own)
+    _show(found, measured, list(metrics))
     comparing.write(folder, measured)
     write_page(found, folder)
-    _show(found, measured, list(metrics))
     print(f"Wrote {folder / comparing.FILE} and pool.html.")
 
 

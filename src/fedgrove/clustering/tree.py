@@ -61,7 +61,7 @@ def cut(Z: Matrix, count: int) -> Labels:
             f"{clients} clients cannot be cut into {count} groups: use 1..{clients}."
         )
     labels = np.arange(clients)
-    merged = _members(Z)[clients:]
+    merged = members_of(Z)[clients:]
     steps = clients - count
     for step, members in enumerate(merged[:steps]):
         labels[members] = clients + step
@@ -185,7 +185,7 @@ def descend(
     """
     clients = len(Z) + 1
     to = _row(distances, clients)
-    members = _members(Z)
+    members = members_of(Z)
 
     def closeness(branch: int) -> tuple[float, int]:
         below = members[branch]
@@ -272,7 +272,7 @@ def _silhouette(
     return float(scores.mean())
 
 
-def _members(Z: Matrix) -> list[NDArray[np.int64]]:
+def members_of(Z: Matrix) -> list[NDArray[np.int64]]:
     """The clients below each node: the N leaves, then the merges in order, the root last."""
     members: list[NDArray[np.int64]] = []
     for client in range(len(Z) + 1):

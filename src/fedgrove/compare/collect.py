@@ -43,7 +43,6 @@ def collect(done: Done) -> Plain:
         values.extend(_flat(row, "metric").values())
     job = first[0].job
     summary = first[0].summary
-    trained = _values(first, plan.seeds, "metric", held_out=False)
     base_values = _values(first, plan.seeds, "metric_base", held_out=False)
     writes = summary.get("task") == "generate"
     if writes:
@@ -64,7 +63,7 @@ def collect(done: Done) -> Plain:
         "data": job.data.called,
         "rounds": job.run.rounds,
         "final_local_epochs": job.train.final_local_epochs,
-        "clients": len(next(iter(trained.values()), {})),
+        "clients": _trained(first[0]),
         "held_out": summary.get("unseen", {}).get("clients", 0),
         "seeds": list(plan.seeds),
         "fingerprints": fingerprints,
@@ -75,7 +74,7 @@ def collect(done: Done) -> Plain:
             "values": {"metric": base_values},
         },
         "methods": rows,
-        "notes": [*plan.notes, *_machines(done)],
+        "notes": [*plan.notes, *_machines(done), *_sampled(first)],
         "job": plan.base.to_dict(),
     }
     content["tests"] = {measure: tests(rows, measure) for measure in MEASURES}
@@ -260,6 +259,25 @@ def _machines(done: Done) -> list[str]:
     listed = ", ".join(sorted(kinds))
     return [
         f"The runs were not all computed alike ({listed}); small differences may come from that."
+    ]
+
+
+def _trained(result: Result) -> int:
+    """Clients that trained."""
+    rows = result.summary["clients"].values()
+    return sum(not row.get("held_out") for row in rows)
+
+
+def _sampled(results: Sequence[Result]) -> list[str]:
+    """A sentence where not all clients were measured; with the same seed and rounds the methods
+    measured the same ones.
+    """
+    told = results[0].summary.get("measured")
+    if not told:
+        return []
+    return [
+        f"Each run measured {told['clients']:,} of its {told['of']:,} clients (run.evaluate); means, "
+        "tails and tests are over those, the same ones for every method of a seed."
     ]
 
 

@@ -45,14 +45,21 @@ class Attackers:
     seed: int
 
     @classmethod
-    def drawn(cls, section: AttackSection, clients: Collection[str], seed: int) -> Attackers:
+    def drawn(
+        cls,
+        section: AttackSection,
+        clients: Collection[str],
+        seed: int,
+    ) -> Attackers:
         """At least one where the section has a kind; drawn from the seed, by name."""
         if not section.active:
             return cls(section, (), seed)
         ordered = sorted(clients)
         count = max(1, round(section.share * len(ordered)))
-        order = torch.randperm(len(ordered), generator=generator(seed, "attackers"))
-        return cls(section, tuple(sorted(ordered[n] for n in order[:count].tolist())), seed)
+        draw = generator(seed, "attackers")
+        order = torch.randperm(len(ordered), generator=draw).tolist()
+        names = [ordered[number] for number in order[:count]]
+        return cls(section, tuple(sorted(names)), seed)
 
     # ---------------------------------------------------------------------- data
     def trains_on(self, client: Client, labels: Sequence[str]) -> Client:
@@ -62,11 +69,10 @@ class Attackers:
         if self.section.kind in FLIPS:
             return replace(client, train=[_flipped(row, labels) for row in client.train])
         if self.section.kind == "backdoor":
-            every_second = [
-                self._triggered(row, labels) if number % 2 else row
-                for number, row in enumerate(client.train)
-            ]
-            return replace(client, train=every_second)
+            rows = list(client.train)
+            for number in range(1, len(rows), 2):
+                rows[number] = self._triggered(rows[number], labels)
+            return replace(client, train=rows)
         return client
 
     def asked(self, client: Client, labels: Sequence[str]) -> list[Row]:
@@ -77,7 +83,8 @@ class Attackers:
             return [_flipped(row, labels) for row in client.test]
         if self.section.kind == "backdoor":
             target = labels[self.section.target]
-            return [self._triggered(row, labels) for row in client.test if row["label"] != target]
+            others = [row for row in client.test if row["label"] != target]
+            return [self._triggered(row, labels) for row in others]
         return []
 
     def _triggered(self, row: Row, labels: Sequence[str]) -> Row:
@@ -91,7 +98,8 @@ class Attackers:
         sent = []
         for update in updates:
             if update.client in self.names and self._alters(honest):
-                update = changes.moved(update, self._change(update, honest, changes))
+                change = self._change(update, honest, changes)
+                update = changes.moved(update, change)
             sent.append(update)
         return sent
 
@@ -101,12 +109,18 @@ class Attackers:
             return len(honest) > 1
         return kind in ("sign-flip", "scale", "gaussian")
 
-    def _change(self, update: Update, honest: Sequence[Update], changes: Changes) -> Change:
+    def _change(
+        self,
+        update: Update,
+        honest: Sequence[Update],
+        changes: Changes,
+    ) -> Change:
         kind, strength = self.section.kind, self.section.strength
         if kind in OMNISCIENT:
             stack = torch.stack([changes.vector(each) for each in honest])
             if kind == "little":
-                return stack.mean(0) - strength * stack.std(0, correction=0)
+                spread = stack.std(0, correction=0)
+                return stack.mean(0) - strength * spread
             return min_max(stack)
         own = changes.vector(update)
         if kind == "sign-flip":
@@ -115,19 +129,23 @@ class Attackers:
             return strength * own
         rng = generator(self.seed, "attack", changes.round, update.client)
         noise = torch.randn(own.shape, generator=rng, dtype=own.dtype)
-        return noise * (strength * float(own.norm()) / float(noise.norm()))
+        size = strength * float(own.norm())
+        return noise * (size / float(noise.norm()))
 
 
 def min_max(honest: Float[Tensor, "n d"]) -> Change:
     """``mean − γ std`` with the largest γ for which no honest change is farther from it than the
     honest are apart.
     """
-    mean, direction = honest.mean(0), honest.std(0, correction=0)
+    mean = honest.mean(0)
+    direction = honest.std(0, correction=0)
     most = float(torch.cdist(honest, honest).max())
     low, high = 0.0, 1.0
 
     def fits(gamma: float) -> bool:
-        return float((honest - (mean - gamma * direction)).norm(dim=1).max()) <= most
+        sent = mean - gamma * direction
+        apart = (honest - sent).norm(dim=1)
+        return float(apart.max()) <= most
 
     if not bool(direction.any()):
         return mean
@@ -145,11 +163,15 @@ def min_max(honest: Float[Tensor, "n d"]) -> Change:
 def _flipped(row: Row, labels: Sequence[str]) -> Row:
     """The row with the next label."""
     place = labels.index(row["label"])
-    return {**row, "label": labels[(place + 1) % len(labels)]}
+    following = (place + 1) % len(labels)
+    return {**row, "label": labels[following]}
 
 
 def refuse_unfit(
-    section: AttackSection, task: type[Task] | Task, method: Method, clients: Collection[ClientInfo]
+    section: AttackSection,
+    task: type[Task] | Task,
+    method: Method,
+    clients: Collection[ClientInfo],
 ) -> None:
     """Raise ``JobError`` where the attack means nothing with this task, method or clients."""
     if not section.active:

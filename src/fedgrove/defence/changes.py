@@ -33,21 +33,33 @@ class Changes:
     def start(self, client: str) -> Given:
         """What the client would have sent had it trained nothing."""
         if client not in self._starts:
-            info, offer = self.clients[client], self.received(client)
-            self._starts[client] = untouched(self.method, self.head, info, offer, self.round)
+            self._starts[client] = untouched(
+                self.method,
+                self.head,
+                self.clients[client],
+                self.received(client),
+                self.round,
+            )
         return self._starts[client]
 
     def vector(self, update: Update) -> Float[Tensor, " numbers"]:
         """The change, float64."""
         start = self.start(update.client)
-        return difference(update.content, start, f"{self.method.title} at {update.client}")
+        whose = f"{self.method.title} at {update.client}"
+        return difference(update.content, start, whose)
 
     def moved(self, update: Update, change: Float[Tensor, " numbers"]) -> Update:
         """The update with another change."""
         start = flat(self.start(update.client))
-        return replace(update, content=restore(update.content, start + change))
+        content = restore(update.content, start + change)
+        return replace(update, content=content)
 
 
-def changed(update: Update, changes: Changes, scale: float) -> Update:
+def changed(
+    update: Update,
+    changes: Changes,
+    scale: float,
+) -> Update:
     """The update with its change times ``scale``."""
-    return changes.moved(update, changes.vector(update) * scale)
+    change = changes.vector(update)
+    return changes.moved(update, change * scale)

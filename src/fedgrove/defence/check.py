@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def refuse_unfit(
-    job: Job, task: Task, method: Method, clients: Collection[ClientInfo], *, local: bool
+    job: Job,
+    task: Task,
+    method: Method,
+    clients: Collection[ClientInfo],
+    *,
+    local: bool,
 ) -> None:
     """Raise ``JobError`` where the defence or the attack cannot be had. ``local``: all clients are
     simulated here.

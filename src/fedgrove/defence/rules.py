@@ -42,43 +42,69 @@ class Rule:
 def squared_distances(gram: Square) -> Square:
     """``G_ii + G_jj − 2 G_ij``, never below 0."""
     own = gram.diagonal()
-    return (own[:, None] + own[None, :] - 2 * gram).clamp_min(0.0)
+    sums = own[:, None] + own[None, :]
+    apart = sums - 2 * gram
+    return apart.clamp_min(0.0)
 
 
 # ------------------------------------------------------------------------ by weights
 def krum_scores(distances: Square, f: int) -> Vector:
     """Of each member the sum of squared distances to its ``n − f − 2`` nearest others."""
     count = len(distances)
-    others = distances + torch.diag(torch.full((count,), torch.inf, dtype=distances.dtype))
-    nearest = others.sort(1).values[:, : max(1, count - f - 2)]
-    return nearest.sum(1)
+    itself = torch.full((count,), torch.inf, dtype=distances.dtype)
+    others = distances + torch.diag(itself)
+    ordered = others.sort(1).values
+    near = max(1, count - f - 2)
+    return ordered[:, :near].sum(1)
 
 
-def krum(distances: Square, shares: Vector, f: int) -> Vector:
+def krum(
+    distances: Square,
+    shares: Vector,
+    f: int,
+) -> Vector:
     """All of the share to the member with the best score; of equal ones the first."""
+    scores = krum_scores(distances, f)
+    best = int(scores.argmin())
     chosen = torch.zeros_like(shares)
-    chosen[int(krum_scores(distances, f).argmin())] = 1.0
+    chosen[best] = 1.0
     return chosen
 
 
-def multi_krum(distances: Square, shares: Vector, f: int) -> Vector:
+def multi_krum(
+    distances: Square,
+    shares: Vector,
+    f: int,
+) -> Vector:
     """The ``n − f`` members with the best scores, by their shares."""
-    best = krum_scores(distances, f).argsort(stable=True)[: len(shares) - f]
+    scores = krum_scores(distances, f)
+    order = scores.argsort(stable=True)
+    best = order[: len(shares) - f]
     return _only(best, shares)
 
 
-def bulyan_choice(distances: Square, shares: Vector, f: int) -> Vector:
+def bulyan_choice(
+    distances: Square,
+    shares: Vector,
+    f: int,
+) -> Vector:
     """Bulyan's first half: Krum's choice, again and again without the chosen, ``n − 2f`` times."""
     left = list(range(len(shares)))
     chosen: list[int] = []
     while len(chosen) < len(shares) - 2 * f:
         rows = torch.tensor(left)
-        best = int(krum_scores(distances[rows][:, rows], f).argmin())
+        among = distances[rows][:, rows]
+        best = int(krum_scores(among, f).argmin())
         chosen.append(left.pop(best))
-    return _only(torch.tensor(chosen), shares)
+    kept = torch.tensor(chosen)
+    return _only(kept, shares)
 
 
-def geometric_median(distances: Square, shares: Vector, f: int) -> Vector:
+def geometric_median(
+    distances: Square,
+    shares: Vector,
+    f: int,
+) -> Vector:
     """The shares whose weighted mean has the least sum of distances (Weiszfeld's iteration).
 
     The squared distance of a member to the mean with shares w is
@@ -86,7 +112,9 @@ def geometric_median(distances: Square, shares: Vector, f: int) -> Vector:
     """
     w = shares.clone()
     for _ in range(STEPS):
-        apart = (distances @ w - 0.5 * (w @ distances @ w)).clamp_min(0.0).sqrt()
+        spread = 0.5 * (w @ distances @ w)
+        squares = distances @ w - spread
+        apart = squares.clamp_min(0.0).sqrt()
         least = 1e-6 * float(apart.max()) + torch.finfo(w.dtype).tiny
         moved = shares / apart.clamp_min(least)  # smoothed: a member may be the median itself
         moved = moved / moved.sum()
@@ -97,19 +125,26 @@ def geometric_median(distances: Square, shares: Vector, f: int) -> Vector:
     return w
 
 
-def without_outliers(distances: Square, shares: Vector, f: int) -> Vector:
+def without_outliers(
+    distances: Square,
+    shares: Vector,
+    f: int,
+) -> Vector:
     """Without those whose median distance to the others is twice that of the middle member, or
     more; at most ``f`` of them.
     """
     count = len(shares)
     apart = distances.sqrt()
     off = ~torch.eye(count, dtype=torch.bool)
-    typical = apart[off].reshape(count, count - 1).median(1).values
+    others = apart[off].reshape(count, count - 1)
+    typical = others.median(1).values
     far = typical > FAR * typical.median()
-    worst = typical.argsort(descending=True, stable=True)[:f]
+    order = typical.argsort(descending=True, stable=True)
+    worst = order[:f]
     out = torch.zeros(count, dtype=torch.bool)
     out[worst] = far[worst]
-    return _only((~out).nonzero().flatten(), shares)
+    kept = (~out).nonzero().flatten()
+    return _only(kept, shares)
 
 
 def _only(kept: Tensor, shares: Vector) -> Vector:
@@ -124,34 +159,54 @@ def _only(kept: Tensor, shares: Vector) -> Vector:
 
 
 # -------------------------------------------------------------------- by coordinates
-def median(stack: Float[Tensor, "n ..."], shares: Vector, f: int) -> Float[Tensor, ...]:
+def median(
+    stack: Float[Tensor, "n ..."],
+    shares: Vector,
+    f: int,
+) -> Float[Tensor, ...]:
     """Each coordinate's median; of an even number the middle of the two. Shares have no say."""
-    return torch.quantile(stack.flatten(1), 0.5, dim=0).reshape(stack.shape[1:])
+    rows = stack.flatten(1)
+    middle = torch.quantile(rows, 0.5, dim=0)
+    return middle.reshape(stack.shape[1:])
 
 
-def trimmed_mean(stack: Float[Tensor, "n ..."], shares: Vector, f: int) -> Float[Tensor, ...]:
+def trimmed_mean(
+    stack: Float[Tensor, "n ..."],
+    shares: Vector,
+    f: int,
+) -> Float[Tensor, ...]:
     """Each coordinate's mean without its f largest and f smallest numbers, by the shares of the
     others.
     """
     rows = stack.flatten(1)
-    order = rows.argsort(dim=0, stable=True)[f : len(rows) - f]
+    order = rows.argsort(dim=0, stable=True)
+    order = order[f : len(rows) - f]
     kept = rows.gather(0, order)
     weights = shares[order]
     total = weights.sum(0)
     even = torch.full_like(weights, 1.0 / len(order))
-    weights = torch.where(total > 0, weights / total.clamp_min(1e-300), even)
-    return (kept * weights).sum(0).reshape(stack.shape[1:])
+    parts = weights / total.clamp_min(1e-300)
+    weights = torch.where(total > 0, parts, even)
+    mean = (kept * weights).sum(0)
+    return mean.reshape(stack.shape[1:])
 
 
-def bulyan_mean(stack: Float[Tensor, "n ..."], shares: Vector, f: int) -> Float[Tensor, ...]:
+def bulyan_mean(
+    stack: Float[Tensor, "n ..."],
+    shares: Vector,
+    f: int,
+) -> Float[Tensor, ...]:
     """Bulyan's second half: of the chosen (share above 0) the mean of the ``θ − 2f`` numbers nearest
     to the median, coordinate by coordinate.
     """
-    rows = stack[shares > 0].flatten(1)
+    chosen = shares > 0
+    rows = stack[chosen].flatten(1)
     count = max(1, len(rows) - 2 * f)
     middle = torch.quantile(rows, 0.5, dim=0)
-    near = (rows - middle).abs().argsort(dim=0, stable=True)[:count]
-    return rows.gather(0, near).mean(0).reshape(stack.shape[1:])
+    off = (rows - middle).abs()
+    near = off.argsort(dim=0, stable=True)[:count]
+    mean = rows.gather(0, near).mean(0)
+    return mean.reshape(stack.shape[1:])
 
 
 RULES = {
@@ -163,7 +218,9 @@ RULES = {
     ),
     "krum": Rule("the one update nearest to its neighbours", lambda f: 2 * f + 3, weigh=krum),
     "multi-krum": Rule(
-        "the mean of the updates nearest to their neighbours", lambda f: 2 * f + 3, weigh=multi_krum
+        "the mean of the updates nearest to their neighbours",
+        lambda f: 2 * f + 3,
+        weigh=multi_krum,
     ),
     "bulyan": Rule(
         "Krum's choice, then each number's mean near its median",
@@ -172,10 +229,14 @@ RULES = {
         value=bulyan_mean,
     ),
     "geometric-median": Rule(
-        "the point with the least sum of distances", lambda f: 2 * f + 1, weigh=geometric_median
+        "the point with the least sum of distances",
+        lambda f: 2 * f + 1,
+        weigh=geometric_median,
     ),
     "outliers": Rule(
-        "the mean without updates far from all others", lambda f: 2 * f + 1, weigh=without_outliers
+        "the mean without updates far from all others",
+        lambda f: 2 * f + 1,
+        weigh=without_outliers,
     ),
 }
 
@@ -185,7 +246,11 @@ def expected(share: float, count: int) -> int:
     return int(share * count + 1e-9)
 
 
-def usable(rule: Rule, share: float, count: int) -> int:
+def usable(
+    rule: Rule,
+    share: float,
+    count: int,
+) -> int:
     """f, or a smaller number for which the group is large enough; 0: its plain mean."""
     f = expected(share, count)
     while f > 0 and count < rule.least(f):
@@ -197,5 +262,8 @@ def ratios(found: Vector, shares: Sequence[float]) -> list[float]:
     """How much of each member's own share the rule left it, at most 1."""
     kept = []
     for new, old in zip(found.tolist(), shares, strict=True):
-        kept.append(min(1.0, new / old) if old > 0 else 1.0)
+        ratio = 1.0
+        if old > 0:
+            ratio = min(1.0, new / old)
+        kept.append(ratio)
     return kept

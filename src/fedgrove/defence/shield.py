@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,14 +34,19 @@ class RobustMean:
     kept: dict[str, list[float]] = field(default_factory=dict)
 
     def weights(
-        self, members: Sequence[Tensor], gram: Float[Tensor, "n n"], shares: Sequence[float]
+        self,
+        members: Sequence[Tensor],
+        gram: Float[Tensor, "n n"],
+        shares: Sequence[float],
     ) -> list[float]:
         f = usable(self.rule, self.share, len(members))
         if self.rule.weigh is None or f == 0:
             return list(shares)
         given = torch.tensor(shares, dtype=torch.float64)
-        found = self.rule.weigh(squared_distances(gram), given, f)
-        for member, ratio in zip(members, ratios(found, shares), strict=True):
+        distances = squared_distances(gram)
+        found = self.rule.weigh(distances, given, f)
+        left = ratios(found, shares)
+        for member, ratio in zip(members, left, strict=True):
             client = self.owner.get(id(member))
             if client is not None:
                 self.kept.setdefault(client, []).append(ratio)
@@ -67,7 +72,10 @@ class Shield:
 
     @contextmanager
     def over(
-        self, number: int, updates: Sequence[Update], changes: Changes
+        self,
+        number: int,
+        updates: Sequence[Update],
+        changes: Changes,
     ) -> Iterator[Sequence[Update]]:
         """The updates as the server's half sees them, and its means while it works.
 
@@ -84,16 +92,24 @@ class Shield:
                 update = changed(update, changes, scale)
             seen.append(update)
         rule = RULES.get(self.section.rule)
-        robust = RobustMean(rule, self.section.attackers, _owners(seen)) if rule else None
-        with defended(robust) if robust else nullcontext():
+        robust: RobustMean | None = None
+        within: AbstractContextManager[None] = nullcontext()
+        if rule is not None:
+            robust = RobustMean(rule, self.section.attackers, _owners(seen))
+            within = defended(robust)
+        with within:
             yield seen
         self._newest = []
         for update in updates:
-            line: Plain = {"round": number, "client": update.client}
-            line["scale"] = round(scales[update.client], 6)
+            line: Plain = {
+                "round": number,
+                "client": update.client,
+                "scale": round(scales[update.client], 6),
+            }
             if robust and update.client in robust.kept:
                 of_groups = robust.kept[update.client]
-                line["weight"] = round(sum(of_groups) / len(of_groups), 6)
+                mean = sum(of_groups) / len(of_groups)
+                line["weight"] = round(mean, 6)
             self._newest.append(line)
 
     def used(self, updates: Sequence[Update], changes: Changes) -> None:
@@ -117,14 +133,17 @@ class Shield:
 
     def restore(self, notes: Plain) -> None:
         """Put back what a checkpoint held."""
-        self.history, self.lines = dict(notes["history"]), list(notes["lines"])
+        self.history = dict(notes["history"])
+        self.lines = list(notes["lines"])
 
     # -------------------------------------------------------------------- scales
     def _scales(self, updates: Sequence[Update], changes: Changes) -> dict[str, float]:
         """What each client's change is multiplied by, at most 1."""
         scales = {update.client: 1.0 for update in updates}
         if self.section.norm is not None:
-            norms = {each.client: float(changes.vector(each).norm()) for each in updates}
+            norms: dict[str, float] = {}
+            for update in updates:
+                norms[update.client] = float(changes.vector(update).norm())
             most = self._bound(list(norms.values()))
             for client, norm in norms.items():
                 if norm > most:
@@ -136,7 +155,8 @@ class Shield:
 
     def _bound(self, norms: Sequence[float]) -> float:
         if self.section.norm == "median":
-            return float(torch.tensor(norms, dtype=torch.float64).median())
+            found = torch.tensor(norms, dtype=torch.float64)
+            return float(found.median())
         return float(self.section.norm or 0.0)
 
     def _credits(self, updates: Sequence[Update], changes: Changes) -> dict[str, float]:
@@ -147,7 +167,8 @@ class Shield:
             if known is not None and known.shape == vector.shape:
                 vector = vector + known
             rows.append(vector)
-        if len(rows) < 2 or len({len(row) for row in rows}) > 1:
+        sizes = {len(row) for row in rows}
+        if len(rows) < 2 or len(sizes) > 1:
             return {}
         credits = foolsgold(torch.stack(rows))
         names = [update.client for update in updates]
@@ -164,16 +185,24 @@ def foolsgold(sums: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     cosines = unit @ unit.T
     cosines.fill_diagonal_(-1.0)
     most = cosines.max(1).values
-    pardon = most[:, None] / most[None, :]
-    cosines = torch.where(most[:, None] < most[None, :], cosines * pardon, cosines)
+    own, others = most[:, None], most[None, :]
+    pardoned = cosines * (own / others)
+    cosines = torch.where(own < others, pardoned, cosines)
     cosines.fill_diagonal_(-torch.inf)
-    credit = (1 - cosines.max(1).values).clamp(0.0, 1.0)
+    nearest = cosines.max(1).values
+    credit = (1 - nearest).clamp(0.0, 1.0)
     if not bool(credit.any()):
         return torch.ones_like(credit)  # all the same: nobody is told from anybody
-    credit = (credit / credit.max()).clamp(max=0.99)
-    return (torch.log(credit / (1 - credit)) + 0.5).clamp(0.0, 1.0)
+    credit = credit / credit.max()
+    credit = credit.clamp(max=0.99)
+    logit = torch.log(credit / (1 - credit))
+    return (logit + 0.5).clamp(0.0, 1.0)
 
 
 def _owners(updates: Sequence[Update]) -> dict[int, str]:
     """Whose tensor is whose, while the updates are alive."""
-    return {id(tensor): update.client for update in updates for _, tensor in leaves(update.content)}
+    found: dict[int, str] = {}
+    for update in updates:
+        for _, tensor in leaves(update.content):
+            found[id(tensor)] = update.client
+    return found

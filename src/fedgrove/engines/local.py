@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.tree import numbers
 from fedgrove.defence.attack import SPLIT, Attackers
+from fedgrove.federation.encoded import EncodedClients
 from fedgrove.federation.tasks.base import Example
 from fedgrove.ground.errors import JobError, RunError
 from fedgrove.ground.plain import Given, Plain
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from fedgrove.tracking.callback import Callback
     from fedgrove.training.kernel import Kernel
 
-Data = Mapping[str, Mapping[str, Sequence[Example]]]  # client -> split -> encoded examples
-
 
 def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
     """Resolve the job, load what it names, and check that it fits together.
@@ -65,7 +64,8 @@ def prepare(job: Job, out: Path | None = None) -> Stage[LocalEngine]:
         watch = noise.seen
     half = parts.client_half(watch=watch)
     attackers = Attackers.drawn(job.attack, people.clients, job.run.seed)
-    data = {each.name: encoded(parts, each, attackers) for each in people.federation.clients}
+    rows = {each.name: each for each in people.federation.clients}
+    data = EncodedClients(list(rows), lambda name: encoded(parts, rows[name], attackers))
     engine = LocalEngine(
         parts,
         half,
@@ -115,7 +115,8 @@ def remarks(stage: Stage[LocalEngine]) -> list[str]:
     """What a user would want to know before the run goes on."""
     most = stage.task.tokens.get("max_length", 0)
     rows: list[Example] = []
-    for splits in stage.engine.data.values():
+    data = stage.engine.data
+    for splits in data.ready.values():
         for split in splits.values():
             rows.extend(split)
     full = 0
@@ -124,8 +125,11 @@ def remarks(stage: Stage[LocalEngine]) -> list[str]:
             full += 1
     if not full:
         return []
+    of = ""
+    if len(data.ready) < len(data):
+        of = f" of the first {len(data.ready):,} clients"
     return [
-        f"{full} of {len(rows)} rows fill data.max_length = {most} tokens, and longer ones are cut "
+        f"{full} of {len(rows)} rows{of} fill data.max_length = {most} tokens, and longer ones are cut "
         f"there "
         "(`fedgrove data --tokens` counts them)"
     ]
@@ -173,7 +177,7 @@ class LocalEngine:
         parts: Parts,
         half: ClientHalf,
         clients: Mapping[str, ClientInfo],
-        data: Data,
+        data: EncodedClients,
         held_out: Collection[str] = (),
         out: Path | None = None,
     ):
@@ -184,7 +188,7 @@ class LocalEngine:
         self.data = data
         self.held_out = held_out
         self._stores: dict[str, Store] = {}
-        self._before: dict[str, Store] = {}  # each client's store before its newest update
+        self._before: dict[str, Store] = {}  # a client's store before its update of this round
         self._changed: set[str] = set()
         self.out = out  # the run's directory, where it has one
         self._room: Room | None = None  # of the round, where updates are masked
@@ -205,6 +209,7 @@ class LocalEngine:
         offer: OfferOf,
     ) -> Iterator[Arrival]:
         how = self.job.run.compress
+        self._before = {}
         self._room = None
         if self.job.privacy.secure_aggregation:
             agreed = terms(self.job, "simulated", round, f"round {round}")
@@ -348,6 +353,7 @@ class LocalEngine:
         clients: Sequence[str],
         offer: OfferOf,
         out: Path,
+        unmeasured: Collection[str] = (),
     ) -> Iterator[tuple[str, Leaving]]:
         # their probes need the kernel
         arrived = {name: offer(name) for name in clients if name in self.held_out}
@@ -368,6 +374,7 @@ class LocalEngine:
                 out / "adapters",
                 held_out=name in self.held_out,
                 keep_texts=True,
+                measure=name not in unmeasured,
             )
             return name, gone
 

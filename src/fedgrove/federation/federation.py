@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.federation.load import Holding, Silos, Table, load
 from fedgrove.federation.partition import partition
@@ -13,6 +13,7 @@ from fedgrove.federation.readers import Row
 from fedgrove.federation.split import divided
 from fedgrove.federation.tasks import ClassifyText, Task, task_class
 from fedgrove.ground.errors import DataError, JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.ground.seeds import numpy_rng
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Federation:
 
     clients: tuple[Client, ...]
     labels: tuple[str, ...]
-    source: dict[str, Any]
+    source: Plain
     task: type[Task] = ClassifyText
     kind: str = ""  # the column that clients' kinds are values of
     remarks: tuple[str, ...] = ()  # what a user may want to know of how the data were read
@@ -55,37 +56,39 @@ class Federation:
     def held_out(self) -> tuple[Client, ...]:
         return tuple(client for client in self.clients if client.held_out)
 
-    def table(self) -> dict[str, Any]:
+    def table(self) -> Plain:
         """Who holds what, as plain data: by client its counts and, of its training rows, labels and
         median words.
 
         ``kinds``: the values of the column by which texts without labels were split, "tasks" for
         instance.
         """
-        kinds = sorted({kind for client in self.clients for kind in client.kinds})
-        return {
-            "labels": list(self.labels),
-            **({"kind": self.kind, "kinds": kinds} if kinds else {}),
-            "clients": [
-                {
-                    "name": client.name,
-                    "group": client.group,
-                    "held_out": client.held_out,
-                    "train": len(client.train),
-                    "test": len(client.test),
-                    "validation": len(client.validation),
-                    "labels": {label: counts[label] for label in self.labels},
-                    **(
-                        {"kinds": {kind: client.kinds.get(kind, 0) for kind in kinds}}
-                        if kinds
-                        else {}
-                    ),
-                    **self.task.describe(client.train),
-                }
-                for client in self.clients
-                for counts in [Counter(_classes_in(client.train, self.task))]
-            ],
+        kinds: set[str] = set()
+        for client in self.clients:
+            kinds.update(client.kinds)
+        ordered = sorted(kinds)
+        found: Plain = {"labels": list(self.labels)}
+        if ordered:
+            found["kind"] = self.kind
+            found["kinds"] = ordered
+        found["clients"] = [self._held_by(client, ordered) for client in self.clients]
+        return found
+
+    def _held_by(self, client: Client, kinds: Sequence[str]) -> Plain:
+        """A client's part of the table."""
+        counts = Counter(_classes_in(client.train, self.task))
+        found: Plain = {
+            "name": client.name,
+            "group": client.group,
+            "held_out": client.held_out,
+            "train": len(client.train),
+            "test": len(client.test),
+            "validation": len(client.validation),
+            "labels": {label: counts[label] for label in self.labels},
         }
+        if kinds:
+            found["kinds"] = {kind: client.kinds.get(kind, 0) for kind in kinds}
+        return found | self.task.describe(client.train)
 
 
 def build(job: Job) -> Federation:
@@ -100,7 +103,9 @@ def build(job: Job) -> Federation:
     clients = []
     for name, holding in sorted(_holdings(loaded, job).items()):
         parts = divided(name, holding, job.data, job.run.seed)
-        kinds = Counter(kind_of[id(row)] for row in parts.train) if kind_of else {}
+        kinds: Mapping[str, int] = {}
+        if kind_of:
+            kinds = Counter(kind_of[id(row)] for row in parts.train)
         clients.append(
             Client(
                 name,
@@ -115,7 +120,9 @@ def build(job: Job) -> Federation:
     chosen = _held_out(clients, job)
     clients = [replace(client, held_out=client.name in chosen) for client in clients]
     task = task_class(job.data)
-    labels = _labels(clients, loaded, job) if task.classifies else ()
+    labels: tuple[str, ...] = ()
+    if task.classifies:
+        labels = _labels(clients, loaded, job)
     remarks = tuple(loaded.remarks)
     return Federation(tuple(clients), labels, loaded.source, task, kind, remarks)
 
@@ -129,8 +136,9 @@ def _holdings(loaded: Table | Silos, job: Job) -> dict[str, Holding]:
         return found
     for name, (numbers, group) in partition(loaded, job).items():
         rows = [loaded.rows[number] for number in numbers]
-        purposes = loaded.purposes
-        own = None if purposes is None else [purposes[number] for number in numbers]
+        own = None
+        if loaded.purposes is not None:
+            own = [loaded.purposes[number] for number in numbers]
         found[name] = Holding(rows, own, group)
     return found
 
@@ -140,14 +148,14 @@ def _kinds(loaded: Table | Silos, job: Job) -> tuple[str, dict[int, str]]:
     have labels.
     """
     column = job.data.partition.options.get("partition_by")
-    told = (
-        task_class(job.data).classifies or job.data.partition.by == "natural"
-    )  # by labels, or by the clients' names
-    if told or isinstance(loaded, Silos) or column not in loaded.columns:
+    by_labels = task_class(job.data).classifies
+    by_names = job.data.partition.by == "natural"
+    if by_labels or by_names or isinstance(loaded, Silos) or column not in loaded.columns:
         return "", {}
-    return column, {
-        id(row): str(kind) for row, kind in zip(loaded.rows, loaded.columns[column], strict=True)
-    }
+    found: dict[int, str] = {}
+    for row, kind in zip(loaded.rows, loaded.columns[column], strict=True):
+        found[id(row)] = str(kind)
+    return column, found
 
 
 def _held_out(clients: Sequence[Client], job: Job) -> set[str]:
@@ -165,8 +173,13 @@ def _held_out(clients: Sequence[Client], job: Job) -> set[str]:
             )
         chosen = set(wanted)
     else:
-        size = max(1, round(wanted * len(names))) if wanted > 0 else 0
-        chosen = _draw(clients, size, job) if size < len(names) else set(names)
+        size = 0
+        if wanted > 0:
+            size = max(1, round(wanted * len(names)))
+        if size < len(names):
+            chosen = _draw(clients, size, job)
+        else:
+            chosen = set(names)
     if len(chosen) == len(names):
         raise JobError(
             f"federation.held_out = {wanted!r} leaves no client to train; hold out fewer"
@@ -174,10 +187,16 @@ def _held_out(clients: Sequence[Client], job: Job) -> set[str]:
     return chosen
 
 
-def _draw(clients: Sequence[Client], size: int, job: Job) -> set[str]:
+def _draw(
+    clients: Sequence[Client],
+    size: int,
+    job: Job,
+) -> set[str]:
     task = task_class(job.data)
     held = [set(_classes_in(client.train, task)) for client in clients]
-    everywhere = Counter(label for own in held for label in own)
+    everywhere: Counter[str] = Counter()
+    for own in held:
+        everywhere.update(own)
     chosen: set[str] = set()
     for number in numpy_rng(job.run.seed, "held out").permutation(len(clients)):
         own = held[number]
@@ -193,15 +212,21 @@ def _draw(clients: Sequence[Client], size: int, job: Job) -> set[str]:
     return chosen
 
 
-def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple[str, ...]:
+def _labels(
+    clients: Sequence[Client],
+    loaded: Table | Silos,
+    job: Job,
+) -> tuple[str, ...]:
     """The classes in the order of the head's outputs: all that the data have, also those of rows
     that nobody uses.
     """
     if job.data.classes:  # the user's word that these are the classes, trained or not
         return job.data.classes
     task = task_class(job.data)
-    training = [row for client in clients if not client.held_out for row in client.train]
-    trained = set(_classes_in(training, task))
+    trained: set[str] = set()
+    for client in clients:
+        if not client.held_out:
+            trained.update(_classes_in(client.train, task))
     for client in clients:
         rows = (*client.test, *client.validation, *client.train)
         for label in _classes_in(rows, task):
@@ -234,7 +259,7 @@ def _labels(clients: Sequence[Client], loaded: Table | Silos, job: Job) -> tuple
     return labels
 
 
-def _classes_in(rows: Iterable[Row], task: type[Task[Any]]) -> Iterator[str]:
+def _classes_in(rows: Iterable[Row], task: type[Task]) -> Iterator[str]:
     for row in rows:
         yield from task.classes_in(row)
 

@@ -57,7 +57,11 @@ class Picture:
         return opened(content, place)
 
 
-def picture_of(value: Any, column: str, place: Place) -> Picture:
+def picture_of(
+    value: Any,
+    column: str,
+    place: Place,
+) -> Picture:
     """``value`` as an image: a path, a file's bytes, ``{"bytes": ...}`` or ``{"path": ...}`` as
     data sets store them, or a PIL image. It is decoded once, so that a broken one is found before
     anything is trained.
@@ -86,7 +90,12 @@ def picture_of(value: Any, column: str, place: Place) -> Picture:
             f"images"
         )
     image = opened(content, place)
-    return Picture(kept, hashlib.sha256(content).hexdigest(), image.width, image.height)
+    return Picture(
+        kept,
+        hashlib.sha256(content).hexdigest(),
+        image.width,
+        image.height,
+    )
 
 
 def _png(image: Image, place: Place) -> bytes:

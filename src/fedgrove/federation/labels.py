@@ -22,11 +22,13 @@ def classes_of(labels: Iterable[str]) -> dict[str, str]:
     members: dict[str, list[str]] = {}
     for label in sorted(spelt):
         members.setdefault(_meaning(label, truths), []).append(label)
-    return {
-        label: meaning if len(same) > 1 else label
-        for meaning, same in members.items()
-        for label in same
-    }
+    found: dict[str, str] = {}
+    for meaning, same in members.items():
+        if len(same) > 1:
+            found |= dict.fromkeys(same, meaning)
+        else:
+            found[same[0]] = same[0]
+    return found
 
 
 def merged(classes: dict[str, str]) -> dict[str, list[str]]:
@@ -44,20 +46,29 @@ def class_among(label: str, known: Collection[str]) -> str | None:
     truths = _means_numbers({label, *known})
     meaning = _meaning(label, truths)
     fitting = [each for each in known if _meaning(each, truths) == meaning]
-    return fitting[0] if len(fitting) == 1 else None
+    if len(fitting) != 1:
+        return None
+    return fitting[0]
 
 
 def _means_numbers(labels: Collection[str]) -> bool:
     """Whether true and false stand for 1 and 0."""
     meanings = {_meaning(label, False) for label in labels}
-    return meanings <= {"0", "1", *_TRUTH} and bool(meanings & {"0", "1"})
+    numbers = {"0", "1"}
+    if not meanings <= {*numbers, *_TRUTH}:
+        return False
+    return bool(meanings & numbers)
 
 
 def _meaning(label: str, truths: bool) -> str:
     if _WHOLE.fullmatch(label):
         number = label.lstrip("+").partition(".")[0]
-        return "0" if number == "-0" else number
+        if number == "-0":
+            return "0"
+        return number
     word = label.lower()
-    if word in _TRUTH:
-        return _TRUTH[word] if truths else word
-    return label
+    if word not in _TRUTH:
+        return label
+    if truths:
+        return _TRUTH[word]
+    return word

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.federation.labels import classes_of, merged
 from fedgrove.federation.otherwise import NUMBERS, OtherRows, are_measures
@@ -33,7 +33,7 @@ class Table:
     """
 
     rows: list[Row]
-    columns: dict[str, list[Any]]
+    columns: dict[str, list[object]]
     group: str | None  # the column of the natural groups
     source: Origin
     purposes: list[str] | None = None  # what each row is for, where the data say so
@@ -101,7 +101,11 @@ def holding_of(path: Path, job: Job) -> Holding:
     return _of_a_path(path, job, job.data.split)
 
 
-def _of_a_path(path: Path, job: Job, split: str | None) -> Holding:
+def _of_a_path(
+    path: Path,
+    job: Job,
+    split: str | None,
+) -> Holding:
     task, data = task_class(job.data), job.data
     if task.folders and path.is_dir():
         return _holding(task, data, task.in_folder(path, data, ""), split)
@@ -121,7 +125,7 @@ def _of_a_path(path: Path, job: Job, split: str | None) -> Holding:
 
 
 # ------------------------------------------------------------------ by client
-def _silos(data: DataSection, source: Clients[Any]) -> Silos:
+def _silos(data: DataSection, source: Clients) -> Silos:
     wanted = _unique([*source.task.columns(data), data.group, data.split])
     held: dict[str, Holding] = {}
     for name, found in source.read(wanted):
@@ -129,21 +133,26 @@ def _silos(data: DataSection, source: Clients[Any]) -> Silos:
         if not held[name].rows:
             raise DataError(f"{source.place(name)} has no rows; remove it or fill it")
     clients = {name: holding.rows for name, holding in held.items()}
-    return Silos(
-        clients,
-        {name: holding.group for name, holding in held.items()},
-        _told(source, list(chain.from_iterable(clients.values()))),
-        {name: holding.purposes for name, holding in held.items()},
-    )
+    groups = {name: holding.group for name, holding in held.items()}
+    purposes = {name: holding.purposes for name, holding in held.items()}
+    every = list(chain.from_iterable(clients.values()))
+    return Silos(clients, groups, _told(source, every), purposes)
 
 
-def _holding(task: type[Task[Any]], data: DataSection, found: Found, split: str | None) -> Holding:
+def _holding(
+    task: type[Task],
+    data: DataSection,
+    found: Found,
+    split: str | None,
+) -> Holding:
     column = data.group
     rows: list[Row] = []
     purposes: list[str] = []
     group: str | None = None
     for row, place, values in _checked(task, data, found):
-        value = label_of(values[column], column, place) if column and column in values else None
+        value = None
+        if column and column in values:
+            value = label_of(values[column], column, place)
         if rows and value != group:
             raise DataError(
                 f"{place}: a silo belongs to one group, but {column!r} is {value!r} after {group!r}"
@@ -151,26 +160,32 @@ def _holding(task: type[Task[Any]], data: DataSection, found: Found, split: str 
         group = value
         rows.append(row)
         purpose = purpose_of(values, split, place)
-        purposes += [purpose] if purpose else []
+        if purpose:
+            purposes.append(purpose)
     return Holding(rows, purposes or None, group)
 
 
 # ------------------------------------------------------------------ one table
-def _table(data: DataSection, source: Rows[Any]) -> Table:
+def _table(data: DataSection, source: Rows) -> Table:
     seen = source.seen()
     group = source.grouped() or data.group
     beside = _unique([group, partition_column(data)])
     own = source.task.columns(seen)
-    label = None if source.task.several else getattr(seen, "label", None)
-    names = [name for name in _unique([*own, *beside]) if name in beside or name == label]
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    label = None
+    if not source.task.several:
+        label = getattr(seen, "label", None)
+    columns: dict[str, list[object]] = {}
+    for name in _unique([*own, *beside]):
+        if name in beside or name == label:
+            columns[name] = []
     rows: list[Row] = []
     purposes: list[str] = []
     found = source.read(_unique([*own, *beside, data.split]))
     for row, place, values in _checked(source.task, seen, _of_groups(data, found, group)):
         rows.append(row)
         purpose = purpose_of(values, data.split, place)
-        purposes += [purpose] if purpose else []
+        if purpose:
+            purposes.append(purpose)
         for name, column in columns.items():
             named = name in (group, label)
             column.append(_what_to_go_by(values[name], name, place, named))
@@ -185,20 +200,35 @@ def _table(data: DataSection, source: Rows[Any]) -> Table:
 def partition_column(data: DataSection) -> str | None:
     """The column that the job's partitioner goes by, where it is not the label."""
     chosen = data.partition
-    default = SUPERCLASS if chosen.by == "sc-dirichlet" else None
+    default = None
+    if chosen.by == "sc-dirichlet":
+        default = SUPERCLASS
     column = chosen.options.get("partition_by", default)
-    return column if isinstance(column, str) else None
+    if isinstance(column, str):
+        return column
+    return None
 
 
-def _what_to_go_by(value: Any, name: str, place: Place, named: bool) -> Any:
+def _what_to_go_by(
+    value: object,
+    name: str,
+    place: Place,
+    named: bool,
+) -> object:
     """A number stays one (unless it is nan), so that a partitioner may compare; labels and groups
     are names.
     """
     number = isinstance(value, int | float) and value == value
-    return value if number and not named else label_of(value, name, place)
+    if number and not named:
+        return value
+    return label_of(value, name, place)
 
 
-def _of_groups(data: DataSection, found: Found, group: str | None) -> Found:
+def _of_groups(
+    data: DataSection,
+    found: Found,
+    group: str | None,
+) -> Found:
     """The rows of ``data.groups`` alone, where it is set. Raises JobError for one that no row
     belongs to.
     """
@@ -214,7 +244,9 @@ def _of_groups(data: DataSection, found: Found, group: str | None) -> Found:
         if matching:
             yield place, values
     if unseen:
-        there = ", ".join(sorted(present)[:12]) + (", …" if len(present) > 12 else "")
+        there = ", ".join(sorted(present)[:12])
+        if len(present) > 12:
+            there += ", …"
         raise JobError(
             f"data.groups has {min(unseen)!r}, but the column {group!r} has no such group; it has: "
             f"{there}"
@@ -232,24 +264,39 @@ def _refuse_measures(loaded: Table | Silos, column: str) -> None:
         )
 
 
-def _merge_spellings(loaded: Table | Silos, task: type[Task[Any]], column: str) -> None:
+def _merge_spellings(
+    loaded: Table | Silos,
+    task: type[Task],
+    column: str,
+) -> None:
     """Give rows that spell one label in several ways the same one, and say so."""
     rows = list(loaded.every_row())
-    classes = classes_of(label for row in rows for label in task.classes_in(row))
+    labels: set[str] = set()
+    for row in rows:
+        labels.update(task.classes_in(row))
+    classes = classes_of(labels)
     several = merged(classes)
     if not several:
         return
     for row in rows:
         task.respell(row, classes)
     if isinstance(loaded, Table) and column in loaded.columns:
-        loaded.columns[column] = [classes.get(label, label) for label in loaded.columns[column]]
+        respelt: list[object] = []
+        for label in loaded.columns[column]:
+            if isinstance(label, str):
+                respelt.append(classes.get(label, label))
+            else:
+                respelt.append(label)
+        loaded.columns[column] = respelt
     for name, spellings in several.items():
         listed = ", ".join(map(repr, spellings))
         loaded.remarks.append(f"The labels {listed} are taken for one, {name!r}.")
 
 
 def _checked(
-    task: type[Task[Any]], data: DataSection, found: Found
+    task: type[Task],
+    data: DataSection,
+    found: Found,
 ) -> Iterator[tuple[Row, Place, Values]]:
     """Each row as the task reads it, its place, and its raw values. Rows of another task are told
     whose they are.
@@ -264,11 +311,12 @@ def _checked(
 def _whose(kind: str) -> str:
     names = [name for name, task in TASKS.catalogue().items() if kind in task.suits]
     if names:
-        return f"{kind} is learnt with data.task = {' or '.join(map(value_text, names))}"
+        tasks = " or ".join(map(value_text, names))
+        return f"{kind} is learnt with data.task = {tasks}"
     return f"{kind} is another task, which Fedgrove does not have yet"
 
 
-def _told(source: Source[Any], rows: list[Row]) -> Origin:
+def _told(source: Source, rows: list[Row]) -> Origin:
     return {"source": source.name, **source.origin(rows)}
 
 

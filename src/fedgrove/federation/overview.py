@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.federation.picture import short
+from fedgrove.ground.plain import Given, Plain
 
 if TYPE_CHECKING:
     from fedgrove.federation.federation import Federation
@@ -32,7 +33,9 @@ class Overview:
 
 
 def overview(
-    federation: Federation, tokens: Mapping[str, Mapping[str, Any]], limit: int
+    federation: Federation,
+    tokens: Mapping[str, Given],
+    limit: int,
 ) -> Overview:
     """The table of a federation, its clients in name order.
 
@@ -42,68 +45,129 @@ def overview(
     """
     table = federation.table()
     clients, labels = table["clients"], table["labels"]
-    what, values = ("labels", labels) if labels else ("kinds", table.get("kinds", []))
-    sizes = [key for key in clients[0] if key.startswith("median_")]
-    columns: dict[str, list[str]] = {
-        "client": [client["name"] + " (held out)" * client["held_out"] for client in clients],
-        "group": [client["group"] or "" for client in clients],
-        "train": [f"{client['train']}" for client in clients],
-        "test": [f"{client['test']}" for client in clients],
-        "validation": [f"{client['validation'] or ''}" for client in clients],
-    }
-    for empty in ("group", "validation"):
-        if not any(columns[empty]):
-            del columns[empty]
-    headings, cells = (
-        [*columns],
-        [*columns.values()],
-    )  # from here on a list: a label may be called "train"
-    if len(values) <= MOST_LABELS:
-        headings += values
-        cells += [[f"{client[what].get(value, 0)}" for client in clients] for value in values]
-    else:
-        headings += ["labels" if labels else f"kinds of {table['kind']}", "most frequent"]
-        cells += [[f"{sum(map(bool, client[what].values()))}" for client in clients]]
-        cells += [[_most(client[what]) for client in clients]]
-    headings += [key.replace("_", " ") for key in sizes]
-    cells += [[f"{client[key]:g}" for client in clients] for key in sizes]
+    columns = [
+        *_who(clients),
+        *_what(clients, table),
+        *_medians(clients),
+    ]
     if tokens:
-        headings += ["median tokens", "p95", f"over {limit}"]
-        found = [tokens.get(client["name"]) for client in clients]
-        cells += [
-            [f"{own[key]:g}" if own else "" for own in found] for key in ("median", "p95", "cut")
-        ]
+        columns += _lengths(clients, tokens, limit)
+    headings = [heading for heading, _ in columns]
+    cells = [each for _, each in columns]
     rows = [list(row) for row in zip(*cells, strict=True)]
-    return Overview(
-        headings, rows, [_sums(clients, labels), _origin(federation.source), *federation.remarks]
-    )
+    sentences = [
+        _sums(clients, labels),
+        _origin(federation.source),
+        *federation.remarks,
+    ]
+    return Overview(headings, rows, sentences)
+
+
+Column = tuple[str, list[str]]  # its heading and a cell for each client
+
+
+def _who(clients: list[Plain]) -> list[Column]:
+    """Names, groups and numbers of rows; without groups and validation rows where there are none."""
+    names: list[str] = []
+    groups: list[str] = []
+    validation: list[str] = []
+    for client in clients:
+        if client["held_out"]:
+            names.append(f"{client['name']} (held out)")
+        else:
+            names.append(client["name"])
+        groups.append(client["group"] or "")
+        validation.append(f"{client['validation'] or ''}")
+    found: list[Column] = [("client", names)]
+    if any(groups):
+        found.append(("group", groups))
+    found.append(("train", [f"{client['train']}" for client in clients]))
+    found.append(("test", [f"{client['test']}" for client in clients]))
+    if any(validation):
+        found.append(("validation", validation))
+    return found
+
+
+def _what(clients: list[Plain], table: Plain) -> list[Column]:
+    """How often each label occurs, or each kind of texts without labels; of many only how many
+    and the most frequent ones.
+    """
+    if table["labels"]:
+        what, heading = "labels", "labels"
+    elif "kinds" in table:
+        what, heading = "kinds", f"kinds of {table['kind']}"
+    else:
+        return []
+    values = table[what]
+    counts: list[Mapping[str, int]] = [client[what] for client in clients]
+    if len(values) <= MOST_LABELS:
+        return [(value, [f"{each.get(value, 0)}" for each in counts]) for value in values]
+    different: list[str] = []
+    for each in counts:
+        held = [label for label, count in each.items() if count]
+        different.append(f"{len(held)}")
+    frequent = [_most(each) for each in counts]
+    return [(heading, different), ("most frequent", frequent)]
+
+
+def _medians(clients: list[Plain]) -> list[Column]:
+    """Medians of a client's rows, of its texts' words for instance."""
+    keys = [key for key in clients[0] if key.startswith("median_")]
+    found: list[Column] = []
+    for key in keys:
+        heading = key.replace("_", " ")
+        found.append((heading, [f"{client[key]:g}" for client in clients]))
+    return found
+
+
+def _lengths(
+    clients: list[Plain],
+    tokens: Mapping[str, Given],
+    limit: int,
+) -> list[Column]:
+    """Tokens of a row, and the rows that are cut; empty cells for clients that were not measured."""
+    headings = {"median": "median tokens", "p95": "p95", "cut": f"over {limit}"}
+    measured = [tokens.get(client["name"]) for client in clients]
+    found: list[Column] = []
+    for key, heading in headings.items():
+        cells: list[str] = []
+        for own in measured:
+            if own:
+                cells.append(f"{own[key]:g}")
+            else:
+                cells.append("")
+        found.append((heading, cells))
+    return found
 
 
 def _most(counts: Mapping[str, int]) -> str:
     """ "cat 12, dog 9, cow 7, …" """
-    held = sorted(
-        ((label, count) for label, count in counts.items() if count),
-        key=lambda pair: (-pair[1], pair[0]),
-    )
+    held = [(label, count) for label, count in counts.items() if count]
+    held.sort(key=lambda pair: (-pair[1], pair[0]))
     listed = [f"{short(label, LONGEST)} {count}" for label, count in held[:MOST_FREQUENT]]
-    return ", ".join([*listed, *["…"] * (len(held) > MOST_FREQUENT)])
+    if len(held) > MOST_FREQUENT:
+        listed.append("…")
+    return ", ".join(listed)
 
 
-def _sums(clients: list[dict[str, Any]], labels: list[str]) -> str:
+def _sums(clients: list[Plain], labels: list[str]) -> str:
     held_out = sum(client["held_out"] for client in clients)
-    train, test, validation = (
-        sum(client[part] for client in clients) for part in ("train", "test", "validation")
-    )
-    parts = [
-        f"{train:,} training",
-        *([f"{validation:,} validation"] if validation else []),
-        f"{test:,} test rows",
-    ]
-    who = f"{len(clients)} client{'s' * (len(clients) != 1)}" + f" ({held_out} held out)" * bool(
-        held_out
-    )
-    return f"{who}, {', '.join(parts)}" + f", {len(labels)} labels" * bool(labels) + "."
+    train = sum(client["train"] for client in clients)
+    test = sum(client["test"] for client in clients)
+    validation = sum(client["validation"] for client in clients)
+    who = f"{len(clients)} clients"
+    if len(clients) == 1:
+        who = "1 client"
+    if held_out:
+        who += f" ({held_out} held out)"
+    parts = [who, f"{train:,} training"]
+    if validation:
+        parts.append(f"{validation:,} validation")
+    parts.append(f"{test:,} test rows")
+    if labels:
+        parts.append(f"{len(labels)} labels")
+    return f"{', '.join(parts)}."
 
 
-def _origin(source: Mapping[str, Any]) -> str:
+def _origin(source: Given) -> str:
     return f"Data: {source['name']}, {source['note']} (licence: {source['licence']})."

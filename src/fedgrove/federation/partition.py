@@ -23,13 +23,14 @@ from fedgrove.federation.readers import label_of
 from fedgrove.federation.tasks import task_class
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.names import client_name, is_letter
+from fedgrove.ground.plain import Plain
 from fedgrove.ground.seeds import derive, numpy_rng
 
 if TYPE_CHECKING:
     from fedgrove.job import Job
 
 #: short names, and options that make a sensible partition where the job gives none
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+ALIASES: dict[str, tuple[str, Plain]] = {
     "iid": ("IidPartitioner", {}),
     "dirichlet": ("DirichletPartitioner", {"alpha": 0.5}),
     "sc-dirichlet": (
@@ -70,20 +71,40 @@ def partition(table: Table, job: Job) -> dict[str, tuple[list[int], str | None]]
     """
     maker, options = _partitioner(job, table)
     # clients that are natural ids are not split further by the column that names them
-    column = None if table.group == options.get("partition_by") else table.group
-    members: dict[str | None, list[int]] = {}
-    for number in range(len(table.rows)):
-        members.setdefault(table.columns[column][number] if column else None, []).append(number)
-    members = {group: members[group] for group in sorted(members, key=str)}
-    split = _natural if maker.__name__ in NATURAL else _even
-    return dict(sorted(split(table, job, maker, options, members).items()))
+    column = table.group
+    if column == options.get("partition_by"):
+        column = None
+    members = _members(table, column)
+    if maker.__name__ in NATURAL:
+        named = _natural(table, job, maker, options, members)
+    else:
+        named = _even(table, job, maker, options, members)
+    return dict(sorted(named.items()))
 
 
 Members = dict[str | None, list[int]]
 Named = dict[str, tuple[list[int], str | None]]
 
 
-def _even(table: Table, job: Job, maker: Any, options: dict[str, Any], members: Members) -> Named:
+def _members(table: Table, column: str | None) -> Members:
+    """Row numbers by group, in the groups' order; all of None without a column of groups."""
+    every = list(range(len(table.rows)))
+    if not column:
+        return {None: every}
+    found: Members = {}
+    for number in every:
+        group = str(table.columns[column][number])
+        found.setdefault(group, []).append(number)
+    return {group: found[group] for group in sorted(found, key=str)}
+
+
+def _even(
+    table: Table,
+    job: Job,
+    maker: Any,
+    options: Plain,
+    members: Members,
+) -> Named:
     """As many clients as the job asks for, named after their group."""
     clients = job.federation.clients
     if clients < len(members):
@@ -97,29 +118,59 @@ def _even(table: Table, job: Job, maker: Any, options: dict[str, Any], members: 
     prefixes = _prefixes(list(members), table.group)
     named: Named = {}
     for group, numbers in members.items():
-        parts = _parts(table, job, maker, options, group, numbers, every + (group in larger))
-        width = len(str(len(parts) - 1)) if group is not None else max(2, len(str(len(parts) - 1)))
-        named |= {f"{prefixes[group]}-{i:0{width}}": (rows, group) for i, rows in enumerate(parts)}
+        count = every
+        if group in larger:
+            count += 1
+        parts = _parts(
+            table,
+            job,
+            maker,
+            options,
+            group,
+            numbers,
+            count,
+        )
+        width = len(str(len(parts) - 1))
+        if group is None:
+            width = max(2, width)
+        for number, rows in enumerate(parts):
+            name = f"{prefixes[group]}-{number:0{width}}"
+            named[name] = (rows, group)
     return named
 
 
 def _natural(
-    table: Table, job: Job, maker: Any, options: dict[str, Any], members: Members
+    table: Table,
+    job: Job,
+    maker: Any,
+    options: Plain,
+    members: Members,
 ) -> Named:
     """The clients that the data name, however many; they keep their ids where these can be file
     names.
     """
-    found = [
-        (rows, group)
-        for group, numbers in members.items()
-        for rows in _parts(table, job, maker, options, group, numbers, None)
-    ]
+    found: list[tuple[list[int], str | None]] = []
+    for group, numbers in members.items():
+        parts = _parts(
+            table,
+            job,
+            maker,
+            options,
+            group,
+            numbers,
+            None,
+        )
+        found += [(rows, group) for rows in parts]
     found.sort(key=lambda part: part[0])
     column = table.columns[options["partition_by"]]
-    ids = [client_name(label_of(column[rows[0]], "", "")) for rows, _ in found]
+    ids: list[str | None] = []
+    for rows, _ in found:
+        told = label_of(column[rows[0]], "", "")
+        ids.append(client_name(told))
     names = [name for name in ids if name is not None]
-    unusable = maker.__name__ != "NaturalIdPartitioner" or len(names) < len(ids)
-    if unusable or len({name.casefold() for name in names}) < len(ids):
+    different = {name.casefold() for name in names}
+    # an id that is no file name is missing in names, and one that only case tells apart is twice
+    if maker.__name__ != "NaturalIdPartitioner" or len(different) < len(ids):
         width = max(2, len(str(len(found) - 1)))
         names = [f"client-{number:0{width}}" for number in range(len(found))]
     return dict(zip(names, found, strict=True))
@@ -150,7 +201,7 @@ def _parts(
     table: Table,
     job: Job,
     maker: Any,
-    options: dict[str, Any],
+    options: Plain,
     group: str | None,
     numbers: list[int],
     clients: int | None,
@@ -158,7 +209,9 @@ def _parts(
     """Row numbers by client for one group; ``clients`` is None where the data decide how many there
     are.
     """
-    where = f" in the group {group!r}" if group is not None else ""
+    where = ""
+    if group is not None:
+        where = f" in the group {group!r}"
     if clients is not None and len(numbers) < clients:
         raise DataError(
             f"there are {len(numbers)} rows for {clients} clients{where}; lower federation.clients"
@@ -174,11 +227,11 @@ def _parts(
     columns = {"row": order} | _columns(table, maker, options, order)
     try:
         parts = _run(maker, arguments, columns)
-    except (
-        Exception
-    ) as error:  # the library checks late, with many kinds of errors, all about its options
+    except Exception as error:  # the library checks late, with many kinds of them
         message = " ".join(str(error).split()) or type(error).__name__
-        least = options.get(_MINIMUM, taken[_MINIMUM].default if _MINIMUM in taken else None)
+        least = options.get(_MINIMUM)
+        if _MINIMUM in taken and _MINIMUM not in options:
+            least = taken[_MINIMUM].default
         if "number of attempts" in message and least:
             raise JobError(
                 f"data.partition: no draw gave each of {clients} clients {least} of {len(numbers)} "
@@ -186,20 +239,8 @@ def _parts(
                 f"federation.clients or data.partition.options.{_MINIMUM}, or raise "
                 f"data.partition.options.alpha"
             ) from error
-        key = next(
-            (
-                name
-                for name in options
-                if name.replace("_", " ") in message.lower().replace("_", " ")
-            ),
-            None,
-        )
-        what = (
-            f"data.partition.options.{key} = {options[key]!r}"
-            if key
-            else f'data.partition.by = "{job.data.partition.by}"'
-        )
-        raise JobError(f"{what} does not work{where}: {message[:300]}") from error
+        blamed = _blamed(message, options, job)
+        raise JobError(f"{blamed} does not work{where}: {message[:300]}") from error
     if clients is not None and len(parts) != clients:
         raise JobError(
             f"data.partition.options makes {len(parts)} clients{where} where federation.clients "
@@ -209,8 +250,24 @@ def _parts(
     return [sorted(rows) for rows in parts]
 
 
+def _blamed(
+    message: str,
+    options: Plain,
+    job: Job,
+) -> str:
+    """The option that the library's message speaks of, else the way to split itself."""
+    said = message.lower().replace("_", " ")
+    for key, value in options.items():
+        if key.replace("_", " ") in said:
+            return f"data.partition.options.{key} = {value!r}"
+    return f'data.partition.by = "{job.data.partition.by}"'
+
+
 def _columns(
-    table: Table, maker: Any, options: dict[str, Any], order: list[int]
+    table: Table,
+    maker: Any,
+    options: Plain,
+    order: list[int],
 ) -> dict[str, list[Any]]:
     by = options.get("partition_by")
     if by is None:
@@ -224,7 +281,11 @@ def _columns(
     return {by: values}
 
 
-def _run(maker: Any, arguments: dict[str, Any], columns: dict[str, list[Any]]) -> list[list[int]]:
+def _run(
+    maker: Any,
+    arguments: Plain,
+    columns: dict[str, list[Any]],
+) -> list[list[int]]:
     import datasets
 
     # retries and unused classes are warned about, one partitioner draws a progress bar: what
@@ -236,7 +297,7 @@ def _run(maker: Any, arguments: dict[str, Any], columns: dict[str, list[Any]]) -
         return [partitioner.load_partition(i)[:]["row"] for i in range(partitioner.num_partitions)]
 
 
-def _partitioner(job: Job, table: Table) -> tuple[Any, dict[str, Any]]:
+def _partitioner(job: Job, table: Table) -> tuple[Any, Plain]:
     """The partitioner's class and its complete options."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     import flwr_datasets.partitioner as library

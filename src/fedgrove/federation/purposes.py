@@ -50,7 +50,11 @@ def marked(found: Found, purpose: str) -> Iterator[tuple[Place, Values]]:
         yield place, {**values, PURPOSE: purpose}
 
 
-def purpose_of(values: Values, column: str | None, place: Place) -> str | None:
+def purpose_of(
+    values: Values,
+    column: str | None,
+    place: Place,
+) -> str | None:
     """What a row is for, by its source or by a column of the job's; None where neither says so.
 
     Raises DataError for a word that is none of ``WORDS``.

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,12 @@ def records(
     kind = path.suffix.lower()
     if kind not in READERS:
         raise DataError(f"{path} is not a data file: give {KINDS}")
-    reading = Reading(path, columns, _known(encoding or "utf-8"), remarks or Remarks())
+    reading = Reading(
+        path,
+        columns,
+        _known(encoding or "utf-8"),
+        remarks or Remarks(),
+    )
     try:
         yield from READERS[kind](reading)
     except OSError as error:
@@ -118,7 +123,8 @@ def _text(reading: Reading) -> str:
     encoding = _MARKS.get(mark, reading.encoding)
     if mark and encoding != "utf-8-sig":
         reading.remarks.say(
-            f"read as {encoding.upper()}, as the mark at its start says", _name(reading)
+            f"read as {encoding.upper()}, as the mark at its start says",
+            _name(reading),
         )
     try:
         return content.decode(encoding)
@@ -192,7 +198,7 @@ def _lines_or_one(text: str, reading: Reading) -> Iterator[tuple[Place, Values]]
     yield from _jsonl(reading)
 
 
-def _parsed(text: str, place: Place) -> Any:
+def _parsed(text: str, place: Place) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -208,7 +214,11 @@ def _parsed(text: str, place: Place) -> Any:
         ) from error
 
 
-def _object(record: Any, reading: Reading, place: Place) -> Values:
+def _object(
+    record: object,
+    reading: Reading,
+    place: Place,
+) -> Values:
     if not isinstance(record, dict):
         raise DataError(f"{place} is not a JSON object with the columns as keys")
     _need(reading.columns, record, place)
@@ -259,7 +269,11 @@ def _table(text: str, separator: str) -> CsvReader:
     return reader
 
 
-def _separated(text: str, separator: str, reading: Reading) -> Iterator[tuple[Place, Values]]:
+def _separated(
+    text: str,
+    separator: str,
+    reading: Reading,
+) -> Iterator[tuple[Place, Values]]:
     reader = _table(text, separator)
     header: list[str] | None = None
     while True:
@@ -283,7 +297,11 @@ def _separated(text: str, separator: str, reading: Reading) -> Iterator[tuple[Pl
             )
 
 
-def _checked_header(fields: Sequence[str], reading: Reading, line: int) -> list[str]:
+def _checked_header(
+    fields: Sequence[str],
+    reading: Reading,
+    line: int,
+) -> list[str]:
     header = [name.strip() for name in fields]
     _need(reading.columns, header, f"{reading.path} (line {line})")
     for name in reading.columns:
@@ -327,7 +345,11 @@ READERS: dict[str, Callable[[Reading], Iterator[tuple[Place, Values]]]] = {
 KINDS = ", ".join(READERS)
 
 
-def _need(columns: Sequence[str], present: Any, place: Place) -> None:
+def _need(
+    columns: Sequence[str],
+    present: Collection[str],
+    place: Place,
+) -> None:
     missing = [name for name in columns if name not in present]
     if not missing:
         return
@@ -338,7 +360,7 @@ def _need(columns: Sequence[str], present: Any, place: Place) -> None:
     raise DataError(f"{sentence} ({_hint(missing[0], present)})")
 
 
-def _hint(missing: str, present: Any) -> str:
+def _hint(missing: str, present: Collection[str]) -> str:
     """What to do about a column that is not there."""
     if missing in ("prompt", "completion"):
         for column in ("messages", "conversations"):
@@ -355,7 +377,11 @@ def _hint(missing: str, present: Any) -> str:
     return "the [data] section names the columns"
 
 
-def text_of(value: Any, column: str, place: Place) -> str:
+def text_of(
+    value: object,
+    column: str,
+    place: Place,
+) -> str:
     """``value`` as a text with something in it. Raises DataError with its place."""
     if isinstance(value, str) and value.strip():
         return whole(value, column, place)
@@ -368,7 +394,11 @@ def text_of(value: Any, column: str, place: Place) -> str:
     raise DataError(f"{place}: the column {column!r} {what}; correct or remove the row")
 
 
-def whole(text: str, column: str, place: Place) -> str:
+def whole(
+    text: str,
+    column: str,
+    place: Place,
+) -> str:
     """``text``, unless it has half of a pair of characters ("\\ud83d"), which JSON can write and nothing can encode."""
     if half := broken(text):
         raise DataError(
@@ -388,7 +418,11 @@ def broken(text: str) -> str:
     return ""
 
 
-def label_of(value: Any, column: str, place: Place) -> str:
+def label_of(
+    value: object,
+    column: str,
+    place: Place,
+) -> str:
     """A class, group or other identifier as a text: ``3``, ``3.0`` and ``"3"`` are one, ``true`` is
     ``"true"``.
     """

@@ -40,11 +40,15 @@ def joined(words: Sequence[str]) -> tuple[str, list[Word]]:
     return " ".join(words), places
 
 
-def word_list(value: Any, column: str, place: Place) -> list[str]:
+def word_list(
+    value: object,
+    column: str,
+    place: Place,
+) -> list[str]:
     """A row's words: a list, the JSON of one, or a text with spaces between. Raises DataError."""
     found = _listed(value)
     if found is None and isinstance(value, str):
-        found = value.split()
+        found = [*value.split()]
     if not found:
         raise DataError(f"{place}: the column {column!r} has no words; correct or remove the row")
     for number, word in enumerate(found, start=1):
@@ -58,16 +62,20 @@ def word_list(value: Any, column: str, place: Place) -> list[str]:
 
 
 def tag_list(
-    value: Any, words: int, names: Sequence[str] | None, column: str, place: Place
+    value: object,
+    words: int,
+    names: Sequence[str] | None,
+    column: str,
+    place: Place,
 ) -> list[str]:
     """A row's tags as BIOES, one for each of its words; numbers by their ``names``. Raises
     DataError.
     """
     found = _listed(value)
     if found is None and isinstance(value, str):
-        found = value.split()
+        found = [*value.split()]
     if found is None or len(found) != words:
-        count = 0 if found is None else len(found)
+        count = len(found or [])
         raise DataError(
             f"{place} has {words} words, but the column {column!r} has {count} tags; give one for "
             "each word"
@@ -75,7 +83,12 @@ def tag_list(
     return [_tag(each, names, column, place) for each in found]
 
 
-def _tag(value: Any, names: Sequence[str] | None, column: str, place: Place) -> str:
+def _tag(
+    value: object,
+    names: Sequence[str] | None,
+    column: str,
+    place: Place,
+) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         if not names or not 0 <= value < len(names):
             raise DataError(
@@ -97,10 +110,12 @@ def spans_of_tags(tags: Sequence[str], words: Sequence[Word]) -> list[Span]:
     """The entities of tagged words."""
     from seqeval.metrics.sequence_labeling import get_entities
 
-    return [
-        [words[first][0], words[last][1], str(kind)]
-        for kind, first, last in get_entities(list(tags))
-    ]
+    found: list[Span] = []
+    for kind, first, last in get_entities(list(tags)):
+        start = words[first][0]
+        end = words[last][1]
+        found.append([start, end, str(kind)])
+    return found
 
 
 def tags_of_spans(spans: Sequence[Span], words: Sequence[Word]) -> list[str]:
@@ -115,7 +130,11 @@ def tags_of_spans(spans: Sequence[Span], words: Sequence[Word]) -> list[str]:
 
 
 def checked_spans(
-    value: Any, text: str, words: Sequence[Word], column: str, place: Place
+    value: object,
+    text: str,
+    words: Sequence[Word],
+    column: str,
+    place: Place,
 ) -> list[Span]:
     """A row's spans in their order: objects with start, end and label, or lists of the three, or
     the JSON of that. White space at their ends is left out.
@@ -137,49 +156,71 @@ def checked_spans(
                 f"{place}: the spans {_shown(before, text)} and {_shown(after, text)} overlap; "
                 "keep one of them"
             )
-    starts, ends = {start for start, _ in words}, {end for _, end in words}
+    starts = {start for start, _ in words}
+    ends = {end for _, end in words}
     for span in spans:
-        if span[0] not in starts or span[1] not in ends:
-            where = "begins" if span[0] not in starts else "ends"
-            raise DataError(
-                f"{place}: the span {_shown(span, text)} {where} inside a word; move it to the "
-                "word's edge"
-            )
+        if span[0] not in starts:
+            where = "begins"
+        elif span[1] not in ends:
+            where = "ends"
+        else:
+            continue
+        raise DataError(
+            f"{place}: the span {_shown(span, text)} {where} inside a word; move it to the "
+            "word's edge"
+        )
     return spans
 
 
-def _span(value: Any, text: str, column: str, place: Place) -> Span:
-    parts = value
-    if isinstance(value, dict):
-        parts = [value.get(key) for key in ("start", "end", "label")]
-    if not isinstance(parts, list | tuple) or len(parts) != 3 or not all(map(_is_place, parts[:2])):
+def _span(
+    value: object,
+    text: str,
+    column: str,
+    place: Place,
+) -> Span:
+    found = _three(value)
+    if found is None:
         raise DataError(
             f"{place}: the column {column!r} has {value!r}, which is no span; give start and end in "
             "characters, and label"
         )
-    start, end = int(parts[0]), int(parts[1])
-    if not 0 <= start <= end <= len(text):
+    first, last, label = found
+    if not 0 <= first <= last <= len(text):
         raise DataError(
-            f"{place}: the span {start} to {end} is not in the text, which has {len(text)} "
+            f"{place}: the span {first} to {last} is not in the text, which has {len(text)} "
             "characters; correct or remove it"
         )
-    own = text[start:end]
-    start += len(own) - len(own.lstrip())
-    end -= len(own) - len(own.rstrip())
+    own = text[first:last]
+    start = first + len(own) - len(own.lstrip())
+    end = last - len(own) + len(own.rstrip())
     if start >= end:
-        raise DataError(f"{place}: the span {parts[0]} to {parts[1]} is empty; remove it")
-    return [start, end, label_of(parts[2], column, place)]
+        raise DataError(f"{place}: the span {first} to {last} is empty; remove it")
+    return [start, end, label_of(label, column, place)]
 
 
-def _is_place(value: Any) -> bool:
+def _three(value: object) -> tuple[int, int, object] | None:
+    """Start, end and label, where the value has them."""
+    parts = value
+    if isinstance(value, dict):
+        parts = [value.get(key) for key in ("start", "end", "label")]
+    if not isinstance(parts, list | tuple) or len(parts) != 3:
+        return None
+    start, end, label = parts
+    if not _is_place(start) or not _is_place(end):
+        return None
+    return int(start), int(end), label
+
+
+def _is_place(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _shown(span: Span, text: str) -> str:
-    return f"{span[0]} to {span[1]} ({text[span[0] : span[1]]!r})"
+    start, end, _ = span
+    return f"{start} to {end} ({text[start:end]!r})"
 
 
-def _listed(value: Any) -> list[Any] | None:
+def _listed(value: object) -> list[object] | None:
     """A list, or the list that a text is the JSON of; else None."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:

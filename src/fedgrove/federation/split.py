@@ -25,7 +25,12 @@ class Parts:
     validation: list[Row]
 
 
-def divided(client: str, holding: Holding, data: DataSection, seed: int) -> Parts:
+def divided(
+    client: str,
+    holding: Holding,
+    data: DataSection,
+    seed: int,
+) -> Parts:
     """What a client holds, as the job divides it."""
     return split(
         client,
@@ -68,7 +73,11 @@ def split(
         train = deal.draw(train, min(train_examples, len(train)), cover=True)
     if test_examples is not None:
         test = deal.draw(test, min(test_examples, len(test)))
-    return Parts(*([rows[i] for i in part] for part in (train, test, validation)))
+    return Parts(
+        train=[rows[i] for i in train],
+        test=[rows[i] for i in test],
+        validation=[rows[i] for i in validation],
+    )
 
 
 @dataclass(frozen=True)
@@ -78,26 +87,42 @@ class _Deal:
     rows: list[Row]
     rng: np.random.Generator
 
-    def draw(self, pool: list[int], size: int, *, leave: int = 0, cover: bool = False) -> list[int]:
+    def draw(
+        self,
+        pool: list[int],
+        size: int,
+        *,
+        leave: int = 0,
+        cover: bool = False,
+    ) -> list[int]:
         """``size`` of the pool's numbers, in order; ``leave`` and ``cover`` as in ``apportion``."""
         members: dict[str, list[int]] = {}
         for row in pool:
             members.setdefault(self.rows[row]["label"], []).append(row)
         counts = {label: len(members[label]) for label in sorted(members)}
         drawn: list[int] = []
-        for label, share in apportion(counts, size, leave=leave, cover=cover).items():
-            drawn += map(int, self.rng.permutation(members[label])[:share])
+        shares = apportion(counts, size, leave=leave, cover=cover)
+        for label, share in shares.items():
+            order = self.rng.permutation(members[label])
+            drawn += map(int, order[:share])
         return sorted(drawn)
 
 
 Numbers = tuple[list[int], list[int], list[int]]  # for training, test and validation
 
 
-def _drawn(client: str, deal: _Deal, test_fraction: float, validation_fraction: float) -> Numbers:
+def _drawn(
+    client: str,
+    deal: _Deal,
+    test_fraction: float,
+    validation_fraction: float,
+) -> Numbers:
     count = len(deal.rows)
     needed = 2 + (validation_fraction > 0)
     if count < needed:
-        what = "training, test and validation" if needed == 3 else "training and test"
+        what = "training and test"
+        if needed == 3:
+            what = "training, test and validation"
         raise DataError(
             f"the client {client!r} has {count} row{'s' * (count != 1)} and needs at least "
             f"{needed} for {what}; give it more rows, or use fewer clients or another "
@@ -112,15 +137,18 @@ def _drawn(client: str, deal: _Deal, test_fraction: float, validation_fraction: 
 
 
 def _given(
-    client: str, deal: _Deal, purposes: Sequence[str], validation_fraction: float
+    client: str,
+    deal: _Deal,
+    purposes: Sequence[str],
+    validation_fraction: float,
 ) -> Numbers:
-    held = {
-        purpose: [row for row, own in enumerate(purposes) if own == purpose]
-        for purpose in (TRAIN, TEST, VALIDATION)
-    }
+    held: dict[str, list[int]] = {TRAIN: [], TEST: [], VALIDATION: []}
+    for row, purpose in enumerate(purposes):
+        held[purpose].append(row)
     train, validation = held[TRAIN], held[VALIDATION]
     if not validation and validation_fraction:
-        validation = deal.draw(train, min(_share(len(train), validation_fraction), len(train) - 1))
+        size = min(_share(len(train), validation_fraction), len(train) - 1)
+        validation = deal.draw(train, size)
         train = sorted(set(train) - set(validation))
     for purpose, numbers in ((TRAIN, train), (TEST, held[TEST])):
         if not numbers:
@@ -132,11 +160,17 @@ def _given(
 
 
 def _share(count: int, fraction: float) -> int:
-    return max(1, round(count * fraction)) if fraction > 0 else 0
+    if fraction <= 0:
+        return 0
+    return max(1, round(count * fraction))
 
 
 def apportion(
-    counts: Mapping[str, int], size: int, *, leave: int = 0, cover: bool = False
+    counts: Mapping[str, int],
+    size: int,
+    *,
+    leave: int = 0,
+    cover: bool = False,
 ) -> dict[str, int]:
     """How many of ``size`` go to each label, in proportion to its count (largest remainders, ties
     by label).
@@ -158,8 +192,7 @@ def apportion(
     extra = {label: min(room[label], int(np.floor(quotas[label]))) for label in counts}
     # one by one to the label that is furthest behind its quota and has room
     while sum(extra.values()) < missing:
-        label = min(
-            (x for x in counts if extra[x] < room[x]), key=lambda x: (extra[x] - quotas[x], x)
-        )
-        extra[label] += 1
+        able = [label for label in counts if extra[label] < room[label]]
+        behind = min(able, key=lambda label: (extra[label] - quotas[label], label))
+        extra[behind] += 1
     return {label: shares[label] + extra[label] for label in counts}

@@ -24,7 +24,10 @@ def passed_over(path: Path) -> bool:
 
 
 def rows_at(
-    path: Path, columns: Sequence[str], encoding: str | None, remarks: Remarks | None = None
+    path: Path,
+    columns: Sequence[str],
+    encoding: str | None,
+    remarks: Remarks | None = None,
 ) -> Found:
     """Each row with its place; of a folder, with what it is for."""
     for purpose, file in files_of(path).items():

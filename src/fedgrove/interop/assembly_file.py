@@ -29,6 +29,7 @@ from fedgrove.adapters.private import unseal
 from fedgrove.adapters.tree import map_tensors, pack, unpack
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.files import whole_directory
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.peft import CARD
 
 FILE = "assembly.safetensors"
@@ -55,7 +56,7 @@ def save_assembly(
     folder: Path,
     assembly: Assembly,
     *,
-    card: Mapping[str, Any],
+    card: Given,
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write one directory, replacing what is there only when all of it is written. The head is
@@ -64,7 +65,8 @@ def save_assembly(
     with whole_directory(folder) as partial:
         (partial / FILE).write_bytes(pack(_described(assembly)))
         (partial / CARD).write_text(
-            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
         )
         for name, content in (beside or {}).items():
             (partial / name).write_bytes(content)
@@ -113,9 +115,9 @@ def read_assembly(folder: Path, mixes: Sequence[type[Mix]]) -> Assembly:
         ) from error
 
 
-def _described(assembly: Assembly) -> dict[str, Any]:
+def _described(assembly: Assembly) -> Plain:
     mix: Any = assembly.mix
-    tree: dict[str, Any] = {
+    tree: Plain = {
         "terms": [
             {
                 "name": term.name,
@@ -133,5 +135,5 @@ def _described(assembly: Assembly) -> dict[str, Any]:
         **({"base_delta": assembly.base_delta} if assembly.base_delta else {}),
         **({"folded": assembly.folded} if assembly.folded else {}),
     }
-    described: dict[str, Any] = map_tensors(tree, unseal)
+    described: Plain = map_tensors(tree, unseal)
     return described

@@ -49,7 +49,13 @@ class Copies:
             return None
         return origin
 
-    def keep(self, key: str, written: Path, file: Path, client: str | None) -> None:
+    def keep(
+        self,
+        key: str,
+        written: Path,
+        file: Path,
+        client: str | None,
+    ) -> None:
         """``written``, which becomes ``file``, is the first of its content, or the next where that
         has all the names that it can have.
         """
@@ -57,7 +63,7 @@ class Copies:
 
 
 def content_key(tensors: Mapping[str, Tensor], *described: object) -> str:
-    """The SHA-256 of tensors, ``{name: any shape}``, and of what else is written with them."""
+    """The SHA-256 of tensors [any shape], by name, and of what else is written with them."""
     digest = hashlib.sha256(repr(described).encode())
     for name, value in sorted(tensors.items()):
         plain = value.detach().cpu().contiguous()
@@ -66,6 +72,10 @@ def content_key(tensors: Mapping[str, Tensor], *described: object) -> str:
     return digest.hexdigest()
 
 
-def copy_beside(origin: Path, name: str, folder: Path) -> None:
+def copy_beside(
+    origin: Path,
+    name: str,
+    folder: Path,
+) -> None:
     """The file ``name`` of the origin's directory, as a file of its own."""
     shutil.copyfile(origin.with_name(name), folder / name)

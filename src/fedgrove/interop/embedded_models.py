@@ -14,7 +14,6 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from fedgrove.federation.assets import asset
 from fedgrove.ground.errors import ModelError
 from fedgrove.ground.files import whole_directory
+from fedgrove.ground.plain import Plain
 from fedgrove.interop.hub import fetched
 from fedgrove.interop.onnx_weights import dequantised
 
@@ -120,8 +120,14 @@ def smollm2(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def _save(config: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
-    """A plain Llama in float16, as its authors kept it."""
+def _save(
+    config: Plain,
+    weights: dict[str, Tensor],
+    folder: Path,
+) -> None:
+    """A plain Llama in float16, as its authors kept it; ``weights``: a linear layer's [out, in],
+    a norm's [hidden], the embedding's [vocabulary, hidden].
+    """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     plain = LlamaConfig(**{**config, "dtype": torch.float16})
@@ -133,7 +139,8 @@ def _save(config: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> N
             f"{min(difference)})."
         )
     model.load_state_dict(
-        {name: value.to(torch.float16) for name, value in weights.items()}, assign=True
+        {name: value.to(torch.float16) for name, value in weights.items()},
+        assign=True,
     )
     model.tie_weights()
     ids = {name: getattr(plain, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

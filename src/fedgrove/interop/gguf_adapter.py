@@ -82,7 +82,12 @@ def _architecture(source: Path, config: Any) -> Architecture:
     return ARCHITECTURES[kinds[0]]
 
 
-def _name(source: Path, site: str, architecture: Architecture, config: Any) -> str:
+def _name(
+    source: Path,
+    site: str,
+    architecture: Architecture,
+    config: Any,
+) -> str:
     """llama.cpp's name of a layer."""
     import gguf
 
@@ -112,7 +117,11 @@ def _one_alpha(adapter: Mapping[str, Factors]) -> tuple[float, Adapter]:
     return alpha, folded
 
 
-def _reordered(b: Float[Tensor, "out rank"], site: str, config: Any) -> Float[Tensor, "out rank"]:
+def _reordered(
+    b: Float[Tensor, "out rank"],
+    site: str,
+    config: Any,
+) -> Float[Tensor, "out rank"]:
     """The rows of queries and keys as llama.cpp's rotary positions want them: a head's first and
     second half interleaved.
     """
@@ -126,8 +135,12 @@ def _reordered(b: Float[Tensor, "out rank"], site: str, config: Any) -> Float[Te
 
 
 def _write(
-    out: Path, architecture: Architecture, alpha: float, tensors: Mapping[str, Tensor]
+    out: Path,
+    architecture: Architecture,
+    alpha: float,
+    tensors: Mapping[str, Tensor],
 ) -> None:
+    """``tensors``: ``lora_a`` [rank, in] and ``lora_b`` [out, rank] of each layer."""
     import gguf
 
     partial = out.with_name(out.name + ".partial")

@@ -10,7 +10,13 @@ from typing import Any
 from fedgrove.ground.errors import ModelError
 
 
-def fetched(factory: Any, name: str, place: str, revision: str | None, **options: Any) -> Any:
+def fetched(
+    factory: Any,
+    name: str,
+    place: str,
+    revision: str | None,
+    **options: Any,
+) -> Any:
     """``factory.from_pretrained(place)``, quietly. ``name``: what the job calls it, for the
     sentence of the ``ModelError`` that this raises.
     """
@@ -20,7 +26,10 @@ def fetched(factory: Any, name: str, place: str, revision: str | None, **options
         warnings.simplefilter("ignore")
         try:
             return factory.from_pretrained(
-                place, revision=revision, local_files_only=True, **options
+                place,
+                revision=revision,
+                local_files_only=True,
+                **options,
             )
         except ImportError as error:
             raise ModelError(

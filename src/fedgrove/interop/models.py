@@ -94,7 +94,12 @@ def resolve_name(name: str) -> str:
     return name
 
 
-def from_pretrained(factory: Any, name: str, revision: str | None, **options: Any) -> Any:
+def from_pretrained(
+    factory: Any,
+    name: str,
+    revision: str | None,
+    **options: Any,
+) -> Any:
     """``factory.from_pretrained`` of a model by the name that a job gives. Raises ``ModelError``."""
     return fetched(factory, name, resolve_name(name), revision, **options)
 
@@ -119,7 +124,12 @@ def load_image_processor(name: str, revision: str | None = None) -> Any:
     return from_pretrained(AutoImageProcessor, name, revision, backend="pil")
 
 
-def load_processor(name: str, revision: str | None, task: str, config: Any = None) -> Any:
+def load_processor(
+    name: str,
+    revision: str | None,
+    task: str,
+    config: Any = None,
+) -> Any:
     """What turns the task's rows into the model's inputs. Raises ``ModelError`` where the model
     reads other things.
     """
@@ -198,7 +208,15 @@ def load_base(
     with torch.random.fork_rng(devices=[]):
         # weights that the checkpoint lacks are drawn here
         torch.manual_seed(derive(seed, "stock head"))
-        model, drawn = _loaded(name, revision, task, head, config=config, dtype=dtype, **placed)
+        model, drawn = _loaded(
+            name,
+            revision,
+            task,
+            head,
+            config=config,
+            dtype=dtype,
+            **placed,
+        )
     if head == "lm":
         model.generation_config = type(
             model.generation_config
@@ -259,7 +277,11 @@ def load_base(
     )
 
 
-def _new_head(name: str, config: Any, classes: int) -> tuple[str, ...]:
+def _new_head(
+    name: str,
+    config: Any,
+    classes: int,
+) -> tuple[str, ...]:
     """A sentence where the checkpoint has a classifier of another number of classes."""
     has_one = any("Classification" in str(kind) for kind in config.architectures or [])
     if not has_one or config.num_labels == classes:
@@ -271,7 +293,11 @@ def _new_head(name: str, config: Any, classes: int) -> tuple[str, ...]:
 
 
 def _loaded(
-    name: str, revision: str | None, task: str, head: str, **options: Any
+    name: str,
+    revision: str | None,
+    task: str,
+    head: str,
+    **options: Any,
 ) -> tuple[Any, tuple[str, ...]]:
     """The model, its head drawn anew where the checkpoint's has another shape; and the modules below
     the head that the checkpoint lacks (BERT's pooler), which are as new as the head. Raises
@@ -281,7 +307,12 @@ def _loaded(
     if head != "stock":
         return from_pretrained(kind, name, revision, **options), ()
     model, told = from_pretrained(
-        kind, name, revision, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        kind,
+        name,
+        revision,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
     )
     for key, *_ in told["mismatched_keys"]:
         if key.startswith(f"{model.base_model_prefix}."):
@@ -349,7 +380,11 @@ def _checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def _widen(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _widen(
+    dtype: torch.dtype,
+    module: nn.Module,
+    args: tuple[Any, ...],
+) -> tuple[Any, ...]:
     """The stock head computes in the head's precision, whatever the base's."""
     return tuple(
         a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args

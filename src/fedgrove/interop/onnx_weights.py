@@ -62,6 +62,7 @@ def _graph(data: bytes) -> GraphProto:
 
 
 def _parameters(graph: GraphProto) -> dict[str, Tensor]:
+    """As ``dequantised``: norms [hidden], the embedding [vocabulary, hidden], matrices [out, in]."""
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -78,6 +79,7 @@ def _parameters(graph: GraphProto) -> dict[str, Tensor]:
 
 
 def _scaled(tensors: Mapping[str, TensorProto], name: str) -> Matrix:
+    """``(W - zero) · scale`` of the integer matrix [rows, columns] that is called so."""
     stem = name.removesuffix("_quantized")
     whole = _array(tensors[name]).astype(np.float32)
     zero = _array(tensors[f"{stem}_zero_point"]).astype(np.float32)
@@ -87,6 +89,7 @@ def _scaled(tensors: Mapping[str, TensorProto], name: str) -> Matrix:
 
 
 def _array(tensor: TensorProto) -> NDArray[np.generic]:
+    """Its numbers, [any shape], in the file's type."""
     from onnx import numpy_helper
 
     array: NDArray[np.generic] = numpy_helper.to_array(tensor)

@@ -22,6 +22,7 @@ from fedgrove.federation.tasks import TASKS
 from fedgrove.federation.tasks.base import Stock
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.files import whole_directory
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.copies import Copies, Origin, content_key, copy_beside
 
 PREFIX = "base_model.model."
@@ -43,14 +44,15 @@ def save_adapter(
     head_kind: Literal["pooled", "stock", "lm"],
     head_modules: tuple[str, ...] = (),
     transposed: bool = False,
-    card: Mapping[str, Any],
+    card: Given,
     copies: Copies | None = None,
     rslora: bool = False,
 ) -> None:
     """Write one PEFT adapter directory, replacing what is there only when all of it is written.
 
     ``base`` is the name that PEFT loads the base by. With ``head_kind = "stock"`` the head goes
-    where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter.
+    where PEFT keeps ``modules_to_save``; else it is ``head.safetensors`` beside the adapter: weight
+    [c, h] and bias [c], none for a language model.
     ``transposed``: whether the base has adapted layers that hold their weights so (``Site``).
     ``copies``: what was written of the same run, so that equal content is one file; its owner syncs.
     ``rslora`` says how PEFT is to read alpha; the scales are the factors' own.
@@ -80,11 +82,16 @@ def save_adapter(
         if head and not stock:
             _store(head, partial, folder, HEAD, card, copies)
         (partial / CARD).write_text(
-            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(dict(card), indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
         )
 
 
-def _task_type(task: str | None, head_kind: str, head_modules: tuple[str, ...]) -> str | None:
+def _task_type(
+    task: str | None,
+    head_kind: str,
+    head_modules: tuple[str, ...],
+) -> str | None:
     """What PEFT calls the task of a model with this kind of head."""
     if head_kind == "lm":
         return "CAUSAL_LM"
@@ -101,12 +108,12 @@ def _store(
     partial: Path,
     folder: Path,
     name: str,
-    card: Mapping[str, Any],
+    card: Given,
     copies: Copies | None,
     *described: object,
 ) -> Origin | None:
-    """Write tensors as the file ``name`` of what becomes ``folder``, or link it to the first of
-    the same content, which is returned.
+    """Write tensors [any shape] as the file ``name`` of what becomes ``folder``, or link it to the
+    first of the same content, which is returned.
     """
     key = ""
     if copies is not None:
@@ -125,12 +132,12 @@ def rewrite(
     folder: Path,
     adapter: Adapter,
     head: Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    config: Given,
     *,
-    card: Mapping[str, Any],
+    card: Given,
 ) -> None:
-    """Write a directory of other factors with the head and the configuration of one that was
-    read.
+    """Write a directory of other factors with the head, tensors [any shape] by name, and the
+    configuration of one that was read.
     """
     save_adapter(
         folder,
@@ -146,7 +153,11 @@ def rewrite(
 
 
 def _config(
-    adapter: Adapter, base: str, modules: tuple[str, ...], kind: str | None, rslora: bool
+    adapter: Adapter,
+    base: str,
+    modules: tuple[str, ...],
+    kind: str | None,
+    rslora: bool,
 ) -> Any:
     from peft import LoraConfig
 
@@ -179,11 +190,11 @@ def _tidy(alpha: float) -> Any:
     return alpha
 
 
-def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, Any]]:
+def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], Plain]:
     """(adapter, head, PEFT's configuration) of a directory, whoever wrote it.
 
-    Tensors other than LoRA's pairs (modules to save) come back as the head, by their name in the
-    base model. Raises ``AdapterError`` in one sentence that names the file and the tensor.
+    Tensors [any shape] other than LoRA's pairs (modules to save) come back as the head, by their
+    name in the base model. Raises ``AdapterError`` in one sentence that names the file and the tensor.
     """
     config = read_json(folder / CONFIG)
     if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS).exists():
@@ -231,7 +242,11 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], dict[str, An
     return adapter, head, config
 
 
-def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
+def _scale(
+    config: Given,
+    site: str,
+    rank: int,
+) -> float:
     import re
 
     alpha = config.get("lora_alpha", rank)
@@ -242,7 +257,7 @@ def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
     return scale_of(float(alpha), rank, bool(config.get("use_rslora")))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Plain:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -257,6 +272,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors [any shape] of a safetensors file, by name. Raises ``AdapterError``."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in sorted(file.keys())}

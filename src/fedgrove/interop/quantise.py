@@ -5,17 +5,22 @@ adapters' precision.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from fedgrove.ground.errors import ModelError
+from fedgrove.ground.plain import Plain
 
 Bits = Literal["none", "8bit", "4bit"]
 
 
-def options(bits: Bits, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+def options(
+    bits: Bits,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Plain:
     """What ``from_pretrained`` needs; nothing for "none". Products are computed in ``dtype``, NF4
     is the 4-bit kind.
 

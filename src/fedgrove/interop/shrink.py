@@ -58,7 +58,11 @@ def _ratio(part: float, whole: float) -> float:
     return math.sqrt(part / whole)
 
 
-def write_truncated(source: Path, out: Path, rank: int) -> Loss:
+def write_truncated(
+    source: Path,
+    out: Path,
+    rank: int,
+) -> Loss:
     """Write the adapter directory ``source`` to ``out`` with no site above ``rank``, the same head,
     and the error in its card (``truncated``).
 
@@ -72,7 +76,13 @@ def write_truncated(source: Path, out: Path, rank: int) -> Loss:
     adapter, head, config = peft.read_adapter(source)
     smaller, loss = truncate(adapter, rank)
     card = {key: value for key, value in card.items() if key not in ("tiers", "same_weights_as")}
-    peft.rewrite(out, smaller, head, config, card={**card, "truncated": asdict(loss)})
+    peft.rewrite(
+        out,
+        smaller,
+        head,
+        config,
+        card={**card, "truncated": asdict(loss)},
+    )
     return loss
 
 

@@ -132,7 +132,9 @@ def _numbered(name: str) -> bool:
 
 
 def _matching(
-    model: nn.Module, linears: Mapping[str, nn.Module], patterns: Sequence[str]
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    patterns: Sequence[str],
 ) -> list[str]:
     chosen: set[str] = set()
     for pattern in patterns:

@@ -14,7 +14,11 @@ from fedgrove.ground.errors import RunError
 from fedgrove.interop import peft
 
 
-def write_tier(source: Path, out: Path, tier: str) -> None:
+def write_tier(
+    source: Path,
+    out: Path,
+    tier: str,
+) -> None:
     """Write the tier ``tier`` of the adapter directory ``source`` to ``out``, with the same head.
 
     Raises ``RunError`` where the adapter has no such tier.
@@ -32,10 +36,20 @@ def write_tier(source: Path, out: Path, tier: str) -> None:
     first = sum(tiers[name] for name in names[: names.index(tier)])
     card = {key: value for key, value in card.items() if key != "same_weights_as"}
     part = _slice(adapter, first, first + tiers[tier])
-    peft.rewrite(out, part, head, config, card={**card, "tiers": {tier: tiers[tier]}})
+    peft.rewrite(
+        out,
+        part,
+        head,
+        config,
+        card={**card, "tiers": {tier: tiers[tier]}},
+    )
 
 
-def _slice(adapter: Adapter, first: int, last: int) -> Adapter:
+def _slice(
+    adapter: Adapter,
+    first: int,
+    last: int,
+) -> Adapter:
     return {
         site: Factors(f.A[first:last], f.B[:, first:last], f.scale) for site, f in adapter.items()
     }

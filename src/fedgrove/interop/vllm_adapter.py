@@ -42,7 +42,13 @@ def write_even(source: Path, out: Path) -> int:
             f"{RANKS[-1]} or less, the best approximation, whose error is told."
         )
     card = {key: value for key, value in card.items() if key not in ("tiers", "same_weights_as")}
-    peft.rewrite(out, even_adapter, {}, {**config, "modules_to_save": None}, card=card)
+    peft.rewrite(
+        out,
+        even_adapter,
+        {},
+        {**config, "modules_to_save": None},
+        card=card,
+    )
     return needed
 
 

@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.marks import Automatic, Chooser, Of, keys_with
 from fedgrove.ground.options import COLUMN, OF_THE_DATA, Options, Share, Text, Texts
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.job.kinds import join, nearest
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import shown, value_text
@@ -62,7 +63,8 @@ class DataSection(Section):
     """
 
     source: Annotated[Text, Chooser()] = Field(
-        "embedded", description="Where the rows come from; each source has keys of its own."
+        "embedded",
+        description="Where the rows come from; each source has keys of its own.",
     )
     task: Annotated[Text, Chooser(), Automatic("data")] = Field(
         "auto",
@@ -110,10 +112,11 @@ class DataSection(Section):
         examples=[100],
     )
     partition: Annotated[PartitionSection, OF_THE_DATA] = Field(
-        default_factory=PartitionSection, description="How it is split into clients."
+        default_factory=PartitionSection,
+        description="How it is split into clients.",
     )
 
-    learnt: ClassVar[type[Task[Any]]]  # the task of a class that has the keys of its parts
+    learnt: ClassVar[type[Task]]  # the task of a class that has the keys of its parts
 
     if TYPE_CHECKING:
 
@@ -130,14 +133,14 @@ class DataSection(Section):
 
     # ------------------------------------------------------------------ asking
     @property
-    def source_class(self) -> type[Source[Any]]:
+    def source_class(self) -> type[Source]:
         """What reads the rows."""
         from fedgrove.federation.sources import SOURCES
 
         return SOURCES.find(self.source)
 
     @property
-    def task_class(self) -> type[Task[Any]]:
+    def task_class(self) -> type[Task]:
         """What is learnt of them."""
         return _task_of(vars(self), self.source_class)
 
@@ -164,7 +167,7 @@ class DataSection(Section):
         return cast(Self, kind.model_validate(_without_defaults_of_others(values, kind)))
 
     @classmethod
-    def chosen(cls, values: Mapping[str, Any]) -> type[DataSection]:
+    def chosen(cls, values: Given) -> type[DataSection]:
         """As in Section. Raises ValueError, in a sentence, where a name is none."""
         from fedgrove.federation.sources import SOURCES
         from fedgrove.federation.tasks import TASKS
@@ -203,7 +206,12 @@ class DataSection(Section):
         return found
 
     @classmethod
-    def dropped(cls, values: Mapping[str, Any], key: str, after: str) -> list[str]:
+    def dropped(
+        cls,
+        values: Given,
+        key: str,
+        after: str,
+    ) -> list[str]:
         """The keys of a table that another ``source`` or ``task`` drops: those of the old one, and,
         of other data, what they say of the old, the task too where the new data are for one.
 
@@ -284,7 +292,7 @@ class DataSection(Section):
 
 
 # ------------------------------------------------------------------------ the parts' keys
-def _parts() -> Iterator[tuple[str, type[Source[Any]] | type[Task[Any]]]]:
+def _parts() -> Iterator[tuple[str, type[Source] | type[Task]]]:
     """Every source and every task, with the key that chooses it."""
     from fedgrove.federation.sources import SOURCES
     from fedgrove.federation.tasks import TASKS
@@ -295,7 +303,7 @@ def _parts() -> Iterator[tuple[str, type[Source[Any]] | type[Task[Any]]]]:
         yield "task", task
 
 
-def _task_of(values: Mapping[str, Any], source: type[Source[Any]]) -> type[Task[Any]]:
+def _task_of(values: Given, source: type[Source]) -> type[Task]:
     from fedgrove.federation.tasks import AUTO, TASKS
 
     name = values.get("task", "auto")
@@ -304,7 +312,12 @@ def _task_of(values: Mapping[str, Any], source: type[Source[Any]]) -> type[Task[
     return TASKS.find(name)
 
 
-def _named(registry: Registry[Any], key: str, name: Any, *also: str) -> type[Any]:
+def _named(
+    registry: Registry[Any],
+    key: str,
+    name: Any,
+    *also: str,
+) -> type[Any]:
     """The class of a name. Raises ValueError, for pydantic, where there is none."""
     names = [*also, *registry.names()]
     if name in registry.names():
@@ -321,7 +334,7 @@ def _named(registry: Registry[Any], key: str, name: Any, *also: str) -> type[Any
 
 
 @cache
-def _composed(parts: tuple[type[Source[Any]], type[Task[Any]]]) -> type[DataSection]:
+def _composed(parts: tuple[type[Source], type[Task]]) -> type[DataSection]:
     """The section with the keys of both. Raises ``JobError`` where two of the three collide."""
     source, task = parts
     owners: dict[str, str] = dict.fromkeys(_own_names(DataSection), "[data]")
@@ -337,7 +350,10 @@ def _composed(parts: tuple[type[Source[Any]], type[Task[Any]]]) -> type[DataSect
     fields = {key: _described(key) for key in ("source", "task")}
     model: Any = create_model  # its overloads know no classes that are put together at run time
     made: type[DataSection] = model(
-        "DataSection", __base__=(*bases, DataSection), __doc__=DataSection.__doc__, **fields
+        "DataSection",
+        __base__=(*bases, DataSection),
+        __doc__=DataSection.__doc__,
+        **fields,
     )
     made.learnt = task
     return made
@@ -371,7 +387,9 @@ def _declared(kind: type[Options]) -> dict[str, type[Options]]:
 
 
 def _changed(
-    values: Mapping[str, Any], key: str, after: str
+    values: Given,
+    key: str,
+    after: str,
 ) -> tuple[type[DataSection], type[DataSection], set[str]]:
     """The class of a table before and after a choice, and what is gone whatever they declare."""
     from fedgrove.federation.sources import SOURCES
@@ -390,7 +408,9 @@ def _changed(
 
 
 def _gone_with(
-    old: type[Source[Any]], new: type[Source[Any]], before: type[DataSection]
+    old: type[Source],
+    new: type[Source],
+    before: type[DataSection],
 ) -> set[str]:
     """What another source drops of the keys of its own, and of those that speak of the data."""
     from fedgrove.federation.sources import Clients
@@ -405,13 +425,11 @@ def _gone_with(
 
 
 # ------------------------------------------------------------------------ keys of other parts
-def _without_defaults_of_others(
-    values: Mapping[str, Any], kind: type[DataSection]
-) -> dict[str, Any]:
+def _without_defaults_of_others(values: Given, kind: type[DataSection]) -> Plain:
     """The values without keys of other sources and tasks that say nothing, as files of earlier
     versions have them. Raises ValueError for one that says something.
     """
-    kept: dict[str, Any] = {}
+    kept: Plain = {}
     for key, value in values.items():
         if key in kind.model_fields:
             others = []
@@ -424,7 +442,7 @@ def _without_defaults_of_others(
     return kept
 
 
-Part = tuple[str, "type[Source[Any]] | type[Task[Any]]"]
+Part = tuple[str, "type[Source] | type[Task]"]
 
 
 def _others(key: str) -> list[Part]:
@@ -432,12 +450,21 @@ def _others(key: str) -> list[Part]:
     return [(chooser, kind) for chooser, kind in _parts() if key in kind.Options.model_fields]
 
 
-def _is_default(kind: type[Source[Any]] | type[Task[Any]], key: str, value: Any) -> bool:
+def _is_default(
+    kind: type[Source] | type[Task],
+    key: str,
+    value: Any,
+) -> bool:
     default = kind.Options.model_fields[key].get_default(call_default_factory=True)
     return bool(value == default or (isinstance(default, tuple) and value == list(default)))
 
 
-def _of_no_use(key: str, value: Any, others: list[Part], values: Mapping[str, Any]) -> str:
+def _of_no_use(
+    key: str,
+    value: Any,
+    others: list[Part],
+    values: Given,
+) -> str:
     """The sentence on a key of another source or task than the job's."""
     chooser = others[0][0]
     chosen = _chosen_name(chooser, values)
@@ -448,7 +475,7 @@ def _of_no_use(key: str, value: Any, others: list[Part], values: Mapping[str, An
     )
 
 
-def _chosen_name(chooser: str, values: Mapping[str, Any]) -> str:
+def _chosen_name(chooser: str, values: Given) -> str:
     from fedgrove.federation.sources import SOURCES
 
     source = str(values.get("source", "embedded"))

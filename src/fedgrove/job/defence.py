@@ -71,7 +71,10 @@ class AttackSection(Section):
         'far as the honest are apart and the norm bound allows ("adaptive").',
     )
     share: float = Field(
-        0.2, gt=0, le=0.5, description="The share of clients that attack, drawn by run.seed."
+        0.2,
+        gt=0,
+        le=0.5,
+        description="The share of clients that attack, drawn by run.seed.",
     )
     strength: Above = Field(
         1.0,
@@ -79,7 +82,9 @@ class AttackSection(Section):
         "standard deviations (little).",
     )
     target: int = Field(
-        0, ge=0, description="backdoor: the label, by its number, that the trigger is to give."
+        0,
+        ge=0,
+        description="backdoor: the label, by its number, that the trigger is to give.",
     )
     trigger: str = Field(
         "cf",

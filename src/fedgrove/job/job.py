@@ -21,6 +21,7 @@ from fedgrove.ground.marks import (
     marked,
     sections,
 )
+from fedgrove.ground.plain import Given, Plain
 from fedgrove.job import text
 from fedgrove.job.data import DataSection
 from fedgrove.job.defence import AttackSection, DefenceSection
@@ -59,20 +60,25 @@ class Job(Section):
         description="The rows and what is learnt of them.",
     )
     federation: FederationSection = Field(
-        default_factory=FederationSection, description="The clients."
+        default_factory=FederationSection,
+        description="The clients.",
     )
     method: MethodSection = Field(
-        default_factory=MethodSection, description="The federated method."
+        default_factory=MethodSection,
+        description="The federated method.",
     )
     train: TrainSection = Field(default_factory=TrainSection, description="The local training.")
     privacy: PrivacySection = Field(
-        default_factory=PrivacySection, description="Noise and secure aggregation."
+        default_factory=PrivacySection,
+        description="Noise and secure aggregation.",
     )
     defence: DefenceSection = Field(
-        default_factory=DefenceSection, description="Against updates that would spoil the run."
+        default_factory=DefenceSection,
+        description="Against updates that would spoil the run.",
     )
     attack: AttackSection = Field(
-        default_factory=AttackSection, description="Attackers among simulated clients."
+        default_factory=AttackSection,
+        description="Attackers among simulated clients.",
     )
     run: RunSection = Field(default_factory=RunSection, description="Rounds, seed and records.")
 
@@ -107,7 +113,7 @@ class Job(Section):
         return cls.build(parse_toml(content, where), where)
 
     @classmethod
-    def build(cls, values: Mapping[str, Any], where: str = "") -> Self:
+    def build(cls, values: Given, where: str = "") -> Self:
         """The job in nested plain data, as a TOML file gives it."""
         try:
             return cls.model_validate(dict(values))
@@ -134,7 +140,7 @@ class Job(Section):
         """
         return self._assign([parse_assignment(setting) for setting in settings], where)
 
-    def replace(self, **sections: Mapping[str, Any]) -> Self:
+    def replace(self, **sections: Given) -> Self:
         """A copy with some keys changed: ``job.replace(train={"device": "cpu"}, lora={"rank":
         8})``; None unsets.
         """
@@ -164,7 +170,12 @@ class Job(Section):
             _set(values, path, value)
         return type(self).build(values, where)
 
-    def _choose(self, values: dict[str, Any], chooser: KeyPath, after: Any) -> None:
+    def _choose(
+        self,
+        values: Plain,
+        chooser: KeyPath,
+        after: Any,
+    ) -> None:
         """Drop from nested ``values`` what belongs to the old choice of ``chooser``."""
         *above, name = chooser
         table = _get(values, tuple(above))
@@ -181,14 +192,14 @@ class Job(Section):
 
     def opened(self, by: str) -> Self:
         """A copy in which what ``by`` decides at the start (``marks.Automatic``) is open again."""
-        changes: dict[str, dict[str, Any]] = {}
+        changes: dict[str, Plain] = {}
         for section, key in automatic_keys(self, by):
             changes.setdefault(section, {})[key] = None
         return self.replace(**changes)
 
     def adopting(self, recorded: Self) -> Self:
         """A copy that takes over what another job has decided and this one leaves open."""
-        changes: dict[str, dict[str, Any]] = {}
+        changes: dict[str, Plain] = {}
         for section, key in automatic_keys(self):
             default = default_of(self, (section, key))
             decided = getattr(getattr(recorded, section), key)
@@ -202,7 +213,8 @@ class Job(Section):
         """
         ranks = self.federation.ranks
         rank = self.lora.rank or max(
-            ranks.values() if isinstance(ranks, dict) else ranks, default=DEFAULT_RANK
+            ranks.values() if isinstance(ranks, dict) else ranks,
+            default=DEFAULT_RANK,
         )
         return self.replace(
             lora={
@@ -260,7 +272,7 @@ class Job(Section):
         ).hexdigest()
 
     # ------------------------------------------------------------------ writing
-    def to_dict(self) -> dict[str, dict[str, Any]]:
+    def to_dict(self) -> dict[str, Plain]:
         """Nested plain data, as a TOML file gives it; keys that are not set are left out."""
         values = self.model_dump(mode="json", exclude_none=True)
         values["method"] |= self.method.options.model_dump(mode="json", exclude_none=True)
@@ -334,7 +346,7 @@ def _is_short(path: tuple[str, ...], value: Any) -> bool:
     return path in (("model",), ("method",)) and isinstance(value, str)
 
 
-def _spread(values: Mapping[str, Any]) -> dict[str, Any]:
+def _spread(values: Given) -> Plain:
     """``model = "name"`` and ``method = "name"`` written out as sections."""
     return {
         key: {"name": value} if _is_short((key,), value) else value for key, value in values.items()
@@ -347,7 +359,11 @@ def _get(values: Any, path: tuple[str, ...]) -> Any:
     return values
 
 
-def _set(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def _set(
+    values: Plain,
+    path: tuple[str, ...],
+    value: Any,
+) -> None:
     """Set a leaf; None removes it. What stands in the way of a deeper path gives way (the check
     then says it).
     """

@@ -42,7 +42,8 @@ def _alternatives(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
         return [value_text(choice) for choice in arguments]
     if origin in (list, tuple):
         least = max(
-            (limit.min_length for limit in metadata if isinstance(limit, MinLen)), default=0
+            (limit.min_length for limit in metadata if isinstance(limit, MinLen)),
+            default=0,
         )
         return [f"a list {f'of {least} or more ' if least else ''}(each {kind(arguments[0])})"]
     if origin is dict:
@@ -67,7 +68,11 @@ def join(words: Sequence[str], last: str = "or") -> str:
     return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+def nearest(
+    name: str,
+    known: Iterable[str],
+    cutoff: float = 0.6,
+) -> str | None:
     """The known name most like ``name``, whatever the case and the kind of dash; None where none is
     like it.
     """

@@ -8,7 +8,6 @@ happens then.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from fedgrove.ground.marks import Automatic, Chooser, InsteadOf, Of, marks_of
 from fedgrove.ground.options import Options, Share, Text, Texts, distinct
+from fedgrove.ground.plain import Given
 from fedgrove.job.kinds import join, nearest
 from fedgrove.job.toml import shown, value_text
 
@@ -34,7 +34,7 @@ class Section(Options):
     """
 
     @classmethod
-    def chosen(cls, values: Mapping[str, Any]) -> type[Section]:
+    def chosen(cls, values: Given) -> type[Section]:
         """The class that has all keys of a table with these values, where some of them choose
         others.
         """
@@ -51,7 +51,12 @@ class Section(Options):
         return list(cls.model_fields)
 
     @classmethod
-    def dropped(cls, values: Mapping[str, Any], key: str, after: Any) -> list[str]:
+    def dropped(
+        cls,
+        values: Given,
+        key: str,
+        after: Any,
+    ) -> list[str]:
         """The keys of a table with these values that another choice of ``key`` drops: what is
         ``Of`` it, and what only the old choice knows.
         """
@@ -69,6 +74,7 @@ class Section(Options):
 
 Rank = Annotated[int, Field(ge=1)]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
+Evaluate = Literal["all", "sample"] | Annotated[int, Field(ge=1)]
 
 
 #: models that Fedgrove fetches by itself, or brings along; they have one version
@@ -150,7 +156,9 @@ class LoraSection(Section):
         examples=[8],
     )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Numerator of the scale. Not set: 2 R.", examples=[16.0]
+        None,
+        description="Numerator of the scale. Not set: 2 R.",
+        examples=[16.0],
     )
     scaling: Literal["global", "client"] = Field(
         "global",
@@ -189,7 +197,10 @@ class FederationSection(Section):
         "their own).",
     )
     fraction: float = Field(
-        1.0, gt=0, le=1, description="Share of the clients that train in each round, drawn anew."
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the clients that train in each round, drawn anew.",
     )
     ranks: Annotated[tuple[Rank, ...], Strict(False)] | dict[str, Rank] = Field(
         (),
@@ -338,7 +349,8 @@ class TrainSection(Section):
     """What a client does in a round, and on what device."""
 
     optimizer: Literal["adamw", "sgd"] = Field(
-        "adamw", description="The optimiser; its state starts anew each round."
+        "adamw",
+        description="The optimiser; its state starts anew each round.",
     )
     lr: float = Field(1e-3, gt=0, description="Learning rate of the adapters.")
     head_lr: Annotated[float, Field(gt=0)] | None = Field(
@@ -347,14 +359,18 @@ class TrainSection(Section):
         examples=[1e-3],
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="Decoupled weight decay (AdamW), or L2 (SGD)."
+        0.0,
+        ge=0,
+        description="Decoupled weight decay (AdamW), or L2 (SGD).",
     )
     momentum: Share = Field(0.0, description="Momentum of SGD.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="The learning rate over a client's steps of one round."
+        "constant",
+        description="The learning rate over a client's steps of one round.",
     )
     warmup_fraction: Share = Field(
-        0.0, description="Share of those steps in which the learning rate rises from zero."
+        0.0,
+        description="Share of those steps in which the learning rate rises from zero.",
     )
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
     batch_size: int = Field(8, ge=1, description="Examples in a batch.")
@@ -375,10 +391,12 @@ class TrainSection(Section):
         description="Passes of local fine-tuning after the last round, shown as metric_tuned.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations: less memory, more time."
+        False,
+        description="Recompute activations: less memory, more time.",
     )
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Automatic("machine")] = Field(
-        "auto", description="auto: the best that there is."
+        "auto",
+        description="auto: the best that there is.",
     )
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], Automatic("machine")] = Field(
         "auto",
@@ -386,7 +404,8 @@ class TrainSection(Section):
         "is faster.",
     )
     threads: Annotated[AutoCount, Automatic("machine")] = Field(
-        "auto", description="CPU threads; auto: one for each core that the process may use."
+        "auto",
+        description="CPU threads; auto: one for each core that the process may use.",
     )
     eval_batch_size: Annotated[AutoCount, Automatic("machine")] = Field(
         "auto",
@@ -448,10 +467,21 @@ class RunSection(Section):
         description="The run's directory; {method} and {seed} stand for the job's own.",
     )
     eval_every: int = Field(
-        1, ge=1, description="Rounds between evaluations; the last round is always evaluated."
+        1,
+        ge=1,
+        description="Rounds between evaluations; the last round is always evaluated.",
+    )
+    evaluate: Evaluate = Field(
+        "all",
+        description="Which clients an evaluation measures, the last one and the farewell too: all; "
+        "sample: 100 of them; or so many. Drawn anew by the seed for each round; the others train "
+        "and leave with an adapter as ever.",
+        examples=["sample", 500],
     )
     checkpoint_every: int = Field(
-        1, ge=1, description="Rounds between checkpoints, which --resume starts from."
+        1,
+        ge=1,
+        description="Rounds between checkpoints, which --resume starts from.",
     )
     keep: Literal["last", "best"] = Field(
         "last",
@@ -475,6 +505,17 @@ class RunSection(Section):
         "with a scale for "
         "each rank index.",
     )
+
+    @model_validator(mode="after")
+    def _comparable(self) -> RunSection:
+        compares = self.keep == "best" or self.patience is not None
+        if compares and self.evaluate != "all":
+            raise ValueError(
+                f"run.evaluate = {self.evaluate!r} measures other clients in each round, and "
+                'run.keep = "best" and run.patience compare rounds; set it to "all", or leave '
+                "them out."
+            )
+        return self
 
     @field_validator("out")
     @classmethod

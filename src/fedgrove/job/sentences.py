@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel, ValidationError
 
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Given
 from fedgrove.job.kinds import choices, field_kind, join, nearest
 from fedgrove.job.sections import MethodSection, OptionsError, Section
 from fedgrove.job.toml import key_text, shown, value_text
@@ -49,7 +50,7 @@ NOT_HERE = {"dora": _DORA, "use_dora": _DORA}
 def job_error(
     error: ValidationError,
     root: type[BaseModel],
-    values: Mapping[str, Any],
+    values: Given,
     where: str,
     what: str = "the job",
 ) -> JobError:
@@ -99,7 +100,9 @@ def _sentences(
 
 
 def _locate(
-    model: type[BaseModel], loc: tuple[int | str, ...], values: Any
+    model: type[BaseModel],
+    loc: tuple[int | str, ...],
+    values: Any,
 ) -> tuple[tuple[str, ...], type[BaseModel]]:
     """The key's path down the sections, without pydantic's union tags and indices; and the section
     that holds it, of the kind that the values choose.
@@ -128,7 +131,11 @@ def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _lookup(values: Any, path: tuple[str, ...], fallback: Any) -> Any:
+def _lookup(
+    values: Any,
+    path: tuple[str, ...],
+    fallback: Any,
+) -> Any:
     for part in path:
         if not isinstance(values, Mapping) or part not in values:
             return fallback
@@ -137,7 +144,11 @@ def _lookup(values: Any, path: tuple[str, ...], fallback: Any) -> Any:
 
 
 def _wrong(
-    key: str, path: tuple[str, ...], owner: type[BaseModel], value: Any, problem: str
+    key: str,
+    path: tuple[str, ...],
+    owner: type[BaseModel],
+    value: Any,
+    problem: str,
 ) -> str:
     if path:
         field = owner.model_fields.get(path[-1])
@@ -163,7 +174,11 @@ def _wrong(
 
 
 def _own_words(
-    key: str, path: tuple[str, ...], owner: type[BaseModel], value: Any, words: str
+    key: str,
+    path: tuple[str, ...],
+    owner: type[BaseModel],
+    value: Any,
+    words: str,
 ) -> str:
     """What a validator said. One of a whole section names its keys itself; one of a key does
     not.
@@ -178,7 +193,10 @@ def _own_words(
 
 
 def _unknown(
-    path: tuple[str, ...], value: Any, owner: type[BaseModel], root: type[BaseModel]
+    path: tuple[str, ...],
+    value: Any,
+    owner: type[BaseModel],
+    root: type[BaseModel],
 ) -> str:
     *above, name = path
     section = ".".join(above)
@@ -209,7 +227,11 @@ def _unknown(
     return f"the key {dotted} is unknown; the keys of [{section}] are {join(list(here), 'and')}."
 
 
-def _keys(owner: type[BaseModel], section: str, root: type[BaseModel]) -> list[str]:
+def _keys(
+    owner: type[BaseModel],
+    section: str,
+    root: type[BaseModel],
+) -> list[str]:
     if section != "method":
         return list(owner.model_fields)
     # A method's own keys stand beside the keys of every method.

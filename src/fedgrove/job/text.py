@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from fedgrove.ground.plain import Plain
 from fedgrove.job.kinds import field_kind
 from fedgrove.job.sections import Section
 from fedgrove.job.toml import key_text, value_text
@@ -78,7 +79,10 @@ def explain(job: BaseModel) -> str:
             if entry.value != entry.default and not entry.only:
                 head += f"; here: {value_text(entry.value)}"
             body = textwrap.fill(
-                entry.description, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+                entry.description,
+                WIDTH,
+                initial_indent=" " * 6,
+                subsequent_indent=" " * 6,
             )
             blocks.append(f"{_wrap(head)}\n{body}")
     return "\n\n".join(blocks) + "\n"
@@ -122,7 +126,7 @@ def _tables(name: str, section: BaseModel) -> Iterator[Table]:
         yield from _tables(f"{name}.{key}", value)
 
 
-def _values(section: BaseModel) -> dict[str, Any]:
+def _values(section: BaseModel) -> Plain:
     return {key: getattr(section, key) for key in type(section).model_fields}
 
 
@@ -130,22 +134,37 @@ def _entry(section: BaseModel, key: str) -> Entry:
     field = type(section).model_fields[key]
     default = field.get_default(call_default_factory=True)
     return Entry(
-        key, field, getattr(section, key), None if default is PydanticUndefined else default
+        key,
+        field,
+        getattr(section, key),
+        None if default is PydanticUndefined else default,
     )
 
 
-def _entry_of_another(key: str, field: FieldInfo, only: str) -> Entry:
+def _entry_of_another(
+    key: str,
+    field: FieldInfo,
+    only: str,
+) -> Entry:
     default = field.get_default(call_default_factory=True)
     return Entry(key, field, None, default, f"With {only}: ")
 
 
 def _comment(text: str, later: str = "# ") -> list[str]:
     return textwrap.wrap(
-        text, WIDTH, initial_indent="# ", subsequent_indent=later, break_on_hyphens=False
+        text,
+        WIDTH,
+        initial_indent="# ",
+        subsequent_indent=later,
+        break_on_hyphens=False,
     )
 
 
 def _wrap(head: str) -> str:
     return textwrap.fill(
-        head, WIDTH, subsequent_indent=" " * 4, break_on_hyphens=False, break_long_words=False
+        head,
+        WIDTH,
+        subsequent_indent=" " * 4,
+        break_on_hyphens=False,
+        break_long_words=False,
     )

@@ -10,6 +10,7 @@ from datetime import date, datetime, time
 from typing import Any
 
 from fedgrove.ground.errors import JobError
+from fedgrove.ground.plain import Plain
 from fedgrove.ground.toml import key_text, short, shown, value_text
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 
-def parse_toml(text: str, where: str) -> dict[str, Any]:
+def parse_toml(text: str, where: str) -> Plain:
     """The tables of a TOML text as plain data; raises ``JobError`` with the line, the column and
     the line's text.
     """

@@ -181,12 +181,16 @@ class Step:
     head: bool = True  # whether the head trains too, where the head policy lets it
     # purpose of the data order's seed; two steps of one stream see the same batches
     stream: str = "train"
+    # the stretch of the client's examples that the step sees, in one order of them that is the same
+    # in all rounds: what is held out of one step stays unseen by it
+    part: tuple[float, float] = (0.0, 1.0)
     # "fisher": nothing changes, the mean squared gradient of each trained factor comes back in
     # ``Trained.scores``
     # "features": nothing trains; ``Trained.features`` holds the pooled features of some examples,
     # of the base with what the assembly adds to it
-    measure: Literal["train", "fisher", "features"] = "train"
-    # how many examples, for "train" and "features" (for "fisher": batches); 0 is all
+    # "loss": nothing trains; ``Trained.loss`` is the assembly's mean loss over the examples
+    measure: Literal["train", "fisher", "features", "loss"] = "train"
+    # how many examples, for all but "fisher" (there: batches); 0 is all
     count: int = 0
 
 
@@ -195,7 +199,8 @@ class Trained:
     """What came out of a step. Client-home terms and extras are sealed."""
 
     assembly: Assembly
-    loss: float  # the task's, a mean over the step's batches, without any penalty
+    # the task's, a mean over the step's batches (of "loss": over its examples), without any penalty
+    loss: float
     steps: int
     scores: Mapping[str, Adapter] | None = None
     features: Tensor | None = None

@@ -278,8 +278,7 @@ class FedPLoRA(Method):
             if selection == "magnitude":
                 by_site[site] = magnitudes(factors)
             elif selection == "gradient" and gradients is not None:
-                squares = gradients["global"][site]  # of gradients, the means of their squares
-                by_site[site] = squares.A.double().sum(1) + squares.B.double().sum(0)
+                by_site[site] = wanted(gradients["global"][site])
             else:
                 by_site[site] = torch.zeros(factors.rank, dtype=torch.float64)
         if self.options.per_site:
@@ -376,6 +375,13 @@ def best(
     shuffled = torch.randperm(len(score), generator=rng)
     order = torch.argsort(score[shuffled], descending=True, stable=True)
     return sorted(shuffled[order[:count]].tolist())
+
+
+def wanted(squares: Factors) -> Tensor:
+    """How much the loss would move each module: the sum of its mean squared gradients, float64
+    [rank].
+    """
+    return squares.A.double().sum(1) + squares.B.double().sum(0)
 
 
 def magnitudes(factors: Factors) -> Tensor:

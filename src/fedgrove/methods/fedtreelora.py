@@ -43,8 +43,9 @@ from torch import Tensor
 from fedgrove.adapters.adapter import Adapter, Site
 from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Convex, Extra, Term
-from fedgrove.adapters.distance import Distance, between, layers_of, towards
+from fedgrove.adapters.distance import Distance, between, layers_of, roughly, towards
 from fedgrove.adapters.groups import group_means
+from fedgrove.clustering.landmarks import joined, landmarks, leaves
 from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree, nearest, untied_cuts
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.plain import Plain
@@ -63,6 +64,7 @@ from fedgrove.methods.contract import (
 from fedgrove.methods.rule import Arrived, Needs, Outcome, Round, ServerRule
 
 Value = TypeVar("Value")
+ALL = -1  # the layer that stands for the sum of all
 
 
 class TreeOptions(contract.Options):
@@ -133,10 +135,14 @@ class TreeOptions(contract.Options):
 
 @dataclass(frozen=True, eq=False)
 class Grown:
-    """The merge tree of the clients (rows as SciPy's linkage), and where each layer cuts it."""
+    """The merge tree of the landmarks (rows as SciPy's linkage; up to ``landmarks.EXACT`` clients,
+    all are), where each layer cuts it, and by layer the group of every client [N].
+    """
 
+    landmarks: list[int]
     merges: np.ndarray
     cuts: dict[int, LayerCut]
+    labels: dict[int, list[int]]
 
 
 class GroupMeans:
@@ -152,7 +158,11 @@ class GroupMeans:
     def __init__(self, options: TreeOptions, round: Round):
         self.options = options
         self.sites = layers_of(round.sites)
-        self.distances: dict[int, Tensor] = {}  # of the layers seen to their end, float64 [N, N]
+        self.landmarks: list[int] = []
+        self.distances: dict[int, Tensor] = {}  # of the layers seen to their end, float64 [M, M]
+        #: where not all are landmarks, from everyone to them, [N, M]: of each layer, or, where one
+        #: tree serves all, of layer -1 the sum
+        self.rough: dict[int, Tensor] = {}
         self._waiting: list[Tensor] = []  # of the sites of the layer that is being seen
 
     def look(self, given: Arrived) -> None:
@@ -161,9 +171,15 @@ class GroupMeans:
     def see(self, site: Site, clients: Sequence[Tensor]) -> None:
         """Compare the clients' B, all [out, rank], at one site; sites come layer by layer."""
         name, layer = site.name, site.layer
-        held = [{name: B} for B in clients]
+        self.landmarks = landmarks(len(clients)).tolist()
+        held = [{name: clients[n]} for n in self.landmarks]
         apart = between(held, {name: site}, self.options.distance)
         self._waiting.append(apart[0])
+        if len(held) < len(clients):
+            rough = roughly(clients, self.landmarks, self.options.distance, name)
+            key = ALL if self.options.tree else layer
+            share = rough / len(self.sites[layer])
+            self.rough[key] = self.rough[key].add_(share) if key in self.rough else share
         if len(self._waiting) == len(self.sites[layer]):
             together = torch.stack(self._waiting)
             self.distances[layer] = together.mean(0)
@@ -185,12 +201,28 @@ class GroupMeans:
             )
         else:
             cuts = untied_cuts(list(distances), options.tau, options.linkage)
-        return Grown(merges, dict(zip(self.distances, cuts, strict=True)))
+        by_layer = dict(zip(self.distances, cuts, strict=True))
+        labels = {layer: cut.labels.tolist() for layer, cut in by_layer.items()}
+        if self.rough:
+            labels = {layer: own.tolist() for layer, own in self._joined(merges, by_layer).items()}
+        return Grown(self.landmarks, merges, by_layer, labels)
+
+    def _joined(self, merges: np.ndarray, cuts: Mapping[int, LayerCut]) -> dict[int, np.ndarray]:
+        """By layer the groups of all clients [N], where only landmarks are in the tree."""
+        found = {}
+        if self.options.tree:
+            to = leaves(merges, self.rough[ALL].numpy())
+            found = {layer: cut.labels[to] for layer, cut in cuts.items()}
+        else:
+            for layer, cut in cuts.items():
+                found[layer] = joined(cut.labels, self.rough[layer].numpy())
+        for layer, own in found.items():
+            own[self.landmarks] = cuts[layer].labels
+        return found
 
     def site(self, given: Arrived) -> Outcome:
         name = given.name
-        cut = self.grown.cuts[given.site.layer]
-        labels = cut.labels.tolist()
+        labels = self.grown.labels[given.site.layer]
         means = group_means(given.adapters, labels, given.weights)
         own = [means.own[label][name] for label in labels]
         return Outcome(whole=means.everyone[name], own=own)
@@ -203,7 +235,7 @@ class GroupMeans:
         layers = []
         for layer, cut in self.grown.cuts.items():
             groups: list[list[str]] = [[] for _ in range(cut.count)]
-            for name, label in zip(clients, cut.labels.tolist(), strict=True):
+            for name, label in zip(clients, self.grown.labels[layer], strict=True):
                 groups[label].append(name)
             row = {
                 "layer": layer,
@@ -212,7 +244,11 @@ class GroupMeans:
             }
             layers.append({**row, "groups": groups})
         merges = self.grown.merges.tolist()
-        return {"tree.json": {"clients": list(clients), "layers": layers, "merges": merges}}
+        compared = [clients[n] for n in self.grown.landmarks]
+        content: Plain = {"clients": compared, "layers": layers, "merges": merges}
+        if len(compared) < len(clients):
+            content["joined"] = sorted(set(clients) - set(compared))
+        return {"tree.json": content}
 
 
 @dataclass(frozen=True, eq=False)
@@ -422,8 +458,8 @@ class FedTreeLoRA(Method):
         return Assembly((Term("cluster", state.common),))
 
     def artefacts(self, state: TreeState) -> Plain:
-        """``tree.json``. ``joined``: members that came after the tree was built, so that no merge
-        names them.
+        """``tree.json``. ``joined``: members that no merge names, because they came after the tree
+        was built, or were placed in that of the landmarks.
 
         ``lambda`` holds what everyone may know, the 1 of layers that are not split; the rest is the
         clients' own.
@@ -470,10 +506,11 @@ class FedTreeLoRA(Method):
         for layer, cut in zip(self.layers, rule.grown.cuts.values(), strict=True):
             layers.append(Layer(layer, cut.count, cut.score, cut.labels.tolist()))
         groups = {}
-        for row, name in enumerate(state.latest):
-            groups[name] = [layer.labels[row] for layer in layers]
+        names = list(state.latest)
+        for row, name in enumerate(names):
+            groups[name] = [labels[row] for labels in rule.grown.labels.values()]
         tree = Tree(
-            list(state.latest),
+            [names[row] for row in rule.grown.landmarks],
             rule.grown.merges.tolist(),
             layers,
         )

@@ -13,6 +13,8 @@ its group in that layer, and the groups of a deeper layer only split those of th
    stands), summed over odd and over even rounds apart, the groups grow (``clustering.growth``).
 2. Branches: each group's modules start from ``B = 0`` and the one shared draw, so no client's
    function changes when they appear. Root and branches train together, or in cascade.
+3. Leaf, where there is one: in the last rounds a client trains private modules on its frozen path,
+   sends nothing, and chooses on held-out rows how much of branch and leaf it keeps (``_leaf``).
 
 A client of budget r_i draws r_i modules of its path each round, trains them from their values as
 one dense LoRA, folds the rest, and sends what it trained, tagged by index. The server takes the
@@ -26,7 +28,7 @@ means of factors; without root modules FedTreeLoRA's experts without the externa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -40,15 +42,17 @@ from fedgrove.adapters.algebra import index_mean, select
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.adapters.distance import Bs, between, layers_of
 from fedgrove.adapters.subspace import basis, principal_angle_distances
-from fedgrove.clustering.growth import grow
+from fedgrove.clustering.growth import grow, parted
 from fedgrove.clustering.matrix import Matrix
 from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.plain import Plain
 from fedgrove.methods import contract
+from fedgrove.methods._leaf import BRANCH, LEAF, ROOT, SEEN, Gated, gate_steps, gates_of
 from fedgrove.methods.contract import ClientInfo, Method, Plan, Setting, Step, Trained, Update
-from fedgrove.methods.fed_plora import best, refuse_scales, training
-from fedgrove.methods.records import Nothing
+from fedgrove.methods.fed_plora import best, refuse_scales, training, wanted
+
+LOOKED_AT = 4  # batches of selection = "gradient", as in Fed-PLoRA
 
 
 class GroveOptions(contract.Options):
@@ -67,6 +71,13 @@ class GroveOptions(contract.Options):
         description="Rounds of the root before the groups grow, part of run.rounds. Not set: a fifth "
         "of them, at least 2.",
         examples=[2],
+    )
+    regrow: int | None = Field(
+        None,
+        ge=2,
+        description="Rounds after which groups may split again, by what training changed since. Not "
+        "set: they grow once.",
+        examples=[3],
     )
     together: bool = Field(
         True,
@@ -91,6 +102,27 @@ class GroveOptions(contract.Options):
     )
     most: int = Field(
         3, ge=1, description="A layer may have up to most - 1 groups more than the one above it."
+    )
+    leaf_rounds: int = Field(
+        0,
+        ge=0,
+        description="Last rounds, part of run.rounds, in which each client trains private modules "
+        "on its frozen path and sends nothing; 0: no leaf.",
+        examples=[2],
+    )
+    leaf_rank: int = Field(
+        2, ge=1, description="Modules of a leaf, never more than the client's rank."
+    )
+    selection: Literal["random", "least_trained", "gradient"] = Field(
+        "random",
+        description="Which modules of its path a client of a smaller budget trains in a round: a "
+        "uniform draw, those that it trained least often, or those with the largest gradient on a "
+        "few batches of its own data; ties are drawn.",
+    )
+    orthogonal: bool = Field(
+        False,
+        description="Whether what changes in a branch's B is projected off the span of the root's "
+        "B, so that a branch learns nothing that the root can say.",
     )
 
 
@@ -132,6 +164,7 @@ class GroveState:
     tree: Tree | None = None
     groups: dict[str, list[int]] = field(default_factory=dict)  # client -> its group in each layer
     evidence: dict[str, Evidence] = field(default_factory=dict)
+    since: dict[str, Evidence] = field(default_factory=dict)  # the same, after the last growth
     trained: dict[str, list[int]] = field(default_factory=dict)  # client -> trainings of each index
 
 
@@ -142,6 +175,7 @@ class Path:
     path: Adapter
     first: int = 0
     placed: str = ""
+    branches: int = 0  # how many of the modules, the last ones, are a group's
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +184,17 @@ class Modules:
 
     modules: Adapter
     indices: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """What stays with a client: its leaf, how much of branch and leaf it keeps by layer, and how
+    often it trained each module of its path (where the selection asks).
+    """
+
+    leaf: Adapter | None = None
+    gates: dict[str, list[float]] = field(default_factory=dict)  # layer -> of branch, of leaf
+    trained: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,11 +208,11 @@ class Grove(Method):
     name = "grove"
     title = "Grove"
     pictures = "fedgrove.report.pictures.grove:grove"
-    laid_out = ("root_rounds",)
+    laid_out = ("root_rounds", "leaves")
     paper = "ours"
     trains = "r_i modules of the path"
     shares = "those modules"
-    keeps = "nothing"
+    keeps = "leaf"
     ranks = "mixed"
     averages_factors = True
     no_rule = (
@@ -175,7 +220,7 @@ class Grove(Method):
         "where one round ended"
     )
     centres = "values"
-    State, Offer, Mine, Sent, Probed = GroveState, Path, Nothing, Modules, Changed
+    State, Offer, Mine, Sent, Probed = GroveState, Path, Own, Modules, Changed
     Options: ClassVar[type[contract.Options]] = GroveOptions
 
     def __init__(self, options: GroveOptions, setting: Setting):
@@ -187,7 +232,12 @@ class Grove(Method):
             most = max(1, setting.rank - 1)
             rank = min(max(rank, 1), most)
         self.root_rank = rank
+        _refuse_regrowth(options, rank)
         self.root_rounds = _root_rounds(options, setting, rank)
+        #: the first round of the leaves; 0: there is none
+        self.leaves = 0
+        if options.leaf_rounds:
+            self.leaves = setting.rounds - options.leaf_rounds + 1
 
     @property
     def complete_from(self) -> int:
@@ -203,6 +253,13 @@ class Grove(Method):
         if self.root_rounds == self.setting.rounds:
             return "only a client knows which modules it trained"
         return "its groups grow from what each client's own training changed"
+
+    def reads(self) -> str:
+        if self.leaves:
+            return "the rows on which a client chooses how much of branch and leaf it keeps"
+        if self.options.selection == "gradient":
+            return "the gradients that choose its modules"
+        return ""
 
     def begin(self, clients: Sequence[ClientInfo]) -> GroveState:
         return GroveState(_some(self.setting.shared_draw(), 0, self._nodes_rank))
@@ -229,7 +286,10 @@ class Grove(Method):
         round: int,
         updates: Sequence[Update[Modules]],
     ) -> GroveState:
-        evidence, trained = dict(state.evidence), dict(state.trained)
+        if self._of_leaves(round):
+            return state
+        evidence, since = dict(state.evidence), dict(state.since)
+        trained = dict(state.trained)
         for update in updates:
             name, content = update.client, update.content
             if name not in state.groups:
@@ -238,6 +298,14 @@ class Grove(Method):
                     content,
                     state.root,
                 )
+            elif self.options.regrow is not None:
+                rooted = _within(content, 0, self.root_rank)
+                if rooted.indices:
+                    since[name] = self._seen(
+                        since.get(name, Evidence()),
+                        rooted,
+                        state.root,
+                    )
             trained[name] = _counted(
                 trained.get(name),
                 content.indices,
@@ -247,11 +315,15 @@ class Grove(Method):
             state,
             root=self._rooted(state, updates),
             evidence=evidence,
+            since=since,
             trained=trained,
         )
         if state.tree is not None:
             after = replace(after, tree=self._branched(state, state.tree, updates))
-            return self._joined(after, [u.client for u in updates])
+            after = self._joined(after, [u.client for u in updates])
+            if round - state.tree.round == self.options.regrow and round < self.setting.rounds:
+                return self._grown(after, round)
+            return after
         if round == self.root_rounds < self.setting.rounds:
             return self._grown(after, round)
         return after
@@ -271,7 +343,7 @@ class Grove(Method):
 
     def global_assembly(self, state: GroveState) -> Assembly | None:
         """The root, as long as it is what everyone runs."""
-        if state.tree is not None:
+        if state.tree is not None or self.leaves:
             return None
         return Assembly((Term("path", state.root),))
 
@@ -326,7 +398,10 @@ class Grove(Method):
             for group in range(layer.count):
                 members = [u for u in updates if _in(state.groups.get(u.client), place, group)]
                 if members:
-                    branches[group] = self._group_mean(branches[group], members)
+                    after = self._group_mean(branches[group], members)
+                    if self.options.orthogonal and self.root_rank:
+                        after = _apart_from(state.root, after, branches[group])
+                    branches[group] = after
             layers.append(replace(layer, branches=branches))
         return replace(tree, layers=layers)
 
@@ -366,30 +441,52 @@ class Grove(Method):
         )
 
     def _grown(self, state: GroveState, round: int) -> GroveState:
-        """The tree and its groups, from the clients that trained at least once."""
-        names = sorted(state.evidence)
-        seen = [state.evidence[name] for name in names]
+        """The tree and its groups, from the clients that trained at least once; groups that there
+        are already only split.
+        """
+        evidence = {**state.evidence, **state.since}
+        names = sorted(evidence)
+        seen = [evidence[name] for name in names]
         first = self._apart([_half(each, odd=True) for each in seen])
         second = self._apart([_half(each, odd=False) for each in seen])
+        parts = self._parts(state, names)
         whole = np.mean([*first, *second], axis=0)
-        merges = merge_tree(whole)
-        cuts = self._cuts(first, second, merges)
+        merges = merge_tree(parted(whole, parts))
+        cuts = self._cuts(names, first, second, merges, parts)
         layers: list[Layer] = []
-        for layer, cut in zip(self.layers, cuts, strict=True):
-            begun = self._layer(layer, cut, state.root)
+        for place, cut in enumerate(cuts):
+            begun = self._layer(state, names, place, cut)
             layers.append(begun)
         groups: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             groups[name] = [each.labels[row] for each in layers]
         tree = Tree(names, merges.tolist(), round, layers)
-        return replace(state, tree=tree, groups=groups)
+        return replace(
+            state,
+            tree=tree,
+            groups=groups,
+            evidence=evidence,
+            since={},
+        )
+
+    def _parts(self, state: GroveState, names: Sequence[str]) -> list[list[int]]:
+        """The clients' groups so far, layer by layer; none before the first growth."""
+        if state.tree is None:
+            return []
+        layers = range(len(self.layers))
+        return [[state.groups[name][layer] for name in names] for layer in layers]
 
     def _cuts(
         self,
+        names: Sequence[str],
         first: list[Matrix],
         second: list[Matrix],
         merges: Matrix,
+        parts: list[list[int]],
     ) -> list[LayerCut]:
+        """The groups of the clients ``names``, layer by layer, from their two measurements (each
+        [N, N] a layer) and the tree [N - 1, 4] of both; ``parts``: their groups so far.
+        """
         options = self.options
         if options.tau is not None:
             both = [(one + other) / 2 for one, other in zip(first, second, strict=True)]
@@ -401,33 +498,44 @@ class Grove(Method):
             level=options.level,
             most=options.most,
             seed=seed,
+            parts=parts,
         )
 
     def _layer(
         self,
-        layer: int,
+        state: GroveState,
+        names: Sequence[str],
+        place: int,
         cut: LayerCut,
-        root: Adapter,
     ) -> Layer:
-        """A layer's groups, their modules as yet without effect.
+        """A layer's groups, their modules as yet without effect, or those of the group that they
+        split from.
 
         Where the root owns no module, groups go on from what everybody's node holds.
         """
-        if self.root_rank == 0:
-            start = root
+        layer = list(self.layers)[place]
+        labels = cut.labels.tolist()
+        if state.tree is not None:
+            before = state.tree.layers[place].branches
+            parents = {own: state.groups[n][place] for n, own in zip(names, labels, strict=True)}
+            branches = [before[parents[group]] for group in range(cut.count)]
         else:
-            start = _some(
-                self.setting.shared_draw(),
-                self.root_rank,
-                self.setting.rank,
-            )
-        own = {site: start[site] for site in self.layers[layer]}
+            if self.root_rank == 0:
+                start = state.root
+            else:
+                start = _some(
+                    self.setting.shared_draw(),
+                    self.root_rank,
+                    self.setting.rank,
+                )
+            own = {site: start[site] for site in self.layers[layer]}
+            branches = [own] * cut.count
         return Layer(
             layer,
             cut.count,
             cut.score,
-            cut.labels.tolist(),
-            [own] * cut.count,
+            labels,
+            branches,
         )
 
     def _apart(self, clients: Sequence[Bs]) -> list[Matrix]:
@@ -478,29 +586,47 @@ class Grove(Method):
                 if self.root_rank:
                     path[site] = _joint(state.root[site], branch)
         ordered = {site: path[site] for site in self.setting.sites}
+        branches = self.setting.rank - self.root_rank
         if self.options.together:
-            return Path(ordered)
-        return Path(ordered, first=self.root_rank)
+            return Path(ordered, branches=branches)
+        return Path(ordered, first=self.root_rank, branches=branches)
 
     # ------------------------------------------------------------------ client
     def plan(
         self,
         client: ClientInfo,
         offer: Path,
-        mine: Nothing,
+        mine: Own,
         round: int,
-    ) -> Plan:
-        return [Step(training(offer.path, self._choose(client, offer, round)))]
+    ) -> Generator[Step, Trained, None]:
+        if self._of_leaves(round):
+            grown = yield Step(self._with_leaf(client, offer, mine), part=SEEN)
+            if round == self.setting.rounds:
+                yield from gate_steps(grown.assembly, list(self.layers))
+            return
+        gradients = None
+        if self.options.selection == "gradient" and client.rank < _rank(offer) - offer.first:
+            whole = Assembly((Term("path", offer.path),))
+            looked = yield Step(
+                whole, head=False, measure="fisher", stream="select", count=LOOKED_AT
+            )
+            gradients = looked.scores
+        yield Step(training(offer.path, self._choose(client, offer, mine, round, gradients)))
 
     def report(
         self,
         client: ClientInfo,
         trained: Sequence[Trained],
         offer: Path,
-        mine: Nothing,
+        mine: Own,
         round: int,
-    ) -> tuple[Modules, Nothing]:
-        chosen = self._choose(client, offer, round)
+    ) -> tuple[Modules, Own]:
+        if self._of_leaves(round):
+            return Modules({}, []), self._leafed(trained, round)
+        chosen = self._choose(client, offer, mine, round, trained[0].scores)
+        if self.options.selection == "least_trained":
+            counts = _counted(mine.trained, chosen, self.setting.rank)
+            mine = replace(mine, trained=counts)
         return Modules(trained[-1].adapter("selected"), chosen), mine
 
     def probe(self, client: ClientInfo, offer: Path) -> Plan | None:
@@ -522,21 +648,75 @@ class Grove(Method):
         self,
         client: ClientInfo,
         offer: Path,
-        mine: Nothing,
+        mine: Own,
     ) -> Assembly:
-        return Assembly((Term("path", offer.path),))
+        if mine.leaf is None:
+            return Assembly((Term("path", offer.path),))
+        whole = self._with_leaf(client, offer, mine)
+        gates = {int(layer): (pair[0], pair[1]) for layer, pair in mine.gates.items()}
+        terms = tuple(replace(term, train="AB") for term in whole.terms)
+        return replace(whole, terms=terms, mix=Gated(gates))
+
+    def client_artefacts(
+        self,
+        client: ClientInfo,
+        offer: Path,
+        mine: Own,
+    ) -> Plain:
+        """For ``grove.json``: how much of branch and leaf the client keeps in each layer."""
+        if not mine.gates or not offer.branches:
+            return {}  # nothing grew, so there is no file
+        return {"grove.json": {"gates": {client.name: mine.gates}}}
+
+    def _of_leaves(self, round: int) -> bool:
+        """Whether the round is one of the leaves', in which nothing is sent."""
+        return 0 < self.leaves <= round
+
+    def _leafed(self, trained: Sequence[Trained], round: int) -> Own:
+        """What a client keeps after a round of its leaf; after the last one its gates too."""
+        own = Own(trained[0].adapter(LEAF))
+        if round < self.setting.rounds:
+            return own
+        gates = gates_of(trained, list(self.layers))
+        return replace(own, gates={str(layer): list(gate) for layer, gate in gates.items()})
+
+    def _with_leaf(
+        self,
+        client: ClientInfo,
+        offer: Path,
+        mine: Own,
+    ) -> Assembly:
+        """The frozen path and the leaf, which trains; a new one computes nothing."""
+        rank = _rank(offer)
+        root = rank - offer.branches
+        terms = []
+        if root:
+            terms.append(Term(ROOT, _some(offer.path, 0, root), train=""))
+        if offer.branches:
+            terms.append(Term(BRANCH, _some(offer.path, root, rank), train=""))
+        own = mine.leaf
+        if own is None:
+            modules = min(self.options.leaf_rank, client.rank)
+            own = self.setting.shared_draw(modules, "leaf")
+        return Assembly((*terms, Term(LEAF, own, home="client")))
 
     def _choose(
         self,
         client: ClientInfo,
         offer: Path,
+        mine: Own,
         round: int,
+        gradients: Mapping[str, Adapter] | None,
     ) -> list[int]:
-        """The indices that the client trains in this round: a uniform draw of its budget."""
-        rank = next(iter(offer.path.values())).rank
+        """The indices of the path that the client trains in this round, ascending."""
+        rank, selection = _rank(offer), self.options.selection
+        score = torch.zeros(rank, dtype=torch.float64)
+        if selection == "least_trained" and mine.trained:
+            score = -torch.tensor(mine.trained[:rank], dtype=torch.float64)
+        if selection == "gradient" and gradients is not None:
+            score = torch.stack([wanted(squares) for squares in gradients["path"].values()]).sum(0)
         rng = self.setting.rng(round, client.name, "modules", "")  # Fed-PLoRA's draw
-        score = torch.zeros(rank - offer.first, dtype=torch.float64)
-        return [offer.first + index for index in best(score, client.rank, rng)]
+        return [offer.first + each for each in best(score[offer.first :], client.rank, rng)]
 
 
 def _root_rounds(
@@ -547,6 +727,13 @@ def _root_rounds(
     """Rounds of the root alone; all of them where nothing can grow. JobError where they are too
     many.
     """
+    shared, needed = setting.rounds - options.leaf_rounds, options.root_rounds or 1
+    if options.leaf_rounds and shared < needed:
+        raise JobError(
+            f"method.leaf_rounds = {options.leaf_rounds} leaves {max(0, shared)} of run.rounds = "
+            f"{setting.rounds} for root and branches, which need {needed}; set it to "
+            f"{max(0, setting.rounds - needed)} or less."
+        )
     if root_rank == setting.rank:
         return setting.rounds
     if options.root_rounds is None:
@@ -557,6 +744,24 @@ def _root_rounds(
             f"of which they are a part; set it to {setting.rounds} or less."
         )
     return options.root_rounds
+
+
+def _refuse_regrowth(options: GroveOptions, root_rank: int) -> None:
+    """JobError where groups cannot split again."""
+    if options.regrow is None:
+        return
+    if not options.together or root_rank == 0:
+        raise JobError(
+            "method.regrow needs a root that trains beside the branches, because groups split by "
+            "what changes in it: set method.together = true and a method.root_share above 0."
+        )
+    if options.tau is not None:
+        raise JobError("method.regrow splits by the test; leave method.tau out, or regrow.")
+
+
+def _rank(offer: Path) -> int:
+    """Modules of a path."""
+    return next(iter(offer.path.values())).rank
 
 
 def _some(
@@ -575,6 +780,24 @@ def _joint(root: Factors, branch: Factors) -> Factors:
         torch.cat([root.B, branch.B], 1),
         root.scale,
     )
+
+
+def _apart_from(
+    root: Adapter,
+    after: Adapter,
+    before: Adapter,
+) -> Adapter:
+    """A branch whose change of B is projected off the span of the root's B: exact, and linear, so
+    that it is the same for each client's update as for their mean.
+    """
+    found: Adapter = {}
+    for site, factors in after.items():
+        B = before[site].B.double()
+        change = factors.B.double() - B
+        frame = basis(root[site].B.double(), min(root[site].B.shape))
+        kept = B + change - frame @ (frame.T @ change)
+        found[site] = replace(factors, B=kept.to(factors.B.dtype))
+    return found
 
 
 def _within(

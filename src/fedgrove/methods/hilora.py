@@ -40,7 +40,9 @@ from fedgrove.adapters.subspace import (
     orthogonal_projector_penalty,
     overlap_by_layer,
     principal_angle_distances,
+    rough_angles,
 )
+from fedgrove.clustering.landmarks import joined, landmarks
 from fedgrove.clustering.spectral import Clusters, match, spectral
 from fedgrove.ground.errors import AdapterError, JobError
 from fedgrove.ground.plain import Plain
@@ -146,22 +148,33 @@ class ClusterMeans:
     def __init__(self, options: HiLoRAOptions, round: Round):
         self.options = options
         self.round = round
-        self.distances: Tensor | None = None  # float64 [N, N]
+        self.landmarks: list[int] = []  # rows of the distances
+        self.distances: Tensor | None = None  # float64 [M, M]
+        #: [N, M] from everyone to the landmarks, where not all are
+        self.rough: Tensor | None = None
+        self._seen = 0  # sites
 
     def look(self, given: Arrived) -> None:
         self.see([each.B for each in given.factors])
 
     def see(self, clients: Sequence[Tensor]) -> None:
         """Add the distances between the clients' B, each [out, rank], at one site."""
-        spans = [basis(B.double(), min(B.shape)) for B in clients]
+        self.landmarks = landmarks(len(clients)).tolist()
+        chosen = [clients[n] for n in self.landmarks]
+        spans = [basis(B.double(), min(B.shape)) for B in chosen]
         apart = principal_angle_distances(spans) / len(self.round.sites)
         if self.distances is None:
             self.distances = torch.zeros_like(apart)
         self.distances += apart
+        if len(chosen) < len(clients):
+            # by their number: the projections of two sites are independent, whatever they are called
+            rough = rough_angles(clients, self.landmarks, str(self._seen))
+            self.rough = rough if self.rough is None else self.rough.add_(rough)
+        self._seen += 1
 
     @cached_property
     def found(self) -> Clusters:
-        """The clusters of all clients seen."""
+        """The clusters of the landmarks seen: of all clients, up to ``landmarks.EXACT``."""
         if self.distances is None:
             raise AdapterError("No site was compared: look at every site before the first mean.")
         options = self.options
@@ -172,9 +185,21 @@ class ClusterMeans:
             self.round.seed,
         )
 
+    @cached_property
+    def labels(self) -> list[int]:
+        """The cluster of every client seen."""
+        found = self.found.labels
+        if self.rough is None:
+            own: list[int] = found.tolist()
+            return own
+        everyone = joined(found, self.rough.numpy())
+        everyone[self.landmarks] = found
+        placed: list[int] = everyone.tolist()
+        return placed
+
     def site(self, given: Arrived) -> Outcome:
         own = list(given.factors)
-        labels = self.found.labels.tolist()
+        labels = self.labels
         for label in range(self.found.k):
             members = [n for n, each in enumerate(labels) if each == label]
             most = max(given.factors[n].rank for n in members)
@@ -194,13 +219,18 @@ class ClusterMeans:
         return [f"Clusters: {self.found.k}."]
 
     def artefacts(self, clients: Sequence[str]) -> Plain:
-        content = {
-            "clients": list(clients),
+        compared = [clients[n] for n in self.landmarks]
+        by_name = dict(zip(clients, self.labels, strict=True))
+        content: Plain = {
+            "clients": compared,
             "labels": self.found.labels.tolist(),
             "distances": [] if self.distances is None else self.distances.tolist(),
             "eigenvalues": self.found.eigenvalues.tolist(),
             "sigma": self.found.sigma,
         }
+        known = set(compared)
+        if len(compared) < len(clients):
+            content["placed"] = {name: by_name[name] for name in clients if name not in known}
         return {"clusters.json": content}
 
     def _mean(
@@ -240,8 +270,8 @@ class Grouping:
     """The one clustering, at the end of the root tier."""
 
     clients: list[str]  # the rows of the distances
-    distances: Tensor  # float64 [N, N]
-    eigenvalues: Tensor  # float64 [N]
+    distances: Tensor  # float64 [M, M]; of many clients M landmarks
+    eigenvalues: Tensor  # float64 [M]
     sigma: float
 
 
@@ -418,9 +448,18 @@ class HiLoRA(Method):
             "steps": list(state.steps),
             "layers": sorted({site.layer for site in self.setting.sites.values()}),
             "overlap": {"root-cluster": self._overlaps(state)},
+            **self._placed(state, found),
             "chance": {f"{a}-{b}": self._chance(a, b) for a, b in combinations(TIERS, 2)},
         }
         return {"clusters.json": content}
+
+    def _placed(self, state: HiLoRAState, found: Grouping) -> Plain:
+        """{"placed": the clusters of those that were placed by landmarks}; {} where none was."""
+        known = {*found.clients, *state.late}
+        placed = {name: label for name, label in state.labels.items() if name not in known}
+        if placed:
+            return {"placed": placed}
+        return {}
 
     def _overlaps(self, state: HiLoRAState) -> list[list[float] | None]:
         """By layer, how much of the root each cluster spans; None for one that nobody trained."""
@@ -507,8 +546,9 @@ class HiLoRA(Method):
         found = rule.found
         assert rule.distances is not None
         eigenvalues = torch.from_numpy(found.eigenvalues.copy())
-        grouping = Grouping(names, rule.distances, eigenvalues, found.sigma)
-        labels = {name: int(label) for name, label in zip(names, found.labels, strict=True)}
+        compared = [names[n] for n in rule.landmarks]
+        grouping = Grouping(compared, rule.distances, eigenvalues, found.sigma)
+        labels = dict(zip(names, rule.labels, strict=True))
         clusters: list[Adapter | None] = [None] * found.k
         return replace(state, labels=labels, clusters=clusters, grouping=grouping)
 

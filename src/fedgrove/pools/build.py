@@ -15,6 +15,7 @@ from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Extra, Mix, Term, Weighted
 from fedgrove.adapters.lowrank import product_svd
 from fedgrove.adapters.routers import Arrow, Attention, Components, Compose, Even, Retrieve
+from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.options import Options
 from fedgrove.ground.seeds import generator
@@ -85,7 +86,8 @@ def heads_of(members: Sequence[Member], fallback: Head) -> list[Head]:
     found: list[Head] = []
     for each in members:
         head = matched(each, labels) or fallback
-        if not head and each.card["head"] != "lm":
+        untrained = not head or each.card.get("head_trained") is False
+        if untrained and each.card["head"] != "lm":
             raise AdapterError(
                 f"{each.place.folder} has no head that was trained, so it names no classes; use one "
                 "with its head (modules_to_save, head.safetensors)."
@@ -230,12 +232,13 @@ def _prototype(factors: Factors | None, site: Site) -> Tensor:
 
 def _heads(heads: Sequence[Head], members: Sequence[Member], apart: bool) -> dict[str, Extra]:
     """A head for each member; one for all where they have the same, or where the model writes."""
+    kind = TASKS.find(members[0].card["task"]).kind
+    if apart and kind != "class":
+        raise AdapterError(
+            "--compose ensemble averages the probabilities of one class of several; this task adds up "
+            "by mixture or fusion."
+        )
     if members[0].card["head"] == "lm":
-        if apart:
-            raise AdapterError(
-                "--compose ensemble averages probabilities of classes; a model that writes adds up by "
-                "mixture or fusion."
-            )
         return {}
     same = all(torch.equal(head[name], heads[0][name]) for head in heads for name in heads[0])
     if same and not apart:

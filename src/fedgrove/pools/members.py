@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,19 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter
 from fedgrove.aggregate.foreign import is_adapter, opened
+from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import AdapterError, RunError
 from fedgrove.ground.names import RULE, client_name
 from fedgrove.ground.plain import Plain
+from fedgrove.ground.toml import value_text
 from fedgrove.interop import assembly_file, peft
+from fedgrove.interop.copies import content_key
 from fedgrove.interop.models import EMBEDDED_MODELS
 from fedgrove.pools.signature import Signature, read
 from fedgrove.use.result import Result
+
+#: settings of a task that a finished model does not read
+_TRAINING = ("class_weights", "generate_examples")
 
 
 @dataclass(frozen=True)
@@ -123,20 +128,22 @@ def _member(place: Place, base: str | None) -> Member:
     found = opened(folder, base=base)
     if found.card.get("merged") or not found.adapter:
         raise AdapterError(f"{folder} holds a merged model; a pool takes adapters.")
-    digest = hashlib.sha256()
     tensors: dict[str, Tensor] = dict(found.head)
+    scales = []
     for site, factors in found.adapter.items():
         tensors |= {f"{site}.A": factors.A, f"{site}.B": factors.B}
-    for name in sorted(tensors):
-        if not bool(torch.isfinite(tensors[name]).all()):
+        scales.append((site, factors.scale))
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
             raise AdapterError(f"{folder}: '{name}' holds NaN or Inf; leave this member out.")
-        digest.update(name.encode())
-        digest.update(tensors[name].float().contiguous().numpy().tobytes())
-    for site, factors in found.adapter.items():
-        digest.update(f"{site} {factors.scale!r}".encode())
     signature = read(folder)
     member = Member(
-        place, found.adapter, dict(found.head), found.card, digest.hexdigest(), signature
+        place,
+        found.adapter,
+        dict(found.head),
+        found.card,
+        content_key(tensors, sorted(scales)),
+        signature,
     )
     if signature is not None and not same_base(signature.base, member.base):
         raise AdapterError(
@@ -160,6 +167,13 @@ def check_alike(first: Member, other: Member) -> None:
             raise AdapterError(
                 f"{where}: its {what} is {theirs!r}, but {ours!r} in {there}; leave one out."
             )
+    mine, own = _settings(first), _settings(other)
+    for key in sorted(mine.keys() | own.keys()):
+        if mine.get(key) != own.get(key):
+            raise AdapterError(
+                f"{where}: its {key} is {value_text(own.get(key))}, but {value_text(mine.get(key))} in "
+                f"{there}; a pool reads all answers in one way: leave one out."
+            )
     ours, theirs = first.card["labels"], other.card["labels"]
     if sorted(ours) != sorted(theirs):
         odd = sorted(set(ours) ^ set(theirs))
@@ -167,6 +181,13 @@ def check_alike(first: Member, other: Member) -> None:
             f"{where}: its labels are {_listed(theirs)}, but {_listed(ours)} in {there} (only one has "
             f"{_listed(odd)}); a pool answers with the labels of all."
         )
+
+
+def _settings(member: Member) -> Plain:
+    """What a member's task says of how answers are read."""
+    task = TASKS.find(member.card["task"]).from_card(member.card)
+    aside = {"labels", *_TRAINING, *task.tokens}
+    return {key: value for key, value in task.card().items() if key not in aside}
 
 
 def same_base(one: str, other: str) -> bool:

@@ -64,6 +64,7 @@ def settings(run: Run) -> list[tuple[str, str]]:
         "data": run.data_name,
         "clients": _clients(run),
         "clients in a round": _share(run),
+        "clients measured": _measured(run),
         "head": run.setting("federation", "head"),
         "rounds": _rounds(run),
         "models of": _kept(run),
@@ -113,6 +114,14 @@ def _share(run: Run) -> str | None:
     if share == 1:
         return "all"
     return f"{100 * share:g} %"
+
+
+def _measured(run: Run) -> str | None:
+    """How many of the clients the figures are of, where the job asked for some of them."""
+    told = run.summary.get("measured")
+    if not told:
+        return None
+    return f"{told['clients']:,} of {told['of']:,}, drawn anew in each evaluated round"
 
 
 def tiles(run: Run, comparison: Comparison) -> list[Tile]:

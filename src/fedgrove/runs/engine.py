@@ -4,7 +4,7 @@ engine's side of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,9 +108,10 @@ class Engine(Protocol):
         clients: Sequence[str],
         offer: OfferOf,
         out: Path,
+        unmeasured: Collection[str] = (),
     ) -> Iterator[tuple[str, Leaving] | Absence]:
-        """Each client is measured and writes its adapter: into ``out`` where it is simulated, else
-        at home.
+        """Each client but the ``unmeasured`` is measured, and each writes its adapter: into ``out``
+        where it is simulated, else at home.
         """
 
     def changed(self) -> dict[str, Plain]:

@@ -43,7 +43,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     loop.save()  # with the seconds of the work above
     job = stage.job
     ledger = loop.ledger
-    here = [left[name] for name in stage.clients if name in left]
+    here = [name for name in stage.clients if name in left]
     summary = summaries.summarise(
         method=stage.called or job.method.name,
         task=stage.task.name,
@@ -52,7 +52,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
         clients=rows(loop, left),
         parameters={
             "trained": flat(ledger.trained),
-            "stored": [leaving.stored for leaving in here],
+            "stored": [left[name].stored for name in here],
             "sent_up": flat(ledger.up),
             "sent_down": flat(ledger.down),
         },
@@ -61,6 +61,9 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
         seconds=ledger.seconds,
     )
     summary["metric"] = stage.task.metric
+    if job.run.evaluate != "all":
+        scored = [name for name in here if left[name].row["metric"] is not None]
+        summary["measured"] = {"clients": len(scored), "of": len(stage.clients)}
     summary.update(loop.choice.told(loop.done))
     if said := loop.choice.sentence(loop.done):
         loop.watch.remark(said)
@@ -164,7 +167,9 @@ def farewell(loop: Loop) -> dict[str, Leaving]:
     everyone = [*prepared.clients, *prepared.held_out]
     loop.watch.phase("measuring models and writing adapters", len(everyone))
     left: dict[str, Leaving] = {}
-    for gone in prepared.engine.leave(everyone, Offers(loop), loop.out):
+    known = set(asked(loop))
+    unmeasured = [name for name in everyone if name not in known]
+    for gone in prepared.engine.leave(everyone, Offers(loop), loop.out, unmeasured):
         stop_if_pressed()
         if isinstance(gone, Absence):
             loop.lost(loop.done, gone, "not measured")
@@ -173,6 +178,15 @@ def farewell(loop: Loop) -> dict[str, Leaving]:
             left[name] = leaving
         loop.watch.phase_advanced()
     return left
+
+
+def asked(loop: Loop) -> list[str]:
+    """Who is measured at the end: those of the last evaluation, so that nothing is computed twice,
+    and as many of the held-out clients.
+    """
+    stage = loop.prepared
+    trained = loop.asked(list(stage.clients), loop.done)
+    return trained + loop.asked(list(stage.held_out), loop.done)
 
 
 def artefacts(loop: Loop, left: Mapping[str, Leaving]) -> Plain:

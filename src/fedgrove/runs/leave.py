@@ -44,6 +44,7 @@ def leave(
     *,
     held_out: bool,
     keep_texts: bool = False,
+    measure: bool = True,
 ) -> Leaving:
     """Measure the client and write ``adapters/NAME`` (and ``adapters_tuned/NAME`` beside
     ``adapters``).
@@ -52,6 +53,7 @@ def leave(
         half: of these parts, on the kernel that does the work.
         keep_texts: also tell what a language model wrote on the client's test rows, which are the
             client's own texts.
+        measure: else the row's measures are None, and no ``measures.json`` is written.
 
     ``metric`` of a held-out client is that of the model it is welcomed with, before any training of
     its own.
@@ -59,10 +61,15 @@ def leave(
     job, metric = parts.job, parts.task.metric
     epochs = job.train.final_local_epochs
     guard = half.guard(info, store)
-    base = base_metric(parts, half, info, data)
+    row: Plain = dict.fromkeys(("metric_base", "metric", "metric_tuned", "loss"))
+    if measure:
+        row["metric_base"] = base_metric(parts, half, info, data)
     assembly = half.personal(info, offer, store)
     texts: list[Plain] = []
-    final = half.measure(info.name, assembly, data["test"], texts if keep_texts else None)
+    if measure:
+        kept = texts if keep_texts else None
+        final = half.measure(info.name, assembly, data["test"], kept)
+        row |= {"metric": final[metric], "loss": final["loss"]}
     told = spending(parts, info, guard)
     write_adapter(
         parts,
@@ -71,19 +78,14 @@ def leave(
         client=info.name,
         privacy=told,
     )
-    note_measures(
-        parts,
-        half,
-        adapters / folder_of(info.name),
-        half.deployed(assembly),
-        data,
-    )
-    row = {
-        "metric_base": base,
-        "metric": final[metric],
-        "metric_tuned": None,
-        "loss": final["loss"],
-    }
+    if measure:
+        note_measures(
+            parts,
+            half,
+            adapters / folder_of(info.name),
+            half.deployed(assembly),
+            data,
+        )
     if epochs:
         penalty = half.penalty(info, offer, store)
         better = half.tune(
@@ -94,7 +96,9 @@ def leave(
             penalty,
             guard,
         )
-        row["metric_tuned"] = half.kernel.evaluate(half.deployed(better), data["test"])[metric]
+        if measure:
+            exported = half.deployed(better)
+            row["metric_tuned"] = half.kernel.evaluate(exported, data["test"])[metric]
         told = spending(parts, info, guard)
         folder = adapters.parent / "adapters_tuned" / folder_of(info.name)
         write_adapter(
@@ -104,13 +108,14 @@ def leave(
             client=info.name,
             privacy=told,
         )
-        note_measures(
-            parts,
-            half,
-            folder,
-            half.deployed(better),
-            data,
-        )
+        if measure:
+            note_measures(
+                parts,
+                half,
+                folder,
+                exported,
+                data,
+            )
     if told is not None:  # the tuned model's steps are in it
         row |= {"epsilon": told["epsilon"], "delta": told["delta"]}
     return Leaving(

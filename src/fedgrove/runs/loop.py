@@ -23,6 +23,7 @@ from fedgrove.runs.choice import Choice, Rule
 from fedgrove.runs.engine import Absence, Arrival, Engine
 from fedgrove.runs.ledger import Ledger
 from fedgrove.runs.records import Records
+from fedgrove.runs.sampled import drawn
 from fedgrove.runs.stage import Stage
 from fedgrove.tracking.callback import RunInfo
 from fedgrove.training.profile import round_span, span
@@ -288,7 +289,7 @@ class Loop:
     def measured(self, number: int, split: str) -> Iterator[Plain]:
         """A line of metrics for each client that answers."""
         prepared = self.prepared
-        clients = list(prepared.clients)
+        clients = self.asked(list(prepared.clients), number)
 
         def offer(name: str) -> Tree:
             return self.deployed(name, number)
@@ -305,6 +306,11 @@ class Loop:
                     "split": split,
                     **measures,
                 }
+
+    def asked(self, clients: Sequence[str], number: int) -> list[str]:
+        """Those of the clients that are measured after round ``number``."""
+        run = self.prepared.job.run
+        return drawn(clients, run.evaluate, run.seed, number)
 
     def lost(self, number: int, absence: Absence, what: str = "left out") -> None:
         """Tell the log and the watcher that a client is missing."""

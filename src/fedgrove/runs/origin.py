@@ -48,7 +48,8 @@ def started(job: Job, base: Base, drawn: Mapping[str, Tensor]) -> Base:
     """The base with the job's start folded into its weights, in place. Raises ``JobError`` where it
     is none for this base, or has a head of other labels.
 
-    ``drawn``: the head that a run without a start begins with, by its names and shapes.
+    ``drawn``: the head that a run without a start begins with, tensors [any shape] by name, whose
+    names and shapes the start's are to have.
     """
     if job.model.adapter is None:
         return base
@@ -146,7 +147,7 @@ def _layer(job: Job, base: Base, site: str) -> tuple[str, nn.Module]:
 
 
 def _head(job: Job, base: Base, found: Opened, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The start's head; {} where it has none."""
+    """The start's head, in the shapes [any] of ``drawn``; {} where it has none."""
     if not found.head:
         return {}
     kind, labels = found.card["head"], list(found.card["labels"])

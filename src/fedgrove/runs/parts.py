@@ -145,7 +145,7 @@ def one_by_one(job: Job) -> Job:
     return job.replace(train={"cohort": 1})
 
 
-def task_of(job: Job) -> Task[Any]:
+def task_of(job: Job) -> Task:
     return task_class(job.data).of(job.data)
 
 
@@ -171,7 +171,7 @@ def base_of(job: Job) -> Base:
     return started(job, base, drawn_head(job, base, task))
 
 
-def _refuse_too_long(task: Task[Any], model: str, limit: int) -> None:
+def _refuse_too_long(task: Task, model: str, limit: int) -> None:
     for key, count in task.tokens.items():
         if count > limit:
             raise JobError(
@@ -209,7 +209,9 @@ def setting_of(job: Job, base: Base, clients: Collection[ClientInfo]) -> Setting
 
 
 def drawn_head(job: Job, base: Base, task: Task) -> dict[str, torch.Tensor]:
-    """The model's own, or a draw from the seed; a task without a head has an empty one."""
+    """The model's own, tensors [any shape] by name, or a draw from the seed, as the task's
+    ``new_head``; a task without a head has an empty one.
+    """
     return base.stock_head or task.new_head(base.hidden, generator(job.run.seed, "head"))
 
 

@@ -33,7 +33,12 @@ def step(clients: int, bound: float) -> float:
     return 2.0 ** -fraction_bits(clients, bound)
 
 
-def in_steps(values: Tensor, size: float, bound: float, whose: str) -> Tensor:
+def in_steps(
+    values: Tensor,
+    size: float,
+    bound: float,
+    whose: str,
+) -> Tensor:
     """Numbers ``[count]`` in whole steps of ``size``, int64: cut towards zero, so that their norm does
     not grow. Raises ``RunError`` for one that is larger than ``bound``.
     """

@@ -53,8 +53,11 @@ class Gathering:
         self._enough(self.parcels, "sent shares")
         found = {}
         for name in self.parcels:
-            senders = [each for each in self.around[name] if each in self.parcels]
-            found[name] = Mail({each: self.parcels[each].locked[name] for each in senders})
+            locked = {}
+            for sender in self.around[name]:
+                if sender in self.parcels:
+                    locked[sender] = self.parcels[sender].locked[name]
+            found[name] = Mail(locked)
         return found
 
     def openings(self, present: Collection[str]) -> dict[str, Opening]:
@@ -64,7 +67,8 @@ class Gathering:
         self._enough(present, "sent an update")
         found = {}
         for name in sorted(present):
-            near = sorted([name, *(each for each in self.around[name] if each in self.parcels)])
+            sharers = [each for each in self.around[name] if each in self.parcels]
+            near = sorted([name, *sharers])
             here = [each for each in near if each in present]
             gone = [each for each in near if each not in present]
             found[name] = Opening(self.terms.round, here, gone)
@@ -75,16 +79,18 @@ class Gathering:
         """A clause on what is wrong with a client's keys, or None."""
         if advert.name != name:
             return "its keys are under another name"
-        if any(len(each) != 64 or not _hexadecimal(each) for each in _parts(advert)):
-            return "its keys are none"
+        for part in _parts(advert):
+            if len(part) != 64 or not _hexadecimal(part):
+                return "its keys are none"
         return None
 
     def parcels_fault(self, name: str, parcels: Parcels) -> str | None:
         """A clause on what is wrong with the shares that a client sent, or None."""
         if set(parcels.locked) != set(self.around[name]):
             return "its shares are not for its neighbours"
-        if not all(_hexadecimal(each) and len(each) < 500 for each in parcels.locked.values()):
-            return "its shares are none"
+        for share in parcels.locked.values():
+            if len(share) >= 500 or not _hexadecimal(share):
+                return "its shares are none"
         return None
 
     # ------------------------------------------------------------------ the sum
@@ -98,18 +104,23 @@ class Gathering:
         answered, with the ``reasons`` of the others, or where shares do not fit.
         """
         self._enough(revealed, "helped to open the sum", reasons or {})
-        total: Words = np.zeros(len(next(iter(masked.values()))), dtype=np.uint32)
+        first = next(iter(masked.values()))
+        total: Words = np.zeros(len(first), dtype=np.uint32)
         for vector in masked.values():
             total = total + vector
         for name in masked:
-            seed = self._seed(name, revealed)
-            total = total - keys.mask(self_mask(seed), len(total))
+            key = self_mask(self._seed(name, revealed))
+            total = total - keys.mask(key, len(total))
         for name in sorted(set(self.parcels) - set(masked)):
             total = self._without(total, name, masked, revealed)
         return total
 
     def _without(
-        self, total: Words, gone: str, masked: Mapping[str, Words], revealed: Mapping[str, Revealed]
+        self,
+        total: Words,
+        gone: str,
+        masked: Mapping[str, Words],
+        revealed: Mapping[str, Revealed],
     ) -> Words:
         """The sum less what its neighbours masked with a client whose update never came."""
         near = [each for each in self.around[gone] if each in masked]
@@ -117,20 +128,26 @@ class Gathering:
             return total
         key = self._key(gone, revealed)
         for name in near:
-            stream = keys.agreed(key, self.adverts[name].mask, pair(self.terms, gone, name))
+            purpose = pair(self.terms, gone, name)
+            agreed = keys.agreed(key, self.adverts[name].mask, purpose)
+            stream = keys.mask(agreed, len(total))
             # what the one who is gone would have added
-            total = added(total, keys.mask(stream, len(total)), gone, name)
+            total = added(total, stream, gone, name)
         return total
 
     def _seed(self, name: str, revealed: Mapping[str, Revealed]) -> str:
-        shares = {holder: found.seeds.get(name, "") for holder, found in revealed.items()}
+        shares = {}
+        for holder, found in revealed.items():
+            shares[holder] = found.seeds.get(name, "")
         for seed in self._joined(name, shares):
             if digest(seed) == self.adverts[name].seed:
                 return seed
         raise self._unfit(name)
 
     def _key(self, name: str, revealed: Mapping[str, Revealed]) -> str:
-        shares = {holder: found.keys.get(name, "") for holder, found in revealed.items()}
+        shares = {}
+        for holder, found in revealed.items():
+            shares[holder] = found.keys.get(name, "")
         for key in self._joined(name, shares):
             if keys.public_of(key) == self.adverts[name].mask:
                 return key
@@ -155,7 +172,8 @@ class Gathering:
             )
         numbers = list(places)
         for start in range(len(numbers) - least + 1):
-            chosen = {place: places[place] for place in numbers[start : start + least]}
+            few = numbers[start : start + least]
+            chosen = {place: places[place] for place in few}
             secret = shamir.join(chosen)
             if secret < 1 << 256:
                 yield f"{secret:064x}"
@@ -167,16 +185,22 @@ class Gathering:
         )
 
     def _enough(
-        self, present: Collection[str], did: str, reasons: Mapping[str, str] | None = None
+        self,
+        present: Collection[str],
+        did: str,
+        reasons: Mapping[str, str] | None = None,
     ) -> None:
-        if len(present) < self.least:
-            said = [f"{name}: {reason}" for name, reason in sorted((reasons or {}).items())]
-            why = f" ({'; '.join(said)})" if said else ""
-            raise SecureError(
-                f"Round {self.terms.round} ends without a sum: {len(present)} of {self.asked} clients "
-                f"{did}{why}, and privacy.threshold = {self.terms.threshold:.3g} asks for {self.least}; "
-                "nothing was learnt of anybody. Go on with --resume."
-            )
+        if len(present) >= self.least:
+            return
+        why = ""
+        if reasons:
+            said = [f"{name}: {reason}" for name, reason in sorted(reasons.items())]
+            why = f" ({'; '.join(said)})"
+        raise SecureError(
+            f"Round {self.terms.round} ends without a sum: {len(present)} of {self.asked} clients "
+            f"{did}{why}, and privacy.threshold = {self.terms.threshold:.3g} asks for {self.least}; "
+            "nothing was learnt of anybody. Go on with --resume."
+        )
 
 
 def _parts(advert: Advert) -> list[str]:

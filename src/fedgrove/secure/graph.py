@@ -30,7 +30,11 @@ def lost_at_most(threshold: float) -> float:
 
 
 @cache
-def degree(clients: int, threshold: float, wanted: int | None = None) -> int:
+def degree(
+    clients: int,
+    threshold: float,
+    wanted: int | None = None,
+) -> int:
     """How many neighbours each client has: an even number, or all the others.
 
     ``wanted``: what the job says. None: as few as are likely enough to bear the loss of
@@ -45,18 +49,29 @@ def degree(clients: int, threshold: float, wanted: int | None = None) -> int:
     return clients - 1
 
 
-def _enough(clients: int, neighbours: int, threshold: float) -> bool:
+def _enough(
+    clients: int,
+    neighbours: int,
+    threshold: float,
+) -> bool:
     """Whether no neighbourhood of the round is likely to be too small, or bought."""
     from scipy.stats import hypergeom
 
-    others, holders = clients - 1, needed(threshold, neighbours + 1)
-    present = others - math.ceil(lost_at_most(threshold) * clients)
+    others = clients - 1
+    holders = needed(threshold, neighbours + 1)
+    lost = math.ceil(lost_at_most(threshold) * clients)
+    present = others - lost
     too_few = hypergeom.cdf(holders - 1, others, present, neighbours)
-    bought = hypergeom.sf(holders - 1, others, math.ceil(COLLUDING * clients), neighbours)
+    colluding = math.ceil(COLLUDING * clients)
+    bought = hypergeom.sf(holders - 1, others, colluding, neighbours)
     return bool(clients * too_few < UNLUCKY and clients * bought < UNSAFE)
 
 
-def ring(names: Sequence[str], neighbours: int, seed: str) -> dict[str, list[str]]:
+def ring(
+    names: Sequence[str],
+    neighbours: int,
+    seed: str,
+) -> dict[str, list[str]]:
     """Each client's neighbours, in name order: those next to it on a ring that ``seed`` shuffles.
 
     ``neighbours``: even and below the number of clients, or that number less one.
@@ -66,7 +81,9 @@ def ring(names: Sequence[str], neighbours: int, seed: str) -> dict[str, list[str
         return {name: [other for other in order if other != name] for name in order}
     random.Random(seed).shuffle(order)
     found: dict[str, list[str]] = {}
+    reach = neighbours // 2
+    steps = [step for step in range(-reach, reach + 1) if step]
     for place, name in enumerate(order):
-        steps = [step for step in range(-(neighbours // 2), neighbours // 2 + 1) if step]
-        found[name] = sorted(order[(place + step) % len(order)] for step in steps)
+        beside = [order[(place + step) % len(order)] for step in steps]
+        found[name] = sorted(beside)
     return found

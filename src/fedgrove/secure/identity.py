@@ -25,7 +25,12 @@ class Identity(Protocol):
     def knows(self, name: str) -> bool:
         """Whether there is a key for that name."""
 
-    def signed(self, name: str, message: bytes, signature: str) -> bool:
+    def signed(
+        self,
+        name: str,
+        message: bytes,
+        signature: str,
+    ) -> bool:
         """Whether the client of that name signed the message."""
 
 
@@ -45,7 +50,12 @@ class NodeKeys:
     def knows(self, name: str) -> bool:
         return name in self.publics
 
-    def signed(self, name: str, message: bytes, signature: str) -> bool:
+    def signed(
+        self,
+        name: str,
+        message: bytes,
+        signature: str,
+    ) -> bool:
         from cryptography.exceptions import InvalidSignature
 
         if name not in self.publics:
@@ -71,7 +81,12 @@ class OfTheRun:
     def knows(self, name: str) -> bool:
         return True
 
-    def signed(self, name: str, message: bytes, signature: str) -> bool:
+    def signed(
+        self,
+        name: str,
+        message: bytes,
+        signature: str,
+    ) -> bool:
         return hmac.compare_digest(self._of(name, message), signature)
 
     def _of(self, name: str, message: bytes) -> str:

@@ -31,7 +31,11 @@ def public_of(secret: str) -> str:
     return _private(secret).public_key().public_bytes_raw().hex()
 
 
-def agreed(secret: str, public: str, purpose: str) -> bytes:
+def agreed(
+    secret: str,
+    public: str,
+    purpose: str,
+) -> bytes:
     """The key that two sides have for ``purpose``, 32 bytes. Raises ``SecureError`` for a public half
     with which there is no secret.
     """

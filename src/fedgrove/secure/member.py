@@ -59,10 +59,23 @@ class Member:
         self.identity, self.memory = identity, memory
 
     @classmethod
-    def begin(cls, terms: Terms, name: str, identity: Identity) -> Member:
+    def begin(
+        cls,
+        terms: Terms,
+        name: str,
+        identity: Identity,
+    ) -> Member:
         """Exchange 1: new keys."""
-        lock, key, seed = (keys.new_secret() for _ in range(3))
-        advert = Advert(name, keys.public_of(lock), keys.public_of(key), digest(seed), "")
+        lock = keys.new_secret()
+        key = keys.new_secret()
+        seed = keys.new_secret()
+        advert = Advert(
+            name,
+            keys.public_of(lock),
+            keys.public_of(key),
+            digest(seed),
+            "",
+        )
         advert = replace(advert, signature=identity.sign(advert.text(terms)))
         return cls(identity, Memory(terms, advert, lock, key, seed))
 
@@ -108,10 +121,10 @@ class Member:
             raise self._refusal("the list of keys has one name twice")
         if self.memory.advert not in roll.adverts:
             raise self._refusal("the list of keys has others in place of its own")
-        if roll.size < max(2, terms.least):
+        least = max(2, terms.least)
+        if roll.size < least:
             raise self._refusal(
-                f"the round has {roll.size} clients, where at least {max(2, terms.least)} hide "
-                "each other"
+                f"the round has {roll.size} clients, where at least {least} hide each other"
             )
         neighbours = degree(roll.size, terms.threshold, terms.neighbours)
         if len(names) != neighbours + 1:
@@ -127,7 +140,8 @@ class Member:
             raise self._refusal(
                 f"the list of keys names {advert.name!r}, whose key it does not know"
             )
-        if not self.identity.signed(advert.name, advert.text(self.memory.terms), advert.signature):
+        text = advert.text(self.memory.terms)
+        if not self.identity.signed(advert.name, text, advert.signature):
             raise self._refusal(
                 f"the keys of {advert.name!r} are not signed by it for this round: somebody changed "
                 "them, or they are of another round"
@@ -137,10 +151,8 @@ class Member:
         """Shares of both secrets, by holder."""
         threshold = needed(self.memory.terms.threshold, len(owners))
         places = list(range(1, len(owners) + 1))
-        seeds, private = (
-            shamir.split(int(secret, 16), places, threshold)
-            for secret in (self.memory.seed, self.memory.key)
-        )
+        seeds = shamir.split(int(self.memory.seed, 16), places, threshold)
+        private = shamir.split(int(self.memory.key, 16), places, threshold)
         found = {}
         for place, holder in zip(places, owners, strict=True):
             found[holder] = Held(written(seeds[place]), written(private[place]))
@@ -156,11 +168,16 @@ class Member:
         if memory.mail is not None and (mail, own) != (memory.mail, memory.masked):
             raise self._refusal("the server asks for a second update under the masks of one round")
         others = self._neighbours(mail)
-        held = {**memory.held, **{advert.name: self._opened(advert, mail) for advert in others}}
-        total = words + keys.mask(self_mask(memory.seed), len(words))
+        held = dict(memory.held)
         for advert in others:
-            key = keys.agreed(memory.key, advert.mask, pair(memory.terms, self.name, advert.name))
-            total = added(total, keys.mask(key, len(words)), self.name, advert.name)
+            held[advert.name] = self._opened(advert, mail)
+        own_stream = keys.mask(self_mask(memory.seed), len(words))
+        total = words + own_stream
+        for advert in others:
+            purpose_of_pair = pair(memory.terms, self.name, advert.name)
+            key = keys.agreed(memory.key, advert.mask, purpose_of_pair)
+            stream = keys.mask(key, len(words))
+            total = added(total, stream, self.name, advert.name)
         self.memory = replace(memory, mail=mail, held=held, masked=own)
         return total
 
@@ -185,9 +202,15 @@ class Member:
             raise self._refusal(
                 f"the shares that {advert.name!r} sent cannot be opened: they were altered on the way"
             )
-        return Held(found[: shamir.WIDTH].hex(), found[shamir.WIDTH :].hex())
+        seed, key = found[: shamir.WIDTH], found[shamir.WIDTH :]
+        return Held(seed.hex(), key.hex())
 
-    def _lock(self, other: Advert, sender: str, receiver: str) -> bytes:
+    def _lock(
+        self,
+        other: Advert,
+        sender: str,
+        receiver: str,
+    ) -> bytes:
         what = purpose("shares", self.memory.terms, sender, receiver)
         return keys.agreed(self.memory.lock, other.lock, what)
 
@@ -203,10 +226,9 @@ class Member:
             )
         self._check_opening(opening)
         self.memory = replace(memory, opening=opening)
-        return Revealed(
-            {name: memory.held[name].seed for name in opening.present},
-            {name: memory.held[name].key for name in opening.gone},
-        )
+        seeds = {name: memory.held[name].seed for name in opening.present}
+        private = {name: memory.held[name].key for name in opening.gone}
+        return Revealed(seeds, private)
 
     def _check_opening(self, opening: Opening) -> None:
         memory, roll = self.memory, self._roll()
@@ -225,9 +247,10 @@ class Member:
         if unknown := sorted({*opening.present, *opening.gone} - set(memory.held)):
             raise self._refusal(f"it is asked for shares of {unknown[0]!r}, of whom it has none")
         least = needed(memory.terms.threshold, len(roll.adverts))
-        if len(set(opening.present)) < least:
+        there = len(set(opening.present))
+        if there < least:
             raise self._refusal(
-                f"{len(set(opening.present))} of {len(roll.adverts)} updates are there, and the job "
+                f"{there} of {len(roll.adverts)} updates are there, and the job "
                 f"opens no sum of fewer than {least}"
             )
 
@@ -250,12 +273,21 @@ def self_mask(seed: str) -> bytes:
     return keys.derived(bytes.fromhex(seed), "fedgrove self-mask")
 
 
-def pair(terms: Terms, one: str, other: str) -> str:
+def pair(
+    terms: Terms,
+    one: str,
+    other: str,
+) -> str:
     """What the key of a pair's stream is for."""
     return purpose("mask", terms, *sorted([one, other]))
 
 
-def added(total: Words, stream: Words, whose: str, other: str) -> Words:
+def added(
+    total: Words,
+    stream: Words,
+    whose: str,
+    other: str,
+) -> Words:
     """A pair's stream in the vector of one of the two: what one adds the other subtracts."""
     if whose < other:
         return total + stream  # uint32: modulo 2^32

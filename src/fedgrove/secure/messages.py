@@ -89,6 +89,10 @@ class Revealed:
     keys: dict[str, str] = field(default_factory=dict)
 
 
-def purpose(what: str, terms: Terms, *words: str) -> str:
+def purpose(
+    what: str,
+    terms: Terms,
+    *words: str,
+) -> str:
     """What a signature or a key is for, so that it serves for nothing else."""
     return json.dumps(["fedgrove", what, terms.run, terms.round, terms.attempt, *words])

@@ -16,12 +16,12 @@ class Room:
 
     def __init__(self, terms: Terms, names: Sequence[str]):
         self.gathering = Gathering(terms, names)
-        self.members = {
-            name: Member.begin(terms, name, OfTheRun(terms.run, name)) for name in names
-        }
-        rolls = self.gathering.rolls(
-            {name: member.memory.advert for name, member in self.members.items()}
-        )
+        self.members: dict[str, Member] = {}
+        for name in names:
+            identity = OfTheRun(terms.run, name)
+            self.members[name] = Member.begin(terms, name, identity)
+        adverts = {name: member.memory.advert for name, member in self.members.items()}
+        rolls = self.gathering.rolls(adverts)
         parcels = {name: member.share(rolls[name]) for name, member in self.members.items()}
         self.mails = self.gathering.mails(parcels)
 
@@ -32,5 +32,7 @@ class Room:
     def total(self, masked: Mapping[str, Words]) -> Words:
         """The sum of the masked vectors of all who are still there."""
         openings = self.gathering.openings(list(masked))
-        revealed = {name: self.members[name].reveal(each) for name, each in openings.items()}
+        revealed = {}
+        for name, opening in openings.items():
+            revealed[name] = self.members[name].reveal(opening)
         return self.gathering.total(masked, revealed)

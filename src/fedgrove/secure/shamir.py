@@ -16,7 +16,11 @@ PRIME = (
 WIDTH = 33  # bytes of one share
 
 
-def split(secret: int, holders: Sequence[int], threshold: int) -> dict[int, int]:
+def split(
+    secret: int,
+    holders: Sequence[int],
+    threshold: int,
+) -> dict[int, int]:
     """A share for each holder, which is a number from 1 on: fresh coefficients of the system's.
 
     Raises ``ValueError`` where the secret is no number of the field or the holders are too few.
@@ -29,7 +33,11 @@ def split(secret: int, holders: Sequence[int], threshold: int) -> dict[int, int]
     return {x: value_at(x, [secret, *drawn], PRIME) for x in holders}
 
 
-def value_at(x: int, coefficients: Sequence[int], prime: int) -> int:
+def value_at(
+    x: int,
+    coefficients: Sequence[int],
+    prime: int,
+) -> int:
     """The polynomial at ``x`` modulo ``prime``; its constant comes first."""
     total = 0
     for coefficient in reversed(coefficients):

@@ -16,6 +16,7 @@ import torch
 from fedgrove.adapters.assembly import Assembly, Extra, Term, as_one_adapter, trained_parameters
 from fedgrove.adapters.private import unseal
 from fedgrove.adapters.tree import nbytes, typed
+from fedgrove.federation.encoded import origin_of
 from fedgrove.federation.tasks.base import Example
 from fedgrove.ground import plain
 from fedgrove.ground.errors import RunError
@@ -89,7 +90,7 @@ class Outcome:
 class Measured:
     """What a client's model was last measured to be."""
 
-    examples: Sequence[Example]
+    origin: object  # of the examples
     mark: bytes  # of the model
     measures: dict[str, float]
 
@@ -381,9 +382,10 @@ class ClientHalf:
         if mark is None:
             return self.kernel.evaluate(model, examples, keep)
         known = self._measured.get(client)
-        if known is None or known.examples is not examples or known.mark != mark:
+        origin = origin_of(examples)
+        if known is None or known.origin is not origin or known.mark != mark:
             measures = self.kernel.evaluate(model, examples, keep)
-            known = Measured(examples, mark, measures)
+            known = Measured(origin, mark, measures)
             self._measured[client] = known
         return dict(known.measures)
 

@@ -40,6 +40,7 @@ from fedgrove.training.loop import (
     batch_order,
     fit,
     optimizer_of,
+    parted,
     some,
     steps_of,
 )
@@ -116,6 +117,8 @@ class Kernel:
             chosen = some(work.examples, step, work.clock)
             features = self.features(chosen, step.assembly)
             return Trained(step.assembly, math.nan, 0, features=features)
+        if step.measure == "loss":
+            return Trained(step.assembly, self._loss(work), 0)
         if trained_parameters(step.assembly) == 0:
             return Trained(step.assembly, math.nan, 0)
         if step.measure == "fisher":
@@ -197,14 +200,28 @@ class Kernel:
         losses = partial(self.losses, together=bool(copies))
         return PerExample(losses, work.guard, expected, _keys(work), copies)
 
+    @torch.no_grad()
+    def _loss(self, work: Work) -> float:
+        """The mean of the task's loss over the step's examples."""
+        chosen = some(work.examples, work.step, work.clock)
+        size = self.options.batch_size
+        total = 0.0
+        with self.opened(work.step.assembly, train=False) as live:
+            for start in range(0, len(chosen), size):
+                batch = chosen[start : start + size]
+                with self.losses([live], [batch]) as losses:
+                    total += float(losses[0]) * len(batch)
+        return total / len(chosen)
+
     def _fisher(self, work: Work) -> Trained:
         """Mean squared gradient of each trained factor over batches; nothing is updated."""
         step = work.step
         options = self.options.model_copy(update={"clip": 0.0})
+        chosen = parted(work.examples, step.part, work.clock)
         with self.opened(step.assembly, train=True) as live:
-            batches = math.ceil(len(work.examples) / options.batch_size)
+            batches = math.ceil(len(chosen) / options.batch_size)
             count = step.count or batches
-            member = self._member(work, live, work.examples, count)
+            member = self._member(work, live, chosen, count)
             measured = SquaredGradients(live.leaves, count)
             gradients = OfBatches(self.losses, accumulation=1)
             fit([member], gradients, measured, options)

@@ -130,8 +130,8 @@ class LiveAssembly:
         """As in Running. An assembly alone adds the same to every row."""
 
     def begin(self, examples: int, mask: Bool[Tensor, "b t"] | None) -> None:
-        """A batch of so many examples begins, whose features are known; ``mask``: its tokens that
-        are no padding.
+        """A batch of so many examples begins, whose features are known; ``mask`` [b, t]: its tokens
+        that are no padding.
         """
         mix = self.assembly.mix
         self.tally = None

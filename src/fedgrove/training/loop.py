@@ -341,10 +341,26 @@ def batch_order(examples: int, size: int, rng: torch.Generator) -> Iterator[list
             yield order[start : start + size]
 
 
-def some(examples: Sequence[Example], step: Step, clock: Clock) -> Sequence[Example]:
-    """The step's ``count`` examples, a seeded draw in the given order (rows may be sorted by
-    label); 0: all.
+def parted(
+    examples: Sequence[Example], part: tuple[float, float], clock: Clock
+) -> Sequence[Example]:
+    """A stretch of the client's examples in an order of its own, the same in all rounds; at least
+    one where there is any.
     """
+    first, last = (round(share * len(examples)) for share in part)
+    if (first, last) == (0, len(examples)):
+        return examples
+    rng = generator(clock.seed, clock.keys[-1], "parts")
+    order = torch.randperm(len(examples), generator=rng).tolist()
+    chosen = order[first:last] or order[:1]
+    return [examples[index] for index in sorted(chosen)]
+
+
+def some(examples: Sequence[Example], step: Step, clock: Clock) -> Sequence[Example]:
+    """The step's ``count`` examples of its ``part``, a seeded draw in the given order (rows may be
+    sorted by label); 0: all.
+    """
+    examples = parted(examples, step.part, clock)
     if not step.count:
         return examples
     rng = generator(clock.seed, *clock.keys, step.stream, "examples")

@@ -18,7 +18,7 @@ under the name that ``load_base`` knows its kind of model by, and the task's ``h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -305,14 +305,14 @@ class Writer(Reader[WritingTask]):
 
 
 #: ``Base.head`` -> its reader
-READERS: dict[str, type[Reader[Any]]] = {
+READERS: dict[str, type[Reader]] = {
     "pooled": Pooled,
     "stock": Stock,
     "lm": Writer,
 }
 
 
-def reader_of(hooked: HookedBase, task: Task) -> Reader[Any]:
+def reader_of(hooked: HookedBase, task: Task) -> Reader:
     """The reader of a base for a task. Raises ``JobError`` where the task cannot be read so."""
     head = hooked.base.head
     if head not in task.heads:

@@ -161,7 +161,11 @@ def _by(way: Way, arrived: Arrived) -> tuple[str, Assembly]:
     return way(arrived)
 
 
-def _name(result: Result, data: Path, name: str | None) -> str:
+def _name(
+    result: Result,
+    data: Path,
+    name: str | None,
+) -> str:
     chosen = unicodedata.normalize("NFC", data.stem if name is None else name)
     if client_name(chosen) != chosen:
         if name is None:
@@ -186,9 +190,21 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
-def _client(name: str, data: Path, job: Job, seed: int) -> Client:
+def _client(
+    name: str,
+    data: Path,
+    job: Job,
+    seed: int,
+) -> Client:
     parts = divided(name, holding_of(data, job), job.data, seed)
-    return Client(name, parts.train, parts.test, parts.validation, group=None, held_out=True)
+    return Client(
+        name,
+        parts.train,
+        parts.test,
+        parts.validation,
+        group=None,
+        held_out=True,
+    )
 
 
 def _open(result: Result, job: Job) -> Finished:

@@ -12,6 +12,7 @@ from fedgrove.federation.readers import Row, broken
 from fedgrove.federation.tasks.base import Task
 from fedgrove.federation.tasks.conversation import conversation
 from fedgrove.ground.errors import DataError
+from fedgrove.ground.plain import Given
 
 _ANSWER = {"role": "assistant", "content": "?"}  # what a conversation that asks still lacks
 
@@ -38,7 +39,7 @@ def questions(task: Task, given: Sequence[Any]) -> list[Row]:
     return rows
 
 
-def answered(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+def answered(task: Task, rows: Sequence[Given]) -> list[Row]:
     """Rows to measure on. Raises ``DataError`` where there are none, or where one lacks its
     question or answer.
     """
@@ -58,7 +59,11 @@ def answered(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     return [dict(row) for row in rows]
 
 
-def _question(value: Any, what: str, place: str) -> Any:
+def _question(
+    value: Any,
+    what: str,
+    place: str,
+) -> Any:
     if what == "image" and not isinstance(value, str):
         return value  # looked at where it is opened
     if what == "prompt" and isinstance(value, list | tuple):

@@ -64,7 +64,12 @@ def export(
     return said
 
 
-def _check(out: Path, to: str, *, merge: bool) -> None:
+def _check(
+    out: Path,
+    to: str,
+    *,
+    merge: bool,
+) -> None:
     """Refuse what cannot be written, before anything is read."""
     if to not in FORMATS:
         raise RunError(f"--to {to}: give peft, gguf or vllm.")
@@ -81,7 +86,11 @@ def _check(out: Path, to: str, *, merge: bool) -> None:
         raise RunError(f"{out} exists already; name a new directory.")
 
 
-def _ours(source: Path, out: Path, base: str | None) -> Path:
+def _ours(
+    source: Path,
+    out: Path,
+    base: str | None,
+) -> Path:
     """``source`` where it is a directory of ours, else ``out``, where it is written as ours are."""
     from fedgrove.aggregate.foreign import is_adapter, tidied
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_json, write_text
@@ -24,7 +23,10 @@ def matrix(result: Result, advance: Callable[[str], None] = lambda _: None) -> M
     found: Matrix = {}
     for name in result.answering():
         model = result.client(name).model()
-        found[name] = {each: model.measures(rows, more) for each, rows in tests.items()}
+        row: dict[str, Plain] = {}
+        for client, rows in tests.items():
+            row[client] = model.measures(rows, more)
+        found[name] = row
         advance(name)
     return found
 
@@ -33,19 +35,21 @@ def grid(found: Matrix, metric: str) -> list[list[str]]:
     """The table of one measure: a row for each model, a column for each client's data. Raises
     ``RunError`` for a measure that is not there or is no number.
     """
-    first = next(iter(next(iter(found.values())).values()))
+    row = next(iter(found.values()))
+    first = next(iter(row.values()))
     known = [key for key, value in first.items() if not isinstance(value, Mapping)]
     if metric not in known:
         raise RunError(
             f"--metrics: there is no measure {metric!r}; choose from {', '.join(known)}."
         )
-    return [
-        [name, *(figure(measures[metric]) for measures in row.values())]
-        for name, row in found.items()
-    ]
+    lines: list[list[str]] = []
+    for name, row in found.items():
+        figures = [figure(measures[metric]) for measures in row.values()]
+        lines.append([name, *figures])
+    return lines
 
 
-def figure(value: Any) -> str:
+def figure(value: float | None) -> str:
     """A number in a table; "-" where it is not defined."""
     if value is None:
         return "-"
@@ -56,10 +60,13 @@ def write(folder: Path, found: Matrix) -> tuple[Path, Path]:
     """``matrix.json`` (model, data, measures) and ``matrix.csv`` (a line for each pair)."""
     files = folder / f"{FILE}.json", folder / f"{FILE}.csv"
     write_json(files[0], found)
-    lines = []
+    lines: list[Plain] = []
     for model, row in found.items():
         for data, measures in row.items():
-            plain = {key: x for key, x in measures.items() if not isinstance(x, Mapping)}
-            lines.append({"model": model, "data": data, **plain})
+            line: Plain = {"model": model, "data": data}
+            for key, value in measures.items():
+                if not isinstance(value, Mapping):
+                    line[key] = value
+            lines.append(line)
     write_text(files[1], table(lines))
     return files

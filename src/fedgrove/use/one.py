@@ -7,12 +7,12 @@ A client of a run (``result.ClientResult``) is one; so is a directory by itself:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.ground.errors import DataError, RunError
-from fedgrove.ground.plain import Plain
+from fedgrove.ground.plain import Given, Plain
 
 if TYPE_CHECKING:
     from fedgrove.federation.readers import Row
@@ -119,7 +119,15 @@ class OneModel:
         """
         from fedgrove.use.exporting import export
 
-        export(self.path, Path(out), self.base, merge=merge, tier=tier, rank=rank, to=to)
+        export(
+            self.path,
+            Path(out),
+            self.base,
+            merge=merge,
+            tier=tier,
+            rank=rank,
+            to=to,
+        )
         return Path(out)
 
     def model(self, **options: Any) -> ClientModel:
@@ -129,7 +137,7 @@ class OneModel:
         return load(self.path, **{"base": self.base, "labels": self.labels, **options})
 
 
-def _job_values(card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _job_values(card: Given) -> dict[str, Plain]:
     """A job that reads tables as the card's task does, with what the card says of it."""
     from fedgrove.federation.tasks import TASKS
 

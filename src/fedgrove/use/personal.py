@@ -46,7 +46,12 @@ class Told:
 class ClientModel:
     """A base with one client's adapter and head. Made by ``load``."""
 
-    def __init__(self, kernel: Kernel, assembly: Assembly, card: Plain):
+    def __init__(
+        self,
+        kernel: Kernel,
+        assembly: Assembly,
+        card: Plain,
+    ):
         self.kernel, self.assembly, self.card = kernel, assembly, card
         self.labels: tuple[str, ...] = tuple(card["labels"])
         #: whether nothing that was trained turns states into classes
@@ -63,7 +68,7 @@ class ClientModel:
         return self.answers(questions(self.kernel.task, texts))
 
     def answers(self, rows: Sequence[Row]) -> Tensor:
-        """As ``logits``, of checked rows, whose labels do not matter."""
+        """As ``logits``, [rows, classes], of checked rows, whose labels do not matter."""
         return self._read(rows)[0]
 
     def asked(self, rows: Sequence[Row]) -> Told:
@@ -73,11 +78,13 @@ class ClientModel:
         return Told(task.told_of(logits, examples), task.scored(logits))
 
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, list[Example]]:
+        """As ``answers``, [rows, classes] or [rows, tokens, classes], and what the rows became."""
         self._check_head()
         examples = self.kernel.task.encode(rows, self.kernel.base.processor)
         return self.kernel.logits(self.assembly, examples).clone(), examples
 
     def probabilities(self, texts: Sequence[Any]) -> Tensor:
+        """As ``logits``, [texts, classes], in float32."""
         return self.kernel.task.probabilities(self.logits(texts).float())
 
     def predict(self, texts: Sequence[Any]) -> list[Any]:
@@ -118,10 +125,11 @@ class ClientModel:
         self._check_head()
         task = self.kernel.task
         return self.kernel.evaluate(
-            self.assembly, task.encode(answered(task, rows), self.kernel.base.processor)
+            self.assembly,
+            task.encode(answered(task, rows), self.kernel.base.processor),
         )
 
-    def measures(self, rows: Sequence[dict[str, Any]], more: Sequence[str] = ()) -> Plain:
+    def measures(self, rows: Sequence[Plain], more: Sequence[str] = ()) -> Plain:
         """As ``evaluate``, with every metric of the task, and ``more`` by their names; by class
         where a metric has a value for each, None where one is not defined.
         """
@@ -176,20 +184,28 @@ def load(
         card = peft.read_json(folder / peft.CARD)
     merged = bool(card.get("merged"))
     adapter: Adapter = {}
+    head: dict[str, Tensor] = {}
     own: Assembly | None = None
     if merged or (folder / assembly_file.FILE).exists():
         card = card_of(folder, labels, base)
     if (folder / assembly_file.FILE).exists():
         own = assembly_file.read_assembly(folder, _mixes(card))
-        head = {}
-        every = [*(term.adapter for term in own.terms), own.base_delta or {}]
-        adapter = {site: factors for each in every for site, factors in each.items()}  # for shapes
+        for term in own.terms:
+            adapter |= term.adapter  # for its shapes
+        adapter |= own.base_delta or {}
     elif merged:
-        head = peft.read_tensors(folder / peft.HEAD) if (folder / peft.HEAD).exists() else {}
+        head = _own_head(folder)
     else:
         found = opened(folder, labels, base)
         adapter, head, card = found.adapter, found.head, found.card
-    kernel = kernel_for(folder, card, adapter, dtype=dtype, device=device, merged=merged)
+    kernel = kernel_for(
+        folder,
+        card,
+        adapter,
+        dtype=dtype,
+        device=device,
+        merged=merged,
+    )
     if card["head"] == "stock" and (merged or not head):
         head = kernel.base.stock_head
     if own is not None:
@@ -197,6 +213,13 @@ def load(
     extras = {PREFIX + name: Extra(value, train=False) for name, value in head.items()}
     terms = (Term("adapter", adapter, train=""),) if adapter else ()
     return ClientModel(kernel, Assembly(terms, extras=extras), card)
+
+
+def _own_head(folder: Path) -> dict[str, Tensor]:
+    """The tensors [any shape] of our own head, by name; {} where the directory has none."""
+    if not (folder / peft.HEAD).exists():
+        return {}
+    return peft.read_tensors(folder / peft.HEAD)
 
 
 def kernel_for(
@@ -279,7 +302,9 @@ def merge(source: Path, out: Path) -> None:
 
     from fedgrove.interop.models import from_pretrained, load_processor, model_class
 
-    card = peft.read_json(source / peft.CARD) if (source / peft.CARD).exists() else {}
+    card: Plain = {}
+    if (source / peft.CARD).exists():
+        card = peft.read_json(source / peft.CARD)
     if "why" in card:
         raise AdapterError(f"{source} cannot be merged: {card['why']}")
     if not card.get("head"):
@@ -287,7 +312,7 @@ def merge(source: Path, out: Path) -> None:
             merge(tidied(source, Path(folder) / "adapter"), out)
         return
     revision = card.get("revision")
-    options: dict[str, Any] = {}
+    options: Plain = {}
     if card["head"] == "stock":  # the trained head replaces the checkpoint's, whatever its shape
         outputs = TASKS.find(card["task"]).from_card(card).outputs
         options = {"num_labels": outputs, "ignore_mismatched_sizes": True}
@@ -304,7 +329,7 @@ def merge(source: Path, out: Path) -> None:
         whole.config.problem_type = task.stock.problem
     whole.save_pretrained(str(out))
     load_processor(card["model"], revision, card["task"]).save_pretrained(str(out))
-    head = peft.read_tensors(source / peft.HEAD) if (source / peft.HEAD).exists() else {}
+    head = _own_head(source)
     if head:
         peft.save_file(head, out / peft.HEAD, metadata={"format": "pt"})
     card = {
@@ -314,5 +339,6 @@ def merge(source: Path, out: Path) -> None:
         "upstream": EMBEDDED_MODELS.get(card["model"], card["model"]),
     }
     (out / peft.CARD).write_text(
-        peft.json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        peft.json.dumps(card, indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
     )

@@ -8,13 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.federation.readers import KINDS, Row
 from fedgrove.federation.tables import files_of, rows_at
 from fedgrove.federation.tasks import task_class
 from fedgrove.ground.errors import DataError
 from fedgrove.ground.files import write_text
+from fedgrove.ground.plain import Plain
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Task
@@ -33,7 +34,7 @@ class Prediction:
     predicted: str
     scores: dict[str, float]
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> Plain:
         """A line of a table."""
         scores = {f"score_{label}": value for label, value in self.scores.items()}
         return {
@@ -67,23 +68,22 @@ def questions_of(path: Path, job: Job) -> list[Row]:
 def predictions(model: ClientModel, rows: Sequence[Row]) -> list[Prediction]:
     """The model's answer to each row."""
     task = model.kernel.task
-    asked = [_words(row.get(task.asks), f"row {number}") for number, row in enumerate(rows, 1)]
     if task.writes:
         examples = task.encode(rows, model.kernel.base.processor)
-        written = model.kernel.generate(model.assembly, examples)
-        return [
-            Prediction(number, question, text, {})
-            for number, (question, text) in enumerate(zip(asked, written, strict=True), start=1)
-        ]
-    found = model.asked(rows)
-    told = [_said(answer) for answer in found.answers]
-    return [
-        Prediction(number, *each)
-        for number, each in enumerate(zip(asked, told, found.scores, strict=True), 1)
-    ]
+        told = model.kernel.generate(model.assembly, examples)
+        scores: list[dict[str, float]] = [{} for _ in told]
+    else:
+        found = model.asked(rows)
+        told = [_said(answer) for answer in found.answers]
+        scores = found.scores
+    answered: list[Prediction] = []
+    for number, (row, answer, own) in enumerate(zip(rows, told, scores, strict=True), start=1):
+        asked = _words(row.get(task.asks), f"row {number}")
+        answered.append(Prediction(number, asked, answer, own))
+    return answered
 
 
-def _said(answer: Any) -> str:
+def _said(answer: object) -> str:
     """An answer as a cell of a table: a text as it is, anything else as JSON."""
     if isinstance(answer, str):
         return answer
@@ -105,7 +105,7 @@ def check_out(out: Path) -> None:
         raise DataError(f"--out {out} exists already; name a new file")
 
 
-def check_probs(task: type[Task[Any]]) -> None:
+def check_probs(task: type[Task]) -> None:
     """Raises ``DataError`` where there are no classes to have probabilities."""
     if not task.classifies:
         raise DataError(
@@ -118,18 +118,20 @@ def write(out: Path, found: Sequence[Prediction]) -> None:
     if out.suffix.lower() == ".csv":
         write_text(out, table([each.flat() for each in found]))
         return
-    lines = [
-        json.dumps(
-            {"row": each.row, "asked": each.asked, "predicted": each.predicted}
-            | ({"scores": each.scores} if each.scores else {}),
-            ensure_ascii=False,
-        )
-        for each in found
-    ]
+    lines: list[str] = []
+    for each in found:
+        line: Plain = {
+            "row": each.row,
+            "asked": each.asked,
+            "predicted": each.predicted,
+        }
+        if each.scores:
+            line["scores"] = each.scores
+        lines.append(json.dumps(line, ensure_ascii=False))
     write_text(out, "\n".join(lines) + "\n")
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Plain]) -> str:
     """CSV with the first row's keys as its header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

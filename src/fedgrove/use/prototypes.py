@@ -38,7 +38,9 @@ def by_prototypes(arrived: Arrived) -> tuple[str, Assembly]:
 
 
 def prototype_head(
-    features: Float[Tensor, "n h"], labels: Sequence[int], classes: Sequence[str]
+    features: Float[Tensor, "n h"],
+    labels: Sequence[int],
+    classes: Sequence[str],
 ) -> dict[str, Tensor]:
     """``weight`` [c, h] and ``bias`` [c] whose logits are ``−‖f − c_y‖²`` up to what all classes
     share. Raises ``DataError`` for a class without an example.
@@ -51,5 +53,10 @@ def prototype_head(
             f"the training rows have no example of {listed}, and prototypes take one or more of each "
             "class; add some, or adapt with --how train"
         )
-    means = torch.stack([features[numbers == number].mean(0) for number in range(len(classes))])
-    return {"weight": 2 * means, "bias": -means.square().sum(1)}
+    rows: list[Tensor] = []
+    for number in range(len(classes)):
+        own = features[numbers == number]
+        rows.append(own.mean(0))
+    means = torch.stack(rows)
+    lengths = means.square().sum(1)
+    return {"weight": 2 * means, "bias": -lengths}

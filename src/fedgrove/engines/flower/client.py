@@ -287,7 +287,7 @@ class Runtime:
             self._confidant(note).forget()
         left = leave(
             shop.parts, shop.half, info, data, note.body["offer"], store, folder,
-            held_out=held_out, keep_texts=self.simulated,
+            held_out=held_out, keep_texts=self.simulated, measure=bool(note.head["measure"]),
         )  # fmt: skip
         head = {"row": left.row, "stored": left.stored}
         own = json.dumps({"artefacts": left.artefacts, "texts": left.texts})

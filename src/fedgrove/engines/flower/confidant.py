@@ -70,7 +70,7 @@ class Confidant:
     def masked(
         self, note: Note, half: ClientHalf, update: Update, offer: Given
     ) -> dict[str, Tensor]:
-        """What is sent in place of an update."""
+        """What is sent in place of an update: its masked words, int32 [count]."""
         member, mail = self._member(note), _read(Mail, note, "mail")
         round, scale = _round(note), note.head.get("scale")
         if isinstance(scale, int) != weighted(half.method):

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -389,6 +390,7 @@ class FlowerEngine:
         if self.job.privacy.secure_aggregation:
             yield from self._meet(round, clients)
             todo = [name for name in clients if name in self._masks.mails]
+            until = self._deadline()  # each exchange has its own
         while todo:
             tries += 1
             # those whose node went away: asked again where the round has too few without them
@@ -596,11 +598,17 @@ class FlowerEngine:
         clients: Sequence[str],
         offer: OfferOf,
         out: Path,
+        unmeasured: Collection[str] = (),
     ) -> Iterator[tuple[str, Leaving] | Absence]:
         self._wait_for(clients, self._a_while())
-        for held_out in (False, True):
-            group = [name for name in clients if (name in self.held_out) == held_out]
-            for name, answer in self._ask_clients(group, "finish", {"held_out": held_out}, offer):
+        for held_out, measure in product((False, True), (True, False)):
+            group = [
+                name
+                for name in clients
+                if (name in self.held_out, name not in unmeasured) == (held_out, measure)
+            ]
+            head = {"held_out": held_out, "measure": measure}
+            for name, answer in self._ask_clients(group, "finish", head, offer):
                 if isinstance(answer, Failure):
                     yield Absence(name, answer.reason, answer.trace)
                     continue

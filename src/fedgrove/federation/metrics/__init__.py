@@ -28,7 +28,11 @@ __all__ = [
 
 GROUP = "fedgrove.metrics"
 METRICS: Registry[Metric] = Registry(
-    "metric", "data.metrics", GROUP, "fedgrove.federation.metrics", lambda: Metric
+    "metric",
+    "data.metrics",
+    GROUP,
+    "fedgrove.federation.metrics",
+    lambda: Metric,
 )
 register = METRICS.register
 
@@ -40,7 +44,7 @@ def measures(names: Iterable[str], answers: Answers) -> Plain:
     return {name: _plain(_found(METRICS.find(name)(), answers)) for name in names}
 
 
-def asked(task: Task[Any], more: Iterable[str] = ()) -> list[str]:
+def asked(task: Task, more: Iterable[str] = ()) -> list[str]:
     """The names of a task's own metrics and of those that a job asks for besides."""
     return list(dict.fromkeys([*task.wanted(), *more]))
 

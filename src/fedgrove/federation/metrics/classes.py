@@ -26,7 +26,14 @@ class F1Micro(Metric):
         """In [0, 1]; 0 where no label occurs and none was answered."""
         from sklearn.metrics import f1_score
 
-        return float(f1_score(answers.truth, answers.predicted, average="micro", zero_division=0))
+        return float(
+            f1_score(
+                answers.truth,
+                answers.predicted,
+                average="micro",
+                zero_division=0,
+            )
+        )
 
 
 class F1Macro(Metric):
@@ -44,7 +51,11 @@ class F1Macro(Metric):
             return math.nan
         return float(
             f1_score(
-                answers.truth, answers.predicted, labels=present, average="macro", zero_division=0
+                answers.truth,
+                answers.predicted,
+                labels=present,
+                average="macro",
+                zero_division=0,
             )
         )
 
@@ -63,7 +74,11 @@ class F1(Metric):
         if not present:
             return {}
         values = f1_score(
-            answers.truth, answers.predicted, labels=present, average=None, zero_division=0
+            answers.truth,
+            answers.predicted,
+            labels=present,
+            average=None,
+            zero_division=0,
         )
         return {
             answers.labels[each]: float(value) for each, value in zip(present, values, strict=True)
@@ -98,7 +113,11 @@ class BalancedAccuracy(Metric):
         present = np.unique(_of(answers.truth))
         return float(
             recall_score(
-                answers.truth, answers.predicted, labels=present, average="macro", zero_division=0
+                answers.truth,
+                answers.predicted,
+                labels=present,
+                average="macro",
+                zero_division=0,
             )
         )
 
@@ -164,7 +183,12 @@ class QuadraticKappa(Metric):
         if len(np.union1d(_of(answers.truth), _of(answers.predicted))) < 2:
             return math.nan
         return float(
-            cohen_kappa_score(answers.truth, answers.predicted, labels=steps, weights="quadratic")
+            cohen_kappa_score(
+                answers.truth,
+                answers.predicted,
+                labels=steps,
+                weights="quadratic",
+            )
         )
 
 

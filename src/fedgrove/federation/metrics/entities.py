@@ -63,7 +63,10 @@ class EntityF1ByType(OfTags):
         if not present:
             return {}
         table: dict[str, Any] = classification_report(
-            truth, predicted, output_dict=True, zero_division=0
+            truth,
+            predicted,
+            output_dict=True,
+            zero_division=0,
         )
         return {kind: float(table[kind]["f1-score"]) for kind in sorted(present)}
 

@@ -6,8 +6,6 @@ Whatever a source calls its columns, a row here has the names that the task give
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedgrove.federation.sources.base import Clients, Origin, Rows, Source
 from fedgrove.ground.registry import Registry
 
@@ -23,7 +21,11 @@ __all__ = [
 
 GROUP = "fedgrove.sources"
 #: by the values of ``data.source``
-SOURCES: Registry[Source[Any]] = Registry(
-    "source", "data.source", GROUP, "fedgrove.federation.sources", lambda: Source
+SOURCES: Registry[Source] = Registry(
+    "source",
+    "data.source",
+    GROUP,
+    "fedgrove.federation.sources",
+    lambda: Source,
 )
 register = SOURCES.register

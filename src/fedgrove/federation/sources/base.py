@@ -9,16 +9,17 @@ is given to ``fedgrove.federation.sources.register``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from fedgrove.federation.readers import Found, Remarks, Row
 from fedgrove.ground import options
+from fedgrove.ground.plain import Given, Plain
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Task
 
-Origin = dict[str, Any]
+Origin = Plain
 Keys = TypeVar("Keys", bound=options.Options)
 
 
@@ -34,12 +35,12 @@ class Source(ABC, Generic[Keys]):
     about: ClassVar[str]  # what it is, in a few words, for `fedgrove job --explain`
     Options: ClassVar[type[options.Options]] = options.Options
 
-    def __init__(self, data: Keys, task: type[Task[Any]]):
+    def __init__(self, data: Keys, task: type[Task]):
         self.data, self.task = data, task
         self.remarks = Remarks()  # what was found out while reading
 
     @classmethod
-    def meant_for(cls, values: Mapping[str, Any]) -> str | None:
+    def meant_for(cls, values: Given) -> str | None:
         """The task that the data are for (``data.task = "auto"``), where the source knows it;
         ``values`` are the job's, not yet checked.
         """
@@ -87,6 +88,11 @@ class Clients(Source[Keys]):
         """Each client's name and rows, in the order of the names; rows as in ``Rows.read``."""
 
 
-def origin(name: str, note: str = "", sha256: str = "", licence: str = "the owner's") -> Origin:
+def origin(
+    name: str,
+    note: str = "",
+    sha256: str = "",
+    licence: str = "the owner's",
+) -> Origin:
     """What is kept of where data come from."""
     return {"name": name, "licence": licence, "note": note, "sha256": sha256}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from fedgrove.federation.readers import Found, Row
 from fedgrove.federation.sources.base import Origin, Rows, origin
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.options import Options, Text
+from fedgrove.ground.plain import Given
 
 FIRST = "sentiment"
 
@@ -32,7 +33,7 @@ class EmbeddedSource(Rows[EmbeddedOptions]):
     Options: ClassVar[type[EmbeddedOptions]] = EmbeddedOptions
 
     @classmethod
-    def meant_for(cls, values: Mapping[str, Any]) -> str | None:
+    def meant_for(cls, values: Given) -> str | None:
         """As in Source."""
         name = values.get("name", FIRST)
         if isinstance(name, str) and name in EMBEDDED:

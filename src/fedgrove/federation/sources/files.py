@@ -54,7 +54,11 @@ class SilosOptions(FileOptions):
 Given = TypeVar("Given", bound=FileOptions)
 
 
-def _named(options: Given, source: str, what: str) -> Given:
+def _named(
+    options: Given,
+    source: str,
+    what: str,
+) -> Given:
     if options.path is None:
         raise ValueError(
             f'data.path is missing: with data.source = "{source}" it must name {what}.'

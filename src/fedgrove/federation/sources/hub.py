@@ -24,7 +24,8 @@ class PartOptions(Options):
     """
 
     name: Text = Field(
-        ..., description="What the group is called; its labels get this name in front."
+        ...,
+        description="What the group is called; its labels get this name in front.",
     )
     dataset: Text | None = Field(None, description="Hub data set; not set: data.name.")
     config: Text | None = Field(None, description="Configuration of the hub data set.")
@@ -39,7 +40,9 @@ class HubOptions(Options):
 
     name: Text | None = Field(None, description="Name of the hub data set.", examples=["ag_news"])
     config: Text | None = Field(
-        None, description="Configuration of the hub data set.", examples=["default"]
+        None,
+        description="Configuration of the hub data set.",
+        examples=["default"],
     )
     parts: Annotated[tuple[PartOptions, ...], Strict(False)] = Field(
         (),
@@ -124,7 +127,11 @@ class HubSource(Rows[HubOptions]):
                 yield place, _renamed(part, values, place)
 
 
-def _renamed(part: PartOptions, values: Values, place: Place) -> Values:
+def _renamed(
+    part: PartOptions,
+    values: Values,
+    place: Place,
+) -> Values:
     """The part's columns by the names that all parts share."""
     label = label_of(values[part.label], part.label, place)
     pair = values[part.pair] if part.pair else None
@@ -141,7 +148,12 @@ class Loaded:
     one.
     """
 
-    def __init__(self, name: str, config: str | None, split: str | None):
+    def __init__(
+        self,
+        name: str,
+        config: str | None,
+        split: str | None,
+    ):
         self.name, self.config = name, config
         splits = _load(name, config)
         self.split = _chosen(name, list(splits), split)
@@ -192,7 +204,11 @@ def _load(name: str, config: str | None) -> Any:
         ) from error
 
 
-def _chosen(name: str, splits: list[str], split: str | None) -> str:
+def _chosen(
+    name: str,
+    splits: list[str],
+    split: str | None,
+) -> str:
     if split in splits:
         return str(split)
     if split is None and "train" in splits:

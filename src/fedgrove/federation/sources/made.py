@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -14,10 +14,11 @@ from fedgrove.federation.readers import Found, Row
 from fedgrove.federation.sources.base import Origin, Rows, origin
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.options import Options, Text
+from fedgrove.ground.plain import Plain
 
 FIRST = "notes"
 #: by name what makes its rows, and what it is
-SETS: Mapping[str, tuple[Callable[[], Iterable[dict[str, Any]]], str]] = {
+SETS: Mapping[str, tuple[Callable[[], Iterable[Plain]], str]] = {
     "notes": (notes, "notes of four made-up clinics, put together from templates"),
 }
 
@@ -57,9 +58,14 @@ class MadeSource(Rows[MadeOptions]):
         digest = hashlib.sha256()
         for row in make():
             digest.update(json.dumps(row, sort_keys=True).encode())
-        return origin(self.data.made, about, digest.hexdigest(), "none needed: made up")
+        return origin(
+            self.data.made,
+            about,
+            digest.hexdigest(),
+            "none needed: made up",
+        )
 
-    def _set(self) -> tuple[Callable[[], Iterable[dict[str, Any]]], str]:
+    def _set(self) -> tuple[Callable[[], Iterable[Plain]], str]:
         if self.data.made not in SETS:
             known = ", ".join(map(repr, sorted(SETS)))
             raise JobError(f"data.made = {self.data.made!r} is no made-up set: take {known}")

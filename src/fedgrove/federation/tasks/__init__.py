@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, WritingTask
 from fedgrove.federation.tasks.classify_images import ClassifyImages
@@ -33,8 +33,12 @@ __all__ = [
 
 GROUP = "fedgrove.tasks"
 #: by the values of ``data.task``
-TASKS: Registry[Task[Any]] = Registry(
-    "task", "data.task", GROUP, "fedgrove.federation.tasks", lambda: Task
+TASKS: Registry[Task] = Registry(
+    "task",
+    "data.task",
+    GROUP,
+    "fedgrove.federation.tasks",
+    lambda: Task,
 )
 register = TASKS.register
 
@@ -48,11 +52,11 @@ def task_name(data: DataSection) -> str:
     return task_class(data).name
 
 
-def task_class(data: DataSection) -> type[Task[Any]]:
+def task_class(data: DataSection) -> type[Task]:
     """The class of the job's task."""
     return data.task_class
 
 
-def task_of(data: DataSection) -> Task[Any]:
+def task_of(data: DataSection) -> Task:
     """The task with the job's settings."""
     return task_class(data).of(data)

@@ -127,7 +127,12 @@ class Task(ABC, Generic[Keys]):
 
     @classmethod
     @abstractmethod
-    def row(cls, values: Mapping[str, Any], data: Keys, place: Place) -> Row:
+    def row(
+        cls,
+        values: Mapping[str, Any],
+        data: Keys,
+        place: Place,
+    ) -> Row:
         """A checked row, with a "label" to split by (a class, or "" where there is none). Raises
         DataError.
         """
@@ -138,7 +143,12 @@ class Task(ABC, Generic[Keys]):
         return [getattr(data, cls.learns)] if hasattr(data, cls.learns) else []
 
     @classmethod
-    def question(cls, values: Mapping[str, Any], data: Keys, place: Place) -> Row:
+    def question(
+        cls,
+        values: Mapping[str, Any],
+        data: Keys,
+        place: Place,
+    ) -> Row:
         """A checked row without its answer, out of the other columns. Raises DataError."""
         known = getattr(data, "labels", None) or (_FILLED,)
         filled = dict.fromkeys(cls.answer_columns(data), known[0])
@@ -173,7 +183,12 @@ class Task(ABC, Generic[Keys]):
         return {}
 
     @classmethod
-    def in_folder(cls, folder: Path, data: Keys, source: str) -> Found:
+    def in_folder(
+        cls,
+        folder: Path,
+        data: Keys,
+        source: str,
+    ) -> Found:
         """Rows with the columns above out of files that lie in a folder for each label, where
         ``folders`` says that there may be such; ``source``, the job's, helps to say what was meant.
         """
@@ -211,13 +226,13 @@ class Task(ABC, Generic[Keys]):
 
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The part of a batch that is the model's input, by the names of its forward's
-        arguments.
+        """The part of a batch that is the model's input, tensors [b, ...] by the names of its
+        forward's arguments.
         """
 
     # -------------------------------------------------------------------- head
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """A fresh head's tensors in float32, by name; none where the model has its own."""
+        """A fresh head's tensors in float32, [any shape] by name; none where the model has its own."""
         return {}
 
     def check_head(self, head: Mapping[str, Tensor]) -> None:
@@ -272,7 +287,7 @@ class Task(ABC, Generic[Keys]):
     # ------------------------------------------------------------------ leaving
     def leaving(self, head: Mapping[str, Tensor]) -> tuple[Task[Keys], dict[str, Tensor]]:
         """The task and the head as they stand in an adapter directory, for whoever reads it without
-        us; tensors in the shapes and by the names that they have.
+        us; tensors [any shape] keep their shapes and names.
         """
         return self, dict(head)
 
@@ -336,7 +351,7 @@ class WritingTask(Task[Keys]):
         """Written texts beside what was asked, as plain data."""
 
 
-def _settings(kind: type[Task[Any]]) -> tuple[Field[Any], ...]:
+def _settings(kind: type[Task]) -> tuple[Field[Any], ...]:
     """The dataclass's fields."""
     return fields(cast(Any, kind))
 

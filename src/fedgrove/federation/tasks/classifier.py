@@ -202,7 +202,11 @@ class Classifier:
         return [self.labels[index] for index in logits.argmax(dim=-1).tolist()]
 
 
-def class_of(value: object, data: ClassOptions, place: Place) -> str:
+def class_of(
+    value: object,
+    data: ClassOptions,
+    place: Place,
+) -> str:
     """A row's class as a text, one of ``data.labels`` where the job names them. Raises
     DataError.
     """

@@ -48,6 +48,7 @@ class Scaling:
         return cls(factor, mean, std)
 
     def __call__(self, pixels: Tensor) -> Tensor:
+        """[b, c, h, w] in float32, of pixels [b, c, h, w] in 8 bits."""
         return (pixels.float() * self.factor - self.mean) / self.std
 
 
@@ -80,7 +81,12 @@ class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
         return [data.image, data.label]
 
     @classmethod
-    def row(cls, values: Mapping[str, Any], data: ImageOptions, place: Place) -> Row:
+    def row(
+        cls,
+        values: Mapping[str, Any],
+        data: ImageOptions,
+        place: Place,
+    ) -> Row:
         """``{"image": Picture, "label": str}``."""
         return {
             "image": picture_of(values[data.image], data.image, place),
@@ -88,7 +94,12 @@ class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
         }
 
     @classmethod
-    def in_folder(cls, folder: Path, data: ImageOptions, source: str) -> Found:
+    def in_folder(
+        cls,
+        folder: Path,
+        data: ImageOptions,
+        source: str,
+    ) -> Found:
         """The images of ``folder/LABEL/*.png``, or of ``folder/train/LABEL/*.png`` and
         ``folder/test/LABEL/*.png``.
         """
@@ -121,7 +132,10 @@ class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
                 for number, row in enumerate(chosen, start=start + 1)
             ]
             pixels = processor(
-                images=opened, do_rescale=False, do_normalize=False, return_tensors="np"
+                images=opened,
+                do_rescale=False,
+                do_normalize=False,
+                return_tensors="np",
             )["pixel_values"]
             for number, (row, each) in enumerate(zip(chosen, pixels, strict=True), start=start + 1):
                 example: Example = {"pixels": _small(each), "scaling": scaling}
@@ -140,7 +154,7 @@ class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
         return batch
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """As in Task."""
+        """As in Task: the pixels [b, c, h, w]."""
         return {"pixel_values": batch["pixel_values"]}
 
     def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
@@ -148,7 +162,11 @@ class ClassifyImages(Classifier, HeadedTask[ImageOptions]):
         return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32)).mean(1)
 
 
-def _labelled(folder: Path, data: ImageOptions, source: str) -> Found:
+def _labelled(
+    folder: Path,
+    data: ImageOptions,
+    source: str,
+) -> Found:
     for place, path, label in labelled(folder, source):
         yield place, {data.image: path, data.label: label}
 

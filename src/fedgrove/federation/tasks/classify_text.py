@@ -37,7 +37,12 @@ class ClassifyText(Classifier, ReadsText[ClassifyTextOptions]):
         return [data.text, *([data.pair] if data.pair else []), data.label]
 
     @classmethod
-    def row(cls, values: Mapping[str, Any], data: ClassifyTextOptions, place: Place) -> Row:
+    def row(
+        cls,
+        values: Mapping[str, Any],
+        data: ClassifyTextOptions,
+        place: Place,
+    ) -> Row:
         """``{"text": str, "label": str}``, and ``"pair": str`` where the rows are pairs of
         texts.
         """

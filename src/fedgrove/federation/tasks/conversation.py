@@ -23,7 +23,11 @@ TOOLS = ("tool", "function", "function_call", "observation")
 SPELLINGS = (("role", "content"), ("from", "value"))
 
 
-def answers(value: Any, column: str, place: Place) -> list[str]:
+def answers(
+    value: Any,
+    column: str,
+    place: Place,
+) -> list[str]:
     """The right completions of a row, the one to learn first: a text, or a list of texts. Raises
     DataError.
     """
@@ -36,7 +40,11 @@ def answers(value: Any, column: str, place: Place) -> list[str]:
     return [text_of(each, column, place) for each in value]
 
 
-def conversation(value: Any, column: str, place: Place) -> list[dict[str, str]]:
+def conversation(
+    value: Any,
+    column: str,
+    place: Place,
+) -> list[dict[str, str]]:
     """``[{"role": "user", "content": "..."}, ..., {"role": "assistant", ...}]``; other keys are
     dropped.
 
@@ -71,7 +79,11 @@ def conversation(value: Any, column: str, place: Place) -> list[dict[str, str]]:
     return messages
 
 
-def _said(message: Any, number: int, wrong: Callable[[str], DataError]) -> tuple[str, Any]:
+def _said(
+    message: Any,
+    number: int,
+    wrong: Callable[[str], DataError],
+) -> tuple[str, Any]:
     """Role and content of a message, in either spelling; parts of a content are joined."""
     if not isinstance(message, dict):
         raise wrong(f"has a message {number} that is no object with a role and a content")
@@ -98,7 +110,11 @@ def _plain(role: Any) -> str:
     return ""
 
 
-def _part(part: Any, number: int, wrong: Callable[[str], DataError]) -> str:
+def _part(
+    part: Any,
+    number: int,
+    wrong: Callable[[str], DataError],
+) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__

@@ -104,7 +104,9 @@ class GenerateOptions(LengthOptions):
         """What rows are."""
         if self.plain is not None:
             return "texts"
-        return "pairs" if self.messages is None else "conversations"
+        if self.messages is not None:
+            return "conversations"
+        return "pairs"
 
 
 #: a key that says what rows are -> the keys that then say nothing
@@ -115,7 +117,11 @@ USELESS = {
 }
 
 
-def _refuse_beside(data: GenerateOptions, key: str, chosen: str) -> None:
+def _refuse_beside(
+    data: GenerateOptions,
+    key: str,
+    chosen: str,
+) -> None:
     value = getattr(data, key)
     if value != GenerateOptions.model_fields[key].default:
         raise ValueError(
@@ -171,11 +177,18 @@ class Generate(WritingTask[GenerateOptions]):
             return [data.plain]
         if data.messages is not None:
             return [data.messages]
-        asked = [data.prompt] if data.template is None else columns_in(data.template)
+        asked = [data.prompt]
+        if data.template is not None:
+            asked = columns_in(data.template)
         return [*asked, data.completion]
 
     @classmethod
-    def row(cls, values: Mapping[str, Any], data: GenerateOptions, place: Place) -> Row:
+    def row(
+        cls,
+        values: Mapping[str, Any],
+        data: GenerateOptions,
+        place: Place,
+    ) -> Row:
         """``{"prompt": str, "completion": str}``, ``{"messages": [{"role", "content"}, ...]}`` or
         ``{"plain": str}``, and ``"label": ""``.
 
@@ -183,7 +196,8 @@ class Generate(WritingTask[GenerateOptions]):
         counts as right.
         """
         if data.plain is not None:
-            return {"plain": text_of(values[data.plain], data.plain, place), "label": ""}
+            plain = text_of(values[data.plain], data.plain, place)
+            return {"plain": plain, "label": ""}
         if data.messages is not None:
             said = conversation(values[data.messages], data.messages, place)
             return {"messages": said, "label": ""}
@@ -192,8 +206,10 @@ class Generate(WritingTask[GenerateOptions]):
             prompt = text_of(values[data.prompt], data.prompt, place)
         else:
             prompt = filled(data.template, values, place)
-        row = {"prompt": prompt, "completion": right[0], "label": ""}
-        return row | {"references": right} if len(right) > 1 else row
+        row: Row = {"prompt": prompt, "completion": right[0], "label": ""}
+        if len(right) > 1:
+            row["references"] = right
+        return row
 
     @classmethod
     def describe(cls, rows: Sequence[Row]) -> dict[str, Any]:
@@ -212,30 +228,47 @@ class Generate(WritingTask[GenerateOptions]):
         template = Template(tokenizer)
         return [self._example(row, template, number) for number, row in enumerate(rows, start=1)]
 
-    def _example(self, row: Row, template: Template, number: int) -> Example:
+    def _example(
+        self,
+        row: Row,
+        template: Template,
+        number: int,
+    ) -> Example:
         if self.plain or "plain" in row:
             return self._going_on(row, template, number)
         messages = messages_of(row)
         prompt, completion = template.tokens(row, number)
-        answered = bool(completion)
-        example: Example = {"prompt": messages[-2 if answered else -1]["content"]}
+        asked = messages[-1]
+        if completion:
+            asked = messages[-2]
+        example: Example = {"prompt": asked["content"]}
         example["prompt_ids"] = prompt[-self.max_length :]
-        if not answered:
+        if not completion:
             return example | {"input_ids": example["prompt_ids"]}
         example["references"] = row.get("references") or [messages[-1]["content"]]
         if self.answers == "every":
             return example | self._every_answer(messages, template, number)
-        kept = min(len(prompt), max(self.max_length - len(completion), self.max_length // 2))
-        ids = (prompt[-kept:] + completion)[: self.max_length]
-        return example | {"input_ids": ids, "spans": [(kept, len(ids))]}
+        room = self.max_length - len(completion)
+        kept = min(len(prompt), max(room, self.max_length // 2))
+        whole = prompt[-kept:] + completion
+        ids = whole[: self.max_length]
+        example["input_ids"] = ids
+        example["spans"] = [(kept, len(ids))]
+        return example
 
     def _every_answer(
-        self, messages: list[dict[str, str]], template: Template, number: int
+        self,
+        messages: list[dict[str, str]],
+        template: Template,
+        number: int,
     ) -> Example:
         """All of a conversation's answers; what is too long loses its end."""
         ids, spans = template.turns(messages, number)
-        kept = [(start, min(end, self.max_length)) for start, end in spans]
-        kept = [(start, end) for start, end in kept if start < end]
+        kept: list[tuple[int, int]] = []
+        for start, end in spans:
+            end = min(end, self.max_length)
+            if start < end:
+                kept.append((start, end))
         if not kept:
             raise DataError(
                 f"row {number} has its first answer after data.max_length = {self.max_length} "
@@ -243,12 +276,18 @@ class Generate(WritingTask[GenerateOptions]):
             )
         return {"input_ids": ids[: self.max_length], "spans": kept}
 
-    def _going_on(self, row: Row, template: Template, number: int) -> Example:
+    def _going_on(
+        self,
+        row: Row,
+        template: Template,
+        number: int,
+    ) -> Example:
         """A plain text, all of which is learnt; its second half is what a generation should write.
         A prompt is one without an end.
         """
         if "plain" not in row:
-            ids = template.plain(row["prompt"], number)[-self.max_length :]
+            ids = template.plain(row["prompt"], number)
+            ids = ids[-self.max_length :]
             return {"prompt": row["prompt"], "prompt_ids": ids, "input_ids": ids}
         tokenizer = template.tokenizer
         whole = template.plain(row["plain"], number)
@@ -256,12 +295,14 @@ class Generate(WritingTask[GenerateOptions]):
         half = max(1, len(ids) // 2)
         ends = set(tokenizer.all_special_ids)
         rest = [token for token in ids[half:] if token not in ends]
+        prompt = tokenizer.decode(ids[:half], skip_special_tokens=True)
+        going_on = tokenizer.decode(rest).strip()
         return {
             "input_ids": ids,
             "spans": [(1, len(ids))],
             "prompt_ids": ids[:half],
-            "prompt": tokenizer.decode(ids[:half], skip_special_tokens=True),
-            "references": [tokenizer.decode(rest).strip() or row["plain"]],
+            "prompt": prompt,
+            "references": [going_on or row["plain"]],
         }
 
     def lengths(self, rows: Sequence[Row], tokenizer: Any) -> list[int]:
@@ -269,7 +310,12 @@ class Generate(WritingTask[GenerateOptions]):
         template = Template(tokenizer)
         return [self._length(row, template, number) for number, row in enumerate(rows, start=1)]
 
-    def _length(self, row: Row, template: Template, number: int) -> int:
+    def _length(
+        self,
+        row: Row,
+        template: Template,
+        number: int,
+    ) -> int:
         if "plain" in row:
             return len(template.plain(row["plain"], number)) + 1
         return sum(map(len, template.tokens(row, number)))
@@ -291,10 +337,11 @@ class Generate(WritingTask[GenerateOptions]):
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         longest = int(lengths.max())
         place = torch.arange(longest)
-        ids = [
-            [*example["input_ids"], *[pad_id] * (longest - len(example["input_ids"]))]
-            for example in examples
-        ]
+        ids: list[list[int]] = []
+        for example in examples:
+            own = example["input_ids"]
+            padding = [pad_id] * (longest - len(own))
+            ids.append([*own, *padding])
         batch = {
             "input_ids": torch.tensor(ids),
             "attention_mask": (place < lengths[:, None]).long(),
@@ -308,28 +355,37 @@ class Generate(WritingTask[GenerateOptions]):
         return batch
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """As in Task."""
+        """As in Task: tokens and mask, [b, t] each."""
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
     def prompts(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """As in WritingTask: every prompt ends where its continuation begins."""
         prompts = [example["prompt_ids"] for example in examples]
         longest = max(map(len, prompts))
-        ids = [[*[pad_id] * (longest - len(prompt)), *prompt] for prompt in prompts]
-        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        ids: list[list[int]] = []
+        mask: list[list[int]] = []
+        for prompt in prompts:
+            before = longest - len(prompt)
+            ids.append([pad_id] * before + list(prompt))
+            mask.append([0] * before + [1] * len(prompt))
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.tensor(mask),
+        }
 
     def ends(self, tokenizer: Any) -> list[int]:
         """As in WritingTask."""
         return Template(tokenizer).ends()
 
     def positions(self, batch: Batch) -> Bool[Tensor, "b t"]:
-        """As in WritingTask: before each token of a completion, or at a prompt's end."""
+        """As in WritingTask, [b, t]: before each token of a completion, or at a prompt's end."""
         if "labels" in batch:
-            return F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
+            following = batch["labels"][:, 1:] != IGNORED
+            return F.pad(following, (0, 1))
         mask = batch["attention_mask"]
         place = torch.arange(mask.shape[1], device=mask.device)
-        return place == mask.sum(1, keepdim=True) - 1
+        last = mask.sum(1, keepdim=True) - 1
+        return place == last
 
     # -------------------------------------------------------------------- head
     def pool(self, hidden_states: Float[Tensor, "b t h"], batch: Batch) -> Float[Tensor, "b h"]:
@@ -339,8 +395,10 @@ class Generate(WritingTask[GenerateOptions]):
         mask = batch["attention_mask"].bool()
         if "labels" in batch:
             mask = mask & (batch["labels"] == IGNORED)
-        weights = mask[..., None].to(torch.promote_types(hidden_states.dtype, torch.float32))
-        return (hidden_states.to(weights.dtype) * weights).sum(1) / weights.sum(1).clamp(min=1)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        weights = mask[..., None].to(dtype)
+        total = (hidden_states.to(dtype) * weights).sum(1)
+        return total / weights.sum(1).clamp(min=1)
 
     # ---------------------------------------------------------------- measures
     def loss(self, logits: Float[Tensor, "n vocabulary"], batch: Batch) -> Float[Tensor, ""]:
@@ -367,20 +425,22 @@ class Generate(WritingTask[GenerateOptions]):
         overlap = Overlap()
         sums = dict.fromkeys(("rouge_1", "rouge_l", "exact_match"), 0.0)
         for output, example in zip(outputs, examples, strict=True):
-            for key, value in overlap(output, example["references"]).items():
+            shared = overlap(output, example["references"])
+            for key, value in shared.items():
                 sums[key] += value
         return sums | {"generated": float(len(outputs))}
 
     def shown(self, outputs: Sequence[str], examples: Sequence[Example]) -> list[dict[str, str]]:
         """As in WritingTask: prompt, reference and output."""
-        return [
-            {
+        found: list[dict[str, str]] = []
+        for output, example in zip(outputs, examples, strict=True):
+            line = {
                 "prompt": example["prompt"],
                 "reference": example["references"][0],
                 "output": output,
             }
-            for output, example in zip(outputs, examples, strict=True)
-        ]
+            found.append(line)
+        return found
 
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Loss per completion token (nats), ROUGE-L and ROUGE-1 (F1) and exact match of
@@ -388,17 +448,19 @@ class Generate(WritingTask[GenerateOptions]):
         """
         loss = sums["loss"] / sums["tokens"]
         generated = sums.get("generated", 0.0)
-        shared = (
-            {key: sums[key] / generated for key in ("rouge_l", "rouge_1", "exact_match")}
-            if generated
-            else {}
-        )
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"loss": loss, **shared, "perplexity": perplexity, "examples": sums["examples"]}
+        found = {"loss": loss}
+        if generated:
+            for key in ("rouge_l", "rouge_1", "exact_match"):
+                found[key] = sums[key] / generated
+        perplexity = math.inf
+        if loss < 700:
+            perplexity = math.exp(loss)
+        return found | {"perplexity": perplexity, "examples": sums["examples"]}
 
     def compared(self, found: Sequence[str], examples: Sequence[Example]) -> Answers:
         """The written texts beside their references."""
-        return Answers(outputs=list(found), references=[each["references"] for each in examples])
+        references = [each["references"] for each in examples]
+        return Answers(outputs=list(found), references=references)
 
     def _asked(self, batch: Batch) -> Int[Tensor, " n"]:
         """The tokens that the logits are about, in their order."""
@@ -417,9 +479,12 @@ class Template:
         """(prompt, completion with its end) of a row; no completion where the row has none."""
         messages = messages_of(row)
         answered = messages[-1]["role"] == "assistant"
-        before = messages[:-1] if answered else messages
+        before = messages
+        whole: list[dict[str, str]] | None = None
+        if answered:
+            before, whole = messages[:-1], messages
         if self.chat:
-            return self._by_chat(before, messages if answered else None, number)
+            return self._by_chat(before, whole, number)
         if len(before) > 1 or before[-1]["role"] != "user":
             raise DataError(
                 f"row {number} is a conversation, but the model's tokenizer has no chat template; "
@@ -427,23 +492,34 @@ class Template:
                 "completion instead, or choose a model that is made for conversations"
             )
         prompt = self.tokenizer(
-            f"### Instruction:\n{before[-1]['content']}\n\n### Response:\n", verbose=False
+            f"### Instruction:\n{before[-1]['content']}\n\n### Response:\n",
+            verbose=False,
         )
         ids = list(prompt["input_ids"])
         while ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
             ids.pop()
-        return ids, self._closed(messages[-1]["content"], number) if answered else []
+        if not answered:
+            return ids, []
+        return ids, self._closed(messages[-1]["content"], number)
 
-    def _by_chat(self, before: Any, whole: Any, number: int) -> tuple[list[int], list[int]]:
+    def _by_chat(
+        self,
+        before: list[dict[str, str]],
+        whole: list[dict[str, str]] | None,
+        number: int,
+    ) -> tuple[list[int], list[int]]:
         tokenizer = self.tokenizer
         try:
             start = tokenizer.apply_chat_template(
-                before, tokenize=False, add_generation_prompt=True
+                before,
+                tokenize=False,
+                add_generation_prompt=True,
             )
-            text = tokenizer.apply_chat_template(whole, tokenize=False) if whole else ""
-        except (
-            Exception
-        ) as error:  # a template refuses in its own words: no system message, roles must alternate
+            text = ""
+            if whole:
+                text = tokenizer.apply_chat_template(whole, tokenize=False)
+        except Exception as error:
+            # a template refuses in its own words: no system message, roles must alternate
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"row {number} does not fit the model's chat template: {reason[:200]}"
@@ -453,18 +529,18 @@ class Template:
             return list(prompt), []
         if not text.startswith(start):  # templates that rewrite what comes before an answer
             return list(prompt), self._closed(whole[-1]["content"], number)
-        return list(prompt), self._closed(text[len(start) :].rstrip(), number)
+        answer = text[len(start) :].rstrip()
+        return list(prompt), self._closed(answer, number)
 
     def _closed(self, text: str, number: int) -> list[int]:
         """The completion's tokens with an end: the template's own closing token, or the
         end-of-sequence token.
         """
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        end = (
-            ids.pop()
-            if ids and ids[-1] in self.tokenizer.all_special_ids
-            else self.tokenizer.eos_token_id
-        )
+        if ids and ids[-1] in self.tokenizer.all_special_ids:
+            end = ids.pop()
+        else:
+            end = self.tokenizer.eos_token_id
         if not ids:
             raise DataError(
                 f"row {number} has a completion that the tokenizer turns into nothing; remove it"

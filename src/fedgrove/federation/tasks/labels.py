@@ -35,10 +35,14 @@ class LabelsOptions(NamedLabels, TextOptions):
         "without labels.",
     )
     separator: Annotated[Text, OF_THE_DATA] = Field(
-        ";", description="What stands between the labels where they are a text."
+        ";",
+        description="What stands between the labels where they are a text.",
     )
     threshold: float = Field(
-        0.5, gt=0, lt=1, description="From which probability on a label is an answer."
+        0.5,
+        gt=0,
+        lt=1,
+        description="From which probability on a label is an answer.",
     )
 
 
@@ -75,7 +79,12 @@ class Labels(ReadsText[LabelsOptions]):
         return [data.label]
 
     @classmethod
-    def row(cls, values: Mapping[str, Any], data: LabelsOptions, place: Place) -> Row:
+    def row(
+        cls,
+        values: Mapping[str, Any],
+        data: LabelsOptions,
+        place: Place,
+    ) -> Row:
         """``{"text": str, "labels": [str, ...]}`` in the order of the names, with "label", the set of
         them; and "pair" where rows are pairs.
         """
@@ -84,7 +93,12 @@ class Labels(ReadsText[LabelsOptions]):
         return {**row, **_named(_known(each, data, place) for each in found)}
 
     @classmethod
-    def question(cls, values: Mapping[str, Any], data: LabelsOptions, place: Place) -> Row:
+    def question(
+        cls,
+        values: Mapping[str, Any],
+        data: LabelsOptions,
+        place: Place,
+    ) -> Row:
         """As in Task."""
         return cls.texts(values, data, place)
 
@@ -180,7 +194,11 @@ def _named(labels: Any) -> Row:
     return {"labels": own, "label": " + ".join(own)}
 
 
-def _labels_of(value: Any, data: LabelsOptions, place: Place) -> list[str]:
+def _labels_of(
+    value: Any,
+    data: LabelsOptions,
+    place: Place,
+) -> list[str]:
     if isinstance(value, str):
         value = _listed(value, data.separator)
     if not isinstance(value, list | tuple):
@@ -199,7 +217,11 @@ def _listed(text: str, separator: str) -> list[Any]:
     return [part.strip() for part in text.split(separator) if part.strip()]
 
 
-def _known(label: str, data: LabelsOptions, place: Place) -> str:
+def _known(
+    label: str,
+    data: LabelsOptions,
+    place: Place,
+) -> str:
     """The one of ``data.labels`` that a label spells, where the job names them."""
     if not data.labels:
         return label

@@ -40,7 +40,8 @@ class RegressionOptions(TextOptions):
     """The keys of texts with numbers."""
 
     targets: Annotated[Texts, OF_THE_DATA] = Field(
-        ("target",), description="Columns of the numbers to predict, one or several."
+        ("target",),
+        description="Columns of the numbers to predict, one or several.",
     )
     center: Annotated[Numbers | None, Automatic("data"), OF_THE_DATA] = Field(
         None,
@@ -125,7 +126,10 @@ class Regression(ReadsText[RegressionOptions]):
     @classmethod
     def columns(cls, data: RegressionOptions) -> list[str]:
         """As in Task."""
-        return [data.text, *([data.pair] if data.pair else []), *data.targets]
+        texts = [data.text]
+        if data.pair:
+            texts.append(data.pair)
+        return [*texts, *data.targets]
 
     @classmethod
     def answer_columns(cls, data: RegressionOptions) -> list[str]:
@@ -133,13 +137,24 @@ class Regression(ReadsText[RegressionOptions]):
         return list(data.targets)
 
     @classmethod
-    def row(cls, values: Mapping[str, Any], data: RegressionOptions, place: Place) -> Row:
+    def row(
+        cls,
+        values: Mapping[str, Any],
+        data: RegressionOptions,
+        place: Place,
+    ) -> Row:
         """``{"text": str, "targets": [float, ...], "label": ""}``: there is no label to split by."""
+        texts = cls.texts(values, data, place)
         found = [_number(values[name], name, place) for name in data.targets]
-        return {**cls.texts(values, data, place), "targets": found, "label": ""}
+        return {**texts, "targets": found, "label": ""}
 
     @classmethod
-    def question(cls, values: Mapping[str, Any], data: RegressionOptions, place: Place) -> Row:
+    def question(
+        cls,
+        values: Mapping[str, Any],
+        data: RegressionOptions,
+        place: Place,
+    ) -> Row:
         """As in Task."""
         return cls.texts(values, data, place)
 
@@ -155,8 +170,10 @@ class Regression(ReadsText[RegressionOptions]):
     def settled(cls, data: RegressionOptions, rows: Sequence[Row]) -> dict[str, Any]:
         """Center and scale, where the job leaves them to the rows."""
         values = np.array([row["targets"] for row in rows], dtype=np.float64)
-        center = np.array(data.center or values.mean(axis=0).tolist())
-        scale = np.array(data.scale or np.sqrt(((values - center) ** 2).mean(axis=0)).tolist())
+        mean = values.mean(axis=0)
+        center = np.array(data.center or mean.tolist())
+        variance = ((values - center) ** 2).mean(axis=0)
+        scale = np.array(data.scale or np.sqrt(variance).tolist())
         for name, spread in zip(data.targets, scale.tolist(), strict=True):
             if not spread > 0:
                 raise DataError(
@@ -180,27 +197,31 @@ class Regression(ReadsText[RegressionOptions]):
             )
         place = f"row {number}"
         numbers = [_number(each, "targets", place) for each in given]
-        return [
-            (each - center) / scale
-            for each, center, scale in zip(numbers, self.center, self.scale, strict=True)
-        ]
+        scaled: list[float] = []
+        for each, center, scale in zip(numbers, self.center, self.scale, strict=True):
+            scaled.append((each - center) / scale)
+        return scaled
 
     def targets(self, examples: Sequence[Example]) -> Float[Tensor, "b k"]:
         """In scaled units."""
-        return torch.tensor([example["label"] for example in examples], dtype=torch.float32)
+        labels = [example["label"] for example in examples]
+        return torch.tensor(labels, dtype=torch.float32)
 
     # ---------------------------------------------------------------- measures
     def loss(self, logits: Float[Tensor, "b k"], batch: Batch) -> Float[Tensor, ""]:
         """The mean squared error in scaled units."""
-        return F.mse_loss(self._scaled(logits), batch["labels"].to(logits.dtype))
+        truth = batch["labels"].to(logits.dtype)
+        return F.mse_loss(self._scaled(logits), truth)
 
     def score(self, logits: Float[Tensor, "b k"], batch: Batch) -> dict[str, float]:
         """Of each target, in scaled units, the sums of squared errors, of numbers and of their
         squares; and rows.
         """
         truth = batch["labels"].double()
-        missed = (self._scaled(logits).double() - truth).square().sum(0).tolist()
-        sums, squares = truth.sum(0).tolist(), truth.square().sum(0).tolist()
+        off = self._scaled(logits).double() - truth
+        missed = off.square().sum(0).tolist()
+        sums = truth.sum(0).tolist()
+        squares = truth.square().sum(0).tolist()
         found = {"examples": float(len(truth))}
         for number in range(self.outputs):
             found[f"missed {number}"] = missed[number]
@@ -215,7 +236,8 @@ class Regression(ReadsText[RegressionOptions]):
         count = sums["examples"]
         explained: list[float] = []
         for number in range(self.outputs):
-            spread = sums[f"squares {number}"] - sums[f"sum {number}"] ** 2 / count
+            total = sums[f"sum {number}"]
+            spread = sums[f"squares {number}"] - total**2 / count
             share = 0.0
             if spread > 0:
                 share = 1 - sums[f"missed {number}"] / spread
@@ -229,11 +251,13 @@ class Regression(ReadsText[RegressionOptions]):
 
     def compared(self, found: Float[Tensor, "n k"], examples: Sequence[Example]) -> Answers:
         """Numbers in true units."""
-        truth = torch.tensor([example["label"] for example in examples], dtype=torch.float64)
+        labels = [example["label"] for example in examples]
+        truth = self._in_true_units(torch.tensor(labels, dtype=torch.float64))
+        predicted = self._true(found.double())
         return Answers(
             labels=self.columns_named,
-            truth=self._in_true_units(truth).numpy(),
-            predicted=self._true(found.double()).numpy(),
+            truth=truth.numpy(),
+            predicted=predicted.numpy(),
         )
 
     def probabilities(self, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
@@ -249,7 +273,7 @@ class Regression(ReadsText[RegressionOptions]):
 
     # ------------------------------------------------------------------ scaling
     def check_head(self, head: Mapping[str, Tensor]) -> None:
-        """A head without a bias cannot have a center folded into it."""
+        """A head without a bias [k] cannot have a center folded into it."""
         if any(self.center) and _last(head)[1] is None:
             raise JobError(
                 f"data.center = {shown(list(self.center))} needs a head with a bias, which this "
@@ -258,7 +282,7 @@ class Regression(ReadsText[RegressionOptions]):
             )
 
     def leaving(self, head: Mapping[str, Tensor]) -> tuple[Regression, dict[str, Tensor]]:
-        """With the scaling folded into the head's last layer."""
+        """With the scaling folded into the head's last layer, its weight [k, h] and bias [k]."""
         weight, bias = _last(head)
         found = dict(head)
         scale = torch.tensor(self.scale, dtype=head[weight].dtype)
@@ -272,7 +296,9 @@ class Regression(ReadsText[RegressionOptions]):
         """What a head gives, in scaled units."""
         if not self.folded:
             return logits
-        return (logits - logits.new_tensor(self.center)) / logits.new_tensor(self.scale)
+        center = logits.new_tensor(self.center)
+        scale = logits.new_tensor(self.scale)
+        return (logits - center) / scale
 
     def _true(self, logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
         """What a head gives, in true units."""
@@ -281,10 +307,16 @@ class Regression(ReadsText[RegressionOptions]):
         return self._in_true_units(logits)
 
     def _in_true_units(self, scaled: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-        return scaled * scaled.new_tensor(self.scale) + scaled.new_tensor(self.center)
+        center = scaled.new_tensor(self.center)
+        scale = scaled.new_tensor(self.scale)
+        return scaled * scale + center
 
 
-def _number(value: Any, column: str, place: Place) -> float:
+def _number(
+    value: Any,
+    column: str,
+    place: Place,
+) -> float:
     """A finite number, or the text of one. Raises DataError."""
     number = math.nan
     if isinstance(value, int | float | str) and not isinstance(value, bool):

@@ -25,7 +25,11 @@ def columns_in(template: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def filled(template: str, values: Mapping[str, Any], place: Place) -> str:
+def filled(
+    template: str,
+    values: Mapping[str, Any],
+    place: Place,
+) -> str:
     """The template with a row's columns, without the paragraphs whose columns are all empty.
 
     Raises DataError for a column that is no text, and where nothing is left.
@@ -37,7 +41,11 @@ def filled(template: str, values: Mapping[str, Any], place: Place) -> str:
     return text
 
 
-def _paragraph(part: str, values: Mapping[str, Any], place: Place) -> str | None:
+def _paragraph(
+    part: str,
+    values: Mapping[str, Any],
+    place: Place,
+) -> str | None:
     """None where it has columns and all are empty."""
     text, filled_in, empty = "", 0, 0
     for literal, name, _, _ in Formatter().parse(part):
@@ -51,7 +59,11 @@ def _paragraph(part: str, values: Mapping[str, Any], place: Place) -> str | None
     return None if empty and not filled_in else text
 
 
-def _text(value: Any, column: str, place: Place) -> str:
+def _text(
+    value: Any,
+    column: str,
+    place: Place,
+) -> str:
     if value is None:
         return ""
     if not isinstance(value, str | int | float) or isinstance(value, bool):

@@ -70,7 +70,7 @@ class ReadsText(HeadedTask[TextKeys]):
 
     @abstractmethod
     def targets(self, examples: Sequence[Example]) -> Shaped[Tensor, "b ..."]:
-        """Out of the examples' ``"label"``: what ``target`` gave."""
+        """[b, ...] out of the examples' ``"label"``: what ``target`` gave."""
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -86,7 +86,11 @@ class ReadsText(HeadedTask[TextKeys]):
 
     # -------------------------------------------------------------------- rows
     @staticmethod
-    def texts(values: Mapping[str, Any], data: TextOptions, place: Place) -> Row:
+    def texts(
+        values: Mapping[str, Any],
+        data: TextOptions,
+        place: Place,
+    ) -> Row:
         """``{"text": str}``, and ``"pair": str`` where the row is a pair. Raises DataError."""
         row = {"text": text_of(values[data.text], data.text, place)}
         if data.pair and values[data.pair]:
@@ -135,7 +139,7 @@ class ReadsText(HeadedTask[TextKeys]):
         return len(example["input_ids"])
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """As in Task."""
+        """As in Task: each [b, t]."""
         return {name: batch[name] for name in INPUTS if name in batch}
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
@@ -173,6 +177,10 @@ def texts_of(row: Row) -> tuple[str, ...]:
     return (row["text"], row["pair"]) if "pair" in row else (row["text"],)
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Int[Tensor, "rows length"]:
+def padded(
+    rows: Sequence[Sequence[int]],
+    length: int,
+    fill: int,
+) -> Int[Tensor, "rows length"]:
     """Filled up on the right."""
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=torch.long)

@@ -122,14 +122,25 @@ class Tokens(ReadsText[Any]):
         return [cls.columns(data)[1]]
 
     @classmethod
-    def row(cls, values: Mapping[str, Any], data: TokensOptions, place: Place) -> Row:
+    def row(
+        cls,
+        values: Mapping[str, Any],
+        data: TokensOptions,
+        place: Place,
+    ) -> Row:
         """``{"text": str, "words": [[start, end], ...], "spans": [[start, end, type], ...]}``, and
         "label", the set of the types.
         """
         row = cls.question(values, data, place)
         if data.words and data.tags:
             count = len(row["words"])
-            tags = spans.tag_list(values[data.tags], count, data.tag_names, data.tags, place)
+            tags = spans.tag_list(
+                values[data.tags],
+                count,
+                data.tag_names,
+                data.tags,
+                place,
+            )
             found = spans.spans_of_tags(tags, row["words"])
         else:
             given = values[data.spans]
@@ -139,7 +150,12 @@ class Tokens(ReadsText[Any]):
         return {**row, **_named(found)}
 
     @classmethod
-    def question(cls, values: Mapping[str, Any], data: TokensOptions, place: Place) -> Row:
+    def question(
+        cls,
+        values: Mapping[str, Any],
+        data: TokensOptions,
+        place: Place,
+    ) -> Row:
         """As in Task."""
         if data.words:
             text, words = spans.joined(spans.word_list(values[data.words], data.words, place))
@@ -169,11 +185,19 @@ class Tokens(ReadsText[Any]):
             )
         return [self._example(row, number, processor) for number, row in enumerate(rows, start=1)]
 
-    def _example(self, row: Row, number: int, processor: Any) -> Example:
+    def _example(
+        self,
+        row: Row,
+        number: int,
+        processor: Any,
+    ) -> Example:
         text = row["text"]
         words = row.get("words") or spans.words_of(text)
         tokens = processor(
-            text, truncation=True, max_length=self.max_length, return_offsets_mapping=True
+            text,
+            truncation=True,
+            max_length=self.max_length,
+            return_offsets_mapping=True,
         )
         example: Example = {
             "input_ids": list(tokens["input_ids"]),
@@ -194,7 +218,13 @@ class Tokens(ReadsText[Any]):
         for spans as ``checked_spans`` does.
         """
         place = f"row {number}"
-        found = spans.checked_spans(row["spans"], row["text"], row["words"], "spans", place)
+        found = spans.checked_spans(
+            row["spans"],
+            row["text"],
+            row["words"],
+            "spans",
+            place,
+        )
         found = [[*where, _known(kind, self.labels, place)] for *where, kind in found]
         numbers = {name: index for index, name in enumerate(self.output_names)}
         return [numbers[tag] for tag in spans.tags_of_spans(found, row["words"])]
@@ -220,7 +250,12 @@ class Tokens(ReadsText[Any]):
     def score(self, logits: Float[Tensor, "b t c"], batch: Batch) -> dict[str, float]:
         """Sums: the loss of words, words, entities that are right, answered and due, rows."""
         found, wanted = self._at_words(logits, batch)
-        tags = zip(batch["labels"].tolist(), batch["places"].tolist(), logits, strict=True)
+        tags = zip(
+            batch["labels"].tolist(),
+            batch["places"].tolist(),
+            logits,
+            strict=True,
+        )
         right = answered = due = 0
         for numbers, places, row in tags:
             truth = [number for number in numbers if number != IGNORED]
@@ -318,7 +353,11 @@ def _named(found: list[Span]) -> Row:
     return {"spans": found, "label": " + ".join(sorted({kind for _, _, kind in found}))}
 
 
-def _known(label: str, labels: Sequence[str], place: Place) -> str:
+def _known(
+    label: str,
+    labels: Sequence[str],
+    place: Place,
+) -> str:
     """The one of the labels that a type spells."""
     known = class_among(label, labels)
     if known is None:

@@ -405,11 +405,17 @@ def _who(content: Given) -> str:
         late = [f"{name} (cluster {label})" for name, label in sorted(content["late"].items())]
         names = words.some(late, _MEMBERS)
         texts.append(f"Joined later, placed by a probe and so not on the map: {names}.")
+    if placed := content.get("placed"):
+        texts.append(
+            f"The map shows landmarks, a draw from all; {len(placed):,} more clients were placed "
+            "in the cluster whose landmarks they are closest to."
+        )
     return "\n\n".join(texts)
 
 
 def _members(content: Given) -> list[list[str]]:
     labels = dict(zip(content["clients"], content["labels"], strict=True))
+    labels |= content.get("placed", {})
     labels |= content.get("late", {})
     members: dict[int, list[str]] = {}
     for name, label in labels.items():

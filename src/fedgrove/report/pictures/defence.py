@@ -61,7 +61,7 @@ def _attack_story(attack: Given) -> str:
     who = words.count(len(attack["attackers"]), "client")
     text = f"{who} attacked ({attack['kind']}): {words.some(attack['attackers'], 8)}. "
     if attack["honest"] is not None:
-        text += f"The honest clients' mean is {100 * attack['honest']:.1f} %"
+        text += f"The honest clients’ mean is {100 * attack['honest']:.1f} %"
         text += "." if attack["success"] is None else ""
     if attack["success"] is not None:
         text += (
@@ -78,7 +78,7 @@ def _cut_story(rule: str, kept: Mapping[str, Mapping[int, float]], attackers: Se
         text += f"Honest changes kept {100 * np.mean(honest):.0f} % of their say"
     hostile = [_mean(kept[name]) for name in attackers if name in kept]
     if hostile:
-        text += f", attackers' {100 * np.mean(hostile):.0f} %"
+        text += f", attackers’ {100 * np.mean(hostile):.0f} %"
     text += "."
     if len(kept) > _MOST:
         text += f" Shown are the {_MOST} of {len(kept)} clients that lost most."
