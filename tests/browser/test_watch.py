@@ -85,9 +85,7 @@ def test_a_run_is_followed(
         for place in range(16):
             line = {"round": 4, "client": f"nyt-{place % 4}", "split": "train", "loss": 0.5}
             file.write(json.dumps(line) + "\n")
-    page.wait_for_function(
-        "document.getElementById('head').innerText.includes('round 4 of 8')", timeout=WAIT
-    )
+    page.locator("#head", has_text="round 4 of 8").wait_for(timeout=WAIT)
     assert page.evaluate("document.activeElement.className") == "scroll"
     context.close()
     assert said == []

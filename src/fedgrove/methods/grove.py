@@ -207,6 +207,7 @@ class Changed:
 class Grove(Method):
     name = "grove"
     title = "Grove"
+    pictures = "fedgrove.report.pictures.grove:grove"
     laid_out = ("root_rounds", "leaves")
     paper = "ours"
     trains = "r_i modules of the path"
