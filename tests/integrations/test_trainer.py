@@ -109,7 +109,8 @@ def rounds_of(
     parts: Parts, half: ClientHalf, infos: dict[str, ClientInfo], rows: dict[str, Any]
 ) -> Iterator[dict[str, Outcome]]:
     """Each round's outcomes under the method's own server half."""
-    method, stores, head = parts.method, dict.fromkeys(infos, {}), None
+    method, head = parts.method, None
+    stores: dict[str, Any] = {name: {} for name in infos}
     state = method.begin(list(infos.values()))
     for round in range(1, ROUNDS + 1):
         opened, found = method.open(state, round), {}
