@@ -12,11 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedgrove.deploy.site import open_place
 from fedgrove.deploy.strategy import Rounds
-from fedgrove.engines.flower.client import Runtime
+from fedgrove.engines.flower.client import HalfOf, Runtime, Workshops
 from fedgrove.engines.flower.client_app import client_app, simulated_runtime, workshops
 from fedgrove.ground.errors import FedgroveError, JobError
 from fedgrove.job import Job
@@ -69,3 +70,13 @@ def runtime(message: Message, context: Context) -> Runtime:
 
 
 client = client_app(runtime)
+
+
+def site_client(half: HalfOf) -> ClientApp:
+    """The client of a site where something else trains than the job's own kernels."""
+    shops = Workshops(half)
+
+    def at(message: Message, context: Context) -> Runtime:
+        return Runtime(open_place(str(context.node_config["site"])), shops)
+
+    return client_app(at)

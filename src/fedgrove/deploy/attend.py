@@ -11,10 +11,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedgrove.deploy import launch
 from fedgrove.deploy.certificates import DeployError, public_of, write_private
 from fedgrove.deploy.site import SitePlace, open_place
+
+if TYPE_CHECKING:
+    from fedgrove.deploy.agent import App
 
 _GIVES_UP = (
     "Giving up reconnection"  # after a broken TLS handshake; its process may stay, and do nothing
@@ -103,9 +107,9 @@ class Watch:
         self._last = sentence
 
 
-def attend(folder: Path, *, say: Say = print) -> None:
+def attend(folder: Path, *, say: Say = print, app: App | None = None) -> None:
     """Take part until Ctrl-C. Raises ``FedgroveError`` for what is wrong before anything is
-    started.
+    started. ``app``: what answers messages; default the installed client.
     """
     launch.need_flower()
     place = open_place(str(folder.resolve()))
@@ -123,6 +127,8 @@ def attend(folder: Path, *, say: Say = print) -> None:
     from fedgrove.deploy.agent import Agent
     from fedgrove.deploy.app import client
 
+    if app is None:
+        app = client
     _messages_to(say)
     home = place.folder / "flwr"
     home.mkdir(exist_ok=True, mode=0o700)
@@ -143,7 +149,7 @@ def attend(folder: Path, *, say: Say = print) -> None:
             f"Ctrl-C ends it."
         )
         try:
-            Agent(f"127.0.0.1:{port}", secret.read_bytes(), client).serve(watch.alive)
+            Agent(f"127.0.0.1:{port}", secret.read_bytes(), app).serve(watch.alive)
         finally:
             watch.close()
             with suppress(OSError):

@@ -79,22 +79,30 @@ class Parts:
             head_policy(job, base, task),
         )
 
-    def client_half(self, *, seed: int | None = None, watch: Watch | None = None) -> ClientHalf:
+    def client_half(
+        self,
+        *,
+        seed: int | None = None,
+        watch: Watch | None = None,
+        lanes: Lanes | None = None,
+    ) -> ClientHalf:
         """What runs the client's half of the method, on kernels of its own.
 
         Args:
             seed: of the order of data and the like; default the run's.
             watch: sees each step, what is private included; of a simulation in one process.
+            lanes: the kernels, where somebody else made them.
         """
         job = self.job
-        lanes = Lanes.on(
-            self.base,
-            self.task,
-            job.train,
-            dropout=job.lora.dropout,
-            count=lane_count(job),
-            threads=int(job.train.threads),
-        )
+        if lanes is None:
+            lanes = Lanes.on(
+                self.base,
+                self.task,
+                job.train,
+                dropout=job.lora.dropout,
+                count=lane_count(job),
+                threads=int(job.train.threads),
+            )
         return ClientHalf(
             lanes.kernels[0],
             self.method,

@@ -24,6 +24,10 @@ Inputs = Float[Tensor, "*rows in"]
 Outputs = Float[Tensor, "*rows out"]
 
 
+def _with_gradient(value: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    return value.requires_grad_()
+
+
 class Running(Protocol):
     """What the base's hooks add while a batch runs: one client's assembly, or a cohort's."""
 
@@ -247,8 +251,10 @@ class LiveAssembly:
             train=False,
         )
 
-    def copy(self) -> LiveAssembly:
-        """The same numbers in the same place, with gradients of their own."""
+    def copy(self, made: Callable[[Tensor], Tensor] = _with_gradient) -> LiveAssembly:
+        """The same numbers in the same place, with gradients of their own; ``made`` makes a leaf of
+        a detached tensor [any shape].
+        """
         other = copy.copy(self)
         own: dict[Tensor, Tensor] = {}
 
@@ -256,7 +262,7 @@ class LiveAssembly:
             """[any shape] -> the copy's leaf; what is frozen is shared."""
             if not value.requires_grad:
                 return value
-            own[value] = value.detach().requires_grad_()
+            own[value] = made(value.detach())
             return own[value]
 
         other.terms = [_mapped(term, leaf) for term in self.terms]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from logging import getLogger
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fedgrove.training.client import ClientHalf
 
 Data = Mapping[str, "list[Example]"]  # split -> encoded examples
+HalfOf = Callable[["Parts"], "ClientHalf"]  # what runs the client's half of a job
 
 _OPENED = "open.json"
 _DATA = "data.sha256"  # of the site's rows, for the site alone
@@ -59,7 +60,9 @@ class Workshops:
     time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, half: HalfOf | None = None) -> None:
+        """``half``: what trains; default the job's own kernels."""
+        self._half = half
         self._key: tuple[str, str] | None = None
         self._workshop: Workshop | None = None
 
@@ -81,7 +84,11 @@ class Workshops:
         if self._workshop is None or self._key != key:
             self._workshop = None  # before the next model is loaded
             parts = Parts.of(job, [info])
-            self._workshop, self._key = Workshop(parts, parts.client_half(), {}), key
+            if self._half is None:
+                half = parts.client_half()
+            else:
+                half = self._half(parts)
+            self._workshop, self._key = Workshop(parts, half, {}), key
         return self._workshop
 
 

@@ -1,0 +1,1 @@
+"""Other people's training scripts as clients of a federation."""
