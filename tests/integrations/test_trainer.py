@@ -151,7 +151,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "flexlora": {"federation": {"ranks": [2, 4]}, "train": {"clip": 0.05}},
     "fed-plora": {"federation": {"ranks": [2, 4]}, "lora": {"scaling": "global"}},
     "hetlora": {"method": {"variant": "reduced"}, "federation": {"ranks": [2, 4]}},
-    "fedtreelora": {"method": {"warmup_rounds": 1, "fixed_k": 2}},
+    "fedtreelora": {"method": {"warmup_rounds": 1}},
 }
 
 
@@ -165,7 +165,6 @@ def test_it_equals_our_kernel_in_float64(
     make = partial(trainer_of, tmp_path, kind=InOrder, dtype=torch.float64)
     ours = rounds_of(parts, parts.client_half(), infos, rows)
     theirs = rounds_of(parts, half_of(parts, make), infos, rows)
-    seen: set[str] = set()
     for one, other in zip(ours, theirs, strict=True):
         for name in infos:
             assert one[name].steps == other[name].steps == 3
@@ -174,11 +173,8 @@ def test_it_equals_our_kernel_in_float64(
                 left = dict(tensors(getattr(one[name], part)))
                 right = dict(tensors(getattr(other[name], part)))
                 assert left.keys() == right.keys()
-                seen |= left.keys()
                 for key, value in left.items():
                     torch.testing.assert_close(right[key], value, rtol=0, atol=1e-11, msg=key)
-    if method == "fedtreelora":
-        assert any("logits" in key for key in seen)  # λ trained
 
 
 def test_a_run_with_trainers_for_clients(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
