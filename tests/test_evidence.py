@@ -144,14 +144,14 @@ def test_grove_gets_the_true_groups_or_the_same_in_all_layers() -> None:
     apart = np.ones((8, 8)) - np.eye(8)
     merges = merge_tree(near)
     true = oracle.Regrouped(oracle.OtherGroups(counts=(1, 2, 4)), values)
-    cuts = true._cuts(names, [near] * 3, [near] * 3, merges, [])
+    cuts = true._cuts(names, [near] * 3, [near] * 3, merges)
     assert [each.labels.tolist() for each in cuts] == [
         [0] * 8,
         [0, 0, 0, 0, 1, 1, 1, 1],
         [0, 0, 1, 1, 2, 2, 3, 3],
     ]
     same = oracle.Regrouped(oracle.OtherGroups(level=0.2), values)
-    cuts = same._cuts(names, [apart, near], [apart, near], merges, [])
+    cuts = same._cuts(names, [apart, near], [apart, near], merges)
     assert [each.labels.tolist() for each in cuts] == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
     assert [each.layer for each in cuts] == [0, 1]
 

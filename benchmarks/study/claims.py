@@ -192,24 +192,8 @@ CLAIMS: list[Claim] = [
             ),
             ("the true groups are not ahead", "planted", "grove", TRUE_GROUPS, "the growth"),
             ("both at once is ahead of a cascade", "planted", "grove", _CASCADE, "together"),
-            ("projection pays", "planted", "grove[orthogonal=true]", "grove", "orthogonality"),
-            ("growing again pays", "planted", "grove[regrow=2]", "grove", "regrowth"),
             ("a leaf pays", "planted", _LEAF, "grove", "leaf and gate"),
             ("a leaf pays where each is its own", "planted-own", _LEAF, "grove", "leaf and gate"),
-            (
-                "drawing the least trained pays",
-                "planted-budgets",
-                "grove[selection=least_trained]",
-                "grove",
-                "draws by need",
-            ),
-            (
-                "drawing by gradient pays",
-                "planted-budgets",
-                "grove[selection=gradient]",
-                "grove",
-                "draws by need",
-            ),
         )
     ),
     *(

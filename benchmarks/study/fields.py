@@ -44,15 +44,8 @@ GROVES = (
     TRUE_GROUPS,
     "grove[leaf_rounds=2]",
     "grove[together=false]",
-    "grove[orthogonal=true]",
-    "grove[regrow=2]",
 )
-BUDGETS = (
-    "fed-plora",
-    "flexlora",
-    "grove[selection=least_trained]",
-    "grove[selection=gradient]",
-)
+BUDGETS = ("fed-plora", "flexlora")
 
 
 @dataclass(frozen=True)

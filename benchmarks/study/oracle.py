@@ -101,12 +101,11 @@ class Regrouped(Grove):
         first: list[Matrix],
         second: list[Matrix],
         merges: Matrix,
-        parts: list[list[int]],
     ) -> list[LayerCut]:
         """As in Grove."""
         counts = self.options.counts
         if not counts:
-            deepest = super()._cuts(names, first, second, merges, parts)[-1]
+            deepest = super()._cuts(names, first, second, merges)[-1]
             return [replace(deepest, layer=layer) for layer in range(len(first))]
         kinds = sorted({group_of(name) for name in names})
         own = np.array([kinds.index(group_of(name)) for name in names])

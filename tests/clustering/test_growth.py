@@ -39,26 +39,6 @@ def test_a_planted_tree_is_found_layer_by_layer() -> None:
         assert adjusted_rand_score(groups, each.labels) == 1.0
 
 
-def test_groups_that_are_there_are_only_split() -> None:
-    """Whatever the new measurements say: here they lie across the groups, and within them."""
-    rng = np.random.default_rng(4)
-    old = [[0] * 16, [0] * 8 + [1] * 8, [0] * 8 + [1] * 8]
-    across = ([0, 1] * 8, [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4)
-    for groups in across:
-        layers = [measured(rng, groups, 4.0) for _ in old]
-        first, second = [a for a, _ in layers], [b for _, b in layers]
-        cuts = grow(first, second, level=0.01, most=3, parts=old)
-        for each, before in zip(cuts, old, strict=True):
-            pairs = set(zip(before, each.labels.tolist(), strict=True))
-            assert len(pairs) == each.count
-            assert each.count >= len(set(before))
-        whole = [[0] * 16] * 3
-        free = grow(first, second, level=0.01, most=3)
-        same = grow(first, second, level=0.01, most=3, parts=whole)
-        assert all((a.labels == b.labels).all() for a, b in zip(free, same, strict=True))
-    assert adjusted_rand_score(across[1], cuts[-1].labels) == 1.0
-
-
 def test_clients_without_groups_stay_together() -> None:
     """At level .05 a layer of chance splits in about one of twenty cases."""
     split = 0

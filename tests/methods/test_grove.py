@@ -73,7 +73,6 @@ def grown(
     chosen: Any,
     order: list[str] = NAMES,
     rounds: int = 4,
-    where: Callable[[str], dict[int, int]] = planted,
 ) -> GroveState:
     """The state after the root's rounds, in which clients moved as planted."""
     state = chosen.begin([info(name) for name in order])
@@ -82,7 +81,7 @@ def grown(
         for name in sorted(order):
             start = offered(chosen, state, round, info(name)).path
             rank = next(iter(start.values())).rank
-            trained = moved(start, 100 * round + NAMES.index(name), where(name))
+            trained = moved(start, 100 * round + NAMES.index(name), planted(name))
             updates.append(Update(name, 10, Modules(trained, list(range(rank)))))
         state = aggregated(chosen, state, round, updates)
     return state
@@ -96,15 +95,12 @@ def test_one_node_and_full_budgets_are_fedit_bit_for_bit(
     equal_runs(tiny_bert, silos, tmp_path, ours, {"name": "fedit", "weights": "uniform"})
 
 
-@pytest.mark.parametrize("selection", ["random", "least_trained", "gradient"])
 def test_one_node_and_mixed_budgets_are_fed_plora_bit_for_bit(
-    tiny_bert: Path, silos: Path, tmp_path: Path, selection: str
+    tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
-    ours = {"name": "grove", "root_share": 1.0, "selection": selection}
+    ours = {"name": "grove", "root_share": 1.0}
     mixed: dict[str, Any] = {"federation": {"ranks": [1, 2, 4]}, "run": {"rounds": 4}}
-    equal_runs(
-        tiny_bert, silos, tmp_path, ours, {"name": "fed-plora", "selection": selection}, **mixed
-    )
+    equal_runs(tiny_bert, silos, tmp_path, ours, {"name": "fed-plora"}, **mixed)
 
 
 def test_without_root_modules_it_is_fedtreelora_s_cluster_experts() -> None:
@@ -180,40 +176,6 @@ def test_a_planted_tree_is_found(evidence: str, test: dict[str, Any]) -> None:
         assert [parents[label] for label in below.labels] == above.labels  # nested
 
 
-def test_growing_again_splits_groups_and_changes_no_client_s_function() -> None:
-    chosen = method("grove", rounds=12, root_rounds=4, rank=4, regrow=4, level=0.2)
-    # by chance one shuffle of 35 makes the same halves
-    halves = {layer: [number // 4 for number in range(8)] for layer in range(4)}
-    state = grown(chosen, where=lambda name: {n: halves[n][NAMES.index(name)] for n in halves})
-    assert state.tree is not None
-    assert [layer.count for layer in state.tree.layers] == [2, 2, 2, 2]
-    for round in range(5, 9):  # now each pair moves its own way
-        before = state
-        updates = []
-        for number, name in enumerate(NAMES):
-            path = offered(chosen, state, round, info(name)).path
-            pairs = dict.fromkeys(range(4), 50 + number // 2)
-            trained = moved(path, 100 * round + number, pairs)
-            updates.append(Update(name, 10, Modules(trained, [0, 1, 2, 3])))
-        state = aggregated(chosen, state, round, updates)
-    assert state.tree is not None
-    assert state.tree.round == 8
-    deepest = state.tree.layers[-1]
-    assert deepest.count == 4
-    assert adjusted_rand_score(deepest.labels, [number // 2 for number in range(8)]) == 1.0
-    for place in range(4):
-        old = [before.groups[name][place] for name in NAMES]
-        new = [state.groups[name][place] for name in NAMES]
-        assert len(set(zip(old, new, strict=True))) == len(set(new))  # only split
-    plain = method("grove", rounds=12, root_rounds=4, rank=4)
-    for name in NAMES:  # as if nothing had grown again
-        unchanged = aggregated(plain, before, 8, updates)
-        assert same(
-            offered(chosen, state, 9, info(name)).path,
-            offered(plain, unchanged, 9, info(name)).path,
-        )
-
-
 def test_permuting_clients_permutes_the_result() -> None:
     chosen = method("grove", rounds=8, root_rounds=4, rank=4)
     plain = grown(chosen)
@@ -248,25 +210,6 @@ def test_a_newcomer_and_a_late_client_descend_to_their_groups() -> None:
     later = aggregated(chosen, state, 5, [late])
     assert later.groups["late"] == later.groups["c2"]
     near({s: later.root[s] for s in later.root}, late.content.modules)
-
-
-def test_an_orthogonal_branch_moves_off_the_root_s_span() -> None:
-    chosen = method("grove", rounds=8, root_rounds=4, rank=4, orthogonal=True)
-    plain = method("grove", rounds=8, root_rounds=4, rank=4)
-    state = grown(chosen)
-    path = offered(chosen, state, 5, info("c0")).path
-    only = Update("c0", 10, Modules(moved(path, 3, planted("c0")), [0, 1, 2, 3]))
-    after, free = aggregated(chosen, state, 5, [only]), aggregated(plain, state, 5, [only])
-    assert same(after.root, free.root)
-    for place, layer in enumerate(after.tree.layers):
-        group = after.groups["c0"][place]
-        for site, factors in layer.branches[group].items():
-            above = state.root[site].B.double()
-            projector = torch.eye(len(above)) - above @ torch.linalg.pinv(above)  # dense
-            moved_freely = free.tree.layers[place].branches[group][site].B.double()
-            torch.testing.assert_close(
-                factors.B.double(), projector.double() @ moved_freely, rtol=0, atol=1e-5
-            )
 
 
 def test_absent_clients_keep_a_node_as_it_is() -> None:
@@ -364,9 +307,6 @@ def test_the_gate_is_the_best_on_held_out_rows_and_shrinks_stretches_to_all() ->
         {"root_share": 1.0, "leaf_rounds": 1},
         {"root_rounds": 2, "leaf_rounds": 2, "leaf_rank": 9, "tau": 0.01},
         {"leaf_rounds": 5},
-        {"selection": "gradient", "orthogonal": True, "tau": 0.01},
-        {"regrow": 2},
-        {"selection": "least_trained", "together": False, "tau": 0.01},
     ],
 )
 def test_every_option_s_messages_pass_the_wire_s_check(options: dict[str, Any]) -> None:
@@ -443,8 +383,6 @@ def test_budgets_are_kept(tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
     [
         ({"root_rounds": 9}, "root_rounds = 9 is more than run.rounds = 6"),
         ({"root_rounds": 2, "leaf_rounds": 5}, "leaf_rounds = 5 leaves 1 of run.rounds = 6"),
-        ({"regrow": 2, "together": False}, "method.regrow needs a root that trains"),
-        ({"regrow": 2, "tau": 0.1}, "leave method.tau out"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:

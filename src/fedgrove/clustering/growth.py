@@ -30,7 +30,6 @@ def grow(
     permutations: int = 99,
     linkage: str = "average",
     seed: int = 0,
-    parts: Sequence[Sequence[int]] = (),
 ) -> list[LayerCut]:
     """One cut per layer, shallow to deep, each refining the one before; ``score`` is its silhouette.
 
@@ -41,8 +40,6 @@ def grow(
         most: a layer may have up to ``most - 1`` groups more than the layer above it.
         permutations: shuffles of the test; the smallest p it can give is ``1 / (1 + permutations)``.
         linkage: of the merge tree. seed: of the shuffles.
-        parts: groups that there are already, the clients' labels for each layer, nested; they are
-            only split.
 
     Fewer than four clients stay together: shuffles of three tell nothing. The groups are cuts of
     the tree of both halves together. Raises AdapterError for measurements that do not fit.
@@ -51,20 +48,18 @@ def grow(
     even = [checked(D) for D in second]
     layers = len(odd)
     clients = _clients(odd, even)
-    whole = _mean_tree([*odd, *even], linkage, parts)
-    fewest = [len(set(labels)) for labels in parts] or [1] * layers
+    whole = _mean_tree([*odd, *even], linkage)
     if clients < 4:
-        return _together(whole, fewest)
+        return _together(whole, layers)
     proposals = [
-        _proposal(odd, linkage, parts),
-        _proposal(even, linkage, parts),
+        _proposal(odd, linkage),
+        _proposal(even, linkage),
     ]
     rng = np.random.default_rng(seed)
     shuffles = [rng.permutation(clients) for _ in range(permutations)]
     cuts: list[LayerCut] = []
     count = 1
     for layer in range(layers):
-        count = max(count, fewest[layer])
         judges = [even[layer], odd[layer]]  # each half judges what the other proposed
         least = max(2, count)
         end = min(clients, count + most)
@@ -83,51 +78,28 @@ def grow(
     return cuts
 
 
-def _mean_tree(
-    matrices: Sequence[Matrix],
-    linkage: str,
-    parts: Sequence[Sequence[int]],
-) -> Matrix:
+def _mean_tree(matrices: Sequence[Matrix], linkage: str) -> Matrix:
     mean = np.mean(matrices, axis=0)
-    return merge_tree(parted(mean, parts), linkage)
+    return merge_tree(mean, linkage)
 
 
-def _together(whole: Matrix, counts: Sequence[int]) -> list[LayerCut]:
-    """The groups that there are already: one of all on every layer, or as many as are given."""
+def _together(whole: Matrix, layers: int) -> list[LayerCut]:
+    """One group of all on every layer."""
     cuts: list[LayerCut] = []
-    for layer, count in enumerate(counts):
-        labels = cut(whole, count)
-        cuts.append(LayerCut(layer, count, 0.0, labels))
+    for layer in range(layers):
+        labels = cut(whole, 1)
+        cuts.append(LayerCut(layer, 1, 0.0, labels))
     return cuts
 
 
-def _proposal(
-    half: Sequence[Matrix],
-    linkage: str,
-    parts: Sequence[Sequence[int]],
-) -> Proposal:
+def _proposal(half: Sequence[Matrix], linkage: str) -> Proposal:
     """The groups that one half's tree has at every count from 2 to N - 1."""
-    tree = _mean_tree(half, linkage, parts)
+    tree = _mean_tree(half, linkage)
     clients = len(tree) + 1
     proposal: Proposal = {}
     for count in range(2, clients):
         proposal[count] = cut(tree, count)
     return proposal
-
-
-def parted(distances: ArrayLike, parts: Sequence[Sequence[int]]) -> Matrix:
-    """The distances [N, N], with clients of different groups so far apart that a merge tree joins
-    the members of each group first, layer by layer from the deepest up.
-
-    The number of layers in which two clients are apart is an ultrametric, because groups are
-    nested.
-    """
-    found = checked(distances)
-    if not parts:
-        return found
-    labels = np.array(parts)  # [layers, N]
-    layers_apart = (labels[:, :, None] != labels[:, None, :]).sum(0)
-    return np.asarray(found + (1.0 + found.max()) * layers_apart)
 
 
 def _clients(odd: Sequence[Matrix], even: Sequence[Matrix]) -> int:

@@ -42,7 +42,7 @@ from fedgrove.adapters.algebra import index_mean, select
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.adapters.distance import Bs, between, layers_of
 from fedgrove.adapters.subspace import basis, principal_angle_distances
-from fedgrove.clustering.growth import grow, parted
+from fedgrove.clustering.growth import grow
 from fedgrove.clustering.matrix import Matrix
 from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree
 from fedgrove.ground.errors import JobError
@@ -50,9 +50,7 @@ from fedgrove.ground.plain import Plain
 from fedgrove.methods import contract
 from fedgrove.methods._leaf import BRANCH, LEAF, ROOT, SEEN, Gated, gate_steps, gates_of
 from fedgrove.methods.contract import ClientInfo, Method, Plan, Setting, Step, Trained, Update
-from fedgrove.methods.fed_plora import best, refuse_scales, training, wanted
-
-LOOKED_AT = 4  # batches of selection = "gradient", as in Fed-PLoRA
+from fedgrove.methods.fed_plora import best, refuse_scales, training
 
 
 class GroveOptions(contract.Options):
@@ -71,13 +69,6 @@ class GroveOptions(contract.Options):
         description="Rounds of the root before the groups grow, part of run.rounds. Not set: a fifth "
         "of them, at least 2.",
         examples=[2],
-    )
-    regrow: int | None = Field(
-        None,
-        ge=2,
-        description="Rounds after which groups may split again, by what training changed since. Not "
-        "set: they grow once.",
-        examples=[3],
     )
     together: bool = Field(
         True,
@@ -112,17 +103,6 @@ class GroveOptions(contract.Options):
     )
     leaf_rank: int = Field(
         2, ge=1, description="Modules of a leaf, never more than the client's rank."
-    )
-    selection: Literal["random", "least_trained", "gradient"] = Field(
-        "random",
-        description="Which modules of its path a client of a smaller budget trains in a round: a "
-        "uniform draw, those that it trained least often, or those with the largest gradient on a "
-        "few batches of its own data; ties are drawn.",
-    )
-    orthogonal: bool = Field(
-        False,
-        description="Whether what changes in a branch's B is projected off the span of the root's "
-        "B, so that a branch learns nothing that the root can say.",
     )
 
 
@@ -164,7 +144,6 @@ class GroveState:
     tree: Tree | None = None
     groups: dict[str, list[int]] = field(default_factory=dict)  # client -> its group in each layer
     evidence: dict[str, Evidence] = field(default_factory=dict)
-    since: dict[str, Evidence] = field(default_factory=dict)  # the same, after the last growth
     trained: dict[str, list[int]] = field(default_factory=dict)  # client -> trainings of each index
 
 
@@ -188,13 +167,10 @@ class Modules:
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """What stays with a client: its leaf, how much of branch and leaf it keeps by layer, and how
-    often it trained each module of its path (where the selection asks).
-    """
+    """What stays with a client: its leaf, and how much of branch and leaf it keeps by layer."""
 
     leaf: Adapter | None = None
     gates: dict[str, list[float]] = field(default_factory=dict)  # layer -> of branch, of leaf
-    trained: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +208,6 @@ class Grove(Method):
             most = max(1, setting.rank - 1)
             rank = min(max(rank, 1), most)
         self.root_rank = rank
-        _refuse_regrowth(options, rank)
         self.root_rounds = _root_rounds(options, setting, rank)
         #: the first round of the leaves; 0: there is none
         self.leaves = 0
@@ -257,8 +232,6 @@ class Grove(Method):
     def reads(self) -> str:
         if self.leaves:
             return "the rows on which a client chooses how much of branch and leaf it keeps"
-        if self.options.selection == "gradient":
-            return "the gradients that choose its modules"
         return ""
 
     def begin(self, clients: Sequence[ClientInfo]) -> GroveState:
@@ -288,8 +261,7 @@ class Grove(Method):
     ) -> GroveState:
         if self._of_leaves(round):
             return state
-        evidence, since = dict(state.evidence), dict(state.since)
-        trained = dict(state.trained)
+        evidence, trained = dict(state.evidence), dict(state.trained)
         for update in updates:
             name, content = update.client, update.content
             if name not in state.groups:
@@ -298,14 +270,6 @@ class Grove(Method):
                     content,
                     state.root,
                 )
-            elif self.options.regrow is not None:
-                rooted = _within(content, 0, self.root_rank)
-                if rooted.indices:
-                    since[name] = self._seen(
-                        since.get(name, Evidence()),
-                        rooted,
-                        state.root,
-                    )
             trained[name] = _counted(
                 trained.get(name),
                 content.indices,
@@ -315,15 +279,11 @@ class Grove(Method):
             state,
             root=self._rooted(state, updates),
             evidence=evidence,
-            since=since,
             trained=trained,
         )
         if state.tree is not None:
             after = replace(after, tree=self._branched(state, state.tree, updates))
-            after = self._joined(after, [u.client for u in updates])
-            if round - state.tree.round == self.options.regrow and round < self.setting.rounds:
-                return self._grown(after, round)
-            return after
+            return self._joined(after, [u.client for u in updates])
         if round == self.root_rounds < self.setting.rounds:
             return self._grown(after, round)
         return after
@@ -398,10 +358,7 @@ class Grove(Method):
             for group in range(layer.count):
                 members = [u for u in updates if _in(state.groups.get(u.client), place, group)]
                 if members:
-                    after = self._group_mean(branches[group], members)
-                    if self.options.orthogonal and self.root_rank:
-                        after = _apart_from(state.root, after, branches[group])
-                    branches[group] = after
+                    branches[group] = self._group_mean(branches[group], members)
             layers.append(replace(layer, branches=branches))
         return replace(tree, layers=layers)
 
@@ -441,40 +398,23 @@ class Grove(Method):
         )
 
     def _grown(self, state: GroveState, round: int) -> GroveState:
-        """The tree and its groups, from the clients that trained at least once; groups that there
-        are already only split.
-        """
-        evidence = {**state.evidence, **state.since}
-        names = sorted(evidence)
-        seen = [evidence[name] for name in names]
+        """The tree and its groups, from the clients that trained at least once."""
+        names = sorted(state.evidence)
+        seen = [state.evidence[name] for name in names]
         first = self._apart([_half(each, odd=True) for each in seen])
         second = self._apart([_half(each, odd=False) for each in seen])
-        parts = self._parts(state, names)
         whole = np.mean([*first, *second], axis=0)
-        merges = merge_tree(parted(whole, parts))
-        cuts = self._cuts(names, first, second, merges, parts)
+        merges = merge_tree(whole)
+        cuts = self._cuts(names, first, second, merges)
         layers: list[Layer] = []
-        for place, cut in enumerate(cuts):
-            begun = self._layer(state, names, place, cut)
+        for layer, cut in zip(self.layers, cuts, strict=True):
+            begun = self._layer(layer, cut, state.root)
             layers.append(begun)
         groups: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             groups[name] = [each.labels[row] for each in layers]
         tree = Tree(names, merges.tolist(), round, layers)
-        return replace(
-            state,
-            tree=tree,
-            groups=groups,
-            evidence=evidence,
-            since={},
-        )
-
-    def _parts(self, state: GroveState, names: Sequence[str]) -> list[list[int]]:
-        """The clients' groups so far, layer by layer; none before the first growth."""
-        if state.tree is None:
-            return []
-        layers = range(len(self.layers))
-        return [[state.groups[name][layer] for name in names] for layer in layers]
+        return replace(state, tree=tree, groups=groups)
 
     def _cuts(
         self,
@@ -482,10 +422,9 @@ class Grove(Method):
         first: list[Matrix],
         second: list[Matrix],
         merges: Matrix,
-        parts: list[list[int]],
     ) -> list[LayerCut]:
         """The groups of the clients ``names``, layer by layer, from their two measurements (each
-        [N, N] a layer) and the tree [N - 1, 4] of both; ``parts``: their groups so far.
+        [N, N] a layer) and the tree [N - 1, 4] of both.
         """
         options = self.options
         if options.tau is not None:
@@ -498,44 +437,33 @@ class Grove(Method):
             level=options.level,
             most=options.most,
             seed=seed,
-            parts=parts,
         )
 
     def _layer(
         self,
-        state: GroveState,
-        names: Sequence[str],
-        place: int,
+        layer: int,
         cut: LayerCut,
+        root: Adapter,
     ) -> Layer:
-        """A layer's groups, their modules as yet without effect, or those of the group that they
-        split from.
+        """A layer's groups, their modules as yet without effect.
 
         Where the root owns no module, groups go on from what everybody's node holds.
         """
-        layer = list(self.layers)[place]
-        labels = cut.labels.tolist()
-        if state.tree is not None:
-            before = state.tree.layers[place].branches
-            parents = {own: state.groups[n][place] for n, own in zip(names, labels, strict=True)}
-            branches = [before[parents[group]] for group in range(cut.count)]
+        if self.root_rank == 0:
+            start = root
         else:
-            if self.root_rank == 0:
-                start = state.root
-            else:
-                start = _some(
-                    self.setting.shared_draw(),
-                    self.root_rank,
-                    self.setting.rank,
-                )
-            own = {site: start[site] for site in self.layers[layer]}
-            branches = [own] * cut.count
+            start = _some(
+                self.setting.shared_draw(),
+                self.root_rank,
+                self.setting.rank,
+            )
+        own = {site: start[site] for site in self.layers[layer]}
         return Layer(
             layer,
             cut.count,
             cut.score,
-            labels,
-            branches,
+            cut.labels.tolist(),
+            [own] * cut.count,
         )
 
     def _apart(self, clients: Sequence[Bs]) -> list[Matrix]:
@@ -604,14 +532,7 @@ class Grove(Method):
             if round == self.setting.rounds:
                 yield from gate_steps(grown.assembly, list(self.layers))
             return
-        gradients = None
-        if self.options.selection == "gradient" and client.rank < _rank(offer) - offer.first:
-            whole = Assembly((Term("path", offer.path),))
-            looked = yield Step(
-                whole, head=False, measure="fisher", stream="select", count=LOOKED_AT
-            )
-            gradients = looked.scores
-        yield Step(training(offer.path, self._choose(client, offer, mine, round, gradients)))
+        yield Step(training(offer.path, self._choose(client, offer, round)))
 
     def report(
         self,
@@ -623,10 +544,7 @@ class Grove(Method):
     ) -> tuple[Modules, Own]:
         if self._of_leaves(round):
             return Modules({}, []), self._leafed(trained, round)
-        chosen = self._choose(client, offer, mine, round, trained[0].scores)
-        if self.options.selection == "least_trained":
-            counts = _counted(mine.trained, chosen, self.setting.rank)
-            mine = replace(mine, trained=counts)
+        chosen = self._choose(client, offer, round)
         return Modules(trained[-1].adapter("selected"), chosen), mine
 
     def probe(self, client: ClientInfo, offer: Path) -> Plan | None:
@@ -704,19 +622,12 @@ class Grove(Method):
         self,
         client: ClientInfo,
         offer: Path,
-        mine: Own,
         round: int,
-        gradients: Mapping[str, Adapter] | None,
     ) -> list[int]:
-        """The indices of the path that the client trains in this round, ascending."""
-        rank, selection = _rank(offer), self.options.selection
-        score = torch.zeros(rank, dtype=torch.float64)
-        if selection == "least_trained" and mine.trained:
-            score = -torch.tensor(mine.trained[:rank], dtype=torch.float64)
-        if selection == "gradient" and gradients is not None:
-            score = torch.stack([wanted(squares) for squares in gradients["path"].values()]).sum(0)
+        """The indices that the client trains in this round: a uniform draw of its budget."""
         rng = self.setting.rng(round, client.name, "modules", "")  # Fed-PLoRA's draw
-        return [offer.first + each for each in best(score[offer.first :], client.rank, rng)]
+        score = torch.zeros(_rank(offer) - offer.first, dtype=torch.float64)
+        return [offer.first + index for index in best(score, client.rank, rng)]
 
 
 def _root_rounds(
@@ -746,19 +657,6 @@ def _root_rounds(
     return options.root_rounds
 
 
-def _refuse_regrowth(options: GroveOptions, root_rank: int) -> None:
-    """JobError where groups cannot split again."""
-    if options.regrow is None:
-        return
-    if not options.together or root_rank == 0:
-        raise JobError(
-            "method.regrow needs a root that trains beside the branches, because groups split by "
-            "what changes in it: set method.together = true and a method.root_share above 0."
-        )
-    if options.tau is not None:
-        raise JobError("method.regrow splits by the test; leave method.tau out, or regrow.")
-
-
 def _rank(offer: Path) -> int:
     """Modules of a path."""
     return next(iter(offer.path.values())).rank
@@ -780,24 +678,6 @@ def _joint(root: Factors, branch: Factors) -> Factors:
         torch.cat([root.B, branch.B], 1),
         root.scale,
     )
-
-
-def _apart_from(
-    root: Adapter,
-    after: Adapter,
-    before: Adapter,
-) -> Adapter:
-    """A branch whose change of B is projected off the span of the root's B: exact, and linear, so
-    that it is the same for each client's update as for their mean.
-    """
-    found: Adapter = {}
-    for site, factors in after.items():
-        B = before[site].B.double()
-        change = factors.B.double() - B
-        frame = basis(root[site].B.double(), min(root[site].B.shape))
-        kept = B + change - frame @ (frame.T @ change)
-        found[site] = replace(factors, B=kept.to(factors.B.dtype))
-    return found
 
 
 def _within(
