@@ -229,7 +229,7 @@ def test_a_round_that_is_asked_for_again_is_paid_for_again(randomness: str, serv
             name: Factors(torch.full((4, 32), 0.1), torch.zeros(32, 4), 1.0) for name in names
         }
         body = {"offer": {"method": {"whole": adapter}}}
-        answer = server.ask("finish", body, store=1, held_out=False)
+        answer = server.ask("finish", body, store=1, held_out=False, measure=True)
         assert answer.kind == "finish", answer.head
         return float(answer.head["row"]["epsilon"])
 
