@@ -310,4 +310,5 @@ def test_a_claim_is_shown_only_where_its_field_carries_claims() -> None:
     assert results.verdict(effect(0.1, 0.3), False)[0] == "not shown here"
     assert results.verdict(effect(-0.1, 0.3), True)[0] == "not shown here"
     assert results.verdict(effect(-0.3, -0.1), True)[0] == "contradicted"
+    assert results.verdict(effect(-0.3, -0.1), False)[0] == "not shown here"
     assert results.verdict(None, True)[0] == "not run yet"

@@ -149,6 +149,7 @@ def tree(result: FieldResult) -> Figure | None:
         axes.imshow(matrix, cmap="tab10", vmin=0, vmax=9, aspect="auto")
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("layer", fontsize=8)
+        axes.set_xticks(range(depth))
         axes.set_yticks(range(len(names)), names if title == "true" else [], fontsize=6)
     return figure
 

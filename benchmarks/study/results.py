@@ -233,10 +233,12 @@ def verdict(effect: Effect | None, honest: bool | None) -> tuple[str, str]:
         return "not shown here", "one seed, so no interval"
     if effect.low > 0 and honest:
         return "shown", "the interval lies above zero"
-    if effect.high < 0:
+    if effect.high < 0 and honest:
         return "contradicted", "the interval lies below zero"
     if effect.low > 0:
         return "not shown here", "ahead, but the field's ceilings do not carry claims"
+    if effect.high < 0:
+        return "not shown here", "behind, but the field's ceilings do not carry claims"
     return "not shown here", "the interval holds zero"
 
 
