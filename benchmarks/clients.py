@@ -11,7 +11,7 @@ short turn, a cohort at a time. Wanted for 1,000: < 1.5 GB resident.
 
 What a round costs by the number of registered clients: a random BERT of 2 x 32, 10 texts a client,
 FedIT at rank 4, 50 clients a round, 50 measured (``run.evaluate``). Start, the first round and the
-mean of four more, each in a process of its own; the farewell is not part of it. Wanted: a round at
+mean of four more, each in a process of its own; the final export is not part of it. Wanted: a round at
 100,000 at most 1.15 x one at 1,000; resident < 2 GB at 10,000.
 """
 

@@ -17,7 +17,7 @@ from typing import Any
 from tests.tiny import save_silos, tiny_job
 
 from fedgrove.deploy.launch import free_port
-from fedgrove.deploy.layout import Plan, init
+from fedgrove.deploy.layout import Request, init
 from fedgrove.job import Job
 
 FEDGROVE = [sys.executable, "-m", "fedgrove", "deploy"]
@@ -36,7 +36,7 @@ class Deployment:
         self.job: Job = tiny_job(bert, silos, data=data, federation=federation, **changes)
         (folder / "job.toml").write_text(self.job.to_toml())
         self.port = free_port()
-        init(Plan(folder / "d", "localhost", self.port, self.names, folder / "job.toml"))
+        init(Request(folder / "d", "localhost", self.port, self.names, folder / "job.toml"))
         self.server = folder / "d" / "server"
         for name in self.names:
             (self.site(name) / f"{name}.jsonl").write_bytes((silos / f"{name}.jsonl").read_bytes())

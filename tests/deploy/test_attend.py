@@ -19,7 +19,7 @@ from fedgrove.deploy import attend as attending
 from fedgrove.deploy.attend import Watch, attend
 from fedgrove.deploy.certificates import DeployError
 from fedgrove.deploy.launch import environment
-from fedgrove.deploy.layout import Plan, init
+from fedgrove.deploy.layout import Request, init
 
 
 def child(words: str, seconds: float, log: Path) -> subprocess.Popen[bytes]:
@@ -98,7 +98,7 @@ def test_a_certificate_that_does_not_verify(
 
 
 def test_what_is_missing_is_said_before_anything_starts(tmp_path: Path) -> None:
-    init(Plan(tmp_path / "d", sites=["a"], keys=False))
+    init(Request(tmp_path / "d", sites=["a"], keys=False))
     site = tmp_path / "d" / "sites" / "a"
     with pytest.raises(DeployError, match=r"node\.key is missing"):
         attend(site)

@@ -32,7 +32,7 @@ from fedgrove.deploy.check import Finding, check
 from fedgrove.deploy.gate import Gate, OpenGate
 from fedgrove.deploy.host import sites_by_key
 from fedgrove.deploy.launch import free_port
-from fedgrove.deploy.layout import Plan, admit_key, init, make_key
+from fedgrove.deploy.layout import Request, admit_key, init, make_key
 
 LABELS = ["negative", "positive"]
 
@@ -41,7 +41,7 @@ LABELS = ["negative", "positive"]
 def deployed(tiny_bert: Path, silos: Path, tmp_path: Path) -> Path:
     job = tiny_job(tiny_bert, silos, data={"labels": LABELS})
     (tmp_path / "job.toml").write_text(job.to_toml())
-    init(Plan(tmp_path / "d", "localhost", free_port(), ["site-0"], tmp_path / "job.toml"))
+    init(Request(tmp_path / "d", "localhost", free_port(), ["site-0"], tmp_path / "job.toml"))
     site = tmp_path / "d" / "sites" / "site-0"
     (site / "data.jsonl").write_bytes((silos / "site-0.jsonl").read_bytes())
     edit(site / "site.toml", "data.csv", "data.jsonl")

@@ -17,7 +17,7 @@ pytest.importorskip("flwr")
 from tests.deploy.deployed import Deployment
 
 from fedgrove.deploy.audit import broken, read
-from fedgrove.deploy.layout import Plan, init, make_key
+from fedgrove.deploy.layout import Request, init, make_key
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +90,7 @@ def test_who_is_not_known_is_refused_and_the_others_go_on(tiny_bert: Path, tmp_p
         tmp_path, tiny_bert, sites=4, federation={"min_clients": 1}, run={"rounds": 3}
     ) as it:
         make_key(it.site("site-1"), "site-1", force=True)  # not admitted
-        init(Plan(tmp_path / "other", sites=["x"]))
+        init(Request(tmp_path / "other", sites=["x"]))
         shutil.copy(tmp_path / "other" / "sites" / "x" / "ca.crt", it.site("site-2") / "ca.crt")
         it.change("site-3", "max_rounds = 3", "max_rounds = 2")
         for name in it.names:

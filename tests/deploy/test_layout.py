@@ -20,7 +20,7 @@ from fedgrove.deploy.certificates import (
     load_certificates,
     public_of,
 )
-from fedgrove.deploy.layout import Plan, ServerFile, admit_key, init, make_key, renew, site_names
+from fedgrove.deploy.layout import Request, ServerFile, admit_key, init, make_key, renew, site_names
 from fedgrove.deploy.site import open_place
 from fedgrove.job import Job
 
@@ -39,7 +39,7 @@ def job(tiny_bert: Path, silos: Path, tmp_path: Path) -> Path:
 
 
 def test_each_side_gets_its_own(job: Path, tmp_path: Path) -> None:
-    init(Plan(tmp_path / "d", "fl.example.org", 9000, ["a", "b"], job))
+    init(Request(tmp_path / "d", "fl.example.org", 9000, ["a", "b"], job))
     server, site = tmp_path / "d" / "server", tmp_path / "d" / "sites" / "a"
     assert ServerFile.load(server).server.port == 9000
     assert Job.load(server / "job.toml") == Job.load(job)
@@ -56,7 +56,7 @@ def test_each_side_gets_its_own(job: Path, tmp_path: Path) -> None:
 def test_private_keys_are_their_owners_alone_and_on_one_side_only(
     job: Path, tmp_path: Path
 ) -> None:
-    init(Plan(tmp_path / "d", sites=["a", "b"], job=job))
+    init(Request(tmp_path / "d", sites=["a", "b"], job=job))
     private = [
         path
         for path in (tmp_path / "d").rglob("*")
@@ -69,7 +69,7 @@ def test_private_keys_are_their_owners_alone_and_on_one_side_only(
 
 
 def test_the_site_file_allows_what_the_job_asks_and_no_more(job: Path, tmp_path: Path) -> None:
-    init(Plan(tmp_path / "d", sites=["a"], job=job))
+    init(Request(tmp_path / "d", sites=["a"], job=job))
     place = open_place(str(tmp_path / "d" / "sites" / "a"))
     asked = Job.load(job)
     place.admit(asked)
@@ -84,19 +84,19 @@ def test_the_site_file_allows_what_the_job_asks_and_no_more(job: Path, tmp_path:
 
 
 def test_nothing_is_overwritten_without_force(job: Path, tmp_path: Path) -> None:
-    init(Plan(tmp_path / "d", sites=["a"], job=job))
+    init(Request(tmp_path / "d", sites=["a"], job=job))
     before = (tmp_path / "d" / "sites" / "a" / "node.key").read_bytes()
     with pytest.raises(DeployError, match="--force"):
-        init(Plan(tmp_path / "d", sites=["a"], job=job))
+        init(Request(tmp_path / "d", sites=["a"], job=job))
     assert (tmp_path / "d" / "sites" / "a" / "node.key").read_bytes() == before
-    init(Plan(tmp_path / "d", sites=["a"], job=job, force=True))
+    init(Request(tmp_path / "d", sites=["a"], job=job, force=True))
     assert (tmp_path / "d" / "sites" / "a" / "node.key").read_bytes() != before
 
 
 def test_a_site_makes_its_own_key_and_the_server_takes_its_public_half(
     job: Path, tmp_path: Path
 ) -> None:
-    init(Plan(tmp_path / "d", sites=["a"], job=job, keys=False))
+    init(Request(tmp_path / "d", sites=["a"], job=job, keys=False))
     server, site = tmp_path / "d" / "server", tmp_path / "d" / "sites" / "a"
     assert site_names(server) == []
     assert not (site / "node.key").exists()
@@ -112,7 +112,7 @@ def test_a_site_makes_its_own_key_and_the_server_takes_its_public_half(
 def test_a_renewed_certificate_is_good_for_the_same_sites(job: Path, tmp_path: Path) -> None:
     from fedgrove.deploy.check import check_server
 
-    init(Plan(tmp_path / "d", "fl.example.org", sites=["a"], job=job))
+    init(Request(tmp_path / "d", "fl.example.org", sites=["a"], job=job))
     server = tmp_path / "d" / "server"
     before = (server / "server.crt").read_bytes()
     renew(server)
@@ -128,7 +128,7 @@ def test_a_renewed_certificate_is_good_for_the_same_sites(job: Path, tmp_path: P
 @pytest.mark.parametrize("names", [["a b"], ["../a"], ["a", "A"]])
 def test_names_that_cannot_be(names: list[str], tmp_path: Path) -> None:
     with pytest.raises(DeployError):
-        init(Plan(tmp_path / "d", sites=names))
+        init(Request(tmp_path / "d", sites=names))
     assert not (tmp_path / "d").exists()
 
 

@@ -18,7 +18,7 @@ from tests.tiny import save_silos, tiny_job
 
 import fedgrove
 from fedgrove.deploy.check import check
-from fedgrove.deploy.layout import Plan, admit_key, init, make_key
+from fedgrove.deploy.layout import Request, admit_key, init, make_key
 from fedgrove.deploy.site import open_place
 from fedgrove.engines.flower.client import Runtime, Workshops
 from fedgrove.engines.flower.deployable import deployable
@@ -54,7 +54,7 @@ class Server:
             **changes,
         )
         (folder / "job.toml").write_text(job.to_toml())
-        init(Plan(folder / "d", sites=NAMES, job=folder / "job.toml"))
+        init(Request(folder / "d", sites=NAMES, job=folder / "job.toml"))
         self.sites = {name: folder / "d" / "sites" / name for name in NAMES}
         for name, site in self.sites.items():
             text = (site / "site.toml").read_text()

@@ -41,7 +41,7 @@ from fedgrove.methods.registry import method_class
 from fedgrove.start import run
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
-from fedgrove.training.client import ClientHalf, Turn, carry
+from fedgrove.training.client import ClientHalf, ClientRound, carry
 
 #: Four layers of two sites, of unlike sizes.
 SITES = {
@@ -213,7 +213,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Wire:
     wire = Wire()
     usual = ClientHalf.train_together
 
-    def train(self: ClientHalf, turns: Sequence[Turn], round: int) -> Any:
+    def train(self: ClientHalf, turns: Sequence[ClientRound], round: int) -> Any:
         outcomes = usual(self, turns, round)
         for turn, outcome in zip(turns, outcomes, strict=True):
             for direction, tree in (

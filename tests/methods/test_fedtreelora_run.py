@@ -25,7 +25,7 @@ from fedgrove.methods.fedtreelora import FedTreeLoRA, TreeState
 from fedgrove.start import run
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.tracking.metrics import read
-from fedgrove.training.client import ClientHalf, Turn
+from fedgrove.training.client import ClientHalf, ClientRound
 
 LAYERS, HIDDEN, RANK = 3, 32, 4
 FACTORS = 2 * 2 * RANK * HIDDEN  # numbers of A and B at a layer's two sites
@@ -205,7 +205,7 @@ def test_nothing_that_an_engine_sends_holds_a_lambda(
     secrets: set[bytes] = set()
     usual = ClientHalf.train_together
 
-    def train(self: ClientHalf, turns: Sequence[Turn], round: int) -> Any:
+    def train(self: ClientHalf, turns: Sequence[ClientRound], round: int) -> Any:
         outcomes = usual(self, turns, round)
         for turn, outcome in zip(turns, outcomes, strict=True):
             sent.extend([pack(dict(turn.offer)), pack(dict(outcome.update.content))])

@@ -19,10 +19,10 @@ from fedgrove.ground.errors import FedgroveError
 from fedgrove.job import Job
 from fedgrove.pools import Pool
 from fedgrove.pools.inversion import Effort, invert, objective, statistics, variation
-from fedgrove.pools.recycle import Course, Episode, distances, drawn, learn, loss_of, recycle
+from fedgrove.pools.recycle import Episode, MetaTraining, distances, drawn, learn, loss_of, recycle
 from fedgrove.pools.recycled import images_of, labelled
 
-EFFORT, COURSE = Effort(each=4, steps=12), Course(episodes=6, ways=2, queries=2, rank=2)
+EFFORT, COURSE = Effort(each=4, steps=12), MetaTraining(episodes=6, ways=2, queries=2, rank=2)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,9 @@ def test_learning_lowers_the_loss_of_its_episodes(members: Pool) -> None:
         name: invert(members.kernel, members.member(name).assembly, name, EFFORT, None).examples
         for name in members.names
     }
-    _, losses = learn(members, images, Course(episodes=60, ways=2, queries=2, rank=2, lr=1e-2))
+    _, losses = learn(
+        members, images, MetaTraining(episodes=60, ways=2, queries=2, rank=2, lr=1e-2)
+    )
     assert sum(losses[-20:]) < sum(losses[:20])
 
 

@@ -12,7 +12,7 @@ from fedgrove.adapters.tree import pack, typed, unpack
 from fedgrove.secure.fixed import Words
 from fedgrove.secure.gathering import Gathering
 from fedgrove.secure.identity import OfTheRun
-from fedgrove.secure.member import Member
+from fedgrove.secure.member import Participant
 from fedgrove.secure.messages import Mail, Opening, Parcels, Revealed, Roll, Terms
 
 EXCHANGES = ("keys", "shares", "update", "unmask")
@@ -46,7 +46,8 @@ class Round:
         """The sum of those who lasted to the third exchange. Raises ``SecureError``."""
         terms, gathering = self.terms, Gathering(self.terms, self.clients)
         members = {
-            name: Member.begin(terms, name, OfTheRun(terms.run, name)) for name in self.here("keys")
+            name: Participant.begin(terms, name, OfTheRun(terms.run, name))
+            for name in self.here("keys")
         }
         self.members, self.gathering = members, gathering
         adverts = {name: self.sent(name, each.memory.advert) for name, each in members.items()}

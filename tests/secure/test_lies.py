@@ -14,7 +14,7 @@ from fedgrove.secure import keys
 from fedgrove.secure.gathering import Gathering
 from fedgrove.secure.identity import NodeKeys, OfTheRun
 from fedgrove.secure.keys import SecureError
-from fedgrove.secure.member import Member
+from fedgrove.secure.member import Participant
 from fedgrove.secure.messages import Advert, Mail, Opening, Roll
 
 FOUR = names(4)
@@ -23,12 +23,12 @@ SECRETS = {name: ec.generate_private_key(ec.SECP384R1()) for name in FOUR}
 PUBLICS = {name: key.public_key() for name, key in SECRETS.items()}
 
 
-def site(name: str, round: int = 1, attempt: str = "attempt") -> Member:
+def site(name: str, round: int = 1, attempt: str = "attempt") -> Participant:
     own = NodeKeys(SECRETS[name], PUBLICS)
-    return Member.begin(replace(terms(), round=round, attempt=attempt), name, own)
+    return Participant.begin(replace(terms(), round=round, attempt=attempt), name, own)
 
 
-def gathered(**others: Member) -> tuple[dict[str, Member], Gathering, dict[str, Roll]]:
+def gathered(**others: Participant) -> tuple[dict[str, Participant], Gathering, dict[str, Roll]]:
     members = {name: others.get(name) or site(name) for name in FOUR}
     gathering = Gathering(terms(), FOUR)
     rolls = gathering.rolls({name: member.memory.advert for name, member in members.items()})
@@ -64,7 +64,7 @@ def swapped(roll: Roll) -> Roll:
 
 def signed_by_the_server(roll: Roll) -> Roll:
     mallory = NodeKeys(ec.generate_private_key(ec.SECP384R1()), {})
-    return in_place_of(roll, YOU, Member.begin(terms(), YOU, mallory).memory.advert)
+    return in_place_of(roll, YOU, Participant.begin(terms(), YOU, mallory).memory.advert)
 
 
 def of_another_round(roll: Roll) -> Roll:
@@ -77,7 +77,7 @@ def of_another_attempt(roll: Roll) -> Roll:
 
 def a_stranger(roll: Roll) -> Roll:
     mallory = NodeKeys(ec.generate_private_key(ec.SECP384R1()), {})
-    return in_place_of(roll, YOU, Member.begin(terms(), "mallory", mallory).memory.advert)
+    return in_place_of(roll, YOU, Participant.begin(terms(), "mallory", mallory).memory.advert)
 
 
 def twice(roll: Roll) -> Roll:

@@ -52,7 +52,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Done:
+class Written:
     """What was written: the directory, its adapters by name, and what the user should know."""
 
     out: Path
@@ -85,7 +85,7 @@ def aggregate(
     base: str | None = None,
     options: Sequence[str] = (),
     phase: Phase = silent,
-) -> Done:
+) -> Written:
     """Aggregate PEFT adapter directories by a method's server rule into ``out``, which must not
     exist.
 
@@ -159,7 +159,7 @@ def aggregate(
         }
         write_json(partial / RECORD, record)
         write_cards(partial, adapters, directories.sources, common, record)
-    return Done(out, adapters, total, tuple(notes))
+    return Written(out, adapters, total, tuple(notes))
 
 
 def _opened(

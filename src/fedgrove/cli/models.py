@@ -419,9 +419,9 @@ def predict(
     writes after a prompt.
     """
     from fedgrove.federation.tasks import task_class
-    from fedgrove.use.asked import questions
     from fedgrove.use.chosen import chosen
     from fedgrove.use.predictions import check_out, check_probs, predictions, questions_of
+    from fedgrove.use.questions import questions
 
     if bool(texts) == bool(data):
         raise RunError("Give texts to ask about, or a table with --data, one of the two.")

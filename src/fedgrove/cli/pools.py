@@ -261,7 +261,7 @@ def recycle(
     from fedgrove.pools import recycled as leaving
     from fedgrove.pools.inversion import Effort, statistics
     from fedgrove.pools.pool import refuse_used
-    from fedgrove.pools.recycle import Course
+    from fedgrove.pools.recycle import MetaTraining
     from fedgrove.pools.recycle import recycle as make
 
     refuse_used(out)
@@ -275,7 +275,7 @@ def recycle(
         paths = [path for path, _ in leaving.labelled(public)]
         real = statistics(found.kernel, leaving.images_of(found, paths))
     effort = Effort(each=each, steps=steps, seed=seed)
-    course = Course(episodes=episodes, ways=ways, shots=few, rank=rank, seed=seed)
+    course = MetaTraining(episodes=episodes, ways=ways, shots=few, rank=rank, seed=seed)
     made = make(found, effort, course, real)
     leaving.write(found, made, out, shown)
     for name, inverted in made.images.items():
@@ -318,8 +318,8 @@ def answers(
     from fedgrove.pools.against import note_routes
     from fedgrove.pools.pictures import write_page
     from fedgrove.pools.pool import table_of
-    from fedgrove.use.asked import questions
     from fedgrove.use.predictions import predictions
+    from fedgrove.use.questions import questions
 
     if client is not None and why:
         raise RunError("--why tells who answers; leave out --client.")

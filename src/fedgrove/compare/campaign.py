@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedgrove.compare.entries import Entry, Trial, trial_name
-from fedgrove.compare.plan import Plan, check
+from fedgrove.compare.plan import Design, check
 from fedgrove.compare.progress import Overall
 from fedgrove.engines.pooled import all_rows
 from fedgrove.ground.errors import AdapterError, RunError
@@ -39,22 +39,22 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Done:
+class FinishedRun:
     """Every finished run, by label and in the order of the seeds."""
 
-    plan: Plan
+    plan: Design
     tuned: dict[str, Tuned]
     results: dict[str, list[Result]] = field(default_factory=dict)
 
 
-def carry_out(plan: Plan, progress: Overall) -> Done:
+def carry_out(plan: Design, progress: Overall) -> FinishedRun:
     """All trials and runs that are left to do."""
     directories = _directories(plan)
     if not all(RunDirectory(directory).finished() for directory in directories):
         check(plan)
     with progress.over(len(directories)):
         tuned = {entry.label: _tune(plan, entry, progress) for entry in plan.entries}
-        done = Done(plan, tuned, {entry.label: [] for entry in plan.entries})
+        done = FinishedRun(plan, tuned, {entry.label: [] for entry in plan.entries})
         for seed in plan.seeds:  # a comparison that is cut short has whole seeds
             for entry in plan.entries:
                 chosen = tuned[entry.label].chosen
@@ -64,7 +64,7 @@ def carry_out(plan: Plan, progress: Overall) -> Done:
     return done
 
 
-def _directories(plan: Plan) -> list[Path]:
+def _directories(plan: Design) -> list[Path]:
     """Of all trials and runs."""
     found = []
     for entry in plan.entries:
@@ -74,7 +74,7 @@ def _directories(plan: Plan) -> list[Path]:
 
 
 def _run(
-    plan: Plan,
+    plan: Design,
     entry: Entry,
     seed: int,
     chosen: Trial,
@@ -109,7 +109,7 @@ def engine_of(entry: Entry) -> str | Opener:
     return "local"
 
 
-def _tune(plan: Plan, entry: Entry, progress: Overall) -> Tuned:
+def _tune(plan: Design, entry: Entry, progress: Overall) -> Tuned:
     """Every trial; the best by mean validation metric, ties to the value that was given first."""
     attempts = [_attempt(plan, entry, trial, progress) for trial in plan.trials]
     if not attempts:
@@ -124,7 +124,7 @@ def _tune(plan: Plan, entry: Entry, progress: Overall) -> Tuned:
     return Tuned(tuple(attempts), best.trial)
 
 
-def _attempt(plan: Plan, entry: Entry, trial: Trial, progress: Overall) -> Attempt:
+def _attempt(plan: Design, entry: Entry, trial: Trial, progress: Overall) -> Attempt:
     import torch
 
     from fedgrove.start import run
@@ -176,7 +176,7 @@ def validation_score(result: Result) -> float | None:
     return None
 
 
-def _same_clients(done: Done, seed: int) -> None:
+def _same_clients(done: FinishedRun, seed: int) -> None:
     """Whether all methods saw the same clients and splits, by what each run recorded of its
     data.
     """

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 import fedgrove
-from fedgrove.compare.campaign import Attempt, Done, Tuned, fingerprint
+from fedgrove.compare.campaign import Attempt, FinishedRun, Tuned, fingerprint
 from fedgrove.compare.entries import POOLED, Entry, trial_name
 from fedgrove.compare.statistics import RESAMPLES, holm, paired
 from fedgrove.ground import words
@@ -26,7 +26,7 @@ PARAMETERS = ("trained", "stored", "sent_up", "sent_down")
 Values = dict[str, dict[str, float]]  # seed -> client -> number
 
 
-def collect(done: Done) -> Plain:
+def collect(done: FinishedRun) -> Plain:
     """Everything that the tables, the tests and the page show."""
     plan = done.plan
     first = done.results[plan.reference.label]
@@ -245,7 +245,7 @@ def _course(result: Result) -> dict[int, tuple[float, int]]:
     return found
 
 
-def _machines(done: Done) -> list[str]:
+def _machines(done: FinishedRun) -> list[str]:
     """A sentence where the runs were not all computed alike, as after going on with a comparison
     elsewhere.
     """
@@ -281,7 +281,7 @@ def _sampled(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _tuning(done: Done) -> Plain | None:
+def _tuning(done: FinishedRun) -> Plain | None:
     if not done.plan.knobs:
         return None
     held = done.plan.base.data.validation_fraction

@@ -30,7 +30,7 @@ REFERENCE = "local"  # the method that is always beside the others
 
 
 @dataclass(frozen=True)
-class Plan:
+class Design:
     """A comparison before anything has run. ``notes`` are the defaults that it filled in, in
     sentences.
     """
@@ -101,7 +101,7 @@ def make_plan(
     tune: Sequence[str] = (),
     settings: Sequence[str] = (),
     tune_seed: int | None = None,
-) -> Plan:
+) -> Design:
     """Everything settled and every job checked. Raises ``FedgroveError`` before anything is
     written.
     """
@@ -132,7 +132,7 @@ def make_plan(
         )
     if knobs:
         notes.append(_tuning_note(base, knobs, tune_seed))
-    plan = Plan(
+    plan = Design(
         base,
         tuple(entries),
         tuple(chosen),
@@ -149,7 +149,7 @@ def make_plan(
     return plan
 
 
-def check(plan: Plan) -> None:
+def check(plan: Design) -> None:
     """Whether every method can run on these clients and this model, asked before hours of work."""
     from fedgrove.federation import build
     from fedgrove.runs.fit import refuse_unfit

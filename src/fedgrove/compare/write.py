@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgrove.compare import tables
-from fedgrove.compare.campaign import Done
+from fedgrove.compare.campaign import FinishedRun
 from fedgrove.compare.collect import collect
 from fedgrove.compare.spread import clients_are_many
 from fedgrove.ground import files, words
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Content = Given  # of compare.json
 
 
-def write(done: Done) -> Plain:
+def write(done: FinishedRun) -> Plain:
     """Write the four files into the comparison's directory; returns the content of
     ``compare.json``.
     """

@@ -26,7 +26,7 @@ Direction = Literal["received", "sent"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class LogEntry:
     """One message, as the log tells it."""
 
     time: str
@@ -87,7 +87,7 @@ def describe(tree: object) -> list[list[object]]:
     return found
 
 
-def read(path: Path) -> Iterator[Entry]:
+def read(path: Path) -> Iterator[LogEntry]:
     """The log's entries in order; a line that a crash cut short is passed over (``broken`` names
     it).
     """
@@ -98,7 +98,7 @@ def read(path: Path) -> Iterator[Entry]:
                 (name, dtype, tuple(shape)) for name, dtype, shape in line.pop("tensors")
             )
             line.pop("previous")
-            yield Entry(tensors=tensors, **line)
+            yield LogEntry(tensors=tensors, **line)
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
 

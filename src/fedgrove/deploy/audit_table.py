@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fedgrove.deploy.audit import Entry, broken, read
+from fedgrove.deploy.audit import LogEntry, broken, read
 from fedgrove.deploy.certificates import DeployError
 
 
@@ -53,7 +53,7 @@ def show(folder: Path, *, last: int = 0, tensors: bool = False) -> bool:
     return not wrong
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
+def _row(entry: LogEntry) -> tuple[str, ...]:
     if entry.direction == "received":
         arrow = "<- in"
     else:

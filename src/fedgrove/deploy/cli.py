@@ -51,13 +51,13 @@ def init(
 ) -> None:
     """Write what each side needs: certificates, keys, a server file, site files, and READMEs."""
     from fedgrove.deploy.certificates import PORT, address
-    from fedgrove.deploy.layout import Plan
+    from fedgrove.deploy.layout import Request
     from fedgrove.deploy.layout import init as write
 
     bare = server.startswith("[") and server.endswith("]")
     host, port = (server.strip("[]"), PORT) if bare or ":" not in server else address(server)
     names = tuple(name.strip() for name in sites.split(",") if name.strip())
-    for sentence in write(Plan(folder, host, port, names, job, keys, force)):
+    for sentence in write(Request(folder, host, port, names, job, keys, force)):
         print(sentence)
 
 

@@ -75,7 +75,7 @@ class ServerFile(Section):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Request:
     """What ``init`` is asked for."""
 
     folder: Path
@@ -87,7 +87,7 @@ class Plan:
     force: bool = False
 
 
-def init(plan: Plan) -> list[str]:
+def init(plan: Request) -> list[str]:
     """Write everything; the sentences say what was written. Raises ``FedgroveError`` before
     anything is written.
     """
@@ -160,7 +160,7 @@ def site_names(server: Path) -> list[str]:
     return sorted(path.stem for path in (server / "keys").glob("*.pub"))
 
 
-def _check(plan: Plan, folders: Sequence[Path]) -> None:
+def _check(plan: Request, folders: Sequence[Path]) -> None:
     from fedgrove.ground.names import PLAIN
 
     for name in plan.sites:
@@ -177,7 +177,7 @@ def _check(plan: Plan, folders: Sequence[Path]) -> None:
             )
 
 
-def server_text(plan: Plan) -> str:
+def server_text(plan: Request) -> str:
     return f"""# The server's side. Every key: docs/deploy.md.
 [server]
 host = {value_text(plan.host)}     # the certificate is for this name
@@ -188,7 +188,7 @@ max_request_mb = 32
 """
 
 
-def site_text(plan: Plan, name: str, job: object | None) -> str:
+def site_text(plan: Request, name: str, job: object | None) -> str:
     """A site file to be gone through by the site: it allows what the job asks, and nothing more."""
     from fedgrove.federation.tasks import task_class
     from fedgrove.job import Job
@@ -245,7 +245,7 @@ jobs = []   # digests from `fedgrove deploy digest JOB.toml`, to allow these job
 """
 
 
-def _server_readme(plan: Plan) -> str:
+def _server_readme(plan: Request) -> str:
     mine = (
         "\n".join(f"- `{name}`: its folder `sites/{name}`" for name in plan.sites) or "- (none yet)"
     )
@@ -289,7 +289,7 @@ authority's certificate as `ca.crt`. It must be for the name in `server.toml`.
 """
 
 
-def _site_readme(plan: Plan, name: str) -> str:
+def _site_readme(plan: Request, name: str) -> str:
     return f"""# The site {name}
 
 | file | what | who may have it |
@@ -308,7 +308,7 @@ def _site_readme(plan: Plan, name: str) -> str:
 """
 
 
-def _said(plan: Plan, server: Path, sites: Sequence[Path]) -> list[str]:
+def _said(plan: Request, server: Path, sites: Sequence[Path]) -> list[str]:
     said = [f"Wrote {server}: stays with you; its README says what goes to whom."]
     for site in sites:
         if plan.keys:

@@ -29,7 +29,7 @@ from fedgrove.runs.prepare import settle
 from fedgrove.runs.stage import Stage
 from fedgrove.secure import fixed
 from fedgrove.secure.room import Room
-from fedgrove.training.client import ClientHalf, Outcome, Store, Turn
+from fedgrove.training.client import ClientHalf, ClientRound, Outcome, Store
 from fedgrove.training.cohort_size import cohort_size, row_by_row
 from fedgrove.training.lanes import lane_count
 from fedgrove.training.memory import EVERY, release
@@ -258,9 +258,9 @@ class LocalEngine:
                 release()
             yield from zip(names, given, sizes, outcomes, strict=True)
 
-    def _turn(self, client: str, given: Given) -> Turn:
+    def _turn(self, client: str, given: Given) -> ClientRound:
         train = self.data[client]["train"]
-        return Turn(
+        return ClientRound(
             self.clients[client],
             train,
             given,

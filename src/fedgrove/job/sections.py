@@ -473,8 +473,8 @@ class RunSection(Section):
     )
     evaluate: Evaluate = Field(
         "all",
-        description="Which clients an evaluation measures, the last one and the farewell too: all; "
-        "sample: 100 of them; or so many. Drawn anew by the seed for each round; the others train "
+        description="Which clients an evaluation measures, the last one and the export at the end "
+        "too: all; sample: 100 of them; or so many. Drawn anew by the seed for each round; the others train "
         "and leave with an adapter as ever.",
         examples=["sample", 500],
     )

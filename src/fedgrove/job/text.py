@@ -21,7 +21,7 @@ WIDTH = 100
 
 
 @dataclass(frozen=True)
-class Entry:
+class KeyLine:
     """One key of a section."""
 
     key: str
@@ -45,15 +45,15 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
+class TomlTable:
     """One section, or a section within it, with its keys."""
 
     name: str
     about: str
-    entries: list[Entry]
+    entries: list[KeyLine]
 
 
-def tables(job: BaseModel) -> Iterator[Table]:
+def tables(job: BaseModel) -> Iterator[TomlTable]:
     """Every section of the job in order, a method's own keys beside its name."""
     for name in type(job).model_fields:
         yield from _tables(name, getattr(job, name))
@@ -109,7 +109,7 @@ def template(job: BaseModel) -> str:
     return "\n".join(blocks) + "\n"
 
 
-def _tables(name: str, section: BaseModel) -> Iterator[Table]:
+def _tables(name: str, section: BaseModel) -> Iterator[TomlTable]:
     inner = {key: value for key, value in _values(section).items() if isinstance(value, BaseModel)}
     if isinstance(section, Section):
         keys = section.ordered()
@@ -121,7 +121,7 @@ def _tables(name: str, section: BaseModel) -> Iterator[Table]:
         entries += [_entry(options, key) for key in type(options).model_fields]
     if isinstance(section, Section):
         entries += [_entry_of_another(key, *found) for key, found in section.others().items()]
-    yield Table(name, inspect.cleandoc(type(section).__doc__ or "").replace("\n", " "), entries)
+    yield TomlTable(name, inspect.cleandoc(type(section).__doc__ or "").replace("\n", " "), entries)
     for key, value in inner.items():
         yield from _tables(f"{name}.{key}", value)
 
@@ -130,10 +130,10 @@ def _values(section: BaseModel) -> Plain:
     return {key: getattr(section, key) for key in type(section).model_fields}
 
 
-def _entry(section: BaseModel, key: str) -> Entry:
+def _entry(section: BaseModel, key: str) -> KeyLine:
     field = type(section).model_fields[key]
     default = field.get_default(call_default_factory=True)
-    return Entry(
+    return KeyLine(
         key,
         field,
         getattr(section, key),
@@ -145,9 +145,9 @@ def _entry_of_another(
     key: str,
     field: FieldInfo,
     only: str,
-) -> Entry:
+) -> KeyLine:
     default = field.get_default(call_default_factory=True)
-    return Entry(key, field, None, default, f"With {only}: ")
+    return KeyLine(key, field, None, default, f"With {only}: ")
 
 
 def _comment(text: str, later: str = "# ") -> list[str]:

@@ -17,7 +17,7 @@ from fedgrove.ground.seeds import numpy_rng
 from fedgrove.methods.contract import Step
 from fedgrove.pools.pool import ROUTER, Pool
 from fedgrove.training.loop import Clock
-from fedgrove.use.asked import answered
+from fedgrove.use.questions import answered
 
 LEFT_OUT = 0.5
 STRETCHES = 4  # of a pass over the rows, each with members of its own

@@ -20,14 +20,14 @@ from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.options import Options
 from fedgrove.ground.seeds import generator
 from fedgrove.methods.head import PREFIX
-from fedgrove.pools.members import Member, matched
+from fedgrove.pools.members import PoolMember, matched
 from fedgrove.pools.options import READS, ArrowOptions, AttentionOptions, ComponentsOptions
 
 Head = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recipe:
     """What was chosen for a pool."""
 
     router: str
@@ -37,8 +37,8 @@ class Plan:
 
 
 def assembly_of(
-    members: Sequence[Member],
-    plan: Plan,
+    members: Sequence[PoolMember],
+    plan: Recipe,
     sites: Mapping[str, Site],
     fallback: Head,
 ) -> Assembly:
@@ -59,7 +59,7 @@ def assembly_of(
 
 
 def uniform(
-    members: Sequence[Member],
+    members: Sequence[PoolMember],
     heads: Sequence[Head],
     compose: Compose,
 ) -> Assembly:
@@ -76,7 +76,7 @@ def uniform(
     return Assembly(terms, Weighted(shares), extras)
 
 
-def alone(member: Member, head: Head) -> Assembly:
+def alone(member: PoolMember, head: Head) -> Assembly:
     """One member as it is."""
     term = Term(member.name, member.adapter, train="")
     return Assembly((term,), extras=head_extras(head))
@@ -87,7 +87,7 @@ def head_extras(head: Head) -> dict[str, Extra]:
     return {PREFIX + name: Extra(value, train=False) for name, value in head.items()}
 
 
-def heads_of(members: Sequence[Member], fallback: Head) -> list[Head]:
+def heads_of(members: Sequence[PoolMember], fallback: Head) -> list[Head]:
     """Each member's head with its outputs in the order of the first one's labels; {} where the model
     writes.
     """
@@ -129,7 +129,7 @@ def triplets(adapter: Adapter) -> Adapter:
 
 
 # ------------------------------------------------------------------------ checks
-def check(members: Sequence[Member], plan: Plan) -> None:
+def check(members: Sequence[PoolMember], plan: Recipe) -> None:
     """Refuse what the plan cannot run."""
     count = len(members)
     if plan.top_k > count:
@@ -157,7 +157,7 @@ def check(members: Sequence[Member], plan: Plan) -> None:
             )
 
 
-def _check_fusion(members: Sequence[Member]) -> None:
+def _check_fusion(members: Sequence[PoolMember]) -> None:
     first = members[0]
     for other in members[1:]:
         for site in sorted(first.adapter.keys() | other.adapter.keys()):
@@ -177,7 +177,7 @@ def _check_fusion(members: Sequence[Member]) -> None:
 
 
 # ------------------------------------------------------------------------ pieces
-def _mix(plan: Plan, count: int) -> Mix:
+def _mix(plan: Recipe, count: int) -> Mix:
     options = plan.options
     if plan.router == "uniform":
         return Even()
@@ -190,7 +190,7 @@ def _mix(plan: Plan, count: int) -> Mix:
     return Retrieve(plan.top_k, plan.compose)
 
 
-def _signatures(members: Sequence[Member], plan: Plan) -> dict[str, Tensor]:
+def _signatures(members: Sequence[PoolMember], plan: Recipe) -> dict[str, Tensor]:
     """What the router reads of the n members' signatures, in float64: means [n, h], and for each
     member its axes [q, h] and spread [q]; rests, thresholds and ranks, [n] each.
     """
@@ -219,8 +219,8 @@ def _signatures(members: Sequence[Member], plan: Plan) -> dict[str, Tensor]:
 
 
 def _own(
-    members: Sequence[Member],
-    plan: Plan,
+    members: Sequence[PoolMember],
+    plan: Recipe,
     sites: Mapping[str, Site],
 ) -> dict[str, Tensor]:
     """What the router has at each site: prototypes [n, in] of n members, or its own factors A
@@ -258,7 +258,7 @@ def _prototype(factors: Factors | None, site: Site) -> Tensor:
 
 def _heads(
     heads: Sequence[Head],
-    members: Sequence[Member],
+    members: Sequence[PoolMember],
     apart: bool,
 ) -> dict[str, Extra]:
     """A head for each member; one for all where they have the same, or where the model writes."""

@@ -27,7 +27,7 @@ _TRAINING = ("class_weights", "generate_examples")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a member lies, and the run that it is a client of."""
 
     name: str
@@ -36,10 +36,10 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class PoolMember:
     """One adapter with its head (by the names of its tensors) and its card."""
 
-    place: Place
+    place: Location
     adapter: Adapter
     head: dict[str, Tensor]
     card: Plain
@@ -61,18 +61,18 @@ class Member:
         return EMBEDDED_MODELS.get(name, name)
 
 
-def places(folders: Sequence[str | Path]) -> list[Place]:
+def places(folders: Sequence[str | Path]) -> list[Location]:
     """Runs as their clients that trained, other directories as they are. Raises ``FedgroveError``
     for what is neither, and for one name twice.
     """
-    found: list[Place] = []
+    found: list[Location] = []
     for each in map(Path, folders):
         if not each.is_dir():
             raise RunError(f"{each} does not exist; name runs and adapter directories.")
         if (each / "job.toml").exists() or (each / "summary.json").exists():
             found += _of_run(each)
         elif is_adapter(each):
-            found.append(Place(_name(each), each))
+            found.append(Location(_name(each), each))
         else:
             raise AdapterError(
                 f"{each / peft.CONFIG} does not exist; {each} is no run and no adapter directory."
@@ -88,10 +88,10 @@ def places(folders: Sequence[str | Path]) -> list[Place]:
     return found
 
 
-def _of_run(run: Path) -> list[Place]:
+def _of_run(run: Path) -> list[Location]:
     result = Result(run)
     names = [name for name, row in result.summary["clients"].items() if not row.get("held_out")]
-    return [Place(name, result.client(name).path, run) for name in names]
+    return [Location(name, result.client(name).path, run) for name in names]
 
 
 def _name(folder: Path) -> str:
@@ -101,14 +101,14 @@ def _name(folder: Path) -> str:
     return name
 
 
-def members(found: Sequence[Place], base: str | None = None) -> list[Member]:
+def members(found: Sequence[Location], base: str | None = None) -> list[PoolMember]:
     """The members of these places, one base for all; ``base`` names it where they call it
     differently. Raises ``AdapterError`` in one sentence.
     """
     if not found:
         raise AdapterError("There is no member; name runs or adapter directories.")
     read_ = [_member(place, base) for place in found]
-    seen: dict[str, Member] = {}
+    seen: dict[str, PoolMember] = {}
     for each in read_:
         check_alike(read_[0], each)
         if each.sha256 in seen:
@@ -120,7 +120,7 @@ def members(found: Sequence[Place], base: str | None = None) -> list[Member]:
     return read_
 
 
-def _member(place: Place, base: str | None) -> Member:
+def _member(place: Location, base: str | None) -> PoolMember:
     folder = place.folder
     if (folder / assembly_file.FILE).exists():
         card = peft.read_json(folder / peft.CARD)
@@ -137,7 +137,7 @@ def _member(place: Place, base: str | None) -> Member:
         if not bool(torch.isfinite(value).all()):
             raise AdapterError(f"{folder}: '{name}' holds NaN or Inf; leave this member out.")
     signature = read(folder)
-    member = Member(
+    member = PoolMember(
         place,
         found.adapter,
         dict(found.head),
@@ -153,7 +153,7 @@ def _member(place: Place, base: str | None) -> Member:
     return member
 
 
-def check_alike(first: Member, other: Member) -> None:
+def check_alike(first: PoolMember, other: PoolMember) -> None:
     """Refuse another base, revision, task, kind of head, or other labels."""
     where, there = other.place.folder, first.place.folder
     if not same_base(first.base, other.base):
@@ -183,7 +183,7 @@ def check_alike(first: Member, other: Member) -> None:
         )
 
 
-def _settings(member: Member) -> Plain:
+def _settings(member: PoolMember) -> Plain:
     """What a member's task says of how answers are read."""
     task = TASKS.find(member.card["task"]).from_card(member.card)
     aside = {"labels", *_TRAINING, *task.tokens}
@@ -195,7 +195,7 @@ def same_base(one: str, other: str) -> bool:
     return Path(one.rstrip("/")).name == Path(other.rstrip("/")).name
 
 
-def matched(member: Member, labels: Sequence[str]) -> Mapping[str, Tensor]:
+def matched(member: PoolMember, labels: Sequence[str]) -> Mapping[str, Tensor]:
     """The member's head, weight [c, h] and bias [c], with its outputs in the order of ``labels``;
     a base's own head, tensors [any shape], where it needs no new order.
     """

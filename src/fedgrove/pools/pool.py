@@ -28,13 +28,13 @@ from fedgrove.ground.toml import value_text
 from fedgrove.interop import assembly_file, peft
 from fedgrove.interop.assembly_file import save_assembly
 from fedgrove.pools import build
-from fedgrove.pools.build import Plan
-from fedgrove.pools.members import Member, Place, members, places
+from fedgrove.pools.build import Recipe
+from fedgrove.pools.members import Location, PoolMember, members, places
 from fedgrove.pools.options import COMPOSE, OPTIONS, check
 from fedgrove.pools.signature import Kind, Signature, sign
 from fedgrove.training.kernel import Kernel
-from fedgrove.use.asked import questions
 from fedgrove.use.personal import POOL, ClientModel, kernel_for
+from fedgrove.use.questions import questions
 from fedgrove.use.result import Result
 
 ABOUT = "pool.json"
@@ -60,8 +60,8 @@ class Pool:
 
     def __init__(
         self,
-        found: Sequence[Member],
-        plan: Plan,
+        found: Sequence[PoolMember],
+        plan: Recipe,
         kernel: Kernel,
         assembly: Assembly | None = None,
     ):
@@ -245,7 +245,7 @@ def planned(
     compose: str | None,
     top_k: int,
     options: Mapping[str, Any] | Sequence[str],
-) -> Plan:
+) -> Recipe:
     """What was chosen, checked."""
     if router in COMPOSE and compose is None:
         compose = COMPOSE[router][0]
@@ -258,11 +258,11 @@ def planned(
     if router == "uniform":
         top_k = 1
     chosen = parsed(options, OPTIONS[router], f"the router {router}")
-    return Plan(router, way, top_k, chosen)
+    return Recipe(router, way, top_k, chosen)
 
 
 def kernel_of(
-    found: Sequence[Member],
+    found: Sequence[PoolMember],
     device: str = "cpu",
     dtype: str | None = None,
 ) -> Kernel:
@@ -290,14 +290,14 @@ def kernel_of(
 
 
 def _signed(
-    found: Sequence[Member],
+    found: Sequence[PoolMember],
     kernel: Kernel,
-    plan: Plan,
+    plan: Recipe,
     kind: Kind | None,
     samples: Mapping[str, str | Path],
     noise: float,
     seed: int,
-) -> list[Member]:
+) -> list[PoolMember]:
     """The members with the signatures that were asked for."""
     known = {each.name for each in found}
     for name in samples:
@@ -305,7 +305,7 @@ def _signed(
             raise AdapterError(
                 f"--samples {name}=...: the pool has no such member; it has {', '.join(known)}."
             )
-    made: list[Member] = []
+    made: list[PoolMember] = []
     trains: dict[Path, dict[str, list[Row]]] = {}
     wanted = kind or build.READS[plan.router] or "mean"
     for each in found:
@@ -326,7 +326,7 @@ def _signed(
 
 
 def sign_member(
-    member: Member,
+    member: PoolMember,
     kernel: Kernel,
     rows: Sequence[Row],
     kind: Kind,
@@ -358,7 +358,7 @@ def training_rows(run: Path) -> dict[str, list[Row]]:
 
 def table_of(
     path: Path,
-    place: Place | None,
+    place: Location | None,
     kernel: Kernel,
 ) -> list[Row]:
     """The rows of a table: with the columns of the member's job, or by the task's own names. Raises
@@ -423,7 +423,7 @@ def _kept(
     beside: Plain,
     adapters: Mapping[str, Adapter],
     card: Plain,
-) -> Member:
+) -> PoolMember:
     """A member out of the pool's own files."""
     run = signature = None
     if told["run"]:
@@ -432,8 +432,8 @@ def _kept(
         signature = typed(Signature, beside["signature"])
     adapter = adapters.get(told["name"]) or beside["adapter"]
     own = {**card, "labels": beside["labels"]}
-    place = Place(told["name"], Path(told["folder"]), run)
-    return Member(
+    place = Location(told["name"], Path(told["folder"]), run)
+    return PoolMember(
         place,
         dict(adapter),
         beside["head"],
@@ -449,7 +449,7 @@ def refuse_used(out: Path) -> None:
         raise RunError(f"{out} exists already; name a new directory.")
 
 
-def _card(found: Sequence[Member]) -> Plain:
+def _card(found: Sequence[PoolMember]) -> Plain:
     """What the pool is beside its weights: as its first member."""
     card = found[0].card
     own = TASKS.find(card["task"]).from_card(card).card()
@@ -457,7 +457,7 @@ def _card(found: Sequence[Member]) -> Plain:
     return {"format": 1, **own, **kept}
 
 
-def _told(member: Member) -> Plain:
+def _told(member: PoolMember) -> Plain:
     signature = member.signature
     run = None
     if member.place.run:

@@ -38,7 +38,7 @@ META = "meta"
 
 
 @dataclass(frozen=True)
-class Course:
+class MetaTraining:
     """Episodes of meta-training: ``ways`` classes of ``shots`` images each, ``queries`` of each to be
     told apart; each second episode is of several members, where there are several.
     """
@@ -77,7 +77,7 @@ class Episode:
 def recycle(
     pool: Pool,
     effort: Effort,
-    course: Course,
+    course: MetaTraining,
     real: Statistics | None = None,
     advance: Callable[[str], None] = lambda _: None,
 ) -> Recycled:
@@ -108,7 +108,7 @@ def recycle(
 def learn(
     pool: Pool,
     images: Mapping[str, Sequence[Example]],
-    course: Course,
+    course: MetaTraining,
 ) -> tuple[Adapter, list[float]]:
     """θ after all episodes, and their losses."""
     kernel = pool.kernel
@@ -136,7 +136,7 @@ def learn(
 def drawn(
     images: Mapping[str, Sequence[Example]],
     teachers: Mapping[str, Float[Tensor, "n c"]],
-    course: Course,
+    course: MetaTraining,
     rng: object,
     *,
     several: bool,

@@ -29,7 +29,7 @@ Grid = list[list[str]]  # the first row is the header
 
 
 @dataclass(frozen=True)
-class Table:
+class ClientTable:
     """The table of all clients. ``rows`` stand in the page; ``data`` has all of them as JSON that
     is safe in a script element, "" where the rows are all there is.
     """
@@ -40,7 +40,7 @@ class Table:
     data: str
 
 
-def table(run: Run, comparison: Comparison) -> Table:
+def table(run: Run, comparison: Comparison) -> ClientTable:
     """Every client in the order of the names; of very many those that fare worst."""
     gains = comparison.gains()
     alone = None
@@ -53,7 +53,7 @@ def table(run: Run, comparison: Comparison) -> Table:
     everyone = sorted(run.summary["clients"])
     lines = {name: _line(run, name, alone, gains) for name in everyone}
     if len(everyone) <= WHOLE:
-        return Table(
+        return ClientTable(
             headings,
             list(lines.values()),
             len(everyone),
@@ -65,7 +65,7 @@ def table(run: Run, comparison: Comparison) -> Table:
     shown = [lines[name] for name in weakest[:WEAKEST]]
     data = json.dumps(list(lines.values()), ensure_ascii=False, separators=(",", ":"))
     safe = data.replace("<", "\\u003c")
-    return Table(headings, shown, len(everyone), safe)
+    return ClientTable(headings, shown, len(everyone), safe)
 
 
 def _line(

@@ -35,7 +35,7 @@ def finish(loop: Loop, *, baselines: Sequence[Path] = ()) -> Plain:
     with loop.at_leaving():
         write_global(loop)  # first, because clients' equal adapters are linked to it
         with loop.ledger.clock("evaluation"):
-            left = farewell(loop)
+            left = export_all(loop)
         link(loop)
         for file, content in artefacts(loop, left).items():
             write_json(out / file, content)
@@ -159,7 +159,7 @@ def or_none(value: float) -> float | None:
     return value
 
 
-def farewell(loop: Loop) -> dict[str, Leaving]:
+def export_all(loop: Loop) -> dict[str, Leaving]:
     """Every client goes home, measured and with its adapter. Those that do not answer are
     missing.
     """

@@ -52,7 +52,7 @@ class Memory:
     opening: Opening | None = None
 
 
-class Member:
+class Participant:
     """One client in one round; ``memory`` changes with each exchange."""
 
     def __init__(self, identity: Identity, memory: Memory):
@@ -64,7 +64,7 @@ class Member:
         terms: Terms,
         name: str,
         identity: Identity,
-    ) -> Member:
+    ) -> Participant:
         """Exchange 1: new keys."""
         lock = keys.new_secret()
         key = keys.new_secret()

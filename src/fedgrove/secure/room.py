@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fedgrove.secure.fixed import Words
 from fedgrove.secure.gathering import Gathering
 from fedgrove.secure.identity import OfTheRun
-from fedgrove.secure.member import Member
+from fedgrove.secure.member import Participant
 from fedgrove.secure.messages import Terms
 
 
@@ -16,10 +16,10 @@ class Room:
 
     def __init__(self, terms: Terms, names: Sequence[str]):
         self.gathering = Gathering(terms, names)
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, Participant] = {}
         for name in names:
             identity = OfTheRun(terms.run, name)
-            self.members[name] = Member.begin(terms, name, identity)
+            self.members[name] = Participant.begin(terms, name, identity)
         adverts = {name: member.memory.advert for name, member in self.members.items()}
         rolls = self.gathering.rolls(adverts)
         parcels = {name: member.share(rolls[name]) for name, member in self.members.items()}

@@ -59,11 +59,11 @@ EXPORTED = "exported"  # the one term of a model as it is exported
 
 #: Steps to run, one after the other, each answered by what it gave; at the end all that was
 #: trained.
-Course = Generator[Work, Trained, list[Trained]]
+LocalWork = Generator[Work, Trained, list[Trained]]
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class ClientRound:
     """A client's turn in a round."""
 
     client: ClientInfo
@@ -150,11 +150,11 @@ class ClientHalf:
         round: int,
     ) -> Outcome:
         """One round of local work."""
-        turn = Turn(client, examples, offer, store)
+        turn = ClientRound(client, examples, offer, store)
         (outcome,) = self.train_together([turn], round)
         return outcome
 
-    def train_together(self, turns: Sequence[Turn], round: int) -> list[Outcome]:
+    def train_together(self, turns: Sequence[ClientRound], round: int) -> list[Outcome]:
         """One round of several clients' local work, what can be in one batch: as alone, up to
         rounding.
         """
@@ -203,7 +203,7 @@ class ClientHalf:
 
     def _outcome(
         self,
-        turn: Turn,
+        turn: ClientRound,
         given: Given,
         trained: list[Trained],
         guard: ExampleGuard | None,
@@ -410,7 +410,7 @@ class ClientHalf:
         store: Store,
         clock: Clock,
         guard: ExampleGuard | None,
-    ) -> Course:
+    ) -> LocalWork:
         """A plan's steps with heads and what they carry over; each waits for its result."""
         done: list[Trained] = []
         if isinstance(plan, Generator):
@@ -432,7 +432,7 @@ class ClientHalf:
         return done
 
 
-def follow(lanes: Lanes, courses: Sequence[Course]) -> list[list[Trained]]:
+def follow(lanes: Lanes, courses: Sequence[LocalWork]) -> list[list[Trained]]:
     """Run all courses to their ends, the steps that they wait for at one time together."""
     ends: dict[int, list[Trained]] = {}
     waiting: dict[int, Work] = {}

@@ -30,7 +30,7 @@ from fedgrove.methods.registry import method_class
 from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.measured import measured
-from fedgrove.use.asked import answered, questions
+from fedgrove.use.questions import answered, questions
 
 POOL = "pool"  # the method that the card of a pool names
 

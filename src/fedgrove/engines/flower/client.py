@@ -27,7 +27,7 @@ from fedgrove.ground.files import write_text
 from fedgrove.methods.contract import ClientInfo
 
 if TYPE_CHECKING:
-    from fedgrove.engines.flower.place import Place
+    from fedgrove.engines.flower.place import Machine
     from fedgrove.federation.federation import Client
     from fedgrove.federation.tasks.base import Example
     from fedgrove.job import Job
@@ -99,7 +99,7 @@ class Runtime:
 
     def __init__(
         self,
-        place: Place,
+        place: Machine,
         workshops: Workshops,
         *,
         simulated: bool = False,

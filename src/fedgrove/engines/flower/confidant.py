@@ -18,7 +18,7 @@ from fedgrove.privacy.client_dp import change
 from fedgrove.privacy.masked import MASKED, Addition, noise_key, terms, weighted
 from fedgrove.secure import fixed
 from fedgrove.secure.keys import SecureError
-from fedgrove.secure.member import Member, Memory
+from fedgrove.secure.member import Memory, Participant
 from fedgrove.secure.messages import Mail, Opening, Roll
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Confidant:
         known = self._remembered()
         if known is not None and known.terms == agreed:
             return Note("keys", {"advert": asdict(known.advert)})
-        member = Member.begin(agreed, self.info.name, self.identity)
+        member = Participant.begin(agreed, self.info.name, self.identity)
         self._remember(member)
         return Note("keys", {"advert": asdict(member.memory.advert)})
 
@@ -120,7 +120,7 @@ class Confidant:
         write_text(self.sums, json.dumps({**known, str(opening.round): names}) + "\n")
 
     # ------------------------------------------------------------------ its memory
-    def _member(self, note: Note) -> Member:
+    def _member(self, note: Note) -> Participant:
         known = self._remembered()
         asked = (str(note.head["run"]), _round(note), str(note.head.get("attempt"))[:64])
         if known is None or (known.terms.run, known.terms.round, known.terms.attempt) != asked:
@@ -128,7 +128,7 @@ class Confidant:
                 f"{self.info.name} has no keys for this attempt at round {_round(note)}: it was asked "
                 "for none, or for others since."
             )
-        return Member(self.identity, known)
+        return Participant(self.identity, known)
 
     def _remembered(self) -> Memory | None:
         try:
@@ -136,7 +136,7 @@ class Confidant:
         except (OSError, ValueError, AdapterError):
             return None  # then it has no keys, and says so
 
-    def _remember(self, member: Member) -> None:
+    def _remember(self, member: Participant) -> None:
         write_text(self.memory, json.dumps(asdict(member.memory)), private=True)
 
 

@@ -60,7 +60,7 @@ def _nobody_cares(info: ClientInfo) -> None:
 
 
 @dataclass(frozen=True)
-class Member:
+class RemoteClient:
     """A client that said hello."""
 
     name: str
@@ -105,7 +105,7 @@ class FlowerEngine:
         self.patience = job.federation.deadline
         self.late = job.federation.late
         self.least = job.federation.min_clients
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, RemoteClient] = {}
         self.infos: dict[str, ClientInfo] = {}
         self.held_out: set[str] = set()
         self._never: frozenset[str] = frozenset()
@@ -139,7 +139,7 @@ class FlowerEngine:
         """Whether a node has been asked who it is and has not answered yet."""
         return bool(self._greeted)
 
-    def introduce(self, *, wait: bool = False) -> list[Member]:
+    def introduce(self, *, wait: bool = False) -> list[RemoteClient]:
         """Ask every node that is not known who it is; those that have answered with a name of their
         own.
 
@@ -165,7 +165,7 @@ class FlowerEngine:
         patience = 0.0
         if wait:
             patience = GREETING
-        found: list[Member] = []
+        found: list[RemoteClient] = []
         for sent, answer in self.post.collect(list(self._greeted), seconds=patience):
             node = self._greeted.pop(sent)
             member = self._met(node, answer)
@@ -187,7 +187,7 @@ class FlowerEngine:
                 found.append(node)
         return found
 
-    def _met(self, node: int, answer: Note | Failure) -> Member | None:
+    def _met(self, node: int, answer: Note | Failure) -> RemoteClient | None:
         """Who a node says it is; None where it is turned away."""
         called = self.names.get(node, f"node {node}")
         if isinstance(answer, Failure):
@@ -218,7 +218,7 @@ class FlowerEngine:
         if before is not None and before.node in self.post.nodes():
             self._turn_away(node, row["name"], "another node with this name is connected")
             return None
-        return Member(row["name"], node, row, rank)
+        return RemoteClient(row["name"], node, row, rank)
 
     def open(self, infos: Sequence[ClientInfo]) -> dict[str, str]:
         """Tell clients who they are; each loads the model. Those that cannot, with the reason, are
@@ -803,7 +803,7 @@ class FlowerEngine:
         for node, answer in self._ask(asked, seconds=self.patience):
             yield names[node], answer
 
-    def _rank(self, member: Member) -> int:
+    def _rank(self, member: RemoteClient) -> int:
         """The rank of a client that joins late: the job's word for its name, else the global one;
         at most its own.
         """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedgrove.secure.identity import Identity
 
 
-class Place(Protocol):
+class Machine(Protocol):
     """What ``client.Runtime`` asks of the machine that it runs on."""
 
     name: str  # the client's; "" for a simulated one before ``client``

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from flwr.serverapp import Grid
 
 from fedgrove.engines.flower.deployable import alone, deployable, named_held_out
-from fedgrove.engines.flower.engine import FlowerEngine, Member
+from fedgrove.engines.flower.engine import FlowerEngine, RemoteClient
 from fedgrove.engines.flower.post import Post
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_text
@@ -223,7 +223,7 @@ def gather(
     least: int,
     watch: Callback,
     among: set[str] | None = None,
-) -> list[Member]:
+) -> list[RemoteClient]:
     """Wait for ``least`` clients (``among``: of these names) to say hello, and a little for
     others.
     """
@@ -241,7 +241,7 @@ def gather(
         time.sleep(min(1.0, engine.post.slowest))
 
 
-def ranked(job: Job, members: Sequence[Member]) -> dict[str, ClientInfo]:
+def ranked(job: Job, members: Sequence[RemoteClient]) -> dict[str, ClientInfo]:
     """Every site's rank: the job's word for it, at most what it affords; one for all where the
     method needs that.
     """
