@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 from fedgrove.tracking.callback import Callback
@@ -17,3 +18,10 @@ class StopAfter(Callback):
         self.seen += round == self.round
         if round == self.round and self.seen == self.clients:
             raise KeyboardInterrupt
+
+
+def hears_ctrl_c() -> None:
+    """For a process that a test starts: a test that runs in the background of a shell would hand on
+    that Ctrl-C is ignored.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

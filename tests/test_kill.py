@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.stops import hears_ctrl_c
 from tests.tiny import tiny_job
 
 FEDGROVE = [sys.executable, "-m", "fedgrove"]
@@ -27,13 +28,8 @@ def start(job: Path, out: Path, *extra: str) -> subprocess.Popen[bytes]:
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=_hears_ctrl_c,
+            preexec_fn=hears_ctrl_c,
         )
-
-
-def _hears_ctrl_c() -> None:
-    """A test that runs in the background of a shell would hand on that Ctrl-C is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def result(out: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from tests.report.conftest import build
+from tests.stops import hears_ctrl_c
 from tests.tiny import tiny_job
 from typer.testing import CliRunner
 
@@ -342,7 +343,13 @@ def test_the_command_refuses_a_foreign_directory(tmp_path: Path) -> None:
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     run = going(tmp_path / "run")
     command = [sys.executable, "-m", "fedgrove", "watch", str(run), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,
+    )
     assert process.stdout is not None
     assert re.search(r"http://127\.0\.0\.1:\d+/[\w-]+/", process.stdout.readline())
     process.send_signal(signal.SIGINT)

@@ -133,18 +133,20 @@ def watch(
     """Serve a live page of a run that goes on, or is finished, from its directory alone, until
     Ctrl-C.
     """
+    from fedgrove.ground.ctrlc import remembered
     from fedgrove.watch.server import Server, served
 
     server = Server(served(run), host, port)
-    print(f"Watch {run} at {server.address} (Ctrl-C ends it).", flush=True)
-    if host not in ("127.0.0.1", "::1", "localhost"):
-        print("It is not encrypted: whoever sees the traffic sees the token and the page.")
-    if show:
-        import webbrowser
-
-        webbrowser.open(server.address)
     try:
-        server.serve_forever()
+        with remembered():
+            print(f"Watch {run} at {server.address} (Ctrl-C ends it).", flush=True)
+            if host not in ("127.0.0.1", "::1", "localhost"):
+                print("It is not encrypted: whoever sees the traffic sees the token and the page.")
+            if show:
+                import webbrowser
+
+                webbrowser.open(server.address)
+            server.serve_forever()
     except KeyboardInterrupt:
         print("The page is closed; the run was not touched.")
     finally:

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
 
+from fedgrove.ground.ctrlc import stop_if_pressed
 from fedgrove.ground.errors import RunError
 from fedgrove.watch.look import Look, Parts, Stamp, stamp
 
@@ -108,6 +109,10 @@ class Server(ThreadingHTTPServer):
                 "--port (0: any free one) or --host."
             ) from error
         self.board = Board(folder)
+
+    def service_actions(self) -> None:
+        """Between two polls: a Ctrl-C that Python dropped."""
+        stop_if_pressed()
 
     def server_bind(self) -> None:
         # not HTTPServer's, which asks the network for this machine's name
