@@ -174,9 +174,9 @@ def test_no_member_is_run_for_a_row_that_did_not_choose_it(
     seen: list[tuple[int, int]] = []
     real = routers._inner
 
-    def counted(line: Any, factors: Any, choice: Any, number: int, rows: Any, tokens: Any) -> Any:
-        seen.append((number, len(rows)))
-        return real(line, factors, choice, number, rows, tokens)
+    def counted(own: Any, choice: Any) -> Any:
+        seen.append((own.number, len(own.rows)))
+        return real(own, choice)
 
     monkeypatch.setattr(routers, "_inner", counted)
     texts = [row(1, random.Random(5))["text"] for _ in range(3)]

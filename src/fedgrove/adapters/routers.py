@@ -15,7 +15,7 @@ example reads a term's features ``z = f / ‖f‖``, f those of the untouched ba
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -309,15 +309,11 @@ class Components(ByExample):
     def spread(self, at: Junction, choice: Choice) -> list[Weight]:
         assert choice.budget is not None
         assert choice.gain is not None
-        line = at.x.flatten(0, -2)
-        each = len(line) // len(choice.weights)
-        found: list[Weight] = []
-        for number, (factors, rows) in enumerate(zip(at.factors, choice.who, strict=True)):
-            if factors is None or not len(rows):
-                found.append(0.0)
-                continue
-            tokens = tokens_of(rows, each)
-            inner = F.linear(line[tokens], factors.A)
+        found: list[Weight] = [0.0] * len(choice.who)
+        for own in _chosen(at, choice):
+            number, factors, rows = own.number, own.factors, own.rows
+            each = len(own.tokens) // len(rows)
+            inner = F.linear(own.x, factors.A)
             score = inner.abs()
             if self.components == "svd":
                 score = score * factors.B.norm(dim=0)
@@ -326,7 +322,7 @@ class Components(ByExample):
             budget = choice.budget[rows, number].repeat_interleave(each)
             kept = place < budget[:, None]
             gain = choice.gain[rows].to(inner.dtype).repeat_interleave(each)
-            found.append(Inner(inner * kept * gain[:, None], tokens))
+            found[number] = Inner(inner * kept * gain[:, None], own.tokens)
         return found
 
 
@@ -450,58 +446,66 @@ def drawn(
     return dealt
 
 
-def _mixture(at: Junction, choice: Choice) -> list[Weight]:
-    """``Σ_i w_i v_i``, each term for the examples that chose it."""
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """A term with factors at a site, and the examples that chose it."""
+
+    number: int  # of the term
+    factors: Factors
+    rows: Int[Tensor, " rows"]
+    tokens: Int[Tensor, " tokens"]  # of these examples, in the line of all
+    x: Float[Tensor, "tokens in"]
+
+    def shared(
+        self, inner: Float[Tensor, "tokens r"], weights: Float[Tensor, "b n"]
+    ) -> Float[Tensor, "tokens r"]:
+        """``inner`` times the term's weight for each example."""
+        each = len(self.tokens) // len(self.rows)
+        share = weights[self.rows, self.number].repeat_interleave(each)
+        return inner * share[:, None]
+
+
+def _chosen(at: Junction, choice: Choice) -> Iterator[_Chosen]:
+    """The terms that are here and that some example chose."""
     line = at.x.flatten(0, -2)
     each = len(line) // len(choice.weights)
-    found: list[Weight] = []
     for number, (factors, rows) in enumerate(zip(at.factors, choice.who, strict=True)):
-        if factors is None or not len(rows):
-            found.append(0.0)
-            continue
-        tokens = tokens_of(rows, each)
-        inner = _inner(line, factors, choice, number, rows, tokens)
-        found.append(Inner(inner, tokens))
+        if factors is not None and len(rows):
+            tokens = tokens_of(rows, each)
+            yield _Chosen(number, factors, rows, tokens, line[tokens])
+
+
+def _inner(own: _Chosen, choice: Choice) -> Float[Tensor, "tokens r"]:
+    """``w A x`` of one term for its examples."""
+    return own.shared(F.linear(own.x, own.factors.A), choice.weights)
+
+
+def _mixture(at: Junction, choice: Choice) -> list[Weight]:
+    """``Σ_i w_i v_i``, each term for the examples that chose it."""
+    found: list[Weight] = [0.0] * len(choice.who)
+    for own in _chosen(at, choice):
+        inner = _inner(own, choice)
+        found[own.number] = Inner(inner, own.tokens)
     return found
 
 
 def _fusion(at: Junction, choice: Choice) -> list[Weight]:
     """``s (Σ_i w_i B_i)(Σ_j w_j A_j) x``: what goes up is the mean of what all came down to."""
-    line = at.x.flatten(0, -2)
-    each = len(line) // len(choice.weights)
-    places = [tokens_of(rows, each) for rows in choice.who]
+    found: list[Weight] = [0.0] * len(choice.who)
+    count = at.x.numel() // at.x.shape[-1]
+    chosen = list(_chosen(at, choice))
     down: Tensor | None = None
-    for number, (factors, rows) in enumerate(zip(at.factors, choice.who, strict=True)):
-        if factors is None or not len(rows):
-            continue
-        own = _inner(line, factors, choice, number, rows, places[number])
+    for own in chosen:
+        inner = _inner(own, choice)
         if down is None:
-            down = own.new_zeros(len(line), own.shape[-1])
-        down = down.index_add(0, places[number], own)
-    found: list[Weight] = []
-    for number, (factors, rows) in enumerate(zip(at.factors, choice.who, strict=True)):
-        if factors is None or down is None or not len(rows):
-            found.append(0.0)
-            continue
-        share = choice.weights[rows, number].repeat_interleave(each)
-        inner = down[places[number]] * share[:, None]
-        found.append(Inner(inner, places[number]))
+            down = inner.new_zeros(count, inner.shape[-1])
+        down = down.index_add(0, own.tokens, inner)
+    if down is None:
+        return found
+    for own in chosen:
+        inner = own.shared(down[own.tokens], choice.weights)
+        found[own.number] = Inner(inner, own.tokens)
     return found
-
-
-def _inner(
-    line: Float[Tensor, "N in"],
-    factors: Factors,
-    choice: Choice,
-    number: int,
-    rows: Int[Tensor, " rows"],
-    tokens: Int[Tensor, " tokens"],
-) -> Float[Tensor, "tokens r"]:
-    """``w A x`` of one term for its examples."""
-    each = len(tokens) // len(rows)
-    share = choice.weights[rows, number].repeat_interleave(each)
-    inner = F.linear(line[tokens], factors.A)
-    return inner * share[:, None]
 
 
 def _attended(

@@ -12,7 +12,7 @@ from fedgrove.adapters.adapter import Factors, Site
 from fedgrove.adapters.algebra import rescale
 from fedgrove.adapters.lowrank import lean
 from fedgrove.adapters.noise import Noise, aggregation_noise, index_aggregation_noise
-from fedgrove.aggregate.inputs import Source, TensorNames
+from fedgrove.aggregate.inputs import FactorNames, Source
 from fedgrove.aggregate.options import named_rules
 from fedgrove.aggregate.tags import Tags
 from fedgrove.ground.errors import AdapterError
@@ -179,7 +179,7 @@ class Directories:
         B = torch.cat([whole.B, base.B], 1)
         return replace(whole, A=A, B=B)
 
-    def _places(self, site: str) -> list[TensorNames]:
+    def _places(self, site: str) -> list[FactorNames]:
         return [source.places[site] for source in self.sources]
 
     def _scale(self, site: str) -> float:

@@ -46,7 +46,7 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
-class TensorNames:
+class FactorNames:
     """Where a site is in one client's file: the names of its two tensors, its rank and its scale
     ``alpha / r``.
     """
@@ -74,7 +74,7 @@ class Source:
     name: str
     folder: Path
     config: Given
-    places: Mapping[str, TensorNames]
+    places: Mapping[str, FactorNames]
     dtype: torch.dtype  # the widest of its factors
     others: Mapping[str, Saved]  # by their name in the base: modules to save, a head of its own
 
@@ -218,7 +218,7 @@ def check_alike(first: Source, other: Source, *, base: str | None = None) -> Non
         )
 
 
-def _check_shape(other: Source, place: TensorNames, first: Source, wanted: TensorNames) -> None:
+def _check_shape(other: Source, place: FactorNames, first: Source, wanted: FactorNames) -> None:
     sides = zip(
         ("out", "in"),
         (place.B, place.A),
@@ -357,7 +357,7 @@ class _Contents:
 def _places(
     folder: Path,
     config: Given,
-) -> tuple[dict[str, TensorNames], dict[str, Saved], set[str]]:
+) -> tuple[dict[str, FactorNames], dict[str, Saved], set[str]]:
     path = folder / WEIGHTS
     contents = _Contents(path)
     try:
@@ -412,7 +412,7 @@ def _place(
     pair: Mapping[str, str],
     shapes: Mapping[str, list[int]],
     config: Given,
-) -> TensorNames:
+) -> FactorNames:
     for half, other in ("AB", "BA"):
         if half not in pair:
             raise AdapterError(
@@ -438,7 +438,7 @@ def _place(
         )
     lora_alpha = _patterned(config, "lora_alpha", "alpha_pattern", site)
     rslora = bool(config.get("use_rslora"))
-    return TensorNames(
+    return FactorNames(
         A=pair["A"],
         B=pair["B"],
         rank=rank,

@@ -54,12 +54,6 @@ class Changes:
         content = restore(update.content, start + change)
         return replace(update, content=content)
 
-
-def changed(
-    update: Update,
-    changes: Changes,
-    scale: float,
-) -> Update:
-    """The update with its change times ``scale``."""
-    change = changes.vector(update)
-    return changes.moved(update, change * scale)
+    def scaled(self, update: Update, scale: float) -> Update:
+        """The update with its change times ``scale``."""
+        return self.moved(update, self.vector(update) * scale)

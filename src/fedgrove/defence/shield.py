@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedgrove.adapters.centre import defended
 from fedgrove.adapters.tree import leaves
-from fedgrove.defence.changes import Changes, changed
+from fedgrove.defence.changes import Changes
 from fedgrove.defence.rules import RULES, Rule, ratios, squared_distances, usable
 from fedgrove.ground.plain import Plain
 from fedgrove.methods.contract import Update
@@ -89,7 +89,7 @@ class Shield:
         for update in updates:
             scale = scales[update.client]
             if scale < 1:
-                update = changed(update, changes, scale)
+                update = changes.scaled(update, scale)
             seen.append(update)
         rule = RULES.get(self.section.rule)
         robust: RobustMean | None = None

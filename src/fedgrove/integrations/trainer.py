@@ -394,7 +394,7 @@ def _asked(trainer: Any, steps: int, seed: int) -> Iterator[None]:
 
 
 def _rate(optimizer: torch.optim.Optimizer, rates: Mapping[Tensor, float]) -> None:
-    """Multiply the learning rate of the parameters that are named by their rates."""
+    """Multiply the learning rate of the parameters ``[any shape]`` that are named by their rates."""
     for group in list(optimizer.param_groups):
         apart: dict[float, list[Tensor]] = {}
         for parameter in group["params"]:

@@ -71,21 +71,15 @@ def leave(
         final = half.measure(info.name, assembly, data["test"], kept)
         row |= {"metric": final[metric], "loss": final["loss"]}
     told = spending(parts, info, guard)
-    write_adapter(
-        parts,
-        adapters / folder_of(info.name),
-        assembly,
-        client=info.name,
-        privacy=told,
-    )
-    if measure:
-        note_measures(
-            parts,
-            half,
-            adapters / folder_of(info.name),
-            half.deployed(assembly),
-            data,
-        )
+
+    def written(place: Path, model: Assembly) -> None:
+        """The client's directory in ``place``, with its measures where they are asked for."""
+        folder = place / folder_of(info.name)
+        write_adapter(parts, folder, model, client=info.name, privacy=told)
+        if measure:
+            note_measures(parts, half, folder, half.deployed(model), data)
+
+    written(adapters, assembly)
     if epochs:
         penalty = half.penalty(info, offer, store)
         better = half.tune(
@@ -100,22 +94,7 @@ def leave(
             exported = half.deployed(better)
             row["metric_tuned"] = half.kernel.evaluate(exported, data["test"])[metric]
         told = spending(parts, info, guard)
-        folder = adapters.parent / "adapters_tuned" / folder_of(info.name)
-        write_adapter(
-            parts,
-            folder,
-            better,
-            client=info.name,
-            privacy=told,
-        )
-        if measure:
-            note_measures(
-                parts,
-                half,
-                folder,
-                exported,
-                data,
-            )
+        written(adapters.parent / "adapters_tuned", better)
     if told is not None:  # the tuned model's steps are in it
         row |= {"epsilon": told["epsilon"], "delta": told["delta"]}
     return Leaving(

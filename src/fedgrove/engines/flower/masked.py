@@ -6,7 +6,7 @@ out of the next exchange.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record")
 #: (kind, head for each client) -> each one's answer, in any order
-AskEach = Callable[[str, Mapping[str, dict[str, Any]]], Iterator[tuple[str, Note | Failure]]]
+AskEach = Callable[[str, Mapping[str, dict[str, Any]]], "Answers"]
+Answers = Iterator[tuple[str, Note | Failure]]
 
 
 class MaskedRound:
@@ -54,25 +55,13 @@ class MaskedRound:
         """Exchanges 1 and 2; those who are lost in them. Raises ``SecureError`` where they are too
         many.
         """
-        adverts: dict[str, Advert] = {}
-        for name, answer in ask("keys", {name: self._head() for name in self.names}):
-            advert = _record(Advert, answer, "advert")
-            lost = advert if isinstance(advert, str) else self.gathering.advert_fault(name, advert)
-            if isinstance(advert, Advert) and lost is None:
-                adverts[name] = advert
-            else:
-                yield _absence(name, answer, str(lost))
-        rolls = self.gathering.rolls(adverts)
-        parcels: dict[str, Parcels] = {}
-        heads = {name: self._head(roll=table(roll)) for name, roll in rolls.items()}
-        for name, answer in ask("shares", heads):
-            sent = _record(Parcels, answer, "parcels")
-            lost = sent if isinstance(sent, str) else self.gathering.parcels_fault(name, sent)
-            if isinstance(sent, Parcels) and lost is None:
-                parcels[name] = sent
-            else:
-                yield _absence(name, answer, str(lost))
-        self.mails = self.gathering.mails(parcels)
+        gathering = self.gathering
+        asked = ask("keys", {name: self._head() for name in self.names})
+        adverts = yield from _sound(asked, Advert, "advert", gathering.advert_fault)
+        rolls = gathering.rolls(adverts)
+        asked = ask("shares", {name: self._head(roll=table(roll)) for name, roll in rolls.items()})
+        parcels = yield from _sound(asked, Parcels, "parcels", gathering.parcels_fault)
+        self.mails = gathering.mails(parcels)
 
     def beside(self, name: str) -> dict[str, Any]:
         """What goes to a client with its offer."""
@@ -112,6 +101,24 @@ class MaskedRound:
                 reasons[name] = found
         steps = fixed.signed(self.gathering.total(masked, revealed, reasons))
         return Opened(steps, len(self.gathering.adverts), self.scale)
+
+
+def _sound(
+    answers: Answers,
+    kind: type[Record],
+    key: str,
+    fault: Callable[[str, Record], str | None],
+) -> Generator[Absence, None, dict[str, Record]]:
+    """The answers that can be used, by client; yields those who gave none."""
+    found: dict[str, Record] = {}
+    for name, answer in answers:
+        sent = _record(kind, answer, key)
+        lost = sent if isinstance(sent, str) else fault(name, sent)
+        if isinstance(sent, kind) and lost is None:
+            found[name] = sent
+        else:
+            yield _absence(name, answer, str(lost))
+    return found
 
 
 def _record(kind: type[Record], answer: Note | Failure, key: str) -> Record | str:

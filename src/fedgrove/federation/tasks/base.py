@@ -370,3 +370,11 @@ def _with_lists(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
     }
+
+
+def f1_of(sums: Mapping[str, float]) -> float:
+    """F1 of the sums "right", "answered" and "due"; 0 where none is due and none answered."""
+    both = sums["answered"] + sums["due"]
+    if not both:
+        return 0.0
+    return 2 * sums["right"] / both

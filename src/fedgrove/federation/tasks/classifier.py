@@ -212,12 +212,22 @@ def class_of(
     """
     if not data.labels and is_list(value):
         raise OtherRows(f"{place}: the column {data.label!r} holds a list", SEVERAL)
-    label = label_of(value, data.label, place)
-    if not data.labels:
+    return among_named(label_of(value, data.label, place), data.labels, place)
+
+
+def among_named(
+    label: str,
+    labels: Sequence[str] | None,
+    place: Place,
+) -> str:
+    """The one of ``data.labels`` that a label spells, where the job names them. Raises
+    DataError.
+    """
+    if not labels:
         return label
-    known = class_among(label, data.labels)
+    known = class_among(label, labels)
     if known is None:
-        listed = ", ".join(map(repr, data.labels))
+        listed = ", ".join(map(repr, labels))
         raise DataError(
             f"{place}: the label {label!r} is not in data.labels ({listed}); add it or correct it"
         )

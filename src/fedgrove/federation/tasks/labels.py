@@ -15,12 +15,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgrove.federation.labels import class_among
 from fedgrove.federation.metrics.base import Answers
 from fedgrove.federation.otherwise import SEVERAL, is_list
 from fedgrove.federation.readers import Place, Row, label_of
-from fedgrove.federation.tasks.base import Batch, Example, Stock
-from fedgrove.federation.tasks.classifier import NamedLabels
+from fedgrove.federation.tasks.base import Batch, Example, Stock, f1_of
+from fedgrove.federation.tasks.classifier import NamedLabels, among_named
 from fedgrove.federation.tasks.texts import ReadsText, TextOptions
 from fedgrove.ground.errors import DataError
 from fedgrove.ground.options import OF_THE_DATA, Column, Text
@@ -90,7 +89,7 @@ class Labels(ReadsText[LabelsOptions]):
         """
         row = cls.texts(values, data, place)
         found = _labels_of(values[data.label], data, place)
-        return {**row, **_named(_known(each, data, place) for each in found)}
+        return {**row, **_named(among_named(each, data.labels, place) for each in found)}
 
     @classmethod
     def question(
@@ -154,12 +153,8 @@ class Labels(ReadsText[LabelsOptions]):
 
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Mean loss, F1 over all labels of all rows (0 where none is due and none answered)."""
-        both = sums["answered"] + sums["due"]
-        f1 = 0.0
-        if both:
-            f1 = 2 * sums["right"] / both
         examples = sums["examples"]
-        return {"loss": sums["loss"] / examples, "f1_micro": f1, "examples": examples}
+        return {"loss": sums["loss"] / examples, "f1_micro": f1_of(sums), "examples": examples}
 
     def compared(self, found: Float[Tensor, "n k"], examples: Sequence[Example]) -> Answers:
         """Rows of 0 and 1, and probabilities."""
@@ -215,20 +210,3 @@ def _listed(text: str, separator: str) -> list[Any]:
     if is_list(text.strip()):
         return list(ast.literal_eval(text.strip()))
     return [part.strip() for part in text.split(separator) if part.strip()]
-
-
-def _known(
-    label: str,
-    data: LabelsOptions,
-    place: Place,
-) -> str:
-    """The one of ``data.labels`` that a label spells, where the job names them."""
-    if not data.labels:
-        return label
-    known = class_among(label, data.labels)
-    if known is None:
-        listed = ", ".join(map(repr, data.labels))
-        raise DataError(
-            f"{place}: the label {label!r} is not in data.labels ({listed}); add it or correct it"
-        )
-    return known

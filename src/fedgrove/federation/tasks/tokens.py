@@ -22,7 +22,7 @@ from fedgrove.federation.metrics.base import Answers
 from fedgrove.federation.otherwise import TOKENS
 from fedgrove.federation.readers import Place, Row, text_of
 from fedgrove.federation.spans import OUTSIDE, Span, Word
-from fedgrove.federation.tasks.base import Batch, Example, Stock
+from fedgrove.federation.tasks.base import Batch, Example, Stock, f1_of
 from fedgrove.federation.tasks.classifier import NamedLabels
 from fedgrove.federation.tasks.texts import ReadsText, TextColumnOptions, padded
 from fedgrove.ground.errors import DataError
@@ -275,13 +275,9 @@ class Tokens(ReadsText[Any]):
 
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Mean loss of a word, F1 over entities (0 where none is due and none answered)."""
-        both = sums["answered"] + sums["due"]
-        f1 = 0.0
-        if both:
-            f1 = 2 * sums["right"] / both
         return {
             "loss": sums["loss"] / sums["words"],
-            "entity_f1": f1,
+            "entity_f1": f1_of(sums),
             "examples": sums["examples"],
         }
 
