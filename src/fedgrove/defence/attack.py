@@ -104,10 +104,9 @@ class Attackers:
         return sent
 
     def _alters(self, honest: Sequence[Update]) -> bool:
-        kind = self.section.kind
-        if kind in OMNISCIENT:
+        if self.section.kind in OMNISCIENT:
             return len(honest) > 1
-        return kind in ("sign-flip", "scale", "gaussian")
+        return self.section.alters
 
     def _change(
         self,

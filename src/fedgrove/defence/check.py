@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from fedgrove.defence import attack
 from fedgrove.defence.rules import RULES
+from fedgrove.defence.shield import FOOLSGOLD
 from fedgrove.ground.errors import JobError
-from fedgrove.methods.protocols import centres
+from fedgrove.methods.protocols import centres, unmeasured
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks import Task
@@ -28,6 +29,7 @@ def refuse_unfit(
     simulated here.
     """
     _defence(job, method)
+    _measured(job, method)
     if job.attack.active and not local:
         raise JobError(
             "[attack] is there to try a defence in simulation; leave it out, or run with the local "
@@ -39,6 +41,23 @@ def refuse_unfit(
             "of them out."
         )
     attack.refuse_unfit(job.attack, task, method, clients)
+
+
+def _measured(job: Job, method: Method) -> None:
+    """What is measured from where a client started needs a server that can tell."""
+    clause = unmeasured(method)
+    if not clause:
+        return
+    for key, asked in (
+        ("defence.norm", job.defence.norm is not None),
+        (f'defence.rule = "{FOOLSGOLD}"', job.defence.rule == FOOLSGOLD),
+        (f'attack.kind = "{job.attack.kind}"', job.attack.alters),
+    ):
+        if asked:
+            raise JobError(
+                f"{key} is about what a client changed in a round, which cannot be told with "
+                f"{method.title}: {clause}; leave it out."
+            )
 
 
 def _defence(job: Job, method: Method) -> None:

@@ -98,6 +98,11 @@ class AttackSection(Section):
         return self.kind != "none"
 
     @property
+    def alters(self) -> bool:
+        """Whether attackers send something other than what they trained."""
+        return self.kind in ("sign-flip", "scale", "gaussian", "little", "adaptive")
+
+    @property
     def tells(self) -> bool:
         """Whether honest clients' rows tell if it worked: attackers train on poisoned rows."""
         return self.kind in ("label-flip", "backdoor", "scale")

@@ -64,6 +64,9 @@ def brought(state: Merged, client: ClientInfo) -> Brought:
     return Brought(delta=state.delta)
 
 
+OWN_MERGED = "each client goes on from a merged update that it holds itself"
+
+
 def held(offer: Brought, mine: Held) -> Adapter | None:
     """At the client: the whole merged update that the offer brings it to; None where it is empty.
 

@@ -120,6 +120,11 @@ class FedHeLLo(SomeLayers):
             return "the Fisher scores that choose its layers"
         return ""
 
+    def unmeasured(self) -> str:
+        if self._by_fisher:
+            return "only the client knows which layers it trains"
+        return ""
+
     def draw(self, counts: Sequence[int], round: int) -> list[list[int]]:
         rng = None
         if self._by_fisher or self.options.randomised:

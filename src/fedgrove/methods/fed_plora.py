@@ -142,6 +142,9 @@ class FedPLoRA(Method):
         rule = self.Rule(self.options, Round(self.setting.sites, round))
         return Whole(combine(rule, arrivals).whole)
 
+    def unmeasured(self) -> str:
+        return self.needs_each()
+
     def needs_each(self) -> str:
         # The server knows what "random" and "magnitude" choose without being told; the others
         # depend on what stays.

@@ -21,7 +21,16 @@ from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.adapters.residual import fedex_residual
 from fedgrove.methods import contract
-from fedgrove.methods._merged import Brought, Held, Merged, advance, brought, held, stays
+from fedgrove.methods._merged import (
+    OWN_MERGED,
+    Brought,
+    Held,
+    Merged,
+    advance,
+    brought,
+    held,
+    stays,
+)
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
@@ -76,6 +85,9 @@ class FedExLoRA(Method):
     Rule: ClassVar[type[ServerRule]] = MeanAndResidual
 
     # ------------------------------------------------------------------ server
+    def unmeasured(self) -> str:
+        return OWN_MERGED
+
     def begin(self, clients: Sequence[ClientInfo]) -> MeanAndMerged:
         return MeanAndMerged(self.setting.shared_draw(), Merged())
 

@@ -24,7 +24,16 @@ import torch
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.methods import contract
-from fedgrove.methods._merged import Brought, Held, Merged, advance, brought, held, stays
+from fedgrove.methods._merged import (
+    OWN_MERGED,
+    Brought,
+    Held,
+    Merged,
+    advance,
+    brought,
+    held,
+    stays,
+)
 from fedgrove.methods.contract import (
     ClientInfo,
     Method,
@@ -74,6 +83,9 @@ class FLoRA(Method):
     Rule: ClassVar[type[ServerRule]] = Stack
 
     # ------------------------------------------------------------------ server
+    def unmeasured(self) -> str:
+        return OWN_MERGED
+
     def begin(self, clients: Sequence[ClientInfo]) -> Merged:
         return Merged()
 

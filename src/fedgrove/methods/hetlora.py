@@ -155,6 +155,11 @@ class HETLoRA(Method):
                 'set lora.scaling = "global" or method.rescale = "B".'
             )
 
+    def unmeasured(self) -> str:
+        if self.options.variant == "full":
+            return "a client may prune its own rank while it trains"
+        return ""
+
     def begin(self, clients: Sequence[ClientInfo]) -> WholeAndRanks:
         ranks = {client.name: client.rank for client in clients}
         return WholeAndRanks(self.setting.shared_draw(), ranks)

@@ -246,6 +246,21 @@ def averages_factors(method: Method) -> bool:
 
 # ----------------------------------------------------------------------- defence
 @runtime_checkable
+class Unmeasured(Protocol):
+    """What a client would send without training may not follow from its offer, so that the server
+    cannot tell what it changed.
+    """
+
+    def unmeasured(self) -> str:
+        """Why, as a clause; "" where it follows."""
+
+
+def unmeasured(method: Method) -> str:
+    """Why the server cannot tell what a client changed, as a clause; "" where it can."""
+    return method.unmeasured() if isinstance(method, Unmeasured) else ""
+
+
+@runtime_checkable
 class Centred(Protocol):
     """The server's means all pass ``adapters.centre``, so that a robust rule can take their place."""
 

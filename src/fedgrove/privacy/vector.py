@@ -60,7 +60,7 @@ def difference(
         raise RunError(
             f"{whose} sends something of another shape than it received, so that the change has no "
             f"norm; "
-            "leave [privacy] out with this method."
+            "leave [privacy] and [defence] out with this method."
         )
     return flat(after) - flat(before)
 
