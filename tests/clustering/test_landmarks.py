@@ -17,8 +17,8 @@ from fedgrove.adapters.adapter import Site
 from fedgrove.adapters.distance import Distance, between, roughly
 from fedgrove.adapters.subspace import basis, principal_angle_distances, rough_angles
 from fedgrove.clustering import landmarks as module
-from fedgrove.clustering.landmarks import joined, landmarks, leaves
-from fedgrove.clustering.tree import LayerCut, descend, merge_tree, nearest
+from fedgrove.clustering.landmarks import joined, landmarks
+from fedgrove.clustering.tree import LayerCut, descend, leaves, merge_tree, nearest
 from fedgrove.methods.fedtreelora import GroupMeans, TreeOptions
 from fedgrove.methods.hilora import ClusterMeans, HiLoRAOptions
 from fedgrove.methods.rule import Round
@@ -43,6 +43,22 @@ def points(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 3))
 
 
+def plain_leaf(Z: np.ndarray, row: np.ndarray) -> int:
+    """The descent of one client, written out: the closer branch, ties to the earlier client's."""
+
+    def below(node: int) -> list[int]:
+        if node <= len(Z):
+            return [node]
+        left, right = Z[node - len(Z) - 1, :2]
+        return below(int(left)) + below(int(right))
+
+    node = 2 * len(Z)
+    while node > len(Z):
+        branches = [int(child) for child in Z[node - len(Z) - 1, :2]]
+        node = min(branches, key=lambda child: (row[below(child)].mean(), min(below(child))))
+    return node
+
+
 def test_few_clients_are_all_landmarks_and_more_are_drawn_alike() -> None:
     assert landmarks(module.EXACT).tolist() == list(range(module.EXACT))
     some = landmarks(module.EXACT + 1)
@@ -57,7 +73,9 @@ def test_all_come_to_the_leaf_and_the_group_that_each_alone_comes_to(seed: int) 
     tree = merge_tree(cdist(known, known))
     apart = cdist(more, known)
     own = [LayerCut(0, 30, 0.0, np.arange(30))]
-    assert leaves(tree, apart).tolist() == [descend(tree, own, row)[0] for row in apart]
+    wanted = [plain_leaf(tree, row) for row in apart]
+    assert leaves(tree, apart).tolist() == wanted
+    assert [descend(tree, own, row)[0] for row in apart] == wanted
     labels = np.arange(30) % 4
     assert joined(labels, apart).tolist() == [nearest(labels, row) for row in apart]
 

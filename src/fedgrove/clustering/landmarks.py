@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedgrove.clustering.matrix import Labels, Matrix
-from fedgrove.clustering.tree import members_of
+from fedgrove.clustering.matrix import Labels
 from fedgrove.ground.seeds import numpy_rng
 
 EXACT = 2000  # clients of whom all pairs are compared
@@ -26,33 +25,6 @@ def landmarks(clients: int) -> NDArray[np.int64]:
     draw = numpy_rng(0, "landmarks", clients)
     drawn = draw.choice(clients, LANDMARKS, replace=False)
     return np.sort(drawn)
-
-
-def leaves(Z: Matrix, distances: ArrayLike) -> NDArray[np.int64]:
-    """The leaf of the tree that each client comes to, as ``tree.descend`` goes down for one.
-
-    Args:
-        Z: the tree of M landmarks, from ``merge_tree``. distances: [n, M] from clients to them.
-    """
-    apart = np.asarray(distances)
-    count = len(Z) + 1
-    members = members_of(Z)
-    found = np.zeros(len(apart), dtype=np.int64)
-    waiting = [(len(members) - 1, np.arange(len(apart)))]
-    while waiting:
-        node, rows = waiting.pop()
-        if node < count:
-            found[rows] = node
-            continue
-        children = [int(child) for child in Z[node - count, :2]]
-        first, second = sorted(children, key=lambda child: int(members[child].min()))
-        to_first = apart[np.ix_(rows, members[first])].mean(1)
-        to_second = apart[np.ix_(rows, members[second])].mean(1)
-        closer = to_first <= to_second
-        for child, own in ((first, rows[closer]), (second, rows[~closer])):
-            if len(own):
-                waiting.append((child, own))
-    return found
 
 
 def joined(labels: ArrayLike, distances: ArrayLike) -> Labels:

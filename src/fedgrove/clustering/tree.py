@@ -179,30 +179,44 @@ def descend(
         Z: the global tree. cuts: its cuts, from ``layer_cuts``.
         distances: from the newcomer to each of the N clients, measured as the tree's own distances
             were.
-
-    At every split the newcomer takes the branch whose members are closer on average, ties to the
-    branch that holds the earlier client.
     """
-    clients = len(Z) + 1
-    to = _row(distances, clients)
-    members = members_of(Z)
-
-    def closeness(branch: int) -> tuple[float, int]:
-        below = members[branch]
-        apart = to[below].mean()
-        earliest = below.min()
-        return apart, earliest
-
-    node = len(members) - 1
-    while node >= clients:
-        children = Z[node - clients, :2]
-        branches = [int(child) for child in children]
-        node = min(branches, key=closeness)
+    to = _row(distances, len(Z) + 1)
+    (node,) = leaves(Z, to[None])
     joined: list[int] = []
     for each in cuts:
         group = each.labels[node]
         joined.append(int(group))
     return joined
+
+
+def leaves(Z: Matrix, distances: ArrayLike) -> NDArray[np.int64]:
+    """The leaf of the tree that each client comes to.
+
+    Args:
+        Z: the tree of M clients, from ``merge_tree``. distances: [n, M] from others to them.
+
+    At every split one takes the branch whose members are closer on average, ties to the branch that
+    holds the earlier client.
+    """
+    apart = np.asarray(distances)
+    count = len(Z) + 1
+    members = members_of(Z)
+    found = np.zeros(len(apart), dtype=np.int64)
+    waiting = [(len(members) - 1, np.arange(len(apart)))]
+    while waiting:
+        node, rows = waiting.pop()
+        if node < count:
+            found[rows] = node
+            continue
+        children = [int(child) for child in Z[node - count, :2]]
+        first, second = sorted(children, key=lambda child: int(members[child].min()))
+        to_first = apart[np.ix_(rows, members[first])].mean(1)
+        to_second = apart[np.ix_(rows, members[second])].mean(1)
+        closer = to_first <= to_second
+        for child, own in ((first, rows[closer]), (second, rows[~closer])):
+            if len(own):
+                waiting.append((child, own))
+    return found
 
 
 def nearest(labels: ArrayLike, distances: ArrayLike) -> int:

@@ -45,8 +45,16 @@ from fedgrove.adapters.algebra import mean
 from fedgrove.adapters.assembly import Assembly, Convex, Extra, Term
 from fedgrove.adapters.distance import Distance, between, layers_of, roughly, towards
 from fedgrove.adapters.groups import group_means
-from fedgrove.clustering.landmarks import joined, landmarks, leaves
-from fedgrove.clustering.tree import LayerCut, descend, layer_cuts, merge_tree, nearest, untied_cuts
+from fedgrove.clustering.landmarks import joined, landmarks
+from fedgrove.clustering.tree import (
+    LayerCut,
+    descend,
+    layer_cuts,
+    leaves,
+    merge_tree,
+    nearest,
+    untied_cuts,
+)
 from fedgrove.ground.errors import JobError
 from fedgrove.ground.plain import Plain
 from fedgrove.methods import contract
