@@ -23,7 +23,6 @@ from torch.nn.utils.rnn import pad_sequence
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Assembly, trained_parameters
 from fedgrove.ground.errors import JobError
-from fedgrove.ground.plain import Plain
 from fedgrove.ground.seeds import derive, generator
 from fedgrove.methods.contract import Step, Trained
 from fedgrove.training.cohort import Cohort
@@ -45,7 +44,7 @@ from fedgrove.training.loop import (
     steps_of,
 )
 from fedgrove.training.profile import span
-from fedgrove.training.readers import READERS, Collate, Writer, reader_of
+from fedgrove.training.readers import READERS, Collate, Found, Writer, reader_of
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Batch, Example, Task
@@ -296,15 +295,14 @@ class Kernel:
         self,
         assembly: Assembly,
         examples: Sequence[Example],
-        keep: list[Plain] | None = None,
+        found: Found | None = None,
     ) -> dict[str, float]:
-        """The task's measures of an assembly on some examples.
+        """The task's measures of an assembly on some examples; ``found`` takes what was answered.
 
-        Of a language model some are those of texts that it writes here; ``keep`` takes them, one
-        object for each.
+        Of a language model some are those of texts that it writes here.
         """
         with self.opened(assembly, train=False) as live:
-            sums = self.reader.evaluate(live, examples, self.passes, keep)
+            sums = self.reader.evaluate(live, examples, self.passes, found)
         return self.task.measure(sums)
 
     @property
@@ -343,7 +341,7 @@ class Kernel:
             for indices, batch in self.passes(live, examples):
                 logits = self.reader.answer(live, batch)
                 rows.update(zip(indices, logits.cpu(), strict=True))
-        return _in_order(rows)
+        return in_order(rows)
 
     @torch.inference_mode()
     def features(
@@ -359,7 +357,7 @@ class Kernel:
             for indices, batch in self.passes(live, examples):
                 pooled = self.reader.features(batch)
                 rows.update(zip(indices, pooled.cpu(), strict=True))
-        return _in_order(rows)
+        return in_order(rows)
 
     def passes(
         self,
@@ -425,7 +423,7 @@ class Kernel:
             live.begin(examples, mask)
 
 
-def _in_order(rows: Mapping[int, Tensor]) -> Tensor:
+def in_order(rows: Mapping[int, Tensor]) -> Tensor:
     """Rows [...] by their numbers, 0 and on -> [rows, ...]; of tokens, whose number differs, with
     zeros after the last.
     """

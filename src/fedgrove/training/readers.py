@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from fedgrove.adapters.routers import Choice
 from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, WritingTask
 from fedgrove.ground.errors import JobError
-from fedgrove.ground.plain import Plain
 from fedgrove.interop.models import Base
 from fedgrove.training.hooked import HookedBase
 from fedgrove.training.language import LanguageModel
@@ -37,6 +36,9 @@ from fedgrove.training.profile import span
 Asked = TypeVar("Asked", bound=Task)
 Head = Mapping[str, Tensor]  # its tensors by their own names
 Collate = Callable[[Sequence[Example], int], Batch]  # examples and the padding token -> their batch
+#: what a model answered, by the number of the example: its logits [*t, c] on the CPU, or the text that it
+#: wrote (not for every example: ``WritingTask.chosen``)
+Found = dict[int, Tensor | str]
 
 
 class Passes(Protocol):
@@ -142,14 +144,16 @@ class Reader(Generic[Asked]):
         live: LiveAssembly,
         examples: Sequence[Example],
         passes: Passes,
-        keep: list[Plain] | None = None,
+        found: Found | None = None,
     ) -> dict[str, float]:
-        """Sums for ``Task.measure``; ``keep`` takes what was written, one object for each text."""
+        """Sums for ``Task.measure``; ``found`` takes what was answered."""
         sums: dict[str, float] = {}
-        for _, batch in passes(live, examples):
+        for indices, batch in passes(live, examples):
             with span("forward"):
                 logits = self.answer(live, batch)
                 scores = self.task.score(logits, batch)
+            if found is not None:
+                found.update(zip(indices, logits.cpu(), strict=True))
             for key, value in scores.items():
                 sums[key] = sums.get(key, 0.0) + value
         return sums
@@ -265,14 +269,15 @@ class Writer(Reader[WritingTask]):
         live: LiveAssembly,
         examples: Sequence[Example],
         passes: Passes,
-        keep: list[Plain] | None = None,
+        found: Found | None = None,
     ) -> dict[str, float]:
         """Sums over tokens, and over texts that it writes for some of the examples."""
         sums = super().evaluate(live, examples, passes)
-        chosen = [examples[index] for index in self.task.chosen(examples)]
+        indices = self.task.chosen(examples)
+        chosen = [examples[index] for index in indices]
         texts = self.write(live, chosen, passes)
-        if keep is not None:
-            keep += self.task.shown(texts, chosen)
+        if found is not None:
+            found.update(zip(indices, texts, strict=True))
         of_texts = self.task.judge(texts, chosen)
         return sums | of_texts
 

@@ -30,6 +30,7 @@ from fedgrove.methods.registry import method_class
 from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.measured import measured
+from fedgrove.training.readers import Found
 from fedgrove.use.questions import answered, questions
 
 POOL = "pool"  # the method that the card of a pool names
@@ -136,8 +137,9 @@ class ClientModel:
         self._check_head()
         task = self.kernel.task
         examples = task.encode(answered(task, rows), self.kernel.base.processor)
-        found: Plain = dict(self.kernel.evaluate(self.assembly, examples))
-        return found | measured(self.kernel, self.assembly, examples, more)
+        answers: Found = {}
+        found: Plain = dict(self.kernel.evaluate(self.assembly, examples, answers))
+        return found | measured(task, answers, examples, more)
 
     def _check_head(self) -> None:
         if self.headless:
