@@ -331,6 +331,35 @@ class Kernel:
         with self.opened(assembly, train=False) as live:
             return self.reader.write(live, examples, self.passes, most)
 
+    @torch.no_grad()
+    def each_loss(self, assembly: Assembly, examples: Sequence[Example]) -> Iterator[float]:
+        """The task's loss on each example by itself."""
+        with self.opened(assembly, train=False) as live:
+            for example in examples:
+                with self.losses([live], [[example]]) as losses:
+                    loss = float(losses[0])
+                yield loss
+
+    def each_gradient(
+        self,
+        assembly: Assembly,
+        examples: Sequence[Example],
+    ) -> Iterator[Float[Tensor, " n"]]:
+        """The gradient of the task's loss on each example by itself, of all that trains side by side
+        (leaf after leaf), on the CPU.
+        """
+        with self.opened(assembly, train=True) as live:
+            leaves = live.leaves
+            for example in examples:
+                with self.losses([live], [[example]]) as losses:
+                    found = torch.autograd.grad(
+                        losses[0],
+                        leaves,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                yield torch.cat([each.flatten().cpu() for each in found])
+
     @torch.inference_mode()
     def logits(
         self, assembly: Assembly, examples: Sequence[Example]
