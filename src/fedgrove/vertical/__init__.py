@@ -1,0 +1,1 @@
+"""Data split by columns."""
