@@ -32,6 +32,7 @@ def test_z_is_the_minimum_that_a_general_optimiser_finds(rho: float) -> None:
         z = torch.tensor(flat, dtype=torch.float64).reshape(sums.shape).requires_grad_()
         loss = objective(z, sums, duals, labels, rho)
         loss.backward()
+        assert z.grad is not None
         return float(loss.detach()), z.grad.flatten().numpy()
 
     start = sums.flatten().numpy()
@@ -79,6 +80,7 @@ def test_the_first_gradient_in_a_share_is_twice_the_new_multipliers_less_the_old
     after = admm.next_duals(duals, sums, z, rho)
     rest = sums - share.detach() - z
     admm.objective(share, after, rest, rho).backward()
+    assert share.grad is not None
     assert torch.allclose(share.grad * len(sums), 2 * after - duals, atol=1e-12)
 
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tests.vertical.made import ROWS, job, rows, save, save_parties
 
 from fedgrove.ground.errors import DataError, JobError, RunError
-from fedgrove.vertical import course, run
+from fedgrove.vertical import VerticalJob, course, run
 from fedgrove.vertical.messages import Message
 from fedgrove.vertical.party import Columns
+from fedgrove.vertical.server import Vim
 from fedgrove.vertical.tables import entities
 
 
@@ -37,27 +38,37 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 
 # ----------------------------------------------------------------------- what is learnt
 @pytest.mark.parametrize("method", ["vim", "vim-j", "split"])
-def test_together_is_worth_more_than_alone_and_noise_counts_least(
-    tmp_path: Path, method: str
-) -> None:
-    save_parties(tmp_path, rows(200))
-    chosen = job(tmp_path, method={"name": method}, train={"epochs": 20, "lr": 0.3})
+def test_together_is_worth_more_than_alone(tmp_path: Path, method: str) -> None:
+    save_parties(tmp_path, rows(120))
+    chosen = job(tmp_path, method={"name": method}, train={"epochs": 12, "lr": 0.5})
     found = run(chosen, tmp_path / "out").summary
     alone = [party["alone"] for party in found["parties"].values()]
     assert found["accuracy"] >= max(alone) + 0.1
     assert found["accuracy"] > 0.85
-    norms = {name: party["importance"] for name, party in found["parties"].items()}
-    assert min(norms, key=lambda name: norms[name]) == "other"
     lost = {name: found["accuracy"] - party["without"] for name, party in found["parties"].items()}
-    assert lost["clinic"] > 0.1 and lost["lab"] > 0.1
+    assert min(lost["clinic"], lost["lab"]) > 0.1
     assert lost["other"] < 0.06
+
+
+def test_a_linear_party_of_noise_has_the_least_norm(tmp_path: Path) -> None:
+    save_parties(tmp_path, rows(120))
+    chosen = job(tmp_path, method={"name": "vim-j"}, train={"epochs": 12}, run={"alone": False})
+    values = chosen.to_dict()
+    for party in values["party"].values():
+        party["width"] = 0
+    found = run(VerticalJob.build(values, folder=tmp_path), tmp_path / "out").summary
+    norms = {name: party["importance"] for name, party in found["parties"].items()}
+    assert norms["other"] < min(norms["clinic"], norms["lab"]) / 2
 
 
 def test_a_party_with_nothing_but_the_labels(tmp_path: Path) -> None:
     save_parties(tmp_path)
     save(tmp_path / "labels.csv", rows(), ["id", "label"])
     chosen = job(
-        tmp_path, data={"labels": "payer"}, party={"payer": {"path": "labels.csv"}}, run={"alone": False}
+        tmp_path,
+        data={"labels": "payer"},
+        party={"payer": {"path": "labels.csv"}},
+        run={"alone": False},
     )
     found = run(chosen, tmp_path / "out").summary
     assert list(found["parties"]) == ["clinic", "lab", "other"]
@@ -218,9 +229,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert bytes_of(run(chosen, tmp_path / "stopped", resume=True).path) == whole
 
 
-def test_changed_data_are_not_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_data_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_parties(tmp_path)
 
     def stop(*given: Any) -> Any:
@@ -250,6 +259,7 @@ def test_a_message_that_is_not_finite_skips_its_batch(
         return message
 
     def remember(self: course.Course, *given: Any) -> Any:
+        assert isinstance(self.server, Vim)
         duals.append(self.server.duals.clone())
         return measured(self, *given)
 
@@ -324,7 +334,10 @@ def test_noise_of_a_secret_differs_and_of_the_seed_repeats(tmp_path: Path) -> No
 def test_a_guarded_party_does_not_tell_its_norm_beside_its_messages(tmp_path: Path) -> None:
     save_parties(tmp_path)
     chosen = job(
-        tmp_path, method={"name": "vim-j"}, run={"alone": False}, privacy={"clip": 1.0, "noise": 1.0}
+        tmp_path,
+        method={"name": "vim-j"},
+        run={"alone": False},
+        privacy={"clip": 1.0, "noise": 1.0},
     )
     found = run(chosen, tmp_path / "out").summary
     assert {party["importance"] for party in found["parties"].values()} == {None}
@@ -336,7 +349,7 @@ def test_the_parties_files_add_up_to_the_reported_accuracy(tmp_path: Path) -> No
     chosen = job(tmp_path, run={"alone": False}, train={"epochs": 6})
     done = run(chosen, tmp_path / "out")
     joined = entities(chosen)
-    sums = 0
+    sums = torch.zeros(len(joined.labels), 2)
     for name, section in chosen.speaking.items():
         folder = done.path / "parties" / name
         card = json.loads((folder / "party.json").read_text())

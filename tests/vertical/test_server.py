@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,15 @@ def parties(
     return found, labels
 
 
+def plain(sealed: Tensor | None) -> Tensor:
+    assert sealed is not None
+    return unseal(sealed)
+
+
+def total(shares: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(shares)).sum(0)
+
+
 def widths(found: list[Columns]) -> dict[str, int]:
     return {party.name: party.width for party in found}
 
@@ -57,13 +67,13 @@ def play(server: Split | Vim, found: list[Columns], rows: range) -> dict[str, An
 def test_split_learning_is_sgd_on_one_model_of_all_columns() -> None:
     found, labels = parties()
     server = Split(labels, C, widths(found), EFFORT)
-    inner = [unseal(party.inner).clone() for party in found]
+    inner = [plain(party.inner).clone() for party in found]
     outer = [torch.zeros(4, C, dtype=torch.float64) for _ in found]
     for start in (0, 8, 16, 0, 8):
         rows = range(start, start + 8)
         leaves = [leaf.clone().requires_grad_() for leaf in (*inner, *outer)]
         x = [party.x[list(rows)] for party in found]
-        logits = sum(
+        logits = total(
             torch.relu(own @ V) @ W for own, V, W in zip(x, leaves[:2], leaves[2:], strict=True)
         )
         slopes = torch.autograd.grad(F.cross_entropy(logits, labels[list(rows)]), leaves)
@@ -75,7 +85,7 @@ def test_split_learning_is_sgd_on_one_model_of_all_columns() -> None:
         inner, outer = moved[:2], moved[2:]
         play(server, found, rows)
     for party, V, W in zip(found, inner, outer, strict=True):
-        assert torch.allclose(unseal(party.inner), V, atol=1e-13)
+        assert torch.allclose(plain(party.inner), V, atol=1e-13)
         assert torch.allclose(server.weights[party.name], W, atol=1e-13)
 
 
@@ -86,9 +96,9 @@ def test_vim_moves_as_the_formulas_say() -> None:
     for _ in range(3):
         h = [party.embed(rows) for party in found]
         W = [server.weights[party.name] for party in found]
-        V = [unseal(party.inner) for party in found]
+        V = [plain(party.inner) for party in found]
         old = server.duals[:8].clone()
-        sums = sum(a @ b for a, b in zip(h, W, strict=True))
+        sums = total(a @ b for a, b in zip(h, W, strict=True))
         play(server, found, rows)
         new = server.duals[:8]
         # z from the multipliers, which are softmax(z) - y up to a constant of each row
@@ -104,7 +114,7 @@ def test_vim_moves_as_the_formulas_say() -> None:
             each = (new * share).sum(-1) + EFFORT.rho / 2 * (rest + share).square().sum(-1)
             (slope,) = torch.autograd.grad(each.mean(), leaf)
             moved = leaf - EFFORT.lr * (slope + EFFORT.decay * leaf)
-            assert torch.allclose(unseal(party.inner), moved, atol=1e-12)
+            assert torch.allclose(plain(party.inner), moved, atol=1e-12)
         assert float(server.duals[8:].abs().max()) == 0
 
 
@@ -117,7 +127,7 @@ def test_vim_j_trains_the_weights_at_the_party() -> None:
     play(server, found, rows)  # moves W off zero
     party = found[0]
     answer = Answer(torch.randn(8, C).double(), torch.randn(8, C).double())
-    leaves = [unseal(leaf).clone().requires_grad_() for leaf in (party.inner, party.weight)]
+    leaves = [plain(leaf).clone().requires_grad_() for leaf in (party.inner, party.weight)]
     optimizer = torch.optim.SGD(
         [
             {"params": [leaves[0]], "lr": effort.lr},
@@ -132,8 +142,8 @@ def test_vim_j_trains_the_weights_at_the_party() -> None:
         loss(share, first, answer, effort).backward()
         optimizer.step()
     party.fit(rows, answer)
-    assert torch.allclose(unseal(party.inner), leaves[0], atol=1e-13)
-    assert torch.allclose(unseal(party.weight), leaves[1], atol=1e-13)
+    assert torch.allclose(plain(party.inner), leaves[0], atol=1e-13)
+    assert torch.allclose(plain(party.weight), leaves[1], atol=1e-13)
     assert party.norm() == pytest.approx(float(leaves[1].detach().norm()))
 
 
@@ -142,7 +152,7 @@ def test_linear_parties_need_no_embedding() -> None:
     server = VimJ(labels, C, widths(found), EFFORT)
     for _ in range(30):
         play(server, found, range(N))
-    sums = sum(party.speak(range(N)).rows for party in found)
+    sums = total(party.speak(range(N)).rows for party in found)
     assert float(F.cross_entropy(sums, labels)) < 0.8 * float(torch.tensor(float(C)).log())
 
 
@@ -151,6 +161,7 @@ def test_what_a_party_trains_cannot_be_sent() -> None:
     with pytest.raises(PrivacyError):
         pack(found[0].store())
     assert pack(found[0].store(), private=True)
+    assert found[0].weight is not None
     sealed = Message(found[0].weight)
     with pytest.raises(PrivacyError):
         carried_up(sealed, Traffic())

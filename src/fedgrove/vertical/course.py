@@ -151,7 +151,7 @@ class Course:
         return {name: torch.cat(own) for name, own in parts.items()}
 
     @staticmethod
-    def _sum(shares: Mapping[str, Tensor]) -> Float[Tensor, "b c"]:
+    def _sum(shares: Mapping[str, Float[Tensor, "b c"]]) -> Float[Tensor, "b c"]:
         return torch.stack(list(shares.values())).sum(0)
 
     def _scored(self, logits: Float[Tensor, "n c"]) -> tuple[float, float]:
@@ -160,7 +160,7 @@ class Course:
         right = (logits.argmax(-1) == labels).double().mean()
         return float(right), float(F.cross_entropy(logits, labels))
 
-    def _measured(self, shares: Mapping[str, Tensor]) -> Measured:
+    def _measured(self, shares: Mapping[str, Float[Tensor, "n c"]]) -> Measured:
         whole = self._sum(shares)
         accuracy, loss = self._scored(whole)
         without = {}
