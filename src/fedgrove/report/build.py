@@ -34,7 +34,7 @@ def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
     with style.applied():
         extra, failed = sections.collect(Left(run_dir, tuple(baselines)), run.method)
     core = _core_pictures(run, comparison, painter)
-    plugged = [_plugged(number, each, painter) for number, each in enumerate(extra, start=1)]
+    plugged = [painter.shown(f"extra-{number}", each) for number, each in enumerate(extra, start=1)]
     page = render(
         "report.html",
         run=run,
@@ -64,13 +64,6 @@ def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
     target = run_dir / "report.html"
     files.write_text(target, page)
     return target
-
-
-def _plugged(number: int, section: sections.Section, painter: Painter) -> Plain:
-    picture = None
-    if section.figure:
-        picture = painter.paint(f"extra-{number}", section.title, section.figure)
-    return {"section": section, "picture": picture}
 
 
 def _core_pictures(run: Run, comparison: Comparison, painter: Painter) -> Pictures:
