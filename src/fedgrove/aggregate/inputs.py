@@ -21,7 +21,7 @@ from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.keys import plain_name
 from fedgrove.interop.peft import CARD, CONFIG, HEAD, WEIGHTS, read_json
-from fedgrove.interop.targets import layer_index
+from fedgrove.interop.targets import layer_numbers
 
 _PAIR = re.compile(r"^(?P<site>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight$")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -248,7 +248,7 @@ def sites_of(source: Source) -> dict[str, Site]:
     """The sites by layer, shallow to deep. Layers come from the tensor names; a site outside them
     is one above all.
     """
-    numbers = {site: layer_index(site) for site in source.places}
+    numbers = layer_numbers(source.places)
     known = [number for number in numbers.values() if number is not None]
     above = max(known, default=-1) + 1
     sites = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.files import whole_directory
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.copies import Copies, Origin, content_key, copy_beside
+from fedgrove.interop.models import HeadKind
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, HEAD, CARD = (
@@ -32,6 +33,8 @@ CONFIG, WEIGHTS, HEAD, CARD = (
     "head.safetensors",
     "fedgrove.json",
 )
+#: what PEFT calls the task of a model that writes, by how it is read
+_WRITING = {"lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 GLOBAL = "_global"  # the common model's directory among the clients'
 
 
@@ -41,7 +44,7 @@ def save_adapter(
     *,
     base: str,
     head: Mapping[str, Tensor],
-    head_kind: Literal["pooled", "stock", "lm"],
+    head_kind: HeadKind,
     head_modules: tuple[str, ...] = (),
     transposed: bool = False,
     card: Given,
@@ -93,8 +96,8 @@ def _task_type(
     head_modules: tuple[str, ...],
 ) -> str | None:
     """What PEFT calls the task of a model with this kind of head."""
-    if head_kind == "lm":
-        return "CAUSAL_LM"
+    if head_kind in _WRITING:
+        return _WRITING[head_kind]
     whole = Stock()
     if task is not None:
         whole = TASKS.find(task).stock

@@ -248,6 +248,8 @@ class Method(Kinds):
     #: True where an update means the same in a later round than the one it was trained in
     #: (``federation.late``)
     stale: ClassVar[bool] = False
+    #: whether clients run without some layers of the base
+    skips_layers: ClassVar[bool] = False
     #: attributes that ``run.rounds`` decides for rounds long before the last: a run that differs in
     #: one cannot go on to more rounds
     laid_out: ClassVar[tuple[str, ...]] = ()

@@ -26,6 +26,12 @@ def refuse_unfit(
     ``local``: all clients are simulated in this process.
     """
     parts.method.check([*clients, *held_out])
+    if parts.method.skips_layers and parts.base.head == "seq2seq":
+        raise JobError(
+            f"{parts.method.title} leaves out layers, but {parts.base.name} is an encoder-decoder, "
+            "whose encoder is seen through its decoder's layers alone; choose a decoder, or another "
+            "method."
+        )
     if parts.job.run.noise and not local:
         raise JobError(
             "run.noise = true looks into what is private to the clients, which only the local "

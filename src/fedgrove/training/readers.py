@@ -1,6 +1,6 @@
 """How a model's predictions are read off the base. One reader is chosen for a job, by what the
 base was loaded with: our head on its states (Pooled), the checkpoint's own head (Stock), or its
-output layer (Writer).
+output layer (Writer; of an encoder-decoder FromEncoder).
 
 The kernel, the loop and the cohort know readers; readers know tasks. A task says by ``heads`` which
 readers it can be read with, and by ``level`` whether our head gets one pooled state of each example
@@ -8,7 +8,7 @@ or the states of all its tokens. What it makes of the logits (a loss, sums to me
 and its batch may hold any number of label tensors, each with a row for each example: that is how
 token classes, spans, several labels or a number come in without another reader.
 
-A fourth reader, say for pairs of answers of which one is preferred: a subclass of ``Reader`` that
+A fifth reader, say for pairs of answers of which one is preferred: a subclass of ``Reader`` that
 says what a task must give it beside ``Task`` (a protocol in ``federation.tasks.base``), overrides
 ``logits``, and ``losses`` where a batch is more than one pass over the base; ``bare()`` of the
 hooked base gives the pass without adapters that a reference model is. It goes into ``READERS``
@@ -29,7 +29,7 @@ from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, Wri
 from fedgrove.ground.errors import JobError
 from fedgrove.interop.models import Base
 from fedgrove.training.hooked import HookedBase
-from fedgrove.training.language import LanguageModel
+from fedgrove.training.language import EncoderDecoder, LanguageModel
 from fedgrove.training.live import LiveAssembly
 from fedgrove.training.profile import span
 
@@ -233,7 +233,11 @@ class Writer(Reader[WritingTask]):
 
     def __init__(self, hooked: HookedBase, task: WritingTask):
         super().__init__(hooked, task)
-        self.language = LanguageModel(hooked.base)
+        self.language = self._language(hooked.base)
+
+    def _language(self, base: Base) -> LanguageModel:
+        """The model's own passes."""
+        return LanguageModel(base)
 
     @staticmethod
     def token_bytes(base: Base) -> int:
@@ -309,11 +313,38 @@ class Writer(Reader[WritingTask]):
         return [texts[index] for index in range(len(examples))]
 
 
+class FromEncoder(Writer):
+    """An encoder-decoder and its own output layer: prompts are read by the encoder, and the decoder is
+    asked for what comes after the tokens of the completion.
+
+    The two have rows of different length, so it runs no packed rows.
+    """
+
+    packs = False
+    language: EncoderDecoder
+
+    def _language(self, base: Base) -> EncoderDecoder:
+        return EncoderDecoder(base)
+
+    @property
+    def encoder(self) -> nn.Module:
+        encoder: nn.Module = self.base.model.get_encoder()
+        return encoder
+
+    def logits(self, head: Head, batch: Batch) -> Float[Tensor, "n c"]:
+        """As in Writer."""
+        asked = self.task.positions(batch)
+        inputs: dict[str, object] = {**self.task.inputs(batch)}
+        inputs["decoder_input_ids"] = self.language.before(batch.get("labels"), asked)
+        return self.language.logits(inputs, asked)
+
+
 #: ``Base.head`` -> its reader
 READERS: dict[str, type[Reader]] = {
     "pooled": Pooled,
     "stock": Stock,
     "lm": Writer,
+    "seq2seq": FromEncoder,
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ from fedgrove.adapters.routers import ROUTERS
 from fedgrove.aggregate.foreign import card_of, is_adapter, opened, says_which, tidied
 from fedgrove.federation.readers import Row
 from fedgrove.federation.tasks import TASKS, Example
+from fedgrove.federation.tasks.seq2seq import as_read
 from fedgrove.ground.errors import AdapterError, DataError, ModelError, RunError
 from fedgrove.ground.plain import Plain
 from fedgrove.interop import assembly_file, peft
-from fedgrove.interop.models import EMBEDDED_MODELS, load_base
+from fedgrove.interop.models import EMBEDDED_MODELS, HeadKind, load_base
 from fedgrove.methods.head import PREFIX
 from fedgrove.methods.protocols import mixes
 from fedgrove.methods.registry import method_class
@@ -274,7 +275,7 @@ def _mixes(card: Plain) -> Sequence[type[Mix]]:
 def _kernel(
     name: str,
     revision: str | None,
-    head: Literal["pooled", "stock", "lm"],
+    head: HeadKind,
     card: str,
     targets: tuple[str, ...],
     dtype: str,
@@ -293,7 +294,7 @@ def _kernel(
         dtype=getattr(torch, dtype),
         device=device,
     )
-    return evaluator(base, task)
+    return evaluator(base, as_read(task, base.head))
 
 
 def merge(source: Path, out: Path) -> None:
