@@ -34,7 +34,7 @@ class Section(Options):
     """
 
     @classmethod
-    def chosen(cls, values: Given) -> type[Section]:
+    def kind_for(cls, values: Given) -> type[Section]:
         """The class that has all keys of a table with these values, where some of them choose
         others.
         """

@@ -123,7 +123,7 @@ def _locate(
 
 def _of_these_values(section: type[BaseModel], values: Any) -> type[BaseModel]:
     if issubclass(section, Section) and isinstance(values, Mapping):
-        return section.chosen(values)
+        return section.kind_for(values)
     return section
 
 

@@ -106,6 +106,7 @@ class Kernel:
     def work(self, work: Work) -> Trained:
         """One client's work, alone."""
         step = work.step
+        self._prime(work.examples)
         if work.guard is not None and step.measure != "train":
             raise JobError(
                 f'A step that measures "{step.measure}" reads examples without noise, so '
@@ -157,6 +158,8 @@ class Kernel:
         """What ``work`` gives for each, up to rounding. Several must all be such as ``joins``."""
         if len(works) == 1:
             return [self.work(works[0])]
+        for work in works:
+            self._prime(work.examples)
         return self._optimise(works)
 
     def steps(self, step: Step, examples: int) -> int:
@@ -267,7 +270,7 @@ class Kernel:
         """Each client's task loss on its own examples, all in one pass over the base; inside,
         gradients can be asked for. ``together``: as a cohort, also where one is left of it.
         """
-        rows = [len(own) for own in examples]
+        rows = [self.task.rows_each * len(own) for own in examples]
         everyones = list(chain.from_iterable(examples))
         batch = self._batch(everyones)
         if together:
@@ -301,6 +304,7 @@ class Kernel:
 
         Of a language model some are those of texts that it writes here.
         """
+        self._prime(examples)
         with self.opened(assembly, train=False) as live:
             sums = self.reader.evaluate(live, examples, self.passes, found)
         return self.task.measure(sums)
@@ -334,6 +338,7 @@ class Kernel:
     @torch.no_grad()
     def each_loss(self, assembly: Assembly, examples: Sequence[Example]) -> Iterator[float]:
         """The task's loss on each example by itself."""
+        self._prime(examples)
         with self.opened(assembly, train=False) as live:
             for example in examples:
                 with self.losses([live], [[example]]) as losses:
@@ -348,6 +353,7 @@ class Kernel:
         """The gradient of the task's loss on each example by itself, of all that trains side by side
         (leaf after leaf), on the CPU.
         """
+        self._prime(examples)
         with self.opened(assembly, train=True) as live:
             leaves = live.leaves
             for example in examples:
@@ -364,13 +370,25 @@ class Kernel:
     def logits(
         self, assembly: Assembly, examples: Sequence[Example]
     ) -> Float[Tensor, "examples *t classes"]:
-        """Logits in the given order, on the CPU."""
+        """Logits in the given order, on the CPU; of a task that compares, its answers by example."""
+        self._prime(examples)
+        return self._answers(assembly, examples)
+
+    def _answers(
+        self, assembly: Assembly, examples: Sequence[Example]
+    ) -> Float[Tensor, "examples *t classes"]:
         rows: dict[int, Tensor] = {}
         with self.opened(assembly, train=False) as live:
             for indices, batch in self.passes(live, examples):
                 logits = self.reader.answer(live, batch)
-                rows.update(zip(indices, logits.cpu(), strict=True))
+                answers = self.task.by_example(logits, batch)
+                rows.update(zip(indices, answers.cpu(), strict=True))
         return in_order(rows)
+
+    @torch.inference_mode()
+    def _prime(self, examples: Sequence[Example]) -> None:
+        """Have the task note on the examples what it asks of the untouched base."""
+        self.task.prime(partial(self._answers, Assembly()), examples)
 
     @torch.inference_mode()
     def features(
@@ -384,7 +402,7 @@ class Kernel:
         rows: dict[int, Tensor] = {}
         with self.opened(assembly or Assembly(), train=False) as live:
             for indices, batch in self.passes(live, examples):
-                pooled = self.reader.features(batch)
+                pooled = _of_examples(self.reader.features(batch), len(indices))
                 rows.update(zip(indices, pooled.cpu(), strict=True))
         return in_order(rows)
 
@@ -450,6 +468,13 @@ class Kernel:
                 with self.hooked.instead(added), torch.no_grad():
                     live.features = self.reader.features(batch)
             live.begin(examples, mask)
+
+
+def _of_examples(rows: Float[Tensor, "rows h"], count: int) -> Float[Tensor, "count h"]:
+    """A row for each of so many examples: the mean of its rows."""
+    if len(rows) == count:
+        return rows
+    return rows.unflatten(0, (count, -1)).mean(1)
 
 
 def in_order(rows: Mapping[int, Tensor]) -> Tensor:

@@ -8,11 +8,14 @@ or the states of all its tokens. What it makes of the logits (a loss, sums to me
 and its batch may hold any number of label tensors, each with a row for each example: that is how
 token classes, spans, several labels or a number come in without another reader.
 
-A fifth reader, say for pairs of answers of which one is preferred: a subclass of ``Reader`` that
-says what a task must give it beside ``Task`` (a protocol in ``federation.tasks.base``), overrides
-``logits``, and ``losses`` where a batch is more than one pass over the base; ``bare()`` of the
-hooked base gives the pass without adapters that a reference model is. It goes into ``READERS``
-under the name that ``load_base`` knows its kind of model by, and the task's ``heads`` names it.
+Examples that are compared (two answers, of which one is preferred) are no other reader either: each
+is ``Task.rows_each`` rows of its batch, and what the untouched base says of it is noted on it once
+(``Task.prime``).
+
+A fifth reader is a subclass of ``Reader`` that says what a task must give it beside ``Task`` (a
+protocol in ``federation.tasks.base``), overrides ``logits``, and ``losses`` where a batch is more
+than one pass over the base. It goes into ``READERS`` under the name that ``load_base`` knows its
+kind of model by, and the task's ``heads`` names it.
 """
 
 from __future__ import annotations
@@ -153,7 +156,8 @@ class Reader(Generic[Asked]):
                 logits = self.answer(live, batch)
                 scores = self.task.score(logits, batch)
             if found is not None:
-                found.update(zip(indices, logits.cpu(), strict=True))
+                answers = self.task.by_example(logits, batch)
+                found.update(zip(indices, answers.cpu(), strict=True))
             for key, value in scores.items():
                 sums[key] = sums.get(key, 0.0) + value
         return sums
@@ -199,7 +203,7 @@ class Pooled(Reader[HeadedTask]):
 
     @property
     def head_sees_features(self) -> bool:
-        return self.task.level == "example"
+        return self.task.level == "example" and self.task.rows_each == 1
 
     def _seen(self, batch: Batch) -> Float[Tensor, "b *t h"]:
         """What the head sees of each example."""

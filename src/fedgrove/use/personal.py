@@ -94,9 +94,10 @@ class ClientModel:
         language model writes after each prompt.
         """
         task = self.kernel.task
-        if task.writes:
+        rows = questions(task, texts)
+        if task.written(rows):
             return self.generate(texts)
-        return self.asked(questions(task, texts)).answers
+        return self.asked(rows).answers
 
     def generate(self, prompts: Sequence[Any], *, max_new_tokens: int | None = None) -> list[str]:
         """What a language model writes after each prompt, greedily; a prompt is a text, or a list
