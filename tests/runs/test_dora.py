@@ -104,7 +104,7 @@ def test_what_cannot_hold_it_is_refused(done: Any, tmp_path: Path, how: Any) -> 
 
 
 @pytest.mark.usefixtures("virtual")
-@pytest.mark.parametrize("method", ["fedit", "local"])
+@pytest.mark.parametrize("method", ["fedit", "fedsa-lora"])
 def test_flower_gives_the_same(method: str, tiny_bert: Path, silos: Path, tmp_path: Path) -> None:
     job = dora_job(tiny_bert, silos, method={"name": method}, train={"cohort": 1})
     with without_reports():
@@ -113,7 +113,7 @@ def test_flower_gives_the_same(method: str, tiny_bert: Path, silos: Path, tmp_pa
     same(tmp_path / "local", tmp_path / "flower")
 
 
-@pytest.mark.parametrize("method", ["fedit", "local"])
+@pytest.mark.parametrize("method", ["fedit", "fedsa-lora"])
 def test_a_killed_run_goes_on_to_the_same(
     method: str, tiny_bert: Path, silos: Path, tmp_path: Path
 ) -> None:
@@ -209,9 +209,56 @@ def test_directories_are_averaged_tensor_by_tensor(done: Any, tmp_path: Path) ->
             wanted = 0.75 * first[site].tensors[letter] + 0.25 * second[site].tensors[letter]
             torch.testing.assert_close(value, wanted, atol=1e-7, rtol=1e-6)
     fg.load(tmp_path / "out" / "_global").logits(TEXTS)
-    for method in ("flexlora", "fedsa-lora"):
-        with pytest.raises(AdapterError, match="has no rule for its magnitudes"):
-            aggregate(method, folders, tmp_path / method)
+    with pytest.raises(AdapterError, match="has no rule for its magnitudes"):
+        aggregate("flexlora", folders, tmp_path / "flexlora")
+    assert not (tmp_path / "flexlora").exists()
+
+
+@pytest.mark.parametrize(("method", "common"), [("fedsa-lora", "A"), ("fedvlm", "BM")])
+def test_in_directories_too_magnitudes_go_with_b(
+    method: str, common: str, done: Any, tmp_path: Path
+) -> None:
+    folders = sorted((done.path / "adapters_tuned").iterdir())[:2]
+    aggregate(method, folders, tmp_path / "out")
+    before = [read_adapter(folder, dora=True)[0] for folder in folders]
+    after = [read_adapter(tmp_path / "out" / folder.name, dora=True)[0] for folder in folders]
+    for site in before[0]:
+        for letter in "ABM":
+            sides = [each[site].tensors[letter] for each in before]
+            mean_of_both = (sides[0] + sides[1]) / 2
+            for own, given in zip(sides, after, strict=True):
+                wanted = mean_of_both if letter in common else own
+                torch.testing.assert_close(given[site].tensors[letter], wanted)
+
+
+@pytest.mark.parametrize(
+    ("method", "sent", "trained"),
+    [("ffa-lora", "BM", "BM"), ("fedsa-lora", "A", "ABM"), ("fedvlm", "BM", "ABM")],
+)
+def test_magnitudes_go_where_b_goes(
+    method: str, sent: str, trained: str, tiny_bert: Path, silos: Path, tmp_path: Path
+) -> None:
+    """What leaves is PEFT's; what stays is the client's own."""
+    job = dora_job(tiny_bert, silos, method={"name": method}, train={"lr": 2e-2})
+    with without_reports():
+        result = run(job, tmp_path / "out")
+    sizes = {"A": 4 * 32 * 4, "B": 4 * 32 * 4, "M": OUTPUTS}
+    counts = result.summary["parameters"]
+    assert counts["sent_up"] == sum(sizes[letter] for letter in sent)
+    assert counts["trained"] == sum(sizes[letter] for letter in trained) + HEAD
+    own = []
+    for name in result.names():
+        folder = result.client(name).path
+        ours = fg.load(folder).logits(TEXTS)
+        torch.testing.assert_close(in_peft(tiny_bert, folder, stock=False), ours, atol=2e-6, rtol=0)
+        measured = result.client(name).evaluate()["accuracy"]
+        assert measured == result.summary["clients"][name]["metric"]
+        own.append(magnitudes(folder))
+    norms = FrozenLayers(load_base(str(tiny_bert))).norms()
+    for key, value in own[0].items():
+        site = key.removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector")
+        assert (value - norms[site]).abs().max() > 1e-3
+        assert torch.equal(value, own[1][key]) == ("M" in sent)
 
 
 def test_a_newcomer_tunes_its_magnitudes(done: Any, tmp_path: Path) -> None:
@@ -224,7 +271,8 @@ def test_a_newcomer_tunes_its_magnitudes(done: Any, tmp_path: Path) -> None:
     assert all(not torch.equal(value, first[key]) for key, value in own.items())
 
 
-NONE = sorted(set(names()) - {"fedit", "local"})
+TAKES = {"fedit", "ffa-lora", "fedsa-lora", "fedvlm", "local"}
+NONE = sorted(set(names()) - TAKES)
 
 
 @pytest.mark.parametrize("method", NONE)

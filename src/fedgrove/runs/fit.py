@@ -55,7 +55,7 @@ def _refuse_dora(parts: Parts) -> None:
         raise JobError(
             f"lora.dora = true trains a magnitude for every output beside A and B, for which "
             f"{method.title} has no rule; set it to false, or choose a method whose server takes the "
-            f"mean of each tensor (fedit) or none (local)."
+            f"mean of each tensor (such as fedit) or none (local)."
         )
     if job.run.noise:
         raise JobError(

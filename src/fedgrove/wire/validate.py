@@ -228,6 +228,8 @@ def _site_fault(
     if value.ndim == 2:
         return _table_fault(value, path, site, most)
     count = value.numel()
+    if bounds.dora:
+        most = max(most, site.out_features)
     if value.ndim == 1 and count > most:
         return f"{path} has {count} numbers, above {most}"
     if value.ndim > 2:
