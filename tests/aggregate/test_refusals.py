@@ -144,7 +144,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "no config": (without("adapter_config.json"), r"adapter_config\.json does not exist"),
     "a broken config": (text("{"), r"adapter_config\.json cannot be read as JSON"),
     "a config that is a list": (text("[]"), r"adapter_config\.json does not hold a JSON object"),
-    "dora": (config(use_dora=True), "DoRA"),
+    "dora without magnitudes": (config(use_dora=True), "use_dora is True"),
     "dora by its tensors": (
         put(**{f"{QUERY}__lora_magnitude_vector": torch.ones(10)}),
         "lora_magnitude_vector",

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedgrove.adapters.adapter import Factors, Site, scale_of
+from fedgrove.adapters.adapter import Factors, Site, factors_of, scale_of
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.keys import plain_name
@@ -24,11 +24,11 @@ from fedgrove.interop.peft import CARD, CONFIG, HEAD, WEIGHTS, read_json
 from fedgrove.interop.targets import layer_numbers
 
 _PAIR = re.compile(r"^(?P<site>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight$")
+_MAGNITUDE = re.compile(r"^(?P<site>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 #: Settings under which ``lora_alpha / r * B @ A`` on the untouched base is not what the adapter
 #: computes.
 _ALTERED = {
-    "use_dora": "it is a DoRA adapter, whose magnitudes no rule here averages",
     "lora_bias": "it trains biases inside the LoRA",
     "use_qalora": "it is a QA-LoRA adapter",
     "use_bdlora": "it is a block-diagonal LoRA",
@@ -47,8 +47,8 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True, slots=True)
 class FactorNames:
-    """Where a site is in one client's file: the names of its two tensors, its rank and its scale
-    ``alpha / r``.
+    """Where a site is in one client's file: the names of its two tensors, of DoRA three, its rank
+    and its scale ``alpha / r``.
     """
 
     A: str
@@ -56,6 +56,11 @@ class FactorNames:
     rank: int
     scale: float
     shape: tuple[int, int]  # (out, in)
+    M: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.A, self.B, self.M) if name is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,18 @@ class Source:
         place = self.places[site]
         try:
             with safe_open(self.file, "pt") as file:
-                A = file.get_tensor(place.A).to(torch.float64, copy=True)
-                B = file.get_tensor(place.B).to(torch.float64, copy=True)
+                sides = [file.get_tensor(name) for name in place.names]
+                sides = [side.to(torch.float64, copy=True) for side in sides]
         except (OSError, SafetensorError) as error:
             raise AdapterError(
                 f"{self.file} can no longer be read ({error}); leave the files alone."
             ) from error
-        return Factors(A, B, place.scale)
+        return factors_of(sides, place.scale)
+
+    @property
+    def dora(self) -> bool:
+        """Whether its sites have DoRA's magnitudes."""
+        return bool(self.config.get("use_dora"))
 
     def saved(self, name: str) -> torch.Tensor:
         """A tensor beside the factors, in float64 [as ``others`` says]."""
@@ -106,7 +116,7 @@ class Source:
         """Refuse NaN and Inf, reading one tensor at a time."""
         with safe_open(self.file, "pt") as file:
             for place in self.places.values():
-                for name in (place.A, place.B):
+                for name in place.names:
                     finite = torch.isfinite(file.get_tensor(name)).all()
                     if not bool(finite):
                         raise AdapterError(
@@ -198,6 +208,11 @@ def check_alike(first: Source, other: Source, *, base: str | None = None) -> Non
         raise AdapterError(
             f"{other.folder / CONFIG}: fan_in_fan_out is not that of {first.folder}; use one for "
             f"all."
+        )
+    if first.dora != other.dora:
+        raise AdapterError(
+            f"{other.folder / CONFIG}: use_dora is not that of {first.folder}; DoRA's adapters are "
+            f"no mean with plain ones."
         )
     for site in sorted(first.places.keys() ^ other.places.keys()):
         if site in first.places:
@@ -328,6 +343,11 @@ class _Contents:
     ) -> None:
         """Raises ``AdapterError`` for a tensor that no rule can take."""
         plain = _plain(self.path, name)
+        magnitude = _MAGNITUDE.match(plain)
+        if magnitude is not None:
+            self._add_half(magnitude["site"], "M", name, dtype)
+            self.shapes[name] = shape
+            return
         found = _PAIR.match(plain)
         if found is not None:
             self._add_half(
@@ -418,6 +438,11 @@ def _place(
             raise AdapterError(
                 f"{path}: '{pair[other]}' has no lora_{half}; one half of the pair is missing."
             )
+    if bool(config.get("use_dora")) != ("M" in pair):
+        raise AdapterError(
+            f"{path}: use_dora is {bool(config.get('use_dora'))} in {CONFIG}, which is not what "
+            f"'{site}' has (lora_magnitude_vector)."
+        )
     a = shapes[pair["A"]]
     b = shapes[pair["B"]]
     for half, shape in (("A", a), ("B", b)):
@@ -426,6 +451,11 @@ def _place(
                 f"{path}: '{pair[half]}' has shape {shape}; it must be a matrix, as of a linear "
                 f"layer."
             )
+    magnitude = pair.get("M")
+    if magnitude is not None and shapes[magnitude] != [b[0]]:
+        raise AdapterError(
+            f"{path}: '{magnitude}' has shape {shapes[magnitude]}, and the layer {b[0]} outputs."
+        )
     r = _patterned(config, "r", "rank_pattern", site)
     rank = int(r)
     if a[0] != rank:
@@ -444,6 +474,7 @@ def _place(
         rank=rank,
         scale=scale_of(float(lora_alpha), rank, rslora),
         shape=(b[0], a[1]),
+        M=magnitude,
     )
 
 

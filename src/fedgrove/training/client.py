@@ -525,7 +525,8 @@ def _mark(model: Assembly) -> bytes | None:
         return None
     tensors = [(name, extra.value) for name, extra in model.extras.items()]
     for site, factors in model.terms[0].adapter.items():
-        tensors += [(f"{site} A {factors.scale}", factors.A), (f"{site} B", factors.B)]
+        for letter, value in factors.tensors.items():
+            tensors.append((f"{site} {letter} {factors.scale}", value))
     whole = hashlib.sha256()
     for name, value in sorted(tensors, key=lambda pair: pair[0]):
         described = f"{name} {tuple(value.shape)} {value.dtype}"

@@ -26,6 +26,7 @@ from fedgrove.ground.errors import JobError
 from fedgrove.ground.seeds import derive, generator
 from fedgrove.methods.contract import Step, Trained
 from fedgrove.training.cohort import Cohort
+from fedgrove.training.frozen import FrozenLayers
 from fedgrove.training.hooked import HookedBase
 from fedgrove.training.live import LiveAssembly, Running
 from fedgrove.training.loop import (
@@ -86,6 +87,7 @@ class Kernel:
         self.halt = threading.Event()
         self.hooked = HookedBase(base, packs=READERS[base.head].packs)
         self.reader = reader_of(self.hooked, task)
+        self.layers = FrozenLayers(base)
 
     def close(self) -> None:
         """Take the hooks off the base."""
@@ -439,6 +441,7 @@ class Kernel:
             dtype=self.base.adapter_dtype,
             train=train,
             dropout=self.dropout,
+            frozen=self.layers.at,
         )
         with self.hooked.changed(assembly):
             yield live
