@@ -209,6 +209,13 @@ def test_a_bad_previous_output_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_around_an_adapter_says_which_is_inside(tmp_path: Path) -> None:
+    folders, _ = many(tmp_path / "run", [3, 3], [6.0] * 2)
+    with pytest.raises(AdapterError) as caught:
+        aggregate("fedit", [tmp_path / "run"], tmp_path / "out")
+    assert str(caught.value).endswith(f"has some inside: name {folders[0]}, {folders[1]}.")
+
+
 ASKED: dict[str, tuple[list[str], str]] = {
     "fedti": (["fedti"], "The method 'fedti' is unknown; did you mean fedit?"),
     "nothing like it": (["xyz"], "unknown; the rules are fed-plora"),

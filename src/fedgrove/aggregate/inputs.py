@@ -123,12 +123,38 @@ class Source:
                             f"{self.file}: the tensor '{name}' holds NaN or Inf; leave this client "
                             f"out."
                         )
+        for found in self.others.values():
+            with safe_open(found.file, "pt") as file:
+                finite = torch.isfinite(file.get_tensor(found.name)).all()
+            if not bool(finite):
+                raise AdapterError(
+                    f"{found.file}: the tensor '{found.name}' holds NaN or Inf; leave this client "
+                    f"out."
+                )
 
     def card(self) -> Plain:
         """``fedgrove.json``, or nothing where there is none."""
         if (self.folder / CARD).exists():
             return read_json(self.folder / CARD)
         return {}
+
+    def classes(self) -> tuple[str, ...]:
+        """The names of the head's outputs in their order, by our card or by a model's configuration
+        beside the adapter; () where nothing names them.
+        """
+        named = self.card().get("labels")
+        if named:
+            return tuple(map(str, named))
+        path = self.folder / "config.json"
+        if not path.exists():
+            return ()
+        table = read_json(path).get("id2label")
+        if not isinstance(table, dict) or not all(str(key).isdigit() for key in table):
+            return ()
+        inside = tuple(str(table[key]) for key in sorted(table, key=int))
+        if all(re.fullmatch(r"LABEL_\d+", each) for each in inside):
+            return ()
+        return inside
 
 
 def open_clients(folders: Sequence[Path], *, base: str | None = None) -> list[Source]:
@@ -173,6 +199,7 @@ def open_source(folder: Path, name: str) -> Source:
                     f"can run code; save "
                     "the adapter as safetensors."
                 )
+    _refuse_outer(folder)
     config = read_json(folder / CONFIG)
     _check_config(folder / CONFIG, config)
     places, others, dtypes = _places(folder, config)
@@ -180,6 +207,16 @@ def open_source(folder: Path, name: str) -> Source:
     if "F64" in dtypes:
         dtype = torch.float64
     return Source(name, folder, config, places, dtype, others)
+
+
+def _refuse_outer(folder: Path) -> None:
+    """Refuse a directory whose adapter lies one level below, as Trainer's checkpoints do."""
+    if (folder / CONFIG).exists():
+        return
+    inner = [path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))]
+    if inner:
+        found = ", ".join(map(str, inner[:3]))
+        raise AdapterError(f"{folder} is no adapter directory, but has some inside: name {found}.")
 
 
 def check_alike(first: Source, other: Source, *, base: str | None = None) -> None:
@@ -190,7 +227,12 @@ def check_alike(first: Source, other: Source, *, base: str | None = None) -> Non
     """
     ours = base_of(first)
     theirs = base_of(other)
-    if base is None and Path(ours).name != Path(theirs).name:
+    if base is None and not theirs:
+        raise AdapterError(
+            f"{other.folder / CONFIG} names no base model (base_model_name_or_path), but "
+            f"{first.folder} has '{ours}'; name the one of all with --base."
+        )
+    if base is None and _last_part(ours) != _last_part(theirs):
         raise AdapterError(
             f"{other.folder / CONFIG}: the base model is '{theirs}', but {first.folder} has "
             f"'{ours}'; aggregate adapters of one base model, or name it with --base where it is "
@@ -249,8 +291,22 @@ def _check_shape(other: Source, place: FactorNames, first: Source, wanted: Facto
             )
 
 
+def _last_part(base: str) -> str:
+    """What tells a base model where it lies under several paths: the last part of the path, also of
+    Windows, or the model's name in a hub's cache (``models--ORG--NAME/snapshots/HASH``).
+    """
+    parts = re.split(r"[/\\]", base)
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        return parts[-3].rsplit("--", 1)[-1].casefold()
+    return parts[-1].casefold()
+
+
 def _revision(source: Source) -> str:
-    return str(source.config.get("revision") or "")
+    """ "" for the branch that a hub gives where none is named."""
+    revision = str(source.config.get("revision") or "")
+    if revision == "main":
+        return ""
+    return revision
 
 
 def base_of(source: Source) -> str:
@@ -366,6 +422,11 @@ class _Contents:
         if dtype not in _FLOATS:
             raise AdapterError(f"{self.path}: '{name}' is stored as {dtype}; save it as float32.")
         self.dtypes.add(dtype)
+        if site.endswith(".base_layer"):
+            raise AdapterError(
+                f"{self.path}: '{name}' was trained around another adapter, which is not in the "
+                "file; merge that one into the base model first."
+            )
         pair = self.halves.setdefault(site, {})
         if half in pair:
             raise AdapterError(
