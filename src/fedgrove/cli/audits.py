@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ from fedgrove.cli.shared import examples as shown
 from fedgrove.cli.shared import printer
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from fedgrove.use.audit import Outcome
 
 commands = typer.Typer(rich_markup_mode="rich")
@@ -85,7 +88,7 @@ def audit(
                 examples=examples,
                 clients=clients,
                 seed=seed,
-                advance=lambda _, bar=bar, progress=progress: progress.advance(bar),
+                advance=partial(_one_more, progress, bar),
             )
         for each in outcomes:
             table.add_row(str(run), *_row(each))
@@ -93,6 +96,10 @@ def audit(
             table.add_row(str(run), missing[0], "-", "nothing travels", "-", "0")
     console.print(table)
     print(f"Wrote {FILE} into {', '.join(map(str, runs))}.")
+
+
+def _one_more(progress: Progress, bar: TaskID, client: str) -> None:
+    progress.advance(bar)
 
 
 def _row(each: Outcome) -> tuple[str, ...]:

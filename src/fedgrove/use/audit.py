@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.adapters.assembly import Assembly, Extra, Term
+from fedgrove.federation.tasks import Example
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_json
 from fedgrove.ground.plain import Plain
@@ -192,7 +193,7 @@ class Attacker:
             return None
         return Found(scores[: len(members)], scores[len(members) :])
 
-    def _of_losses(self, client: str, rows: Sequence[object], *, calibrated: bool) -> Scores:
+    def _of_losses(self, client: str, rows: Sequence[Example], *, calibrated: bool) -> Scores:
         model = self.result.client(client).model()
         losses = np.array(list(model.kernel.each_loss(model.assembly, rows)))
         if not calibrated:
@@ -203,8 +204,8 @@ class Attacker:
     def _of_update(
         self,
         client: str,
-        train: Sequence[object],
-        rows: Sequence[object],
+        train: Sequence[Example],
+        rows: Sequence[Example],
     ) -> Scores | None:
         """None where nothing that trained may travel."""
         steps: list[tuple[Assembly, Assembly]] = []
