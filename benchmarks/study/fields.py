@@ -202,9 +202,9 @@ FIELDS: dict[str, Field] = {
             file=JOBS / "evidence-conventions-small.toml",
             metric="loss",
             higher=False,
-            methods=(*ANCHORS[:4], *SYSTEMS, SUSPECTS[2]),
+            methods=(*ANCHORS[:4], *SYSTEMS),
             full="fedtreelora-flan-llama2-7b.toml",
-            guess=250.0,
+            guess=180.0,
         ),
         *(
             Field(
