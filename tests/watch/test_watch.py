@@ -316,7 +316,7 @@ def test_parts_come_when_the_run_grew_and_only_those_that_changed(tmp_path: Path
 
 
 def test_nothing_is_drawn_while_nobody_looks(tmp_path: Path) -> None:
-    board = Board(going(tmp_path / "run"))
+    board = Board(Look(going(tmp_path / "run")))
     assert board.after(0, 0.3) == (0, {})
     with board.watching():
         assert board.after(0, 120)[0] == 1
