@@ -118,7 +118,7 @@ def spoiled(folder: Path, **change: Any) -> None:
     [
         ({"id": "p3"}, 'party "lab": the id "p3" stands twice, in'),
         ({"id": ""}, 'party "lab": an entity without an id:'),
-        ({"b": ""}, 'party "lab": the column "b" has "", which is no finite number'),
+        ({"b": ""}, 'lab.csv, line 9: the column "b" has "", which is no finite number'),
         ({"b": "nan"}, 'the column "b" has "nan", which is no finite number'),
         ({"b": "many"}, 'the column "b" has "many", which is no finite number'),
     ],
@@ -356,7 +356,9 @@ def test_the_parties_files_add_up_to_the_reported_accuracy(tmp_path: Path) -> No
         assert "predicts nothing alone" in card["needs_the_others"]
         assert card["share"] == "relu([(x - mean) / spread, 1] @ V) @ W"
         held = load_file(folder / "party.safetensors")
-        table = [[float(row[column]) for column in card["columns"]] for row in joined.tables[name]]
+        table = [
+            [float(row[column]) for column in card["columns"]] for row in joined.tables[name].rows
+        ]
         x = (torch.tensor(table, dtype=torch.float64) - held["mean"]) / held["spread"]
         x = torch.cat([x, torch.ones(len(x), 1)], 1).float()
         sums = sums + torch.relu(x @ held["V"]) @ held["W"]
