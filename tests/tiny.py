@@ -238,3 +238,63 @@ def without_reports() -> Iterator[None]:
 def unclipped(**changes: Any) -> TrainSection:
     """A ``[train]`` section that clips no gradient unless told to."""
     return TrainSection(**{"clip": 0.0, **changes})
+
+
+PAIR_WORDS = ["<pad>", "</s>", "<s>", "<unk>", "what", "is", "not", *GOOD, *BAD, *FILLER]
+_T5 = {"d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
+_BART = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 64,
+    "init_std": 0.2,
+}
+#: sizes of the tiny encoder-decoders, by model_type
+PAIR_SIZES: dict[str, dict[str, Any]] = {
+    "t5": _T5,
+    "mt5": _T5,
+    "bart": _BART,
+    "pegasus": _BART,
+    "marian": _BART,
+}
+
+
+def save_pairs(folder: Path, kind: str) -> Path:
+    """A random encoder-decoder of 2 + 2 layers of 32 with a word tokenizer that ends every text; the
+    same weights every time.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {word: number for number, word in enumerate(PAIR_WORDS)}
+    words = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    begun = "<s> $A </s>" if kind == "bart" else "$A </s>"
+    ends = [(word, numbers[word]) for word in ("<s>", "</s>")]
+    words.post_processor = processors.TemplateProcessing(single=begun, special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="</s>",
+        bos_token="<s>",
+    )
+    tokenizer.save_pretrained(str(folder))
+    kinds: Any = CONFIG_MAPPING
+    config = kinds[kind](
+        vocab_size=len(PAIR_WORDS),
+        d_model=32,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        decoder_start_token_id=1 if kind == "bart" else 0,
+        **PAIR_SIZES[kind],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForSeq2SeqLM.from_config(config).save_pretrained(str(folder))
+    return folder

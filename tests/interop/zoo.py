@@ -38,7 +38,6 @@ DECODERS = (
     "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
     "recurrent_gemma", "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm",
 )  # fmt: skip
-#: what has an encoder and a decoder
 #: what knows no float64: its experts' products, its masks
 SINGLE = (
     "longformer",
@@ -50,7 +49,8 @@ SINGLE = (
     "qwen3_moe",
     "xglm",
 )
-BOTH = ("bart", "t5")
+#: what has an encoder and a decoder
+BOTH = ("bart", "marian", "mt5", "pegasus", "t5")
 ALL = (*ENCODERS, *DECODERS, *BOTH)
 
 
@@ -65,10 +65,14 @@ def config_of(kind: str, **changes: Any) -> Any:
     return made(**{**own, **SPECIAL.get(kind, {}), **changes})
 
 
+T5 = {"num_decoder_layers": 2, "d_ff": 64, "d_kv": 8, "decoder_start_token_id": 0}
+BART = {
+    "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 0,
+}  # fmt: skip
 #: what some need besides, or otherwise
 SPECIAL: dict[str, dict[str, Any]] = {
-    "t5": {"num_decoder_layers": 2, "d_ff": 64, "d_kv": 8},
-    "bart": {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    "t5": T5, "mt5": T5, "bart": BART, "marian": BART, "pegasus": BART,
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
@@ -90,9 +94,9 @@ WORKED_OUT = {
 }
 
 
-def save(kind: str, folder: Path, *, decoder: bool = False) -> Path:
+def save(kind: str, folder: Path, *, writes: bool = False) -> Path:
     """A checkpoint with the word tokenizer of the tiny BERT; the same weights every time."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.bert.tokenization_bert import BertTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,8 @@ def save(kind: str, folder: Path, *, decoder: bool = False) -> Path:
     tokenizer.save_pretrained(str(folder))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        factory = AutoModelForCausalLM if decoder else AutoModel
+        factory: Any = AutoModel
+        if writes:
+            factory = AutoModelForSeq2SeqLM if kind in BOTH else AutoModelForCausalLM
         factory.from_config(config_of(kind)).save_pretrained(str(folder))
     return folder

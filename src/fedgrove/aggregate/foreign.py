@@ -17,14 +17,15 @@ from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.aggregate.inputs import Source, open_source
+from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import AdapterError, ModelError
 from fedgrove.ground.plain import Plain
 from fedgrove.interop import peft
-from fedgrove.interop.models import EMBEDDED_MODELS, load_config, longest_input
+from fedgrove.interop.models import EMBEDDED_MODELS, head_kind, load_config, longest_input
 
 LONGEST = 128  # tokens of a text, where nothing says how many
 #: PEFT's tasks for which there is no task here yet
-_UNKNOWN = ("QUESTION_ANS", "SEQ_2_SEQ_LM")
+_UNKNOWN = ("QUESTION_ANS",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ def opened(folder: Path, labels: Sequence[str] | None = None, base: str | None =
     else:
         given = {}
     if given.get("head"):  # a directory of a run, whole
-        adapter, head, _ = peft.read_adapter(folder)
+        adapter, head, _ = peft.read_adapter(folder, dora=True)
         card = given
     else:
         source = open_source(folder, folder.name)
@@ -76,7 +77,7 @@ def opened(folder: Path, labels: Sequence[str] | None = None, base: str | None =
         head = {_head_name(name): source.saved(name).float() for name in source.others}
         card = _described(source, head, base) | given
         card["head"] = _head_kind(card["task"], head, card)
-        if card["head"] == "lm":
+        if TASKS.find(card["task"]).writes:
             head = _without_copies(folder, head)
         if card["head"] == "pooled":
             config = load_config(card["model"], card["revision"])
@@ -180,12 +181,14 @@ def _task(source: Source, config: Any) -> str:
     if kind in _UNKNOWN:
         raise AdapterError(
             f"{source.folder / peft.CONFIG}: task_type is {kind!r}, for which there is no task "
-            "here; classifiers of texts or images (SEQ_CLS) and language models (CAUSAL_LM) can "
-            "be loaded."
+            "here; classifiers of texts or images (SEQ_CLS) and language models (CAUSAL_LM, "
+            "SEQ_2_SEQ_LM) can be loaded."
         )
     if hasattr(config, "num_channels") or hasattr(config, "image_size"):
         return "classify-images"
-    writes = kind == "CAUSAL_LM" or (kind is None and _is_a(config, "ForCausalLM", "LMHeadModel"))
+    writes = kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or (
+        kind is None and _is_a(config, "ForCausalLM", "LMHeadModel")
+    )
     if writes:
         return "generate"
     return "classify-text"
@@ -211,7 +214,7 @@ def _head_kind(task: str, head: Mapping[str, Tensor], card: Mapping[str, Any]) -
     base's.
     """
     if task == "generate":
-        return "lm"
+        return head_kind(load_config(card["model"], card["revision"]), "lm")
     ours = not head or set(head) == {"weight", "bias"}
     if ours and (head or not card["labels"]):
         return "pooled"
@@ -254,7 +257,7 @@ def _head_name(name: str) -> str:
 
 
 def _single(factors: Factors) -> Factors:
-    return Factors(factors.A.float(), factors.B.float(), factors.scale)
+    return factors.map(lambda tensor: tensor.float())
 
 
 def _bare(site: str, config: Any) -> str:

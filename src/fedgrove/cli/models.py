@@ -374,6 +374,7 @@ def _by_class(value: Any) -> bool:
         "fedgrove predict runs/fedit --client tweets-0 --data new.csv --out answers.csv",
         'fedgrove predict their-adapter --base models/bert --labels no,yes --probs "not again"',
         'fedgrove predict pools/tweets "what a day" --why',
+        'fedgrove predict runs/prefer --client north-0 "What helps?" --between "Tea." --between "Rest."',
     )
 )
 def predict(
@@ -414,9 +415,18 @@ def predict(
     why: Annotated[
         bool, typer.Option("--why", help="Of a pool: also who answered, and what decided it.")
     ] = False,
+    between: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ANSWER",
+            help="Of a model of preferences or rewards, twice: which of the two answers to each "
+            "prompt is better.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Ask one model about texts, images or a table: the likeliest label and its score, or what it
-    writes after a prompt.
+    """Ask one model about texts, images or a table: the likeliest label and its score, what it
+    writes after a prompt, or which of two answers is better.
     """
     from fedgrove.federation.tasks import task_class
     from fedgrove.use.chosen import chosen
@@ -447,6 +457,10 @@ def predict(
     task = task_class(job.data)
     if probs:
         check_probs(task)
+    if between and (task.rows_each != 2 or len(between) != 2 or data):
+        raise RunError(
+            "--between is given twice, beside a prompt, to a model of the tasks prefer or reward."
+        )
     for text in texts or ():
         if task.asks != "image" and _is_file(text):
             say(
@@ -459,8 +473,16 @@ def predict(
         rows = None
     model = one.model()
     if rows is None:
-        rows = questions(model.kernel.task, texts or [])
+        rows = questions(model.kernel.task, _between(texts or [], between))
     _told(predictions(model, rows), out, probs=probs, scored=bool(data))
+
+
+def _between(texts: Sequence[str], answers: Sequence[str] | None) -> Sequence[Any]:
+    """What is asked: the texts, or two answers to each."""
+    if not answers:
+        return texts
+    chosen, rejected = answers
+    return [{"prompt": text, "chosen": chosen, "rejected": rejected} for text in texts]
 
 
 def _told(

@@ -141,6 +141,7 @@ class TrainerKernel(Kernel):
             dtype=self.base.adapter_dtype,
             train=True,
             dropout=self.dropout,
+            frozen=self.layers.at,
         )
 
     def _trainer(self, client: str, rows: Sequence[Example]) -> Any:

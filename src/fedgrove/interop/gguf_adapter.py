@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import RunError
 from fedgrove.interop import peft
 from fedgrove.interop.models import load_config
@@ -51,7 +52,7 @@ def write_gguf(source: Path, out: Path) -> None:
     card = peft.read_json(source / peft.CARD)
     if "why" in card:
         raise RunError(f"{source.name} cannot be a GGUF adapter: {card['why']}")
-    if card["head"] != "lm":
+    if not TASKS.find(card["task"]).writes:
         raise RunError(
             f"{source.name} is a classifier, and a GGUF adapter has no head; --to gguf is for "
             'language models (data.task = "generate").'

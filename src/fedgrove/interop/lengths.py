@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedgrove.federation.tasks import task_of
-from fedgrove.interop.models import load_processor
+from fedgrove.federation.tasks.seq2seq import as_read
+from fedgrove.interop.models import head_kind, load_config, load_processor
 
 if TYPE_CHECKING:
     from fedgrove.federation.federation import Federation
@@ -21,9 +22,10 @@ def lengths(job: Job, federation: Federation) -> dict[str, dict[str, Any]]:
     Only the tokenizer is loaded, not the model. Raises ``ModelError`` where it cannot be had,
     ``DataError`` for rows that it cannot write.
     """
-    task = task_of(job.data)
-    most = task.tokens.get("max_length", 0)
-    processor = load_processor(job.model.name, job.model.revision, task.name)
+    config = load_config(job.model.name, job.model.revision)
+    task = as_read(task_of(job.data), head_kind(config, "lm"))
+    most = getattr(task, "max_length", 0)
+    processor = load_processor(job.model.name, job.model.revision, task.name, config)
     found: dict[str, dict[str, Any]] = {}
     for client in federation.clients:
         tokens = task.lengths([*client.train, *client.test, *client.validation], processor)

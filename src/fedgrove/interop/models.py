@@ -46,6 +46,23 @@ SHIFTED = (
 )  # fmt: skip
 
 
+#: how a model is read: our head on its states, its own head, or its own output layer: that of a
+#: decoder, or of an encoder-decoder
+HeadKind = Literal["pooled", "stock", "lm", "seq2seq"]
+
+#: the transformers class of a kind; a stock head's is the task's
+_AUTO = {
+    "pooled": "AutoModel",
+    "lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+#: how the class of a checkpoint that writes texts is called
+_WRITERS = {
+    "lm": ("ForCausalLM", "LMHeadModel"),
+    "seq2seq": ("ForConditionalGeneration", "T5WithLMHeadModel", "MTModel"),
+}
+
+
 @dataclass(eq=False)
 class Base:
     """A frozen base model with its adapted sites. One per process, whatever the number of
@@ -58,7 +75,7 @@ class Base:
     processor: Any  # turns rows into inputs: a tokenizer, or an image processor
     sites: dict[str, Site]
     hidden: int
-    head: Literal["pooled", "stock", "lm"]  # "lm": the language model's own output layer, frozen
+    head: HeadKind  # of a language model its own output layer, which is frozen
     head_modules: tuple[str, ...]  # the stock head's modules, as PEFT's modules_to_save names them
     stock_head: dict[str, Tensor]  # their initial values, by parameter name
     dtype: torch.dtype
@@ -161,11 +178,19 @@ def model_class(task: str, head: str) -> Any:
     """The transformers class of a task's model with a kind of head."""
     import transformers
 
-    if head == "pooled":
-        return transformers.AutoModel
-    if head == "lm":
-        return transformers.AutoModelForCausalLM
-    return getattr(transformers, TASKS.find(task).stock.auto)
+    name = _AUTO.get(head) or TASKS.find(task).stock.auto
+    return getattr(transformers, name)
+
+
+def head_kind(config: Any, wanted: HeadKind) -> HeadKind:
+    """How a model of this configuration is read where ``wanted`` is asked of it: what writes, by what
+    it is.
+    """
+    if wanted not in _WRITERS:
+        return wanted
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    return "lm"
 
 
 def load_base(
@@ -173,7 +198,7 @@ def load_base(
     *,
     revision: str | None = None,
     task: str = "classify-text",
-    head: Literal["pooled", "stock", "lm"] = "pooled",
+    head: HeadKind = "pooled",
     classes: int = 2,
     targets: Any = "auto",
     dtype: torch.dtype = torch.float32,
@@ -184,9 +209,11 @@ def load_base(
 ) -> Base:
     """Load and freeze a base for a task. Raises ``ModelError`` in one sentence."""
     config = load_config(name, revision)
-    _refuse_unfit(name, config)
-    if head == "lm":
-        _check_decoder(name, config)
+    head = head_kind(config, head)
+    writes = head in _WRITERS
+    _refuse_unfit(name, config, writes)
+    if writes:
+        _check_writer(name, config, head)
         config.use_cache = False  # a cache is of use in generation alone, which asks for one
     placed = quantise.options(quantize, device, dtype)
     processor = load_processor(name, revision, task, config)
@@ -211,9 +238,10 @@ def load_base(
             dtype=dtype,
             **placed,
         )
-    if head == "lm":
+    if writes:
         plain = type(model.generation_config)
-        model.generation_config = plain()  # its own sampling and penalties are not ours
+        # its own sampling and penalties are not ours
+        model.generation_config = plain(decoder_start_token_id=_started_by(name, model, head))
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
@@ -231,7 +259,7 @@ def load_base(
     of_the_head = tuple(f"{module}." for module in modules)
     every = find_sites(model, targets)
     sites = {place: site for place, site in every.items() if not place.startswith(of_the_head)}
-    if head == "lm":
+    if writes:
         _check_tied(model, sites)
     return Base(
         name=name,
@@ -249,11 +277,18 @@ def load_base(
     )
 
 
-def _refuse_unfit(name: str, config: Any) -> None:
-    """Raise ``ModelError`` for a model that is no encoder or decoder, or hides patches at random."""
-    if getattr(config, "is_encoder_decoder", False):
+def _refuse_unfit(
+    name: str,
+    config: Any,
+    writes: bool,
+) -> None:
+    """Raise ``ModelError`` for an encoder-decoder that is not to write, and for a model that hides
+    patches at random.
+    """
+    if getattr(config, "is_encoder_decoder", False) and not writes:
         raise ModelError(
-            f"model.name: '{name}' is an encoder-decoder; Fedgrove adapts encoders and decoders."
+            f"model.name: '{name}' is an encoder-decoder, which writes texts (data.task = "
+            '"generate"); for other tasks choose an encoder or a decoder.'
         )
     if getattr(config, "mask_ratio", 0):
         raise ModelError(
@@ -366,12 +401,36 @@ def _hidden_size(name: str, config: Any) -> int:
     return size
 
 
-def _check_decoder(name: str, config: Any) -> None:
+def _started_by(
+    name: str,
+    model: Any,
+    head: HeadKind,
+) -> int | None:
+    """The token that an encoder-decoder's texts start from; None of a decoder, whose prompt is that.
+    Raises ``ModelError`` where the checkpoint does not say.
+    """
+    if head == "lm":
+        return None
+    for config in (model.config, model.generation_config):
+        token = getattr(config, "decoder_start_token_id", None)
+        if token is not None:
+            return int(token)
+    raise ModelError(
+        f"model.name: '{name}' does not say which token its texts start from; give its config.json a "
+        "decoder_start_token_id."
+    )
+
+
+def _check_writer(
+    name: str,
+    config: Any,
+    head: HeadKind,
+) -> None:
     """Encoders load as language models too, with an output layer of noise or one that looks
     ahead.
     """
     kinds = [str(kind) for kind in getattr(config, "architectures", None) or []]
-    if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+    if kinds and not any(kind.endswith(_WRITERS[head]) for kind in kinds):
         raise ModelError(
             f"model.name: '{name}' is a {kinds[0]}, which does not write text; for data.task = "
             f'"generate" choose a '

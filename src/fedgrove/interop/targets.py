@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Literal
 
 from torch import nn
@@ -38,7 +39,7 @@ def find_sites(model: nn.Module, targets: Targets) -> dict[str, Site]:
         chosen = _all(model, linears)
     else:
         chosen = _matching(model, linears, targets)
-    numbers = {name: layer_index(name) for name in chosen}
+    numbers = layer_numbers(chosen)
     known = [number for number in numbers.values() if number is not None]
     above = (
         max(known) + 1 if known else 0
@@ -77,6 +78,28 @@ def layer_index(name: str) -> int | None:
     if found:
         return int(found.group(1))
     return None
+
+
+def layer_numbers(names: Iterable[str]) -> dict[str, int | None]:
+    """The transformer layer of each module path: ``layer_index``, numbered through where there are
+    an encoder and a decoder, whose first layer comes after the encoder's last.
+    """
+    numbers = {name: layer_index(name) for name in names}
+    encoders: list[int] = []
+    for name, number in numbers.items():
+        if number is not None and "encoder" in _stack(name):
+            encoders.append(number)
+    before = max(encoders, default=-1) + 1
+    for name, number in numbers.items():
+        if number is not None and "decoder" in _stack(name):
+            numbers[name] = before + number
+    return numbers
+
+
+def _stack(name: str) -> list[str]:
+    """The parts of a module path before its first number."""
+    parts = name.split(".")
+    return list(takewhile(lambda part: not part.isdigit(), parts))
 
 
 def _auto(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch.nn.functional import pad
 
 from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.federation.tasks import TASKS
 from fedgrove.ground.errors import RunError
 from fedgrove.interop import peft
 
@@ -27,10 +28,15 @@ def write_even(source: Path, out: Path) -> int:
     card = peft.read_json(source / peft.CARD)
     if "why" in card:
         raise RunError(f"{source.name} cannot be served by vLLM: {card['why']}")
-    if card["head"] != "lm":
+    if not TASKS.find(card["task"]).writes:
         raise RunError(
             f"{source.name} is a classifier, and vLLM takes no adapter with a head; --to vllm is "
             'for language models (data.task = "generate"), --merge writes a whole model.'
+        )
+    if card["head"] == "seq2seq":
+        raise RunError(
+            f"{source.name} is an adapter of an encoder-decoder, and vLLM takes those of decoders; "
+            "--merge writes a whole model."
         )
     adapter, _, config = peft.read_adapter(source)
     even_adapter = even(adapter)

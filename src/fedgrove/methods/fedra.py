@@ -30,6 +30,7 @@ class FedRA(SomeLayers):
     trains = "A, B of its layers"
     shares = "those layers"
     keeps = "nothing"
+    skips_layers = True
 
     # ------------------------------------------------------------------ server
     def offer(

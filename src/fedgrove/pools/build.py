@@ -22,6 +22,7 @@ from fedgrove.ground.seeds import generator
 from fedgrove.methods.head import PREFIX
 from fedgrove.pools.members import PoolMember, matched
 from fedgrove.pools.options import READS, ArrowOptions, AttentionOptions, ComponentsOptions
+from fedgrove.training.readers import READERS
 
 Head = Mapping[str, Tensor]
 
@@ -96,7 +97,7 @@ def heads_of(members: Sequence[PoolMember], fallback: Head) -> list[Head]:
     for each in members:
         head = matched(each, labels) or fallback
         untrained = not head or each.card.get("head_trained") is False
-        if untrained and each.card["head"] != "lm":
+        if untrained and READERS[each.card["head"]].has_head:
             raise AdapterError(
                 f"{each.place.folder} has no head that was trained, so it names no classes; use one "
                 "with its head (modules_to_save, head.safetensors)."
@@ -268,7 +269,7 @@ def _heads(
             "--compose ensemble averages the probabilities of one class of several; this task adds up "
             "by mixture or fusion."
         )
-    if members[0].card["head"] == "lm":
+    if not READERS[members[0].card["head"]].has_head:
         return {}
     if not apart and all(_equal(head, heads[0]) for head in heads):
         return head_extras(heads[0])

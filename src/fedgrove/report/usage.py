@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 
 from fedgrove.ground.names import folder_of
+from fedgrove.ground.plain import Plain
 from fedgrove.report.data import Run
 
 
@@ -94,20 +95,34 @@ READERS = {
         ),
     ),
 }
+#: of an encoder-decoder
+FROM_ENCODER = Reader(
+    asked="What is the capital of France?",
+    model="AutoModelForSeq2SeqLM",
+    stock="AutoModelForSeq2SeqLM",
+    processor="AutoTokenizer",
+    lines=(
+        "reader = AutoTokenizer.from_pretrained(base_name)",
+        'batch = reader("What is the capital of France?", return_tensors="pt")',
+        "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
+    ),
+)
 OTHER = "a row of your data"  # asked of a task that is not in this list
 
 
 def usage(run: Run) -> list[tuple[str, str]]:
     """(what it does, code) for one client, with paths relative to the run directory."""
     name = next(iter(sorted(run.clients)), next(iter(run.newcomers), "CLIENT"))
+    folder = f"adapters/{folder_of(name)}"
     reader = READERS.get(str(run.summary.get("task")))
+    if _card(run, folder).get("head") == "seq2seq":
+        reader = FROM_ENCODER
     if reader:
         asked = reader.asked
     else:
         asked = OTHER
     command = f'fedgrove predict . --client {shlex.quote(name)} "{asked}"'
     found = [("Ask one client’s model something, from a shell:", command)]
-    folder = f"adapters/{folder_of(name)}"
     base = _base(run, folder)
     if reader and base:
         stock = bool(reader.acts_on) and run.setting("model", "head") == "stock"
@@ -175,12 +190,18 @@ def _outputs(run: Run, folder: str) -> int:
     """How many numbers the head of an adapter gives: as its card says, else one for each label."""
     from fedgrove.federation.tasks import TASKS
 
-    labels = len((run.table or {}).get("labels", []))
+    card = _card(run, folder)
+    if card.get("task") not in TASKS.names():
+        return len((run.table or {}).get("labels", []))
+    return TASKS.find(card["task"]).from_card(card).outputs
 
+
+def _card(run: Run, folder: str) -> Plain:
+    """What an adapter's card says; {} where it cannot be read."""
     try:
         card = json.loads((run.path / folder / "fedgrove.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return labels
-    if card.get("task") not in TASKS.names():
-        return labels
-    return TASKS.find(card["task"]).from_card(card).outputs
+        return {}
+    if isinstance(card, dict):
+        return card
+    return {}

@@ -15,17 +15,19 @@ import torch
 
 from fedgrove.adapters.tree import typed
 from fedgrove.federation.tasks import task_class
+from fedgrove.federation.tasks.seq2seq import as_read
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.plain import Given
 from fedgrove.ground.seeds import generator
 from fedgrove.interop.copies import Copies
-from fedgrove.interop.models import Base, load_base, load_config, longest_input
+from fedgrove.interop.models import Base, HeadKind, head_kind, load_base, load_config, longest_input
 from fedgrove.job.sections import TrainSection
 from fedgrove.methods.contract import Setting
 from fedgrove.methods.head import HeadPolicy
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.origin import started
 from fedgrove.training.client import ClientHalf
+from fedgrove.training.frozen import FrozenLayers
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.lanes import Lanes, lane_count
 
@@ -68,7 +70,7 @@ class Parts:
         """
         if base is None:
             base = base_of(job)
-        task = task_of(job)
+        task = as_read(task_of(job), base.head)
         setting = setting_of(job, base, clients)
         method = method_class(job.method.name)(job.method.options, setting)
         return cls(
@@ -159,15 +161,19 @@ def task_of(job: Job) -> Task:
 
 def base_of(job: Job) -> Base:
     """Raises ``JobError`` where the job asks for longer texts than the model holds."""
+    config = load_config(job.model.name, job.model.revision)
     task = task_of(job)
-    limit = longest_input(load_config(job.model.name, job.model.revision))
+    head: HeadKind = "lm" if task.writes else job.model.head
+    head = head_kind(config, head)
+    task = as_read(task, head)
+    limit = longest_input(config)
     if limit is not None:
         _refuse_too_long(task, job.model.name, limit)
     base = load_base(
         job.model.name,
         revision=job.model.revision,
         task=task.name,
-        head="lm" if task.writes else job.model.head,
+        head=head,
         classes=task.outputs,
         targets=job.lora.targets,
         dtype=getattr(torch, job.train.dtype),
@@ -213,6 +219,7 @@ def setting_of(job: Job, base: Base, clients: Collection[ClientInfo]) -> Setting
         seed=job.run.seed,
         scaling=job.lora.scaling,
         rslora=job.lora.rslora,
+        norms=FrozenLayers(base).norms() if job.lora.dora else None,
     )
 
 

@@ -231,9 +231,7 @@ def layer_names(base: Base) -> dict[int, str]:
     for name, site in base.sites.items():
         parts = name.split(".")
         for index, part in enumerate(parts):
-            if not part.isdigit():
-                continue
-            if int(part) == site.layer:
+            if part.isdigit():  # the first number is the layer's
                 found[site.layer] = ".".join(parts[: index + 1])
-            break  # the first number is the layer's
+                break
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from fedgrove.interop.models import Base
@@ -65,6 +65,7 @@ class LanguageModel:
         from transformers import GenerationConfig
 
         plain = GenerationConfig(
+            decoder_start_token_id=self.base.model.generation_config.decoder_start_token_id,
             do_sample=False,
             max_new_tokens=most,
             eos_token_id=list(ends),
@@ -77,9 +78,49 @@ class LanguageModel:
         with torch.inference_mode():
             whole = model.generate(**prompts, generation_config=plain)
         model.train(training)
-        _, length = prompts["input_ids"].shape
-        written = whole[:, length:].tolist()
+        written = self.after(prompts, whole).tolist()
         return [_before_the_end(row, ends) for row in written]
+
+    def after(
+        self,
+        prompts: Mapping[str, Shaped[Tensor, "b t"]],
+        whole: Int[Tensor, "b all"],
+    ) -> Int[Tensor, "b new"]:
+        """What of a generation was written, and not given."""
+        _, length = prompts["input_ids"].shape
+        return whole[:, length:]
+
+
+class EncoderDecoder(LanguageModel):
+    """A model whose encoder reads the prompt and whose decoder writes from a token of its own."""
+
+    @property
+    def start(self) -> int:
+        """The token that every text starts from."""
+        return int(self.base.model.generation_config.decoder_start_token_id)
+
+    def before(
+        self,
+        labels: Int[Tensor, "b u"] | None,
+        positions: Bool[Tensor, "b u"],
+    ) -> Int[Tensor, "b u"]:
+        """What the decoder reads where it is asked at these positions: the start, and the labels but
+        for the last one.
+        """
+        read = torch.full_like(positions, self.base.pad_id, dtype=torch.long)
+        read[:, 0] = self.start
+        if labels is not None:
+            earlier = labels[:, :-1]
+            read[:, 1:] = earlier.masked_fill(earlier < 0, self.base.pad_id)
+        return read
+
+    def after(
+        self,
+        prompts: Mapping[str, Shaped[Tensor, "b t"]],
+        whole: Int[Tensor, "b all"],
+    ) -> Int[Tensor, "b new"]:
+        """As in LanguageModel: all but the start."""
+        return whole[:, 1:]
 
 
 def _before_the_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

@@ -1,6 +1,6 @@
 """How a model's predictions are read off the base. One reader is chosen for a job, by what the
 base was loaded with: our head on its states (Pooled), the checkpoint's own head (Stock), or its
-output layer (Writer).
+output layer (Writer; of an encoder-decoder FromEncoder).
 
 The kernel, the loop and the cohort know readers; readers know tasks. A task says by ``heads`` which
 readers it can be read with, and by ``level`` whether our head gets one pooled state of each example
@@ -8,11 +8,14 @@ or the states of all its tokens. What it makes of the logits (a loss, sums to me
 and its batch may hold any number of label tensors, each with a row for each example: that is how
 token classes, spans, several labels or a number come in without another reader.
 
-A fourth reader, say for pairs of answers of which one is preferred: a subclass of ``Reader`` that
-says what a task must give it beside ``Task`` (a protocol in ``federation.tasks.base``), overrides
-``logits``, and ``losses`` where a batch is more than one pass over the base; ``bare()`` of the
-hooked base gives the pass without adapters that a reference model is. It goes into ``READERS``
-under the name that ``load_base`` knows its kind of model by, and the task's ``heads`` names it.
+Examples that are compared (two answers, of which one is preferred) are no other reader either: each
+is ``Task.rows_each`` rows of its batch, and what the untouched base says of it is noted on it once
+(``Task.prime``).
+
+A fifth reader is a subclass of ``Reader`` that says what a task must give it beside ``Task`` (a
+protocol in ``federation.tasks.base``), overrides ``logits``, and ``losses`` where a batch is more
+than one pass over the base. It goes into ``READERS`` under the name that ``load_base`` knows its
+kind of model by, and the task's ``heads`` names it.
 """
 
 from __future__ import annotations
@@ -27,16 +30,18 @@ from torch import Tensor, nn
 from fedgrove.adapters.routers import Choice
 from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, WritingTask
 from fedgrove.ground.errors import JobError
-from fedgrove.ground.plain import Plain
 from fedgrove.interop.models import Base
 from fedgrove.training.hooked import HookedBase
-from fedgrove.training.language import LanguageModel
+from fedgrove.training.language import EncoderDecoder, LanguageModel
 from fedgrove.training.live import LiveAssembly
 from fedgrove.training.profile import span
 
 Asked = TypeVar("Asked", bound=Task)
 Head = Mapping[str, Tensor]  # its tensors by their own names
 Collate = Callable[[Sequence[Example], int], Batch]  # examples and the padding token -> their batch
+#: what a model answered, by the number of the example: its logits [*t, c] on the CPU, or the text that it
+#: wrote (not for every example: ``WritingTask.chosen``)
+Found = dict[int, Tensor | str]
 
 
 class Passes(Protocol):
@@ -142,14 +147,17 @@ class Reader(Generic[Asked]):
         live: LiveAssembly,
         examples: Sequence[Example],
         passes: Passes,
-        keep: list[Plain] | None = None,
+        found: Found | None = None,
     ) -> dict[str, float]:
-        """Sums for ``Task.measure``; ``keep`` takes what was written, one object for each text."""
+        """Sums for ``Task.measure``; ``found`` takes what was answered."""
         sums: dict[str, float] = {}
-        for _, batch in passes(live, examples):
+        for indices, batch in passes(live, examples):
             with span("forward"):
                 logits = self.answer(live, batch)
                 scores = self.task.score(logits, batch)
+            if found is not None:
+                answers = self.task.by_example(logits, batch)
+                found.update(zip(indices, answers.cpu(), strict=True))
             for key, value in scores.items():
                 sums[key] = sums.get(key, 0.0) + value
         return sums
@@ -195,7 +203,7 @@ class Pooled(Reader[HeadedTask]):
 
     @property
     def head_sees_features(self) -> bool:
-        return self.task.level == "example"
+        return self.task.level == "example" and self.task.rows_each == 1
 
     def _seen(self, batch: Batch) -> Float[Tensor, "b *t h"]:
         """What the head sees of each example."""
@@ -229,7 +237,11 @@ class Writer(Reader[WritingTask]):
 
     def __init__(self, hooked: HookedBase, task: WritingTask):
         super().__init__(hooked, task)
-        self.language = LanguageModel(hooked.base)
+        self.language = self._language(hooked.base)
+
+    def _language(self, base: Base) -> LanguageModel:
+        """The model's own passes."""
+        return LanguageModel(base)
 
     @staticmethod
     def token_bytes(base: Base) -> int:
@@ -265,14 +277,15 @@ class Writer(Reader[WritingTask]):
         live: LiveAssembly,
         examples: Sequence[Example],
         passes: Passes,
-        keep: list[Plain] | None = None,
+        found: Found | None = None,
     ) -> dict[str, float]:
         """Sums over tokens, and over texts that it writes for some of the examples."""
         sums = super().evaluate(live, examples, passes)
-        chosen = [examples[index] for index in self.task.chosen(examples)]
+        indices = self.task.chosen(examples)
+        chosen = [examples[index] for index in indices]
         texts = self.write(live, chosen, passes)
-        if keep is not None:
-            keep += self.task.shown(texts, chosen)
+        if found is not None:
+            found.update(zip(indices, texts, strict=True))
         of_texts = self.task.judge(texts, chosen)
         return sums | of_texts
 
@@ -304,11 +317,38 @@ class Writer(Reader[WritingTask]):
         return [texts[index] for index in range(len(examples))]
 
 
+class FromEncoder(Writer):
+    """An encoder-decoder and its own output layer: prompts are read by the encoder, and the decoder is
+    asked for what comes after the tokens of the completion.
+
+    The two have rows of different length, so it runs no packed rows.
+    """
+
+    packs = False
+    language: EncoderDecoder
+
+    def _language(self, base: Base) -> EncoderDecoder:
+        return EncoderDecoder(base)
+
+    @property
+    def encoder(self) -> nn.Module:
+        encoder: nn.Module = self.base.model.get_encoder()
+        return encoder
+
+    def logits(self, head: Head, batch: Batch) -> Float[Tensor, "n c"]:
+        """As in Writer."""
+        asked = self.task.positions(batch)
+        inputs: dict[str, object] = {**self.task.inputs(batch)}
+        inputs["decoder_input_ids"] = self.language.before(batch.get("labels"), asked)
+        return self.language.logits(inputs, asked)
+
+
 #: ``Base.head`` -> its reader
 READERS: dict[str, type[Reader]] = {
     "pooled": Pooled,
     "stock": Stock,
     "lm": Writer,
+    "seq2seq": FromEncoder,
 }
 
 

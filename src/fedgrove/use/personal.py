@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,18 @@ from fedgrove.adapters.routers import ROUTERS
 from fedgrove.aggregate.foreign import card_of, is_adapter, opened, says_which, tidied
 from fedgrove.federation.readers import Row
 from fedgrove.federation.tasks import TASKS, Example
+from fedgrove.federation.tasks.seq2seq import as_read
 from fedgrove.ground.errors import AdapterError, DataError, ModelError, RunError
 from fedgrove.ground.plain import Plain
 from fedgrove.interop import assembly_file, peft
-from fedgrove.interop.models import EMBEDDED_MODELS, load_base
+from fedgrove.interop.models import EMBEDDED_MODELS, HeadKind, load_base
 from fedgrove.methods.head import PREFIX
 from fedgrove.methods.protocols import mixes
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.measured import measured
+from fedgrove.training.readers import Found
 from fedgrove.use.questions import answered, questions
 
 POOL = "pool"  # the method that the card of a pool names
@@ -92,9 +94,10 @@ class ClientModel:
         language model writes after each prompt.
         """
         task = self.kernel.task
-        if task.writes:
+        rows = questions(task, texts)
+        if task.written(rows):
             return self.generate(texts)
-        return self.asked(questions(task, texts)).answers
+        return self.asked(rows).answers
 
     def generate(self, prompts: Sequence[Any], *, max_new_tokens: int | None = None) -> list[str]:
         """What a language model writes after each prompt, greedily; a prompt is a text, or a list
@@ -136,8 +139,9 @@ class ClientModel:
         self._check_head()
         task = self.kernel.task
         examples = task.encode(answered(task, rows), self.kernel.base.processor)
-        found: Plain = dict(self.kernel.evaluate(self.assembly, examples))
-        return found | measured(self.kernel, self.assembly, examples, more)
+        answers: Found = {}
+        found: Plain = dict(self.kernel.evaluate(self.assembly, examples, answers))
+        return found | measured(task, answers, examples, more)
 
     def _check_head(self) -> None:
         if self.headless:
@@ -272,7 +276,7 @@ def _mixes(card: Plain) -> Sequence[type[Mix]]:
 def _kernel(
     name: str,
     revision: str | None,
-    head: Literal["pooled", "stock", "lm"],
+    head: HeadKind,
     card: str,
     targets: tuple[str, ...],
     dtype: str,
@@ -291,7 +295,7 @@ def _kernel(
         dtype=getattr(torch, dtype),
         device=device,
     )
-    return evaluator(base, task)
+    return evaluator(base, as_read(task, base.head))
 
 
 def merge(source: Path, out: Path) -> None:

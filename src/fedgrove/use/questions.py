@@ -22,6 +22,8 @@ def questions(task: Task, given: Sequence[Any]) -> list[Row]:
     number.
     """
     what = task.asks
+    if task.rows_each > 1 and any(isinstance(each, Mapping) for each in given):
+        return [_compared(task, each, f"pair {number}") for number, each in enumerate(given, 1)]
     single = isinstance(given, str | bytes | Path | Mapping) or hasattr(
         given, "mode"
     )  # "mode": a PIL image
@@ -57,6 +59,20 @@ def answered(task: Task, rows: Sequence[Given]) -> list[Row]:
     if not rows:
         raise DataError("there are no rows to measure on; give one or more")
     return [dict(row) for row in rows]
+
+
+def _compared(
+    task: Task,
+    value: Any,
+    place: str,
+) -> Row:
+    """Two answers to compare, ``{"prompt", "chosen", "rejected"}``."""
+    settings = task.Options()
+    wanted = task.columns(settings)
+    if not isinstance(value, Mapping) or not value.keys() >= set(wanted):
+        listed = ", ".join(map(repr, wanted))
+        raise DataError(f"{place} is no object with {listed}; give these of each pair")
+    return task.question(value, settings, place)
 
 
 def _question(

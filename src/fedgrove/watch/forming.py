@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fedgrove.adapters.adapter import Factors, Site, Sites
 from fedgrove.adapters.tree import Tree, typed, walk
 from fedgrove.ground.plain import Plain
-from fedgrove.interop.targets import layer_index
+from fedgrove.interop.targets import layer_numbers
 from fedgrove.methods.contract import Setting
 from fedgrove.methods.protocols import ServerArtefacts
 from fedgrove.methods.registry import method_class
@@ -54,9 +54,12 @@ def _of_method(state: Tree, job: Job) -> Plain:
 
 def sites_of(state: Tree) -> Sites:
     """The adapted layers, as the factors ``A [rank, in]``, ``B [out, rank]`` in a state name them."""
-    found: dict[str, Site] = {}
+    factors: dict[str, Factors] = {}
     for keys, leaf in walk(state):
         if isinstance(leaf, Factors):
-            name = str(keys[-1])
-            found[name] = Site(name, layer_index(name) or 0, leaf.A.shape[1], leaf.B.shape[0])
+            factors[str(keys[-1])] = leaf
+    found: dict[str, Site] = {}
+    for name, layer in layer_numbers(factors).items():
+        leaf = factors[name]
+        found[name] = Site(name, layer or 0, leaf.A.shape[1], leaf.B.shape[0])
     return found

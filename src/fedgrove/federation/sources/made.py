@@ -11,6 +11,7 @@ from pydantic import Field
 
 from fedgrove.federation.notes import notes
 from fedgrove.federation.readers import Found, Row
+from fedgrove.federation.replies import replies
 from fedgrove.federation.sources.base import Origin, Rows, origin
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.options import Options, Text
@@ -20,6 +21,7 @@ FIRST = "notes"
 #: by name what makes its rows, and what it is
 SETS: Mapping[str, tuple[Callable[[], Iterable[Plain]], str]] = {
     "notes": (notes, "notes of four made-up clinics, put together from templates"),
+    "replies": (replies, "two replies each to questions of patients, put together from templates"),
 }
 
 
@@ -29,7 +31,8 @@ class MadeOptions(Options):
     made: Text = Field(
         FIRST,
         description="Name of the made-up set. notes: notes of four clinics, with the columns text, "
-        "topics, spans, urgency, days and clinic.",
+        "topics, spans, urgency, days and clinic. replies: pairs of replies, with the columns "
+        "prompt, chosen, rejected, about and clinic.",
     )
 
 
