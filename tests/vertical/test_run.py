@@ -17,6 +17,7 @@ from fedgrove.vertical import VerticalJob, course, run
 from fedgrove.vertical.messages import Message
 from fedgrove.vertical.party import Columns
 from fedgrove.vertical.server import Vim
+from fedgrove.vertical.start import effort_of
 from fedgrove.vertical.tables import entities
 
 
@@ -118,7 +119,7 @@ def spoiled(folder: Path, **change: Any) -> None:
     [
         ({"id": "p3"}, 'party "lab": the id "p3" stands twice, in'),
         ({"id": ""}, 'party "lab": an entity without an id:'),
-        ({"b": ""}, 'party "lab": the column "b" has "", which is no finite number'),
+        ({"b": ""}, 'lab.csv, line 9: the column "b" has "", which is no finite number'),
         ({"b": "nan"}, 'the column "b" has "nan", which is no finite number'),
         ({"b": "many"}, 'the column "b" has "many", which is no finite number'),
     ],
@@ -356,7 +357,9 @@ def test_the_parties_files_add_up_to_the_reported_accuracy(tmp_path: Path) -> No
         assert "predicts nothing alone" in card["needs_the_others"]
         assert card["share"] == "relu([(x - mean) / spread, 1] @ V) @ W"
         held = load_file(folder / "party.safetensors")
-        table = [[float(row[column]) for column in card["columns"]] for row in joined.tables[name]]
+        table = [
+            [float(row[column]) for column in card["columns"]] for row in joined.tables[name].rows
+        ]
         x = (torch.tensor(table, dtype=torch.float64) - held["mean"]) / held["spread"]
         x = torch.cat([x, torch.ones(len(x), 1)], 1).float()
         sums = sums + torch.relu(x @ held["V"]) @ held["W"]
@@ -385,3 +388,27 @@ def test_the_page_shows_each_party(tmp_path: Path) -> None:
         "vertical-2.png",
         "vertical-4.png",
     ]
+
+
+# -------------------------------------------------------------------------------- keys
+def test_the_method_sets_a_partys_work(tmp_path: Path) -> None:
+    plain = effort_of(job(tmp_path), 3)
+    assert (plain.steps, plain.rho, plain.damp, plain.head_lr) == (5, 1.0, 0.0, 0.1)
+    held = {"prox": True, "rho": 0.5, "local_steps": 2}
+    damped = effort_of(job(tmp_path, method=held, train={"head_lr": 0.4}), 3)
+    assert (damped.steps, damped.damp, damped.head_lr) == (2, 1.0, 0.4)
+    assert effort_of(job(tmp_path, method=held), 1).damp == 0
+    assert effort_of(job(tmp_path, method={"name": "split"}), 3).steps == 1
+
+
+def test_evaluations_and_the_split_follow_their_keys(tmp_path: Path) -> None:
+    save_parties(tmp_path)
+    chosen = job(tmp_path, run={"eval_every": 2, "alone": False}, train={"epochs": 5})
+    run(chosen, tmp_path / "out")
+    text = (tmp_path / "out" / "together" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["round"] for line in lines if "accuracy" in line] == [2, 4]
+    first, second = entities(chosen), entities(job(tmp_path, run={"seed": 1}))
+    assert len(first.test) == 15
+    assert first.test != second.test
+    assert not set(first.test) & set(first.train)

@@ -189,7 +189,7 @@ def test_what_a_party_of_texts_leaves_gives_its_shares(
     from fedgrove.vertical.tables import entities
 
     joined = entities(chosen)
-    texts = [joined.tables["notes"][row]["note"] for row in joined.test]
+    texts = [joined.tables["notes"].rows[row]["note"] for row in joined.test]
     tokens = AutoTokenizer.from_pretrained(bert)(texts, padding=True, return_tensors="pt")
     model = PeftModel.from_pretrained(AutoModel.from_pretrained(bert), str(folder)).eval()
     with torch.no_grad():

@@ -129,7 +129,7 @@ class Columns(Party):
         self.inner: Tensor | None = None
         if width:
             drawn = torch.randn(columns, width, generator=generator, dtype=torch.float64)
-            self.inner = seal((drawn * (2 / columns) ** 0.5).to(dtype))
+            self.inner = seal((drawn * columns**-0.5).to(dtype))
         self.weight = None
         if classes is not None:
             self.weight = seal(torch.zeros(self.width, classes, dtype=dtype))

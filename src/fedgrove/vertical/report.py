@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedgrove.ground import files, lines, words
 from fedgrove.ground.plain import Plain
@@ -112,7 +112,7 @@ def _verdict(summary: Plain) -> str:
     gain = words.typographic(words.change(together - alone[best]))
     one = 100 / summary["test"]
     return (
-        f"{said}; the best alone, {best}, of {_score(alone[best])}: {gain} points. A single test entity "
+        f"{said}; the best alone (in hindsight), {best}, of {_score(alone[best])}: {gain} points. A single test entity "
         f"is worth {one:.1f} points, so small differences may be chance."
     )
 
@@ -202,7 +202,7 @@ def over_epochs(courses: dict[str, list[tuple[int, float]]], width: float) -> Fi
     axes.set_ylabel("accuracy")
     ticks = MaxNLocator(integer=True, nbins=style.fitting(width, 10, 6))
     axes.xaxis.set_major_locator(ticks)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
     axes.grid(axis="y")
     axes.legend(frameon=False)
     return figure
@@ -223,28 +223,31 @@ def worth(summary: Plain, width: float) -> Figure:
     axes.set_ylim(len(named) - 0.5, -0.5)
     axes.set_xlim(0, 1.12 * max(values))
     axes.set_xlabel("accuracy; the broken line is the largest class")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
     return figure
 
 
 def importance(summary: Plain, width: float) -> Figure:
-    """Norms above, losses below, side by side."""
+    """Norms and losses, side by side; on a phone one above the other."""
     parties = summary["parties"]
     rows = style.fitting(width, 1, 2)
     height = 0.9 + 0.4 * len(parties)
     figure, (left, right) = style.new_grid(width, rows * height, rows, 3 - rows)
     norms = [party["importance"] for party in parties.values()]
-    lost = [summary["accuracy"] - party["without"] for party in parties.values()]
+    lost = [100 * (summary["accuracy"] - party["without"]) for party in parties.values()]
     left.barh(range(len(norms)), norms, color=COLOURS["ours"], height=0.6)
     left.set_xlabel("norm of the output weights")
     right.barh(range(len(lost)), lost, color=COLOURS["tail"], height=0.6)
-    right.set_xlabel("accuracy lost without it")
-    right.xaxis.set_major_formatter(PercentFormatter(1))
+    right.set_xlabel("accuracy lost without it, in points")
     for axes in (left, right):
         axes.set_yticks(range(len(norms)), _short(list(parties), width))
         axes.set_ylim(len(norms) - 0.5, -0.5)
         axes.grid(axis="x")
     return figure
+
+
+def _percent(value: float, place: int) -> str:
+    return f"{round(100 * value, 6):g} %"
 
 
 def _short(names: list[str], width: float, after: str = "") -> list[str]:

@@ -26,10 +26,15 @@ _MOST = 100  # classes
 
 @dataclass(frozen=True)
 class Table:
-    """One party's rows in the order of its file."""
+    """One party's rows and where each stands."""
 
     places: Sequence[Place]
     rows: Sequence[Values]
+
+    def part(self, chosen: Sequence[int]) -> Table:
+        """Those rows, in the given order."""
+        places = [self.places[row] for row in chosen]
+        return Table(places, [self.rows[row] for row in chosen])
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +42,7 @@ class Entities:
     """The joined entities: n of them, in one order at all parties."""
 
     joined: Joined
-    tables: Mapping[str, Sequence[Values]]  # each party's rows in the entities' order
+    tables: Mapping[str, Table]  # each party's rows in the entities' order
     labels: Int[Tensor, " n"]
     classes: Sequence[str]
     train: Sequence[int]  # which are learnt from, in the order of the batches
@@ -46,7 +51,7 @@ class Entities:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that is learnt from and tested on."""
-        rows = {name: list(own) for name, own in self.tables.items()}
+        rows = {name: list(own.rows) for name, own in self.tables.items()}
         whole = [rows, self.labels.tolist(), list(self.classes)]
         text = json.dumps(whole, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -64,35 +69,35 @@ def entities(job: VerticalJob) -> Entities:
     data = job.settings.data
     tables = {name: _table(job, name) for name in job.parties}
     joined = _joined(job, tables)
-    rows = {
-        name: [table.rows[place] for place in joined.rows[name]] for name, table in tables.items()
-    }
-    named = _labels(job, tables[data.labels], joined)
+    ordered = {name: table.part(joined.rows[name]) for name, table in tables.items()}
+    named = _labels(job, ordered[data.labels])
     classes = sorted(set(named))
     labels = torch.tensor([classes.index(label) for label in named])
     train, test = _split(job, len(named))
     _refuse_unfit(job, classes, labels[train])
-    return Entities(joined, rows, labels, classes, train, test)
+    return Entities(joined, ordered, labels, classes, train, test)
 
 
 def numbers(
     name: str,
     section: PartySection,
-    rows: Sequence[Values],
+    table: Table,
 ) -> Float[Tensor, "n columns"]:
     """A party's columns of numbers in float64. Raises ``DataError`` for what is none."""
-    found = torch.zeros(len(rows), len(section.columns or ()), dtype=torch.float64)
-    for place, column in enumerate(section.columns or ()):
-        for row, values in enumerate(rows):
+    found: list[list[float]] = []
+    for place, values in zip(table.places, table.rows, strict=True):
+        numbers_of_row = []
+        for column in section.columns or ():
             number = _number(values[column])
             if number is None:
                 raise DataError(
-                    f"party {shown(name)}: the column {shown(column)} has {shown(values[column])}, "
-                    f"which is no finite number; fill it in, or leave the column out of "
-                    f"party.{name}.columns."
+                    f"party {shown(name)}: {place}: the column {shown(column)} has "
+                    f"{shown(values[column])}, which is no finite number; fill it in, or leave the column "
+                    f"out of party.{name}.columns."
                 )
-            found[row, place] = number
-    return found
+            numbers_of_row.append(number)
+        found.append(numbers_of_row)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _number(value: object) -> float | None:
@@ -111,12 +116,15 @@ def _number(value: object) -> float | None:
 def texts(
     name: str,
     section: PartySection,
-    rows: Sequence[Values],
+    table: Table,
 ) -> list[Values]:
     """A party's texts as rows of the text task. Raises ``DataError`` where one is empty."""
     column = section.text or ""
-    where = f"party {shown(name)}"
-    return [{"text": text_of(values[column], column, where)} for values in rows]
+    found: list[Values] = []
+    for place, values in zip(table.places, table.rows, strict=True):
+        text = text_of(values[column], column, f"party {shown(name)}: {place}")
+        found.append({"text": text})
+    return found
 
 
 def _table(job: VerticalJob, name: str) -> Table:
@@ -161,13 +169,10 @@ def _ids(name: str, table: Table, column: str) -> Ids:
     return Ids(ids, table.places)
 
 
-def _labels(job: VerticalJob, table: Table, joined: Joined) -> list[str]:
-    data = job.settings.data
-    found = []
-    for row in joined.rows[data.labels]:
-        value = table.rows[row][data.label]
-        found.append(label_of(value, data.label, table.places[row]))
-    return found
+def _labels(job: VerticalJob, table: Table) -> list[str]:
+    column = job.settings.data.label
+    pairs = zip(table.rows, table.places, strict=True)
+    return [label_of(values[column], column, place) for values, place in pairs]
 
 
 def _split(job: VerticalJob, count: int) -> tuple[list[int], list[int]]:
