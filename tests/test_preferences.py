@@ -302,4 +302,4 @@ def test_a_trainer_as_a_client_is_refused(llama: Path, silos: Path, tmp_path: Pa
 def test_a_comparison_has_its_page(llama: Path, silos: Path, tmp_path: Path) -> None:
     job = job_of(llama, silos, "prefer")
     compare(job, "fedit, local", [0, 1], tmp_path / "compared")
-    assert "accuracy" in (tmp_path / "compared" / "report.html").read_text(encoding="utf-8")
+    assert "accuracy" in (tmp_path / "compared" / "compare.html").read_text(encoding="utf-8")
