@@ -23,6 +23,7 @@ import fedgrove as fg
 from fedgrove.cli.models import commands
 from fedgrove.compare import compare
 from fedgrove.ground.errors import DataError, JobError, RunError
+from fedgrove.integrations.trainer import simulated
 from fedgrove.methods.registry import names
 from fedgrove.use.predictions import predictions, questions_of
 
@@ -154,7 +155,9 @@ def test_newcomers_privacy_and_cohorts_hold(
 
 def test_a_policy_is_measured_asked_and_loaded(llama: Path, silos: Path, tmp_path: Path) -> None:
     result = fg.run(job_of(llama, silos, "prefer", train={"local_steps": 12}), tmp_path / "run")
-    assert "chosen_log_ratio" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    drawn = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+    assert {"preferences.png", "chosen.png"} <= drawn
+    assert '--between "Paris."' in result.report.read_text(encoding="utf-8").replace("&#34;", '"')
     one = result.client("site-1")
     assert one.evaluate()["accuracy"] == pytest.approx(one.summary["metric"], abs=1e-6)
     (verdict,) = one.predict([TWO])
@@ -280,11 +283,23 @@ def test_what_is_no_pair_is_refused_before_a_run(llama: Path, tmp_path: Path) ->
         job_of(llama, folder, "prefer", data={"label_smoothing": 0.5})
     with pytest.raises(JobError, match=r"model\.head"):
         job_of(llama, folder, "prefer", model={"head": "stock"})
+    with pytest.raises(JobError, match=r'"rmse" .*the task "prefer"'):
+        job_of(llama, folder, "prefer", data={"metrics": ["rmse"]})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_as_a_client_is_refused(llama: Path, silos: Path, tmp_path: Path) -> None:
+    def never(who: Any) -> Any:
+        raise AssertionError("no Trainer is asked for")
+
+    for task, head in (("prefer", "pooled"), ("reward", "stock")):
+        job = job_of(llama, silos, task, model={"head": head})
+        with pytest.raises(JobError, match=f'data.task = "{task}" compares two answers'):
+            fg.run(job, tmp_path / "run", engine=simulated(never))
 
 
 @pytest.mark.slow
 def test_a_comparison_has_its_page(llama: Path, silos: Path, tmp_path: Path) -> None:
     job = job_of(llama, silos, "prefer")
     compare(job, "fedit, local", [0, 1], tmp_path / "compared")
-    assert "accuracy" in (tmp_path / "compared" / "report.html").read_text(encoding="utf-8")
+    assert "accuracy" in (tmp_path / "compared" / "compare.html").read_text(encoding="utf-8")

@@ -214,6 +214,11 @@ def refuse(parts: Parts) -> None:
             "A Trainer as a client needs the package accelerate; install it with: pip install "
             "'fedgrove[trainer]'."
         )
+    if parts.task.rows_each > 1:
+        raise JobError(
+            f'data.task = "{parts.task.name}" compares two answers, which a Trainer\'s own loss does '
+            "not; train without a Trainer, or with TRL's own trainers on one machine."
+        )
     if parts.base.head == "pooled":
         raise JobError(
             "model.head = \"pooled\" is a head of Fedgrove's own, which a Trainer's model lacks; "

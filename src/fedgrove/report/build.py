@@ -73,6 +73,16 @@ def _core_pictures(run: Run, comparison: Comparison, painter: Painter) -> Pictur
         # one evaluation is no curve
         "accuracy": (len(run.history) > 1, f"{metric} over rounds", figures.accuracy),
         "losses": (len(run.losses) > 1, "Training loss over rounds", figures.losses),
+        "preferences": (
+            len(run.over_rounds("margin")) > 1,
+            "Margin between two answers over rounds",
+            figures.preferences,
+        ),
+        "chosen": (
+            len(run.over_rounds("chosen_log_ratio")) > 1,
+            "Preferred answers against the base over rounds",
+            figures.chosen,
+        ),
         "clients": (bool(comparison.ours.values), f"{metric} of every client", figures.clients),
         "gains": (len(comparison.gains()) > 1, "Who gains and who loses", figures.gains),
     }

@@ -23,6 +23,8 @@ class Reader:
     acts_on: str = ""  # what a head of ours is given; "" where there is no such head
     imports: tuple[str, ...] = ()
     options: str = ""  # of the base's ``from_pretrained``
+    beside: str = ""  # what the command needs beside what is asked
+    tensors: str = "weight and bias act"  # of the head of ours
 
 
 def _of_a_text(text: str) -> tuple[str, ...]:
@@ -31,6 +33,17 @@ def _of_a_text(text: str) -> tuple[str, ...]:
         f'output = model(**reader("{text}", return_tensors="pt"))',
     )
 
+
+_ASKED = "What is the capital of France?"
+_BETWEEN = '--between "Paris." --between "I do not know."'
+_WRITING = (
+    "reader = AutoTokenizer.from_pretrained(base_name)",
+    f'messages = [{{"role": "user", "content": "{_ASKED}"}}]',
+    "batch = reader.apply_chat_template(",
+    '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+    ")",
+    "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
+)
 
 READERS = {
     "classify-text": Reader(
@@ -81,18 +94,29 @@ READERS = {
         options=', dtype="float32"',
     ),
     "generate": Reader(
-        asked="What is the capital of France?",
+        asked=_ASKED,
         model="AutoModelForCausalLM",
         stock="AutoModelForCausalLM",
         processor="AutoTokenizer",
-        lines=(
-            "reader = AutoTokenizer.from_pretrained(base_name)",
-            'messages = [{"role": "user", "content": "What is the capital of France?"}]',
-            "batch = reader.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            ")",
-            "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
-        ),
+        lines=_WRITING,
+    ),
+    "prefer": Reader(
+        asked=_ASKED,
+        model="AutoModelForCausalLM",
+        stock="AutoModelForCausalLM",
+        processor="AutoTokenizer",
+        lines=_WRITING,
+        beside=_BETWEEN,
+    ),
+    "reward": Reader(
+        asked=_ASKED,
+        model="AutoModel",
+        stock="AutoModelForSequenceClassification",
+        processor="AutoTokenizer",
+        lines=_of_a_text("a prompt and an answer to it"),
+        acts_on="the hidden state of the last token, of encoders on the mean over the tokens",
+        beside=_BETWEEN,
+        tensors="weight acts",
     ),
 }
 #: of an encoder-decoder
@@ -122,6 +146,8 @@ def usage(run: Run) -> list[tuple[str, str]]:
     else:
         asked = OTHER
     command = f'fedgrove predict . --client {shlex.quote(name)} "{asked}"'
+    if reader and reader.beside:
+        command += f" {reader.beside}"
     found = [("Ask one client’s model something, from a shell:", command)]
     base = _base(run, folder)
     if reader and base:
@@ -147,8 +173,8 @@ def _introduction(reader: Reader, stock: bool) -> str:
     if stock or not reader.acts_on:
         return f"{alone}:"
     return (
-        f"{alone}. The classifier is head.safetensors beside the adapter: its weight and bias act "
-        f"on {reader.acts_on}."
+        f"{alone}. The classifier is head.safetensors beside the adapter: its "
+        f"{reader.tensors} on {reader.acts_on}."
     )
 
 
