@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from tests.tiny import sentences, unclipped
 from torch import Tensor, nn
 
-from fedgrove.adapters.adapter import Adapter, Dora, Factors, fresh
+from fedgrove.adapters.adapter import Adapter, Dora, Factors, Site, factors_of, fresh
 from fedgrove.adapters.assembly import Assembly, Extra, Term, as_one_adapter
 from fedgrove.adapters.magnitude import Frozen, gains, magnified, row_norms
 from fedgrove.adapters.private import is_private, seal, unseal
@@ -194,6 +195,37 @@ def test_what_a_client_keeps_is_sealed_whole(base: Base, examples: list[Any]) ->
     step = Step(Assembly((Term("own", adapter, home="client"),), extras=head(base)))
     for factors in kernel.train(step, examples, CLOCK).adapter("own").values():
         assert [is_private(value) for value in factors.tensors.values()] == [True] * 3
+
+
+def test_a_layer_that_holds_its_weights_turned() -> None:
+    """GPT-2's Conv1D has W0 as [in, out]; its magnitudes are of outputs all the same."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=30, n_positions=16, n_embd=32, n_layer=1, n_head=4)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    model = GPT2Model(config).double().eval()
+    wanted = LoraConfig(
+        r=2, lora_alpha=3, target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True
+    )
+    peft = get_peft_model(model, wanted, autocast_adapter_dtype=False)
+    (layer,) = (module for module in peft.modules() if hasattr(module, "lora_A"))
+    layer.lora_B["default"].weight.data.normal_()
+    layer.lora_magnitude_vector["default"].weight.data *= torch.linspace(0.5, 2, 96)
+    sides = [_parameter(layer, letter).detach() for letter in "ABM"]
+    dora = factors_of(sides, layer.scaling["default"])
+    assert isinstance(dora, Dora)
+    site = Site("c_attn", 0, 32, 96, transposed=True)
+    holder = SimpleNamespace(
+        model=SimpleNamespace(get_submodule=lambda name: layer.base_layer),
+        adapter_dtype=torch.float64,
+        sites={"c_attn": site},
+    )
+    frozen = FrozenLayers(cast(Base, holder)).at(site)
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    found = magnified(dora, gains(dora, frozen), frozen.bias, x, layer.base_layer(x))
+    torch.testing.assert_close(found, layer(x), rtol=1e-9, atol=1e-10)
 
 
 def test_it_stands_alone(base: Base) -> None:
