@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.main import get_command
 
 from fedgrove.cli.entry import app
 from fedgrove.deploy.layout import Request, init
 from fedgrove.deploy.services import FOLDER, PLACE, PROGRAM, Side, command, unit_text
+
+yaml = pytest.importorskip("yaml")
 
 
 @pytest.fixture(scope="module")

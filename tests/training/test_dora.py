@@ -210,7 +210,8 @@ def test_a_layer_that_holds_its_weights_turned() -> None:
         r=2, lora_alpha=3, target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True
     )
     peft = get_peft_model(model, wanted, autocast_adapter_dtype=False)
-    (layer,) = (module for module in peft.modules() if hasattr(module, "lora_A"))
+    adapted = [module for module in peft.modules() if hasattr(module, "lora_A")]
+    layer: Any = adapted[0]
     layer.lora_B["default"].weight.data.normal_()
     layer.lora_magnitude_vector["default"].weight.data *= torch.linspace(0.5, 2, 96)
     sides = [_parameter(layer, letter).detach() for letter in "ABM"]
