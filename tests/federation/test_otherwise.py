@@ -19,7 +19,11 @@ MakeJob = Callable[..., Job]
 WriteRows = Callable[[Path, list[dict[str, Any]]], Path]
 GENERATE = ["data.task=generate"]
 NOT_YET = "is another task, which Fedgrove does not have yet"
-LEARNT = ('learnt with data.task = "labels"', 'learnt with data.task = "tokens"')
+LEARNT = (
+    'learnt with data.task = "labels"',
+    'learnt with data.task = "tokens"',
+    'learnt with data.task = "prefer" or "reward"',
+)
 
 
 @pytest.fixture(autouse=True)
