@@ -38,6 +38,34 @@ def silos(make_job: MakeJob, tmp_path: Path) -> Callable[..., Job]:
     )
 
 
+# ------------------------------------------------------------------------ own test rows
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("north_train.csv", "north_test.csv"), ("A Train.csv", "A TEST.csv")]
+)
+def test_two_files_of_one_client_are_not_two_clients(
+    train: str, test: str, silos: Callable[..., Job], tmp_path: Path
+) -> None:
+    for name in (train, test, "south.csv"):
+        table().to_csv(tmp_path / "silos" / name, index=False)
+    with pytest.raises(DataError, match="read like the training and test rows of one client"):
+        build(silos())
+
+
+def test_test_rows_that_were_trained_on_are_said(silos: Callable[..., Job], tmp_path: Path) -> None:
+    for name, overlap in (("north", 4), ("south", 0)):
+        folder = tmp_path / "silos" / name
+        folder.mkdir()
+        rows = table(32)
+        rows[: 24 + overlap].to_csv(folder / "train.csv", index=False)
+        rows[24:].to_csv(folder / "test.csv", index=False)
+    remarks = build(silos()).remarks
+    assert remarks == (
+        "Test rows that are among the training rows too, word for word: 4 of 8 of north.",
+    )
+
+
 # ------------------------------------------------------------------------ labels
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,34 @@ def test_bad_jsonl(tmp_path: Path, content: str | bytes, message: str) -> None:
 def test_bad_csv(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(tmp_path / "a.csv", content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"data": [{"text": "a", "label": "x"}]}', "has its rows inside 'data'; give that list"),
+        (
+            '{"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}}',
+            'as pandas writes them by default; write it with to_json(path, orient="records"',
+        ),
+        ('{"messages": [{"role": "user"}]}', "has no column 'text'"),
+    ],
+)
+def test_one_object_around_all_rows(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "a.json", content)
+    assert message in str(caught.value)
+
+
+def test_a_list_in_a_file_called_jsonl(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    assert [values for _, values in read(tmp_path / "a.jsonl", json.dumps(rows, indent=1))] == rows
+    assert [values for _, values in read(tmp_path / "b.jsonl", "\n" + json.dumps(rows))] == rows
+
+
+def test_a_column_of_many_texts_is_no_row_of_words() -> None:
+    with pytest.raises(DataError, match="is a list of 2 texts; give a row for each of them"):
+        text_of(["day 1: calm", "worse"], "text", "a.json, line 1")
 
 
 def test_long_texts_fit_into_csv(tmp_path: Path) -> None:

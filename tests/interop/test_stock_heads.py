@@ -5,16 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tests.tiny import save_bert, save_llama, tiny_job
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    ModernBertConfig,
+    RobertaConfig,
+    SwinConfig,
+    ViTConfig,
+)
 
 import fedgrove as fg
 from fedgrove.ground.errors import ModelError
 from fedgrove.interop.models import load_base
+from fedgrove.interop.stock_heads import as_stock
 from fedgrove.tracking.callback import Callback
 from fedgrove.use.exporting import export
 
@@ -65,6 +77,52 @@ def test_a_checkpoint_whose_body_does_not_fit_is_named(classifier: Path) -> None
         ModelError, match=r"do not have the shapes .* \(encoder\.layer\.0\.attention"
     ):
         load_base(str(classifier), head="stock", classes=2)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+    "intermediate_size": 48,
+}
+IMAGES: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "auto", "level", "same"),
+    [
+        (BertConfig(**SMALL), "TokenClassification", "token", True),
+        (RobertaConfig(**SMALL, pad_token_id=1), "TokenClassification", "token", True),
+        (LlamaConfig(**SMALL), "TokenClassification", "token", True),
+        (SwinConfig(**IMAGES, window_size=2), "ImageClassification", "example", True),
+        (BertConfig(**SMALL), "SequenceClassification", "example", False),
+        (LlamaConfig(**SMALL), "SequenceClassification", "example", False),
+        (ModernBertConfig(**SMALL, pad_token_id=0), "TokenClassification", "token", False),
+        (ViTConfig(image_size=32, **SMALL), "ImageClassification", "example", False),
+        (SwinConfig(**IMAGES, window_size=2), "SequenceClassification", "example", False),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_a_pooled_head_is_a_stock_one_where_the_logits_are(
+    config: Any, auto: str, level: str, same: bool
+) -> None:
+    torch.manual_seed(0)
+    encoder = transformers.AutoModel.from_config(config).eval()
+    width = getattr(config, "hidden_size", 0)
+    head = {"weight": torch.randn(3, width), "bias": torch.randn(3)}
+    kind = getattr(transformers, f"AutoModelFor{auto}")
+    found = as_stock(encoder, head, kind, level)
+    assert (found is not None) == same
+    if found is not None:
+        assert found.config.num_labels == 3
+        assert not any(name.endswith("pooler.dense.weight") for name in found.state_dict())
 
 
 class Listener(Callback):

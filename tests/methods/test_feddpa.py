@@ -4,6 +4,7 @@ own format.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tests.tiny import tiny_job
 
 from fedgrove.adapters.adapter import Factors
 from fedgrove.adapters.assembly import Assembly, Extra, Junction, Term, Weighted
-from fedgrove.methods.contract import reveal
+from fedgrove.methods.contract import Trained, reveal
 from fedgrove.methods.feddpa import ByExample, ByLocalExample, Down, FedDPAT, Kept
 from fedgrove.start import run
 
@@ -181,15 +182,26 @@ def test_a_client_without_a_local_adapter_deploys_the_global_one() -> None:
         assert assembly.mix.linear
 
 
-def test_with_renew_the_local_adapter_starts_afresh_in_round_2() -> None:
+def test_with_renew_round_1_is_global_alone_and_a_local_adapter_starts_afresh() -> None:
+    """As the official code's loop: no local training in its first round, a new adapter in the
+    second, and the client's own from then on.
+    """
+    ours = method("feddpa-t", renew=True, local_share=0.25)
     offer, mine = Down(adapter(1)), Kept(adapter(2), torch.ones(3, 2))
-    for renew, round, fresh in ((True, 2, True), (True, 3, False), (False, 2, False)):
-        ours = method("feddpa-t", renew=renew)
+    (step,) = ours.plan(info("a"), offer, Kept(), 1)
+    assert [(t.name, t.train) for t in step.assembly.terms] == [("global", "AB")]
+    assert step.share == 1.0
+    trained = Trained(replace(step.assembly, terms=(Term("global", adapter(3)),)), 0.0, 1)
+    up, kept = ours.report(info("a"), [trained], offer, Kept(), 1)
+    assert same(up.adapter, adapter(3))
+    assert kept.own is None
+    assert kept.references is None
+    for round in (2, 5):  # a client that comes late starts afresh too
+        start = list(ours.plan(info("a"), offer, kept, round))[1].assembly.adapter("own")
+        assert all(f.A.any() and not f.B.any() for f in start.values())
+    for round in (2, 3):
         start = next(ours.plan(info("a"), offer, mine, round)).assembly.adapter("own")
-        if fresh:
-            assert all(f.A.any() and not f.B.any() for f in start.values())
-        else:
-            assert same(start, adapter(2))
+        assert same(start, adapter(2))
 
 
 def test_features_of_the_base_with_the_local_adapter(

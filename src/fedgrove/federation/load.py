@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedgrove.federation.labels import classes_of, merged
+from fedgrove.federation.labels import classes_of, doubtful, merged
 from fedgrove.federation.otherwise import NUMBERS, OtherRows, are_measures
-from fedgrove.federation.purposes import purpose_of
+from fedgrove.federation.purposes import purpose_of, repeated
 from fedgrove.federation.readers import KINDS, Found, Place, Row, Values, label_of
 from fedgrove.federation.sources.base import Clients, Origin, Rows, Source
 from fedgrove.federation.tables import files_of, rows_at
@@ -42,6 +42,10 @@ class Table:
     def every_row(self) -> Iterable[Row]:
         return self.rows
 
+    def holdings(self) -> Iterable[tuple[str, list[Row], list[str] | None]]:
+        """The name of the data, its rows, and what each is for."""
+        yield str(self.source["name"]), self.rows, self.purposes
+
 
 @dataclass(frozen=True)
 class Silos:
@@ -55,6 +59,11 @@ class Silos:
 
     def every_row(self) -> Iterable[Row]:
         return chain.from_iterable(self.clients.values())
+
+    def holdings(self) -> Iterable[tuple[str, list[Row], list[str] | None]]:
+        """Each client, its rows, and what each is for."""
+        for name, rows in self.clients.items():
+            yield name, rows, self.purposes.get(name)
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ def load(job: Job) -> Table | Silos:
         assert isinstance(source, Rows)
         loaded = _table(job.data, source)
     loaded.remarks.extend(source.remarks.sentences())
+    loaded.remarks.extend(repeated(loaded.holdings()))
     if source.task.classifies and not job.data.classes:
         column = getattr(job.data, "label", "")
         if not source.task.several:
@@ -276,6 +286,7 @@ def _merge_spellings(
         labels.update(task.classes_in(row))
     classes = classes_of(labels)
     several = merged(classes)
+    loaded.remarks.extend(doubtful(set(classes.values())))
     if not several:
         return
     for row in rows:

@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,11 +164,21 @@ def _lines(reading: Reading) -> Iterator[str]:
 
 # ------------------------------------------------------------------------ JSON
 def _jsonl(reading: Reading) -> Iterator[tuple[Place, Values]]:
+    """An object on each line; or a list of them, which some tools call so too."""
+    if _opens_a_list(reading):
+        yield from _json(reading)
+        return
     for number, line in enumerate(_lines(reading), start=1):
         line = line.strip()
         if line:
             place = reading.place(number, "line")
             yield place, _object(_parsed(line, place), reading, place)
+
+
+def _opens_a_list(reading: Reading) -> bool:
+    looked = replace(reading, remarks=Remarks())  # what is found out is said where rows are read
+    first = next((line.strip() for line in _lines(looked) if line.strip()), "")
+    return first.startswith("[")
 
 
 def _json(reading: Reading) -> Iterator[tuple[Place, Values]]:
@@ -187,14 +197,16 @@ def _json(reading: Reading) -> Iterator[tuple[Place, Values]]:
 
 def _lines_or_one(text: str, reading: Reading) -> Iterator[tuple[Place, Values]]:
     """Objects, one on each line. Raises DataError for one object over several lines."""
-    first = text.lstrip().partition("\n")[0]
+    first, _, rest = text.lstrip().partition("\n")
     try:
-        json.loads(first)
+        record = json.loads(first)
     except ValueError:
         raise DataError(
             f"{reading.path} is one object, not a list of objects with the columns as keys; give "
             "the list alone, or an object on each line"
         ) from None
+    if not rest.strip():
+        _refuse_outer(record, reading)
     yield from _jsonl(reading)
 
 
@@ -223,6 +235,28 @@ def _object(
         raise DataError(f"{place} is not a JSON object with the columns as keys")
     _need(reading.columns, record, place)
     return reading.kept(record)
+
+
+def _refuse_outer(record: object, reading: Reading) -> None:
+    """Raises DataError for the one object of a file that holds all rows: in a list, or by column."""
+    if not isinstance(record, dict):
+        return
+    inner = [key for key, value in record.items() if _is_rows(value)]
+    if len(inner) == 1 and inner[0] not in ("messages", "conversations", *reading.columns):
+        raise DataError(
+            f"{reading.path} has its rows inside {inner[0]!r}; give that list alone, or an object "
+            "on each line"
+        )
+    columns = [record.get(name) for name in reading.columns]
+    if columns and all(isinstance(value, dict) and "0" in value for value in columns):
+        raise DataError(
+            f"{reading.path} holds columns of rows, as pandas writes them by default; write it "
+            'with to_json(path, orient="records", lines=True)'
+        )
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
 
 
 # ------------------------------------------------------------------------ CSV
@@ -386,6 +420,11 @@ def text_of(
     if isinstance(value, str) and value.strip():
         return whole(value, column, place)
     if isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value):
+        if any(" " in each.strip() for each in value):
+            raise DataError(
+                f"{place}: the column {column!r} is a list of {len(value)} texts; give a row for "
+                "each of them"
+            )
         raise OtherRows(f"{place}: the column {column!r} is a list of words, not a text", TOKENS)
     if value is None or isinstance(value, str):
         what = "is empty"

@@ -251,7 +251,7 @@ def load_base(
     modules: tuple[str, ...] = ()
     stock: dict[str, Tensor] = {}
     if head == "stock":
-        modules = (*_own_modules(model), *drawn)
+        modules = (*own_modules(model), *drawn)
         notes += tuple(
             f"{name} has no '{part}'; a new one is drawn, as part of the head." for part in drawn
         )
@@ -308,7 +308,7 @@ def _checkpointed(name: str, model: PreTrainedModel) -> None:
     model.train()  # transformers checkpoints in training mode only; every dropout rate is 0
 
 
-def _own_modules(model: PreTrainedModel) -> list[str]:
+def own_modules(model: PreTrainedModel) -> list[str]:
     """The modules with parameters that stand beside the model's body: its head, by name."""
     found: list[str] = []
     for name, module in model.named_children():

@@ -11,7 +11,7 @@ official code.
 
 Two habits of the official code are options: ``features = "local"`` reads features from the base
 with the client's *local* adapter, and its references anew after each local training; FedDPA-T with
-``renew = true`` starts the local adapter afresh in round 2.
+``renew = true`` trains the global adapter alone in round 1 and then starts each local one afresh.
 
 Where we differ: features are the masked mean of the base's last hidden states (the official code
 takes a decoder's last token), and the references are drawn once and kept. The last rounds of
@@ -88,8 +88,8 @@ class DPATOptions(_DPAOptions):
     )
     renew: bool = Field(
         False,
-        description="Start the local adapter afresh, from a random A and B = 0, in round 2, as the "
-        "official code does.",
+        description="Train the global adapter alone in round 1; a local adapter starts afresh, from "
+        "a random A and B = 0, when its client trains it first. As the official code does.",
     )
 
 
@@ -210,13 +210,15 @@ class _FedDPA(Method):
             yield replace(look, assembly=Assembly((alone,)), stream="references")
 
     def _kept(self, trained: Sequence[Trained], mine: Kept) -> Kept:
-        """What stays after ``_local``."""
-        local = [each for each in trained if _trains_own(each)]
+        """What stays after ``_local``, or after a round without it."""
+        local = [each.adapter("own") for each in trained if _trains_own(each)]
+        if not local:
+            return mine
         features = [each.features for each in trained if each.features is not None]
         references = mine.references
         if features:
             references = keep(features[0])
-        return replace(mine, own=local[0].adapter("own"), references=references)
+        return replace(mine, own=local[0], references=references)
 
 
 def _shared(offer: Down, mine: Kept) -> Adapter:
@@ -358,7 +360,10 @@ class FedDPAT(_FedDPA):
         round: int,
     ) -> Generator[Step, Trained, None]:
         shared, start = _shared(offer, mine), reveal(mine.own)
-        if self.options.renew and round == 2:
+        if self.options.renew and round == 1:
+            yield Step(Assembly((Term("global", shared),)))
+            return
+        if self.options.renew and start is None:
             start = self.setting.shared_draw(purpose="local")
         yield from self._local(shared, start, mine, self.options.local_share)
         yield Step(Assembly((Term("global", shared),)), share=1 - self.options.local_share)

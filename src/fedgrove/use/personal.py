@@ -20,6 +20,7 @@ from fedgrove.adapters.routers import ROUTERS
 from fedgrove.aggregate.foreign import card_of, is_adapter, opened, says_which, tidied
 from fedgrove.federation.readers import Row
 from fedgrove.federation.tasks import TASKS, Example
+from fedgrove.federation.tasks.base import HeadedTask
 from fedgrove.federation.tasks.seq2seq import as_read
 from fedgrove.ground.errors import AdapterError, DataError, ModelError, RunError
 from fedgrove.ground.plain import Plain
@@ -305,6 +306,7 @@ def merge(source: Path, out: Path) -> None:
     from peft import PeftModel
 
     from fedgrove.interop.models import from_pretrained, load_processor, model_class
+    from fedgrove.interop.stock_heads import as_stock
 
     card: Plain = {}
     if (source / peft.CARD).exists():
@@ -331,9 +333,14 @@ def merge(source: Path, out: Path) -> None:
         whole.config.label2id = {name: index for index, name in enumerate(task.output_names)}
     if task.stock.problem:
         whole.config.problem_type = task.stock.problem
+    head = _own_head(source)
+    if head and isinstance(task, HeadedTask):
+        stock = as_stock(whole, head, model_class(card["task"], "stock"), task.level)
+        if stock is not None:
+            whole, head = stock, {}
+            card = {**card, "head": "stock"}
     whole.save_pretrained(str(out))
     load_processor(card["model"], revision, card["task"]).save_pretrained(str(out))
-    head = _own_head(source)
     if head:
         peft.save_file(head, out / peft.HEAD, metadata={"format": "pt"})
     card = {

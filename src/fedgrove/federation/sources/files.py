@@ -9,7 +9,7 @@ from typing import ClassVar, Self, TypeVar
 from pydantic import Field, model_validator
 
 from fedgrove.federation import images
-from fedgrove.federation.purposes import purposes_of
+from fedgrove.federation.purposes import purposes_of, refuse_pairs
 from fedgrove.federation.readers import KINDS, READERS, Found, Row, fingerprint
 from fedgrove.federation.sources.base import Clients, Origin, Rows, origin
 from fedgrove.federation.tables import files_of, passed_over, rows_at
@@ -171,6 +171,7 @@ class SilosSource(Clients[SilosOptions]):
         folder = _path(self.data)
         found = sorted(folder.iterdir(), key=lambda path: path.name)
         holders = [path for path in found if not passed_over(path)]
+        refuse_pairs(holders)
         for path in holders:
             _check_holder(path)
         if not holders:

@@ -1,0 +1,93 @@
+"""Our pooled head as the one of a class of transformers, where the two are one function.
+
+That is so where the class has one linear layer on what our head sees, which is tried out: BERT's
+kin for tokens, and the image models that average their last states. Classifiers of texts have
+something between (BERT a tanh layer on the first token, ModernBERT a layer and a norm, decoders
+their last token alone).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedgrove.interop.models import own_modules
+
+#: how far logits may be apart that are computed in another order
+_ROUNDING = 1e-5
+
+
+@torch.no_grad()
+def as_stock(
+    encoder: PreTrainedModel,
+    head: Mapping[str, Tensor],
+    kind: Any,
+    level: str,
+) -> PreTrainedModel | None:
+    """The model of the class ``kind`` (an Auto class) that computes the encoder's logits under our
+    head, weight [c, h] and bias [c] (``level``: as of ``HeadedTask``); None where it does not.
+    """
+    config = copy.deepcopy(encoder.config)
+    config.num_labels = len(head["bias"])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model: PreTrainedModel = kind.from_config(config)
+    except ValueError:  # the class does not know the architecture
+        return None
+    modules = own_modules(model)
+    if len(modules) != 1:
+        return None
+    own = model.get_submodule(modules[0])
+    if not isinstance(own, nn.Linear) or own.bias is None:
+        return None
+    if own.weight.shape != head["weight"].shape:
+        return None
+    own.load_state_dict(dict(head))
+    missing, _ = model.base_model.load_state_dict(encoder.state_dict(), strict=False)
+    if missing:
+        return None
+    model.float().eval()
+    inputs = _inputs(config)
+    states = encoder(**inputs).last_hidden_state
+    if level != "token":
+        states = _mean(states, inputs.get("attention_mask"))
+    ours = F.linear(states, head["weight"], head["bias"])
+    theirs = model(**inputs).logits
+    if ours.shape != theirs.shape:
+        return None
+    scale = float(ours.abs().max()) + 1.0
+    if not torch.allclose(ours, theirs, rtol=0, atol=_ROUNDING * scale):
+        return None
+    return model
+
+
+def _inputs(config: Any) -> dict[str, Tensor]:
+    """Two random examples, the second text with padding, for any model of the configuration."""
+    rng = torch.Generator().manual_seed(0)
+    size = getattr(config, "image_size", None)
+    if isinstance(size, int):
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.randn(2, channels, size, size, generator=rng)}
+    ids = torch.randint(config.vocab_size, (2, 7), generator=rng)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    ids[1, 4:] = getattr(config, "pad_token_id", None) or 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _mean(
+    states: Float[Tensor, "b *t h"],
+    mask: Int[Tensor, "b t"] | None,
+) -> Float[Tensor, "b h"]:
+    """Of each example's states, those of padding left out."""
+    if mask is None:
+        return states.flatten(1, -2).mean(1)
+    weights = mask[..., None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
