@@ -36,6 +36,7 @@ def test_rows(asset: Path) -> None:
     assert rows[0] == {
         "prompt": "Do the thing.\nSentence: 001_quoref_question_generation 0",
         "full_prompt": f"{PREFIX}\nSentence: 001_quoref_question_generation 0",
+        "input": "Sentence: 001_quoref_question_generation 0",
         "completion": ["first 0", "second 0"],
         "task": "001_quoref_question_generation",
         "source": "quoref",

@@ -92,11 +92,11 @@ def test_a_round_of_t_trains_the_local_adapter_then_the_global_one_alone() -> No
     assert local.assembly.mix == Weighted({"global": 0.5, "own": 0.5})
     assert {t.name: (t.train, t.home) for t in local.assembly.terms} == {
         "global": ("", "server"),
-        "own": ("AB", "client"),
+        "own": ("ABM", "client"),
     }
     assert offer.whole is not None
     assert same(local.assembly.adapter("own"), offer.whole)
-    assert [(t.name, t.train) for t in alone.assembly.terms] == [("global", "AB")]
+    assert [(t.name, t.train) for t in alone.assembly.terms] == [("global", "ABM")]
     assert (local.share, alone.share) == (0.25, 0.75)
     later = list(ours.plan(info("a"), offer, Kept(adapter(2), torch.ones(3, 2)), 2))
     assert len(later) == 2
@@ -178,7 +178,7 @@ def test_a_client_without_a_local_adapter_deploys_the_global_one() -> None:
         ours = method(name)
         state = ours.begin([info("a")])
         assembly = ours.personal(info("new"), ours.welcome(state, info("new"), None), Kept())
-        assert [(t.name, t.train) for t in assembly.terms] == [("global", "AB")]
+        assert [(t.name, t.train) for t in assembly.terms] == [("global", "ABM")]
         assert assembly.mix.linear
 
 
@@ -189,7 +189,7 @@ def test_with_renew_round_1_is_global_alone_and_a_local_adapter_starts_afresh() 
     ours = method("feddpa-t", renew=True, local_share=0.25)
     offer, mine = Down(adapter(1)), Kept(adapter(2), torch.ones(3, 2))
     (step,) = ours.plan(info("a"), offer, Kept(), 1)
-    assert [(t.name, t.train) for t in step.assembly.terms] == [("global", "AB")]
+    assert [(t.name, t.train) for t in step.assembly.terms] == [("global", "ABM")]
     assert step.share == 1.0
     trained = Trained(replace(step.assembly, terms=(Term("global", adapter(3)),)), 0.0, 1)
     up, kept = ours.report(info("a"), [trained], offer, Kept(), 1)
