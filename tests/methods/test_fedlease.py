@@ -136,7 +136,7 @@ def test_one_or_two_clients_are_one_cluster() -> None:
         assert len(state.experts) == 1
         assert state.routers == []
         assembly = ours.personal(info("c0"), ours.offer(state, 2, info("c0")), Own())
-        assert [(t.name, t.train) for t in assembly.terms] == [("expert.0", "AB")]
+        assert [(t.name, t.train) for t in assembly.terms] == [("expert.0", "ABM")]
         assert not assembly.extras
 
 

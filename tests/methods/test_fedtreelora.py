@@ -427,7 +427,7 @@ def test_lambda_is_one_private_number_per_split_layer() -> None:
         e.value.shape == () and e.value == 0 and e.home == "client"
         for e in assembly.extras.values()
     )
-    assert {term.name: term.train for term in assembly.terms} == {"cluster": "AB", "external": ""}
+    assert {term.name: term.train for term in assembly.terms} == {"cluster": "ABM", "external": ""}
     assert {SITES[site].layer for site in assembly.adapter("external")} == {1, 2, 3}
     state = field.round(state, 3, names(12))
     kept = field.mine["c05"].logits

@@ -243,7 +243,7 @@ def test_a_new_leaf_changes_no_client_s_function() -> None:
     for site, factors in product(step.assembly).items():
         torch.testing.assert_close(factors.product(), path[site].product(), rtol=0, atol=1e-6)
     trained = {term.name: (term.train, term.home) for term in step.assembly.terms}
-    assert trained == {"root": ("", "server"), "branch": ("", "server"), "leaf": ("AB", "client")}
+    assert trained == {"root": ("", "server"), "branch": ("", "server"), "leaf": ("ABM", "client")}
 
 
 def test_the_leaves_rounds_send_nothing_and_change_nothing() -> None:

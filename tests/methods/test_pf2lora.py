@@ -60,9 +60,9 @@ def test_the_private_steps_come_first_and_train_the_private_module_alone() -> No
     first, second = ours.plan(client, ours.offer(ours.begin([client]), 1, client), Own(), 1)
     assert {t.name: (t.train, t.home) for t in first.assembly.terms} == {
         "global": ("", "server"),
-        "own": ("AB", "client"),
+        "own": ("ABM", "client"),
     }
-    assert {t.name: t.train for t in second.assembly.terms} == {"global": "AB", "own": ""}
+    assert {t.name: t.train for t in second.assembly.terms} == {"global": "ABM", "own": ""}
     assert (first.share, second.share) == (0.25, 0.75)
     assert (first.carries, second.carries) == ((), ("own",))
     own = first.assembly.adapter("own")
