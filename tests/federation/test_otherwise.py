@@ -19,7 +19,7 @@ MakeJob = Callable[..., Job]
 WriteRows = Callable[[Path, list[dict[str, Any]]], Path]
 GENERATE = ["data.task=generate"]
 NOT_YET = "is another task, which Fedgrove does not have yet"
-LEARNT = ('learnt with data.task = "labels"', 'learnt with data.task = "tokens"')
+LEARNT = tuple(f'learnt with data.task = "{task}"' for task in ("labels", "spans", "tokens"))
 
 
 @pytest.fixture(autouse=True)

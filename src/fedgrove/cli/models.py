@@ -373,6 +373,8 @@ def _by_class(value: Any) -> bool:
         'fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"',
         "fedgrove predict runs/fedit --client tweets-0 --data new.csv --out answers.csv",
         'fedgrove predict their-adapter --base models/bert --labels no,yes --probs "not again"',
+        'fedgrove predict runs/spans-small --client north-0 "Which drug on Monday?" --context "Monday: '
+        'On Nubrex 20 mg."',
         'fedgrove predict pools/tweets "what a day" --why',
     )
 )
@@ -411,17 +413,25 @@ def predict(
     base: BaseModel = None,
     labels: Labels = None,
     settings: Columns = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Of data.task spans: the text that answers the questions.",
+            show_default=False,
+        ),
+    ] = None,
     why: Annotated[
         bool, typer.Option("--why", help="Of a pool: also who answered, and what decided it.")
     ] = False,
 ) -> None:
-    """Ask one model about texts, images or a table: the likeliest label and its score, or what it
-    writes after a prompt.
+    """Ask one model about texts, images or a table: the likeliest label and its score, what it writes
+    after a prompt, or where a text answers a question.
     """
     from fedgrove.federation.tasks import task_class
     from fedgrove.use.chosen import chosen
     from fedgrove.use.predictions import check_out, check_probs, predictions, questions_of
-    from fedgrove.use.questions import questions
+    from fedgrove.use.questions import asked_about, questions
 
     if bool(texts) == bool(data):
         raise RunError("Give texts to ask about, or a table with --data, one of the two.")
@@ -429,7 +439,7 @@ def predict(
         check_out(out)
     if pools.is_pool(directory):
         pools.refuse(directory, base, labels, settings)
-        found = pools.answers(directory, texts or [], data, client, why=why)
+        found = pools.answers(directory, asked_about(texts, context), data, client, why=why)
         _told(found, out, probs=probs, scored=bool(data))
         if why:
             pools.explain(directory, len(found))
@@ -459,7 +469,7 @@ def predict(
         rows = None
     model = one.model()
     if rows is None:
-        rows = questions(model.kernel.task, texts or [])
+        rows = questions(model.kernel.task, asked_about(texts, context))
     _told(predictions(model, rows), out, probs=probs, scored=bool(data))
 
 

@@ -22,6 +22,7 @@ class Reader:
     lines: tuple[str, ...]  # from the base's name and the model to the output
     acts_on: str = ""  # what a head of ours is given; "" where there is no such head
     imports: tuple[str, ...] = ()
+    gives: str = "output.logits"  # of the base with its own head
     options: str = ""  # of the base's ``from_pretrained``
 
 
@@ -64,6 +65,19 @@ READERS = {
         processor="AutoTokenizer",
         lines=_of_a_text("a text with names in it"),
         acts_on="the hidden state of each token",
+    ),
+    "spans": Reader(
+        asked="How much is taken?",
+        model="AutoModel",
+        stock="AutoModelForQuestionAnswering",
+        processor="AutoTokenizer",
+        lines=(
+            "reader = AutoTokenizer.from_pretrained(base_name)",
+            'text = "Two pills are taken."',
+            'output = model(**reader("How much is taken?", text, return_tensors="pt"))',
+        ),
+        acts_on="the hidden state of each token",
+        gives="output.start_logits, output.end_logits",
     ),
     "classify-images": Reader(
         asked="photo.png",
@@ -122,6 +136,8 @@ def usage(run: Run) -> list[tuple[str, str]]:
     else:
         asked = OTHER
     command = f'fedgrove predict . --client {shlex.quote(name)} "{asked}"'
+    if reader is READERS["spans"]:
+        command += ' --context "Two pills are taken."'
     found = [("Ask one client’s model something, from a shell:", command)]
     base = _base(run, folder)
     if reader and base:
@@ -182,7 +198,7 @@ def _code(
         *reader.lines,
     ]
     if reader.acts_on:
-        lines.append("print(output.logits)" if stock else "hidden = output.last_hidden_state")
+        lines.append(f"print({reader.gives})" if stock else "hidden = output.last_hidden_state")
     return "\n".join(lines)
 
 

@@ -146,13 +146,19 @@ class Reader(Generic[Asked]):
     ) -> dict[str, float]:
         """Sums for ``Task.measure``; ``keep`` takes what was written, one object for each text."""
         sums: dict[str, float] = {}
-        for _, batch in passes(live, examples):
+        kept: dict[int, Tensor] = {}
+        for indices, batch in passes(live, examples):
             with span("forward"):
                 logits = self.answer(live, batch)
                 scores = self.task.score(logits, batch)
             for key, value in scores.items():
                 sums[key] = sums.get(key, 0.0) + value
-        return sums
+            if self.task.windows:
+                kept.update(zip(indices, logits.cpu(), strict=True))
+        if not kept:
+            return sums
+        in_order = [kept[index] for index in range(len(examples))]
+        return sums | self.task.judged(in_order, examples)
 
 
 class Pooled(Reader[HeadedTask]):
@@ -218,8 +224,7 @@ class Stock(Reader[Task]):
     def logits(self, head: Head, batch: Batch) -> Float[Tensor, "b *t c"]:
         inputs = self.task.inputs(batch)
         found = torch.func.functional_call(self.base.model, dict(head), kwargs=inputs)
-        logits: Tensor = found.logits
-        return logits
+        return self.task.read(found)
 
 
 class Writer(Reader[WritingTask]):

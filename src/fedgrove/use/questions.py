@@ -22,6 +22,11 @@ def questions(task: Task, given: Sequence[Any]) -> list[Row]:
     number.
     """
     what = task.asks
+    if not task.beside and any(isinstance(each, Mapping) and "context" in each for each in given):
+        raise DataError(
+            f"a context (--context) is for questions about it, and data.task = {task.name!r} has none; "
+            "leave it out"
+        )
     single = isinstance(given, str | bytes | Path | Mapping) or hasattr(
         given, "mode"
     )  # "mode": a PIL image
@@ -30,13 +35,18 @@ def questions(task: Task, given: Sequence[Any]) -> list[Row]:
             f"what a model is asked is a list, of one {what} or more; put the one {what} into a "
             f"list"
         )
-    rows = [
-        {what: _question(value, what, f"{what} {number}")}
-        for number, value in enumerate(given, start=1)
-    ]
+    rows = [_row(task, value, f"{what} {number}") for number, value in enumerate(given, start=1)]
     if not rows:
         raise DataError(f"the list is empty; ask about one {what} or more")
     return rows
+
+
+def asked_about(texts: Sequence[str] | None, context: str | None) -> list[Any]:
+    """What is asked on the command line: texts, or questions about one text."""
+    given = list(texts or ())
+    if context is None:
+        return given
+    return [{"question": text, "context": context} for text in given]
 
 
 def answered(task: Task, rows: Sequence[Given]) -> list[Row]:
@@ -44,19 +54,40 @@ def answered(task: Task, rows: Sequence[Given]) -> list[Row]:
     question or answer.
     """
     answer = task.learns
+    parts = (task.asks, *task.beside, answer)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
-            raise DataError(
-                f"row {number} is no object; give rows with {task.asks!r} and {answer!r}"
-            )
-        missing = [key for key in (task.asks, answer) if key not in row]
+            raise DataError(f"row {number} is no object; give rows with {_listed(parts)}")
+        missing = [key for key in parts if key not in row]
         if missing and not {"messages", "plain"} & row.keys():
-            raise DataError(
-                f"row {number} has no {missing[0]!r}; give rows with {task.asks!r} and {answer!r}"
-            )
+            raise DataError(f"row {number} has no {missing[0]!r}; give rows with {_listed(parts)}")
     if not rows:
         raise DataError("there are no rows to measure on; give one or more")
     return [dict(row) for row in rows]
+
+
+def _row(
+    task: Task,
+    value: Any,
+    place: str,
+) -> Row:
+    """What is asked, with what stands beside it."""
+    what = task.asks
+    if not task.beside:
+        return {what: _question(value, what, place)}
+    parts = (what, *task.beside)
+    if not isinstance(value, Mapping) or not all(part in value for part in parts):
+        raise DataError(
+            f"{place} must be an object with {_listed(parts)} (on the command line --context TEXT, or a "
+            "table with --data FILE)"
+        )
+    return {part: _question(value[part], part, f"{place}, {part}") for part in parts}
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """ "'text' and 'label'" """
+    *first, last = map(repr, parts)
+    return f"{', '.join(first)} and {last}"
 
 
 def _question(

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from fedgrove.federation.charts import charts
 from fedgrove.federation.notes import notes
 from fedgrove.federation.readers import Found, Row
 from fedgrove.federation.sources.base import Origin, Rows, origin
@@ -20,6 +21,10 @@ FIRST = "notes"
 #: by name what makes its rows, and what it is
 SETS: Mapping[str, tuple[Callable[[], Iterable[Plain]], str]] = {
     "notes": (notes, "notes of four made-up clinics, put together from templates"),
+    "charts": (
+        charts,
+        "questions about charts of four made-up clinics, put together from templates",
+    ),
 }
 
 
@@ -29,7 +34,8 @@ class MadeOptions(Options):
     made: Text = Field(
         FIRST,
         description="Name of the made-up set. notes: notes of four clinics, with the columns text, "
-        "topics, spans, urgency, days and clinic.",
+        "topics, spans, urgency, days and clinic. charts: questions about several notes, with the "
+        "columns question, context, answers and clinic.",
     )
 
 

@@ -72,7 +72,11 @@ class Task(ABC, Generic[Keys]):
     kind: ClassVar[str] = ""
     stock: ClassVar[Stock] = Stock()
     asks: ClassVar[str]  # the part of a row that a model is asked about: "text", "image", "prompt"
+    #: further parts of a row that a model must be given with it
+    beside: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[str] = "label"  # the part of a row that is to be learnt
+    #: whether ``encode`` may give several examples of a row, which ``judged`` puts together again
+    windows: ClassVar[bool] = False
     #: what rows are that it learns, where another task points to it: see ``federation.otherwise``
     suits: ClassVar[tuple[str, ...]] = ()
     #: whether rows may lie as files in a folder for each label
@@ -231,6 +235,11 @@ class Task(ABC, Generic[Keys]):
         """
 
     # -------------------------------------------------------------------- head
+    def read(self, output: Any) -> Float[Tensor, "b *t c"]:
+        """The logits in what a model with a head of its own gives."""
+        logits: Tensor = output.logits
+        return logits
+
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
         """A fresh head's tensors in float32, [any shape] by name; none where the model has its own."""
         return {}
@@ -250,6 +259,14 @@ class Task(ABC, Generic[Keys]):
     @abstractmethod
     def score(self, logits: Float[Tensor, "_ *t c"], batch: Batch) -> dict[str, float]:
         """Sums over the batch, to be added up over batches and given to ``measure``."""
+
+    def judged(
+        self, logits: Sequence[Float[Tensor, "_ *t c"]], examples: Sequence[Example]
+    ) -> dict[str, float]:
+        """Sums over rows out of the logits of all their examples, beside those of ``score``; asked
+        where ``windows`` says that a row may have several.
+        """
+        return {}
 
     @abstractmethod
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
