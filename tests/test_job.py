@@ -168,7 +168,7 @@ MISTAKES = [
         "[method]",
     ),
     ("[lora]\nuse_rslora = true", "the key lora.use_rslora is unknown; did you mean lora.rslora?"),
-    ("[lora]\ndora = true", "the key lora.dora is none: DoRA trains a magnitude for every output"),
+    ("[lora]\nuse_dora = true", "the key lora.use_dora is unknown; did you mean lora.dora?"),
     (
         "[model]\nresume_from_adapter = 1",
         "the key model.resume_from_adapter is unknown; did you mean model.adapter?",

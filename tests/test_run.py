@@ -272,7 +272,7 @@ def test_a_finished_model_is_measured_by_every_metric(
     result = run(job, tmp_path / "run")
     one = result.client("site-1")
     written = json.loads((one.path / "measures.json").read_text())
-    assert set(written) == {"test", "validation"}
+    assert set(written) == {"test"}
     found = one.measures()
     assert {key: found[key] for key in written["test"]} == written["test"]
     assert found["accuracy"] == one.summary["metric"]

@@ -195,6 +195,17 @@ FIELDS: dict[str, Field] = {
             methods=(*ANCHORS, *SYSTEMS, SUSPECTS[0], SUSPECTS[5]),
             full="fedtreelora-flan-llama2-7b.toml",
         ),
+        Field(
+            name="conventions",
+            title="generation, what is wanted unsaid",
+            differs="kind of question asked about a sentence (four, of one data set), not in the prompt",
+            file=JOBS / "evidence-conventions-small.toml",
+            metric="loss",
+            higher=False,
+            methods=(*ANCHORS[:4], *SYSTEMS),
+            full="fedtreelora-flan-llama2-7b.toml",
+            guess=180.0,
+        ),
         *(
             Field(
                 name=name,

@@ -182,6 +182,37 @@ def test_heads_of_other_shapes_are_left_out_and_said(tiny_bert: Path, tmp_path: 
     assert config["task_type"] is None
 
 
+def test_heads_of_classes_in_another_order_are_not_averaged(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """The order stands in a model's configuration beside the adapter, where a tool left one."""
+    folders, _ = classifiers(tiny_bert, tmp_path, [2, 2])
+    for folder, names in zip(folders, (["no", "yes"], ["yes", "no"]), strict=True):
+        table = {str(number): name for number, name in enumerate(names)}
+        (folder / "config.json").write_text(json.dumps({"id2label": table}))
+    done = aggregate("fedit", folders, tmp_path / "out")
+    assert done.notes == (
+        "Heads were left out, because the clients' classes differ: no, yes and yes, no.",
+    )
+    unnamed = {"0": "LABEL_0", "1": "LABEL_1"}
+    (folders[1] / "config.json").write_text(json.dumps({"id2label": unnamed}))
+    done = aggregate("fedit", folders, tmp_path / "other")
+    assert any(note.startswith("Averaged") for note in done.notes)
+
+
+def test_a_head_with_nan_is_refused_by_its_name(tiny_bert: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folders, _ = classifiers(tiny_bert, tmp_path, [2, 2])
+    file = folders[1] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (name,) = [each for each in tensors if each.endswith("classifier.weight")]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match=f"'{name}' holds NaN or Inf; leave this client out"):
+        aggregate("fedit", folders, tmp_path / "out")
+
+
 def test_heads_may_be_left_out(tiny_bert: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
@@ -248,6 +279,48 @@ def test_an_unknown_wrapper_is_refused_by_name(tiny_bert: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+FOREIGN = {
+    "a wrapper without an underscore": (
+        lambda name: name.replace("layer.0.", "layer.0.student."),
+        "'base_model.model.encoder.layer.0.student.attention.self.query.lora_A.weight' is of no "
+        "layer of",
+    ),
+    "the encoder of a classifier": (
+        lambda name: name.replace("base_model.model.", "base_model.model.bert."),
+        "there it is 'encoder.layer.0.attention.self.query'",
+    ),
+    "around another adapter": (
+        lambda name: name.replace(".query.", ".query.base_layer."),
+        "was trained around another adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_names_no_layer_of_a_base_that_is_here_is_refused(
+    case: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """PEFT would load each of them without an error, and they would do nothing."""
+    change, words = FOREIGN[case]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for number, folder in enumerate(folders):
+        trained(tiny_bert, folder, number, r=2, lora_alpha=4, task_type="FEATURE_EXTRACTION")
+        rename(folder, change)
+    with pytest.raises(AdapterError, match=r"one/adapter_model\.safetensors") as caught:
+        aggregate("fedit", folders, tmp_path / "out")
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_classifiers_own_names_are_layers_too(tiny_bert: Path, tmp_path: Path) -> None:
+    """With no task said, any class that the base can be loaded with may be meant."""
+    folders, _ = classifiers(tiny_bert, tmp_path, [2, 2])
+    for folder in folders:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": None}))
+    assert aggregate("fedit", folders, tmp_path / "out").adapters == ("_global",)
+
+
 def test_targets_that_would_miss_a_site_are_named_in_full(tiny_bert: Path, tmp_path: Path) -> None:
     """Saved for layer 0 alone by the configuration, but with factors of both layers in the file."""
     wanted = trained(tiny_bert, tmp_path / "one", 0, r=2, lora_alpha=4)
@@ -275,6 +348,26 @@ def test_one_base_under_two_paths(tiny_bert: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **elsewhere}))
     done = aggregate("fedit", folders, tmp_path / "out")
     assert any("one base model under several names" in note for note in done.notes)
+    for number, name in enumerate(
+        (
+            f"C:\\\\models\\\\{tiny_bert.name}",
+            f"/hub/models--Org--{tiny_bert.name}/snapshots/0a1b",
+            f"Org/{tiny_bert.name.upper()}",
+        )
+    ):
+        path.write_text(
+            json.dumps(
+                {
+                    **json.loads(path.read_text()),
+                    "base_model_name_or_path": name,
+                    "revision": "main",
+                }
+            )
+        )
+        aggregate("fedit", folders, tmp_path / f"out-{number}")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(AdapterError, match=r"names no base model .*--base"):
+        aggregate("fedit", folders, tmp_path / "other")
     path.write_text(
         json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "my-base"})
     )

@@ -144,7 +144,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "no config": (without("adapter_config.json"), r"adapter_config\.json does not exist"),
     "a broken config": (text("{"), r"adapter_config\.json cannot be read as JSON"),
     "a config that is a list": (text("[]"), r"adapter_config\.json does not hold a JSON object"),
-    "dora": (config(use_dora=True), "DoRA"),
+    "dora without magnitudes": (config(use_dora=True), "use_dora is True"),
     "dora by its tensors": (
         put(**{f"{QUERY}__lora_magnitude_vector": torch.ones(10)}),
         "lora_magnitude_vector",
@@ -207,6 +207,13 @@ def test_a_bad_previous_output_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="round is 'x'"):
         aggregate("fedrot-lora", smaller, tmp_path / "out", previous=tmp_path / "two")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_around_an_adapter_says_which_is_inside(tmp_path: Path) -> None:
+    folders, _ = many(tmp_path / "run", [3, 3], [6.0] * 2)
+    with pytest.raises(AdapterError) as caught:
+        aggregate("fedit", [tmp_path / "run"], tmp_path / "out")
+    assert str(caught.value).endswith(f"has some inside: name {folders[0]}, {folders[1]}.")
 
 
 ASKED: dict[str, tuple[list[str], str]] = {

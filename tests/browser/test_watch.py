@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 from tests.browser.test_pages import FIGURES, PHONE, TEXTS, WIDE
+from tests.deploy.test_audit import written
 from tests.report.conftest import build
 
+from fedgrove.deploy.leaving import Leaving
 from fedgrove.watch.server import Server
 
 pytestmark = pytest.mark.browser
@@ -89,3 +91,31 @@ def test_a_run_is_followed(
     assert page.evaluate("document.activeElement.className") == "scroll"
     context.close()
     assert said == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
+def test_what_left_a_site_is_read(width: int, scheme: str, chromium: Any, tmp_path: Path) -> None:
+    written(tmp_path / "audit.jsonl")
+    server = Server(tmp_path, port=0, look=Leaving)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    try:
+        page = context.new_page()
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(server.address)
+        page.wait_for_selector("table", timeout=WAIT)
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        texts = page.evaluate(TEXTS)
+        assert [(text, contrast) for text, contrast, *_ in texts if contrast < 4.5] == []
+        assert "4 messages of 1 run left" in page.locator("#head").inner_text()
+        written(tmp_path / "audit.jsonl", 1)
+        page.locator("#head", has_text="5 messages").wait_for(timeout=WAIT)
+        assert said == []
+    finally:
+        context.close()
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -19,7 +19,12 @@ MakeJob = Callable[..., Job]
 WriteRows = Callable[[Path, list[dict[str, Any]]], Path]
 GENERATE = ["data.task=generate"]
 NOT_YET = "is another task, which Fedgrove does not have yet"
-LEARNT = tuple(f'learnt with data.task = "{task}"' for task in ("labels", "spans", "tokens"))
+LEARNT = (
+    'learnt with data.task = "labels"',
+    'learnt with data.task = "spans"',
+    'learnt with data.task = "tokens"',
+    'learnt with data.task = "prefer" or "reward"',
+)
 
 
 @pytest.fixture(autouse=True)

@@ -145,6 +145,7 @@ def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 JOBS: dict[str, dict[str, Any]] = {
     "fedit": {"train": {"schedule": "cosine", "warmup_fraction": 0.2}},
+    "local": {"lora": {"dora": True}},
     "ffa-lora": {"federation": {"head": "shared"}},
     "fedsa-lora": {"train": {"head_lr": 2e-3, "accumulation": 1}},
     "flora": {"federation": {"ranks": [2, 4]}},

@@ -51,7 +51,7 @@ def test_a_client_joins_the_offered_a_and_its_own_b() -> None:
     for mine, own in ((OwnFactor(), drawn), (kept, adapter(5))):
         (step,) = ours.plan(client, offer, mine, 1)
         term = step.assembly.term("adapter")
-        assert (set(term.train), term.kept, term.home) == ({"A", "B"}, "B", "server")
+        assert (set(term.train), term.kept, term.home) == (set("ABM"), "BM", "server")
         for site, factors in term.adapter.items():
             assert torch.equal(factors.A, offer.half[site])
             assert torch.equal(factors.B, own[site].B)

@@ -47,7 +47,7 @@ def test_a_client_trains_b_alone_on_the_drawn_a() -> None:
     offer = OneFactor({site: f.B for site, f in adapter(4).items()})
     (step,) = ours.plan(client, offer, OwnFactor(), 1)
     term = step.assembly.term("adapter")
-    assert (term.train, term.kept, term.home) == ("B", "", "server")
+    assert (term.train, term.kept, term.home) == ("BM", "", "server")
     for site, factors in setting().shared_draw().items():
         assert torch.equal(term.adapter[site].A, factors.A)
         assert torch.equal(term.adapter[site].B, offer.half[site])

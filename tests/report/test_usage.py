@@ -48,6 +48,18 @@ def test_the_peft_code_is_python_and_names_the_recorded_base(make_run: MakeRun) 
             "capital",
             ["AutoModelForCausalLM.from_pretrained(base_name)", "model.generate("],
         ),
+        (
+            "prefer",
+            "pooled",
+            '--between "Paris."',
+            ["AutoModelForCausalLM.from_pretrained(base_name)", "model.generate("],
+        ),
+        (
+            "reward",
+            "stock",
+            '--between "Paris."',
+            ["AutoModelForSequenceClassification", "output.logits"],
+        ),
     ],
 )
 def test_the_peft_code_is_that_of_the_task(
@@ -61,7 +73,9 @@ def test_the_peft_code_is_that_of_the_task(
     ast.parse(peft[1])
     assert all(part in peft[1] for part in expected)
     assert "text to classify" not in shell[1] + peft[1]
-    assert ("head.safetensors" in peft[0]) == (task != "generate" and head == "pooled")
+    assert ("head.safetensors" in peft[0]) == (
+        task not in ("generate", "prefer") and head == "pooled"
+    )
     config = path / "adapters" / "amazon-0" / "adapter_config.json"
     config.write_text(config.read_text().replace("some/MiniLM-L6", "grove-vit"))
     assert 'resolve_name("grove-vit")' in usage(load(path))[1][1]

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.tiny import tiny_job
 
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.engines.local import prepare
 from fedgrove.training.kernel import Kernel
+from fedgrove.training.measured import logits
+from fedgrove.training.readers import Found
 
 
 def test_a_model_is_measured_again_only_when_it_or_the_data_changed(
@@ -34,6 +37,11 @@ def test_a_model_is_measured_again_only_when_it_or_the_data_changed(
     first["loss"] = 99.0  # what is handed out is the asker's own
     assert half.measure(name, half.personal(info, offer, {}), data["test"])["loss"] < 99
     assert len(calls) == 1
+    found: Found = {}
+    half.measure(name, model, data["test"], found)
+    assert len(calls) == 1, "what it answered is known too"
+    exported = half.deployed(model)
+    assert torch.equal(logits(found), half.kernel.logits(exported, data["test"]))
     half.measure(name, model, data["train"])
     assert len(calls) == 2, "other data"
     half.measure(name, model, data["test"])

@@ -22,6 +22,8 @@ from fedgrove.methods.contract import Step
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.live import LiveAssembly
 from fedgrove.training.loop import Clock
+from fedgrove.training.measured import written
+from fedgrove.training.readers import Found
 
 TASK = Generate(max_length=40, max_new_tokens=12, generate_examples=4)
 
@@ -177,15 +179,10 @@ def test_texts_end_where_the_model_ends_them(kernel: Kernel) -> None:
 def test_what_was_written_is_kept_for_those_who_ask(kernel: Kernel) -> None:
     base = kernel.base
     examples = TASK.encode(exchanges(9, seed=5), base.processor)
-    kept: list[dict[str, Any]] = []
-    kernel.evaluate(assembly_of(base), examples, kept)
-    assert len(kept) == 4
-    assert [line["reference"] for line in kept] == [
-        examples[i]["references"][0] for i in (0, 2, 4, 6)
-    ]
-    assert [line["output"] for line in kept] == kernel.generate(
-        assembly_of(base), [examples[i] for i in (0, 2, 4, 6)]
-    )
+    found: Found = {}
+    kernel.evaluate(assembly_of(base), examples, found)
+    assert list(found) == [0, 2, 4, 6]
+    assert written(found) == kernel.generate(assembly_of(base), [examples[i] for i in (0, 2, 4, 6)])
 
 
 def test_checkpointed_activations_change_nothing(tiny_llama: Path) -> None:

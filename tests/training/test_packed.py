@@ -218,3 +218,19 @@ def test_training_and_evaluation_are_the_same_with_and_without_padding(
             moved = (theirs - getattr(start[name], letter)).norm()
             assert moved > 1e-4
             assert (ours - theirs).norm() <= 1e-9 * moved
+
+
+def test_the_second_text_of_a_pair_stays_one(tiny_bert: Path) -> None:
+    """BERT adds a vector of its own to each token of a second text, packed or padded."""
+    base = load_base(str(tiny_bert), dtype=torch.float64)
+    rows = [{"text": "the good day", "pair": "it was " + "very " * count} for count in range(4)]
+    examples = TASK.encode(rows, base.processor)
+    kernel = Kernel(base, TASK, unclipped())
+    found = kernel.features(examples)
+    assert kernel.hooked.packs
+    kernel.hooked.packs = False
+    assert torch.allclose(found, kernel.features(examples), atol=1e-12)
+    for example in examples:
+        del example["token_type_ids"]
+    assert not torch.allclose(found, kernel.features(examples), atol=1e-3)
+    kernel.close()

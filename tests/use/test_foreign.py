@@ -13,6 +13,7 @@ from tests.tiny import sentences, tiny_job
 import fedgrove as fg
 from fedgrove.aggregate.aggregate import aggregate
 from fedgrove.ground.errors import AdapterError
+from fedgrove.use.exporting import export
 from fedgrove.use.personal import merge
 
 TEXTS = ["the good day", "a very sad film and book", "it was awful"]
@@ -83,6 +84,34 @@ def test_names_of_wrappers_and_rslora_are_understood(
     torch.testing.assert_close(
         fg.load(folder).logits(TEXTS), logits_of(peft, tiny_bert, TEXTS), atol=1e-5, rtol=1e-5
     )
+
+
+def test_dora_is_understood(tiny_bert: Path, tmp_path: Path) -> None:
+    """As PEFT wrote it; its magnitudes are not those of the base."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(str(tiny_bert), num_labels=2)
+    folder = tmp_path / "dora"
+    peft = trained(model, folder, "SEQ_CLS", ["query", "dense"], use_dora=True)
+    for name, value in peft.named_parameters():
+        if "magnitude" in name:
+            value.data *= torch.linspace(0.5, 1.5, len(value))
+    peft.save_pretrained(str(folder))
+    wanted = logits_of(peft, tiny_bert, TEXTS)
+    torch.testing.assert_close(fg.load(folder).logits(TEXTS), wanted, atol=1e-5, rtol=1e-5)
+    export(folder, tmp_path / "tidy")
+    torch.testing.assert_close(
+        fg.load(tmp_path / "tidy").logits(TEXTS), wanted, atol=1e-5, rtol=1e-5
+    )
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {n: v for n, v in tensors.items() if "0.attention.self.query.lora_mag" not in n}, file
+    )
+    with pytest.raises(
+        AdapterError, match=r"use_dora is True in adapter_config\.json, which is not"
+    ):
+        fg.load(folder)
 
 
 def test_it_can_be_merged(tiny_bert: Path, classifier: tuple[Path, Any], tmp_path: Path) -> None:

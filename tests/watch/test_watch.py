@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import platform
 import re
 import signal
 import socket
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 from fedgrove.adapters.adapter import Factors
 from fedgrove.ground.errors import RunError
 from fedgrove.job import Job
+from fedgrove.runs.directory import RunDirectory
 from fedgrove.tracking.checkpoint import Checkpoints
 from fedgrove.watch.beside import page
 from fedgrove.watch.forming import forming, sites_of
@@ -78,8 +80,14 @@ def test_where_a_run_is(tmp_path: Path) -> None:
     assert Standing.of(run).word == "Running: round 3 of 5 is done."
     (run / "run.lock").unlink()
     assert Standing.of(run).word == "Stopped after round 3 of 5; it goes on with --resume."
-    (run / "run.lock").touch()
-    (run / "metrics.jsonl").write_text("")
+    with RunDirectory(run).lock():
+        (run / "metrics.jsonl").write_text("")
+        assert Standing.of(run).word == "Running: the first of 5 rounds is going on."
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (run / "run.lock").write_text(f"{ended.pid} {platform.node()}\n")  # as after kill -9
+    assert Standing.of(run).word == "Stopped after round 0 of 5; it goes on with --resume."
+    (run / "run.lock").write_text(f"{ended.pid} another-machine\n")
     assert Standing.of(run).word == "Running: the first of 5 rounds is going on."
     finished = build(tmp_path / "finished", rounds=2, clients=3)
     assert Standing.of(finished).word == "Finished after round 2 of 2."
@@ -308,7 +316,7 @@ def test_parts_come_when_the_run_grew_and_only_those_that_changed(tmp_path: Path
 
 
 def test_nothing_is_drawn_while_nobody_looks(tmp_path: Path) -> None:
-    board = Board(going(tmp_path / "run"))
+    board = Board(Look(going(tmp_path / "run")))
     assert board.after(0, 0.3) == (0, {})
     with board.watching():
         assert board.after(0, 120)[0] == 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+
+from fedgrove.ground.errors import AdapterError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,13 @@ class Factors:
     A: Tensor
     B: Tensor
     scale: float
+    #: its tensors, by the letters by which terms say what trains and what stays
+    letters: ClassVar[str] = "AB"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors [any shape] by letter."""
+        return {letter: getattr(self, letter) for letter in self.letters}
 
     @property
     def rank(self) -> int:
@@ -49,13 +59,51 @@ class Factors:
             scale,
         )
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
-        """The same factors with ``change`` applied to A [rank, in] and to B [out, rank]."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same factors with ``change`` applied to each tensor [any shape]."""
+        return self.each(lambda letter, value: change(value))
+
+    def each(self, change: Callable[[str, Tensor], Tensor]) -> Self:
+        """The same factors with ``change(letter, tensor)`` in place of each tensor [any shape]."""
         return replace(
             self,
-            A=change(self.A),
-            B=change(self.B),
+            A=change("A", self.A),
+            B=change("B", self.B),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dora(Factors):
+    """One site's update of DoRA (Liu et al., arXiv 2402.09353): ``W0`` becomes ``M ⊙ (W0 + scale *
+    B @ A) / ‖W0 + scale * B @ A‖``, row by row, with the magnitudes ``M [out]``.
+
+    It is no summand beside ``W0``, so nothing that adds or cuts products may be given one.
+    """
+
+    M: Tensor
+    letters: ClassVar[str] = "ABM"
+
+    def each(self, change: Callable[[str, Tensor], Tensor]) -> Self:
+        """As of Factors, with M [out] too."""
+        return replace(
+            self,
+            A=change("A", self.A),
+            B=change("B", self.B),
+            M=change("M", self.M),
+        )
+
+
+def factors_of(tensors: Sequence[Tensor], scale: float) -> Factors:
+    """The factors of two tensors, A [rank, in] and B [out, rank], or the update of DoRA of three, with
+    M [out].
+    """
+    if len(tensors) == len(Dora.letters):
+        A, B, M = tensors
+        return Dora(A, B, scale, M)
+    if len(tensors) == len(Factors.letters):
+        A, B = tensors
+        return Factors(A, B, scale)
+    raise AdapterError(f"{len(tensors)} tensors are no update of a site; give A and B, or A, B, M.")
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:

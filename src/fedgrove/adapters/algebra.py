@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.adapters.adapter import Adapter, Dora, Factors
 from fedgrove.adapters.centre import active, centred, shares_of
 from fedgrove.ground.errors import AdapterError
 
@@ -29,9 +30,11 @@ Weights = Sequence[float] | None
 def check(
     adapters: Sequence[Adapter],
     names: Sequence[str] | None = None,
+    *,
+    dora: bool = False,
 ) -> None:
     """Refuse adapters that cannot be combined: other sites, other in/out features, broken factors,
-    NaN or Inf.
+    NaN or Inf; those of DoRA too, unless what they are for takes their magnitudes (``dora``).
 
     Ranks and scales may differ. ``names`` are the clients' names for the message (default ``adapter
     0``, ...). Raises AdapterError naming the adapter and the site.
@@ -47,6 +50,11 @@ def check(
         _same_sites(first, adapter, who)
         for site, factors in adapter.items():
             _sound(site, factors, who)
+            if isinstance(factors, Dora) and not dora:
+                raise AdapterError(
+                    f"{who}, site '{site}' has DoRA's magnitudes, which this cannot take: a mean of "
+                    f"each tensor (fedit) can."
+                )
             _same_shape(site, first[site], factors, who)
 
 
@@ -85,7 +93,7 @@ def _sound(
         raise AdapterError(
             f"{who}, site '{site}': scale is {factors.scale}: give a finite alpha and rank."
         )
-    for factor in (a, b):
+    for factor in factors.tensors.values():
         finite = torch.isfinite(factor)
         if not bool(finite.all()):
             raise AdapterError(
@@ -118,26 +126,31 @@ def mean(
     adapters: Sequence[Adapter],
     weights: Weights = None,
 ) -> Adapter:
-    """FedIT's rule (2305.05644): the weighted mean of the A's and, separately, of the B's.
+    """FedIT's rule (2305.05644): the weighted mean of the A's and, separately, of the B's; of DoRA's
+    magnitudes too.
 
     ``weights`` are normalised; None is uniform. Sums run in float64, results have the input's
     dtype. Raises AdapterError where ranks or scales differ: the rule is undefined there.
     """
-    check(adapters)
+    check(adapters, dora=True)
     parts = shares_of(adapters, shares(weights, len(adapters)))
     result: Adapter = {}
-    for site, first in adapters[0].items():
+    for site in adapters[0]:
         held = [adapter[site] for adapter in adapters]
         _equal_ranks(site, held)
         _equal_scales(site, held)
-        a = centred([each.A for each in held], parts)
-        b = centred([each.B for each in held], parts)
-        result[site] = Factors(
-            A=a.to(first.A.dtype),
-            B=b.to(first.B.dtype),
-            scale=first.scale,
-        )
+        result[site] = _middle(held, parts)
     return result
+
+
+def _middle(held: Sequence[Factors], parts: Sequence[float]) -> Factors:
+    """The weighted mean of each tensor of one site."""
+
+    def centre(letter: str, value: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        found = centred([each.tensors[letter] for each in held], parts)
+        return found.to(value.dtype)
+
+    return held[0].each(centre)
 
 
 def index_mean(
@@ -327,7 +340,7 @@ def rescale(adapter: Adapter, scale: float) -> Adapter:
             result[site] = factors
             continue
         B = _fold(factors, 1.0 / scale)
-        result[site] = Factors(factors.A, B, scale)
+        result[site] = replace(factors, B=B, scale=scale)
     return result
 
 
@@ -577,7 +590,10 @@ def _same_shape(
 def _sides(factors: Factors) -> str:
     out = factors.B.shape[0]
     into = factors.A.shape[1]
-    return f"[out {out}, in {into}]"
+    kind = ""
+    if isinstance(factors, Dora):
+        kind = ", with magnitudes"
+    return f"[out {out}, in {into}{kind}]"
 
 
 def _equal_ranks(site: str, factors: Sequence[Factors]) -> None:

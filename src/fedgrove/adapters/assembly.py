@@ -1,7 +1,9 @@
 """What a client runs: terms, how they mix, and the other tensors that train beside them.
 
 Forward of a site: ``W0 x + Σ_terms mix · scale · B (D ⊙ (A x))`` where ``D`` is the term's optional
-diagonal. A mix that routes inputs to terms says, in place of a weight, what goes up through B and
+diagonal. A term of DoRA (``adapter.Dora``) is alone, and is no summand (``magnitude``).
+
+A mix that routes inputs to terms says, in place of a weight, what goes up through B and
 for which tokens (``Inner``): the other tokens are not run.
 """
 
@@ -16,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgrove.adapters.adapter import Adapter, Factors, Site, Sites
+from fedgrove.adapters.adapter import Adapter, Dora, Factors, Site, Sites
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.adapters.tally import Tally
 from fedgrove.ground.errors import AdapterError
@@ -30,7 +32,8 @@ class Term:
 
     name: str
     adapter: Adapter
-    train: str = "AB"  # which of A, B and D (the diagonal) train; "" is frozen
+    # which of A, B, M (of DoRA, where it has one) and D (the diagonal) train; "" is frozen
+    train: str = "ABM"
     home: Home = "server"  # "client": its trained values come back sealed and cannot travel
     # letters of factors that stay with the client although the term's home is the server (FedSA's
     # B)
@@ -42,10 +45,10 @@ class Term:
     diagonal_lr: float = 1.0  # multiplies the diagonal's learning rate once more
 
     def __post_init__(self) -> None:
-        unknown = set(self.train) - set("ABD")
+        unknown = set(self.train) - set("ABMD")
         if unknown:
             raise AdapterError(
-                f"Term '{self.name}': train is '{self.train}', expected letters of 'ABD'."
+                f"Term '{self.name}': train is '{self.train}', expected letters of 'ABMD'."
             )
         if "D" in self.train and self.diagonal is None:
             raise AdapterError(f"Term '{self.name}' trains a diagonal that it does not have.")
@@ -54,8 +57,13 @@ class Term:
     def private(self) -> str:
         """The letters that cannot travel."""
         if self.home == "client":
-            return "ABD"
+            return "ABMD"
         return self.kept
+
+    @property
+    def magnified(self) -> bool:
+        """Whether it is DoRA's, which is no summand beside the base's own weight."""
+        return any(isinstance(factors, Dora) for factors in self.adapter.values())
 
     def frozen(self) -> Term:
         return replace(self, train="")
@@ -191,6 +199,16 @@ class Assembly:
         different = set(names)
         if len(different) != len(names):
             raise AdapterError(f"An assembly has two terms of one name among {names}.")
+        if self.magnified and (len(names) > 1 or self.base_delta or self.folded):
+            raise AdapterError(
+                f"A term with DoRA's magnitudes scales all that a site gives, so nothing stands "
+                f"beside it, and here are {names}."
+            )
+
+    @property
+    def magnified(self) -> bool:
+        """Whether its one term is DoRA's."""
+        return any(term.magnified for term in self.terms)
 
     def term(self, name: str) -> Term:
         for term in self.terms:
@@ -220,10 +238,9 @@ def trained_parameters(assembly: Assembly) -> int:
     count = 0
     for term in assembly.terms:
         for factors in term.adapter.values():
-            if "A" in term.train:
-                count += factors.A.numel()
-            if "B" in term.train:
-                count += factors.B.numel()
+            for letter, value in factors.tensors.items():
+                if letter in term.train:
+                    count += value.numel()
         if "D" in term.train:
             count += _of_diagonal(term)
     for extra in assembly.extras.values():
@@ -239,8 +256,7 @@ def all_parameters(assembly: Assembly) -> int:
     count = 0
     for adapter in adapters:
         for factors in adapter.values():
-            count += factors.A.numel()
-            count += factors.B.numel()
+            count += sum(value.numel() for value in factors.tensors.values())
     for term in assembly.terms:
         count += _of_diagonal(term)
     for extra in assembly.extras.values():
@@ -260,18 +276,15 @@ def _frozen_updates(assembly: Assembly) -> list[Adapter]:
     return [update for update in updates if update]
 
 
-def sealed(adapter: Adapter, letters: str = "AB") -> Adapter:
-    """The adapter with the named factors marked private."""
-    found: Adapter = {}
-    for name, factors in adapter.items():
-        A = factors.A
-        B = factors.B
-        if "A" in letters:
-            A = seal(A)
-        if "B" in letters:
-            B = seal(B)
-        found[name] = Factors(A, B, factors.scale)
-    return found
+def sealed(adapter: Adapter, letters: str = "ABM") -> Adapter:
+    """The adapter with the named tensors marked private."""
+
+    def marked(letter: str, value: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        if letter in letters:
+            return seal(value)
+        return value
+
+    return {name: factors.each(marked) for name, factors in adapter.items()}
 
 
 def unsealed(adapter: Adapter) -> Adapter:
@@ -283,8 +296,8 @@ def as_one_adapter(assembly: Assembly, sites: Sites) -> Adapter:
     concatenation).
 
     Everything is folded: weights and scales into B, diagonals and unit norms into both. The result
-    has scale 1, and only the sites that some term covers. Raises ``AdapterError`` where the mix
-    depends on the input.
+    has scale 1, and only the sites that some term covers; a term of DoRA stays as it is. Raises
+    ``AdapterError`` where the mix depends on the input.
     """
     if not assembly.mix.linear:
         mixed_by = type(assembly.mix).__name__
@@ -296,6 +309,9 @@ def as_one_adapter(assembly: Assembly, sites: Sites) -> Adapter:
         raise AdapterError(
             "The client runs a part of the base's layers only, which a LoRA adapter cannot express."
         )
+    if assembly.magnified:
+        (only,) = assembly.terms
+        return unsealed(only.adapter)
     extras: dict[str, Tensor] = {}
     for name, extra in assembly.extras.items():
         extras[name] = unseal(extra.value)

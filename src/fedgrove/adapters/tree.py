@@ -34,7 +34,7 @@ from safetensors.torch import load as _load
 from safetensors.torch import save as _save
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Factors
+from fedgrove.adapters.adapter import Factors, factors_of
 from fedgrove.adapters.private import PrivacyError, is_private, seal, unseal
 from fedgrove.ground.errors import AdapterError
 
@@ -109,14 +109,14 @@ def walk(tree: object) -> Iterator[tuple[Keys, object]]:
 
 
 def leaves(tree: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor ``[...]`` of the tree with its path, in the tree's order; factors are two."""
+    """Every tensor ``[...]`` of the tree with its path, in the tree's order; factors are two or three."""
     for keys, leaf in walk(tree):
         where = joined(path, keys)
         if isinstance(leaf, Tensor):
             yield where, leaf
         elif isinstance(leaf, Factors):
-            yield f"{where}.A", leaf.A
-            yield f"{where}.B", leaf.B
+            for letter, value in leaf.tensors.items():
+                yield f"{where}.{letter}", value
 
 
 def joined(path: str, keys: Keys) -> str:
@@ -235,10 +235,11 @@ def _encode(
             return {"t": key, "p": 1}
         return {"t": key}
     if isinstance(node, Factors):
-        A = below(node.A, f"{path}.A")
-        B = below(node.B, f"{path}.B")
+        sides: list[Tree] = []
+        for letter, value in node.tensors.items():
+            sides.append(below(value, f"{path}.{letter}"))
         return {
-            "f": [A, B],
+            "f": sides,
             "s": _plain(node.scale, path),
         }
     parts = table(node)
@@ -288,13 +289,9 @@ def _decode(node: Tree, tensors: dict[str, Tensor]) -> Any:
             return seal(tensor)
         return tensor
     if "f" in node:
-        sides = node["f"]
+        sides = [_decode(side, tensors) for side in node["f"]]
         scale = _value(node["s"])
-        return Factors(
-            A=_decode(sides[0], tensors),
-            B=_decode(sides[1], tensors),
-            scale=float(scale),
-        )
+        return factors_of(sides, float(scale))
     if "d" in node:
         parts: Tree = {}
         for key, value in node["d"].items():

@@ -26,6 +26,7 @@ from fedgrove.aggregate.inputs import (
     open_source,
     sites_of,
 )
+from fedgrove.aggregate.layers import check_layers
 from fedgrove.aggregate.options import (
     Chosen,
     named_rules,
@@ -175,6 +176,7 @@ def _opened(
     """The clients' directories and the last round's, opened and in agreement."""
     numbers = parse_weights(weights, len(clients))
     sources = open_clients(clients, base=base)
+    check_layers(sources[0], base or base_of(sources[0]))
     if numbers and needs.every_weight and not all(numbers):
         raise AdapterError(
             f"--weights '{weights}': {method} needs weights above 0, since every group needs a "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedgrove.adapters.adapter import Factors, Site
+from fedgrove.adapters.adapter import Dora, Factors, Site
 from fedgrove.adapters.algebra import rescale
 from fedgrove.adapters.lowrank import lean
 from fedgrove.adapters.noise import Noise, aggregation_noise, index_aggregation_noise
@@ -47,6 +47,12 @@ class Directories:
     def check(self) -> None:
         """Refuse, from the headers alone, what the rule is undefined for."""
         first, *others = self.sources
+        if first.dora and not self.needs.magnitudes:
+            takers = named_rules(lambda needs: needs.magnitudes)
+            raise AdapterError(
+                f"{first.folder / CONFIG} has use_dora set: it is a DoRA adapter, and {self.method} "
+                f"has no rule for its magnitudes ({takers} has)."
+            )
         for source in others:
             for site in self.sites:
                 self._check_pair(first, source, site)
@@ -151,7 +157,7 @@ class Directories:
         """``||G - ideal||`` of the global factors, before they are rounded to the file's precision;
         0.0 where it is nothing but the rounding of float64.
         """
-        if whole is None:
+        if whole is None or isinstance(whole, Dora):  # DoRA's update is no product
             return None
         new = {given.name: whole}
         ends = given.adapters

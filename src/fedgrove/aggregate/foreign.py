@@ -67,7 +67,7 @@ def opened(folder: Path, labels: Sequence[str] | None = None, base: str | None =
     else:
         given = {}
     if given.get("head"):  # a directory of a run, whole
-        adapter, head, _ = peft.read_adapter(folder)
+        adapter, head, _ = peft.read_adapter(folder, dora=True)
         card = given
     else:
         source = open_source(folder, folder.name)
@@ -251,7 +251,7 @@ def _head_name(name: str) -> str:
 
 
 def _single(factors: Factors) -> Factors:
-    return Factors(factors.A.float(), factors.B.float(), factors.scale)
+    return factors.map(lambda tensor: tensor.float())
 
 
 def _bare(site: str, config: Any) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedgrove.adapters.adapter import Factors, Site, scale_of
+from fedgrove.adapters.adapter import Factors, Site, factors_of, scale_of
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.plain import Given, Plain
 from fedgrove.interop.keys import plain_name
@@ -24,11 +24,11 @@ from fedgrove.interop.peft import CARD, CONFIG, HEAD, WEIGHTS, read_json
 from fedgrove.interop.targets import layer_numbers
 
 _PAIR = re.compile(r"^(?P<site>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight$")
+_MAGNITUDE = re.compile(r"^(?P<site>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 #: Settings under which ``lora_alpha / r * B @ A`` on the untouched base is not what the adapter
 #: computes.
 _ALTERED = {
-    "use_dora": "it is a DoRA adapter, whose magnitudes no rule here averages",
     "lora_bias": "it trains biases inside the LoRA",
     "use_qalora": "it is a QA-LoRA adapter",
     "use_bdlora": "it is a block-diagonal LoRA",
@@ -47,8 +47,8 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True, slots=True)
 class FactorNames:
-    """Where a site is in one client's file: the names of its two tensors, its rank and its scale
-    ``alpha / r``.
+    """Where a site is in one client's file: the names of its two tensors, of DoRA three, its rank
+    and its scale ``alpha / r``.
     """
 
     A: str
@@ -56,6 +56,11 @@ class FactorNames:
     rank: int
     scale: float
     shape: tuple[int, int]  # (out, in)
+    M: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.A, self.B, self.M) if name is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,18 @@ class Source:
         place = self.places[site]
         try:
             with safe_open(self.file, "pt") as file:
-                A = file.get_tensor(place.A).to(torch.float64, copy=True)
-                B = file.get_tensor(place.B).to(torch.float64, copy=True)
+                sides = [file.get_tensor(name) for name in place.names]
+                sides = [side.to(torch.float64, copy=True) for side in sides]
         except (OSError, SafetensorError) as error:
             raise AdapterError(
                 f"{self.file} can no longer be read ({error}); leave the files alone."
             ) from error
-        return Factors(A, B, place.scale)
+        return factors_of(sides, place.scale)
+
+    @property
+    def dora(self) -> bool:
+        """Whether its sites have DoRA's magnitudes."""
+        return bool(self.config.get("use_dora"))
 
     def saved(self, name: str) -> torch.Tensor:
         """A tensor beside the factors, in float64 [as ``others`` says]."""
@@ -106,19 +116,45 @@ class Source:
         """Refuse NaN and Inf, reading one tensor at a time."""
         with safe_open(self.file, "pt") as file:
             for place in self.places.values():
-                for name in (place.A, place.B):
+                for name in place.names:
                     finite = torch.isfinite(file.get_tensor(name)).all()
                     if not bool(finite):
                         raise AdapterError(
                             f"{self.file}: the tensor '{name}' holds NaN or Inf; leave this client "
                             f"out."
                         )
+        for found in self.others.values():
+            with safe_open(found.file, "pt") as file:
+                finite = torch.isfinite(file.get_tensor(found.name)).all()
+            if not bool(finite):
+                raise AdapterError(
+                    f"{found.file}: the tensor '{found.name}' holds NaN or Inf; leave this client "
+                    f"out."
+                )
 
     def card(self) -> Plain:
         """``fedgrove.json``, or nothing where there is none."""
         if (self.folder / CARD).exists():
             return read_json(self.folder / CARD)
         return {}
+
+    def classes(self) -> tuple[str, ...]:
+        """The names of the head's outputs in their order, by our card or by a model's configuration
+        beside the adapter; () where nothing names them.
+        """
+        named = self.card().get("labels")
+        if named:
+            return tuple(map(str, named))
+        path = self.folder / "config.json"
+        if not path.exists():
+            return ()
+        table = read_json(path).get("id2label")
+        if not isinstance(table, dict) or not all(str(key).isdigit() for key in table):
+            return ()
+        inside = tuple(str(table[key]) for key in sorted(table, key=int))
+        if all(re.fullmatch(r"LABEL_\d+", each) for each in inside):
+            return ()
+        return inside
 
 
 def open_clients(folders: Sequence[Path], *, base: str | None = None) -> list[Source]:
@@ -163,6 +199,7 @@ def open_source(folder: Path, name: str) -> Source:
                     f"can run code; save "
                     "the adapter as safetensors."
                 )
+    _refuse_outer(folder)
     config = read_json(folder / CONFIG)
     _check_config(folder / CONFIG, config)
     places, others, dtypes = _places(folder, config)
@@ -170,6 +207,16 @@ def open_source(folder: Path, name: str) -> Source:
     if "F64" in dtypes:
         dtype = torch.float64
     return Source(name, folder, config, places, dtype, others)
+
+
+def _refuse_outer(folder: Path) -> None:
+    """Refuse a directory whose adapter lies one level below, as Trainer's checkpoints do."""
+    if (folder / CONFIG).exists():
+        return
+    inner = [path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))]
+    if inner:
+        found = ", ".join(map(str, inner[:3]))
+        raise AdapterError(f"{folder} is no adapter directory, but has some inside: name {found}.")
 
 
 def check_alike(first: Source, other: Source, *, base: str | None = None) -> None:
@@ -180,7 +227,12 @@ def check_alike(first: Source, other: Source, *, base: str | None = None) -> Non
     """
     ours = base_of(first)
     theirs = base_of(other)
-    if base is None and Path(ours).name != Path(theirs).name:
+    if base is None and not theirs:
+        raise AdapterError(
+            f"{other.folder / CONFIG} names no base model (base_model_name_or_path), but "
+            f"{first.folder} has '{ours}'; name the one of all with --base."
+        )
+    if base is None and _last_part(ours) != _last_part(theirs):
         raise AdapterError(
             f"{other.folder / CONFIG}: the base model is '{theirs}', but {first.folder} has "
             f"'{ours}'; aggregate adapters of one base model, or name it with --base where it is "
@@ -198,6 +250,11 @@ def check_alike(first: Source, other: Source, *, base: str | None = None) -> Non
         raise AdapterError(
             f"{other.folder / CONFIG}: fan_in_fan_out is not that of {first.folder}; use one for "
             f"all."
+        )
+    if first.dora != other.dora:
+        raise AdapterError(
+            f"{other.folder / CONFIG}: use_dora is not that of {first.folder}; DoRA's adapters are "
+            f"no mean with plain ones."
         )
     for site in sorted(first.places.keys() ^ other.places.keys()):
         if site in first.places:
@@ -234,8 +291,22 @@ def _check_shape(other: Source, place: FactorNames, first: Source, wanted: Facto
             )
 
 
+def _last_part(base: str) -> str:
+    """What tells a base model where it lies under several paths: the last part of the path, also of
+    Windows, or the model's name in a hub's cache (``models--ORG--NAME/snapshots/HASH``).
+    """
+    parts = re.split(r"[/\\]", base)
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        return parts[-3].rsplit("--", 1)[-1].casefold()
+    return parts[-1].casefold()
+
+
 def _revision(source: Source) -> str:
-    return str(source.config.get("revision") or "")
+    """ "" for the branch that a hub gives where none is named."""
+    revision = str(source.config.get("revision") or "")
+    if revision == "main":
+        return ""
+    return revision
 
 
 def base_of(source: Source) -> str:
@@ -328,6 +399,11 @@ class _Contents:
     ) -> None:
         """Raises ``AdapterError`` for a tensor that no rule can take."""
         plain = _plain(self.path, name)
+        magnitude = _MAGNITUDE.match(plain)
+        if magnitude is not None:
+            self._add_half(magnitude["site"], "M", name, dtype)
+            self.shapes[name] = shape
+            return
         found = _PAIR.match(plain)
         if found is not None:
             self._add_half(
@@ -346,6 +422,11 @@ class _Contents:
         if dtype not in _FLOATS:
             raise AdapterError(f"{self.path}: '{name}' is stored as {dtype}; save it as float32.")
         self.dtypes.add(dtype)
+        if site.endswith(".base_layer"):
+            raise AdapterError(
+                f"{self.path}: '{name}' was trained around another adapter, which is not in the "
+                "file; merge that one into the base model first."
+            )
         pair = self.halves.setdefault(site, {})
         if half in pair:
             raise AdapterError(
@@ -418,6 +499,11 @@ def _place(
             raise AdapterError(
                 f"{path}: '{pair[other]}' has no lora_{half}; one half of the pair is missing."
             )
+    if bool(config.get("use_dora")) != ("M" in pair):
+        raise AdapterError(
+            f"{path}: use_dora is {bool(config.get('use_dora'))} in {CONFIG}, which is not what "
+            f"'{site}' has (lora_magnitude_vector)."
+        )
     a = shapes[pair["A"]]
     b = shapes[pair["B"]]
     for half, shape in (("A", a), ("B", b)):
@@ -426,6 +512,11 @@ def _place(
                 f"{path}: '{pair[half]}' has shape {shape}; it must be a matrix, as of a linear "
                 f"layer."
             )
+    magnitude = pair.get("M")
+    if magnitude is not None and shapes[magnitude] != [b[0]]:
+        raise AdapterError(
+            f"{path}: '{magnitude}' has shape {shapes[magnitude]}, and the layer {b[0]} outputs."
+        )
     r = _patterned(config, "r", "rank_pattern", site)
     rank = int(r)
     if a[0] != rank:
@@ -444,6 +535,7 @@ def _place(
         rank=rank,
         scale=scale_of(float(lora_alpha), rank, rslora),
         shape=(b[0], a[1]),
+        M=magnitude,
     )
 
 

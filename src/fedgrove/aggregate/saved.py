@@ -43,7 +43,7 @@ def common(sources: Sequence[Source], *, leave: bool = False) -> Common:
         return Common()
     if leave:
         return Common(notes=("Heads and other saved modules were left out, as asked for.",))
-    classes = {tuple(source.card().get("labels") or ()) for source in sources} - {()}
+    classes = {source.classes() for source in sources} - {()}
     if len(classes) > 1:
         orders = " and ".join(", ".join(map(str, each)) for each in sorted(classes)[:2])
         return Common(

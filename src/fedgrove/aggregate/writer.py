@@ -21,7 +21,7 @@ from fedgrove.aggregate.inputs import Source
 from fedgrove.aggregate.saved import Common
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.plain import Given, Plain
-from fedgrove.interop.peft import CONFIG, PREFIX, WEIGHTS
+from fedgrove.interop.peft import CONFIG, NAMES, PREFIX, WEIGHTS
 
 _CODES = {torch.float32: "F32", torch.float64: "F64"}
 #: Tasks for which PEFT asks the file for nothing but the LoRA. For the others it also looks for a
@@ -49,8 +49,8 @@ class AdapterWriter:
         # Opened for each site: a federation may have more clients than a process may have open
         # files.
         with self._spool.open("ab") as spool:
-            self._put(spool, f"{PREFIX}{site}.lora_A.weight", factors.A)
-            self._put(spool, f"{PREFIX}{site}.lora_B.weight", factors.B)
+            for letter, value in factors.tensors.items():
+                self._put(spool, f"{PREFIX}{site}.{NAMES[letter]}", value)
         self._ranks[site] = factors.rank
         self._alphas[site] = _tidy(factors.scale * factors.rank)
 
@@ -126,7 +126,7 @@ def shared_config(
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": list(saved.modules) or None,
-        "use_dora": False,
+        "use_dora": sources[0].dora,
         "use_rslora": False,
         **_targets(sources),
     }

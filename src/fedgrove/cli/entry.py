@@ -14,7 +14,7 @@ import click
 import typer
 
 import fedgrove
-from fedgrove.cli import files, jobs, models, pools, runs
+from fedgrove.cli import audits, columns, files, jobs, models, pools, runs
 from fedgrove.cli.shared import examples, say
 from fedgrove.deploy.cli import app as deploy
 from fedgrove.ground.errors import FedgroveError
@@ -29,8 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-for group in (runs, jobs, models, pools, files):
+for group in (runs, jobs, models, audits, pools, files):
     app.add_typer(group.commands)
+app.add_typer(columns.app)
 app.add_typer(deploy)
 
 

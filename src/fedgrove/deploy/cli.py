@@ -129,11 +129,27 @@ def server(
 
 
 @app.command()
-def site(folder: Site) -> None:
+def site(
+    folder: Site,
+    page: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            help="Serve a live page of what left this site, to this machine alone (0: any free port).",
+            min=0,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Take part with this site's data, until Ctrl-C."""
     from fedgrove.deploy.attend import attend
+    from fedgrove.deploy.site import open_place
+    from fedgrove.watch.beside import told
 
-    attend(folder, say=_say)
+    open_place(str(folder))  # says what is no site before a page is there
+    with told(folder.resolve(), page, _say, "fedgrove.deploy.leaving:Leaving"):
+        attend(folder, say=_say)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from fedgrove.deploy.certificates import (
     new_server,
     write_private,
 )
+from fedgrove.deploy.services import write_services
 from fedgrove.deploy.site import FILE as SITE_FILE
 from fedgrove.deploy.site import model_of
 from fedgrove.ground.marks import keys_with
@@ -113,10 +114,12 @@ def init(plan: Request) -> list[str]:
     if job is not None:
         (server / "job.toml").write_text(job.to_toml(), encoding="utf-8")
     (server / "README.md").write_text(_server_readme(plan), encoding="utf-8")
+    write_services(server, "server", plan.port)
     for site in sites:
         (site / "ca.crt").write_bytes(anchor)
         (site / SITE_FILE).write_text(site_text(plan, site.name, job), encoding="utf-8")
         (site / "README.md").write_text(_site_readme(plan, site.name), encoding="utf-8")
+        write_services(site, "site", plan.port)
         if plan.keys:
             public = make_key(site, site.name, force=plan.force)
             for folder in (server, *sites):
@@ -273,6 +276,7 @@ def _server_readme(plan: Request) -> str:
 | `ca.key` | signs server certificates; needed only to renew one: keep it offline | you alone |
 | `ca.crt` | by it sites know the server | every site |
 | `keys/NAME.pub` | the sites that may take part | you |
+| `service/` | a systemd unit, and a container with its compose file, to keep it running | you |
 
 To each site goes its folder:
 
@@ -301,6 +305,7 @@ def _site_readme(plan: Request, name: str) -> str:
 | `ca.crt` | by it you know the server | anyone |
 | `audit.jsonl` | every message: when, how large, its SHA-256, names and shapes of its tensors | you |
 | `runs/` | your private part of each run, and your own adapter at its end | you |
+| `service/` | a systemd unit, and a container with its compose file, to keep it running | you |
 
     fedgrove deploy check .          # is everything in order?
     fedgrove deploy site .           # take part, until Ctrl-C

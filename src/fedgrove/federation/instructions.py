@@ -96,12 +96,12 @@ def file_of(task: str) -> str:
 
 
 def natural_instructions(folder: Path) -> Iterator[Row]:
-    """``{"prompt", "full_prompt", "completion", "task", "source"}``, task after task.
+    """``{"prompt", "full_prompt", "input", "completion", "task", "source"}``, task after task.
 
     ``full_prompt`` is the task's whole definition and the input, as published; ``prompt`` has the
     definition's last sentence alone (what to do, after "Prompt:"), for small models and short
-    inputs. ``completion`` is a list: the first answer is the one to learn, each counts as right.
-    Rows whose first answer is empty are left out.
+    inputs; ``input`` does not say what to do. ``completion`` is a list: the first answer is the one
+    to learn, each counts as right. Rows whose first answer is empty are left out.
     """
     for source, tasks in TASKS_OF.items():
         for task in tasks:
@@ -114,6 +114,7 @@ def natural_instructions(folder: Path) -> Iterator[Row]:
                 yield {
                     "prompt": f"{short}\n{example['input']}",
                     "full_prompt": f"{definition}\n{example['input']}",
+                    "input": example["input"],
                     "completion": example["target"],
                     "task": task,
                     "source": source,

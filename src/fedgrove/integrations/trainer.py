@@ -141,6 +141,7 @@ class TrainerKernel(Kernel):
             dtype=self.base.adapter_dtype,
             train=True,
             dropout=self.dropout,
+            frozen=self.layers.at,
         )
 
     def _trainer(self, client: str, rows: Sequence[Example]) -> Any:
@@ -212,6 +213,11 @@ def refuse(parts: Parts) -> None:
         raise JobError(
             "A Trainer as a client needs the package accelerate; install it with: pip install "
             "'fedgrove[trainer]'."
+        )
+    if parts.task.rows_each > 1:
+        raise JobError(
+            f'data.task = "{parts.task.name}" compares two answers, which a Trainer\'s own loss does '
+            "not; train without a Trainer, or with TRL's own trainers on one machine."
         )
     if parts.base.head == "pooled":
         raise JobError(

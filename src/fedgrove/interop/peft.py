@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Factors, alpha_of, scale_of
+from fedgrove.adapters.adapter import Adapter, Dora, alpha_of, factors_of, scale_of
 from fedgrove.federation.tasks import TASKS
 from fedgrove.federation.tasks.base import Stock
 from fedgrove.ground.errors import AdapterError
@@ -35,6 +35,8 @@ CONFIG, WEIGHTS, HEAD, CARD = (
 )
 #: what PEFT calls the task of a model that writes, by how it is read
 _WRITING = {"lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+#: what PEFT calls the tensors of a site, by letter
+NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "lora_magnitude_vector"}
 GLOBAL = "_global"  # the common model's directory among the clients'
 
 
@@ -68,8 +70,8 @@ def save_adapter(
         modules = head_modules if stock else ()
         tensors: dict[str, Tensor] = {}
         for site, factors in adapter.items():
-            tensors[f"{PREFIX}{site}.lora_A.weight"] = factors.A
-            tensors[f"{PREFIX}{site}.lora_B.weight"] = factors.B
+            for letter, value in factors.tensors.items():
+                tensors[f"{PREFIX}{site}.{NAMES[letter]}"] = value
         if stock:
             tensors |= {f"{PREFIX}{name}": value for name, value in head.items()}
         scales = [(site, factors.scale) for site, factors in adapter.items()]
@@ -179,6 +181,7 @@ def _config(
         base_model_name_or_path=base,
         inference_mode=True,
         use_rslora=rslora,
+        use_dora=any(isinstance(factors, Dora) for factors in adapter.values()),
     )
     config.target_modules = sorted(
         config.target_modules
@@ -193,8 +196,13 @@ def _tidy(alpha: float) -> Any:
     return alpha
 
 
-def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], Plain]:
-    """(adapter, head, PEFT's configuration) of a directory, whoever wrote it.
+def read_adapter(
+    folder: Path,
+    *,
+    dora: bool = False,
+) -> tuple[Adapter, dict[str, Tensor], Plain]:
+    """(adapter, head, PEFT's configuration) of a directory, whoever wrote it; of DoRA where it is
+    asked for (``dora``).
 
     Tensors [any shape] other than LoRA's pairs (modules to save) come back as the head, by their
     name in the base model. Raises ``AdapterError`` in one sentence that names the file and the tensor.
@@ -205,10 +213,14 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], Plain]:
             f"{folder} holds pickled weights (adapter_model.bin); save the adapter as safetensors."
         )
     tensors = read_tensors(folder / WEIGHTS)
-    if config.get("use_dora"):
+    if config.get("use_dora") and not dora:
         raise AdapterError(
-            f"{folder / CONFIG} has use_dora = true; only plain LoRA adapters can be read."
+            f"{folder / CONFIG} has use_dora = true, and this is for plain LoRA adapters; merge it "
+            f"(--merge) where a whole model will do."
         )
+    letters = "AB"
+    if config.get("use_dora"):
+        letters = "ABM"
     pairs: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -217,21 +229,19 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], Plain]:
                 f"{folder / WEIGHTS}: the tensor '{name}' has values that are not finite."
             )
         path = name.removeprefix(PREFIX)
-        for letter in "AB":
-            if path.endswith(f".lora_{letter}.weight"):
-                pairs.setdefault(path.removesuffix(f".lora_{letter}.weight"), {})[letter] = value
+        for letter in letters:
+            ending = f".{NAMES[letter]}"
+            if path.endswith(ending):
+                pairs.setdefault(path.removesuffix(ending), {})[letter] = value
                 break
         else:
             head[path] = value
     adapter: Adapter = {}
     for site, pair in sorted(pairs.items()):
-        if set(pair) != {"A", "B"}:
-            if "A" in pair:
-                missing = "B"
-            else:
-                missing = "A"
+        missing = [letter for letter in letters if letter not in pair]
+        if missing:
             raise AdapterError(
-                f"{folder / WEIGHTS}: '{site}' has no lora_{missing}; one half of the pair is "
+                f"{folder / WEIGHTS}: '{site}' has no {NAMES[missing[0]]}; a part of the update is "
                 f"missing."
             )
         if pair["A"].ndim != 2 or pair["B"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
@@ -239,7 +249,13 @@ def read_adapter(folder: Path) -> tuple[Adapter, dict[str, Tensor], Plain]:
             raise AdapterError(
                 f"{folder / WEIGHTS}: '{site}' has shapes that do not fit: {shapes}."
             )
-        adapter[site] = Factors(pair["A"], pair["B"], _scale(config, site, pair["A"].shape[0]))
+        if "M" in pair and pair["M"].shape != pair["B"].shape[:1]:
+            raise AdapterError(
+                f"{folder / WEIGHTS}: '{site}' has a magnitude of the shape "
+                f"{tuple(pair['M'].shape)} for {pair['B'].shape[0]} outputs."
+            )
+        sides = [pair[letter] for letter in letters]
+        adapter[site] = factors_of(sides, _scale(config, site, pair["A"].shape[0]))
     if (folder / HEAD).exists():
         head |= read_tensors(folder / HEAD)
     return adapter, head, config

@@ -126,7 +126,7 @@ class DataSection(Section):
     def __new__(cls, /, **values: Any) -> Self:
         """Made by hand, it has the keys of its parts too."""
         if cls is DataSection:
-            kind = cls.chosen(values)
+            kind = cls.kind_for(values)
         else:
             kind = cls
         return cast(Self, super().__new__(kind))
@@ -163,11 +163,11 @@ class DataSection(Section):
     ) -> Self:
         if cls is not DataSection or not isinstance(values, Mapping):
             return handler(values)
-        kind = cls.chosen(values)
+        kind = cls.kind_for(values)
         return cast(Self, kind.model_validate(_without_defaults_of_others(values, kind)))
 
     @classmethod
-    def chosen(cls, values: Given) -> type[DataSection]:
+    def kind_for(cls, values: Given) -> type[DataSection]:
         """As in Section. Raises ValueError, in a sentence, where a name is none."""
         from fedgrove.federation.sources import SOURCES
         from fedgrove.federation.tasks import TASKS
@@ -394,9 +394,9 @@ def _changed(
     """The class of a table before and after a choice, and what is gone whatever they declare."""
     from fedgrove.federation.sources import SOURCES
 
-    before = DataSection.chosen(values)
+    before = DataSection.kind_for(values)
     if key != "source":
-        return before, DataSection.chosen({**values, key: after}), set()
+        return before, DataSection.kind_for({**values, key: after}), set()
     old = SOURCES.find(values.get("source", "embedded"))
     new = _named(SOURCES, "data.source", after)
     gone = _gone_with(old, new, before)
@@ -404,7 +404,7 @@ def _changed(
     if new.meant_for(kept) is not None:
         gone.add("task")
         kept.pop("task", None)
-    return before, DataSection.chosen({**kept, "source": after}), gone
+    return before, DataSection.kind_for({**kept, "source": after}), gone
 
 
 def _gone_with(

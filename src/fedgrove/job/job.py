@@ -326,7 +326,29 @@ class Job(Section):
                 'train.dtype = "bfloat16" would round away most of model.adapter, which is folded '
                 'into the base; set it to "float32".'
             )
+        if self.lora.dora:
+            self._scales_whole_layers()
         return self
+
+    def _scales_whole_layers(self) -> None:
+        """DoRA's gains are of the base's own weights, and act on all that a layer gives."""
+        beside = {
+            "lora.dropout": (
+                self.lora.dropout > 0,
+                "drops inputs of A alone, and DoRA scales what the layer makes of all",
+            ),
+            "model.quantize": (
+                self.model.quantize != "none",
+                "holds weights in few bits, whose norms DoRA needs exactly",
+            ),
+            "model.adapter": (
+                self.model.adapter is not None,
+                "is joined to what trained as one product, and DoRA's update is none",
+            ),
+        }
+        for key, (asked, why) in beside.items():
+            if asked:
+                raise ValueError(f"{key} {why}; leave out {key} or lora.dora.")
 
     def _without_head(self) -> None:
         """A language model has an output layer of its own: keys of a classifier's head are

@@ -34,7 +34,7 @@ class Section(Options):
     """
 
     @classmethod
-    def chosen(cls, values: Given) -> type[Section]:
+    def kind_for(cls, values: Given) -> type[Section]:
         """The class that has all keys of a table with these values, where some of them choose
         others.
         """
@@ -169,6 +169,11 @@ class LoraSection(Section):
         False,
         description="Divide alpha by the square root of the rank instead of the rank (rsLoRA), so "
         "that updates of a large rank do not shrink.",
+    )
+    dora: bool = Field(
+        False,
+        description="Train a magnitude for every output beside A and B (DoRA); for the methods "
+        "whose server takes the mean of each tensor, or none: fedit, ffa-lora, fedsa-lora, fedvlm, local.",
     )
     dropout: Share = Field(0.0, description="Dropout on the input of each adapter while training.")
     targets: Literal["auto", "all-linear"] | Texts = Field(

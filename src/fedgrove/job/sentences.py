@@ -24,6 +24,7 @@ ELSEWHERE = {
     "lora_r": "lora.rank",
     "lora_alpha": "lora.alpha",
     "use_rslora": "lora.rslora",
+    "use_dora": "lora.dora",
     "lora_dropout": "lora.dropout",
     "target_modules": "lora.targets",
     "base_model": "model.name",
@@ -38,13 +39,6 @@ ELSEWHERE = {
     "early_stopping_patience": "run.patience",
     "load_best_model_at_end": "run.keep",
 }
-
-_DORA = (
-    "DoRA trains a magnitude for every output beside A and B, for which the methods here have no rule "
-    "yet; leave it out (lora.rslora is about large ranks)"
-)
-#: Keys of other tools that there is nothing for, and why.
-NOT_HERE = {"dora": _DORA, "use_dora": _DORA}
 
 
 def job_error(
@@ -123,7 +117,7 @@ def _locate(
 
 def _of_these_values(section: type[BaseModel], values: Any) -> type[BaseModel]:
     if issubclass(section, Section) and isinstance(values, Mapping):
-        return section.chosen(values)
+        return section.kind_for(values)
     return section
 
 
@@ -203,8 +197,6 @@ def _unknown(
     dotted = ".".join(map(key_text, path))
     here = {key: f"{section}.{key}" if section else key for key in _keys(owner, section, root)}
     everywhere = _everywhere(root)
-    if name in NOT_HERE:
-        return f"the key {dotted} is none: {NOT_HERE[name]}."
     if not above and isinstance(value, dict):
         guess = nearest(name, here)
         if guess:

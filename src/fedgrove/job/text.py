@@ -116,8 +116,7 @@ def _tables(name: str, section: BaseModel) -> Iterator[TomlTable]:
     else:
         keys = list(type(section).model_fields)
     entries = [_entry(section, key) for key in keys if key not in inner]
-    if name == "method":
-        options = inner.pop("options")
+    if options := inner.pop("options", None):  # a method's own keys stand beside its name
         entries += [_entry(options, key) for key in type(options).model_fields]
     if isinstance(section, Section):
         entries += [_entry_of_another(key, *found) for key, found in section.others().items()]

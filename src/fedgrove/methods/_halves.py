@@ -3,17 +3,22 @@
 The three share one shape: a factor that is averaged, and the other that is frozen at the shared
 draw or stays with the client. Because the shared ``A`` is drawn from the job's seed, a frozen or a
 starting ``A`` costs no message.
+
+DoRA's magnitudes (``lora.dora``, ours) go where B goes: both belong to a layer's outputs. They travel
+and are kept as their change from the base's own norms, which all know, so that compression rounds
+the change alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Factors
+from fedgrove.adapters.adapter import Adapter, Dora, Factors
 from fedgrove.adapters.assembly import Assembly, Term
 from fedgrove.adapters.centre import active, centred, plain_gram, reweighed
 from fedgrove.methods import contract
@@ -29,13 +34,18 @@ from fedgrove.methods.protocols import Summable
 from fedgrove.methods.rule import Arrived, Needs, Outcome, Round
 
 Letter = Literal["A", "B"]
+#: which letters of a term train, stay or travel with a factor
+WITH: Mapping[Letter, str] = {"A": "A", "B": "BM"}
 
 
 @dataclass(frozen=True, eq=False)
 class OneFactor:
-    """One factor of each site: A [rank, in] or B [out, rank]."""
+    """One factor of each site: A [rank, in] or B [out, rank]; with B the change of DoRA's
+    magnitudes [out], where there are any.
+    """
 
     half: dict[str, Tensor]
+    change: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +53,7 @@ class OwnFactor:
     """The other one, where it trains and stays with the client; None before it has trained."""
 
     half: dict[str, Tensor] | None = None
+    change: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -52,7 +63,7 @@ class SharedHalf:
     options: contract.Options
     round: Round
     shared: ClassVar[Letter]
-    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True)
+    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True, magnitudes=True)
 
     @staticmethod
     def mean(
@@ -68,8 +79,17 @@ class SharedHalf:
         return total
 
     def site(self, given: Arrived) -> Outcome:
-        common = self.mean([_of(each, self.shared) for each in given.factors], given.weights)
-        return Outcome(own=[_with(each, self.shared, common) for each in given.factors])
+        return Outcome(own=[self.common(given, each) for each in given.factors])
+
+    def common(self, given: Arrived, own: Factors) -> Factors:
+        """A client's own factors with the mean of what is shared."""
+
+        def middle(letter: str, value: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+            if letter not in WITH[self.shared]:
+                return value
+            return self.mean([each.tensors[letter] for each in given.factors], given.weights)
+
+        return own.each(middle)
 
 
 @dataclass
@@ -87,11 +107,15 @@ class FrozenA(SharedHalf):
     """A is the same everywhere, so that the mean of B is everything."""
 
     shared = "B"
-    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True, frozen="A")
+    needs: ClassVar[Needs] = Needs(
+        equal_ranks=True,
+        equal_scales=True,
+        frozen="A",
+        magnitudes=True,
+    )
 
     def site(self, given: Arrived) -> Outcome:
-        common = self.mean([each.B for each in given.factors], given.weights)
-        return Outcome(whole=replace(given.factors[0], B=common))
+        return Outcome(whole=self.common(given, given.factors[0]))
 
 
 class Half(Method, Summable):
@@ -105,7 +129,11 @@ class Half(Method, Summable):
     private: ClassVar[Letter | None] = None  # the factor that trains but stays
 
     def begin(self, clients: Sequence[ClientInfo]) -> OneFactor:
-        return OneFactor(_half(self.setting.shared_draw(), self.Rule.shared))
+        drawn = self.setting.shared_draw()
+        return OneFactor(
+            _half(drawn, self.Rule.shared),
+            self._change(drawn, self.Rule.shared),
+        )
 
     def offer(
         self,
@@ -128,10 +156,23 @@ class Half(Method, Summable):
             lambda: plain_gram([list(half.values()) for half in halves]),
             weights,
         )
+        changes = [update.content.change for update in updates]
+        return OneFactor(
+            self._mean(halves, weights),
+            self._mean(changes, weights),
+        )
+
+    def _mean(
+        self,
+        tables: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float],
+    ) -> dict[str, Tensor]:
+        """The mean of each site's tensor [any shape] over the clients' tables of them."""
         common = {}
         for site in self.setting.sites:
-            common[site] = self.Rule.mean([half[site] for half in halves], weights)
-        return OneFactor(common)
+            if site in tables[0]:
+                common[site] = self.Rule.mean([table[site] for table in tables], weights)
+        return common
 
     def report(
         self,
@@ -143,10 +184,17 @@ class Half(Method, Summable):
     ) -> tuple[OneFactor, OwnFactor]:
         adapter = trained[-1].adapter("adapter")
         if self.private:
-            stays = OwnFactor(_half(adapter, self.private))
+            stays = OwnFactor(
+                _half(adapter, self.private),
+                self._change(adapter, self.private),
+            )
         else:
             stays = mine
-        return OneFactor(_half(adapter, self.Rule.shared)), stays
+        sent = OneFactor(
+            _half(adapter, self.Rule.shared),
+            self._change(adapter, self.Rule.shared),
+        )
+        return sent, stays
 
     def personal(
         self,
@@ -155,13 +203,35 @@ class Half(Method, Summable):
         mine: OwnFactor,
     ) -> Assembly:
         adapter = self._joined(offer.half, reveal(mine.half))
-        kept = self.private or ""
-        return Assembly((Term("adapter", adapter, train=self.Rule.shared + kept, kept=kept),))
+        self._magnify(adapter, {**offer.change, **reveal(mine.change)})
+        kept = ""
+        if self.private:
+            kept = WITH[self.private]
+        train = WITH[self.Rule.shared] + kept
+        return Assembly((Term("adapter", adapter, train=train, kept=kept),))
 
     def global_assembly(self, state: OneFactor) -> Assembly | None:
         if self.private:
             return None
-        return Assembly((Term("adapter", self._joined(state.half, None)),))
+        adapter = self._joined(state.half, None)
+        self._magnify(adapter, state.change)
+        return Assembly((Term("adapter", adapter),))
+
+    def _change(self, adapter: Adapter, letter: Letter) -> dict[str, Tensor]:
+        """The change [out] of each site's magnitudes, where they go with this factor; {} without
+        DoRA.
+        """
+        norms = self.setting.norms
+        if norms is None or "M" not in WITH[letter]:
+            return {}
+        return {site: each.tensors["M"] - norms[site] for site, each in adapter.items()}
+
+    def _magnify(self, adapter: Adapter, change: Mapping[str, Tensor]) -> None:
+        """Put changed magnitudes, [out] by site, into an adapter, in place."""
+        for site, more in change.items():
+            factors = adapter[site]
+            if isinstance(factors, Dora):
+                adapter[site] = replace(factors, M=factors.M + more)
 
     def _joined(
         self,

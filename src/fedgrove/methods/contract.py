@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from typing_extensions import TypeVar
 
-from fedgrove.adapters.adapter import Adapter, Factors, Sites, fresh, scale_of
+from fedgrove.adapters.adapter import Adapter, Dora, Factors, Sites, fresh, scale_of
 from fedgrove.adapters.assembly import Assembly
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.adapters.tree import map_tensors
@@ -74,6 +74,9 @@ class Setting:
     seed: int
     scaling: Literal["global", "client"] = "global"
     rslora: bool = False
+    #: of a job with DoRA the norms of the base's own weights, row by row, [out] by site: what its
+    #: magnitudes start from
+    norms: Mapping[str, Tensor] | None = None
 
     def scale(self, rank: int) -> float:
         """``alpha / R`` for everyone, or ``alpha / rank`` with ``lora.scaling = "client"``; of the
@@ -95,7 +98,8 @@ class Setting:
         rank: int | None = None,
         purpose: str = "init",
     ) -> Adapter:
-        """The one random ``A`` (and zero ``B``) that every client starts from, at any rank: of two
+        """The one random ``A`` (and zero ``B``) that every client starts from, so that it changes
+        nothing, at any rank: of two
         ranks the smaller has the first rows of the larger.
 
         Drawn from the seed alone, so it costs no message.
@@ -114,6 +118,8 @@ class Setting:
                 dtype=A.dtype,
             )
             drawn[name] = Factors(A, B, self.scale(rank))
+            if self.norms is not None:
+                drawn[name] = Dora(A, B, self.scale(rank), self.norms[name].clone())
         return drawn
 
     def _first_rows(self, purpose: str) -> dict[str, Tensor]:

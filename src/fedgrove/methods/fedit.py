@@ -29,11 +29,11 @@ from fedgrove.methods.rule import Arrivals, Arrived, Needs, Outcome, Round, Serv
 
 @dataclass
 class MeanOfFactors:
-    """The mean of the A's and, separately, of the B's."""
+    """The mean of the A's and, separately, of the B's (and of DoRA's magnitudes)."""
 
     options: contract.Options
     round: Round
-    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True)
+    needs: ClassVar[Needs] = Needs(equal_ranks=True, equal_scales=True, magnitudes=True)
 
     def site(self, given: Arrived) -> Outcome:
         return Outcome(whole=mean(given.adapters, given.weights)[given.name])

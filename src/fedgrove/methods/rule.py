@@ -22,7 +22,7 @@ from fedgrove.adapters.algebra import Indices, check, pad
 from fedgrove.adapters.centre import active, shares_of, weighed
 from fedgrove.ground.errors import AdapterError
 from fedgrove.ground.plain import Plain
-from fedgrove.methods.contract import Setting
+from fedgrove.methods.contract import Method, Setting
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Needs:
     equal_ranks: bool = False
     equal_scales: bool = False  # a mean of factors is undefined for unequal ones
     frozen: Literal["", "A", "B"] = ""  # the factor that must be one for all clients
+    magnitudes: bool = False  # DoRA's have a rule too: the mean of each tensor
     every_weight: bool = False  # a weight of 0 would leave somebody without a mean
     rank: bool = False  # the global rank can be chosen
     previous: bool = False  # it refers to the last global factors
@@ -204,7 +205,7 @@ def combine(rule: ServerRule, arrivals: Arrivals) -> Combined:
 
     AdapterError for adapters that do not fit together.
     """
-    check(arrivals.adapters)
+    check(arrivals.adapters, dora=rule.needs.magnitudes)
     weights = prepared(rule, arrivals, arrivals.weights)
     # an index has holders of its own, so that it is judged by itself
     if active() is None or arrivals.indices is not None:
@@ -243,6 +244,14 @@ def stated(kind: type) -> type[ServerRule] | str:
         if "aggregate" in own and not hasattr(kind, "no_rule"):
             break
     return "it states none for directories (a class attribute Rule)"
+
+
+def takes_magnitudes(kind: type[Method]) -> bool:
+    """Whether DoRA's magnitudes have a rule with a method class: its server's, or none is needed."""
+    rule = stated(kind)
+    if isinstance(rule, str):
+        return not kind.federated
+    return rule.needs.magnitudes
 
 
 def _at(indices: Indices, site: str) -> Sequence[int]:

@@ -125,6 +125,11 @@ def _member(place: Location, base: str | None) -> PoolMember:
     if (folder / assembly_file.FILE).exists():
         card = peft.read_json(folder / peft.CARD)
         raise AdapterError(f"{folder} is no plain LoRA adapter: {card.get('why', 'a pool')}")
+    if (folder / peft.CONFIG).exists() and peft.read_json(folder / peft.CONFIG).get("use_dora"):
+        raise AdapterError(
+            f"{folder / peft.CONFIG} has use_dora set: DoRA scales whole layers, so no pool can add "
+            f"it to others; leave it out."
+        )
     found = opened(folder, base=base)
     if found.card.get("merged") or not found.adapter:
         raise AdapterError(f"{folder} holds a merged model; a pool takes adapters.")

@@ -44,15 +44,11 @@ def write_page(pool: Pool, folder: Path) -> Path:
     """Write the page anew."""
     painter = Painter(folder / "figures")
     shown = [section for section in sections(pool, folder) if section is not None]
-    painted = []
-    for number, section in enumerate(shown, start=1):
-        picture = None
-        if section.figure is not None:
-            picture = painter.paint(f"pool-{number}", section.title, section.figure)
-        painted.append({"section": section, "picture": picture})
+    painted = [
+        painter.shown(f"pool-{number}", section) for number, section in enumerate(shown, start=1)
+    ]
     page = render(
-        "pool.html",
-        "fedgrove.pools",
+        "sections.html",
         headline=f"A pool of {words.count(len(pool.members), 'adapter')}",
         facts=_facts(pool),
         sections=painted,

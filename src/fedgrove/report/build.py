@@ -34,7 +34,7 @@ def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
     with style.applied():
         extra, failed = sections.collect(Left(run_dir, tuple(baselines)), run.method)
     core = _core_pictures(run, comparison, painter)
-    plugged = [_plugged(number, each, painter) for number, each in enumerate(extra, start=1)]
+    plugged = [painter.shown(f"extra-{number}", each) for number, each in enumerate(extra, start=1)]
     page = render(
         "report.html",
         run=run,
@@ -66,13 +66,6 @@ def write_report(run_dir: Path, baselines: Sequence[Path] = ()) -> Path:
     return target
 
 
-def _plugged(number: int, section: sections.Section, painter: Painter) -> Plain:
-    picture = None
-    if section.figure:
-        picture = painter.paint(f"extra-{number}", section.title, section.figure)
-    return {"section": section, "picture": picture}
-
-
 def _core_pictures(run: Run, comparison: Comparison, painter: Painter) -> Pictures:
     """The figures that every run has; None for one of which there is nothing to show."""
     metric = run.metric
@@ -80,6 +73,16 @@ def _core_pictures(run: Run, comparison: Comparison, painter: Painter) -> Pictur
         # one evaluation is no curve
         "accuracy": (len(run.history) > 1, f"{metric} over rounds", figures.accuracy),
         "losses": (len(run.losses) > 1, "Training loss over rounds", figures.losses),
+        "preferences": (
+            len(run.over_rounds("margin")) > 1,
+            "Margin between two answers over rounds",
+            figures.preferences,
+        ),
+        "chosen": (
+            len(run.over_rounds("chosen_log_ratio")) > 1,
+            "Preferred answers against the base over rounds",
+            figures.chosen,
+        ),
         "clients": (bool(comparison.ours.values), f"{metric} of every client", figures.clients),
         "gains": (len(comparison.gains()) > 1, "Who gains and who loses", figures.gains),
     }

@@ -121,6 +121,16 @@ class Run:
                 losses.append(loss)
         return dict(sorted(found.items()))
 
+    def over_rounds(self, measure: str) -> dict[int, list[float]]:
+        """``{round: one of its clients' measures each}`` of the test data, numbers only."""
+        found: dict[int, list[float]] = {}
+        for line in self._tests:
+            value = _number(line.get(measure))
+            if value is not None:
+                values = found.setdefault(line["round"], [])
+                values.append(value)
+        return dict(sorted(found.items()))
+
     @cached_property
     def broken(self) -> dict[str, int]:
         """``{client: rounds whose training loss was not a number}``."""

@@ -67,9 +67,26 @@ def accuracy(run: Run, comparison: Comparison, width: float) -> Figure:
 
 def losses(run: Run, comparison: Comparison, width: float) -> Figure:
     """The mean training loss of each round with the range of its clients."""
+    return _mean_and_range(run.losses, "training loss", width)
+
+
+def preferences(run: Run, comparison: Comparison, width: float) -> Figure:
+    """By how much clients' models prefer what is preferred, over rounds."""
+    return _mean_and_range(run.over_rounds("margin"), "margin of a pair", width)
+
+
+def chosen(run: Run, comparison: Comparison, width: float) -> Figure:
+    """How much likelier than at the base a preferred answer is, over rounds."""
+    return _mean_and_range(
+        run.over_rounds("chosen_log_ratio"), "log π/π_ref of the preferred", width
+    )
+
+
+def _mean_and_range(by_round: Mapping[int, Sequence[float]], label: str, width: float) -> Figure:
+    """The mean of each round's values and their range."""
     figure, axes = style.new_figure(width, 2.9)
-    rounds = list(run.losses)
-    values = list(run.losses.values())
+    rounds = list(by_round)
+    values = list(by_round.values())
     low = [min(each) for each in values]
     high = [max(each) for each in values]
     _band(axes, rounds, low, high, 0.12)
@@ -81,7 +98,7 @@ def losses(run: Run, comparison: Comparison, width: float) -> Figure:
         **_dots(rounds),
     )
     _rounds_axis(axes, width)
-    axes.set_ylabel("training loss")
+    axes.set_ylabel(label)
     return figure
 
 

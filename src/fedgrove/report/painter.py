@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fedgrove.ground.errors import RunError
+from fedgrove.ground.plain import Plain
 from fedgrove.report import sections, style
 from fedgrove.report.style import Drawing
 
@@ -46,6 +47,13 @@ class Painter:
         except Exception as error:  # a figure that fails must not take the report with it
             self.failed.append(sections.failure(f"The figure “{label}”", error))
             return None
+
+    def shown(self, name: str, section: sections.Section) -> Plain:
+        """The section as the pages take it, with its figure painted."""
+        picture = None
+        if section.figure is not None:
+            picture = self.paint(name, section.title, section.figure)
+        return {"section": section, "picture": picture}
 
     def _painted(
         self,

@@ -24,6 +24,8 @@ class Reader:
     imports: tuple[str, ...] = ()
     gives: str = "output.logits"  # of the base with its own head
     options: str = ""  # of the base's ``from_pretrained``
+    beside: str = ""  # what the command needs beside what is asked
+    tensors: str = "weight and bias act"  # of the head of ours
 
 
 def _of_a_text(text: str) -> tuple[str, ...]:
@@ -32,6 +34,17 @@ def _of_a_text(text: str) -> tuple[str, ...]:
         f'output = model(**reader("{text}", return_tensors="pt"))',
     )
 
+
+_ASKED = "What is the capital of France?"
+_BETWEEN = '--between "Paris." --between "I do not know."'
+_WRITING = (
+    "reader = AutoTokenizer.from_pretrained(base_name)",
+    f'messages = [{{"role": "user", "content": "{_ASKED}"}}]',
+    "batch = reader.apply_chat_template(",
+    '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+    ")",
+    "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
+)
 
 READERS = {
     "classify-text": Reader(
@@ -74,10 +87,12 @@ READERS = {
         lines=(
             "reader = AutoTokenizer.from_pretrained(base_name)",
             'text = "Two pills are taken."',
-            'output = model(**reader("How much is taken?", text, return_tensors="pt"))',
+            # PEFT's own forward drops token_type_ids
+            'output = model.base_model(**reader("How much is taken?", text, return_tensors="pt"))',
         ),
         acts_on="the hidden state of each token",
         gives="output.start_logits, output.end_logits",
+        beside='--context "Two pills are taken."',
     ),
     "classify-images": Reader(
         asked="photo.png",
@@ -95,18 +110,29 @@ READERS = {
         options=', dtype="float32"',
     ),
     "generate": Reader(
-        asked="What is the capital of France?",
+        asked=_ASKED,
         model="AutoModelForCausalLM",
         stock="AutoModelForCausalLM",
         processor="AutoTokenizer",
-        lines=(
-            "reader = AutoTokenizer.from_pretrained(base_name)",
-            'messages = [{"role": "user", "content": "What is the capital of France?"}]',
-            "batch = reader.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            ")",
-            "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
-        ),
+        lines=_WRITING,
+    ),
+    "prefer": Reader(
+        asked=_ASKED,
+        model="AutoModelForCausalLM",
+        stock="AutoModelForCausalLM",
+        processor="AutoTokenizer",
+        lines=_WRITING,
+        beside=_BETWEEN,
+    ),
+    "reward": Reader(
+        asked=_ASKED,
+        model="AutoModel",
+        stock="AutoModelForSequenceClassification",
+        processor="AutoTokenizer",
+        lines=_of_a_text("a prompt and an answer to it"),
+        acts_on="the hidden state of the last token, of encoders on the mean over the tokens",
+        beside=_BETWEEN,
+        tensors="weight acts",
     ),
 }
 #: of an encoder-decoder
@@ -136,8 +162,8 @@ def usage(run: Run) -> list[tuple[str, str]]:
     else:
         asked = OTHER
     command = f'fedgrove predict . --client {shlex.quote(name)} "{asked}"'
-    if reader is READERS["spans"]:
-        command += ' --context "Two pills are taken."'
+    if reader and reader.beside:
+        command += f" {reader.beside}"
     found = [("Ask one client’s model something, from a shell:", command)]
     base = _base(run, folder)
     if reader and base:
@@ -163,8 +189,8 @@ def _introduction(reader: Reader, stock: bool) -> str:
     if stock or not reader.acts_on:
         return f"{alone}:"
     return (
-        f"{alone}. The classifier is head.safetensors beside the adapter: its weight and bias act "
-        f"on {reader.acts_on}."
+        f"{alone}. The classifier is head.safetensors beside the adapter: its "
+        f"{reader.tensors} on {reader.acts_on}."
     )
 
 

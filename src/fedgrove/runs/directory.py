@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fedgrove.ground import versions
 from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_bytes, write_json
+from fedgrove.ground.lock import LOCK, sign
 from fedgrove.job import Job
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fedgrove.runs.stage import Stage
 
 #: what a run may leave that was killed before it began
-_BEFORE = ("run.lock", "flower.json", "pooled.json", "sites", "events.jsonl")
+_BEFORE = (LOCK, "flower.json", "pooled.json", "sites", "events.jsonl")
 
 
 _PLACE = (("run", "out"),)  # where a run lies is no part of it
@@ -120,10 +121,11 @@ class RunDirectory:
         """One process at a time works on a run. The lock goes with the process, however it ends."""
         existed = self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / "run.lock"
+        file = self.path / LOCK
         handle = os.open(file, os.O_CREAT | os.O_RDWR)
         try:
             _take(handle, self.path)
+            sign(handle)
             yield
         except BaseException:
             _tidy(self.path, file, existed)

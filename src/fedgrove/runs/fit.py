@@ -6,7 +6,9 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from fedgrove.defence.check import refuse_unfit as refuse_defence
+from fedgrove.defence.rules import RULES
 from fedgrove.ground.errors import JobError
+from fedgrove.methods.rule import takes_magnitudes
 from fedgrove.privacy.check import refuse_unfit as refuse_privacy
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def refuse_unfit(
     ``local``: all clients are simulated in this process.
     """
     parts.method.check([*clients, *held_out])
+    _refuse_dora(parts)
     if parts.method.skips_layers and parts.base.head == "seq2seq":
         raise JobError(
             f"{parts.method.title} leaves out layers, but {parts.base.name} is an encoder-decoder, "
@@ -52,6 +55,30 @@ def refuse_unfit(
         clients=len(clients),
         held_out=bool(held_out),
     )
+
+
+def _refuse_dora(parts: Parts) -> None:
+    """What has no meaning for DoRA's magnitudes."""
+    job, method = parts.job, parts.method
+    if not job.lora.dora:
+        return
+    if not takes_magnitudes(type(method)):
+        raise JobError(
+            f"lora.dora = true trains a magnitude for every output beside A and B, for which "
+            f"{method.title} has no rule; set it to false, or choose a method whose server takes the "
+            f"mean of each tensor (such as fedit) or none (local)."
+        )
+    if job.run.noise:
+        raise JobError(
+            "run.noise = true measures low-rank products, and DoRA's update is none; set one of "
+            "lora.dora and run.noise to false."
+        )
+    rule = RULES.get(job.defence.rule)
+    if job.defence.active and rule is not None and rule.weigh is not None:
+        raise JobError(
+            f'defence.rule = "{job.defence.rule}" compares clients by their products B A, which do '
+            f"not show DoRA's magnitudes; choose median or trimmed-mean, or defence.norm alone."
+        )
 
 
 def _refuse_federation(parts: Parts, clients: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fedgrove.adapters.assembly import Assembly, Term, all_parameters, as_one_adapter
 from fedgrove.adapters.lowrank import lean
 from fedgrove.adapters.private import unseal
+from fedgrove.federation.tasks.base import WritingTask
 from fedgrove.ground.files import write_json
 from fedgrove.ground.names import folder_of
 from fedgrove.ground.plain import Given, Plain
@@ -21,7 +22,7 @@ from fedgrove.methods.protocols import tiers as tiers_of
 from fedgrove.runs.engine import Leaving
 from fedgrove.runs.origin import appended
 from fedgrove.training.base_line import base_measure
-from fedgrove.training.measured import measured
+from fedgrove.training.measured import measured, written
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Example
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedgrove.privacy.example_dp import ExampleGuard
     from fedgrove.runs.parts import Parts
     from fedgrove.training.client import ClientHalf, Store
+    from fedgrove.training.readers import Found
 
 MEASURES = "measures.json"
 
@@ -65,21 +67,19 @@ def leave(
     if measure:
         row["metric_base"] = base_metric(parts, half, info, data)
     assembly = half.personal(info, offer, store)
-    texts: list[Plain] = []
+    found: Found = {}
     if measure:
-        kept = texts if keep_texts else None
-        final = half.measure(info.name, assembly, data["test"], kept)
+        final = half.measure(info.name, assembly, data["test"], found)
         row |= {"metric": final[metric], "loss": final["loss"]}
     told = spending(parts, info, guard)
 
-    def written(place: Path, model: Assembly) -> None:
-        """The client's directory in ``place``, with its measures where they are asked for."""
+    def left(place: Path, model: Assembly, answers: Found) -> None:
+        """The client's directory in ``place``, with the measures of what its model answered."""
         folder = place / folder_of(info.name)
         write_adapter(parts, folder, model, client=info.name, privacy=told)
-        if measure:
-            note_measures(parts, half, folder, half.deployed(model), data)
+        note_measures(parts, folder, answers, data["test"])
 
-    written(adapters, assembly)
+    left(adapters, assembly, found)
     if epochs:
         penalty = half.penalty(info, offer, store)
         better = half.tune(
@@ -90,38 +90,49 @@ def leave(
             penalty,
             guard,
         )
+        again: Found = {}
         if measure:
             exported = half.deployed(better)
-            row["metric_tuned"] = half.kernel.evaluate(exported, data["test"])[metric]
+            row["metric_tuned"] = half.kernel.evaluate(exported, data["test"], again)[metric]
         told = spending(parts, info, guard)
-        written(adapters.parent / "adapters_tuned", better)
+        left(adapters.parent / "adapters_tuned", better, again)
     if told is not None:  # the tuned model's steps are in it
         row |= {"epsilon": told["epsilon"], "delta": told["delta"]}
+    texts: list[Plain] = []
+    if keep_texts:
+        texts = texts_of(parts, info.name, found, data["test"])
     return Leaving(
         row=row,
         stored=all_parameters(assembly),
         artefacts={} if held_out else half.artefacts(info, offer, store),
-        texts=[{"client": info.name, **text} for text in texts],
+        texts=texts,
     )
+
+
+def texts_of(
+    parts: Parts,
+    client: str,
+    found: Found,
+    examples: Sequence[Example],
+) -> list[Plain]:
+    """What a language model wrote, beside what it was asked; [] of others."""
+    if not isinstance(parts.task, WritingTask):
+        return []
+    chosen = [examples[number] for number in sorted(found)]
+    return [{"client": client, **line} for line in parts.task.shown(written(found), chosen)]
 
 
 def note_measures(
     parts: Parts,
-    half: ClientHalf,
     folder: Path,
-    assembly: Assembly,
-    data: Mapping[str, Sequence[Example]],
+    found: Found,
+    examples: Sequence[Example],
 ) -> None:
     """``measures.json`` beside an adapter: its model by every metric of the task and the job, on
-    the client's test and validation rows. It stays with the client.
+    the client's test rows, whose answers are ``found``. It stays with the client.
     """
-    more = parts.job.data.metrics
-    found: Plain = {}
-    for split in ("test", "validation"):
-        if examples := data.get(split):
-            found[split] = measured(half.kernel, assembly, examples, more)
-    if any(found.values()):
-        write_json(folder / MEASURES, found, synced=parts.copies is None)
+    if told := measured(parts.task, found, examples, parts.job.data.metrics):
+        write_json(folder / MEASURES, {"test": told}, synced=parts.copies is None)
 
 
 def base_metric(

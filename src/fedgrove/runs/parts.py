@@ -27,6 +27,7 @@ from fedgrove.methods.head import HeadPolicy
 from fedgrove.methods.registry import method_class
 from fedgrove.runs.origin import started
 from fedgrove.training.client import ClientHalf
+from fedgrove.training.frozen import FrozenLayers
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.lanes import Lanes, lane_count
 
@@ -218,6 +219,7 @@ def setting_of(job: Job, base: Base, clients: Collection[ClientInfo]) -> Setting
         seed=job.run.seed,
         scaling=job.lora.scaling,
         rslora=job.lora.rslora,
+        norms=FrozenLayers(base).norms() if job.lora.dora else None,
     )
 
 

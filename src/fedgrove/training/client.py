@@ -40,6 +40,7 @@ from fedgrove.privacy.vector import bounded
 from fedgrove.training.kernel import Kernel, Work
 from fedgrove.training.lanes import Lanes
 from fedgrove.training.loop import Clock
+from fedgrove.training.readers import Found
 
 if TYPE_CHECKING:
     from fedgrove.job.privacy import PrivacySection
@@ -93,6 +94,7 @@ class Measured:
     origin: object  # of the examples
     mark: bytes  # of the model
     measures: dict[str, float]
+    found: Found
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,10 +369,10 @@ class ClientHalf:
         client: str,
         assembly: Assembly,
         examples: Sequence[Example],
-        keep: list[plain.Plain] | None = None,
+        found: Found | None = None,
     ) -> dict[str, float]:
-        """The task's measures of a client's model as it is exported; ``keep`` takes a language
-        model's texts.
+        """The task's measures of a client's model as it is exported; ``found`` takes what it
+        answered.
 
         A run ends with the models that its last round measured: what is asked again is not computed
         again.
@@ -380,13 +382,16 @@ class ClientHalf:
         if not self.kernel.writes:
             mark = _mark(model)
         if mark is None:
-            return self.kernel.evaluate(model, examples, keep)
+            return self.kernel.evaluate(model, examples, found)
         known = self._measured.get(client)
         origin = origin_of(examples)
         if known is None or known.origin is not origin or known.mark != mark:
-            measures = self.kernel.evaluate(model, examples, keep)
-            known = Measured(origin, mark, measures)
+            answers: Found = {}
+            measures = self.kernel.evaluate(model, examples, answers)
+            known = Measured(origin, mark, measures, answers)
             self._measured[client] = known
+        if found is not None:
+            found.update(known.found)
         return dict(known.measures)
 
     def _work(
@@ -520,7 +525,8 @@ def _mark(model: Assembly) -> bytes | None:
         return None
     tensors = [(name, extra.value) for name, extra in model.extras.items()]
     for site, factors in model.terms[0].adapter.items():
-        tensors += [(f"{site} A {factors.scale}", factors.A), (f"{site} B", factors.B)]
+        for letter, value in factors.tensors.items():
+            tensors.append((f"{site} {letter} {factors.scale}", value))
     whole = hashlib.sha256()
     for name, value in sorted(tensors, key=lambda pair: pair[0]):
         described = f"{name} {tuple(value.shape)} {value.dtype}"

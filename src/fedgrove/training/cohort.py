@@ -35,8 +35,8 @@ class Cohort:
     others is set to zero: a few calls instead of a few for each member, and ranks may differ.
     Frozen factors that several members have in common (an earlier tier, an update of the base)
     stand there once. They run in the base's precision, as under autocast; the masters that the
-    optimiser moves keep theirs. Members run part after part where the ``base_delta`` of one has
-    become a dense matrix.
+    optimiser moves keep theirs. Members run part after part where one has more than such
+    products: a ``base_delta`` that has become a dense matrix, or DoRA's magnitudes.
     """
 
     packs = True
@@ -64,7 +64,7 @@ class Cohort:
         output: Outputs,
     ) -> Outputs:
         """The site's output with every member's terms added to its part."""
-        if any(site.name in live.delta.dense for live in self.lives):
+        if not all(live.summed(site) for live in self.lives):
             return self._add_in_turn(site, x, output)
         return self._add_masked(site, x, output)
 

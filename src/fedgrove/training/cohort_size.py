@@ -49,7 +49,7 @@ def cohort_size(
         batch_size=job.train.batch_size,
         # 1 would be read as "one after the other"
         clients=max(a_lanes, min(clients, 2)),
-        tokens=job.train.batch_size * longest,
+        tokens=job.train.batch_size * longest * task_of(job.data).rows_each,
         token_bytes=layers * kept * base.dtype.itemsize + logits,
         client_bytes=4 * factors * base.adapter_dtype.itemsize,
         # every member's tokens run through every member's factors: no more of them than a quarter

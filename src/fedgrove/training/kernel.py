@@ -23,10 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 from fedgrove.adapters.adapter import Adapter, Factors
 from fedgrove.adapters.assembly import Assembly, trained_parameters
 from fedgrove.ground.errors import JobError
-from fedgrove.ground.plain import Plain
 from fedgrove.ground.seeds import derive, generator
 from fedgrove.methods.contract import Step, Trained
 from fedgrove.training.cohort import Cohort
+from fedgrove.training.frozen import FrozenLayers
 from fedgrove.training.hooked import HookedBase
 from fedgrove.training.live import LiveAssembly, Running
 from fedgrove.training.loop import (
@@ -45,7 +45,7 @@ from fedgrove.training.loop import (
     steps_of,
 )
 from fedgrove.training.profile import span
-from fedgrove.training.readers import READERS, Collate, Writer, reader_of
+from fedgrove.training.readers import READERS, Collate, Found, Writer, reader_of
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Batch, Example, Task
@@ -87,6 +87,7 @@ class Kernel:
         self.halt = threading.Event()
         self.hooked = HookedBase(base, packs=READERS[base.head].packs)
         self.reader = reader_of(self.hooked, task)
+        self.layers = FrozenLayers(base)
 
     def close(self) -> None:
         """Take the hooks off the base."""
@@ -107,6 +108,7 @@ class Kernel:
     def work(self, work: Work) -> Trained:
         """One client's work, alone."""
         step = work.step
+        self._prime(work.examples)
         if work.guard is not None and step.measure != "train":
             raise JobError(
                 f'A step that measures "{step.measure}" reads examples without noise, so '
@@ -158,6 +160,8 @@ class Kernel:
         """What ``work`` gives for each, up to rounding. Several must all be such as ``joins``."""
         if len(works) == 1:
             return [self.work(works[0])]
+        for work in works:
+            self._prime(work.examples)
         return self._optimise(works)
 
     def steps(self, step: Step, examples: int) -> int:
@@ -268,7 +272,7 @@ class Kernel:
         """Each client's task loss on its own examples, all in one pass over the base; inside,
         gradients can be asked for. ``together``: as a cohort, also where one is left of it.
         """
-        rows = [len(own) for own in examples]
+        rows = [self.task.rows_each * len(own) for own in examples]
         everyones = list(chain.from_iterable(examples))
         batch = self._batch(everyones)
         if together:
@@ -296,15 +300,15 @@ class Kernel:
         self,
         assembly: Assembly,
         examples: Sequence[Example],
-        keep: list[Plain] | None = None,
+        found: Found | None = None,
     ) -> dict[str, float]:
-        """The task's measures of an assembly on some examples.
+        """The task's measures of an assembly on some examples; ``found`` takes what was answered.
 
-        Of a language model some are those of texts that it writes here; ``keep`` takes them, one
-        object for each.
+        Of a language model some are those of texts that it writes here.
         """
+        self._prime(examples)
         with self.opened(assembly, train=False) as live:
-            sums = self.reader.evaluate(live, examples, self.passes, keep)
+            sums = self.reader.evaluate(live, examples, self.passes, found)
         return self.task.measure(sums)
 
     @property
@@ -333,17 +337,60 @@ class Kernel:
         with self.opened(assembly, train=False) as live:
             return self.reader.write(live, examples, self.passes, most)
 
+    @torch.no_grad()
+    def each_loss(self, assembly: Assembly, examples: Sequence[Example]) -> Iterator[float]:
+        """The task's loss on each example by itself."""
+        self._prime(examples)
+        with self.opened(assembly, train=False) as live:
+            for example in examples:
+                with self.losses([live], [[example]]) as losses:
+                    loss = float(losses[0])
+                yield loss
+
+    def each_gradient(
+        self,
+        assembly: Assembly,
+        examples: Sequence[Example],
+    ) -> Iterator[Float[Tensor, " n"]]:
+        """The gradient of the task's loss on each example by itself, of all that trains side by side
+        (leaf after leaf), on the CPU.
+        """
+        self._prime(examples)
+        with self.opened(assembly, train=True) as live:
+            leaves = live.leaves
+            for example in examples:
+                with self.losses([live], [[example]]) as losses:
+                    found = torch.autograd.grad(
+                        losses[0],
+                        leaves,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                yield torch.cat([each.flatten().cpu() for each in found])
+
     @torch.inference_mode()
     def logits(
         self, assembly: Assembly, examples: Sequence[Example]
     ) -> Float[Tensor, "examples *t classes"]:
-        """Logits in the given order, on the CPU."""
+        """Logits in the given order, on the CPU; of a task that compares, its answers by example."""
+        self._prime(examples)
+        return self._answers(assembly, examples)
+
+    def _answers(
+        self, assembly: Assembly, examples: Sequence[Example]
+    ) -> Float[Tensor, "examples *t classes"]:
         rows: dict[int, Tensor] = {}
         with self.opened(assembly, train=False) as live:
             for indices, batch in self.passes(live, examples):
                 logits = self.reader.answer(live, batch)
-                rows.update(zip(indices, logits.cpu(), strict=True))
-        return _in_order(rows)
+                answers = self.task.by_example(logits, batch)
+                rows.update(zip(indices, answers.cpu(), strict=True))
+        return in_order(rows)
+
+    @torch.inference_mode()
+    def _prime(self, examples: Sequence[Example]) -> None:
+        """Have the task note on the examples what it asks of the untouched base."""
+        self.task.prime(partial(self._answers, Assembly()), examples)
 
     @torch.inference_mode()
     def features(
@@ -357,9 +404,9 @@ class Kernel:
         rows: dict[int, Tensor] = {}
         with self.opened(assembly or Assembly(), train=False) as live:
             for indices, batch in self.passes(live, examples):
-                pooled = self.reader.features(batch)
+                pooled = _of_examples(self.reader.features(batch), len(indices))
                 rows.update(zip(indices, pooled.cpu(), strict=True))
-        return _in_order(rows)
+        return in_order(rows)
 
     def passes(
         self,
@@ -394,6 +441,7 @@ class Kernel:
             dtype=self.base.adapter_dtype,
             train=train,
             dropout=self.dropout,
+            frozen=self.layers.at,
         )
         with self.hooked.changed(assembly):
             yield live
@@ -425,7 +473,14 @@ class Kernel:
             live.begin(examples, mask)
 
 
-def _in_order(rows: Mapping[int, Tensor]) -> Tensor:
+def _of_examples(rows: Float[Tensor, "rows h"], count: int) -> Float[Tensor, "count h"]:
+    """A row for each of so many examples: the mean of its rows."""
+    if len(rows) == count:
+        return rows
+    return rows.unflatten(0, (count, -1)).mean(1)
+
+
+def in_order(rows: Mapping[int, Tensor]) -> Tensor:
     """Rows [...] by their numbers, 0 and on -> [rows, ...]; of tokens, whose number differs, with
     zeros after the last.
     """

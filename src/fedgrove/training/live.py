@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Adapter, Factors, Site
+from fedgrove.adapters.adapter import Adapter, Dora, Factors, Site
 from fedgrove.adapters.assembly import Assembly, Extra, Product, Term, products, sealed
+from fedgrove.adapters.magnitude import Frozen, gains, magnified
 from fedgrove.adapters.private import seal, unseal
 from fedgrove.adapters.tally import Tally
 from fedgrove.methods.contract import Live
@@ -66,7 +67,9 @@ class LiveAssembly:
         dtype: torch.dtype,
         train: bool,
         dropout: float = 0.0,
+        frozen: Callable[[Site], Frozen] | None = None,
     ):
+        """``frozen``: the base's own layer at a site, for terms that are more than summands."""
         self.assembly = assembly
         self.device = device
         self.dtype = dtype
@@ -90,6 +93,8 @@ class LiveAssembly:
         # where nothing trains: all that a site adds as one product, made once
         self._train = train
         self._whole: dict[str, tuple[Tensor, Tensor] | None] = {}
+        self._frozen = frozen
+        self._gains: dict[str, Tensor] = {}
 
     @property
     def packs(self) -> bool:
@@ -172,6 +177,9 @@ class LiveAssembly:
         """The site's output with every product added, in the wider of the base's and the adapters'
         precision.
         """
+        dora = self.dora(site)
+        if dora is not None:
+            return self._add_magnified(dora, site, x, output)
         dense = self.delta.dense.get(site.name)
         if dense is None and self._foldable:
             return self._add_at_once(site, x, output)
@@ -191,6 +199,37 @@ class LiveAssembly:
         for product in terms:
             result = product.onto(result, dropped)
         return result.to(output.dtype)
+
+    def dora(self, site: Site) -> Dora | None:
+        """What runs at the site, where it is DoRA's."""
+        for term in self.terms:  # one, as Assembly says
+            factors = term.adapter.get(site.name)
+            if isinstance(factors, Dora):
+                return factors
+        return None
+
+    def summed(self, site: Site) -> bool:
+        """Whether all that runs at a site are products of factors, beside which others can stand."""
+        return site.name not in self.delta.dense and self.dora(site) is None
+
+    def _add_magnified(
+        self,
+        dora: Dora,
+        site: Site,
+        x: Inputs,
+        output: Outputs,
+    ) -> Outputs:
+        """``add`` of DoRA's term. Where nothing trains its gains are worked out once."""
+        assert self._frozen is not None  # whoever runs DoRA says what it scales
+        layer = self._frozen(site)
+        if self._train:
+            gain = gains(dora, layer)
+        else:
+            if site.name not in self._gains:
+                self._gains[site.name] = gains(dora, layer)
+            gain = self._gains[site.name]
+        found = magnified(dora, gain, layer.bias, self._in_adapters_precision(x), output)
+        return found.to(output.dtype)
 
     @property
     def _foldable(self) -> bool:
@@ -308,10 +347,12 @@ class LiveAssembly:
         if train:
             letters = term.train
         adapter: Adapter = {}
+
+        def placed(letter: str, value: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+            return self._place(value, letter in letters, term.lr)
+
         for site, factors in term.adapter.items():
-            A = self._place(factors.A, "A" in letters, term.lr)
-            B = self._place(factors.B, "B" in letters, term.lr)
-            adapter[site] = Factors(A, B, factors.scale)
+            adapter[site] = factors.each(placed)
         diagonal: dict[str, Tensor] = {}
         rate = term.lr * term.diagonal_lr
         for site, values in _diagonal(term).items():
@@ -353,16 +394,10 @@ def _trained(before: Term, after: Term) -> Term:
         if not before.private:
             return before
         return replace(before, adapter=sealed(before.adapter, before.private))
-    adapter: Adapter = {}
-    for site, factors in after.adapter.items():
-        old = before.adapter[site]
-        A = old.A
-        B = old.B
-        if "A" in before.train:
-            A = _taken(factors.A)
-        if "B" in before.train:
-            B = _taken(factors.B)
-        adapter[site] = Factors(A, B, factors.scale)
+    adapter = {
+        site: _taken_letters(before.adapter[site], factors, before.train)
+        for site, factors in after.adapter.items()
+    }
     diagonal = before.diagonal
     if diagonal is not None and "D" in before.train:
         diagonal = {site: _taken(values) for site, values in _diagonal(after).items()}
@@ -370,6 +405,17 @@ def _trained(before: Term, after: Term) -> Term:
             diagonal = {site: seal(values) for site, values in diagonal.items()}
     own = sealed(adapter, before.private)
     return replace(before, adapter=own, diagonal=diagonal)
+
+
+def _taken_letters(before: Factors, after: Factors, letters: str) -> Factors:
+    """The factors as they were, with what of these letters trained."""
+
+    def newest(letter: str, value: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        if letter in letters:
+            return _taken(after.tensors[letter])
+        return value
+
+    return before.each(newest)
 
 
 def _taken(leaf: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

@@ -195,11 +195,14 @@ class Layout:
         runs = [torch.arange(length) for length in self.lengths]
         of_no_text = torch.zeros(self.spare, dtype=torch.long)
         positions = torch.cat([*runs, of_no_text]).to(self.slots.device)
-        return {
+        found: dict[str, object] = {
             "input_ids": self.pack(batch["input_ids"]),
             "position_ids": positions[None] + first,
             LAYOUT: self,
         }
+        if "token_type_ids" in batch:  # which of two texts a token is of
+            found["token_type_ids"] = self.pack(batch["token_type_ids"])
+        return found
 
 
 class _Context(FunctionCtx):

@@ -8,11 +8,14 @@ or the states of all its tokens. What it makes of the logits (a loss, sums to me
 and its batch may hold any number of label tensors, each with a row for each example: that is how
 token classes, spans, several labels or a number come in without another reader.
 
-A fifth reader, say for pairs of answers of which one is preferred: a subclass of ``Reader`` that
-says what a task must give it beside ``Task`` (a protocol in ``federation.tasks.base``), overrides
-``logits``, and ``losses`` where a batch is more than one pass over the base; ``bare()`` of the
-hooked base gives the pass without adapters that a reference model is. It goes into ``READERS``
-under the name that ``load_base`` knows its kind of model by, and the task's ``heads`` names it.
+Examples that are compared (two answers, of which one is preferred) are no other reader either: each
+is ``Task.rows_each`` rows of its batch, and what the untouched base says of it is noted on it once
+(``Task.prime``).
+
+A fifth reader is a subclass of ``Reader`` that says what a task must give it beside ``Task`` (a
+protocol in ``federation.tasks.base``), overrides ``logits``, and ``losses`` where a batch is more
+than one pass over the base. It goes into ``READERS`` under the name that ``load_base`` knows its
+kind of model by, and the task's ``heads`` names it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ from torch import Tensor, nn
 from fedgrove.adapters.routers import Choice
 from fedgrove.federation.tasks.base import Batch, Example, HeadedTask, Task, WritingTask
 from fedgrove.ground.errors import JobError
-from fedgrove.ground.plain import Plain
 from fedgrove.interop.models import Base
 from fedgrove.training.hooked import HookedBase
 from fedgrove.training.language import EncoderDecoder, LanguageModel
@@ -37,6 +39,14 @@ from fedgrove.training.profile import span
 Asked = TypeVar("Asked", bound=Task)
 Head = Mapping[str, Tensor]  # its tensors by their own names
 Collate = Callable[[Sequence[Example], int], Batch]  # examples and the padding token -> their batch
+#: what a model answered, by the number of the example: its logits [*t, c] on the CPU, or the text that it
+#: wrote (not for every example: ``WritingTask.chosen``)
+Found = dict[int, Tensor | str]
+
+
+def logits_in(found: Found) -> list[Tensor]:
+    """The logits among the answers, each [*t, c], in the order of their examples."""
+    return [row for _, row in sorted(found.items()) if isinstance(row, Tensor)]
 
 
 class Passes(Protocol):
@@ -142,23 +152,24 @@ class Reader(Generic[Asked]):
         live: LiveAssembly,
         examples: Sequence[Example],
         passes: Passes,
-        keep: list[Plain] | None = None,
+        found: Found | None = None,
     ) -> dict[str, float]:
-        """Sums for ``Task.measure``; ``keep`` takes what was written, one object for each text."""
+        """Sums for ``Task.measure``; ``found`` takes what was answered."""
         sums: dict[str, float] = {}
-        kept: dict[int, Tensor] = {}
+        if found is None and self.task.windows:
+            found = {}
         for indices, batch in passes(live, examples):
             with span("forward"):
                 logits = self.answer(live, batch)
                 scores = self.task.score(logits, batch)
+            if found is not None:
+                answers = self.task.by_example(logits, batch)
+                found.update(zip(indices, answers.cpu(), strict=True))
             for key, value in scores.items():
                 sums[key] = sums.get(key, 0.0) + value
-            if self.task.windows:
-                kept.update(zip(indices, logits.cpu(), strict=True))
-        if not kept:
-            return sums
-        in_order = [kept[index] for index in range(len(examples))]
-        return sums | self.task.judged(in_order, examples)
+        if found is not None and self.task.windows:
+            sums |= self.task.judged(logits_in(found), examples)
+        return sums
 
 
 class Pooled(Reader[HeadedTask]):
@@ -201,7 +212,7 @@ class Pooled(Reader[HeadedTask]):
 
     @property
     def head_sees_features(self) -> bool:
-        return self.task.level == "example"
+        return self.task.level == "example" and self.task.rows_each == 1
 
     def _seen(self, batch: Batch) -> Float[Tensor, "b *t h"]:
         """What the head sees of each example."""
@@ -274,14 +285,15 @@ class Writer(Reader[WritingTask]):
         live: LiveAssembly,
         examples: Sequence[Example],
         passes: Passes,
-        keep: list[Plain] | None = None,
+        found: Found | None = None,
     ) -> dict[str, float]:
         """Sums over tokens, and over texts that it writes for some of the examples."""
         sums = super().evaluate(live, examples, passes)
-        chosen = [examples[index] for index in self.task.chosen(examples)]
+        indices = self.task.chosen(examples)
+        chosen = [examples[index] for index in indices]
         texts = self.write(live, chosen, passes)
-        if keep is not None:
-            keep += self.task.shown(texts, chosen)
+        if found is not None:
+            found.update(zip(indices, texts, strict=True))
         of_texts = self.task.judge(texts, chosen)
         return sums | of_texts
 

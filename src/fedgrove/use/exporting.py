@@ -106,7 +106,7 @@ def _ours(
     if not card.get("head"):
         return tidied(source, out, base)
     if not (source / assembly_file.FILE).exists():
-        peft.read_adapter(source)  # a directory that is not whole is not copied on
+        peft.read_adapter(source, dora=True)  # what is not whole is not copied on
     if base is None:
         return source
     shutil.copytree(source, out)

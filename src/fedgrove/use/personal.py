@@ -31,6 +31,7 @@ from fedgrove.methods.registry import method_class
 from fedgrove.runs.parts import evaluator
 from fedgrove.training.kernel import Kernel
 from fedgrove.training.measured import measured
+from fedgrove.training.readers import Found
 from fedgrove.use.questions import answered, questions
 
 POOL = "pool"  # the method that the card of a pool names
@@ -96,9 +97,10 @@ class ClientModel:
         language model writes after each prompt.
         """
         task = self.kernel.task
-        if task.writes:
+        rows = questions(task, texts)
+        if task.written(rows):
             return self.generate(texts)
-        return self.asked(questions(task, texts)).answers
+        return self.asked(rows).answers
 
     def generate(self, prompts: Sequence[Any], *, max_new_tokens: int | None = None) -> list[str]:
         """What a language model writes after each prompt, greedily; a prompt is a text, or a list
@@ -140,8 +142,9 @@ class ClientModel:
         self._check_head()
         task = self.kernel.task
         examples = task.encode(answered(task, rows), self.kernel.base.processor)
-        found: Plain = dict(self.kernel.evaluate(self.assembly, examples))
-        return found | measured(self.kernel, self.assembly, examples, more)
+        answers: Found = {}
+        found: Plain = dict(self.kernel.evaluate(self.assembly, examples, answers))
+        return found | measured(task, answers, examples, more)
 
     def _check_head(self) -> None:
         if self.headless:

@@ -68,7 +68,7 @@ def questions_of(path: Path, job: Job) -> list[Row]:
 def predictions(model: ClientModel, rows: Sequence[Row]) -> list[Prediction]:
     """The model's answer to each row."""
     task = model.kernel.task
-    if task.writes:
+    if task.written(rows):
         examples = task.encode(rows, model.kernel.base.processor)
         told = model.kernel.generate(model.assembly, examples)
         scores: list[dict[str, float]] = [{} for _ in told]

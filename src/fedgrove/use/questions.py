@@ -18,43 +18,55 @@ _ANSWER = {"role": "assistant", "content": "?"}  # what a conversation that asks
 
 
 def questions(task: Task, given: Sequence[Any]) -> list[Row]:
-    """A row for each text, image or prompt. Raises ``DataError`` for what cannot be asked, with its
-    number.
+    """A row for each text, image or prompt, or for each object that has the task's ``beside`` too.
+    Raises ``DataError`` for what cannot be asked, with its number.
     """
     what = task.asks
-    if not task.beside and any(isinstance(each, Mapping) and "context" in each for each in given):
-        raise DataError(
-            f"a context (--context) is for questions about it, and data.task = {task.name!r} has none; "
-            "leave it out"
-        )
     single = isinstance(given, str | bytes | Path | Mapping) or hasattr(
         given, "mode"
     )  # "mode": a PIL image
-    if single or (what == "prompt" and any(isinstance(each, Mapping) for each in given)):
+    objects = not single and any(isinstance(each, Mapping) for each in given)
+    if single or (objects and what == "prompt" and not task.beside):
         raise DataError(
             f"what a model is asked is a list, of one {what} or more; put the one {what} into a "
             f"list"
         )
-    rows = [_row(task, value, f"{what} {number}") for number, value in enumerate(given, start=1)]
+    whole = bool(task.beside) and (objects or not task.writes)
+    rows: list[Row] = []
+    for number, value in enumerate(given, start=1):
+        place = f"{what} {number}"
+        if whole:
+            rows.append(_whole(task, value, place))
+        else:
+            rows.append({what: _question(value, what, place)})
     if not rows:
         raise DataError(f"the list is empty; ask about one {what} or more")
     return rows
 
 
-def asked_about(texts: Sequence[str] | None, context: str | None) -> list[Any]:
-    """What is asked on the command line: texts, or questions about one text."""
-    given = list(texts or ())
-    if context is None:
-        return given
-    return [{"question": text, "context": context} for text in given]
+def with_beside(
+    task: type[Task],
+    texts: Sequence[str],
+    beside: Mapping[str, str],
+) -> Sequence[Any]:
+    """The texts of a command, each with what its options put beside it: parts of a row by their names.
+    Raises ``DataError`` where the task has no such parts.
+    """
+    if not beside:
+        return texts
+    if beside.keys() != set(task.beside):
+        raise DataError(
+            f"data.task = {task.name!r} is not asked with {_listed(tuple(beside))}: --context is for "
+            "spans, --between for prefer and reward"
+        )
+    return [{task.asks: text, **beside} for text in texts]
 
 
 def answered(task: Task, rows: Sequence[Given]) -> list[Row]:
     """Rows to measure on. Raises ``DataError`` where there are none, or where one lacks its
     question or answer.
     """
-    answer = task.learns
-    parts = (task.asks, *task.beside, answer)
+    parts = tuple(dict.fromkeys((task.asks, *task.beside, task.learns)))
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DataError(f"row {number} is no object; give rows with {_listed(parts)}")
@@ -66,27 +78,23 @@ def answered(task: Task, rows: Sequence[Given]) -> list[Row]:
     return [dict(row) for row in rows]
 
 
-def _row(
+def _whole(
     task: Task,
     value: Any,
     place: str,
 ) -> Row:
-    """What is asked, with what stands beside it."""
-    what = task.asks
-    if not task.beside:
-        return {what: _question(value, what, place)}
-    parts = (what, *task.beside)
-    if not isinstance(value, Mapping) or not all(part in value for part in parts):
-        raise DataError(
-            f"{place} must be an object with {_listed(parts)} (on the command line --context TEXT, or a "
-            "table with --data FILE)"
-        )
-    return {part: _question(value[part], part, f"{place}, {part}") for part in parts}
+    """What is asked, checked together with what stands beside it."""
+    parts = (task.asks, *task.beside)
+    if not isinstance(value, Mapping) or not value.keys() >= set(parts):
+        raise DataError(f"{place} is no object with {_listed(parts)}; give these of each")
+    return task.question(value, task.Options(), place)
 
 
 def _listed(parts: Sequence[str]) -> str:
     """ "'text' and 'label'" """
     *first, last = map(repr, parts)
+    if not first:
+        return last
     return f"{', '.join(first)} and {last}"
 
 

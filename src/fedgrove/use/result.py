@@ -15,6 +15,7 @@ from fedgrove.tracking import summary as summaries
 from fedgrove.use.one import OneModel
 
 if TYPE_CHECKING:
+    from fedgrove.federation.federation import Federation
     from fedgrove.federation.readers import Row
     from fedgrove.job import Job
     from fedgrove.use.personal import ClientModel
@@ -78,10 +79,8 @@ class Result:
         return metrics.read(self.path / "metrics.jsonl")
 
     @cached_property
-    def tests(self) -> dict[str, list[Row]]:
-        """Each client's test rows, of the data as they were. Raises ``RunError`` where they have
-        changed since.
-        """
+    def federation(self) -> Federation:
+        """The clients' rows, as they were. Raises ``RunError`` where they have changed since."""
         from fedgrove.federation import build
         from fedgrove.runs.prepare import fingerprint_of
 
@@ -95,7 +94,12 @@ class Result:
                 f"restore them, or name "
                 "rows that nobody was trained on (--data FILE)."
             )
-        return {client.name: client.test for client in federation.clients}
+        return federation
+
+    @property
+    def tests(self) -> dict[str, list[Row]]:
+        """Each client's test rows, as ``federation`` has them."""
+        return {client.name: client.test for client in self.federation.clients}
 
     def client(self, name: str) -> ClientResult:
         """One client's part of the run, or with ``_global`` the common model, whose test data are

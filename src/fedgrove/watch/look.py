@@ -59,6 +59,10 @@ class Look:
         self.folder = folder
         self._pace: tuple[float, int] | None = None  # when the first look was, and the rounds then
 
+    def stamp(self) -> Stamp:
+        """Another one where a file of the run is another."""
+        return stamp(self.folder)
+
     def page(self) -> str:
         """The whole page, with its parts as they are now."""
         return render("watch.html", "fedgrove.watch", folder=self.folder.name, places=PARTS)

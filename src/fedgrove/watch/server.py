@@ -12,16 +12,17 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
+from typing import Protocol
 
 from fedgrove.ground.ctrlc import stop_if_pressed
 from fedgrove.ground.errors import RunError
-from fedgrove.watch.look import Look, Parts, Stamp, stamp
+from fedgrove.watch.look import Look, Parts
 
 PORT = 8750
 HOST = "127.0.0.1"
@@ -31,11 +32,24 @@ _KEEP = 15.0  # seconds of silence on a stream
 _PATIENCE = 30.0  # seconds for a request to come
 
 
+class Looks(Protocol):
+    """What a page is made of, as ``watch.look.Look`` makes it of a run's directory."""
+
+    def stamp(self) -> object:
+        """Another one where there is something else to see."""
+
+    def page(self) -> str:
+        """The whole page, with empty places for its parts."""
+
+    def parts(self, now: float) -> Parts:
+        """HTML by the place; ``now``: seconds of a clock that only goes on."""
+
+
 class Board:
     """The newest parts. They are drawn by one thread, and only while somebody looks."""
 
-    def __init__(self, folder: Path):
-        self.look = Look(folder)
+    def __init__(self, look: Looks):
+        self.look = look
         self.parts: Parts = {}
         self.number = 0  # of the newest parts, from 1
         self.closed = False
@@ -67,15 +81,15 @@ class Board:
             self._news.notify_all()
 
     def _work(self) -> None:
-        seen: Stamp | None = None
+        seen: object = None
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._watchers > 0 or self.closed)
                 if self.closed:
                     return
-            now = stamp(self.look.folder)
+            now = self.look.stamp()
             took = 0.0
-            if now != seen:
+            if now != seen or not self.number:
                 seen = now
                 began = time.monotonic()
                 self._tell(self.look.parts(began))
@@ -95,7 +109,14 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, host: str = HOST, port: int = PORT, token: str = ""):
+    def __init__(
+        self,
+        folder: Path,
+        host: str = HOST,
+        port: int = PORT,
+        token: str = "",
+        look: Callable[[Path], Looks] = Look,
+    ):
         self.token = token or secrets.token_urlsafe(16)
         self.folder = folder
         if ":" in host:
@@ -108,7 +129,7 @@ class Server(ThreadingHTTPServer):
                 f"The page cannot be served at {host}, port {port} ({reason}); choose another "
                 "--port (0: any free one) or --host."
             ) from error
-        self.board = Board(folder)
+        self.board = Board(look(folder))
 
     def service_actions(self) -> None:
         """Between two polls: a Ctrl-C that Python dropped."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fedgrove.ground import lines, words
+from fedgrove.ground.lock import at_work
 from fedgrove.ground.plain import Plain
 from fedgrove.ground.statistics import mean, tail10
 from fedgrove.job import Job
@@ -46,7 +47,7 @@ class Standing:
             run,
             Job.load(folder / "job.toml"),
             finished,
-            (folder / "run.lock").exists(),
+            at_work(folder),
             lines.read(folder / "events.jsonl", ("round", "client", "event", "reason")),
         )
 

@@ -6,6 +6,9 @@ each index of the shorter side of a matrix, which is a rank index of a LoRA fact
 q`` with ``|q| <= 127``, so an error of at most half a scale, 0.4 % of that row's largest number.
 Rounding is to nearest, so equal content is an equal message.
 
+DoRA's magnitudes travel as they are: they are few, and what training changes of them is below the
+rounding of either way.
+
 A compressed tensor is a small table in place of the tensor, so that a message describes itself and
 ``expand`` needs no setting. Integers, single numbers and plain values travel as they are.
 """
@@ -18,7 +21,7 @@ import torch
 from jaxtyping import BFloat16, Float, Int8
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Factors
+from fedgrove.adapters.adapter import Factors, factors_of
 from fedgrove.adapters.private import PrivacyError, is_private
 from fedgrove.adapters.tree import Keys, Tree, joined, map_leaves, nbytes, plain
 from fedgrove.ground.errors import AdapterError
@@ -51,11 +54,13 @@ def squeeze(tree: object, how: Compression) -> object:
         if isinstance(leaf, Tensor):
             return _smaller(leaf, how, where)
         if isinstance(leaf, Factors):
-            A = _smaller(leaf.A, how, f"{where}.A")
-            B = _smaller(leaf.B, how, f"{where}.B")
+            sides: list[Tensor | Tree] = []
+            for letter, value in leaf.tensors.items():
+                way = how if letter in Factors.letters else "none"
+                sides.append(_smaller(value, way, f"{where}.{letter}"))
             return {
                 _KEY: "factors",
-                "sides": [A, B],
+                "sides": sides,
                 "scale": leaf.scale,
             }
         return leaf
@@ -97,7 +102,7 @@ def _smaller(
     """The tensor ``[...]`` as it travels; ``where`` it stands, for the words."""
     if is_private(value):
         raise PrivacyError(f"'{where}' is private to its client and cannot be sent.")
-    if value.ndim == 0:
+    if value.ndim == 0 or how == "none":
         return value
     if not value.is_floating_point():
         return value
@@ -178,13 +183,11 @@ def _restored(node: Tree) -> Tensor | Factors:
 
 
 def _factors(node: Tree) -> Factors:
-    A, B = (expand(side) for side in node["sides"])
-    if not isinstance(A, Tensor):
-        raise TypeError("factors")
-    if not isinstance(B, Tensor):
+    sides = [expand(side) for side in node["sides"]]
+    if not all(isinstance(side, Tensor) for side in sides):
         raise TypeError("factors")
     scale = float(node["scale"])
-    return Factors(A, B, scale)
+    return factors_of(sides, scale)
 
 
 def _rows(value: Tensor) -> tuple[Tensor, bool]:

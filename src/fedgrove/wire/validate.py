@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedgrove.adapters.adapter import Factors, Site, Sites
+from fedgrove.adapters.adapter import Dora, Factors, Site, Sites
 from fedgrove.adapters.private import is_private
 from fedgrove.adapters.tree import Keys, joined, numbers, walk
 from fedgrove.ground.plain import Given
@@ -39,11 +39,14 @@ SLACK = 100_000  # numbers beside factors, tables and head: scores, masks, count
 
 @dataclass(frozen=True)
 class Bounds:
-    """How large what belongs to a layer may be. ``rank`` None: up to the layer's smaller side."""
+    """How large what belongs to a layer may be. ``rank`` None: up to the layer's smaller side.
+    ``dora``: whether its factors have magnitudes.
+    """
 
     sites: Sites
     rank: int | None
     rows: int
+    dora: bool
 
     def most_rank(self, site: Site) -> int:
         if self.rank is None:
@@ -76,6 +79,7 @@ def offer_fault(tree: object, *, method: Method | None) -> str | None:
         method.setting.sites,
         rank=None,
         rows=most_rows(method),
+        dora=method.setting.norms is not None,
     )
     return _fault(tree, bounds)
 
@@ -100,6 +104,7 @@ def fault(
         method.setting.sites,
         rank=most_rank(method),
         rows=most_rows(method),
+        dora=method.setting.norms is not None,
     )
     found = numbers(content)
     most = _most_numbers(bounds, head or {})
@@ -121,11 +126,11 @@ def _parts_fault(content: Given, head: Head) -> str | None:
 
 
 def _most_numbers(bounds: Bounds, head: Head) -> int:
-    """Four times both factors of every layer, and the tensors ``[...]`` of the head."""
+    """Four times all factors of every layer, and the tensors ``[...]`` of the head."""
     whole = 0
     for site in bounds.sites.values():
         both = site.in_features + site.out_features
-        whole += bounds.most_rows(site) * both
+        whole += bounds.most_rows(site) * both + bounds.dora * site.out_features
     of_head = sum(tensor.numel() for tensor in head.values())
     return 4 * whole + of_head + SLACK
 
@@ -175,12 +180,10 @@ def _value_fault(value: object, path: str) -> str | None:
 
 
 def _pair_fault(value: Factors, path: str) -> str | None:
-    wrong = _tensor_fault(value.A, f"{path}.A")
-    if wrong:
-        return wrong
-    wrong = _tensor_fault(value.B, f"{path}.B")
-    if wrong:
-        return wrong
+    for letter, tensor in value.tensors.items():
+        wrong = _tensor_fault(tensor, f"{path}.{letter}")
+        if wrong:
+            return wrong
     if not math.isfinite(value.scale):
         return f"the scale of {path} is {value.scale}"
     return None
@@ -217,13 +220,16 @@ def _site_fault(
     """What does not fit the adapted layer that it belongs to."""
     if isinstance(value, Factors):
         rank = bounds.most_rank(site)
-        return _factors_fault(value, path, site, rank)
+        wrong = _factors_fault(value, path, site, rank)
+        return wrong or _magnitudes_fault(value, path, site, bounds.dora)
     if not isinstance(value, Tensor):
         return None
     most = bounds.most_rows(site)
     if value.ndim == 2:
         return _table_fault(value, path, site, most)
     count = value.numel()
+    if bounds.dora:
+        most = max(most, site.out_features)
     if value.ndim == 1 and count > most:
         return f"{path} has {count} numbers, above {most}"
     if value.ndim > 2:
@@ -253,6 +259,20 @@ def _factors_fault(
         return f"{wrong}, but that layer has {site.out_features} features there"
     if value.rank > most:
         return f"{path} has the rank {value.rank}, above {most}"
+    return None
+
+
+def _magnitudes_fault(value: Factors, path: str, site: Site, dora: bool) -> str | None:
+    """``M [out]`` where the job trains DoRA, and nowhere else."""
+    if not isinstance(value, Dora):
+        if dora:
+            return f"{path} lacks the magnitudes that lora.dora trains"
+        return None
+    if not dora:
+        return f"{path} has DoRA's magnitudes, which this job does not train"
+    if tuple(value.M.shape) != (site.out_features,):
+        wrong = f"M of {path} has the shape {_shape(value.M)}"
+        return f"{wrong}, but that layer has {site.out_features} features there"
     return None
 
 

@@ -110,7 +110,7 @@ def test_keys_that_say_nothing_together(
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c"}],
             [],
-            r"a preference between two answers is another task, which Fedgrove does not have yet",
+            r'a preference between two answers is learnt with data.task = "prefer" or "reward"',
         ),
         ([{"text": "a"}], [], r'set data.plain = "text" to learn plain texts'),
         ([{"a": [1], "completion": "x"}], ["data.template={a}"], r"'a' is a list, not a text"),

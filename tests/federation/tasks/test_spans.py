@@ -183,11 +183,9 @@ def test_a_question_that_leaves_no_room(tokenizer: Any) -> None:
 
 
 def test_questions_need_their_text(tokenizer: Any) -> None:
-    with pytest.raises(
-        DataError, match=r"question 1 must be an object with 'question' and 'context'"
-    ):
+    with pytest.raises(DataError, match=r"question 1 is no object with 'question' and 'context'"):
         questions(Spans(), ["what was it"])
-    with pytest.raises(DataError, match="question 1, context is empty"):
+    with pytest.raises(DataError, match="question 1: the column 'context' is empty"):
         questions(Spans(), [{"question": "what", "context": " "}])
 
 

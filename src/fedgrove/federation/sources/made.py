@@ -12,6 +12,7 @@ from pydantic import Field
 from fedgrove.federation.charts import charts
 from fedgrove.federation.notes import notes
 from fedgrove.federation.readers import Found, Row
+from fedgrove.federation.replies import replies
 from fedgrove.federation.sources.base import Origin, Rows, origin
 from fedgrove.ground.errors import DataError, JobError
 from fedgrove.ground.options import Options, Text
@@ -25,6 +26,7 @@ SETS: Mapping[str, tuple[Callable[[], Iterable[Plain]], str]] = {
         charts,
         "questions about charts of four made-up clinics, put together from templates",
     ),
+    "replies": (replies, "two replies each to questions of patients, put together from templates"),
 }
 
 
@@ -35,7 +37,8 @@ class MadeOptions(Options):
         FIRST,
         description="Name of the made-up set. notes: notes of four clinics, with the columns text, "
         "topics, spans, urgency, days and clinic. charts: questions about several notes, with the "
-        "columns question, context, answers and clinic.",
+        "columns question, context, answers and clinic. replies: pairs of replies, with the columns "
+        "prompt, chosen, rejected, about and clinic.",
     )
 
 

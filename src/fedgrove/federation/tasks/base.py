@@ -10,7 +10,7 @@ to ``fedgrove.federation.tasks.register``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
@@ -72,13 +72,15 @@ class Task(ABC, Generic[Keys]):
     kind: ClassVar[str] = ""
     stock: ClassVar[Stock] = Stock()
     asks: ClassVar[str]  # the part of a row that a model is asked about: "text", "image", "prompt"
-    #: further parts of a row that a model must be given with it
+    #: further parts of a row that a model is asked about with it; one that writes may go without
     beside: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[str] = "label"  # the part of a row that is to be learnt
     #: whether ``encode`` may give several examples of a row, which ``judged`` puts together again
     windows: ClassVar[bool] = False
     #: what rows are that it learns, where another task points to it: see ``federation.otherwise``
     suits: ClassVar[tuple[str, ...]] = ()
+    #: rows of a batch that an example is, next to each other: 2 where it is two answers to compare
+    rows_each: ClassVar[int] = 1
     #: whether rows may lie as files in a folder for each label
     folders: ClassVar[bool] = False
 
@@ -225,7 +227,17 @@ class Task(ABC, Generic[Keys]):
     @abstractmethod
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """The model's inputs and, where the examples have labels, any number of label tensors; every
-        tensor has a row for each example.
+        tensor has a row for each example, or ``rows_each`` of them.
+        """
+
+    def prime(
+        self,
+        base: Callable[[Sequence[Example]], Float[Tensor, "n *t c"]],
+        examples: Sequence[Example],
+    ) -> None:
+        """Note on a client's examples what the loss asks of the untouched base about each; ``base``
+        gives its answers by example. Called before any pass, with all of a split: what is noted already
+        stays.
         """
 
     @abstractmethod
@@ -282,6 +294,14 @@ class Task(ABC, Generic[Keys]):
         """
         raise NotImplementedError(f"{self.name} says nothing for metrics to compare")
 
+    def by_example(self, logits: Float[Tensor, "_ *t c"], batch: Batch) -> Float[Tensor, "_ *t c"]:
+        """A batch's logits as one answer for each example, which ``told`` and ``compared`` get."""
+        return logits
+
+    def written(self, rows: Sequence[Row]) -> bool:
+        """Whether the answers to these rows are texts that the model writes."""
+        return self.writes
+
     def told(self, logits: Float[Tensor, "n *t c"]) -> list[Any]:
         """The answers that a user is told."""
         return list(logits.tolist())
@@ -295,9 +315,7 @@ class Task(ABC, Generic[Keys]):
         return torch.softmax(logits, dim=-1)
 
     def scored(self, logits: Float[Tensor, "n *t c"]) -> list[dict[str, float]]:
-        """By label, how likely it is; {} of each where answers have no such scores."""
-        if not self.classifies:
-            return [{} for _ in logits]
+        """By label, how likely it is, where rows have classes; {} where answers have no such scores."""
         likely = self.probabilities(logits.double()).tolist()
         return [dict(zip(self.labels, row, strict=False)) for row in likely]
 

@@ -1,0 +1,302 @@
+"""How well an attacker tells the rows that a client was trained on from rows that it never saw.
+
+An attack gives every row a number, larger for what it takes for a member. Members are a client's
+training rows, the others its test rows, so the figures mean something where both are drawn alike (a
+random split is; test rows of another year are not).
+
+- ``loss``: minus the loss of the model that the client left with (Yeom et al., CSF 2018). Anybody who
+  holds the adapter and the head can do it.
+- ``gain``: by how much the adapter lowers a row's loss below that of the same head on the untouched
+  base: easy rows are no members for that (difficulty calibration: Watson et al., ICLR 2022).
+- ``update``: minus the cosine between the row's gradient at the model that the client was offered and the
+  change that it answered with (Li et al., ICLR 2023). A server that sees one client's update can do
+  it. Measured on the client's first round, which reads the most, in what may travel alone; where the
+  server sees sums alone, it says what would be seen if one were opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedgrove.adapters.assembly import Assembly, Extra, Term
+from fedgrove.federation.tasks import Example
+from fedgrove.ground.errors import RunError
+from fedgrove.ground.files import write_json
+from fedgrove.ground.plain import Plain
+from fedgrove.ground.seeds import generator
+from fedgrove.methods.contract import ClientInfo
+from fedgrove.runs.parts import Parts, one_by_one
+from fedgrove.runs.prepare import has_device
+from fedgrove.training.kernel import Kernel
+from fedgrove.use.result import Result
+
+FILE = "audit.json"  # in the run's directory
+ATTACKS = ("loss", "gain", "update")
+FALSE_ALARMS = (
+    0.05  # the share of others taken for members at which the share of members found is told
+)
+DRAWS = 2000  # of the bootstrap
+
+Scores = Float[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one attack came to on one client: its numbers for members and for others."""
+
+    members: Scores
+    others: Scores
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one attack came to over the clients.
+
+    ``auc``: the chance that a member's number is above another row's, the mean over clients (0.5: a
+    coin), with its 95 % interval over clients (percentile bootstrap; None of one client). ``found``:
+    the share of members that it names when it is wrong about ``FALSE_ALARMS`` of the others,
+    numbers standardised within each client by its others.
+    """
+
+    attack: str
+    auc: float
+    interval: tuple[float, float] | None
+    found: float
+    by_client: dict[str, float]
+
+
+def audit(
+    run: str | Path,
+    attacks: Sequence[str] = ATTACKS,
+    *,
+    examples: int = 50,
+    clients: int | None = None,
+    seed: int = 0,
+    advance: Callable[[str], None] = lambda _: None,
+) -> list[Outcome]:
+    """Try attacks on a finished run's clients; the outcomes also go to ``RUN/audit.json``.
+
+    Args:
+        examples: at most so many members and as many others of each client.
+        clients: at most so many clients, drawn by ``seed`` (default all that trained).
+        advance: hears a client's name when it is done.
+
+    An attack that has nothing to see (no adapter travels) is left out. Raises ``RunError``: the run
+    is not finished, its data changed, an unknown attack, no client with two rows of each kind.
+    """
+    if unknown := [name for name in attacks if name not in ATTACKS]:
+        raise RunError(f"There is no attack {unknown[0]!r}; choose from {', '.join(ATTACKS)}.")
+    result = Result(run)
+    victims = _victims(result, examples, clients, seed)
+    found: dict[str, dict[str, Found]] = {name: {} for name in attacks}
+    attacker = Attacker(result)
+    for name, (members, others) in victims.items():
+        for attack in attacks:
+            numbers = attacker.numbers(attack, name, members, others)
+            if numbers is not None:
+                found[attack][name] = numbers
+        advance(name)
+    outcomes = [outcome(name, each) for name, each in found.items() if each]
+    write_json(result.path / FILE, told(outcomes, examples, seed))
+    return outcomes
+
+
+def told(outcomes: Iterable[Outcome], examples: int, seed: int) -> Plain:
+    """The content of ``audit.json``."""
+    attacks = {
+        each.attack: {
+            "auc": each.auc,
+            "interval": each.interval,
+            "found": each.found,
+            "by_client": each.by_client,
+        }
+        for each in outcomes
+    }
+    return {"format": 1, "examples": examples, "seed": seed, "false_alarms": FALSE_ALARMS} | {
+        "attacks": attacks
+    }
+
+
+Rows = list[int]  # of a client's split
+
+
+def _victims(
+    result: Result,
+    examples: int,
+    clients: int | None,
+    seed: int,
+) -> dict[str, tuple[Rows, Rows]]:
+    """Of each client that is attacked, which training and which test rows."""
+    chosen: dict[str, tuple[Rows, Rows]] = {}
+    for client in result.federation.clients:
+        count = min(examples, len(client.train), len(client.test))
+        if client.held_out or count < 2:
+            continue
+        members = _drawn(len(client.train), count, seed, client.name, "members")
+        others = _drawn(len(client.test), count, seed, client.name, "others")
+        chosen[client.name] = (members, others)
+    if not chosen:
+        raise RunError(f"No client of {result.path} has two training and two test rows to compare.")
+    names = list(chosen)
+    if clients is not None and clients < len(names):
+        kept = _drawn(len(names), clients, seed, "clients")
+        names = [names[number] for number in kept]
+    return {name: chosen[name] for name in names}
+
+
+def _drawn(all: int, count: int, seed: int, *purpose: str) -> Rows:
+    drawn = torch.randperm(all, generator=generator(seed, "audit", *purpose))
+    return sorted(drawn[:count].tolist())
+
+
+class Attacker:
+    """A finished run's parts, and what each attack makes of a client's rows."""
+
+    def __init__(self, result: Result):
+        job = one_by_one(result.job)
+        if not has_device(job.train.device):
+            job = job.replace(train={"device": "cpu"})
+        torch.set_num_threads(int(job.train.threads))
+        self.result = result
+        self.clients = {client.name: client for client in result.federation.clients}
+        self.infos = {
+            name: ClientInfo(name, row["rank"], row["examples"])
+            for name, row in result.summary["clients"].items()
+            if not row.get("held_out")
+        }
+        self.parts = Parts.of(job, list(self.infos.values()))
+
+    def numbers(
+        self,
+        attack: str,
+        client: str,
+        members: Rows,
+        others: Rows,
+    ) -> Found | None:
+        """None where the attack has nothing to see."""
+        encoded = self.parts.encode(self.clients[client])
+        train, test = encoded["train"], encoded["test"]
+        rows = [train[each] for each in members] + [test[each] for each in others]
+        if attack == "update":
+            scores = self._of_update(client, train, rows)
+        else:
+            scores = self._of_losses(client, rows, calibrated=attack == "gain")
+        if scores is None:
+            return None
+        return Found(scores[: len(members)], scores[len(members) :])
+
+    def _of_losses(self, client: str, rows: Sequence[Example], *, calibrated: bool) -> Scores:
+        model = self.result.client(client).model()
+        losses = np.array(list(model.kernel.each_loss(model.assembly, rows)))
+        if not calibrated:
+            return -losses
+        bare = replace(model.assembly, terms=(), base_delta=None)
+        return np.array(list(model.kernel.each_loss(bare, rows))) - losses
+
+    def _of_update(
+        self,
+        client: str,
+        train: Sequence[Example],
+        rows: Sequence[Example],
+    ) -> Scores | None:
+        """None where nothing that trained may travel."""
+        steps: list[tuple[Assembly, Assembly]] = []
+
+        def note(_: tuple[object, ...], before: Assembly, after: Assembly) -> None:
+            steps.append((before, after))
+
+        parts = self.parts
+        half = parts.client_half(watch=note)
+        info = self.infos[client]
+        state = parts.method.open(parts.method.begin(list(self.infos.values())), 1)
+        content = parts.method.offer(state, 1, info)
+        half.train(info, train, parts.head.beside(content, None, newcomer=False), {}, 1)
+        scores = np.zeros(len(rows))
+        seen = False
+        for before, after in steps:
+            change = _line(half.kernel, travelling(after)) - _line(half.kernel, travelling(before))
+            if not change.norm():
+                continue
+            seen = True
+            each = half.kernel.each_gradient(travelling(before), rows)
+            scores += [-cosine(gradient, change) for gradient in each]
+        return scores if seen else None
+
+
+def travelling(assembly: Assembly) -> Assembly:
+    """The same model with only that in training which may leave the client."""
+    terms: list[Term] = []
+    for term in assembly.terms:
+        letters = [letter for letter in term.train if letter not in term.private]
+        terms.append(replace(term, train="".join(letters)))
+    extras: dict[str, Extra] = {}
+    for name, extra in assembly.extras.items():
+        extras[name] = replace(extra, train=extra.train and extra.home == "server")
+    return replace(assembly, terms=tuple(terms), extras=extras)
+
+
+def _line(kernel: Kernel, assembly: Assembly) -> Float[Tensor, " n"]:
+    """All that trains, side by side; [0] where nothing does."""
+    with kernel.opened(assembly, train=True) as live:
+        leaves = [leaf.detach().flatten().cpu() for leaf in live.leaves]
+    return torch.cat([torch.zeros(0), *leaves])
+
+
+def cosine(one: Float[Tensor, " n"], other: Float[Tensor, " n"]) -> float:
+    """0 where one of them is nothing."""
+    lengths = float(one.norm() * other.norm())
+    if lengths == 0.0 or not math.isfinite(lengths):
+        return 0.0
+    return float(one @ other) / lengths
+
+
+def outcome(attack: str, found: dict[str, Found]) -> Outcome:
+    """One attack's figures over its clients."""
+    from scipy.stats import bootstrap
+    from sklearn.metrics import roc_auc_score
+
+    def area(each: Found) -> float:
+        numbers = np.concatenate([each.members, each.others])
+        return float(roc_auc_score(list(_truth(each)), numbers))
+
+    areas = {name: area(each) for name, each in found.items()}
+    values = np.array(list(areas.values()))
+    interval = None
+    if len(values) > 1:
+        if np.ptp(values) == 0:
+            interval = (float(values[0]), float(values[0]))
+        else:
+            ends = bootstrap(
+                (values,),
+                np.mean,
+                n_resamples=DRAWS,
+                method="percentile",
+                random_state=0,
+            ).confidence_interval
+            interval = (float(ends.low), float(ends.high))
+    return Outcome(attack, float(values.mean()), interval, share_found(found.values()), areas)
+
+
+def _truth(each: Found) -> Iterator[int]:
+    yield from (1 for _ in each.members)
+    yield from (0 for _ in each.others)
+
+
+def share_found(found: Iterable[Found]) -> float:
+    """The share of members above the number that ``FALSE_ALARMS`` of the others reach."""
+    members: list[float] = []
+    others: list[float] = []
+    for each in found:
+        middle, spread = each.others.mean(), each.others.std() or 1.0
+        members += ((each.members - middle) / spread).tolist()
+        others += ((each.others - middle) / spread).tolist()
+    bar = np.quantile(others, 1 - FALSE_ALARMS)
+    return float(np.mean(np.array(members) > bar))
