@@ -44,8 +44,8 @@ Collate = Callable[[Sequence[Example], int], Batch]  # examples and the padding 
 Found = dict[int, Tensor | str]
 
 
-def logits_in(found: Found) -> list[Tensor]:
-    """The logits among the answers, each [*t, c], in the order of their examples."""
+def logits_in(found: Found) -> list[Float[Tensor, "*t c"]]:
+    """The logits among the answers, in the order of their examples."""
     return [row for _, row in sorted(found.items()) if isinstance(row, Tensor)]
 
 

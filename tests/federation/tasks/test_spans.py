@@ -15,9 +15,11 @@ from transformers import AutoTokenizer
 
 import fedgrove as fg
 from fedgrove.federation.answers import checked_answers, normalised, overlap
+from fedgrove.federation.tasks.labels import Labels
+from fedgrove.federation.tasks.reward import Reward
 from fedgrove.federation.tasks.spans import LONGEST, NOWHERE, Spans
 from fedgrove.ground.errors import DataError
-from fedgrove.use.questions import questions
+from fedgrove.use.questions import questions, with_beside
 
 TEXT = "the good day was very bad and the film was good"
 
@@ -187,6 +189,19 @@ def test_questions_need_their_text(tokenizer: Any) -> None:
         questions(Spans(), ["what was it"])
     with pytest.raises(DataError, match="question 1: the column 'context' is empty"):
         questions(Spans(), [{"question": "what", "context": " "}])
+
+
+def test_what_a_command_puts_beside_its_texts() -> None:
+    context, between = {"context": TEXT}, {"chosen": "good", "rejected": "bad"}
+    assert with_beside(Labels, ["a"], {}) == ["a"]
+    assert with_beside(Spans, ["a"], context) == [{"question": "a", "context": TEXT}]
+    assert with_beside(Reward, ["a"], between) == [{"prompt": "a", **between}]
+    with pytest.raises(DataError, match=r"'labels' is not asked with 'context': --context is for"):
+        with_beside(Labels, ["a"], context)
+    with pytest.raises(DataError, match=r"'spans' is not asked with 'chosen' and 'rejected'"):
+        with_beside(Spans, ["a"], between)
+    with pytest.raises(DataError, match=r"prompt 1 is no object with 'prompt', 'chosen' and"):
+        questions(Reward(), ["a"])
 
 
 def test_rows_without_an_answer(tiny_bert: Path, tmp_path: Path) -> None:
