@@ -13,6 +13,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "labels": {},
     "regression": {"targets": ["points", "length"]},
     "tokens": {},
+    "spans": {"context": "text", "stride": 4},
 }
 
 
@@ -42,7 +43,16 @@ def row_of(words: list[str]) -> dict[str, Any]:
         "points": 100.0 + 5.0 * (kinds.count("up") - kinds.count("down")),
         "length": len(words) / 10,
         "spans": spans,
+        "question": "what was it",
+        "answers": _answers(words, kinds),
     }
+
+
+def _answers(words: list[str], kinds: list[str]) -> list[dict[str, Any]]:
+    """The first good or bad word, else the first one."""
+    number = next((place for place, kind in enumerate(kinds) if kind), 0)
+    start = sum(len(word) + 1 for word in words[:number])
+    return [{"text": words[number], "start": start}]
 
 
 def kind_of(word: str) -> str:

@@ -88,7 +88,8 @@ MISTAKES = [
     ),
     (
         "[data]\ntask = 'generat'",
-        'data.task must be "auto", "classify-images", "classify-text", "generate", "labels", "regression" or "tokens"',
+        'data.task must be "auto", "classify-images", "classify-text", "generate", "labels", "prefer", "regression", '
+        '"reward", "spans" or "tokens"',
     ),
     (
         "[data]\nmetrics = ['f1_marco']",

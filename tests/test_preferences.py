@@ -166,7 +166,9 @@ def test_a_policy_is_measured_asked_and_loaded(llama: Path, silos: Path, tmp_pat
     assert other["margin"] == pytest.approx(-verdict["margin"], rel=1e-4)
     (text,) = one.predict(["what is a day"])
     assert isinstance(text, str)
-    with pytest.raises(DataError, match="pair 2 is no object with 'prompt', 'chosen', 'rejected'"):
+    with pytest.raises(
+        DataError, match="prompt 2 is no object with 'prompt', 'chosen' and 'rejected'"
+    ):
         one.predict([TWO, {"prompt": "what"}])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -21,6 +21,7 @@ GENERATE = ["data.task=generate"]
 NOT_YET = "is another task, which Fedgrove does not have yet"
 LEARNT = (
     'learnt with data.task = "labels"',
+    'learnt with data.task = "spans"',
     'learnt with data.task = "tokens"',
     'learnt with data.task = "prefer" or "reward"',
 )

@@ -60,6 +60,12 @@ def test_the_peft_code_is_python_and_names_the_recorded_base(make_run: MakeRun) 
             '--between "Paris."',
             ["AutoModelForSequenceClassification", "output.logits"],
         ),
+        (
+            "spans",
+            "stock",
+            '--context "Two pills are taken."',
+            ["AutoModelForQuestionAnswering", "model.base_model(", "output.start_logits"],
+        ),
     ],
 )
 def test_the_peft_code_is_that_of_the_task(

@@ -24,8 +24,6 @@ from fedgrove.interop import peft
 from fedgrove.interop.models import EMBEDDED_MODELS, head_kind, load_config, longest_input
 
 LONGEST = 128  # tokens of a text, where nothing says how many
-#: PEFT's tasks for which there is no task here yet
-_UNKNOWN = ("QUESTION_ANS",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +158,7 @@ def _described(source: Source, head: Mapping[str, Tensor], base: str | None) -> 
     return {
         "format": 1,
         "task": task,
-        "labels": [] if task == "generate" else _labels(config, head),
+        "labels": _labels(config, head) if TASKS.find(task).classifies else [],
         **length,
         "model": str(name),
         "revision": revision,
@@ -178,12 +176,8 @@ def _task(source: Source, config: Any) -> str:
             "outputs are; one that was trained here has that in its fedgrove.json, any other loads "
             "with AutoPeftModelForTokenClassification."
         )
-    if kind in _UNKNOWN:
-        raise AdapterError(
-            f"{source.folder / peft.CONFIG}: task_type is {kind!r}, for which there is no task "
-            "here; classifiers of texts or images (SEQ_CLS) and language models (CAUSAL_LM, "
-            "SEQ_2_SEQ_LM) can be loaded."
-        )
+    if kind == "QUESTION_ANS":
+        return "spans"
     if hasattr(config, "num_channels") or hasattr(config, "image_size"):
         return "classify-images"
     writes = kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or (

@@ -373,6 +373,8 @@ def _by_class(value: Any) -> bool:
         'fedgrove predict runs/fedit --client tweets-0 "what a day" "not again"',
         "fedgrove predict runs/fedit --client tweets-0 --data new.csv --out answers.csv",
         'fedgrove predict their-adapter --base models/bert --labels no,yes --probs "not again"',
+        'fedgrove predict runs/spans-small --client north-0 "Which drug on Monday?" --context "Monday: '
+        'On Nubrex 20 mg."',
         'fedgrove predict pools/tweets "what a day" --why',
         'fedgrove predict runs/prefer --client north-0 "What helps?" --between "Tea." --between "Rest."',
     )
@@ -412,6 +414,14 @@ def predict(
     base: BaseModel = None,
     labels: Labels = None,
     settings: Columns = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Of data.task spans: the text that answers the questions.",
+            show_default=False,
+        ),
+    ] = None,
     why: Annotated[
         bool, typer.Option("--why", help="Of a pool: also who answered, and what decided it.")
     ] = False,
@@ -426,20 +436,21 @@ def predict(
     ] = None,
 ) -> None:
     """Ask one model about texts, images or a table: the likeliest label and its score, what it
-    writes after a prompt, or which of two answers is better.
+    writes after a prompt, where a text answers a question, or which of two answers is better.
     """
     from fedgrove.federation.tasks import task_class
     from fedgrove.use.chosen import chosen
     from fedgrove.use.predictions import check_out, check_probs, predictions, questions_of
-    from fedgrove.use.questions import questions
+    from fedgrove.use.questions import questions, with_beside
 
     if bool(texts) == bool(data):
         raise RunError("Give texts to ask about, or a table with --data, one of the two.")
+    beside = _beside(context, between, data)
     if out is not None:
         check_out(out)
     if pools.is_pool(directory):
         pools.refuse(directory, base, labels, settings)
-        found = pools.answers(directory, texts or [], data, client, why=why)
+        found = pools.answers(directory, texts or [], beside, data, client, why=why)
         _told(found, out, probs=probs, scored=bool(data))
         if why:
             pools.explain(directory, len(found))
@@ -457,10 +468,7 @@ def predict(
     task = task_class(job.data)
     if probs:
         check_probs(task)
-    if between and (task.rows_each != 2 or len(between) != 2 or data):
-        raise RunError(
-            "--between is given twice, beside a prompt, to a model of the tasks prefer or reward."
-        )
+    asked = with_beside(task, texts or (), beside)
     for text in texts or ():
         if task.asks != "image" and _is_file(text):
             say(
@@ -473,16 +481,26 @@ def predict(
         rows = None
     model = one.model()
     if rows is None:
-        rows = questions(model.kernel.task, _between(texts or [], between))
+        rows = questions(model.kernel.task, asked)
     _told(predictions(model, rows), out, probs=probs, scored=bool(data))
 
 
-def _between(texts: Sequence[str], answers: Sequence[str] | None) -> Sequence[Any]:
-    """What is asked: the texts, or two answers to each."""
-    if not answers:
-        return texts
-    chosen, rejected = answers
-    return [{"prompt": text, "chosen": chosen, "rejected": rejected} for text in texts]
+def _beside(
+    context: str | None,
+    between: Sequence[str] | None,
+    data: Path | None,
+) -> dict[str, str]:
+    """What is put beside each text, by the names of a row's parts."""
+    found: dict[str, str] = {}
+    if context is not None:
+        found["context"] = context
+    if between:
+        if len(between) != 2:
+            raise RunError("--between is given twice, once for each of two answers to a prompt.")
+        found["chosen"], found["rejected"] = between
+    if found and data:
+        raise RunError("--context and --between go with texts; a table has them in its columns.")
+    return found
 
 
 def _told(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -308,18 +308,21 @@ def refuse(
 def answers(
     folder: Path,
     texts: Sequence[str],
+    beside: Mapping[str, str],
     data: Path | None,
     client: str | None,
     *,
     why: bool,
 ) -> list[Prediction]:
-    """What a pool, or one member of it, says; ``why``: also noted, with the reasons."""
+    """What a pool, or one member of it, says of texts, with what stands ``beside`` them; ``why``: also
+    noted, with the reasons.
+    """
     from fedgrove.pools import open_pool
     from fedgrove.pools.against import note_routes
     from fedgrove.pools.pictures import write_page
     from fedgrove.pools.pool import table_of
     from fedgrove.use.predictions import predictions
-    from fedgrove.use.questions import questions
+    from fedgrove.use.questions import questions, with_beside
 
     if client is not None and why:
         raise RunError("--why tells who answers; leave out --client.")
@@ -330,7 +333,8 @@ def answers(
     if data is not None:
         rows = table_of(data, None, found.kernel)
     else:
-        rows = questions(found.kernel.task, list(texts))
+        task = found.kernel.task
+        rows = questions(task, with_beside(type(task), texts, beside))
     told = predictions(model, rows)
     if why:
         note_routes(folder, [each.asked for each in told], found.routes(rows))

@@ -114,7 +114,7 @@ def in_process(
 def remarks(stage: Stage[LocalEngine]) -> list[str]:
     """What a user would want to know before the run goes on."""
     most = stage.task.tokens.get("max_length", 0)
-    if not most:
+    if not most or stage.task.windows:  # nothing is cut
         return []
     rows: list[Example] = []
     data = stage.engine.data

@@ -22,6 +22,7 @@ class Reader:
     lines: tuple[str, ...]  # from the base's name and the model to the output
     acts_on: str = ""  # what a head of ours is given; "" where there is no such head
     imports: tuple[str, ...] = ()
+    gives: str = "output.logits"  # of the base with its own head
     options: str = ""  # of the base's ``from_pretrained``
     beside: str = ""  # what the command needs beside what is asked
     tensors: str = "weight and bias act"  # of the head of ours
@@ -77,6 +78,21 @@ READERS = {
         processor="AutoTokenizer",
         lines=_of_a_text("a text with names in it"),
         acts_on="the hidden state of each token",
+    ),
+    "spans": Reader(
+        asked="How much is taken?",
+        model="AutoModel",
+        stock="AutoModelForQuestionAnswering",
+        processor="AutoTokenizer",
+        lines=(
+            "reader = AutoTokenizer.from_pretrained(base_name)",
+            'text = "Two pills are taken."',
+            # PEFT's own forward drops token_type_ids
+            'output = model.base_model(**reader("How much is taken?", text, return_tensors="pt"))',
+        ),
+        acts_on="the hidden state of each token",
+        gives="output.start_logits, output.end_logits",
+        beside='--context "Two pills are taken."',
     ),
     "classify-images": Reader(
         asked="photo.png",
@@ -208,7 +224,7 @@ def _code(
         *reader.lines,
     ]
     if reader.acts_on:
-        lines.append("print(output.logits)" if stock else "hidden = output.last_hidden_state")
+        lines.append(f"print({reader.gives})" if stock else "hidden = output.last_hidden_state")
     return "\n".join(lines)
 
 

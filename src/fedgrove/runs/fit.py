@@ -41,6 +41,11 @@ def refuse_unfit(
             "engine can; set it to "
             "false, or run with the local engine."
         )
+    if parts.task.windows and parts.job.privacy.example_level:
+        raise JobError(
+            f"privacy.example_clip bounds an example, but data.task = {parts.task.name!r} reads a long "
+            "row as several; leave it out, or hide whole clients (privacy.client_clip)."
+        )
     _refuse_federation(parts, len(clients))
     refuse_defence(parts.job, parts.task, parts.method, clients, local=local)
     refuse_privacy(

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedgrove.federation.metrics import asked, measures
 from fedgrove.ground.plain import Plain
 from fedgrove.training.kernel import in_order
+from fedgrove.training.readers import logits_in
 
 if TYPE_CHECKING:
     from fedgrove.federation.tasks.base import Example, Task
@@ -46,5 +47,4 @@ def written(found: Found) -> list[str]:
 
 def logits(found: Found) -> Float[Tensor, "n *t c"]:
     """The logits among the answers, in the order of their examples."""
-    rows = {number: answer for number, answer in found.items() if isinstance(answer, Tensor)}
-    return in_order(rows)
+    return in_order(dict(enumerate(logits_in(found))))

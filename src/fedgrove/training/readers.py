@@ -44,6 +44,11 @@ Collate = Callable[[Sequence[Example], int], Batch]  # examples and the padding 
 Found = dict[int, Tensor | str]
 
 
+def logits_in(found: Found) -> list[Float[Tensor, "*t c"]]:
+    """The logits among the answers, in the order of their examples."""
+    return [row for _, row in sorted(found.items()) if isinstance(row, Tensor)]
+
+
 class Passes(Protocol):
     """Batches of an evaluation, each running on the base while it is looked at."""
 
@@ -151,6 +156,8 @@ class Reader(Generic[Asked]):
     ) -> dict[str, float]:
         """Sums for ``Task.measure``; ``found`` takes what was answered."""
         sums: dict[str, float] = {}
+        if found is None and self.task.windows:
+            found = {}
         for indices, batch in passes(live, examples):
             with span("forward"):
                 logits = self.answer(live, batch)
@@ -160,6 +167,8 @@ class Reader(Generic[Asked]):
                 found.update(zip(indices, answers.cpu(), strict=True))
             for key, value in scores.items():
                 sums[key] = sums.get(key, 0.0) + value
+        if found is not None and self.task.windows:
+            sums |= self.task.judged(logits_in(found), examples)
         return sums
 
 
@@ -226,8 +235,7 @@ class Stock(Reader[Task]):
     def logits(self, head: Head, batch: Batch) -> Float[Tensor, "b *t c"]:
         inputs = self.task.inputs(batch)
         found = torch.func.functional_call(self.base.model, dict(head), kwargs=inputs)
-        logits: Tensor = found.logits
-        return logits
+        return self.task.read(found)
 
 
 class Writer(Reader[WritingTask]):

@@ -78,7 +78,10 @@ class ClientModel:
         """What the model says of checked rows, whose answers do not matter."""
         task = self.kernel.task
         logits, examples = self._read(rows)
-        return Told(task.told_of(logits, examples), task.scored(logits))
+        answers = task.told_of(logits, examples)
+        if not task.classifies:
+            return Told(answers, [{} for _ in answers])
+        return Told(answers, task.scored(logits))
 
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, list[Example]]:
         """As ``answers``, [rows, classes] or [rows, tokens, classes], and what the rows became."""

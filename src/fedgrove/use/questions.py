@@ -18,61 +18,84 @@ _ANSWER = {"role": "assistant", "content": "?"}  # what a conversation that asks
 
 
 def questions(task: Task, given: Sequence[Any]) -> list[Row]:
-    """A row for each text, image or prompt. Raises ``DataError`` for what cannot be asked, with its
-    number.
+    """A row for each text, image or prompt, or for each object that has the task's ``beside`` too.
+    Raises ``DataError`` for what cannot be asked, with its number.
     """
     what = task.asks
-    if task.rows_each > 1 and any(isinstance(each, Mapping) for each in given):
-        return [_compared(task, each, f"pair {number}") for number, each in enumerate(given, 1)]
     single = isinstance(given, str | bytes | Path | Mapping) or hasattr(
         given, "mode"
     )  # "mode": a PIL image
-    if single or (what == "prompt" and any(isinstance(each, Mapping) for each in given)):
+    objects = not single and any(isinstance(each, Mapping) for each in given)
+    if single or (objects and what == "prompt" and not task.beside):
         raise DataError(
             f"what a model is asked is a list, of one {what} or more; put the one {what} into a "
             f"list"
         )
-    rows = [
-        {what: _question(value, what, f"{what} {number}")}
-        for number, value in enumerate(given, start=1)
-    ]
+    whole = bool(task.beside) and (objects or not task.writes)
+    rows: list[Row] = []
+    for number, value in enumerate(given, start=1):
+        place = f"{what} {number}"
+        if whole:
+            rows.append(_whole(task, value, place))
+        else:
+            rows.append({what: _question(value, what, place)})
     if not rows:
         raise DataError(f"the list is empty; ask about one {what} or more")
     return rows
+
+
+def with_beside(
+    task: type[Task],
+    texts: Sequence[str],
+    beside: Mapping[str, str],
+) -> Sequence[Any]:
+    """The texts of a command, each with what its options put beside it: parts of a row by their names.
+    Raises ``DataError`` where the task has no such parts.
+    """
+    if not beside:
+        return texts
+    if beside.keys() != set(task.beside):
+        raise DataError(
+            f"data.task = {task.name!r} is not asked with {_listed(tuple(beside))}: --context is for "
+            "spans, --between for prefer and reward"
+        )
+    return [{task.asks: text, **beside} for text in texts]
 
 
 def answered(task: Task, rows: Sequence[Given]) -> list[Row]:
     """Rows to measure on. Raises ``DataError`` where there are none, or where one lacks its
     question or answer.
     """
-    answer = task.learns
+    parts = tuple(dict.fromkeys((task.asks, *task.beside, task.learns)))
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
-            raise DataError(
-                f"row {number} is no object; give rows with {task.asks!r} and {answer!r}"
-            )
-        missing = [key for key in (task.asks, answer) if key not in row]
+            raise DataError(f"row {number} is no object; give rows with {_listed(parts)}")
+        missing = [key for key in parts if key not in row]
         if missing and not {"messages", "plain"} & row.keys():
-            raise DataError(
-                f"row {number} has no {missing[0]!r}; give rows with {task.asks!r} and {answer!r}"
-            )
+            raise DataError(f"row {number} has no {missing[0]!r}; give rows with {_listed(parts)}")
     if not rows:
         raise DataError("there are no rows to measure on; give one or more")
     return [dict(row) for row in rows]
 
 
-def _compared(
+def _whole(
     task: Task,
     value: Any,
     place: str,
 ) -> Row:
-    """Two answers to compare, ``{"prompt", "chosen", "rejected"}``."""
-    settings = task.Options()
-    wanted = task.columns(settings)
-    if not isinstance(value, Mapping) or not value.keys() >= set(wanted):
-        listed = ", ".join(map(repr, wanted))
-        raise DataError(f"{place} is no object with {listed}; give these of each pair")
-    return task.question(value, settings, place)
+    """What is asked, checked together with what stands beside it."""
+    parts = (task.asks, *task.beside)
+    if not isinstance(value, Mapping) or not value.keys() >= set(parts):
+        raise DataError(f"{place} is no object with {_listed(parts)}; give these of each")
+    return task.question(value, task.Options(), place)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """ "'text' and 'label'" """
+    *first, last = map(repr, parts)
+    if not first:
+        return last
+    return f"{', '.join(first)} and {last}"
 
 
 def _question(

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from fedgrove.federation.charts import charts
 from fedgrove.federation.notes import notes
 from fedgrove.federation.readers import Found, Row
 from fedgrove.federation.replies import replies
@@ -21,6 +22,10 @@ FIRST = "notes"
 #: by name what makes its rows, and what it is
 SETS: Mapping[str, tuple[Callable[[], Iterable[Plain]], str]] = {
     "notes": (notes, "notes of four made-up clinics, put together from templates"),
+    "charts": (
+        charts,
+        "questions about charts of four made-up clinics, put together from templates",
+    ),
     "replies": (replies, "two replies each to questions of patients, put together from templates"),
 }
 
@@ -31,7 +36,8 @@ class MadeOptions(Options):
     made: Text = Field(
         FIRST,
         description="Name of the made-up set. notes: notes of four clinics, with the columns text, "
-        "topics, spans, urgency, days and clinic. replies: pairs of replies, with the columns "
+        "topics, spans, urgency, days and clinic. charts: questions about several notes, with the "
+        "columns question, context, answers and clinic. replies: pairs of replies, with the columns "
         "prompt, chosen, rejected, about and clinic.",
     )
 

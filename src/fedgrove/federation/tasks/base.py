@@ -72,7 +72,11 @@ class Task(ABC, Generic[Keys]):
     kind: ClassVar[str] = ""
     stock: ClassVar[Stock] = Stock()
     asks: ClassVar[str]  # the part of a row that a model is asked about: "text", "image", "prompt"
+    #: further parts of a row that a model is asked about with it; one that writes may go without
+    beside: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[str] = "label"  # the part of a row that is to be learnt
+    #: whether ``encode`` may give several examples of a row, which ``judged`` puts together again
+    windows: ClassVar[bool] = False
     #: what rows are that it learns, where another task points to it: see ``federation.otherwise``
     suits: ClassVar[tuple[str, ...]] = ()
     #: rows of a batch that an example is, next to each other: 2 where it is two answers to compare
@@ -243,6 +247,11 @@ class Task(ABC, Generic[Keys]):
         """
 
     # -------------------------------------------------------------------- head
+    def read(self, output: Any) -> Float[Tensor, "b *t c"]:
+        """The logits in what a model with a head of its own gives."""
+        logits: Tensor = output.logits
+        return logits
+
     def new_head(self, hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
         """A fresh head's tensors in float32, [any shape] by name; none where the model has its own."""
         return {}
@@ -262,6 +271,14 @@ class Task(ABC, Generic[Keys]):
     @abstractmethod
     def score(self, logits: Float[Tensor, "_ *t c"], batch: Batch) -> dict[str, float]:
         """Sums over the batch, to be added up over batches and given to ``measure``."""
+
+    def judged(
+        self, logits: Sequence[Float[Tensor, "_ *t c"]], examples: Sequence[Example]
+    ) -> dict[str, float]:
+        """Sums over rows out of the logits of all their examples, beside those of ``score``; asked
+        where ``windows`` says that a row may have several.
+        """
+        return {}
 
     @abstractmethod
     def measure(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -298,9 +315,7 @@ class Task(ABC, Generic[Keys]):
         return torch.softmax(logits, dim=-1)
 
     def scored(self, logits: Float[Tensor, "n *t c"]) -> list[dict[str, float]]:
-        """By label, how likely it is; {} of each where answers have no such scores."""
-        if not self.classifies:
-            return [{} for _ in logits]
+        """By label, how likely it is, where rows have classes; {} where answers have no such scores."""
         likely = self.probabilities(logits.double()).tolist()
         return [dict(zip(self.labels, row, strict=False)) for row in likely]
 

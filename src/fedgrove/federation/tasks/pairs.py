@@ -105,6 +105,7 @@ class Pairs:
 
     learns: ClassVar[str] = "chosen"
     asks: ClassVar[str] = "prompt"
+    beside: ClassVar[tuple[str, ...]] = BOTH
     suits: ClassVar[tuple[str, ...]] = (PREFERENCES,)
     metric: ClassVar[str] = "accuracy"
     rows_each: ClassVar[int] = 2
