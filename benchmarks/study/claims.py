@@ -50,7 +50,7 @@ def _systems(paper: str, method: str, field: str) -> list[Claim]:
 CLAIMS: list[Claim] = [
     *(
         claim
-        for field in ("generation", "generation-family", "understanding", "planted")
+        for field in ("generation", "generation-family", "conventions", "understanding", "planted")
         for claim in _systems(_TREE, "fedtreelora", field)
     ),
     Claim(
@@ -135,7 +135,14 @@ CLAIMS: list[Claim] = [
     ),
     *(
         claim
-        for field in ("generation", "generation-family", "domains", "understanding", "planted")
+        for field in (
+            "generation",
+            "generation-family",
+            "conventions",
+            "domains",
+            "understanding",
+            "planted",
+        )
         for claim in _systems(_TIERS, HILORA, field)
     ),
     *(
@@ -205,6 +212,7 @@ CLAIMS: list[Claim] = [
             ("planted-budgets", ("fed-plora", "flexlora", "fedtreelora", HILORA, "local")),
             ("generation", ("fedit", "fedtreelora", HILORA, "local")),
             ("generation-family", ("fedit", "fedtreelora", HILORA, "local")),
+            ("conventions", ("fedit", "oracle", "fedtreelora", HILORA, "local")),
             ("resources-even", ("fed-plora", "flexlora", "local")),
             ("domains", ("fedit", "fedtreelora", HILORA, "local")),
         )
