@@ -656,6 +656,8 @@ def test_the_job_does_not_import_torch() -> None:
         ("FedProx", "no proximal term"),
         ("scaffold", "no control variates"),
         ("fedadam", "no optimiser at the server"),
+        ("Fed-Yogi", "no optimiser at the server"),
+        ("fed_prox", "no proximal term"),
         ("centralized", "fedgrove compare --methods fedit,pooled"),
         ("pooled", "fedgrove compare --methods fedit,pooled"),
         ("oracle", "fedgrove compare --methods fedit,pooled"),

@@ -25,6 +25,8 @@ class Loss:
     worst: float  # that error
 
     def words(self) -> str:
+        if self.error == 0:
+            return f"No site is above rank {self.rank}: nothing was cut off."
         return (
             f"Truncated to rank {self.rank}: relative error of the update {self.error:.2e}, at most "
             f"{self.worst:.2e} at one site ({self.site})."

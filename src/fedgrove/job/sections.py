@@ -315,15 +315,22 @@ _POOLED = (
     "all rows on one machine are a yardstick, a row of `fedgrove compare --methods fedit,pooled`, and "
     'no way to run a federation; for such a model alone put all rows into one silo and choose "local"'
 )
-#: what other tools call a method, or a yardstick, and what there is instead
+_AT_THE_SERVER = (
+    'there is no optimiser at the server; FedAvg of adapters is "fedit", and its clients train with '
+    "AdamW (train.optimizer)"
+)
+#: what other tools call a method, or a yardstick, and what there is instead; without signs between
 NOT_METHODS = {
     "fedavg": 'FedAvg of adapters is "fedit"',
     "fedprox": 'there is no proximal term; FedAvg of adapters is "fedit", and "local", "fedsa-lora" '
     'or "feddpa-f" are for clients that differ',
     "scaffold": 'there are no control variates; FedAvg of adapters is "fedit", and "lora-fair" or '
     '"fedex-lora" correct what its mean loses',
-    "fedadam": 'there is no optimiser at the server; FedAvg of adapters is "fedit", and its '
-    "clients train with AdamW (train.optimizer)",
+    "fedadam": _AT_THE_SERVER,
+    "fedyogi": _AT_THE_SERVER,
+    "fedadagrad": _AT_THE_SERVER,
+    "fedavgm": _AT_THE_SERVER,
+    "fedopt": _AT_THE_SERVER,
     "centralized": _POOLED,
     "centralised": _POOLED,
     "pooled": _POOLED,
@@ -336,8 +343,9 @@ def options_of(name: str) -> type[BaseModel]:
     from fedgrove.methods import registry
 
     known = registry.names()
-    if name not in known and name.lower() in NOT_METHODS:
-        raise ValueError(f"method.name = {shown(name)} is no method: {NOT_METHODS[name.lower()]}.")
+    elsewhere = re.sub(r"[-_ ]", "", name).lower()
+    if name not in known and elsewhere in NOT_METHODS:
+        raise ValueError(f"method.name = {shown(name)} is no method: {NOT_METHODS[elsewhere]}.")
     if name not in known:
         guess = nearest(name, known)
         if guess:

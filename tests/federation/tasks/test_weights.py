@@ -66,6 +66,12 @@ def test_classes_that_a_client_lacks_do_not_count(tokenizer: Any) -> None:
     assert batch["weights"].tolist() == pytest.approx([2 / 3] * 3 + [2.0])
 
 
+@pytest.mark.parametrize("weights", ["balanced", {"high": 5.0}])
+def test_a_split_without_rows_has_no_weights(weights: Any, tokenizer: Any) -> None:
+    """As a validation that was not asked for."""
+    assert ClassifyText(LABELS, class_weights=weights).encode([], tokenizer) == []
+
+
 def test_weights_by_name(tokenizer: Any) -> None:
     task = ClassifyText(LABELS, class_weights={"high": 5.0})
     batch = batch_of(task, tokenizer, ["low", "high"])

@@ -128,6 +128,8 @@ class Classifier:
         """
         if self.class_weights == "none" or not all("label" in each for each in examples):
             return
+        if not examples:  # as of a validation that was not asked for
+            return
         weights = self._weights(Counter(each["label"] for each in examples))
         for each in examples:
             each["weight"] = weights[each["label"]]
