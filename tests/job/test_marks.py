@@ -66,6 +66,10 @@ OTHER: dict[str, dict[str, Any]] = {
     "answers": {"task": "generate", "messages": "chat", "answers": "every"},
     "template": {"task": "generate", "template": "{question}"},
     "plain": {"task": "generate", "plain": "note"},
+    "question": {"task": "spans", "question": "asked"},
+    "context": {"task": "spans", "context": "note"},
+    "stride": {"task": "spans", "stride": 8},
+    "unanswerable": {"task": "spans", "unanswerable": True},
     "chosen": {"task": "prefer", "chosen": "better"},
     "rejected": {"task": "prefer", "rejected": "worse"},
     "whole": {"task": "prefer", "whole": True},
@@ -98,6 +102,7 @@ STAYS = {
     "threshold",
     "beta",
     "label_smoothing",
+    "stride",
     "test_fraction",
     "validation_fraction",
 }
