@@ -11,7 +11,7 @@ from tests.deploy.test_audit import TREE, written
 
 from fedgrove.cli import main
 from fedgrove.deploy.audit import AuditLog, read
-from fedgrove.deploy.leaving import Leaving, by_kind, latest, lead, numbers
+from fedgrove.deploy.leaving import Leaving, by_kind, latest, lead
 from fedgrove.watch.beside import page
 
 
@@ -23,7 +23,7 @@ def test_what_left_is_told_in_words(tmp_path: Path) -> None:
     assert look.stamp() != before
     log.write(run="r1", round=4, direction="received", kind="train", blob=b"x" * 9, note="<b>late")
     entries = list(read(tmp_path / "audit.jsonl"))
-    assert numbers(entries[0]) == 2 * 3 + 4 * 2
+    assert entries[0].numbers == 2 * 3 + 4 * 2
     assert lead(entries).startswith("4 messages of 1 run left this site")
     row = by_kind(entries)[1]
     assert row[1].startswith("an update")

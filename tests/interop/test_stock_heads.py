@@ -24,6 +24,8 @@ from transformers import (
 )
 
 import fedgrove as fg
+from fedgrove.federation.tasks import TASKS
+from fedgrove.federation.tasks.base import HeadedTask
 from fedgrove.ground.errors import ModelError
 from fedgrove.interop.models import load_base
 from fedgrove.interop.stock_heads import as_stock
@@ -118,7 +120,11 @@ def test_a_pooled_head_is_a_stock_one_where_the_logits_are(
     width = getattr(config, "hidden_size", 0)
     head = {"weight": torch.randn(3, width), "bias": torch.randn(3)}
     kind = getattr(transformers, f"AutoModelFor{auto}")
-    found = as_stock(encoder, head, kind, level)
+    name = "classify-images" if hasattr(config, "image_size") else "classify-text"
+    name = {"token": "tokens", "example": name}[level]
+    task = TASKS.find(name).from_card({"labels": ["a", "b", "c"], "max_length": 16})
+    assert isinstance(task, HeadedTask)
+    found = as_stock(encoder, head, kind, task)
     assert (found is not None) == same
     if found is not None:
         assert found.config.num_labels == 3

@@ -14,10 +14,10 @@ from statistics import fmean, stdev
 import fedgrove
 from fedgrove.compare.campaign import Attempt, FinishedRun, Tuned, fingerprint
 from fedgrove.compare.entries import POOLED, Entry, trial_name
-from fedgrove.compare.statistics import RESAMPLES, holm, paired
+from fedgrove.compare.statistics import holm, paired
 from fedgrove.ground import words
 from fedgrove.ground.plain import Given, Plain
-from fedgrove.ground.statistics import mean, present, std, tail10
+from fedgrove.ground.statistics import RESAMPLES, mean, present, std, tail10
 from fedgrove.use.result import Result
 
 MEASURES = ("metric", "metric_tuned")

@@ -11,11 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-RESAMPLES = 10_000  # at most
-_DRAWS = 30_000_000  # in all resamples: above 3,000 pairs there are fewer, but never below 1,000
-_BATCH = 2_000_000  # draws in memory at a time
+from fedgrove.ground.statistics import interval
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def paired(
     exact = np.asarray(ours, dtype=float) - np.asarray(other, dtype=float)
     # 0.75 - 0.7 and 0.3 - 0.25 are one difference, and must tie
     differences = np.round(exact, 12)
-    low, high = _interval(differences, level, seed)
+    low, high = interval(differences, level, seed)
     p = 1.0
     if np.any(differences):
         p = float(wilcoxon(differences).pvalue)
@@ -63,29 +60,6 @@ def paired(
         high=high,
         p=p,
     )
-
-
-def _interval(
-    differences: NDArray[np.float64],
-    level: float,
-    seed: int,
-) -> tuple[float, float]:
-    """Of the mean of ``[n]`` numbers, by the percentile bootstrap."""
-    from scipy.stats import bootstrap
-
-    count = len(differences)
-    if np.ptp(differences) == 0:  # one pair, or all alike: every resample has the same mean
-        return float(differences[0]), float(differences[0])
-    found = bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=min(RESAMPLES, max(1000, _DRAWS // count)),
-        batch=max(1, _BATCH // count),
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

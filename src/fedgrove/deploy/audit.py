@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Literal
 from fedgrove.adapters.tree import leaves
 from fedgrove.ground import lines
 
+LOG = "audit.jsonl"  # in the site's folder
 _START = "0" * 64
 
 Direction = Literal["received", "sent"]
@@ -38,6 +40,16 @@ class LogEntry:
     sha256: str
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]  # path, dtype, shape
     note: str = ""
+
+    @property
+    def when(self) -> str:
+        """The time (UTC) for people."""
+        return self.time.removesuffix("+00:00").replace("T", " ")
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the message's tensors hold."""
+        return sum(math.prod(shape) for _, _, shape in self.tensors)
 
 
 class AuditLog:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fedgrove.deploy.audit import LogEntry, broken, read
+from fedgrove.deploy.audit import LOG, LogEntry, broken, read
 from fedgrove.deploy.certificates import DeployError
 
 
@@ -14,7 +14,7 @@ def show(folder: Path, *, last: int = 0, tensors: bool = False) -> bool:
     from rich.console import Console
     from rich.table import Table
 
-    path = folder / "audit.jsonl"
+    path = folder / LOG
     if not path.exists():
         raise DeployError(f"There is no {path}; a site that has exchanged a message has one.")
     entries = list(read(path))
@@ -58,19 +58,11 @@ def _row(entry: LogEntry) -> tuple[str, ...]:
         arrow = "<- in"
     else:
         arrow = "-> out"
-    numbers = sum(_product(shape) for _, _, shape in entry.tensors)
     if entry.tensors:
-        what = f"{len(entry.tensors)} ({numbers:,} numbers)"
+        what = f"{len(entry.tensors)} ({entry.numbers:,} numbers)"
     else:
         what = ""
     return (
-        entry.time.removesuffix("+00:00").replace("T", " "), entry.run[:8], str(entry.round or ""), arrow, entry.kind,
+        entry.when, entry.run[:8], str(entry.round or ""), arrow, entry.kind,
         f"{entry.bytes:,}", what, entry.sha256[:16], entry.note,
     )  # fmt: skip
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total

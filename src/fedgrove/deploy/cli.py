@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,17 @@ Either = Annotated[
     Path, typer.Argument(metavar="DIR", help="The folder of one side.", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there, keys included.")]
+
+
+def _page(of: str) -> Any:
+    """The option of a live page."""
+    return typer.Option(
+        metavar="PORT",
+        help=f"Serve a live page {of}, to this machine alone (0: any free port).",
+        min=0,
+        max=65535,
+        show_default=False,
+    )
 
 
 @app.command()
@@ -106,16 +117,7 @@ def server(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")
     ] = False,
-    page: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PORT",
-            help="Serve a live page meanwhile, to this machine alone (0: any free port).",
-            min=0,
-            max=65535,
-            show_default=False,
-        ),
-    ] = None,
+    page: Annotated[int | None, _page("meanwhile")] = None,
 ) -> None:
     """Start the server and run its job. Ctrl-C stops it cleanly; --resume goes on."""
     from fedgrove.deploy.host import serve
@@ -131,16 +133,7 @@ def server(
 @app.command()
 def site(
     folder: Site,
-    page: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PORT",
-            help="Serve a live page of what left this site, to this machine alone (0: any free port).",
-            min=0,
-            max=65535,
-            show_default=False,
-        ),
-    ] = None,
+    page: Annotated[int | None, _page("of what left this site")] = None,
 ) -> None:
     """Take part with this site's data, until Ctrl-C."""
     from fedgrove.deploy.attend import attend

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedgrove.deploy import audit
-from fedgrove.deploy.audit import LogEntry
+from fedgrove.deploy.audit import LOG, LogEntry
 from fedgrove.ground import words
 from fedgrove.report.facts import Tile
 from fedgrove.report.render import render
+from fedgrove.watch.look import Parts
 
-LOG = "audit.jsonl"
 LATEST = 30  # messages that are told one by one
 PARTS = ("head", "runs", "latest")
 #: what a site says with a message of a kind, and what it was asked for
@@ -31,8 +31,6 @@ _SENT = {
     "here": "that it is there",
     "error": "that it could not, or would not",
 }
-
-Parts = dict[str, str]
 
 
 class Leaving:
@@ -59,7 +57,9 @@ class Leaving:
         if path.exists():
             entries = list(audit.read(path))
         return {
-            "head": _part("head", site=self.folder.name, lead=lead(entries), tiles=tiles(path)),
+            "head": _part(
+                "head", site=self.folder.name, lead=lead(entries), tiles=tiles(path, entries)
+            ),
             "runs": _part("runs", table=by_kind(entries)),
             "latest": _part("latest", table=latest(entries)),
         }
@@ -78,15 +78,14 @@ def lead(entries: Sequence[LogEntry]) -> str:
     told = words.count(len(sent), "message")
     return (
         f"{told} of {words.count(runs, 'run')} left this site, {words.size(_bytes(sent))} in all, the "
-        f"last at {_time(sent[-1])} (UTC). No row and no text of the data was in them."
+        f"last at {sent[-1].when} (UTC). No row and no text of the data was in them."
     )
 
 
-def tiles(path: Path) -> list[Tile]:
-    """The large numbers. A log that was changed is told as such."""
+def tiles(path: Path, entries: Sequence[LogEntry]) -> list[Tile]:
+    """The large numbers of a log's entries. One that was changed is told as such."""
     if not path.exists():
         return []
-    entries = list(audit.read(path))
     sent = [entry for entry in entries if entry.direction == "sent"]
     received = [entry for entry in entries if entry.direction == "received"]
     wrong = audit.broken(path)
@@ -95,7 +94,7 @@ def tiles(path: Path) -> list[Tile]:
         state, note = "changed", f"at line {', '.join(map(str, wrong[:5]))}"
     return [
         Tile(words.size(_bytes(sent)), "left", words.count(len(sent), "message")),
-        Tile(f"{sum(map(numbers, sent)):,}", "numbers left", "in tensors of updates"),
+        Tile(_numbers(sent), "numbers left", "in tensors of updates"),
         Tile(words.size(_bytes(received)), "came", words.count(len(received), "message")),
         Tile(state, "the log", note),
     ]
@@ -114,7 +113,7 @@ def by_kind(entries: Sequence[LogEntry]) -> list[list[str]]:
                 run[:8],
                 _SENT.get(kind, kind),
                 str(len(each)),
-                f"{sum(map(numbers, each)):,}",
+                _numbers(each),
                 words.size(_bytes(each)),
             ]
         )
@@ -133,7 +132,7 @@ def latest(entries: Sequence[LogEntry]) -> list[list[str]]:
             remark = f": {remark}"
         rows.append(
             [
-                _time(entry),
+                entry.when,
                 f"{way}: {entry.kind}{remark}",
                 str(entry.round or ""),
                 words.size(entry.bytes),
@@ -143,20 +142,9 @@ def latest(entries: Sequence[LogEntry]) -> list[list[str]]:
     return rows
 
 
-def numbers(entry: LogEntry) -> int:
-    """How many numbers the tensors of a message hold."""
-    total = 0
-    for _, _, shape in entry.tensors:
-        count = 1
-        for side in shape:
-            count *= side
-        total += count
-    return total
+def _numbers(entries: Sequence[LogEntry]) -> str:
+    return f"{sum(entry.numbers for entry in entries):,}"
 
 
 def _bytes(entries: Sequence[LogEntry]) -> int:
     return sum(entry.bytes for entry in entries)
-
-
-def _time(entry: LogEntry) -> str:
-    return entry.time.removesuffix("+00:00").replace("T", " ")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, ValidationError, field_validator
 
-from fedgrove.deploy.audit import AuditLog, Direction
+from fedgrove.deploy.audit import LOG, AuditLog, Direction
 from fedgrove.deploy.certificates import DeployError, address, private_key, public_keys
 from fedgrove.ground.errors import FedgroveError
 from fedgrove.ground.files import write_json
@@ -196,7 +196,7 @@ class SitePlace:
     def __init__(self, folder: Path, file: SiteFile):
         self.folder, self.file = folder, file
         self.name = file.site.name
-        self.audit = AuditLog(folder / "audit.jsonl")
+        self.audit = AuditLog(folder / LOG)
         self._round: object = None  # of the message that is being answered
 
     # ------------------------------------------------------------------ what it allows

@@ -123,7 +123,7 @@ def remarks(stage: Stage[LocalEngine]) -> list[str]:
             rows.extend(split)
     full = 0
     for row in rows:
-        if most and stage.task.length(row) >= most:
+        if stage.task.length(row) >= most:
             full += 1
     if not full:
         return []

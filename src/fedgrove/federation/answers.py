@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedgrove.federation.readers import Place
+from fedgrove.federation.spans import trimmed
 from fedgrove.ground.errors import DataError
 
 Answer = list[int]
@@ -177,9 +178,7 @@ def _trimmed(
     text: str,
     place: Place,
 ) -> Answer:
-    own = text[first:last]
-    start = first + len(own) - len(own.lstrip())
-    end = last - len(own) + len(own.rstrip())
+    start, end = trimmed(first, last, text)
     if start >= end:
         raise DataError(f"{place}: the answer {first} to {last} is empty; remove it")
     return [start, end]

@@ -190,12 +190,17 @@ def _span(
             f"{place}: the span {first} to {last} is not in the text, which has {len(text)} "
             "characters; correct or remove it"
         )
-    own = text[first:last]
-    start = first + len(own) - len(own.lstrip())
-    end = last - len(own) + len(own.rstrip())
+    start, end = trimmed(first, last, text)
     if start >= end:
         raise DataError(f"{place}: the span {first} to {last} is empty; remove it")
     return [start, end, label_of(label, column, place)]
+
+
+def trimmed(first: int, last: int, text: str) -> tuple[int, int]:
+    """A part of a text without the white space at its ends; of nothing else, no part."""
+    own = text[first:last]
+    start = first + len(own) - len(own.lstrip())
+    return start, last - len(own) + len(own.rstrip())
 
 
 def _three(value: object) -> tuple[int, int, object] | None:

@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedgrove.federation.tasks.base import HeadedTask
 from fedgrove.interop.models import own_modules
 
 #: how far logits may be apart that are computed in another order
@@ -29,10 +28,10 @@ def as_stock(
     encoder: PreTrainedModel,
     head: Mapping[str, Tensor],
     kind: Any,
-    level: str,
+    task: HeadedTask,
 ) -> PreTrainedModel | None:
-    """The model of the class ``kind`` (an Auto class) that computes the encoder's logits under our
-    head, weight [c, h] and bias [c] (``level``: as of ``HeadedTask``); None where it does not.
+    """The model of the class ``kind`` (an Auto class) that computes the task's logits on the encoder
+    under our head, weight [c, h] and bias [c]; None where it does not.
     """
     config = copy.deepcopy(encoder.config)
     config.num_labels = len(head["bias"])
@@ -56,9 +55,9 @@ def as_stock(
     model.float().eval()
     inputs = _inputs(config)
     states = encoder(**inputs).last_hidden_state
-    if level != "token":
-        states = _mean(states, inputs.get("attention_mask"))
-    ours = F.linear(states, head["weight"], head["bias"])
+    if task.level == "example":
+        states = task.pool(states, inputs)
+    ours = task.head_logits(states, head)
     theirs = model(**inputs).get("logits")
     if theirs is None or ours.shape != theirs.shape:
         return None
@@ -80,14 +79,3 @@ def _inputs(config: Any) -> dict[str, Tensor]:
     mask[1, 4:] = 0
     ids[1, 4:] = getattr(config, "pad_token_id", None) or 0
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def _mean(
-    states: Float[Tensor, "b *t h"],
-    mask: Int[Tensor, "b t"] | None,
-) -> Float[Tensor, "b h"]:
-    """Of each example's states, those of padding left out."""
-    if mask is None:
-        return states.flatten(1, -2).mean(1)
-    weights = mask[..., None].to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)

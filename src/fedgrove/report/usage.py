@@ -137,13 +137,13 @@ READERS = {
 }
 #: of an encoder-decoder
 FROM_ENCODER = Reader(
-    asked="What is the capital of France?",
+    asked=_ASKED,
     model="AutoModelForSeq2SeqLM",
     stock="AutoModelForSeq2SeqLM",
     processor="AutoTokenizer",
     lines=(
         "reader = AutoTokenizer.from_pretrained(base_name)",
-        'batch = reader("What is the capital of France?", return_tensors="pt")',
+        f'batch = reader("{_ASKED}", return_tensors="pt")',
         "print(reader.decode(model.generate(**batch, max_new_tokens=48)[0]))",
     ),
 )

@@ -207,20 +207,27 @@ def _client(
     )
 
 
-def _open(result: Result, job: Job) -> Finished:
-    """The run's method at its last state, on the run's base; on the CPU where this machine lacks
-    the run's device.
-    """
-    if not has_device(job.train.device):
-        job = job.replace(train={"device": "cpu"})
-    torch.set_num_threads(int(job.train.threads))
-    server = Checkpoints(result.path / "checkpoints").load_server(kept=True)
-    trained = [
+def trained_in(result: Result) -> list[ClientInfo]:
+    """The clients that a run was trained on."""
+    return [
         ClientInfo(name, row["rank"], row["examples"])
         for name, row in result.summary["clients"].items()
         if not row.get("held_out")
     ]
-    parts = Parts.of(one_by_one(job), trained)
+
+
+def reopened(result: Result, job: Job) -> Parts:
+    """The run's parts, one client at a time; on the CPU where this machine lacks the run's device."""
+    if not has_device(job.train.device):
+        job = job.replace(train={"device": "cpu"})
+    torch.set_num_threads(int(job.train.threads))
+    return Parts.of(one_by_one(job), trained_in(result))
+
+
+def _open(result: Result, job: Job) -> Finished:
+    """The run's method at its last state, on the run's base."""
+    server = Checkpoints(result.path / "checkpoints").load_server(kept=True)
+    parts = reopened(result, job)
     state = typed(parts.method.State, server["state"])
     return Finished(parts, state, server["head"])
 

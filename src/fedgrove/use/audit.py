@@ -32,10 +32,9 @@ from fedgrove.ground.errors import RunError
 from fedgrove.ground.files import write_json
 from fedgrove.ground.plain import Plain
 from fedgrove.ground.seeds import generator
-from fedgrove.methods.contract import ClientInfo
-from fedgrove.runs.parts import Parts, one_by_one
-from fedgrove.runs.prepare import has_device
+from fedgrove.ground.statistics import interval
 from fedgrove.training.kernel import Kernel
+from fedgrove.use.adapt import reopened, trained_in
 from fedgrove.use.result import Result
 
 FILE = "audit.json"  # in the run's directory
@@ -43,7 +42,6 @@ ATTACKS = ("loss", "gain", "update")
 FALSE_ALARMS = (
     0.05  # the share of others taken for members at which the share of members found is told
 )
-DRAWS = 2000  # of the bootstrap
 
 Scores = Float[np.ndarray, " n"]
 
@@ -99,10 +97,8 @@ def audit(
     found: dict[str, dict[str, Found]] = {name: {} for name in attacks}
     attacker = Attacker(result)
     for name, (members, others) in victims.items():
-        for attack in attacks:
-            numbers = attacker.numbers(attack, name, members, others)
-            if numbers is not None:
-                found[attack][name] = numbers
+        for attack, numbers in attacker.numbers(attacks, name, members, others).items():
+            found[attack][name] = numbers
         advance(name)
     outcomes = [outcome(name, each) for name, each in found.items() if each]
     write_json(result.path / FILE, told(outcomes, examples, seed))
@@ -161,45 +157,50 @@ class Attacker:
     """A finished run's parts, and what each attack makes of a client's rows."""
 
     def __init__(self, result: Result):
-        job = one_by_one(result.job)
-        if not has_device(job.train.device):
-            job = job.replace(train={"device": "cpu"})
-        torch.set_num_threads(int(job.train.threads))
         self.result = result
         self.clients = {client.name: client for client in result.federation.clients}
-        self.infos = {
-            name: ClientInfo(name, row["rank"], row["examples"])
-            for name, row in result.summary["clients"].items()
-            if not row.get("held_out")
-        }
-        self.parts = Parts.of(job, list(self.infos.values()))
+        self.infos = {info.name: info for info in trained_in(result)}
+        self.parts = reopened(result, result.job)
 
     def numbers(
         self,
-        attack: str,
+        attacks: Sequence[str],
         client: str,
         members: Rows,
         others: Rows,
-    ) -> Found | None:
-        """None where the attack has nothing to see."""
+    ) -> dict[str, Found]:
+        """Of each attack that has something to see."""
         encoded = self.parts.encode(self.clients[client])
         train, test = encoded["train"], encoded["test"]
         rows = [train[each] for each in members] + [test[each] for each in others]
-        if attack == "update":
-            scores = self._of_update(client, train, rows)
-        else:
-            scores = self._of_losses(client, rows, calibrated=attack == "gain")
-        if scores is None:
-            return None
-        return Found(scores[: len(members)], scores[len(members) :])
+        scores: dict[str, Scores] = {}
+        if {"loss", "gain"} & set(attacks):
+            scores = self._of_losses(client, rows, calibrated="gain" in attacks)
+        if "update" in attacks:
+            seen = self._of_update(client, train, rows)
+            if seen is not None:
+                scores["update"] = seen
+        count = len(members)
+        return {
+            name: Found(scores[name][:count], scores[name][count:])
+            for name in attacks
+            if name in scores
+        }
 
-    def _of_losses(self, client: str, rows: Sequence[Example], *, calibrated: bool) -> Scores:
+    def _of_losses(
+        self,
+        client: str,
+        rows: Sequence[Example],
+        *,
+        calibrated: bool,
+    ) -> dict[str, Scores]:
         model = self.result.client(client).model()
         losses = np.array(list(model.kernel.each_loss(model.assembly, rows)))
-        if not calibrated:
-            return -losses
-        bare = replace(model.assembly, terms=(), base_delta=None)
-        return np.array(list(model.kernel.each_loss(bare, rows))) - losses
+        found = {"loss": -losses}
+        if calibrated:
+            bare = replace(model.assembly, terms=(), base_delta=None)
+            found["gain"] = np.array(list(model.kernel.each_loss(bare, rows))) - losses
+        return found
 
     def _of_update(
         self,
@@ -260,7 +261,6 @@ def cosine(one: Float[Tensor, " n"], other: Float[Tensor, " n"]) -> float:
 
 def outcome(attack: str, found: dict[str, Found]) -> Outcome:
     """One attack's figures over its clients."""
-    from scipy.stats import bootstrap
     from sklearn.metrics import roc_auc_score
 
     def area(each: Found) -> float:
@@ -269,20 +269,10 @@ def outcome(attack: str, found: dict[str, Found]) -> Outcome:
 
     areas = {name: area(each) for name, each in found.items()}
     values = np.array(list(areas.values()))
-    interval = None
+    ends = None
     if len(values) > 1:
-        if np.ptp(values) == 0:
-            interval = (float(values[0]), float(values[0]))
-        else:
-            ends = bootstrap(
-                (values,),
-                np.mean,
-                n_resamples=DRAWS,
-                method="percentile",
-                random_state=0,
-            ).confidence_interval
-            interval = (float(ends.low), float(ends.high))
-    return Outcome(attack, float(values.mean()), interval, share_found(found.values()), areas)
+        ends = interval(values, level=0.95, seed=0)
+    return Outcome(attack, float(values.mean()), ends, share_found(found.values()), areas)
 
 
 def _truth(each: Found) -> Iterator[int]:

@@ -338,7 +338,7 @@ def merge(source: Path, out: Path) -> None:
         whole.config.problem_type = task.stock.problem
     head = _own_head(source)
     if head and isinstance(task, HeadedTask):
-        stock = as_stock(whole, head, model_class(card["task"], "stock"), task.level)
+        stock = as_stock(whole, head, model_class(card["task"], "stock"), task)
         if stock is not None:
             whole, head = stock, {}
             card = {**card, "head": "stock"}

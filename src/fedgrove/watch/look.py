@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from fedgrove.ground.errors import FedgroveError
-from fedgrove.ground.plain import Plain
 from fedgrove.report import compare, figures, sections, style
 from fedgrove.report.compare import Comparison
 from fedgrove.report.data import Run
@@ -123,12 +122,10 @@ class Look:
             bool(comparison.ours.values),
             partial(figures.clients, run, comparison),
         )
-        plugged: list[Plain] = []
-        for number, section in enumerate(extra, start=1):
-            picture = None
-            if section.figure:
-                picture = painter.paint(f"extra-{number}", section.title, section.figure)
-            plugged.append({"section": section, "picture": picture})
+        plugged = [
+            painter.shown(f"extra-{number}", section)
+            for number, section in enumerate(extra, start=1)
+        ]
         said = [*run.notes, *notes, *failed, *painter.failed]
         return {
             "head": _render(

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Annotated, Any, ClassVar, Self
 
-import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 
 from fedgrove.federation.otherwise import PREFERENCES
 from fedgrove.federation.readers import Place, Row, text_of
-from fedgrove.federation.tasks.base import Batch, Example
+from fedgrove.federation.tasks.base import Example
 from fedgrove.federation.tasks.conversation import conversation
 from fedgrove.federation.tasks.texts import LengthOptions
 from fedgrove.ground.errors import DataError
@@ -225,17 +224,6 @@ def both(examples: Sequence[Example], key: str) -> list[Any]:
         found.append(example[key])
         found.append(example[f"rejected_{key.removeprefix('input_')}"])
     return found
-
-
-def padded_inputs(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
-    """``input_ids`` and ``attention_mask`` [rows, t], padded on the right."""
-    longest = max(map(len, rows))
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = [[*row, *[pad_id] * (longest - len(row))] for row in rows]
-    return {
-        "input_ids": torch.tensor(ids),
-        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-    }
 
 
 def cut(

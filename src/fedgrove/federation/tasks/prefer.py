@@ -28,10 +28,10 @@ from fedgrove.federation.tasks.pairs import (
     Pairs,
     both,
     cut,
-    padded_inputs,
     pair_in,
     verdict,
 )
+from fedgrove.federation.tasks.texts import padded_inputs
 
 
 class PreferOptions(PairOptions):

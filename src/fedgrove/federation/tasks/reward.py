@@ -26,11 +26,10 @@ from fedgrove.federation.tasks.pairs import (
     Pairs,
     both,
     cut,
-    padded_inputs,
     pair_in,
     verdict,
 )
-from fedgrove.federation.tasks.texts import INPUTS, padded
+from fedgrove.federation.tasks.texts import INPUTS, padded, padded_inputs
 
 
 class RewardOptions(PairOptions):

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedgrove.federation.readers import Row
 from fedgrove.federation.tasks.base import Batch, Example, Task
 from fedgrove.federation.tasks.generate import IGNORED, Generate, messages_of
-from fedgrove.federation.tasks.texts import padded
+from fedgrove.federation.tasks.texts import padded, padded_inputs
 from fedgrove.ground.errors import DataError, JobError
 
 HEAD = "seq2seq"  # of ``training.readers.READERS``
@@ -115,13 +115,7 @@ class Seq2Seq(Generate):
 
     def prompts(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """As in WritingTask, [b, t], but padded on the right: the decoder begins afresh."""
-        sources = [example["input_ids"] for example in examples]
-        lengths = torch.tensor([len(source) for source in sources])
-        longest = int(lengths.max())
-        return {
-            "input_ids": padded(sources, longest, pad_id),
-            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-        }
+        return padded_inputs([example["input_ids"] for example in examples], pad_id)
 
     def ends(self, tokenizer: Any) -> list[int]:
         """As in WritingTask."""

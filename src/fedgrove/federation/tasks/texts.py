@@ -144,12 +144,8 @@ class ReadsText(HeadedTask[TextKeys]):
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """As in Task; padded on the right to the longest example of the batch."""
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        longest = int(lengths.max())
-        batch = {
-            "input_ids": padded([example["input_ids"] for example in examples], longest, pad_id),
-            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-        }
+        batch = padded_inputs([example["input_ids"] for example in examples], pad_id)
+        longest = batch["input_ids"].shape[1]
         if any("token_type_ids" in example for example in examples):
             kinds = [example.get("token_type_ids", []) for example in examples]
             batch["token_type_ids"] = padded(kinds, longest, 0)
@@ -175,6 +171,16 @@ def _tokens(row: Row, tokens: Mapping[str, Any]) -> Example:
 def texts_of(row: Row) -> tuple[str, ...]:
     """The one or two texts of a row."""
     return (row["text"], row["pair"]) if "pair" in row else (row["text"],)
+
+
+def padded_inputs(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    """``input_ids`` and ``attention_mask`` [rows, t], padded on the right."""
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    return {
+        "input_ids": padded(rows, longest, pad_id),
+        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+    }
 
 
 def padded(
