@@ -68,7 +68,9 @@ def as_stock(
 
 
 def _inputs(config: Any) -> dict[str, Tensor]:
-    """Two random examples, the second text with padding, for any model of the configuration."""
+    """Two random examples for any model of the configuration: texts [2, 7], of which the second has
+    padding, or images [2, channels, size, size].
+    """
     rng = torch.Generator().manual_seed(0)
     size = getattr(config, "image_size", None)
     if isinstance(size, int):

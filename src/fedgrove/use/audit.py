@@ -19,7 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +38,9 @@ from fedgrove.ground.statistics import interval
 from fedgrove.training.kernel import Kernel
 from fedgrove.use.adapt import reopened, trained_in
 from fedgrove.use.result import Result
+
+if TYPE_CHECKING:
+    from fedgrove.training.client import ClientHalf
 
 FILE = "audit.json"  # in the run's directory
 ATTACKS = ("loss", "gain", "update")
@@ -161,6 +166,21 @@ class Attacker:
         self.clients = {client.name: client for client in result.federation.clients}
         self.infos = {info.name: info for info in trained_in(result)}
         self.parts = reopened(result, result.job)
+        #: each step that the client at hand trained, before and after
+        self._steps: list[tuple[Assembly, Assembly]] = []
+
+    @cached_property
+    def _half(self) -> ClientHalf:
+        return self.parts.client_half(watch=self._note)
+
+    @cached_property
+    def _begun(self) -> Any:
+        """The server's state in the first round."""
+        method = self.parts.method
+        return method.open(method.begin(list(self.infos.values())), 1)
+
+    def _note(self, _: tuple[object, ...], before: Assembly, after: Assembly) -> None:
+        self._steps.append((before, after))
 
     def numbers(
         self,
@@ -209,25 +229,19 @@ class Attacker:
         rows: Sequence[Example],
     ) -> Scores | None:
         """None where nothing that trained may travel."""
-        steps: list[tuple[Assembly, Assembly]] = []
-
-        def note(_: tuple[object, ...], before: Assembly, after: Assembly) -> None:
-            steps.append((before, after))
-
-        parts = self.parts
-        half = parts.client_half(watch=note)
-        info = self.infos[client]
-        state = parts.method.open(parts.method.begin(list(self.infos.values())), 1)
-        content = parts.method.offer(state, 1, info)
-        half.train(info, train, parts.head.beside(content, None, newcomer=False), {}, 1)
+        parts, info = self.parts, self.infos[client]
+        content = parts.method.offer(self._begun, 1, info)
+        self._steps.clear()
+        self._half.train(info, train, parts.head.beside(content, None, newcomer=False), {}, 1)
+        kernel = self._half.kernel
         scores = np.zeros(len(rows))
         seen = False
-        for before, after in steps:
-            change = _line(half.kernel, travelling(after)) - _line(half.kernel, travelling(before))
+        for before, after in self._steps:
+            change = _line(kernel, travelling(after)) - _line(kernel, travelling(before))
             if not change.norm():
                 continue
             seen = True
-            each = half.kernel.each_gradient(travelling(before), rows)
+            each = kernel.each_gradient(travelling(before), rows)
             scores += [-cosine(gradient, change) for gradient in each]
         return scores if seen else None
 

@@ -149,7 +149,7 @@ class Prefer(Pairs, WritingTask[PreferOptions]):
         return self.policy.inputs(batch)
 
     def positions(self, batch: Batch) -> Bool[Tensor, "_ t"]:
-        """As in WritingTask: before each token of an answer."""
+        """As in WritingTask, [2b, t]: before each token of an answer."""
         return self.policy.positions(batch)
 
     def pool(self, hidden_states: Float[Tensor, "_ t h"], batch: Batch) -> Float[Tensor, "_ h"]:

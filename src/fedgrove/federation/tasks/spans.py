@@ -16,7 +16,7 @@ from statistics import median
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -359,7 +359,9 @@ class Spans(ReadsText[Any]):
         offsets = windows[number]["offsets"]
         return Found(offsets[start][0], offsets[end][1], _likely(value, total))
 
-    def _total(self, kept: Sequence[Tensor], places: Sequence[Tensor]) -> float:
+    def _total(
+        self, kept: Sequence[Float[Tensor, "_ 2"]], places: Sequence[Bool[Tensor, " _"]]
+    ) -> float:
         """The logarithm of what probabilities are shares of: of logits [t, 2] by window, and whether
         each token can be chosen.
         """
@@ -386,7 +388,7 @@ def _inside(place: tuple[int, int]) -> bool:
     return start < end
 
 
-def _choosable(offsets: Sequence[tuple[int, int]]) -> Tensor:
+def _choosable(offsets: Sequence[tuple[int, int]]) -> Bool[Tensor, " t"]:
     """[t] whether an answer may begin or end at each token."""
     return torch.tensor([_inside(place) for place in offsets])
 
@@ -406,8 +408,8 @@ def _tokens_of(answers: Sequence[Answer], offsets: Sequence[tuple[int, int]]) ->
     return NOWHERE, NOWHERE
 
 
-def _span(logits: Float[Tensor, "t 2"], inside: Tensor) -> tuple[float, int, int]:
-    """The largest sum of a start's and an end's logit, and the two tokens, of those ``inside`` [t]; an
+def _span(logits: Float[Tensor, "t 2"], inside: Bool[Tensor, " t"]) -> tuple[float, int, int]:
+    """The largest sum of a start's and an end's logit, and the two tokens, of those ``inside``; an
     answer has at most ``LONGEST`` tokens.
     """
     starts, ends = logits.masked_fill(~inside[:, None], _LOW).unbind(-1)
